@@ -1,0 +1,61 @@
+"""Grouped-query attention over the cache, with the masks it needs. Scores and softmax are float32 inside."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def causal_mask(padding: Tensor | None, past: int, length: int, device: torch.device) -> Tensor | None:
+    """Which keys each query may see: bool [B or 1, 1, T, past + T], or None where plain causal attention does.
+
+    `padding` is the caller's attention_mask: [B, past + T] with 0 at padding, or [B, 1, T, S] used as it is (bool, or
+    a float that is added to the scores). A padded query sees itself, so that no row of the softmax is empty.
+    """
+    if padding is not None and padding.dim() == 4:
+        return padding
+    padded = padding is not None and not bool(padding.all())
+    if not padded and (length == 1 or past == 0):
+        return None
+    queries = torch.arange(past, past + length, device=device)[:, None]
+    keys = torch.arange(past + length, device=device)[None, :]
+    visible = (keys <= queries)[None, None]
+    if padded and padding is not None:
+        visible = visible & padding[:, None, None, : past + length].bool() | (keys == queries)
+    return visible
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:
+    """q [B, heads, T, D], k and v [B, kv_heads, S, D] -> [B, heads, T, D]."""
+    batch, heads, length, head_dim = q.shape
+    kv_heads = k.shape[1]
+    if length == 1:  # the query heads of a kv head become its rows, so that K and V are read once
+        grouped = q.view(batch, kv_heads, heads // kv_heads, head_dim)
+        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+        return out.view(batch, heads, 1, head_dim)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=heads != kv_heads,
+    )
+
+
+def attend_with_weights(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """As `attend`, spelled out, and the attention weights [B, heads, T, S] in q's dtype."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = (q.float() * scale) @ k.float().transpose(-1, -2)
+    if mask is None:
+        length, total = scores.shape[-2:]
+        mask = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(total - length)
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1).to(q.dtype)
+    return F.dropout(weights, dropout) @ v, weights

@@ -1,0 +1,33 @@
+"""What a user did or has that cannot work. The command line prints the message on one line and exits with 2."""
+
+
+class Glm4liteError(Exception):
+    """Base of every error a user can cause: one line naming the thing, what was found and what to do."""
+
+
+class ConfigError(Glm4liteError):
+    """config.json (or an argument of the same name) is missing something or holds what cannot be used."""
+
+
+class CheckpointError(Glm4liteError):
+    """A checkpoint folder, shard or tensor is missing, corrupt or does not fit the model."""
+
+
+class HubError(Glm4liteError):
+    """A model could not be found or downloaded."""
+
+
+class TemplateError(Glm4liteError):
+    """A chat template is missing, raised, or did not finish."""
+
+
+class ToolError(Glm4liteError):
+    """A tool was declared wrongly, or says that it cannot do what it was asked."""
+
+
+class ContextLengthError(Glm4liteError):
+    """A prompt does not fit the model's context; raised before any work."""
+
+
+class SamplingError(Glm4liteError):
+    """A sampling parameter is out of range."""

@@ -1,0 +1,159 @@
+"""Token ids in, token ids out: chunked prefill over the kept prefix, then one token at a time.
+
+Nothing here knows text; sessions turn ids into text and events.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from glm4lite.cache import KVCache
+from glm4lite.errors import ContextLengthError
+from glm4lite.model import DecoderLayer, Glm4ForCausalLM
+from glm4lite.sampling import Sampler, SamplingParams
+
+PREFILL_CHUNK = 512  # tokens per forward pass of a prompt: bounds the memory of activations
+
+
+class PrefixCache:
+    """A KVCache and the ids it was computed from, so that the next prompt only pays for what is new."""
+
+    def __init__(self, model: Glm4ForCausalLM) -> None:
+        self.kv = KVCache(model.config.num_hidden_layers)
+        self.ids: list[int] = []
+
+    def keep_common_prefix(self, ids: list[int]) -> int:
+        """Cuts back to the longest common prefix with `ids` (short of its last id, which must be computed)."""
+        length, limit = 0, min(len(self.ids), len(ids) - 1)
+        while length < limit and self.ids[length] == ids[length]:
+            length += 1
+        self._cut(length)
+        return length
+
+    def _cut(self, length: int) -> None:
+        self.kv.truncate(length)
+        del self.ids[length:]
+
+    def repair(self) -> None:
+        """After a forward pass that was stopped half-way: keep what every layer has."""
+        self._cut(min(self.kv.get_seq_length(), len(self.ids)))
+
+
+class Stopped(Exception):
+    """Raised inside a forward pass when generation is cancelled; never leaves this module."""
+
+
+class Generation:
+    """One answer in ids. Iterate `prefill()` for progress, then the object itself for new ids (stop ids are not given).
+
+    After iteration: `finish_reason` is "stop" (a stop id came), "length" or "cancelled"; `new_tokens` counts all ids
+    drawn, the stop id included; `stop_id` is the one that came; `prefilled_tokens` were not in the kept prefix.
+    Raises ContextLengthError at once when the prompt leaves no room in the model's context.
+    """
+
+    def __init__(
+        self,
+        model: Glm4ForCausalLM,
+        prompt: list[int],
+        params: SamplingParams,
+        stop_ids: Collection[int] = (),
+        vocab_size: int | None = None,
+        cache: PrefixCache | None = None,
+        cancel: threading.Event | None = None,
+    ) -> None:
+        """`vocab_size`: ids the tokenizer knows; the padded rest of the model's vocabulary is never drawn."""
+        context = model.config.max_position_embeddings
+        if not prompt:
+            raise ContextLengthError("the prompt is empty: there is nothing to go on from")
+        if len(prompt) >= context:
+            raise ContextLengthError(
+                f"the prompt has {len(prompt)} tokens and the model's context is {context}; "
+                f"shorten the conversation or start a new one"
+            )
+        self.model, self.prompt, self.params = model, prompt, params
+        self.stop_ids = frozenset(stop_ids)
+        self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
+        self.cache = cache or PrefixCache(model)
+        self.cancel = cancel or threading.Event()
+        self.limit = min(params.max_new_tokens, context - len(prompt))
+        self.ids: list[int] = []
+        self.finish_reason = "length"
+        self.stop_id: int | None = None
+        self.prefilled_tokens = 0
+        self.seconds = 0.0  # spent on new tokens, prefill not counted
+        self._logits: torch.Tensor | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.ids) + (self.stop_id is not None)
+
+    def prefill(self) -> Iterator[tuple[int, int]]:
+        """Computes the prompt; yields (tokens done, tokens to do) after each chunk."""
+        start = self.cache.keep_common_prefix(self.prompt)
+        todo = self.prompt[start:]
+        for begin in range(0, len(todo), PREFILL_CHUNK):
+            chunk = todo[begin : begin + PREFILL_CHUNK]
+            if not self._forward(chunk):
+                return
+            self.prefilled_tokens += len(chunk)
+            yield self.prefilled_tokens, len(todo)
+
+    def __iter__(self) -> Iterator[int]:
+        if self._logits is None:
+            for _ in self.prefill():
+                pass
+        sampler, started = Sampler(self.params), time.perf_counter()
+        while self._logits is not None and not self.cancel.is_set():
+            token = sampler(self._logits, self.prompt + self.ids)
+            self.seconds = time.perf_counter() - started
+            if token in self.stop_ids:
+                self.finish_reason, self.stop_id = "stop", token
+                return
+            self.ids.append(token)
+            yield token
+            if len(self.ids) >= self.limit:
+                return
+            self._forward([token])
+        self.finish_reason = "cancelled"
+
+    @torch.inference_mode()
+    def _forward(self, ids: list[int]) -> bool:
+        """Adds ids to the cache and keeps the last position's logits; False when it was cancelled."""
+        self._logits = None
+        device = self.model.device
+        try:
+            with _stoppable(self.model, self.cancel.is_set):
+                output = self.model(
+                    torch.tensor([ids], device=device), past_key_values=self.cache.kv, logits_to_keep=1, use_cache=True
+                )
+        except BaseException as error:
+            self.cache.repair()
+            if isinstance(error, Stopped):
+                return False
+            raise
+        self.cache.ids += ids
+        logits: torch.Tensor = output.logits[0, -1].float()
+        self._logits = logits[: self.vocab_size]
+        return True
+
+
+@contextmanager
+def _stoppable(model: Glm4ForCausalLM, cancelled: Callable[[], bool]) -> Iterator[None]:
+    """Asks before every layer, so that a long chunk on a slow machine stops within one layer's time."""
+
+    def check(*_: object) -> None:
+        if cancelled():
+            raise Stopped
+
+    layers = (module for module in model.modules() if isinstance(module, DecoderLayer))
+    handles = [layer.register_forward_pre_hook(check) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,136 @@
+"""The classification models: the GLM-4 trunk with a linear `score` on top.
+
+Source of pooling and losses: Transformers' GenericForSequenceClassification and GenericForTokenClassification.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glm4lite.cache import KVCache
+from glm4lite.config import Glm4Config
+from glm4lite.model import Glm4Model, PreTrainedModel
+from glm4lite.outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
+
+
+class Glm4ForSequenceClassification(PreTrainedModel):
+    """One label (or value) per sequence, read at its last token that is not padding."""
+
+    def __init__(self, config: Glm4Config) -> None:
+        super().__init__(config)
+        self.model = Glm4Model(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        nn.init.normal_(self.score.weight, std=config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> SequenceClassifierOutputWithPast:
+        """Arguments as Glm4Model; labels [B] (or [B, num_labels]). Returns logits [B, num_labels].
+
+        Raises ValueError for a batch when the config names no pad token.
+        """
+        trunk = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            cache_position,
+            output_hidden_states,
+            output_attentions,
+        )
+        last = self._last_token(input_ids, trunk.last_hidden_state)
+        rows = torch.arange(last.shape[0], device=last.device)
+        logits = self.score(trunk.last_hidden_state[rows, last])
+        loss = None if labels is None else self._loss(logits, labels)
+        return SequenceClassifierOutputWithPast(
+            loss, logits, trunk.past_key_values, trunk.hidden_states, trunk.attentions
+        )
+
+    def _last_token(self, input_ids: Tensor | None, hidden: Tensor) -> Tensor:
+        """Index [B] of the rightmost token that is not padding; works for padding on either side."""
+        batch, length = hidden.shape[:2]
+        pad = self.config.pad_token_id
+        if pad is None and batch > 1:
+            raise ValueError("a batch needs config.pad_token_id: without it the last token of a row is not known")
+        if pad is None or input_ids is None:
+            if input_ids is None:
+                warnings.warn("inputs_embeds show no padding: the last position of each row is used", stacklevel=3)
+            return torch.full((batch,), length - 1, device=hidden.device)
+        steps = torch.arange(length, device=hidden.device)
+        return (steps * (input_ids != pad)).argmax(-1)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Regression, one label or several, told apart (and remembered) as the reference does."""
+        labels, labels_count = labels.to(logits.device), self.config.num_labels
+        if self.config.problem_type is None:
+            whole = labels.dtype in (torch.long, torch.int)
+            single = "single_label_classification" if whole else "multi_label_classification"
+            self.config.problem_type = "regression" if labels_count == 1 else single
+        if self.config.problem_type == "regression":
+            return F.mse_loss(logits.squeeze(), labels.squeeze())
+        if self.config.problem_type == "single_label_classification":
+            return F.cross_entropy(logits.view(-1, labels_count), labels.view(-1))
+        return F.binary_cross_entropy_with_logits(logits, labels)
+
+
+class Glm4ForTokenClassification(PreTrainedModel):
+    """One label per token."""
+
+    def __init__(self, config: Glm4Config) -> None:
+        super().__init__(config)
+        self.model = Glm4Model(config)
+        extra = config.model_extra or {}
+        given = (config.classifier_dropout, extra.get("hidden_dropout"), 0.1)
+        self.dropout = nn.Dropout(next(float(rate) for rate in given if rate is not None))
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=config.token_classification_bias)
+        nn.init.normal_(self.score.weight, std=config.initializer_range)
+        if self.score.bias is not None:
+            nn.init.zeros_(self.score.bias)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> TokenClassifierOutput:
+        """Arguments as Glm4Model; labels [B, T], -100 is ignored. Returns logits [B, T, num_labels]."""
+        trunk = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            cache_position,
+            output_hidden_states,
+            output_attentions,
+        )
+        logits = self.score(self.dropout(trunk.last_hidden_state))
+        loss = None
+        if labels is not None:
+            flat = logits.float().view(-1, self.config.num_labels)
+            loss = F.cross_entropy(flat, labels.view(-1).to(logits.device))
+        return TokenClassifierOutput(loss, logits, trunk.hidden_states, trunk.attentions)

@@ -1,0 +1,294 @@
+"""GLM-4 in torch: one code path for `glm4` and `glm`, differences read from the config.
+
+Parameter names are Hugging Face's, so checkpoints load with no table. Linears and the embedding may be replaced by
+quantized ones (glm4lite.loader); nothing here knows about it. The residual stream and the norms are float32 whatever
+the model's dtype: o_proj and down_proj outputs of GLM-4 pass 65 504, float16's largest number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glm4lite.attention import attend, attend_with_weights, causal_mask
+from glm4lite.cache import KVCache, LayerCache
+from glm4lite.config import Glm4Config
+from glm4lite.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from glm4lite.rotary import RotaryEmbedding, apply_rotary
+
+if TYPE_CHECKING:
+    from glm4lite.events import Progress
+    from glm4lite_quant import QuantConfig
+
+
+class RMSNorm(nn.Module):
+    """x * rsqrt(mean(x^2) + eps) in float32, cast to `dtype`, then times the weight (the reference's order)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        x = x.float()
+        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight * normed.to(dtype)).to(dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Glm4Config) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.dropout = config.attention_dropout
+        hidden, bias = config.hidden_size, config.attention_bias
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, kv_size, bias=bias)
+        self.v_proj = nn.Linear(hidden, kv_size, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, hidden, bias=False)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: LayerCache | None,
+        want_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, H] -> [B, T, H] and, where wanted, the attention weights [B, heads, T, S]."""
+        q = apply_rotary(self._heads(self.q_proj(x)), *rotary)
+        k = apply_rotary(self._heads(self.k_proj(x)), *rotary)
+        v = self._heads(self.v_proj(x))
+        if cache is not None:
+            k, v = cache.append(k, v)
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if want_weights:
+            out, weights = attend_with_weights(q, k, v, mask, self.scale, dropout)
+        else:
+            out = attend(q, k, v, mask, self.scale, dropout)
+        return self.o_proj(out.transpose(1, 2).flatten(-2)), weights
+
+
+class MLP(nn.Module):
+    """down(silu(gate) * up); rows 0..I-1 of gate_up_proj are the gate."""
+
+    def __init__(self, config: Glm4Config) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        out: Tensor = self.down_proj(F.silu(gate) * up)
+        return out
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: Glm4Config) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.sandwich = config.sandwich_norms
+        if self.sandwich:
+            self.post_self_attn_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.post_mlp_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        dtype: torch.dtype,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: LayerCache | None,
+        want_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x: the residual stream, float32 [B, T, H]; `dtype` is what the linears compute in."""
+        attended, weights = self.self_attn(self.input_layernorm(x, dtype), rotary, mask, cache, want_weights)
+        if self.sandwich:
+            attended = self.post_self_attn_layernorm(attended, dtype)
+        x = x + attended
+        out = self.mlp(self.post_attention_layernorm(x, dtype))
+        if self.sandwich:
+            out = self.post_mlp_layernorm(out, dtype)
+        return x + out, weights
+
+
+class PreTrainedModel(nn.Module):
+    """What every GLM-4 class shares: the config, initialization, and loading."""
+
+    def __init__(self, config: Glm4Config) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        quant: str | QuantConfig | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Self:
+        """Loads a folder of safetensors, "nano", or a Hub repository; see `glm4lite.loader.load`."""
+        from glm4lite.loader import load
+
+        return load(source, quant=quant, dtype=dtype, device=device, progress=progress, cls=cls)
+
+    def _init_weights(self) -> None:
+        """The reference's initialization: N(0, initializer_range), biases 0, norms 1, the padding row 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+                if module.padding_idx is not None:
+                    with torch.no_grad():
+                        module.weight[module.padding_idx].zero_()
+
+    @property
+    def device(self) -> torch.device:
+        return next(tensor.device for tensors in (self.parameters(), self.buffers()) for tensor in tensors)
+
+
+class Glm4Model(PreTrainedModel):
+    """The trunk: embeddings, layers, final norm."""
+
+    def __init__(self, config: Glm4Config) -> None:
+        super().__init__(config)
+        padding = config.pad_token_id
+        if padding is not None and not 0 <= padding < config.vocab_size:
+            padding = None  # a finetune may cut the vocabulary below the pad id
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        self._init_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> BaseModelOutputWithPast:
+        """input_ids [B, T] or inputs_embeds [B, T, H]; attention_mask [B, past + T]; position_ids [B or 1, T].
+
+        Positions count on from the cache unless given (`cache_position` [T] serves where `position_ids` is not): with
+        left padding the caller derives them from the mask. Raises ValueError unless exactly one input is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = past_key_values
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = KVCache(len(self.layers))
+        past, length = 0 if cache is None else cache.get_seq_length(), embeds.shape[1]
+        if position_ids is None:
+            steps = torch.arange(past, past + length, device=embeds.device) if cache_position is None else cache_position
+            position_ids = steps[None]
+        rotary = self.rotary_emb(position_ids, embeds.dtype)
+        mask = causal_mask(attention_mask, past, length, embeds.device)
+        collected = _Collected(output_hidden_states, output_attentions)
+        x, dtype = embeds.float(), embeds.dtype
+        collected.hidden(embeds)
+        for index, layer in enumerate(self.layers):
+            layer_cache = None if cache is None else cache.layers[index]
+            x, weights = layer(x, dtype, rotary, mask, layer_cache, output_attentions)
+            collected.attention(weights)
+            if index + 1 < len(self.layers):
+                collected.hidden(x.to(dtype))
+        x = self.norm(x, dtype)
+        collected.hidden(x)
+        return BaseModelOutputWithPast(x, cache, collected.hidden_states, collected.attentions)
+
+
+class _Collected:
+    """Hidden states and attention weights, kept only when asked for."""
+
+    def __init__(self, hidden_states: bool, attentions: bool) -> None:
+        self.hidden_states: tuple[Tensor, ...] | None = () if hidden_states else None
+        self.attentions: tuple[Tensor, ...] | None = () if attentions else None
+
+    def hidden(self, state: Tensor) -> None:
+        if self.hidden_states is not None:
+            self.hidden_states += (state,)
+
+    def attention(self, weights: Tensor | None) -> None:
+        if self.attentions is not None and weights is not None:
+            self.attentions += (weights,)
+
+
+class Glm4ForCausalLM(PreTrainedModel):
+    """The trunk and the language-model head."""
+
+    def __init__(self, config: Glm4Config) -> None:
+        super().__init__(config)
+        self.model = Glm4Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        nn.init.normal_(self.lm_head.weight, std=config.initializer_range)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """With tie_word_embeddings the head is the embedding: one tensor under two names."""
+        if self.config.tie_word_embeddings and isinstance(self.lm_head, nn.Linear):
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> CausalLMOutputWithPast:
+        """Arguments as Glm4Model. labels [B, T], shifted inside, -100 is ignored.
+
+        logits_to_keep: an int n keeps the last n positions (0: all), a 1-D tensor picks positions. Logits of all
+        positions of a long prompt take 600 KB each at GLM-4's vocabulary: generation asks for the last one only.
+        """
+        trunk = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            cache_position,
+            output_hidden_states,
+            output_attentions,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(trunk.last_hidden_state[:, keep])
+        loss = None if labels is None else causal_lm_loss(logits, labels)
+        return CausalLMOutputWithPast(loss, logits, trunk.past_key_values, trunk.hidden_states, trunk.attentions)
+
+
+def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy in float32 of logits[:, t] against labels[:, t + 1]; labels of -100 do not count."""
+    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    return F.cross_entropy(logits.float().flatten(0, 1), shifted.flatten().to(logits.device), ignore_index=-100)
