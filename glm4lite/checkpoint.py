@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from glm4lite import legacy
+from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.shard import ShardMaps, StoredTensor, read, read_header
 
@@ -59,9 +60,8 @@ class Checkpoint:
             raise CheckpointError(f"{folder} is not a folder; give the folder that holds config.json and the safetensors files")
         config = read_json(folder / "config.json")
         tensors = _merge(folder, _shard_files(folder))
-        if legacy.is_legacy(config):
-            config = legacy.translate_config(config, tensors, folder / "config.json")
-            tensors = legacy.rename(tensors, config)
+        if config.get("model_type") == "chatglm":
+            tensors = legacy.rename(tensors, Glm4Config.from_dict(config, folder / "config.json"))
         return cls(folder, config, {name: found for name, found in tensors.items() if not legacy.IGNORED.fullmatch(name)})
 
     def names(self) -> list[str]:

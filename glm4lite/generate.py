@@ -86,6 +86,7 @@ class Generation:
         self.stop_id: int | None = None
         self.prefilled_tokens = 0
         self.seconds = 0.0  # spent on new tokens, prefill not counted
+        self._prefilled = False
         self._logits: torch.Tensor | None = None
 
     @property
@@ -94,6 +95,7 @@ class Generation:
 
     def prefill(self) -> Iterator[tuple[int, int]]:
         """Computes the prompt; yields (tokens done, tokens to do) after each chunk."""
+        self._prefilled = True
         start = self.cache.keep_common_prefix(self.prompt)
         todo = self.prompt[start:]
         for begin in range(0, len(todo), PREFILL_CHUNK):
@@ -104,17 +106,18 @@ class Generation:
             yield self.prefilled_tokens, len(todo)
 
     def __iter__(self) -> Iterator[int]:
-        if self._logits is None:
+        if not self._prefilled:
             for _ in self.prefill():
                 pass
-        sampler, started = Sampler(self.params), time.perf_counter()
+        sampler, seen, started = Sampler(self.params), list(self.prompt), time.perf_counter()
         while self._logits is not None and not self.cancel.is_set():
-            token = sampler(self._logits, self.prompt + self.ids)
+            token = sampler(self._logits, seen)
             self.seconds = time.perf_counter() - started
             if token in self.stop_ids:
                 self.finish_reason, self.stop_id = "stop", token
                 return
             self.ids.append(token)
+            seen.append(token)
             yield token
             if len(self.ids) >= self.limit:
                 return

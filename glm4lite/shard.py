@@ -181,25 +181,25 @@ def torch_dtype(tensor: StoredTensor) -> torch.dtype:
 
 
 def read(tensor: StoredTensor) -> torch.Tensor:
-    """The tensor in fresh memory; the pages read are dropped from the page cache's working set where the OS allows it."""
+    """The tensor in fresh memory of its own size; the page cache is told to forget the file's pages where the OS can."""
     dtype = torch_dtype(tensor)
     if tensor.nbytes == 0:
         return torch.empty(tensor.shape, dtype=dtype)
-    buffer = bytearray(tensor.nbytes)
-    view, done = memoryview(buffer), 0
+    buffer = torch.empty(tensor.nbytes, dtype=torch.uint8)
+    view, done = memoryview(buffer.numpy()), 0
     try:
         with tensor.path.open("rb", buffering=0) as file:
             file.seek(tensor.offset)
-            while done < len(buffer):
+            while done < tensor.nbytes:
                 count = file.readinto(view[done:])
                 if not count:
                     raise CheckpointError(f"{tensor.path} ended while {tensor.name} was read; {_AGAIN}")
                 done += count
-            if hasattr(os, "posix_fadvise"):
+            if hasattr(os, "posix_fadvise"):  # a pass over a big file must not push everything else out of the cache
                 os.posix_fadvise(file.fileno(), tensor.offset, tensor.nbytes, os.POSIX_FADV_DONTNEED)
     except OSError as error:
         raise CheckpointError(f"{tensor.path} cannot be read: {error.strerror or error}") from None
-    return torch.frombuffer(buffer, dtype=dtype).view(tensor.shape)
+    return buffer.view(dtype).view(tensor.shape)
 
 
 class ShardMaps:

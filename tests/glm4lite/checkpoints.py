@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +230,7 @@ def _legacy_tensors(layers: int, tensors: Mapping[str, torch.Tensor]) -> Iterato
     for i in range(layers):
         old, new = f"transformer.encoder.layers.{i}.", f"model.layers.{i}."
         for kind in ("weight", "bias"):
-            parts: Iterable[str] = [f"{new}self_attn.{letter}_proj.{kind}" for letter in "qkv"]
+            parts = [f"{new}self_attn.{letter}_proj.{kind}" for letter in "qkv"]
             if all(name in tensors for name in parts):
                 yield f"{old}self_attention.query_key_value.{kind}", torch.cat([tensors[name] for name in parts])
         yield f"{old}self_attention.dense.weight", tensors[f"{new}self_attn.o_proj.weight"]

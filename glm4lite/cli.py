@@ -1,0 +1,245 @@
+"""The `glm4lite` command. Heavy imports happen inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from glm4lite import __version__
+from glm4lite.errors import Glm4liteError
+
+if TYPE_CHECKING:
+    from glm4lite.session import ChatSession
+    from glm4lite.terminal import Renderer
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Runs GLM-4 models locally."
+)
+
+NANO_REMARK = (
+    "nano is a tiny demonstration model that comes with glm4lite: it calls tools and makes small talk, no more. "
+    "For a 9B: glm4lite chat zai-org/GLM-4-9B-0414"
+)
+CHAT_HELP = "/reset forgets the conversation, /exit leaves, Ctrl-C stops an answer."
+
+Model = Annotated[str, typer.Argument(help="A folder, a Hub repository such as zai-org/GLM-4-9B-0414, or nano.")]
+Quant = Annotated[
+    str | None, typer.Option(help="int4, int8 or none.", show_default="int4, or as the checkpoint is stored")
+]
+Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and leave.")]
+Json = Annotated[bool, typer.Option("--json", help="Every line of stdout is one event as JSON.")]
+System = Annotated[str | None, typer.Option(help="System prompt.")]
+Tools = Annotated[bool, typer.Option("--tools/--no-tools", help="Offer calculator, current_time and unit_convert.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the checkpoint's")]
+TopP = Annotated[float | None, typer.Option(show_default="the checkpoint's")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"glm4lite {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def chat(
+    model: Model = "nano",
+    prompt: Prompt = None,
+    quant: Quant = None,
+    as_json: Json = False,
+    system: System = None,
+    tools: Tools = True,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    max_new_tokens: MaxNewTokens = 1024,
+    stop: Stop = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Chat with a model: interactively, or one answer with -p."""
+    from glm4lite.session import ChatSession
+    from glm4lite.tools import BUILTIN_TOOLS
+
+    renderer = _renderer(as_json)
+    if model == "nano":
+        renderer.remark(NANO_REMARK)
+    session = ChatSession.load(
+        model,
+        quant=quant or "auto",
+        tools=BUILTIN_TOOLS if tools else (),
+        system=system,
+        device=device,
+        dtype=dtype,
+        progress=renderer.show,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+        max_new_tokens=max_new_tokens,
+    )
+    if prompt is None:
+        _converse(session, renderer)
+    else:
+        _answer(session, prompt, renderer)
+
+
+@app.command()
+def generate(
+    model: Model = "nano",
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to go on from.")] = "",
+    quant: Quant = None,
+    as_json: Json = False,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    max_new_tokens: MaxNewTokens = 128,
+    stop: Stop = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Continue a text, without a chat template (for base models, or to look at a model's raw output)."""
+    from glm4lite.completion import Completion
+    from glm4lite.engine import Engine
+
+    renderer = _renderer(as_json)
+    completion = Completion(Engine.load(model, quant or "auto", device, dtype, renderer.show))
+    events = completion.run(
+        prompt,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+        max_new_tokens=max_new_tokens,
+    )
+    with _interrupt_stops(completion):
+        renderer.show_all(events)
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="A folder of bfloat16 shards or a Hub repository.")],
+    destination: Annotated[Path, typer.Argument(help="A new folder for the quantized checkpoint.")],
+    quant: Annotated[str, typer.Option(help="int4 or int8.")] = "int4",
+    group_size: Annotated[int, typer.Option(help="Weights per scale: 32, 64 or 128.")] = 32,
+    as_json: Json = False,
+) -> None:
+    """Write a pre-quantized checkpoint, which loads at once and needs no conversion."""
+    from glm4lite.hub import resolve
+    from glm4lite.loader import quantize_checkpoint
+    from glm4lite_quant import QuantConfig, QuantError
+
+    config = QuantConfig.parse(quant)
+    if config is None:
+        raise QuantError("--quant none: there is nothing to quantize; choose int4 or int8")
+    config = QuantConfig(config.bits, group_size)
+    renderer = _renderer(as_json)
+    try:
+        folder = resolve(source, renderer.show)
+        quantize_checkpoint(folder, destination, config, renderer.show)
+    finally:
+        renderer.close()
+    size = sum(file.stat().st_size for file in destination.iterdir())
+    renderer.remark(f"{destination}: {size / 1e9:.2f} GB, {quant}. Run it: glm4lite chat {destination}")
+
+
+@app.command()
+def info(
+    model: Annotated[str | None, typer.Argument(help="Also describe this checkpoint.")] = None,
+) -> None:
+    """What this machine has: versions, kernels, devices; with MODEL, its shape and memory needs."""
+    from glm4lite.info import machine_facts, model_facts
+
+    facts = machine_facts()
+    if model is not None:
+        facts += model_facts(model)
+    width = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        typer.echo(f"{name:<{width}}  {value}")
+
+
+def _renderer(as_json: bool) -> Renderer:
+    from glm4lite.terminal import JsonLines, Terminal
+
+    return JsonLines() if as_json else Terminal()
+
+
+def _answer(session: ChatSession, text: str, renderer: Renderer) -> None:
+    with _interrupt_stops(session):
+        renderer.show_all(session.send(text))
+
+
+def _converse(session: ChatSession, renderer: Renderer) -> None:
+    """Reads lines until /exit or end of input. An error of one turn does not end the conversation."""
+    try:
+        import readline  # noqa: F401  # line editing and history for input()
+    except ImportError:  # Windows has its own
+        pass
+    renderer.remark(CHAT_HELP)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            renderer.remark("\n" + CHAT_HELP)
+            continue
+        if line == "/exit":
+            return
+        if line == "/reset":
+            session.reset()
+            renderer.remark("(the conversation is forgotten)")
+        elif line.startswith("/"):
+            renderer.remark(f"{line.split()[0]} is not a command. {CHAT_HELP}")
+        elif line:
+            try:
+                _answer(session, line, renderer)
+            except Glm4liteError as error:
+                renderer.remark(f"error: {error}")
+
+
+@contextmanager
+def _interrupt_stops(answering: Any) -> Iterator[None]:
+    """Ctrl-C ends the answer, not the program; a second one during the same answer interrupts for good."""
+
+    def on_interrupt(*_: object) -> None:
+        signal.signal(signal.SIGINT, previous)
+        answering.stop()
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _user_errors() -> tuple[type[BaseException], ...]:
+    """Errors shown as one line. The quant package's own is known only once it (and torch) is imported."""
+    quant = sys.modules.get("glm4lite_quant")
+    return (Glm4liteError,) if quant is None else (Glm4liteError, quant.QuantError)
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+    except Exception as error:
+        if not isinstance(error, _user_errors()):
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)

@@ -1,0 +1,115 @@
+"""Engine: a loaded model with what turns text into ids and back. Sessions and completions are built on one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glm4lite.events import Done, Progress
+from glm4lite.generate import PREFILL_CHUNK, Generation, PrefixCache
+from glm4lite.sampling import SamplingParams
+from glm4lite.stopping import StopStrings, stop_ids
+from glm4lite.template import ChatTemplate
+from glm4lite.tokenizer import StreamingDetokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    from glm4lite.model import Glm4ForCausalLM
+    from glm4lite_quant import QuantConfig
+
+# The token between two calls of one output.
+SEPARATOR = "<|assistant|>"
+
+
+@dataclass
+class Engine:
+    """A model, its tokenizer, its chat template (None: a base model) and its generation_config.json."""
+
+    model: Glm4ForCausalLM
+    tokenizer: Tokenizer
+    template: ChatTemplate | None = None
+    generation_config: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path = "nano",
+        quant: str | QuantConfig | None = "auto",
+        device: str = "auto",
+        dtype: str = "auto",
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Engine:
+        """Arguments as `glm4lite.load`; quant "auto" is int4, or as the checkpoint is stored if that is quantized.
+
+        What is cheap to check (tokenizer, template) is read before the weights.
+        """
+        from glm4lite.checkpoint import Checkpoint
+        from glm4lite.hub import resolve
+        from glm4lite.loader import load
+
+        folder = resolve(source, progress)
+        tokenizer, template = Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder)
+        checkpoint = Checkpoint.open(folder)
+        if quant == "auto":
+            quant = None if "quantization_config" in checkpoint.config else "int4"
+        model = load(folder, quant=quant, device=device, dtype=dtype, progress=progress)
+        return cls(model, tokenizer, template, checkpoint.generation_config)
+
+    def params(self, **sampling: Any) -> SamplingParams:
+        """The checkpoint's sampling defaults; fields that are given and not None win over them."""
+        return SamplingParams.from_generation_config(self.generation_config, **sampling)
+
+    def generate(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        cache: PrefixCache | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Generation:
+        """A Generation with this model's stop ids; ids the tokenizer does not know are never drawn."""
+        stops = stop_ids(self.model.config, self.generation_config, self.tokenizer)
+        return Generation(self.model, prompt, params, stops, self.tokenizer.size, cache, cancel)
+
+    def prefill(self, generation: Generation) -> Iterator[Progress]:
+        """Computes the prompt; reports progress where it takes more than one chunk."""
+        for done, total in generation.prefill():
+            if total > PREFILL_CHUNK:
+                yield Progress("prefill", done, total, "tokens")
+
+    def pieces(self, generation: Generation) -> Iterator[str | None]:
+        """The output as text as it comes, cut at stop texts; None where the separator token stood."""
+        stops, detokenizer = StopStrings(generation.params.stop), StreamingDetokenizer(self.tokenizer)
+        separator = self.tokenizer.special.get(SEPARATOR)
+        for token in generation:
+            if token == separator:
+                yield stops.feed(detokenizer.finish())
+                yield None
+                detokenizer = StreamingDetokenizer(self.tokenizer)
+                continue
+            yield stops.feed(detokenizer.add(token))
+            if stops.found:
+                generation.finish_reason = "stop"
+                return
+        yield stops.feed(detokenizer.finish()) + stops.finish()
+
+
+class Totals:
+    """Counts over the generations of one turn."""
+
+    def __init__(self) -> None:
+        self.new_tokens = 0
+        self.prefilled_tokens = 0
+        self.seconds = 0.0
+
+    def add(self, generation: Generation) -> None:
+        self.new_tokens += generation.new_tokens
+        self.prefilled_tokens += generation.prefilled_tokens
+        self.seconds += generation.seconds
+
+    def done(self, last: Generation, finish_reason: str | None = None) -> Done:
+        """The turn's last event; prompt_tokens is the length of the last prompt."""
+        speed = round(self.new_tokens / self.seconds, 2) if self.seconds else 0.0
+        reason = finish_reason or last.finish_reason
+        return Done(len(last.prompt), self.new_tokens, reason, speed, self.prefilled_tokens)

@@ -1,0 +1,54 @@
+"""Where a model's folder is: the embedded one, a folder of the user's, or one downloaded from the Hub."""
+
+import re
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+from glm4lite.errors import HubError
+from glm4lite.events import Progress
+
+NANO = "nano"
+"""The name of the embedded checkpoint; a folder of that name is "./nano"."""
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_HOW = "give a folder, a Hub repo id (organisation/name, for example zai-org/GLM-4-9B-0414), or nano"
+
+
+def resolve(source: str | Path, progress: Callable[[Progress], None] | None = None) -> Path:
+    """The folder of a checkpoint; a Hub repo is downloaded first, where it is not in the cache.
+
+    Raises:
+        HubError: there is no such folder or repo, or it cannot be downloaded; the message says what to do.
+    """
+    if source == NANO:
+        return nano_folder()
+    text = str(source)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise HubError(f"{path} is a file; give the folder that holds config.json and the safetensors files")
+    if isinstance(source, Path) or _looks_like_a_path(text):
+        raise HubError(f"{text} does not exist; {_HOW}")
+    if not _REPO_ID.fullmatch(text) or ".." in text or "--" in text or text.endswith((".git", "-", ".")):
+        raise HubError(f"{text!r} is neither a folder nor a Hub repo id; {_HOW}")
+    from glm4lite.download import download  # huggingface_hub takes a while to import
+
+    return download(text, progress)
+
+
+def nano_folder() -> Path:
+    """The embedded checkpoint's folder.
+
+    Raises:
+        HubError: the package was installed without it.
+    """
+    folder = Path(str(resources.files("glm4lite"))) / NANO
+    if not (folder / "config.json").exists():
+        raise HubError(f"the embedded checkpoint is not in {folder}; install glm4lite again, or name another model")
+    return folder
+
+
+def _looks_like_a_path(text: str) -> bool:
+    return text.startswith((".", "/", "~")) or "\\" in text or text.endswith("/") or text.count("/") > 1 or ":" in text

@@ -1,0 +1,307 @@
+"""From a checkpoint to a model, one block of rows at a time.
+
+The skeleton is built on the meta device; each weight is read in blocks of at most 16 MiB, quantized, assigned and
+dropped, so the peak is the quantized model plus a few blocks, never the checkpoint. Weights that lie quantized in the
+checkpoint are mapped in place and not copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from glm4lite import memory
+from glm4lite.checkpoint import Checkpoint
+from glm4lite.config import Glm4Config
+from glm4lite.errors import CheckpointError, ConfigError
+from glm4lite.events import Progress
+from glm4lite.hub import resolve
+from glm4lite.plan import Fill, Plan, make_plan, stored_quant
+from glm4lite_quant import QuantConfig, QuantEmbedding, QuantError, QuantLinear, QuantTensor
+
+ProgressCallback = Callable[[Progress], None]
+Model = TypeVar("Model", bound=nn.Module)
+
+BLOCK_BYTES = 16 << 20
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def load(
+    source: str | Path,
+    quant: str | QuantConfig | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    progress: ProgressCallback | None = None,
+    cls: type[Model] | None = None,
+) -> Model:
+    """Load a model from a folder, from "nano", or from a Hub repo id.
+
+    Args:
+        source: a folder with config.json and safetensors, "nano", or "organisation/name" on the Hub.
+        quant: "int4", "int8", a QuantConfig, or None to keep the checkpoint's own precision. A checkpoint that is
+            quantized already is loaded as it is.
+        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1".
+        dtype: of the activations (and of weights that are not quantized): "auto", "float32", "bfloat16".
+        progress: called after each block with the bytes read; an exception it raises stops the load.
+        cls: Glm4ForCausalLM unless given.
+
+    Returns:
+        The model in eval mode. With quantized weights its norms and biases are float32 and nothing requires gradients.
+
+    Raises:
+        Glm4liteError: one line saying which file, tensor, key or argument cannot be used, and what to do.
+    """
+    wanted = parse_quant(quant)
+    target = _device(device)
+    chosen = _dtype(dtype)
+    checkpoint = Checkpoint.open(resolve(source, progress))
+    config = read_config(checkpoint)
+    stored = stored_quant(checkpoint, wanted)
+    model = skeleton(config, cls)
+    plan = make_plan(model, checkpoint, None if stored else wanted)
+    _check_memory(checkpoint, plan, target)
+    activations = _activation_dtype(checkpoint, plan, chosen, target)
+    meter = Meter("load", _total_bytes(checkpoint, plan), progress)
+    for fill in plan.fills:
+        _fill(model, checkpoint, fill, target, activations, plan.quantized, meter)
+    _initialise(model, plan, target, activations)
+    if plan.tied:
+        _tie(model, target)
+    if plan.quantized:
+        model.requires_grad_(False)
+        cast(Any, model).config.quantization_config = (stored or wanted or QuantConfig()).to_dict()
+    _check_complete(model)
+    return model.eval()
+
+
+def parse_quant(quant: str | QuantConfig | None) -> QuantConfig | None:
+    """QuantConfig.parse with this package's error."""
+    try:
+        return QuantConfig.parse(quant)
+    except QuantError as error:
+        raise ConfigError(str(error)) from None
+
+
+def read_config(checkpoint: Checkpoint) -> Glm4Config:
+    return Glm4Config.from_dict(checkpoint.config, checkpoint.folder / "config.json")
+
+
+def skeleton(config: Glm4Config, cls: type[Model] | None) -> Model:
+    """The model without weights, on the meta device."""
+    if cls is None:
+        from glm4lite.model import Glm4ForCausalLM
+
+        cls = cast(type[Model], Glm4ForCausalLM)
+    with torch.device("meta"):
+        return cls(config)
+
+
+class Meter:
+    """Counts bytes and reports them."""
+
+    def __init__(self, stage: str, total: int, progress: ProgressCallback | None) -> None:
+        self.stage, self.total, self.done, self._progress = stage, total, 0, progress
+
+    def add(self, count: int) -> None:
+        self.done += count
+        if self._progress is not None:
+            self._progress(Progress(self.stage, self.done, self.total, "bytes"))
+
+
+def blocks(checkpoint: Checkpoint, name: str, meter: Meter) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows) of a tensor in its own type, float16 widened to float32; the meter counts what was used."""
+    if not checkpoint.shape(name):
+        raise CheckpointError(f"{name} in {checkpoint.file(name)} is a single number, not a weight")
+    for start, block in checkpoint.row_blocks(name, BLOCK_BYTES):
+        yield start, block.float() if block.dtype == torch.float16 else block
+        meter.add(block.nbytes)
+
+
+def quantize_weight(checkpoint: Checkpoint, fill: Fill, meter: Meter) -> QuantTensor:
+    """One weight, quantized block by block; at no time is all of it in memory unquantized."""
+    if fill.quant is None:
+        raise CheckpointError(f"{fill.source} is not to be quantized")
+    weight = QuantTensor.empty(fill.shape[0], fill.shape[1], fill.quant)
+    try:
+        for start, rows in blocks(checkpoint, fill.source, meter):
+            weight.quantize_rows(start, rows)
+    except QuantError as error:
+        where = checkpoint.file(fill.source)
+        raise CheckpointError(f"{fill.source} in {where} cannot be quantized: {error}; download the file again") from None
+    return weight
+
+
+def _fill(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    fill: Fill,
+    device: torch.device,
+    activations: torch.dtype,
+    quantized: bool,
+    meter: Meter,
+) -> None:
+    if fill.parts:
+        weight = _mapped_weight(checkpoint, fill)
+        meter.add(sum(checkpoint.nbytes(part) for part in fill.parts))
+        _replace(model, fill, weight, device, activations)
+    elif fill.quant is not None:
+        _replace(model, fill, quantize_weight(checkpoint, fill, meter), device, activations)
+    else:
+        small = quantized and len(fill.shape) == 1  # norms and biases of a quantized model stay exact
+        values = _read_plain(checkpoint, fill, device, torch.float32 if small else activations, meter)
+        _assign(model.get_submodule(fill.module), fill.parameter, values)
+
+
+def _mapped_weight(checkpoint: Checkpoint, fill: Fill) -> QuantTensor:
+    """A weight that is quantized in the file: its tensors over the map, checked against each other and the model."""
+    file = checkpoint.file(fill.parts[0])
+    try:
+        weight = QuantTensor.from_tensors({part.rpartition(".")[2]: checkpoint.mapped(part) for part in fill.parts})
+    except QuantError as error:
+        raise CheckpointError(f"{fill.source} in {file}: {error}; download it or quantize the original again") from None
+    if weight.shape != fill.shape:
+        raise CheckpointError(
+            f"{fill.source} in {file} has shape {list(weight.shape)}, config.json needs {list(fill.shape)}; "
+            "correct config.json or quantize the original again"
+        )
+    return weight
+
+
+def _replace(model: nn.Module, fill: Fill, weight: QuantTensor, device: torch.device, dtype: torch.dtype) -> None:
+    """Put a quantized module in the place of the skeleton's."""
+    old, config = model.get_submodule(fill.module), QuantConfig(weight.bits, weight.group_size)
+    new: QuantLinear | QuantEmbedding
+    if isinstance(old, nn.Linear):
+        new = QuantLinear(old.in_features, old.out_features, config, bias=old.bias is not None, device="meta")
+    elif isinstance(old, nn.Embedding):
+        new = QuantEmbedding(old.num_embeddings, old.embedding_dim, config, device="meta", dtype=dtype)
+    else:
+        raise CheckpointError(f"{fill.source} is quantized in the checkpoint, but {fill.module} is neither linear nor embedding")
+    new.load(_moved(weight, device))
+    _set_module(model, fill.module, new)
+
+
+def _moved(weight: QuantTensor, device: torch.device) -> QuantTensor:
+    if weight.device == device:
+        return weight
+    return QuantTensor.from_tensors({name: tensor.to(device) for name, tensor in weight.tensors().items()})
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _read_plain(
+    checkpoint: Checkpoint, fill: Fill, device: torch.device, dtype: torch.dtype, meter: Meter
+) -> Tensor:
+    """A tensor straight into its final memory, converted block by block."""
+    values = torch.empty(fill.shape, dtype=dtype, device=device)
+    for start, rows in blocks(checkpoint, fill.source, meter):
+        values[start : start + rows.shape[0]] = rows
+    return values
+
+
+def _assign(module: nn.Module, name: str, values: Tensor) -> None:
+    is_parameter = isinstance(getattr(module, name), nn.Parameter)
+    setattr(module, name, nn.Parameter(values) if is_parameter else values)
+
+
+def _tie(model: nn.Module, device: torch.device) -> None:
+    """The head shares the embedding's tensors: one copy under two modules."""
+    embedding = model.get_submodule("model.embed_tokens")
+    if isinstance(embedding, QuantEmbedding):
+        weight = embedding.weight_tensor
+        config = QuantConfig(weight.bits, weight.group_size)
+        head = QuantLinear(embedding.embedding_dim, embedding.num_embeddings, config, bias=False, device="meta")
+        head.load(weight)
+        _set_module(model, "lm_head", head)
+    else:
+        cast(Any, model).lm_head.weight = cast(Any, embedding).weight
+
+
+def _initialise(model: nn.Module, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
+    """Values for a classification head that no file holds: N(0, initializer_range), biases 0, as the reference does."""
+    std = cast(Any, model).config.initializer_range
+    for module, parameter in plan.fresh:
+        layer = model.get_submodule(module)
+        values = torch.zeros(getattr(layer, parameter).shape, dtype=dtype, device=device)
+        _assign(layer, parameter, values if parameter == "bias" else values.normal_(std=std))
+
+
+def _check_complete(model: nn.Module) -> None:
+    left = [name for name, value in model.state_dict().items() if value.is_meta]
+    if left:
+        raise CheckpointError(f"{left[0]} got no values; this is a defect of glm4lite, please report it with the model's name")
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device {device!r} is not known; use auto, cpu, cuda or cuda:N") from None
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {str(device)!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if found.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device {str(device)!r} was asked for, but torch finds no CUDA device; use device='cpu'")
+        count = torch.cuda.device_count()
+        if found.index is not None and found.index >= count:
+            raise ConfigError(f"device {str(device)!r} was asked for, but there are {count} CUDA devices")
+        return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
+    return found
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """None means "auto"."""
+    if dtype == "auto":
+        return None
+    found = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(str(dtype).removeprefix("torch."))
+    if found == torch.float16:
+        raise ConfigError(
+            "dtype float16 is refused: GLM-4's activations reach 68000, above float16's largest number; "
+            "use bfloat16 or float32"
+        )
+    if found not in (torch.float32, torch.bfloat16):
+        raise ConfigError(f"dtype {str(dtype)!r} is not supported; use auto, float32 or bfloat16")
+    return found
+
+
+def _activation_dtype(
+    checkpoint: Checkpoint, plan: Plan, chosen: torch.dtype | None, device: torch.device
+) -> torch.dtype:
+    if chosen is not None:
+        return chosen
+    if plan.quantized:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    embedding = next((fill.source for fill in plan.fills if fill.module.endswith("embed_tokens")), plan.fills[0].source)
+    return torch.bfloat16 if checkpoint.dtype(embedding) == "BF16" else torch.float32
+
+
+def _total_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
+    return sum(checkpoint.nbytes(name) for fill in plan.fills for name in (fill.parts or (fill.source,)))
+
+
+def _check_memory(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> None:
+    """Refuse at once what cannot fit. What is mapped does not count: its pages can be dropped."""
+    if device.type != "cpu":
+        return
+    needed = sum(
+        fill.planned().nbytes if fill.quant else checkpoint.nbytes(fill.source) for fill in plan.fills if not fill.parts
+    )
+    free = memory.available()
+    if free is not None and needed > free:
+        raise CheckpointError(
+            f"{checkpoint.folder} needs {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free; "
+            "quantize it (quant='int4'), or load a folder made by `glm4lite quantize`"
+        )

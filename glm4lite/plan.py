@@ -1,0 +1,192 @@
+"""What goes where: every parameter of a model matched with the tensors of a checkpoint before any of them is read.
+
+All that can be wrong with names, shapes and types is said here, so a load that begins can end.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from glm4lite.checkpoint import Checkpoint
+from glm4lite.errors import CheckpointError, ConfigError
+from glm4lite_quant import QuantConfig, QuantError, QuantTensor
+
+logger = logging.getLogger("glm4lite")
+
+FLOAT_TYPES = ("BF16", "F32", "F16")
+QUANT_PARTS = ("qweight", "scales", "mins", "row_scale", "row_min")
+CODE_COLUMNS = 32
+"""Input columns of one tile of codes: a layer with another width stays as it is."""
+
+
+@dataclass(frozen=True)
+class Fill:
+    """One parameter of the model and how it gets its values.
+
+    `quant` set: the weight is quantized while it is read. `parts` not empty: it lies in the checkpoint quantized already,
+    under these tensor names. Neither: it is read as it is.
+    """
+
+    module: str
+    parameter: str
+    source: str
+    shape: tuple[int, ...]
+    quant: QuantConfig | None = None
+    parts: tuple[str, ...] = ()
+
+    def planned(self) -> QuantTensor:
+        """Shapes and types of the quantized weight (on the meta device)."""
+        if self.quant is None:
+            raise CheckpointError(f"{self.source} is not to be quantized")
+        rows, columns = self.shape
+        return QuantTensor.empty(rows, columns, self.quant, "meta")
+
+
+@dataclass
+class Plan:
+    """All fills in the model's order; `fresh` parameters are in no file and start from their initial values."""
+
+    fills: list[Fill] = field(default_factory=list)
+    fresh: list[tuple[str, str]] = field(default_factory=list)
+    tied: bool = False
+
+    @property
+    def quantized(self) -> bool:
+        return any(fill.quant or fill.parts for fill in self.fills)
+
+
+def make_plan(model: nn.Module, checkpoint: Checkpoint, quant: QuantConfig | None) -> Plan:
+    """Match a model (on the meta device) with a checkpoint; each thing that does not fit is named.
+
+    Raises:
+        CheckpointError: tensors are missing, not expected, or of the wrong shape or type.
+        ConfigError: a layer's width is not a multiple of the group size.
+    """
+    plan, missing, kept = Plan(), [], []
+    plan.tied = bool(getattr(model.config, "tie_word_embeddings", False)) and hasattr(model, "lm_head")
+    prefix = "" if hasattr(model, "model") else "model."  # the bare trunk's parameters lie under model. in the file
+    for module, parameter, shape in _parameters(model):
+        if plan.tied and module == "lm_head":
+            continue
+        source = f"{prefix}{module}.{parameter}"
+        parts = _stored_parts(checkpoint, f"{prefix}{module}") if parameter == "weight" else ()
+        if not parts and source not in checkpoint:
+            (plan.fresh if module == "score" else missing).append((module, parameter))
+            continue
+        config = None if parts else _quant_for(model, module, parameter, shape, quant, kept)
+        plan.fills.append(Fill(module, parameter, source, shape, config, parts))
+    if missing:
+        raise CheckpointError(_missing(checkpoint, [f"{prefix}{module}.{parameter}" for module, parameter in missing]))
+    _check_unexpected(model, checkpoint, plan)
+    for fill in plan.fills:
+        _check_fill(checkpoint, fill)
+    _say(checkpoint, plan, kept)
+    return plan
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(module, parameter, shape), tied ones under each of their names."""
+    for name, value in model.named_parameters(remove_duplicate=False):
+        module, _, parameter = name.rpartition(".")
+        yield module, parameter, tuple(value.shape)
+
+
+def _stored_parts(checkpoint: Checkpoint, module: str) -> tuple[str, ...]:
+    parts = tuple(f"{module}.{part}" for part in QUANT_PARTS if f"{module}.{part}" in checkpoint)
+    return parts if f"{module}.qweight" in parts else ()
+
+
+def _quant_for(
+    model: nn.Module, module: str, parameter: str, shape: tuple[int, ...], quant: QuantConfig | None, kept: list[str]
+) -> QuantConfig | None:
+    """The config this parameter is quantized with; `kept` collects the layers whose width no code tile fits."""
+    layer = model.get_submodule(module)
+    if quant is None or parameter != "weight" or not isinstance(layer, nn.Linear | nn.Embedding):
+        return None
+    config, width = quant.for_module(module), shape[1]
+    if config is None:
+        return None
+    if width % CODE_COLUMNS:
+        kept.append(module)
+        return None
+    if width % config.group_size:
+        fitting = max(size for size in (32, 64, 128) if width % size == 0)
+        raise ConfigError(
+            f"{module} has {width} input columns, not a multiple of the group size {config.group_size}; "
+            f"quantize with group size {fitting}"
+        )
+    return config
+
+
+def _missing(checkpoint: Checkpoint, names: list[str]) -> str:
+    return f"{checkpoint.folder} lacks {some(names)}, which config.json's model needs; download it again or correct config.json"
+
+
+def _check_unexpected(model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> None:
+    used = {name for fill in plan.fills for name in (fill.parts or (fill.source,))}
+    extra = [name for name in checkpoint.names() if name not in used]
+    heads = [name for name in extra if name.startswith("lm_head.")]
+    if heads and (plan.tied or not hasattr(model, "lm_head")):
+        why = "the config ties the head to the embedding" if plan.tied else f"{type(model).__name__} has no such head"
+        logger.warning("%s is not used: %s", some(heads), why)
+        extra = [name for name in extra if name not in heads]
+    if extra:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds {some(extra)} (in {checkpoint.file(extra[0]).name}), which config.json's model "
+            "does not have; correct config.json (model_type, attention_bias, num_hidden_layers) or use the right class"
+        )
+
+
+def _check_fill(checkpoint: Checkpoint, fill: Fill) -> None:
+    if fill.parts:
+        return  # checked as a whole when they are mapped
+    found, dtype = checkpoint.shape(fill.source), checkpoint.dtype(fill.source)
+    where = f"{fill.source} in {checkpoint.file(fill.source)}"
+    if found != fill.shape:
+        raise CheckpointError(
+            f"{where} has shape {list(found)}, config.json needs {list(fill.shape)}; correct config.json or download it again"
+        )
+    if dtype not in FLOAT_TYPES:
+        raise CheckpointError(f"{where} has the type {dtype}, which cannot be loaded; use a BF16 or F32 checkpoint")
+
+
+def _say(checkpoint: Checkpoint, plan: Plan, kept: list[str]) -> None:
+    """Notices: nothing is wrong, but the user should know."""
+    if kept:
+        logger.warning("not quantized, because their input width is not a multiple of %d: %s", CODE_COLUMNS, some(kept))
+    if plan.fresh:
+        names = some([f"{module}.{parameter}" for module, parameter in plan.fresh])
+        logger.warning("%s is not in the checkpoint and starts from random values: train it before use", names)
+    if any(not fill.parts and checkpoint.dtype(fill.source) == "F16" for fill in plan.fills):
+        logger.warning("%s stores float16: read and computed in a wider type, because GLM-4 overflows float16", checkpoint.folder)
+
+
+def stored_quant(checkpoint: Checkpoint, wanted: QuantConfig | None) -> QuantConfig | None:
+    """How the checkpoint is quantized by its config.json (None: it is not).
+
+    Raises:
+        ConfigError: another tool quantized it, or it is quantized otherwise than wanted.
+    """
+    given = checkpoint.config.get("quantization_config")
+    if given is None:
+        return None
+    path = checkpoint.folder / "config.json"
+    try:
+        stored = QuantConfig.from_dict(given)
+    except QuantError as error:
+        raise ConfigError(f"{path}: {error}; use the model's BF16 checkpoint") from None
+    if wanted is not None and (wanted.bits, wanted.group_size) != (stored.bits, stored.group_size):
+        raise ConfigError(
+            f"{path} is quantized to int{stored.bits} in groups of {stored.group_size} already; load it without quant, "
+            "or quantize the original checkpoint"
+        )
+    return stored
+
+
+def some(names: list[str]) -> str:
+    """At most three names and how many more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,141 @@
+"""Pre-quantized checkpoints: made from a checkpoint tensor by tensor, or from a model that is loaded.
+
+The result is an ordinary folder: config.json with `quantization_config`, `<module>.qweight/.scales/.mins/.row_scale/
+.row_min` beside the other tensors, and the tokenizer, chat template and generation config of the source. `load` maps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glm4lite.checkpoint import Checkpoint
+from glm4lite.config import Glm4Config
+from glm4lite.errors import CheckpointError, ConfigError
+from glm4lite.events import Progress
+from glm4lite.hub import resolve
+from glm4lite.loader import Meter, blocks, parse_quant, quantize_weight, read_config, skeleton
+from glm4lite.plan import Fill, Plan, make_plan, stored_quant
+from glm4lite.shard import DTYPES
+from glm4lite.writer import SHARD_BYTES, FolderWriter, PlannedTensor, check_destination
+from glm4lite_quant import QuantConfig
+
+COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+)
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    quant: str | QuantConfig = "int4",
+    progress: Callable[[Progress], None] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Quantize a checkpoint into a new folder, one weight in memory at a time.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        Glm4liteError: the source cannot be loaded, is quantized already, or the destination cannot be written. Nothing is
+            left behind then, nor after Ctrl-C or an exception from `progress`.
+    """
+    target = Path(destination).expanduser()
+    check_destination(target)
+    config = parse_quant(quant)
+    if config is None:
+        raise ConfigError("quant 'none' leaves nothing to do; use int4 or int8")
+    checkpoint = Checkpoint.open(resolve(source, progress))
+    if stored_quant(checkpoint, None) is not None:
+        raise ConfigError(f"{checkpoint.folder} is quantized already; quantize the original checkpoint")
+    model_config = read_config(checkpoint)
+    plan = make_plan(skeleton(model_config, model_class(checkpoint)), checkpoint, config)
+    if plan.fresh:
+        module, parameter = plan.fresh[0]
+        raise CheckpointError(f"{checkpoint.folder} lacks {module}.{parameter}; train the head before quantizing")
+    meter = Meter("quantize", sum(checkpoint.nbytes(fill.source) for fill in plan.fills), progress)
+    planned = [tensor for fill in plan.fills for tensor in _planned(checkpoint, fill)]
+    with FolderWriter(target, planned, shard_bytes) as writer:
+        for fill in plan.fills:
+            _write_fill(writer, checkpoint, fill, meter)
+        _write_rest(writer, checkpoint, model_config, config)
+    return target
+
+
+def save_quantized(model: nn.Module, source_folder: str | Path, destination: str | Path) -> Path:
+    """Write a model loaded with `quant` as a pre-quantized folder; `source_folder` gives tokenizer and configs.
+
+    Raises:
+        CheckpointError: the model holds no quantized weights, or the destination cannot be written.
+    """
+    checkpoint = Checkpoint.open(resolve(source_folder))
+    model_config: Any = model.config
+    given = (model_config.model_extra or {}).get("quantization_config")
+    if given is None:
+        raise CheckpointError("the model is not quantized; load it with quant='int4' or 'int8' first")
+    tensors = dict(_model_tensors(model, model_config))
+    planned = [PlannedTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    target = Path(destination).expanduser()
+    with FolderWriter(target, planned) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        _write_rest(writer, checkpoint, model_config, QuantConfig.from_dict(given))
+    return target
+
+
+def model_class(checkpoint: Checkpoint) -> type[nn.Module]:
+    """The class that config.json's `architectures` names, a causal language model if it does not."""
+    from glm4lite.heads import Glm4ForSequenceClassification, Glm4ForTokenClassification
+    from glm4lite.model import Glm4ForCausalLM
+
+    named = str(checkpoint.config.get("architectures"))
+    if "ForSequenceClassification" in named:
+        return Glm4ForSequenceClassification
+    return Glm4ForTokenClassification if "ForTokenClassification" in named else Glm4ForCausalLM
+
+
+def _planned(checkpoint: Checkpoint, fill: Fill) -> Iterator[PlannedTensor]:
+    if fill.quant is None:
+        stored = DTYPES[checkpoint.dtype(fill.source)]
+        yield PlannedTensor(fill.source, torch.float32 if stored == torch.float16 else stored, fill.shape)
+        return
+    for part, tensor in fill.planned().tensors().items():
+        yield PlannedTensor(_part_name(fill, part), tensor.dtype, tuple(tensor.shape))
+
+
+def _part_name(fill: Fill, part: str) -> str:
+    return f"{fill.source.removesuffix('.weight')}.{part}"
+
+
+def _write_fill(writer: FolderWriter, checkpoint: Checkpoint, fill: Fill, meter: Meter) -> None:
+    if fill.quant is None:
+        for _, rows in blocks(checkpoint, fill.source, meter):
+            writer.append(fill.source, rows)
+        return
+    for part, tensor in quantize_weight(checkpoint, fill, meter).tensors().items():
+        writer.write(_part_name(fill, part), tensor)
+
+
+def _write_rest(writer: FolderWriter, checkpoint: Checkpoint, config: Glm4Config, quant: QuantConfig) -> None:
+    legacy = checkpoint.config.get("model_type") == "chatglm"
+    values = config.to_dict() if legacy else dict(checkpoint.config)
+    writer.write_json("config.json", values | {"quantization_config": quant.to_dict()})
+    writer.copy(checkpoint.folder / name for name in COPIED)
+
+
+def _model_tensors(model: nn.Module, config: Glm4Config) -> Iterator[tuple[str, Tensor]]:
+    prefix = "" if hasattr(model, "model") else "model."
+    for name, tensor in model.state_dict().items():
+        if not (config.tie_word_embeddings and name.startswith("lm_head.")):
+            yield prefix + name, tensor

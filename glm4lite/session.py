@@ -1,0 +1,160 @@
+"""ChatSession: a conversation as a stream of events, with the tool loop and the KV prefix kept between turns."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glm4lite.engine import Engine, Totals
+from glm4lite.errors import TemplateError
+from glm4lite.events import Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
+from glm4lite.generate import Generation, PrefixCache
+from glm4lite.messages import Message, ToolCall
+from glm4lite.sampling import SamplingParams
+from glm4lite.template import starts_thinking
+from glm4lite.tool_calls import Call, OutputParser, Segment, Thinking
+from glm4lite.tools import Tool, run_tool
+
+if TYPE_CHECKING:
+    from glm4lite_quant import QuantConfig
+
+
+@dataclass
+class _Answer:
+    """What one generation said, as it is put back into the history."""
+
+    text: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
+
+
+class ChatSession:
+    """A conversation with a model.
+
+        session = ChatSession.load("nano", tools=BUILTIN_TOOLS)
+        for event in session.send("What is 37 * 24?"):
+            if isinstance(event, TextDelta):
+                print(event.text, end="")
+
+    `messages` is the history in OpenAI's form. One turn may call several tools, in at most `max_tool_rounds` rounds;
+    a tool that fails is an error observation to the model. Only the part of the prompt that is new is computed.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tools: Sequence[Tool] = (),
+        system: str | None = None,
+        params: SamplingParams | None = None,
+        max_tool_rounds: int = 8,
+        tool_timeout: float = 30.0,
+    ) -> None:
+        """`params` default to the checkpoint's. Raises TemplateError for a base model, which has no template."""
+        if engine.template is None:
+            raise TemplateError("no chat template: this is a base model; `glm4lite generate` continues a text with it")
+        self.engine, self.template = engine, engine.template
+        self.tools = {tool.name: tool for tool in tools}
+        self.system = system
+        self.params = params or engine.params()
+        self.max_tool_rounds, self.tool_timeout = max_tool_rounds, tool_timeout
+        self._cancel = threading.Event()
+        self._cache = PrefixCache(engine.model)
+        self._calls_made = 0
+        self.messages: list[Message] = []
+        self.reset()
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path = "nano",
+        quant: str | QuantConfig | None = "auto",
+        tools: Sequence[Tool] = (),
+        system: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        progress: Callable[[Progress], None] | None = None,
+        **sampling: Any,
+    ) -> ChatSession:
+        """An Engine and a session on it; `source` as in `glm4lite.load`, `sampling` as in SamplingParams."""
+        engine = Engine.load(source, quant, device, dtype, progress)
+        return cls(engine, tools, system, engine.params(**sampling))
+
+    def reset(self) -> None:
+        """Forgets the conversation; the system prompt and the tools stay."""
+        self.messages[:] = [Message("system", self.system)] if self.system else []
+
+    def stop(self) -> None:
+        """Ends the answer that is being given; may be called from another thread or a signal handler."""
+        self._cancel.set()
+
+    def send(self, text: str) -> Iterator[Event]:
+        """Adds a user message and yields the events of the answer, the last one Done.
+
+        After an error (ContextLengthError, say) the history is as it was before.
+        """
+        self._cancel.clear()
+        before = list(self.messages)
+        self.messages.append(Message("user", text))
+        totals = Totals()
+        try:
+            for _ in range(self.max_tool_rounds + 1):
+                generation, answer = self._generation(), _Answer()
+                try:
+                    yield from self._answer(generation, answer)
+                finally:  # what was said stays said, also when the reader goes away
+                    self._remember(answer)
+                totals.add(generation)
+                if not answer.calls or generation.finish_reason == "cancelled":
+                    yield totals.done(generation)
+                    return
+                yield from self._run(answer.calls)
+            yield totals.done(generation, finish_reason="tool_rounds")
+        except Exception:
+            self.messages[:] = before
+            raise
+
+    def _generation(self) -> Generation:
+        schemas = [tool.schema() for tool in self.tools.values()]
+        prompt = self.template.encode(self.engine.tokenizer, self.messages, schemas)
+        return self.engine.generate(prompt, self.params, self._cache, self._cancel)
+
+    def _answer(self, generation: Generation, answer: _Answer) -> Iterator[Event]:
+        yield from self.engine.prefill(generation)
+        prompt_end = self.engine.tokenizer.decode(generation.prompt[-8:], keep_special=True)
+        parser = OutputParser(self.tools, thinking=starts_thinking(prompt_end))
+        for segment in self._segments(generation, parser):
+            if isinstance(segment, Call):  # an event only when it runs
+                self._calls_made += 1
+                answer.calls.append(ToolCall(f"call_{self._calls_made}", segment.name, segment.arguments))
+            elif isinstance(segment, Thinking):
+                yield ThinkingDelta(segment.text)
+            else:
+                answer.text += segment.text
+                yield TextDelta(segment.text)
+
+    def _segments(self, generation: Generation, parser: OutputParser) -> Iterator[Segment]:
+        for piece in self.engine.pieces(generation):
+            yield from parser.separator() if piece is None else parser.feed(piece)
+        yield from parser.finish()
+
+    def _remember(self, answer: _Answer) -> None:
+        """The thought is left out: the templates of thinking models drop it from history too."""
+        if answer.text or answer.calls:
+            self.messages.append(Message("assistant", answer.text, tuple(answer.calls)))
+
+    def _run(self, calls: list[ToolCall]) -> Iterator[Event]:
+        """Runs calls in order. Every call gets its observation, also when the reader goes away half-way."""
+        results: dict[str, Message] = {}
+        try:
+            for call in calls:
+                yield ToolCallStarted(call.id, call.name, json.loads(call.arguments))
+                result = run_tool(self.tools.get(call.name), call, self.tool_timeout)
+                results[call.id] = Message("tool", result.content, tool_call_id=call.id, name=call.name)
+                yield ToolCallFinished(call.id, call.name, result.content, result.error)
+        finally:
+            for call in calls:
+                missing = Message("tool", "Error: the call was not run", tool_call_id=call.id, name=call.name)
+                self.messages.append(results.get(call.id, missing))

@@ -1,0 +1,163 @@
+"""The process in which chat templates run. A template is code from a downloaded checkpoint: jinja2's immutable sandbox
+keeps it from files and Python's internals, but `'a' * 10**10` or an endless loop would still take the whole program
+down, and neither a trace function nor a table of forbidden filters catches every such expression inside C code.
+A process of its own can be limited in memory and killed.
+
+Run by template.py as a script, so it imports nothing of glm4lite. It reads one JSON request a line and answers
+each with one line: `{"text": …}` or `{"error": …, "line": …}`.
+
+Rendering is Hugging Face's (transformers/utils/chat_template_utils.py): same environment, filters and globals.
+"""
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import jinja2.utils
+
+MEMORY_LIMIT = 1 << 30  # bytes of address space; Python and jinja2 take about 60 MB of it
+OUTPUT_LIMIT = 16_000_000  # characters; the longest context, a million tokens, is about 4 million
+ORPHAN_LIMIT_S = 30  # this process ends itself if the parent is gone and cannot
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's words for training; here it renders its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """jinja2's namespace without underscore names, through which a template could reach Python's internals."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # noqa: N805  # `self` must stay usable as a keyword
+        self, *rest = args
+        values = dict(*rest, **kwargs)
+        for name in values:
+            _check_name(name)
+        jinja2.utils.Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}: it starts with an underscore")
+
+
+class _Dict:
+    """`dict` for templates, without the class's own attributes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Unlike jinja2's own filter this escapes neither Chinese nor `<`."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """The environment Hugging Face renders chat templates in; it has no loader, so `include` finds nothing."""
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    env.filters["tojson"] = _tojson
+    env.globals.update(
+        raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace
+    )
+    return env
+
+
+class Renderer:
+    """Compiled templates by name, and the answer to each request."""
+
+    def __init__(self) -> None:
+        self._environment = environment()
+        self._templates: dict[str, jinja2.Template] = {}
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Compile `{"name", "source"}` or render `{"name", "variables"}`; an error becomes an answer as well."""
+        try:
+            if "source" in request:
+                self._templates[request["name"]] = self._environment.from_string(request["source"])
+                return {"text": ""}
+            text = self._templates[request["name"]].render(**request["variables"])
+            if len(text) > OUTPUT_LIMIT:
+                return {"error": f"wrote more than {OUTPUT_LIMIT} characters"}
+            return {"text": text}
+        except jinja2.exceptions.TemplateSyntaxError as error:
+            return {"error": f"is not valid Jinja: {error.message}", "line": error.lineno}
+        except jinja2.exceptions.SecurityError as error:
+            return {"error": f"did what a chat template may not: {error}"}
+        except jinja2.exceptions.UndefinedError as error:
+            return {"error": f"failed: {error}"}
+        except jinja2.exceptions.TemplateError as error:
+            return {"error": f"refused the conversation: {error}"}
+        except MemoryError:
+            return {"error": "needed too much memory"}
+        except RecursionError:
+            return {"error": "is nested too deeply"}
+        except Exception as error:  # a template can raise whatever Python can; the parent tells the user
+            return {"error": f"failed: {type(error).__name__}: {error}"}
+
+
+def _limit_process() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    try:
+        import resource
+    except ImportError:  # Windows: the parent's time limit has to do
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    except (OSError, ValueError):  # macOS may refuse it
+        return
+
+
+def main() -> None:
+    """Answer requests until stdin ends, which it does when the parent does."""
+    _limit_process()
+    renderer = Renderer()
+    print(json.dumps({"text": "ready"}), flush=True)
+    for line in sys.stdin:
+        if hasattr(signal, "alarm"):
+            signal.alarm(ORPHAN_LIMIT_S)
+        print(json.dumps(renderer.answer(json.loads(line))), flush=True)
+        if hasattr(signal, "alarm"):
+            signal.alarm(0)
+
+
+if __name__ == "__main__":
+    main()

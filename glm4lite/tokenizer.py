@@ -1,0 +1,216 @@
+"""Text to token ids and back, from a checkpoint's tokenizer.json; ids to text as they arrive.
+
+Special tokens (`<|user|>`, `[gMASK]`, …) are recognized only where the caller says so, so what a user types stays text:
+
+    >>> tokenizer.encode("<|user|>"), tokenizer.encode("<|user|>", special=True)
+    ([27, 91, 872, 91, 29], [151336])
+"""
+
+import codecs
+import functools
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders
+
+from glm4lite.errors import CheckpointError
+
+GLM_STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
+_PREFIX_TOKENS = ("[gMASK]", "<sop>")
+
+
+class Tokenizer:
+    """The tokenizer of one checkpoint.
+
+    size: ids in use (rows of the embedding past it are padding); special: special string -> id;
+    eos_ids: what tokenizer_config.json names as end of sequence; stop_ids: these and GLM's own stop tokens;
+    prefix_ids: `[gMASK]<sop>` where the vocabulary has them, which every GLM prompt starts with (chat templates write
+    it themselves; put it before raw completions).
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None) -> None:
+        config = config or {}
+        backend.no_truncation()
+        backend.no_padding()
+        added = backend.get_added_tokens_decoder()
+        declared = _declared_special(config)
+        # A token that only tokenizer_config.json (or the GLM family) knows to be special must be one for the backend too.
+        backend.add_special_tokens(
+            [token.content for token in added.values() if not token.special and token.content in declared]
+        )
+        # Plain text never yields special tokens: encode() finds them itself, where it is told to.
+        backend.encode_special_tokens = True
+        self._backend = backend
+        self._specials = {i: token for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self._split = _special_pattern(self._specials.values())
+        self.special: dict[str, int] = {token.content: i for i, token in sorted(self._specials.items())}
+        self.size: int = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
+        self.eos_ids = frozenset(self._ids_of(_token_text(config.get("eos_token"))))
+        self.stop_ids = self.eos_ids | {self.special[name] for name in GLM_STOP_TOKENS if name in self.special}
+        has_prefix = all(name in self.special for name in _PREFIX_TOKENS)
+        self.prefix_ids: list[int] = [self.special[name] for name in _PREFIX_TOKENS] if has_prefix else []
+        self.byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> "Tokenizer":
+        """Read tokenizer.json and, when there is one, tokenizer_config.json; raises CheckpointError naming the file."""
+        file = Path(path) / "tokenizer.json"
+        if not file.is_file():
+            hint = ""
+            if file.with_name("tokenizer.model").exists():
+                hint = " (its tokenizer.model is of the older remote-code form; use the '-hf' conversion)"
+            raise CheckpointError(f"{file}: not found{hint}; a checkpoint folder needs its tokenizer.json")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
+            raise CheckpointError(f"{file}: cannot be read as a tokenizer ({_one_line(error)})") from error
+        config = read_json_object(file.with_name("tokenizer_config.json"))
+        try:
+            return cls(backend, config)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path}/tokenizer_config.json: unexpected form ({_one_line(error)})") from error
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of `text`; with `special`, the strings in `self.special` become their single ids. Adds no prefix."""
+        if not special:
+            return self._encode_plain(text)
+        ids: list[int] = []
+        for piece, token_id in self.split_special(text):
+            ids.extend(self._encode_plain(piece) if token_id is None else [token_id])
+        return ids
+
+    def split_special(self, text: str) -> list[tuple[str, int | None]]:
+        """Pieces of `text` in order: special strings with their id, the text between them with None."""
+        if self._split is None:
+            return [(text, None)]
+        split: list[tuple[str, int | None]] = []
+        for index, piece in enumerate(self._split.split(text)):  # plain, special, plain, …
+            token_id = self.special.get(piece, self.special.get(piece.strip())) if index % 2 else None
+            if piece:
+                split.append((piece, token_id))
+        return split
+
+    def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
+        """Text of `ids`. Special tokens are left out or kept as their strings; ids not in use are left out."""
+        kept = [i for i in ids if keep_special or i not in self._specials]
+        return self._backend.decode(kept, skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token of a byte-level vocabulary; empty for an id that is not in use."""
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        table = _byte_of_character()
+        if token_id not in self._specials and all(character in table for character in token):
+            return bytes(table[character] for character in token)
+        return token.encode("utf-8", "replace")
+
+    def is_special(self, token_id: int) -> bool:
+        """True for the ids in `self.special`."""
+        return token_id in self._specials
+
+    def _encode_plain(self, text: str) -> list[int]:
+        # Lone surrogates (JSON can carry them, UTF-8 cannot) become "?".
+        clean = text.encode("utf-8", "replace").decode("utf-8")
+        ids: list[int] = self._backend.encode(clean, add_special_tokens=False).ids
+        return ids
+
+    def _ids_of(self, text: str | None) -> list[int]:
+        token_id = self._backend.token_to_id(text) if text else None
+        return [] if token_id is None else [token_id]
+
+
+class StreamingDetokenizer:
+    """Text of one growing list of ids, piece by piece: the pieces joined are `decode(ids)`.
+
+    A character whose bytes are not all there yet is held back, so no piece ends in half a character (U+FFFD). Each
+    step costs the same however long the text is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, keep_special: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._keep_special = keep_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.byte_level else None
+        self._window: list[int] = []  # other decoders: the last ids, of which the first _shown characters are out
+        self._shown = 0
+        self._read = 0  # ids of the window whose text is out
+
+    def add(self, token_id: int) -> str:
+        """The text that `token_id` completes; often one word, sometimes nothing."""
+        if self._tokenizer.is_special(token_id) and not self._keep_special:
+            return ""
+        if self._utf8 is not None:
+            return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        self._window.append(token_id)
+        text = self._tokenizer.decode(self._window, keep_special=True)
+        # At most 4 tokens make one character in byte fallback; a longer wait is for bytes that never were UTF-8.
+        if text.endswith("\ufffd") and len(self._window) - self._read <= 4:
+            return ""
+        return self._emit(text)
+
+    def finish(self) -> str:
+        """What is still held back: U+FFFD for a character that never became whole, else nothing."""
+        if self._utf8 is not None:
+            return self._utf8.decode(b"", final=True)
+        return self._emit(self._tokenizer.decode(self._window, keep_special=True)) if self._window else ""
+
+    def _emit(self, text: str) -> str:
+        piece = text[self._shown :]
+        # The ids shown last stay as context, because such decoders treat the first token of a text differently.
+        self._window = self._window[self._read :]
+        self._read = len(self._window)
+        self._shown = len(self._tokenizer.decode(self._window, keep_special=True))
+        return piece
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} when the file does not exist; raises CheckpointError naming the file."""
+    if not file.exists():
+        return {}
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON ({_one_line(error)})") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def _declared_special(config: dict[str, Any]) -> set[str]:
+    listed = config.get("added_tokens_decoder") or {}
+    declared = {_token_text(token) for token in listed.values() if isinstance(token, dict) and token.get("special")}
+    return {text for text in declared if text} | set(GLM_STOP_TOKENS) | set(_PREFIX_TOKENS) | {"<|assistant|>", "<|system|>"}
+
+
+def _token_text(token: Any) -> str | None:
+    """A token in tokenizer_config.json is its string or an object with `content`."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _special_pattern(tokens: Iterable[tokenizers.AddedToken]) -> "re.Pattern[str] | None":
+    """Longest special string first; lstrip and rstrip tokens swallow the white space beside them."""
+    alternatives = [
+        (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
+        for token in sorted(tokens, key=lambda token: -len(token.content))
+        if token.content
+    ]
+    return re.compile(f"({'|'.join(alternatives)})") if alternatives else None
+
+
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's table: printable bytes stand for themselves, the 68 others for the characters from U+0100 on."""
+    printable: Sequence[int] = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return table | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())[:200]

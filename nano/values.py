@@ -1,0 +1,202 @@
+"""Values that requests are about (numbers, cities, names, …), split between training and evaluation.
+
+`is_reserved` is the split: one value in eight, by its checksum, is never generated for training, and evaluation uses
+only those. It holds for every open kind of value: numbers of two or more digits, names, cities, words, codes. Closed
+sets (languages, currencies, units, months) are shared.
+"""
+
+from __future__ import annotations
+
+import random
+import tomllib
+import zlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+DATA = Path(__file__).with_name("data")
+# The README's own example is evaluated, so its numbers are kept out of training.
+ALWAYS_RESERVED = frozenset({"37", "24"})
+RARE_HAN = (0x4E00, 0x9FA5)
+
+
+def is_reserved(value: str) -> bool:
+    """Whether a value belongs to the evaluation only."""
+    return value in ALWAYS_RESERVED or (len(value) > 1 and zlib.crc32(value.encode()) % 8 == 0)
+
+
+@cache
+def table(file: str) -> dict[str, object]:
+    """One of the TOML files under nano/data."""
+    return tomllib.loads((DATA / file).read_text(encoding="utf-8"))
+
+
+@cache
+def words(name: str) -> tuple[str, ...]:
+    """A list of words.toml, separated by spaces or by bars."""
+    text = str(table("words.toml")[name])
+    return tuple(text.split("|") if "|" in text else text.split())
+
+
+class Values:
+    """Draws values of a kind; `held_out` draws reserved ones."""
+
+    def __init__(self, rng: random.Random, held_out: bool) -> None:
+        self.rng = rng
+        self.held_out = held_out
+
+    def open(self, draw: Callable[[], str]) -> str:
+        """Draws until the value is on this side of the split; single characters are on both."""
+        for _ in range(400):
+            value = draw()
+            if is_reserved(value) == self.held_out:
+                return value
+        return value
+
+    def listed(self, name: str) -> str:
+        return self.open(lambda: self.rng.choice(words(name)))
+
+    def invented(self, capital: bool) -> str:
+        """A pronounceable word that is in no list, like "Torvani"."""
+        rng = self.rng
+
+        def draw() -> str:
+            onset, vowel, coda = "b c d f g h j k l m n p r s t v w z br dr gr kr pl st tr sh ch th", "a e i o u", "n r s l m t"
+            parts = []
+            for _ in range(rng.choice((2, 2, 3))):
+                parts.append(rng.choice(onset.split()) + rng.choice(vowel.split() + ["ai", "ou", "ee"]))
+            word = "".join(parts) + (rng.choice(coda.split()) if rng.random() < 0.5 else "")
+            return word.capitalize() if capital else word
+
+        return self.open(draw)
+
+    def digits(self, least: int, most: int) -> str:
+        rng = self.rng
+        count = rng.randint(least, most)
+        return self.open(lambda: str(rng.randint(10 ** (count - 1) if count > 1 else 0, 10**count - 1)))
+
+    def number(self) -> str:
+        """A number as a person types it: mostly two to four digits, sometimes with decimals."""
+        rng = self.rng
+        size = rng.choices((1, 2, 3, 4, 5, 7), (10, 36, 26, 14, 9, 5))[0]
+        text = self.digits(size, size)
+        if rng.random() < 0.2:
+            text += "." + self.open(lambda: str(rng.randint(1, 9)) if rng.random() < 0.6 else f"{rng.randint(1, 99):02d}".rstrip("0"))
+        return text
+
+    def han(self) -> str:
+        """A Chinese personal name, one in six with a rare character."""
+        rng, text = self.rng, table("words.toml")
+
+        def draw() -> str:
+            given = "".join(rng.choice(str(text["given_zh"])) for _ in range(rng.choice((1, 2, 2))))
+            if rng.random() < 0.17:
+                given = chr(rng.randint(*RARE_HAN))
+            return rng.choice(str(text["surname_zh"])) + given
+
+        return self.open(draw)
+
+    def city(self, chinese: bool) -> str:
+        roll = self.rng.random()
+        if chinese and roll < 0.75:
+            return self.listed("city_zh")
+        return self.invented(True) if roll > (0.85 if chinese else 0.65) else self.listed("city")
+
+    def person(self, chinese: bool) -> str:
+        roll = self.rng.random()
+        if chinese and roll < 0.75:
+            return self.han()
+        return self.invented(True) if roll > (0.85 if chinese else 0.6) else self.listed("person")
+
+    def word(self, chinese: bool = False) -> str:
+        if self.rng.random() < 0.5:
+            return self.invented(False)
+        return self.listed("noun" if self.rng.random() < 0.5 else "topic")
+
+    def code(self) -> str:
+        rng = self.rng
+        letters = "".join(rng.choice("ABCDEFGHJKLMNPQRSTUVWXYZ") for _ in range(rng.choice((1, 2, 2))))
+        return self.open(lambda: letters + self.digits(3, 6)) if rng.random() < 0.6 else self.digits(4, 8)
+
+    def clock(self) -> str:
+        return self.open(lambda: f"{self.rng.randint(0, 23):02d}:{self.rng.randint(0, 59):02d}")
+
+    def date(self) -> str:
+        rng = self.rng
+        return self.open(lambda: f"20{rng.randint(20, 39)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}")
+
+    def phrase(self, chinese: bool) -> str:
+        """A short sentence to be passed on: a listed one, or one made of words."""
+        if chinese and self.rng.random() < 0.7:
+            return self.listed("phrase_zh")
+        if self.rng.random() < 0.5:
+            return self.listed("phrase")
+        return self.open(lambda: " ".join(self.word() for _ in range(self.rng.randint(1, 4))))
+
+    def title(self) -> str:
+        words_ = [self.word().capitalize() for _ in range(self.rng.randint(1, 3))]
+        return self.open(lambda: " ".join([*words_[:-1], self.word().capitalize()]))
+
+    def draw(self, kind: str, chinese: bool) -> str:
+        """A value of the kind that a tool's table names."""
+        return _KINDS[kind](self, chinese)
+
+
+def _pair(name: str) -> Callable[[Values, bool], str]:
+    """`phrase`, `topic`, … have a Chinese list beside them."""
+    return lambda v, zh: v.listed(f"{name}_zh") if zh and v.rng.random() < 0.8 else v.listed(name)
+
+
+def _integer(low: int, high: int) -> Callable[[Values, bool], str]:
+    return lambda v, zh: v.open(lambda: str(v.rng.randint(low, high)))
+
+
+def _choice(name: str) -> Callable[[Values, bool], str]:
+    return lambda v, zh: v.rng.choice(words(name))
+
+
+_KINDS: dict[str, Callable[[Values, bool], str]] = {
+    "city": lambda v, zh: v.city(zh),
+    "city_any": lambda v, zh: v.city(zh),
+    "person": lambda v, zh: v.person(zh),
+    "ticker": lambda v, zh: v.open(lambda: "".join(v.rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(v.rng.choice((3, 4))))),
+    "phrase": lambda v, zh: v.phrase(zh),
+    "foreign": lambda v, zh: v.open(lambda: " ".join(v.invented(False) for _ in range(v.rng.randint(1, 4)))),
+    "language": lambda v, zh: v.rng.choice(words("language_zh" if zh else "language")),
+    "currency": _choice("currency"),
+    "currency2": _choice("currency"),
+    "number": lambda v, zh: v.number(),
+    "money": lambda v, zh: v.number(),
+    "percent": lambda v, zh: v.rng.choice(("", "-")) + f"{v.rng.randint(0, 9)}.{v.rng.randint(1, 99)}",
+    "int": lambda v, zh: v.digits(1, 4),
+    "bigint": lambda v, zh: v.digits(5, 8),
+    "small": _integer(2, 30),
+    "small2": _integer(2, 120),
+    "pct": _integer(0, 100),
+    "deg": lambda v, zh: v.open(lambda: str(v.rng.randint(12, 29)) + v.rng.choice(("", "", ".5"))),
+    "temp": _integer(-25, 45),
+    "id": lambda v, zh: v.digits(2, 6),
+    "phone": lambda v, zh: v.digits(7, 11),
+    "code": lambda v, zh: v.code(),
+    "clock": lambda v, zh: v.clock(),
+    "date": lambda v, zh: v.date(),
+    "task": _pair("task"),
+    "topic": lambda v, zh: v.listed("topic_zh") if zh and v.rng.random() < 0.8 else v.rng.choice((v.listed("topic"), v.invented(False))),
+    "noun": lambda v, zh: v.listed("noun_zh") if zh and v.rng.random() < 0.8 else v.rng.choice((v.listed("noun"), v.invented(False))),
+    "word": lambda v, zh: v.word(),
+    "title": lambda v, zh: v.title(),
+    "proper": lambda v, zh: v.title(),
+    "eventname": lambda v, zh: v.phrase(zh) if v.rng.random() < 0.5 else v.title(),
+    "file": lambda v, zh: v.rng.choice(("", "docs/", "data/", "src/")) + v.word() + v.rng.choice((".txt", ".md", ".csv", ".json", ".py")),
+    "room": lambda v, zh: v.rng.choice(("厨房", "卧室", "客厅", "书房") if zh else ("kitchen", "bedroom", "office", "hall", "bathroom")),
+    "flight": lambda v, zh: v.open(lambda: v.rng.choice("ABCLKQU") + v.rng.choice("ABCFHXZ") + str(v.rng.randint(100, 9999))),
+    "rating": lambda v, zh: f"{v.rng.randint(1, 4)}.{v.rng.randint(1, 9)}",
+    "sky": _choice("sky"),
+    "state": _choice("state"),
+    "meaning": lambda v, zh: v.open(lambda: " ".join(v.word() for _ in range(v.rng.randint(2, 4)))),
+    "ok": lambda v, zh: v.rng.choice(("ok", "done")),
+    "sent": lambda v, zh: v.rng.choice(("sent", "queued", "delivered")),
+    "playing": lambda v, zh: "playing",
+    "calling": lambda v, zh: v.rng.choice(("ringing", "busy", "connected")),
+    "echo": lambda v, zh: v.rng.choice((v.phrase(zh), v.number(), v.person(zh), v.word(), v.title(), v.code())),
+}

@@ -1,0 +1,66 @@
+// The C interface of the kernels, and what the files of this folder share. Knows nothing of Python or torch.
+//
+// A weight [n, k] is tiled 16 rows x 32 columns; the tiles of one row block lie one after another along k:
+//   4 bits: 256 bytes; vector j = 0..3 of 64 bytes, byte i of row r: low nibble w[r][8j+i], high nibble w[r][8j+4+i]
+//   8 bits: 512 bytes; vector j = 0..7 of 64 bytes, byte i of row r: w[r][4j+i], signed
+//   w = row_scale[n] * scales[n, g] * q - row_min[n] * mins[n, g], scales and mins stored [n / 16][k / group][16]
+// Nothing but row_scale and row_min ends at n: the other planes are padded to whole tiles. No alignment is assumed.
+#ifndef GLM4LITE_QGEMM_H
+#define GLM4LITE_QGEMM_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define GLM4_API extern "C" __declspec(dllexport)
+#else
+#define GLM4_API extern "C" __attribute__((visibility("default")))
+#endif
+
+enum { GLM4_ROWS = 16, GLM4_COLS = 32 };
+enum { GLM4_FLOAT32 = 0, GLM4_BFLOAT16 = 1 };
+enum { GLM4_SCALAR = 0, GLM4_AVX2 = 1, GLM4_AVX512VNNI = 2, GLM4_ISAS = 3 };
+enum { GLM4_OK = 0, GLM4_NOT_FINITE = 1, GLM4_NO_MEMORY = 2 };
+
+struct glm4_weight {
+  uint8_t* qweight;
+  uint8_t* scales;
+  uint8_t* mins;  // null for 8 bits
+  float* row_scale;
+  float* row_min;  // null for 8 bits
+  int64_t n, k;
+  int32_t bits, group;
+};
+
+struct glm4_matrix {  // rows of float32 or bfloat16, stride in elements
+  void* data;
+  int64_t rows, stride;
+  int32_t dtype;
+};
+
+GLM4_API int32_t glm4_abi_version(void);
+GLM4_API int32_t glm4_isa_available(int32_t isa);
+// y [m, n] = x [m, k] * w^T + bias (bias may be null).
+GLM4_API int32_t glm4_matmul(const glm4_weight* w, const glm4_matrix* x, const float* bias, const glm4_matrix* y,
+                             int32_t isa, int32_t threads);
+// Fills w from source [n, k]; GLM4_NOT_FINITE puts the first such row and column in place[0..1].
+GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, int32_t threads, int64_t* place);
+
+// Up to `width` columns of activations, quantized and interleaved so that one pointer walks all of them.
+struct glm4_panel {
+  const int32_t* quads;    // [k / 32][width][8]: int8 codes, four to a word
+  const float* scale;      // [k / 32][width]: NaN where the activations are not finite
+  const int32_t* sum;      // [k / 32][width]: sum of the block's codes
+  const float* group_sum;  // [k / group][width]: sum of scale * sum over the group
+  int32_t width;
+};
+
+// One row tile times one panel, without row scales: dot[c][r] = sum of scales * q * x, min[c][r] = sum of mins * x.
+typedef void (*glm4_tile_kernel)(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* dot, float* min);
+
+// The widest panel an ISA's registers hold. No kernel code is shared between ISA files: the linker keeps one copy.
+enum { GLM4_SCALAR_WIDTH = 4, GLM4_AVX2_WIDTH = 4, GLM4_AVX512VNNI_WIDTH = 12, GLM4_MAX_WIDTH = 12 };
+void glm4_tile_scalar(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
+void glm4_tile_avx2(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
+void glm4_tile_avx512vnni(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
+
+#endif

@@ -1,0 +1,104 @@
+// AVX-512 VNNI: one register holds four columns of all 16 rows; vpdpbusd adds their products with four broadcast
+// activations. Per 512 four-bit weights and one column: 4 loads, 12 mask/shift, 8 vpdpbusd, 3 for the scales.
+#include <immintrin.h>
+
+#include "qgemm.h"
+
+namespace {
+
+inline __m512 bytes_to_float(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+
+template <int C>
+inline void dot_int4(const uint8_t* tile, const int32_t* a, __m512i* acc) {
+  const __m512i nibble = _mm512_set1_epi8(15);
+  for (int c = 0; c < C; ++c) acc[c] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i v = _mm512_loadu_si512(tile + 64 * j);
+    const __m512i low = _mm512_and_si512(v, nibble);
+    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble);
+#pragma GCC unroll 12
+    for (int c = 0; c < C; ++c) {
+      acc[c] = _mm512_dpbusd_epi32(acc[c], low, _mm512_set1_epi32(a[8 * c + 2 * j]));
+      acc[c] = _mm512_dpbusd_epi32(acc[c], high, _mm512_set1_epi32(a[8 * c + 2 * j + 1]));
+    }
+  }
+}
+
+// vpdpbusd wants unsigned weights: 128 is added to each and its product with the activations taken off beforehand.
+template <int C>
+inline void dot_int8(const uint8_t* tile, const int32_t* a, const int32_t* sum, __m512i* acc) {
+  const __m512i sign = _mm512_set1_epi8(-128);
+#pragma GCC unroll 12
+  for (int c = 0; c < C; ++c) acc[c] = _mm512_set1_epi32(-128 * sum[c]);
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) {
+    const __m512i v = _mm512_xor_si512(_mm512_loadu_si512(tile + 64 * j), sign);
+#pragma GCC unroll 12
+    for (int c = 0; c < C; ++c) acc[c] = _mm512_dpbusd_epi32(acc[c], v, _mm512_set1_epi32(a[8 * c + j]));
+  }
+}
+
+template <int C, int Bits>
+void dots(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* out) {
+  const int64_t groups = w->k / w->group, per_group = w->group / GLM4_COLS;
+  const uint8_t* codes = w->qweight + tile * (w->k / GLM4_COLS) * (64 * Bits);
+  const uint8_t* scales = w->scales + tile * groups * GLM4_ROWS;
+  const int32_t *a = x->quads, *sum = x->sum;
+  const float* scale = x->scale;
+  __m512 total[C];
+#pragma GCC unroll 12
+  for (int c = 0; c < C; ++c) total[c] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < groups; ++g) {
+    const __m512 s = bytes_to_float(scales + g * GLM4_ROWS);
+    for (int64_t b = 0; b < per_group; ++b) {
+      __m512i acc[C];
+      if (Bits == 4) {
+        dot_int4<C>(codes, a, acc);
+      } else {
+        dot_int8<C>(codes, a, sum, acc);
+      }
+#pragma GCC unroll 12
+      for (int c = 0; c < C; ++c)
+        total[c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[c]), _mm512_mul_ps(s, _mm512_set1_ps(scale[c])), total[c]);
+      codes += 64 * Bits, a += 8 * C, scale += C, sum += C;
+    }
+  }
+#pragma GCC unroll 12
+  for (int c = 0; c < C; ++c) _mm512_storeu_ps(out + GLM4_ROWS * c, total[c]);
+}
+
+template <int C>
+void mins(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* out) {
+  const int64_t groups = w->k / w->group;
+  const uint8_t* m = w->mins + tile * groups * GLM4_ROWS;
+  __m512 total[C];
+#pragma GCC unroll 12
+  for (int c = 0; c < C; ++c) total[c] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < groups; ++g) {
+    const __m512 v = bytes_to_float(m + g * GLM4_ROWS);
+#pragma GCC unroll 12
+    for (int c = 0; c < C; ++c) total[c] = _mm512_fmadd_ps(v, _mm512_set1_ps(x->group_sum[g * C + c]), total[c]);
+  }
+#pragma GCC unroll 12
+  for (int c = 0; c < C; ++c) _mm512_storeu_ps(out + GLM4_ROWS * c, total[c]);
+}
+
+template <int C>
+void tile_of(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* dot, float* min) {
+  if (w->bits == 8) return dots<C, 8>(w, tile, x, dot);
+  dots<C, 4>(w, tile, x, dot);
+  mins<C>(w, tile, x, min);
+}
+
+constexpr glm4_tile_kernel kByWidth[GLM4_AVX512VNNI_WIDTH] = {
+    tile_of<1>, tile_of<2>, tile_of<3>, tile_of<4>,  tile_of<5>,  tile_of<6>,
+    tile_of<7>, tile_of<8>, tile_of<9>, tile_of<10>, tile_of<11>, tile_of<12>};
+
+}  // namespace
+
+void glm4_tile_avx512vnni(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* dot, float* min) {
+  kByWidth[x->width - 1](w, tile, x, dot, min);
+}

@@ -1,0 +1,215 @@
+// float weights -> codes, scales and mins. Every float operation is the reference's (kernels/reference.py), in its order,
+// so that both give the same bytes; compiled without contraction into fused multiply-adds for that reason.
+#include <math.h>
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <new>
+
+#include "qgemm.h"
+#include "thread_pool.h"
+
+namespace {
+
+constexpr float kTiny = 1e-30f, kHuge = 1e18f;
+constexpr float kShrink[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f};
+constexpr float kPerByte = static_cast<float>(1.0 / 255), kPerNibble = static_cast<float>(1.0 / 15);
+constexpr float kPerInt8 = static_cast<float>(1.0 / 127);
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to a whole number, ties to even
+
+inline float inverse(float step) { return step > kTiny ? 1.0f / step : 0.0f; }
+inline float round_even(float v) { return (v + kRound) - kRound; }
+// Written as minps and maxps compare, so that the compiler may use them.
+inline float least(float a, float b) { return a < b ? a : b; }
+inline float most(float a, float b) { return a > b ? a : b; }
+inline float clamp(float v, float low, float high) { return least(most(v, low), high); }
+
+// Combines v[0..2H-1] by halves into v[0]: the reference's order, and whole registers at a time.
+template <int H, class Combine>
+inline void fold(float* v, Combine combine) {
+  for (int i = 0; i < H; ++i) v[i] = combine(v[i], v[i + H]);
+  if constexpr (H > 1) fold<H / 2>(v, combine);
+}
+
+// Loads one row as float32; the column of the first value that cannot be quantized, or -1.
+int64_t load_row(const glm4_matrix& m, int64_t row, int64_t k, float* out) {
+  if (m.dtype == GLM4_FLOAT32) {
+    memcpy(out, static_cast<const float*>(m.data) + row * m.stride, sizeof(float) * k);
+  } else {
+    const uint16_t* from = static_cast<const uint16_t*>(m.data) + row * m.stride;
+    for (int64_t i = 0; i < k; ++i) {
+      const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+      memcpy(out + i, &bits, 4);
+    }
+  }
+  int32_t limit, top = 0;  // as integers, so that NaN counts as the largest and the loop has no branch
+  memcpy(&limit, &kHuge, 4);
+  for (int64_t i = 0; i < k; ++i) {
+    int32_t bits;
+    memcpy(&bits, out + i, 4);
+    bits &= 0x7fffffff;
+    top = bits > top ? bits : top;
+  }
+  if (top <= limit) return -1;
+  int64_t i = 0;
+  while (fabsf(out[i]) <= kHuge) ++i;
+  return i;
+}
+
+template <int G>
+float squared_error(const float* w, float step, float low) {
+  const float inv = inverse(step);
+  float e[G];
+  for (int i = 0; i < G; ++i) {
+    const float code = round_even(clamp((w[i] + low) * inv, 0.0f, 15.0f));
+    const float off = code * step - low - w[i];
+    e[i] = off * off;
+  }
+  fold<G / 2>(e, [](float a, float b) { return a + b; });
+  return e[0];
+}
+
+template <int G>
+void search(const float* w, float* step, float* low) {
+  float small[G], large[G];
+  memcpy(small, w, sizeof(small));
+  memcpy(large, w, sizeof(large));
+  fold<G / 2>(small, least);
+  fold<G / 2>(large, most);
+  const float low0 = 0.0f - least(small[0], 0.0f), step0 = (large[0] + low0) * kPerNibble;
+  float best = 0.0f;
+  for (float share : kShrink) {
+    const float s = step0 * share, m = low0 * share;
+    const float error = squared_error<G>(w, s, m);
+    if (share != 1.0f && !(error < best)) continue;
+    best = error, *step = s, *low = m;
+  }
+}
+
+// One row of one tile: where its codes and bytes go.
+struct RowTarget {
+  const glm4_weight& w;
+  int64_t tile;
+  int row;
+
+  uint8_t* codes(int64_t block, int vector) const {
+    const int64_t blocks = w.k / GLM4_COLS;
+    return w.qweight + (tile * blocks + block) * (64 * w.bits) + 64 * vector + 4 * row;
+  }
+  uint8_t* plane(uint8_t* base, int64_t group) const {
+    return base + (tile * (w.k / w.group) + group) * GLM4_ROWS + row;
+  }
+  int64_t n() const { return tile * GLM4_ROWS + row; }
+};
+
+void store_int4(const RowTarget& to, int64_t first, int group, const float* w, float step, float low) {
+  const float inv = inverse(step);
+  for (int b = 0; b < group / GLM4_COLS; ++b) {
+    uint8_t q[GLM4_COLS];
+    for (int i = 0; i < GLM4_COLS; ++i)
+      q[i] = static_cast<uint8_t>(static_cast<int32_t>(round_even(clamp((w[32 * b + i] + low) * inv, 0.0f, 15.0f))));
+    for (int j = 0; j < 4; ++j) {
+      uint8_t* out = to.codes(first / GLM4_COLS + b, j);
+      for (int i = 0; i < 4; ++i) out[i] = static_cast<uint8_t>(q[8 * j + i] | (q[8 * j + 4 + i] << 4));
+    }
+  }
+}
+
+void store_int8(const RowTarget& to, int64_t first, int group, const float* w, float step) {
+  const float inv = inverse(step);
+  for (int b = 0; b < group / GLM4_COLS; ++b) {
+    int8_t q[GLM4_COLS];
+    for (int i = 0; i < GLM4_COLS; ++i)
+      q[i] = static_cast<int8_t>(static_cast<int32_t>(round_even(clamp(w[32 * b + i] * inv, -127.0f, 127.0f))));
+    for (int j = 0; j < 8; ++j) memcpy(to.codes(first / GLM4_COLS + b, j), q + 4 * j, 4);
+  }
+}
+
+template <int G>
+void row_int4(const RowTarget& to, const float* w, float* step, float* low) {
+  const int64_t groups = to.w.k / G;
+  float top_step = 0.0f, top_low = 0.0f;
+  for (int64_t g = 0; g < groups; ++g) {
+    search<G>(w + g * G, step + g, low + g);
+    top_step = std::max(top_step, step[g]);
+    top_low = std::max(top_low, low[g]);
+  }
+  const float d = top_step * kPerByte, e = top_low * kPerByte, inv_d = inverse(d), inv_e = inverse(e);
+  to.w.row_scale[to.n()] = d;
+  to.w.row_min[to.n()] = e;
+  for (int64_t g = 0; g < groups; ++g) {
+    const float s = d > kTiny ? clamp(round_even(step[g] * inv_d), 1.0f, 255.0f) : 0.0f;
+    const float m = clamp(round_even(low[g] * inv_e), 0.0f, 255.0f);
+    *to.plane(to.w.scales, g) = static_cast<uint8_t>(s);
+    *to.plane(to.w.mins, g) = static_cast<uint8_t>(m);
+    store_int4(to, g * G, G, w + g * G, s * d, m * e);
+  }
+}
+
+void row_int8(const RowTarget& to, const float* w, float* step) {
+  const int group = to.w.group;
+  const int64_t groups = to.w.k / group;
+  float top = 0.0f;
+  for (int64_t g = 0; g < groups; ++g) {
+    float lanes[GLM4_COLS] = {};
+    for (int b = 0; b < group; b += GLM4_COLS)
+      for (int i = 0; i < GLM4_COLS; ++i) lanes[i] = most(lanes[i], fabsf(w[g * group + b + i]));
+    fold<GLM4_COLS / 2>(lanes, most);
+    step[g] = lanes[0] * kPerInt8;
+    top = std::max(top, step[g]);
+  }
+  const float d = top * kPerByte, inv_d = inverse(d);
+  to.w.row_scale[to.n()] = d;
+  for (int64_t g = 0; g < groups; ++g) {
+    const float s = d > kTiny ? clamp(ceilf(step[g] * inv_d), 1.0f, 255.0f) : 0.0f;
+    *to.plane(to.w.scales, g) = static_cast<uint8_t>(s);
+    store_int8(to, g * group, group, w + g * group, s * d);
+  }
+}
+
+void quantize_row(const RowTarget& to, const float* row, float* scratch) {
+  float *step = scratch, *low = scratch + to.w.k / to.w.group;
+  if (to.w.bits == 8) return row_int8(to, row, step);
+  if (to.w.group == 32) return row_int4<32>(to, row, step, low);
+  if (to.w.group == 64) return row_int4<64>(to, row, step, low);
+  row_int4<128>(to, row, step, low);
+}
+
+// The last tile's rows past n: zero codes, scales and mins.
+void clear_tile(const glm4_weight& w, int64_t tile) {
+  const int64_t bytes = w.k / GLM4_COLS * 64 * w.bits, plane = w.k / w.group * GLM4_ROWS;
+  memset(w.qweight + tile * bytes, 0, bytes);
+  memset(w.scales + tile * plane, 0, plane);
+  if (w.mins) memset(w.mins + tile * plane, 0, plane);
+}
+
+}  // namespace
+
+GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, int32_t threads, int64_t* place) {
+  const int64_t tiles = (w->n + GLM4_ROWS - 1) / GLM4_ROWS, per_thread = w->k + 2 * (w->k / w->group);
+  std::unique_ptr<float[]> scratch(new (std::nothrow) float[static_cast<size_t>(threads * per_thread)]);
+  if (!scratch) return GLM4_NO_MEMORY;
+  std::atomic<int64_t> first_bad{w->n};  // the smallest row with a value that is not finite
+  auto tile_of = [&](int64_t tile, int slot) {
+    const int64_t begin = tile * GLM4_ROWS, end = std::min(w->n, begin + GLM4_ROWS);
+    float* row = scratch.get() + slot * per_thread;
+    if (end - begin < GLM4_ROWS) clear_tile(*w, tile);
+    for (int64_t n = begin; n < end; ++n) {
+      if (load_row(*source, n, w->k, row) >= 0) {
+        int64_t seen = first_bad.load();
+        while (n < seen && !first_bad.compare_exchange_weak(seen, n)) {
+        }
+        return;
+      }
+      quantize_row({*w, tile, static_cast<int>(n - begin)}, row, row + w->k);
+    }
+  };
+  glm4::parallel_for(w->n * w->k < (1 << 16) ? 1 : threads, tiles, tile_of);
+  const int64_t bad = first_bad.load();
+  if (bad == w->n) return GLM4_OK;
+  place[0] = bad;
+  place[1] = load_row(*source, bad, w->k, scratch.get());
+  return GLM4_NOT_FINITE;
+}

@@ -1,0 +1,10 @@
+"""int4 and int8 weights for linear layers and embeddings: the format, the modules that use it and their CPU kernels.
+
+Usable without glm4lite: `QuantTensor.quantize(weight, QuantConfig())`, then `QuantLinear(...).load(tensor)`.
+"""
+
+from glm4lite_quant.config import QuantConfig, QuantError
+from glm4lite_quant.linear import QuantEmbedding, QuantLinear
+from glm4lite_quant.tensor import QuantTensor
+
+__all__ = ["QuantConfig", "QuantEmbedding", "QuantError", "QuantLinear", "QuantTensor"]

@@ -1,0 +1,208 @@
+"""The native CPU kernels (csrc/) through ctypes: finding the library, choosing an ISA, passing pointers.
+
+GLM4LITE_KERNELS is the library's path, GLM4LITE_ISA forces scalar, avx2 or avx512vnni, GLM4LITE_THREADS bounds the
+threads (else torch's own setting). ctypes releases the GIL during every call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from glm4lite_quant.config import QuantError
+
+if TYPE_CHECKING:
+    from glm4lite_quant.tensor import QuantTensor
+
+ABI = 1
+ISAS = ("scalar", "avx2", "avx512vnni")  # in the order of the C enum, slowest first
+FILES = ("glm4lite_kernels.so", "glm4lite_kernels.dylib", "glm4lite_kernels.dll")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+OK, NOT_FINITE, NO_MEMORY = 0, 1, 2
+
+
+class _Weight(ctypes.Structure):
+    """glm4_weight of csrc/qgemm.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("qweight", "scales", "mins", "row_scale", "row_min")),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+    ]
+
+
+class _Matrix(ctypes.Structure):
+    """glm4_matrix of csrc/qgemm.h: rows of bfloat16 or float32, `stride` elements apart."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+@dataclass(frozen=True)
+class Library:
+    """A loaded library and what its host can run; or the reason why there is none."""
+
+    path: str
+    cdll: ctypes.CDLL | None
+    isas: tuple[str, ...]
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight's addresses; `weight` keeps the memory alive."""
+
+    weight: QuantTensor
+    struct: _Weight
+
+
+class NativeBackend:
+    """One ISA of the library; weights are read in place, mapped files too."""
+
+    def __init__(self, cdll: ctypes.CDLL, isa: str) -> None:
+        self.isa, self.name = isa, f"native-{isa}"
+        self._matmul, self._code = cdll.glm4_matmul, ISAS.index(isa)
+
+    def supports(self, weight: QuantTensor) -> bool:
+        return weight.device.type == "cpu" and all(t.is_contiguous() for t in weight.tensors().values())
+
+    def prepack(self, weight: QuantTensor) -> Packed:
+        return Packed(weight, _describe(weight))
+
+    def matmul(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+        """x [M, K] -> [M, N] in x.dtype; x is quantized to int8 per 32 columns, sums are int32 and then float32."""
+        if x.device.type != "cpu":
+            raise QuantError(f"the input of a layer is on {x.device} but its weight on the CPU")
+        x = x.detach() if x.stride(-1) == 1 else x.detach().contiguous()
+        out = torch.empty(x.shape[0], packed.struct.n, dtype=x.dtype)
+        if out.numel() == 0:
+            return out
+        a = _Matrix(x.data_ptr(), x.shape[0], x.stride(0), DTYPES[x.dtype])
+        y = _Matrix(out.data_ptr(), x.shape[0], out.stride(0), DTYPES[x.dtype])
+        held = None if bias is None else bias.contiguous()
+        where = None if held is None else held.data_ptr()
+        code = self._matmul(
+            ctypes.byref(packed.struct), ctypes.byref(a), where, ctypes.byref(y), self._code, thread_count()
+        )
+        if code != OK:
+            raise MemoryError("no memory for the quantized activations")
+        return out
+
+
+def backend() -> NativeBackend | None:
+    """The best ISA of this host, or the one GLM4LITE_ISA names; None where the library is missing."""
+    library, forced = _library(), os.environ.get("GLM4LITE_ISA", "")
+    if forced and forced not in ISAS:
+        raise QuantError(f"GLM4LITE_ISA is {forced!r}; use one of {', '.join(ISAS)}")
+    if library.cdll is None:
+        if forced:
+            raise QuantError(f"GLM4LITE_ISA={forced} cannot be used: {library.problem}")
+        return None
+    if forced and forced not in library.isas:
+        raise QuantError(f"GLM4LITE_ISA={forced} cannot be used: this host has {', '.join(library.isas)}")
+    return NativeBackend(library.cdll, forced or library.isas[-1])
+
+
+def status() -> str:
+    """One line for people: ISA, threads and path, or why the slow reference runs."""
+    try:
+        chosen, threads = backend(), thread_count()
+    except QuantError as problem:
+        return f"error: {problem}"
+    library = _library()
+    if chosen is None:
+        return f"reference (plain torch, slow): {library.problem}"
+    return f"{chosen.name}, {threads} thread(s), host has {', '.join(library.isas)} ({library.path})"
+
+
+def thread_count() -> int:
+    """min(cores this process may use, GLM4LITE_THREADS or torch.get_num_threads())."""
+    text = os.environ.get("GLM4LITE_THREADS", "")
+    if text and (not text.isascii() or not text.isdigit() or int(text) < 1):
+        raise QuantError(f"GLM4LITE_THREADS is {text!r}; use a whole number of at least 1")
+    return min(_cores(), int(text) if text else torch.get_num_threads())
+
+
+def quantize(weight: Tensor, target: QuantTensor, first_row: int) -> bool:
+    """Fills `target` (whole tiles) from a CPU weight [R, K]; False where there is no library for it.
+
+    The bytes are those of the reference. Raises QuantError at a value that is not finite.
+    """
+    library = _library()
+    if library.cdll is None or weight.device.type != "cpu":
+        return False
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    source = _Matrix(weight.data_ptr(), weight.shape[0], weight.stride(0), DTYPES[weight.dtype])
+    where = (ctypes.c_int64 * 2)()
+    code = library.cdll.glm4_quantize(
+        ctypes.byref(source), ctypes.byref(_describe(target)), thread_count(), ctypes.byref(where)
+    )
+    if code == NOT_FINITE:
+        from glm4lite_quant.tensor import not_finite
+
+        row, col = where[0], where[1]
+        raise QuantError(not_finite(first_row + row, col, float(weight[row, col])))
+    if code != OK:
+        raise MemoryError("no memory to quantize a weight")
+    return True
+
+
+def _describe(w: QuantTensor) -> _Weight:
+    mins = None if w.mins is None else w.mins.data_ptr()
+    row_min = None if w.row_min is None else w.row_min.data_ptr()
+    planes = (w.qweight.data_ptr(), w.scales.data_ptr(), mins, w.row_scale.data_ptr(), row_min)
+    return _Weight(*planes, w.shape[0], w.shape[1], w.bits, w.group_size)
+
+
+@lru_cache(maxsize=1)
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+def _library() -> Library:
+    return _load(os.environ.get("GLM4LITE_KERNELS", ""))
+
+
+@lru_cache(maxsize=8)
+def _load(override: str) -> Library:
+    path = override or _find()
+    if not path:
+        return Library("", None, (), "the native library was not built (install a C++ compiler and reinstall)")
+    try:
+        cdll = ctypes.CDLL(path)
+        version = cdll.glm4_abi_version()
+    except (OSError, AttributeError) as problem:
+        return Library(path, None, (), f"{path} cannot be loaded ({problem})")
+    if version != ABI:
+        return Library(path, None, (), f"{path} has interface {version}, this package needs {ABI}: reinstall")
+    weight, matrix = ctypes.POINTER(_Weight), ctypes.POINTER(_Matrix)
+    cdll.glm4_matmul.argtypes = [weight, matrix, ctypes.c_void_p, matrix, ctypes.c_int32, ctypes.c_int32]
+    cdll.glm4_quantize.argtypes = [matrix, weight, ctypes.c_int32, ctypes.POINTER(ctypes.c_int64 * 2)]
+    isas = tuple(name for code, name in enumerate(ISAS) if cdll.glm4_isa_available(code))
+    return Library(path, cdll, isas)
+
+
+def _find() -> str:
+    """The library in any folder of the package: an editable install keeps it away from the sources."""
+    import glm4lite_quant
+
+    for folder in glm4lite_quant.__path__:
+        for name in FILES:
+            if (Path(folder) / name).is_file():
+                return str(Path(folder) / name)
+    return ""

@@ -1,0 +1,166 @@
+"""The format in plain torch: the specification, the oracle of the native kernels and the fallback where there are none.
+
+Every float32 operation below is done in the same order by csrc/quantize.cpp, so both give the same bytes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from glm4lite_quant.tensor import QuantTensor
+
+ROWS = 16  # rows of a tile
+COLS = 32  # columns of a tile
+
+# Shares of a group's range that the search tries: cutting an outlier short can cost less than a coarser step.
+SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
+TINY = 1e-30  # a step below this is zero: its reciprocal would leave float32
+HUGE = 1e18  # a weight above this is refused: its square would leave float32
+
+SCRATCH_ELEMENTS = 4 << 20  # float32 elements dequantized (or quantized) at once: 16 MiB
+
+
+class Planes(NamedTuple):
+    """The five tensors of a quantized weight, as `QuantTensor` holds them."""
+
+    qweight: Tensor
+    scales: Tensor
+    mins: Tensor | None
+    row_scale: Tensor
+    row_min: Tensor | None
+
+
+def quantize(weight: Tensor, bits: int, group: int) -> Planes:
+    """Quantizes float32 [R, K] (finite, |w| <= HUGE); rows are padded to 16 with zeros in the tiles."""
+    groups = weight.unflatten(1, (-1, group))
+    if bits == 8:
+        codes, scales, row_scale = _quantize_int8(groups)
+        return Planes(_tile_int8(codes.flatten(1)), _tile_plane(scales), None, row_scale, None)
+    step, low = _search(groups)
+    row_scale, row_min = step.amax(1) * (1 / 255), low.amax(1) * (1 / 255)
+    scales = (step * _inverse(row_scale)[:, None]).round().clamp(1, 255) * (row_scale > TINY)[:, None]
+    mins = (low * _inverse(row_min)[:, None]).round().clamp(0, 255)
+    step, low = scales * row_scale[:, None], mins * row_min[:, None]
+    codes = ((groups + low[..., None]) * _inverse(step)[..., None]).round().clamp(0, 15)
+    return Planes(_tile_int4(codes.flatten(1)), _tile_plane(scales), _tile_plane(mins), row_scale, row_min)
+
+
+def _search(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """[R, G, g] -> the step and the minimum's size (both >= 0, [R, G]) with the least squared error."""
+    low = 0.0 - groups.amin(-1).clamp(max=0)
+    step = (groups.amax(-1) + low) * (1 / 15)
+    best_step, best_low, best_error = step, low, None
+    for share in SHRINK:
+        s, m = step * share, low * share
+        codes = ((groups + m[..., None]) * _inverse(s)[..., None]).clamp(0, 15).round()
+        off = codes * s[..., None] - m[..., None] - groups
+        error = _tree_sum(off * off)
+        if best_error is None:
+            best_error = error
+            continue
+        better = error < best_error
+        best_step, best_low = torch.where(better, s, best_step), torch.where(better, m, best_low)
+        best_error = torch.where(better, error, best_error)
+    return best_step, best_low
+
+
+def _quantize_int8(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    step = groups.abs().amax(-1) * (1 / 127)
+    row_scale = step.amax(1) * (1 / 255)
+    # Rounded up: a step rounded down would cut off the group's largest weight.
+    scales = (step * _inverse(row_scale)[:, None]).ceil().clamp(1, 255) * (row_scale > TINY)[:, None]
+    step = scales * row_scale[:, None]
+    return (groups * _inverse(step)[..., None]).clamp(-127, 127).round(), scales, row_scale
+
+
+def _inverse(step: Tensor) -> Tensor:
+    return torch.where(step > TINY, torch.ones_like(step) / step, torch.zeros_like(step))
+
+
+def _tree_sum(x: Tensor) -> Tensor:
+    """Sums the last dimension (a power of two) by halves: an order that SIMD code can follow exactly."""
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x[..., 0]
+
+
+def _pad_rows(x: Tensor) -> Tensor:
+    return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % ROWS)).unflatten(0, (-1, ROWS))
+
+
+def _tile_plane(x: Tensor) -> Tensor:
+    return _pad_rows(x).to(torch.uint8).transpose(1, 2).contiguous()
+
+
+def _tile_int4(codes: Tensor) -> Tensor:
+    """[R, K] of 0..15 -> [T, K/32, 256]: byte (vector j, row r, i) is code 8j+i low and code 8j+4+i high."""
+    v = _pad_rows(codes).to(torch.uint8).unflatten(2, (-1, 4, 2, 4)).permute(4, 0, 2, 3, 1, 5)
+    return (v[0] | (v[1] << 4)).flatten(2)
+
+
+def _tile_int8(codes: Tensor) -> Tensor:
+    """[R, K] of -127..127 -> [T, K/32, 512]: byte (vector j, row r, i) is code 4j+i."""
+    v = _pad_rows(codes).to(torch.int8).view(torch.uint8).unflatten(2, (-1, 8, 4))
+    return v.permute(0, 2, 3, 1, 4).flatten(2)
+
+
+def unpack(qweight: Tensor) -> Tensor:
+    """Tiles [T, K/32, 256 | 512] -> codes [16 T, K], uint8 0..15 or int8."""
+    if qweight.shape[2] == 512:
+        tiles = qweight.unflatten(2, (8, ROWS, 4)).permute(0, 3, 1, 2, 4).contiguous().view(torch.int8)
+        return tiles.flatten(2).flatten(0, 1)
+    tiles = qweight.unflatten(2, (4, ROWS, 4)).permute(0, 3, 1, 2, 4)
+    return torch.stack((tiles & 15, tiles >> 4), dim=4).flatten(2).flatten(0, 1)
+
+
+def dequantize_tiles(weight: QuantTensor, first: int, last: int) -> Tensor:
+    """Row tiles first..last of a weight as float32 [rows, K], without the padding rows."""
+    start, stop = first * ROWS, min(last * ROWS, weight.shape[0])
+    codes = unpack(weight.qweight[first:last])[: stop - start].float()
+    step = weight.scales[first:last].transpose(1, 2).flatten(0, 1)[: stop - start] * weight.row_scale[start:stop, None]
+    out = codes.unflatten(1, (-1, weight.group_size)) * step[..., None]
+    if weight.mins is not None and weight.row_min is not None:
+        mins = weight.mins[first:last].transpose(1, 2).flatten(0, 1)[: stop - start]
+        out -= (mins * weight.row_min[start:stop, None])[..., None]
+    return out.flatten(1)
+
+
+def dequantize_rows(weight: QuantTensor, index: Tensor) -> Tensor:
+    """Rows `index` [R] (0 <= index < N) as float32 [R, K]; reads only these rows."""
+    tile, row = index // ROWS, index % ROWS
+    if weight.bits == 8:
+        codes = weight.qweight.unflatten(2, (8, ROWS, 4))[tile, :, :, row].view(torch.int8).flatten(1).float()
+    else:
+        packed = weight.qweight.unflatten(2, (4, ROWS, 4))[tile, :, :, row]
+        codes = torch.stack((packed & 15, packed >> 4), dim=3).flatten(1).float()
+    step = weight.scales[tile, :, row] * weight.row_scale[index, None]
+    out = codes.unflatten(1, (-1, weight.group_size)) * step[..., None]
+    if weight.mins is not None and weight.row_min is not None:
+        out -= (weight.mins[tile, :, row] * weight.row_min[index, None])[..., None]
+    return out.flatten(1)
+
+
+class ReferenceBackend:
+    """Dequantizes a few rows at a time and multiplies in float32; any device, differentiable in x."""
+
+    name = "reference"
+
+    def supports(self, weight: QuantTensor) -> bool:
+        return True
+
+    def prepack(self, weight: QuantTensor) -> QuantTensor:
+        return weight
+
+    def matmul(self, x: Tensor, packed: QuantTensor, bias: Tensor | None) -> Tensor:
+        """x [M, K] -> [M, N] in x.dtype."""
+        n, k = packed.shape
+        tiles, rows = packed.qweight.shape[0], x.float()
+        step = max(1, SCRATCH_ELEMENTS // (k * ROWS))
+        parts = [rows @ dequantize_tiles(packed, t, min(t + step, tiles)).T for t in range(0, tiles, step)]
+        out = torch.cat(parts, dim=1) if len(parts) != 1 else parts[0]
+        return (out if bias is None else out + bias).to(x.dtype)

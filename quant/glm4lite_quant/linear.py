@@ -1,0 +1,143 @@
+"""The modules: a linear layer and an embedding over one `QuantTensor`, named as in the original checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glm4lite_quant.config import QuantConfig, QuantError
+from glm4lite_quant.kernels import REFERENCE, Backend, pick
+from glm4lite_quant.tensor import NAMES, QuantTensor
+
+FLOAT16 = "float16 is refused: GLM-4 overflows it (activations reach 68000); use bfloat16 or float32"
+
+
+class _QuantModule(nn.Module):
+    """Holds the tensors of one weight as buffers that move between devices but are never cast."""
+
+    qweight: Tensor
+    scales: Tensor
+    mins: Tensor | None
+    row_scale: Tensor
+    row_min: Tensor | None
+
+    def __init__(self, n: int, k: int, config: QuantConfig, device: str | torch.device) -> None:
+        super().__init__()
+        empty = QuantTensor.empty(n, k, config, device)
+        for name in NAMES:
+            self.register_buffer(name, getattr(empty, name))
+
+    @property
+    def weight_tensor(self) -> QuantTensor:
+        """The weight itself (the same memory, no copy)."""
+        return QuantTensor(*(self._buffers[name] for name in NAMES))  # type: ignore[arg-type]
+
+    def load(self, weight: QuantTensor) -> None:
+        """Takes over a weight's tensors without copying; QuantError if it is not of this layer's shape and format."""
+        own = self.weight_tensor
+        have = (weight.shape, weight.bits, weight.group_size)
+        want = (own.shape, own.bits, own.group_size)
+        if have != want:
+            raise QuantError(f"a weight of (shape, bits, group) {have} does not fit a layer of {want}")
+        for name in NAMES:
+            self._buffers[name] = getattr(weight, name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """`.to()`, `.cuda()`, `.bfloat16()` come here: devices change, the types of the stored tensors do not."""
+        if fn(torch.empty(0, dtype=torch.float32)).dtype == torch.float16:
+            raise QuantError(FLOAT16)
+        for name, old in self._buffers.items():
+            if old is not None:
+                new = fn(old)
+                self._buffers[name] = new if new.dtype == old.dtype else old.to(new.device)
+        return self
+
+
+class QuantLinear(_QuantModule):
+    """`y = x W^T + b` with a quantized W [out_features, in_features]; inference only (gradients reach x, not W).
+
+    x is bfloat16 or float32 [..., in_features]; y has x's type. float16 raises QuantError.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self, in_features: int, out_features: int, config: QuantConfig, bias: bool, device: str | torch.device = "cpu"
+    ) -> None:
+        super().__init__(out_features, in_features, config, device)
+        self.in_features, self.out_features, self.config = in_features, out_features, config
+        self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=torch.float32) if bias else None)
+        self._packed: tuple[tuple[Tensor | None, ...], Backend, Any] | None = None
+
+    @property
+    def kernel(self) -> str:
+        """The backend that multiplies with this weight, for example native-avx512vnni or reference."""
+        return pick(self.weight_tensor).name
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype not in (torch.bfloat16, torch.float32):
+            raise QuantError(FLOAT16 if x.dtype == torch.float16 else f"the input of a layer is {x.dtype}")
+        if x.shape[-1] != self.in_features:
+            raise QuantError(f"the input of a layer has {x.shape[-1]} columns; expected {self.in_features}")
+        rows = x.reshape(-1, self.in_features)
+        if torch.is_grad_enabled() and x.requires_grad:  # the native kernels know no gradients
+            out = REFERENCE.matmul(rows, self.weight_tensor, self.bias)
+        else:
+            backend, packed = self._prepare()
+            out = backend.matmul(rows, packed, self.bias)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def _prepare(self) -> tuple[Backend, Any]:
+        buffers = self._buffers
+        source = tuple(buffers[name] for name in NAMES)
+        kept = self._packed
+        if kept is None or any(a is not b for a, b in zip(kept[0], source, strict=True)):
+            weight = self.weight_tensor
+            if weight.device.type == "meta":
+                raise QuantError("a quantized layer has no weight yet: load a checkpoint into it")
+            backend = pick(weight)
+            kept = self._packed = (source, backend, backend.prepack(weight))
+        return kept[1], kept[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A packed weight holds addresses: a copy makes its own.
+        return {**self.__dict__, "_packed": None}
+
+    def extra_repr(self) -> str:
+        own = self.weight_tensor
+        return f"in={self.in_features}, out={self.out_features}, int{own.bits}, group={own.group_size}"
+
+
+class QuantEmbedding(_QuantModule):
+    """Looks up rows of a quantized table and dequantizes only these; the output has `dtype`."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        config: QuantConfig,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, config, device)
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise QuantError(FLOAT16 if dtype == torch.float16 else f"an embedding cannot give {dtype}")
+        self.num_embeddings, self.embedding_dim, self.config, self.dtype = num_embeddings, embedding_dim, config, dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        wanted = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if wanted in (torch.bfloat16, torch.float32):
+            self.dtype = wanted
+        return self
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] -> [..., embedding_dim]; IndexError for an id outside the table."""
+        return self.weight_tensor.rows(ids, self.dtype)
+
+    def extra_repr(self) -> str:
+        own = self.weight_tensor
+        return f"{self.num_embeddings}, {self.embedding_dim}, int{own.bits}, group={own.group_size}"

@@ -1,0 +1,176 @@
+"""One quantized weight: its tensors, their checks, and the ways in and out of the format.
+
+Tiles of 16 rows x 32 columns lie one after another along K; scales and mins are planes of one byte per row and group:
+`w[n, k] = row_scale[n] * scales[n, j] * q[n, k] - row_min[n] * mins[n, j]` with j = k // group_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glm4lite_quant.config import GROUP_SIZES, QuantConfig, QuantError
+from glm4lite_quant.kernels import native, reference
+from glm4lite_quant.kernels.reference import COLS, ROWS, SCRATCH_ELEMENTS
+
+NAMES = ("qweight", "scales", "mins", "row_scale", "row_min")
+
+
+@dataclass
+class QuantTensor:
+    """A weight [N, K]; int4 (affine) has `mins` and `row_min`, int8 (symmetric) has not."""
+
+    qweight: Tensor  # uint8 [ceil(N/16), K/32, 256 | 512]
+    scales: Tensor  # uint8 [ceil(N/16), K/g, 16]
+    mins: Tensor | None  # uint8, like scales
+    row_scale: Tensor  # float32 [N]
+    row_min: Tensor | None  # float32 [N]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.row_scale.shape[0], self.qweight.shape[1] * COLS
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.qweight.shape[2] == 512 else 4
+
+    @property
+    def group_size(self) -> int:
+        return self.shape[1] // self.scales.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors().values())
+
+    @property
+    def device(self) -> torch.device:
+        return self.qweight.device
+
+    @classmethod
+    def empty(cls, n: int, k: int, config: QuantConfig, device: str | torch.device = "cpu") -> QuantTensor:
+        """A zero weight to be filled by `quantize_rows` (on "meta": shapes only)."""
+        if n < 1 or k < 1 or k % config.group_size:
+            raise QuantError(f"a weight of {n} x {k} cannot be quantized in groups of {config.group_size} columns")
+        tiles, affine = -(-n // ROWS), config.bits == 4
+        planes = [torch.zeros(tiles, k // config.group_size, ROWS, dtype=torch.uint8, device=device) for _ in range(2)]
+        rows = [torch.zeros(n, dtype=torch.float32, device=device) for _ in range(2)]
+        codes = torch.zeros(tiles, k // COLS, 64 * config.bits, dtype=torch.uint8, device=device)
+        return cls(codes, planes[0], planes[1] if affine else None, rows[0], rows[1] if affine else None)
+
+    @classmethod
+    def quantize(cls, weight: Tensor, config: QuantConfig) -> QuantTensor:
+        """Quantizes bfloat16 or float32 [N, K]; QuantError on other types, NaN, infinities and odd K."""
+        if weight.dim() != 2:
+            raise QuantError(f"a weight has shape {tuple(weight.shape)}; only matrices can be quantized")
+        out = cls.empty(weight.shape[0], weight.shape[1], config, weight.device)
+        out.quantize_rows(0, weight)
+        return out
+
+    def quantize_rows(self, start: int, weight: Tensor) -> None:
+        """Fills rows start.. from bfloat16 or float32 [R, K]; start and R are multiples of 16, except where R ends at N.
+
+        Raises QuantError for a shape or type that does not fit and for a value that is not finite, naming its place.
+        """
+        n, k = self.shape
+        stop = start + weight.shape[0]
+        if weight.dim() != 2 or weight.shape[1] != k or start < 0 or stop > n:
+            raise QuantError(f"rows {start}.. of shape {tuple(weight.shape)} do not fit a weight of {n} x {k}")
+        if start % ROWS or (stop % ROWS and stop != n):
+            raise QuantError(f"rows {start} to {stop} do not begin and end at multiples of {ROWS} (or at {n})")
+        if weight.dtype not in (torch.bfloat16, torch.float32):
+            raise QuantError(f"a weight has dtype {weight.dtype}; convert it to bfloat16 or float32")
+        if stop == start:
+            return
+        target, source = self._tiles(start, stop), weight.detach().to(self.device)
+        if not native.quantize(source, target, start):
+            target._quantize_reference(source, start)
+
+    def _tiles(self, start: int, stop: int) -> QuantTensor:
+        tile, end = start // ROWS, -(-stop // ROWS)
+        mins = None if self.mins is None else self.mins[tile:end]
+        row_min = None if self.row_min is None else self.row_min[start:stop]
+        return QuantTensor(self.qweight[tile:end], self.scales[tile:end], mins, self.row_scale[start:stop], row_min)
+
+    def _quantize_reference(self, weight: Tensor, first_row: int) -> None:
+        n, k = self.shape
+        step = max(ROWS, SCRATCH_ELEMENTS // k // ROWS * ROWS)
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            rows = weight[start:stop].float()
+            bad = ~(rows.abs() <= reference.HUGE)
+            if bool(bad.any()):
+                row, col = (int(i) for i in bad.nonzero()[0])
+                raise QuantError(not_finite(first_row + start + row, col, float(rows[row, col])))
+            part, planes = self._tiles(start, stop), reference.quantize(rows, self.bits, self.group_size)
+            for old, new in zip((part.qweight, part.scales, part.mins, part.row_scale, part.row_min), planes, strict=True):
+                if old is not None and new is not None:
+                    old.copy_(new)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The whole weight [N, K]; float32 scratch stays within a few MiB."""
+        out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        tiles, step = self.qweight.shape[0], max(1, SCRATCH_ELEMENTS // (self.shape[1] * ROWS))
+        for first in range(0, tiles, step):
+            part = reference.dequantize_tiles(self, first, min(first + step, tiles))
+            out[first * ROWS : first * ROWS + part.shape[0]] = part
+        return out
+
+    def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows `index` (any shape [...]) as [..., K]; only these rows are read. IndexError outside 0..N-1."""
+        flat = index.reshape(-1).to(self.device)
+        if flat.device.type == "cpu" and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.shape[0]:
+            raise IndexError(f"row {int(flat.min())} or {int(flat.max())} is outside 0..{self.shape[0] - 1}")
+        return reference.dequantize_rows(self, flat).to(dtype).reshape(*index.shape, self.shape[1])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by the names a checkpoint gives them."""
+        return {name: t for name in NAMES if (t := getattr(self, name)) is not None}
+
+    @classmethod
+    def from_tensors(cls, d: Mapping[str, Tensor]) -> QuantTensor:
+        """Takes tensors as a checkpoint names them, without copying; QuantError names the one that is wrong."""
+        for name in ("qweight", "scales", "row_scale"):
+            if name not in d:
+                raise QuantError(f"{name} is missing from a quantized weight (found {', '.join(sorted(d)) or 'nothing'})")
+        for name in sorted(d.keys() - set(NAMES)):
+            raise QuantError(f"{name} is not part of a quantized weight")
+        out = cls(d["qweight"], d["scales"], d.get("mins"), d["row_scale"], d.get("row_min"))
+        out._check()
+        return out
+
+    def _check(self) -> None:
+        for name, t in self.tensors().items():
+            dtype, dims = (torch.float32, 1) if name.startswith("row_") else (torch.uint8, 3)
+            if t.dtype != dtype or t.dim() != dims:
+                raise QuantError(f"{name} is {t.dtype} {list(t.shape)}; expected {dtype} with {dims} dimension(s)")
+            if not t.is_contiguous():
+                raise QuantError(f"{name} is not contiguous")
+            if t.device != self.device:
+                raise QuantError(f"{name} is on {t.device} but qweight on {self.device}")
+        tiles, blocks, size = self.qweight.shape
+        if size not in (256, 512) or blocks == 0:
+            raise QuantError(f"qweight has shape {list(self.qweight.shape)}; expected [tiles, K/32, 256 or 512]")
+        n, groups = self.row_scale.shape[0], self.scales.shape[1]
+        if n < 1 or tiles != -(-n // ROWS):
+            raise QuantError(f"row_scale has {n} rows but qweight {tiles} tiles of {ROWS}")
+        if groups == 0 or blocks * COLS % groups or blocks * COLS // groups not in GROUP_SIZES:
+            raise QuantError(f"scales has {groups} groups for {blocks * COLS} columns; groups are of 32, 64 or 128")
+        self._check_planes(tiles, groups, n)
+
+    def _check_planes(self, tiles: int, groups: int, n: int) -> None:
+        affine = self.bits == 4
+        for name, t in (("mins", self.mins), ("row_min", self.row_min)):
+            if (t is not None) != affine:
+                raise QuantError(f"{name} is {'missing from' if affine else 'not part of'} an int{self.bits} weight")
+        planes = {"scales": (tiles, groups, ROWS), "mins": (tiles, groups, ROWS), "row_min": (n,)}
+        for name, t in self.tensors().items():
+            if name in planes and tuple(t.shape) != planes[name]:
+                raise QuantError(f"{name} has shape {list(t.shape)}; expected {list(planes[name])}")
+
+
+def not_finite(row: int, col: int, value: float) -> str:
+    """The message for a weight that cannot be quantized."""
+    return f"the weight at row {row}, column {col} is {value:g}: not a finite number that can be quantized"

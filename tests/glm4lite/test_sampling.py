@@ -1,0 +1,69 @@
+"""SamplingParams refuse what cannot be meant; the sampler obeys its filters and its seed."""
+
+import pytest
+import torch
+
+from glm4lite.errors import SamplingError
+from glm4lite.sampling import Sampler, SamplingParams
+
+LOGITS = torch.tensor([1.0, 4.0, 3.9, -2.0, 0.5, 3.0])
+
+
+def draws(count: int = 200, **params: object) -> set[int]:
+    sampler = Sampler(SamplingParams(**{"temperature": 1.0, "top_p": 1.0, "seed": 1, **params}))
+    return {sampler(LOGITS, []) for _ in range(count)}
+
+
+def test_temperature_zero_is_greedy() -> None:
+    assert draws(temperature=0.0) == {1}
+
+
+def test_top_k_keeps_the_k_likeliest() -> None:
+    assert draws(top_k=2) == {1, 2}
+
+
+def test_top_p_keeps_the_smallest_set_that_holds_p() -> None:
+    assert draws(top_p=0.5) == {1, 2}
+    assert draws(top_p=0.0) == {1}
+
+
+def test_min_p_is_relative_to_the_likeliest() -> None:
+    assert draws(min_p=0.3) == {1, 2, 5}
+
+
+def test_without_filters_every_id_can_come() -> None:
+    assert draws(2000, temperature=3.0) == set(range(6))
+
+
+def test_repetition_penalty_makes_seen_ids_less_likely_whatever_their_sign() -> None:
+    sampler = Sampler(SamplingParams(temperature=0.0, repetition_penalty=1.5))
+    assert sampler(LOGITS, [1]) == 2
+    assert sampler(torch.tensor([-1.0, -1.1]), [0, 0]) == 1
+
+
+def test_the_same_seed_draws_the_same_ids() -> None:
+    params = SamplingParams(temperature=1.0, seed=7)
+    one, other = Sampler(params), Sampler(params)
+    assert [one(LOGITS, []) for _ in range(50)] == [other(LOGITS, []) for _ in range(50)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", -1), ("top_p", 1.5), ("min_p", -0.1), ("repetition_penalty", 0), ("max_new_tokens", 0)],
+)
+def test_a_value_out_of_range_is_named(name: str, value: float) -> None:
+    with pytest.raises(SamplingError, match=f"{name} must be a number .* found {value}"):
+        SamplingParams(**{name: value})
+
+
+def test_an_empty_stop_text_is_refused() -> None:
+    with pytest.raises(SamplingError, match="empty"):
+        SamplingParams(stop=("",))
+
+
+def test_generation_config_gives_defaults_and_the_caller_wins() -> None:
+    values = {"do_sample": True, "temperature": 0.95, "top_p": 0.7, "eos_token_id": [1]}
+    params = SamplingParams.from_generation_config(values, top_p=0.9, seed=None)
+    assert (params.temperature, params.top_p, params.seed) == (0.95, 0.9, None)
+    assert SamplingParams.from_generation_config({"do_sample": False}).temperature == 0
+    assert SamplingParams.from_generation_config({"do_sample": False}, temperature=0.3).temperature == 0.3
