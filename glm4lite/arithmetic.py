@@ -27,9 +27,12 @@ _SIGNIFICANT = 10
 
 # What people type for operators; full-width forms (U+FF01..FF5E) are mapped by their offset from ASCII.
 _SIGNS = str.maketrans(
-    {"×": "*", "·": "*", "∙": "*", "⋅": "*", "÷": "/", "∕": "/", "−": "-", "–": "-", "—": "-", "^": "**", "π": "pi"}
-    | {"，": ",", "√": "sqrt", "\n": " ", "\t": " ", "\u3000": " "}
-    | {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F) if chr(code) != "，"}
+    {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
+    | dict.fromkeys("×·∙⋅", "*")
+    | dict.fromkeys("÷∕", "/")
+    | dict.fromkeys("−–—", "-")
+    | dict.fromkeys("\n\t\u3000", " ")
+    | {"^": "**", "＾": "**", "π": "pi", "√": "sqrt"}
 )
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 
@@ -170,18 +173,17 @@ def _divide(left: Number, right: Number) -> Number:
 
 def _power(base: Number, exponent: Number) -> Number:
     """base ** exponent, exact for a whole exponent as long as the result is of a bearable size."""
-    exact = not isinstance(base, float) and isinstance(exponent, int)
-    if exact:
-        size = max(base.numerator.bit_length(), base.denominator.bit_length())  # type: ignore[union-attr]
+    if isinstance(exponent, int) and not isinstance(base, float):
+        size = max(base.numerator.bit_length(), base.denominator.bit_length())
         if size <= 1 or size * abs(exponent) <= _MAX_BITS:
-            return Fraction(base) ** exponent  # type: ignore[arg-type, return-value]
-    if isinstance(base, int) and exact:
-        raise OverflowError if exponent > 0 else ToolError("the result is too small")
-    if not exact and not isinstance(base, float) and isinstance(exponent, Fraction) and exponent == Fraction(1, 2):
+            return Fraction(base) ** exponent
+        if isinstance(base, int) and exponent > 0:
+            raise OverflowError
+    if exponent == Fraction(1, 2):
         return _sqrt(base)
-    if base < 0 and not exact:
+    if base < 0 and not isinstance(exponent, int):
         raise ToolError("the result is not a real number")
-    result = float(base) ** float(exponent)
+    result: float = float(base) ** float(exponent)
     if result == 0 and base != 0:
         raise ToolError("the result is too small")
     return result

@@ -57,12 +57,15 @@ class Checkpoint:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise CheckpointError(f"{folder} is not a folder; give the folder that holds config.json and the safetensors files")
+            raise CheckpointError(
+                f"{folder} is not a folder; give the one that holds config.json and the safetensors files"
+            )
         config = read_json(folder / "config.json")
         tensors = _merge(folder, _shard_files(folder))
         if config.get("model_type") == "chatglm":
             tensors = legacy.rename(tensors, Glm4Config.from_dict(config, folder / "config.json"))
-        return cls(folder, config, {name: found for name, found in tensors.items() if not legacy.IGNORED.fullmatch(name)})
+        kept = {name: tensor for name, tensor in tensors.items() if not legacy.IGNORED.fullmatch(name)}
+        return cls(folder, config, kept)
 
     def names(self) -> list[str]:
         """Every tensor's name, in file order."""
@@ -78,7 +81,7 @@ class Checkpoint:
             CheckpointError: there is no such tensor.
         """
         if name not in self._tensors:
-            raise CheckpointError(f"{self.folder} has no tensor {name}; the checkpoint is incomplete or of another model")
+            raise CheckpointError(f"{self.folder} has no tensor {name}; download the checkpoint again")
         return self._tensors[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -175,7 +178,8 @@ def _read_index(folder: Path) -> dict[str, frozenset[str]]:
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
             raise CheckpointError(
-                f"{path} puts {tensor} in {file!r}; only .safetensors files of the same folder are read, fix or replace the index"
+                f"{path} puts {tensor} in {file!r}; only .safetensors files of the same folder are read, "
+                "download the index again"
             )
         expected.setdefault(file, set()).add(tensor)
     return {file: frozenset(names) for file, names in sorted(expected.items())}
@@ -191,10 +195,11 @@ def _merge(folder: Path, files: Mapping[str, frozenset[str]]) -> dict[str, Store
         found = read_header(folder / file)
         gone = sorted(expected - found.keys())
         if gone:
-            raise CheckpointError(f"{folder / INDEX} puts {_some(gone)} in {file}, which does not hold it; download both again")
+            raise CheckpointError(f"{folder / INDEX} puts {_some(gone)} in {file}, which lacks it; download both again")
         for name, tensor in found.items():
             if name in merged:
-                raise CheckpointError(f"{folder} holds {name} twice, in {merged[name].path.name} and {file}; download it again")
+                both = f"{merged[name].path.name} and {file}"
+                raise CheckpointError(f"{folder} holds {name} twice, in {both}; download it again")
             merged[name] = tensor
     return merged
 

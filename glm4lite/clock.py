@@ -2,7 +2,7 @@
 
 A city is found by the last part of a zone's name (Paris: Europe/Paris) or in a table of large cities without a zone.
 
-    >>> local_time("tokyo", at=datetime(2026, 11, 22, 12, 30, tzinfo=timezone.utc))
+    >>> local_time("tokyo", at=datetime(2026, 11, 22, 12, 30, tzinfo=UTC))
     '2026-11-22 21:30 Sunday, Asia/Tokyo'
 """
 
@@ -10,7 +10,7 @@ import functools
 import re
 import unicodedata
 import zoneinfo
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from glm4lite.errors import ToolError
 
@@ -36,7 +36,7 @@ _CITIES_OF_ZONES = {
     "America/New_York": "washington washington_dc boston miami philadelphia atlanta nyc new_york_city 纽约 华盛顿",
     "America/Chicago": "houston dallas austin san_antonio new_orleans minneapolis",
     "America/Denver": "salt_lake_city",
-    "America/Los_Angeles": "san_francisco seattle las_vegas san_diego san_jose portland la silicon_valley 洛杉矶 旧金山",
+    "America/Los_Angeles": "san_francisco seattle las_vegas san_diego san_jose portland la 洛杉矶 旧金山",
     "America/Toronto": "ottawa montreal quebec",
     "America/Edmonton": "calgary",
     "America/Sao_Paulo": "rio_de_janeiro rio brasilia",
@@ -64,7 +64,7 @@ _CITIES_OF_ZONES = {
 def local_time(city: str, at: datetime | None = None) -> str:
     """Date, time and weekday in `city` (a city or an IANA zone), at the aware moment `at` or now; raises ToolError."""
     zone = find_zone(city)
-    moment = (at or datetime.now(timezone.utc)).astimezone(zoneinfo.ZoneInfo(zone))
+    moment = (at or datetime.now(UTC)).astimezone(zoneinfo.ZoneInfo(zone))
     return f"{moment:%Y-%m-%d %H:%M} {_WEEKDAYS[moment.weekday()]}, {zone}"
 
 
@@ -75,7 +75,7 @@ def find_zone(city: str) -> str:
         zone = zones.get(_key(name))
         if zone is not None:
             return zone
-    raise ToolError(f"no time zone is known for {city[:60]!r}; try a large city nearby or an IANA name like Europe/Paris")
+    raise ToolError(f"no time zone is known for {city[:60]!r}; try a large city nearby or a name like Europe/Paris")
 
 
 def _key(name: str) -> str:
@@ -90,7 +90,7 @@ def _zones() -> dict[str, str]:
     names = sorted(zoneinfo.available_timezones())
     if not names:
         raise ToolError("this machine has no time zone data: pip install tzdata")
-    found = {}
+    found: dict[str, str] = {}
     for name in names:
         region, _, last = name.rpartition("/")
         # The first of two equal last parts is kept; "US/Eastern" and "Etc/GMT+5" are not cities.
@@ -99,5 +99,5 @@ def _zones() -> dict[str, str]:
     found |= {_key(name): name for name in names}
     for zone, cities in _CITIES_OF_ZONES.items():
         if zone in names:
-            found |= {city: zone for city in cities.split()}
+            found |= dict.fromkeys(cities.split(), zone)
     return found

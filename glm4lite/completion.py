@@ -9,9 +9,6 @@ from typing import Any
 from glm4lite.engine import SEPARATOR, Engine, Totals
 from glm4lite.events import Event, TextDelta
 
-# GLM-4 was trained with this in front of every text; tokenizers without it get none.
-PREFIX_TOKENS = ("[gMASK]", "<sop>")
-
 
 class Completion:
     """Goes on from a text. `run` yields TextDelta events and, last, Done."""
@@ -27,10 +24,8 @@ class Completion:
     def run(self, text: str, **sampling: Any) -> Iterator[Event]:
         """Goes on from `text`; `sampling` are fields of SamplingParams, None where the checkpoint decides."""
         self._cancel.clear()
-        tokenizer = self.engine.tokenizer
-        prefix = [tokenizer.special[token] for token in PREFIX_TOKENS if token in tokenizer.special]
-        params = self.engine.params(**sampling)
-        generation = self.engine.generate(prefix + tokenizer.encode(text), params, cancel=self._cancel)
+        prompt = self.engine.tokenizer.prefix_ids + self.engine.tokenizer.encode(text)
+        generation = self.engine.generate(prompt, self.engine.params(**sampling), cancel=self._cancel)
         yield from self.engine.prefill(generation)
         for piece in self.engine.pieces(generation):
             if piece != "":

@@ -27,8 +27,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import httpx
-from tqdm.auto import tqdm
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the client it uses, under its lasting name
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from glm4lite.checkpoint import INDEX, SINGLE, UNREADABLE
 from glm4lite.errors import HubError
@@ -70,7 +70,7 @@ class _Counter:
     def bar_class(self) -> type[Any]:
         counter = self
 
-        class Bar(tqdm):  # type: ignore[misc,type-arg]
+        class Bar(tqdm):
             """Draws nothing; counts, and raises once the download was stopped."""
 
             def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -167,7 +167,7 @@ def _fetch(repo_id: str, total: int, progress: Callable[[Progress], None] | None
                     tqdm_class=counter.bar_class(),
                 )
             )
-        except Exception as error:  # noqa: BLE001 - handed to the caller's thread below
+        except Exception as error:  # raised again in the caller's thread
             outcome.append(error)
 
     thread = threading.Thread(target=work, name="glm4lite-download", daemon=True)
@@ -221,14 +221,15 @@ def _explain(repo_id: str, error: Exception) -> str | None:
 
 def _explain_status(repo_id: str, status: int) -> str:
     if status in (401, 403):
-        return f"{repo_id}: {constants.ENDPOINT} refused access (HTTP {status}); set HF_TOKEN to a token that may read it"
+        what = "set HF_TOKEN to a token that may read it"
+        return f"{repo_id}: {constants.ENDPOINT} refused access (HTTP {status}); {what}"
     return f"{repo_id}: {constants.ENDPOINT} answered HTTP {status}; try again later, or set HF_ENDPOINT to a mirror"
 
 
 def _explain_absent(repo_id: str, error: Exception) -> str:
     """The cache does not have it (or not all of it) and the Hub was not asked or did not answer."""
     if constants.HF_HUB_OFFLINE:
-        return f"{repo_id} is not (or not wholly) in the cache and HF_HUB_OFFLINE is set; unset it to download the model"
+        return f"{repo_id} is not (or not wholly) in the cache and HF_HUB_OFFLINE is set; unset it to download"
     cause = error.__cause__
     if isinstance(cause, HfHubHTTPError):
         return _explain_status(repo_id, cause.response.status_code)

@@ -7,26 +7,24 @@ checkpoint are mapped in place and not copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
+from glm4lite_quant import QuantConfig, QuantEmbedding, QuantError, QuantLinear, QuantTensor
 from torch import Tensor, nn
 
 from glm4lite import memory
 from glm4lite.checkpoint import Checkpoint
-from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError, ConfigError
-from glm4lite.events import Progress
 from glm4lite.hub import resolve
-from glm4lite.plan import Fill, Plan, make_plan, stored_quant
-from glm4lite_quant import QuantConfig, QuantEmbedding, QuantError, QuantLinear, QuantTensor
+from glm4lite.plan import Fill, Model, Plan, make_plan, parse_quant, read_config, skeleton, stored_quant
+from glm4lite.quantized import quantize_checkpoint, save_quantized
+from glm4lite.streaming import Meter, ProgressCallback, blocks, quantize_weight
 
-ProgressCallback = Callable[[Progress], None]
-Model = TypeVar("Model", bound=nn.Module)
+__all__ = ["load", "quantize_checkpoint", "save_quantized"]
 
-BLOCK_BYTES = 16 << 20
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -82,63 +80,6 @@ def load(
     return model.eval()
 
 
-def parse_quant(quant: str | QuantConfig | None) -> QuantConfig | None:
-    """QuantConfig.parse with this package's error."""
-    try:
-        return QuantConfig.parse(quant)
-    except QuantError as error:
-        raise ConfigError(str(error)) from None
-
-
-def read_config(checkpoint: Checkpoint) -> Glm4Config:
-    return Glm4Config.from_dict(checkpoint.config, checkpoint.folder / "config.json")
-
-
-def skeleton(config: Glm4Config, cls: type[Model] | None) -> Model:
-    """The model without weights, on the meta device."""
-    if cls is None:
-        from glm4lite.model import Glm4ForCausalLM
-
-        cls = cast(type[Model], Glm4ForCausalLM)
-    with torch.device("meta"):
-        return cls(config)
-
-
-class Meter:
-    """Counts bytes and reports them."""
-
-    def __init__(self, stage: str, total: int, progress: ProgressCallback | None) -> None:
-        self.stage, self.total, self.done, self._progress = stage, total, 0, progress
-
-    def add(self, count: int) -> None:
-        self.done += count
-        if self._progress is not None:
-            self._progress(Progress(self.stage, self.done, self.total, "bytes"))
-
-
-def blocks(checkpoint: Checkpoint, name: str, meter: Meter) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows) of a tensor in its own type, float16 widened to float32; the meter counts what was used."""
-    if not checkpoint.shape(name):
-        raise CheckpointError(f"{name} in {checkpoint.file(name)} is a single number, not a weight")
-    for start, block in checkpoint.row_blocks(name, BLOCK_BYTES):
-        yield start, block.float() if block.dtype == torch.float16 else block
-        meter.add(block.nbytes)
-
-
-def quantize_weight(checkpoint: Checkpoint, fill: Fill, meter: Meter) -> QuantTensor:
-    """One weight, quantized block by block; at no time is all of it in memory unquantized."""
-    if fill.quant is None:
-        raise CheckpointError(f"{fill.source} is not to be quantized")
-    weight = QuantTensor.empty(fill.shape[0], fill.shape[1], fill.quant)
-    try:
-        for start, rows in blocks(checkpoint, fill.source, meter):
-            weight.quantize_rows(start, rows)
-    except QuantError as error:
-        where = checkpoint.file(fill.source)
-        raise CheckpointError(f"{fill.source} in {where} cannot be quantized: {error}; download the file again") from None
-    return weight
-
-
 def _fill(
     model: nn.Module,
     checkpoint: Checkpoint,
@@ -184,7 +125,7 @@ def _replace(model: nn.Module, fill: Fill, weight: QuantTensor, device: torch.de
     elif isinstance(old, nn.Embedding):
         new = QuantEmbedding(old.num_embeddings, old.embedding_dim, config, device="meta", dtype=dtype)
     else:
-        raise CheckpointError(f"{fill.source} is quantized in the checkpoint, but {fill.module} is neither linear nor embedding")
+        raise CheckpointError(f"{fill.parts[0]} quantizes {fill.module}, which is neither linear nor an embedding")
     new.load(_moved(weight, device))
     _set_module(model, fill.module, new)
 
@@ -200,9 +141,7 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def _read_plain(
-    checkpoint: Checkpoint, fill: Fill, device: torch.device, dtype: torch.dtype, meter: Meter
-) -> Tensor:
+def _read_plain(checkpoint: Checkpoint, fill: Fill, device: torch.device, dtype: torch.dtype, meter: Meter) -> Tensor:
     """A tensor straight into its final memory, converted block by block."""
     values = torch.empty(fill.shape, dtype=dtype, device=device)
     for start, rows in blocks(checkpoint, fill.source, meter):
@@ -240,7 +179,7 @@ def _initialise(model: nn.Module, plan: Plan, device: torch.device, dtype: torch
 def _check_complete(model: nn.Module) -> None:
     left = [name for name, value in model.state_dict().items() if value.is_meta]
     if left:
-        raise CheckpointError(f"{left[0]} got no values; this is a defect of glm4lite, please report it with the model's name")
+        raise CheckpointError(f"{left[0]} got no values; this is a defect of glm4lite, please report it")
 
 
 def _device(device: str | torch.device) -> torch.device:

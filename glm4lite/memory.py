@@ -5,13 +5,13 @@ from pathlib import Path
 MEMINFO = Path("/proc/meminfo")
 
 
-def available(meminfo: Path = MEMINFO) -> int | None:
+def available() -> int | None:
     """Bytes that can be allocated without pushing others out, swap included; None where the system does not tell.
 
     Only Linux tells it in a file; elsewhere nothing is refused up front.
     """
     try:
-        lines = meminfo.read_text(encoding="ascii").splitlines()
+        lines = MEMINFO.read_text(encoding="ascii").splitlines()
     except OSError:
         return None
     fields = dict(line.split(":", 1) for line in lines if ":" in line)

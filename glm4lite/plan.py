@@ -8,12 +8,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
+import torch
+from glm4lite_quant import QuantConfig, QuantError, QuantTensor
 from torch import nn
 
 from glm4lite.checkpoint import Checkpoint
+from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError, ConfigError
-from glm4lite_quant import QuantConfig, QuantError, QuantTensor
+
+Model = TypeVar("Model", bound=nn.Module)
 
 logger = logging.getLogger("glm4lite")
 
@@ -27,8 +32,8 @@ CODE_COLUMNS = 32
 class Fill:
     """One parameter of the model and how it gets its values.
 
-    `quant` set: the weight is quantized while it is read. `parts` not empty: it lies in the checkpoint quantized already,
-    under these tensor names. Neither: it is read as it is.
+    `quant` set: the weight is quantized while it is read. `parts` not empty: it lies quantized in the checkpoint, under
+    these tensor names. Neither: it is read as it is.
     """
 
     module: str
@@ -59,6 +64,28 @@ class Plan:
         return any(fill.quant or fill.parts for fill in self.fills)
 
 
+def parse_quant(quant: str | QuantConfig | None) -> QuantConfig | None:
+    """QuantConfig.parse with this package's error."""
+    try:
+        return QuantConfig.parse(quant)
+    except QuantError as error:
+        raise ConfigError(str(error)) from None
+
+
+def read_config(checkpoint: Checkpoint) -> Glm4Config:
+    return Glm4Config.from_dict(checkpoint.config, checkpoint.folder / "config.json")
+
+
+def skeleton(config: Glm4Config, cls: type[Model] | None) -> Model:
+    """The model without weights, on the meta device."""
+    if cls is None:
+        from glm4lite.model import Glm4ForCausalLM
+
+        cls = cast(type[Model], Glm4ForCausalLM)
+    with torch.device("meta"):
+        return cls(config)
+
+
 def make_plan(model: nn.Module, checkpoint: Checkpoint, quant: QuantConfig | None) -> Plan:
     """Match a model (on the meta device) with a checkpoint; each thing that does not fit is named.
 
@@ -66,7 +93,9 @@ def make_plan(model: nn.Module, checkpoint: Checkpoint, quant: QuantConfig | Non
         CheckpointError: tensors are missing, not expected, or of the wrong shape or type.
         ConfigError: a layer's width is not a multiple of the group size.
     """
-    plan, missing, kept = Plan(), [], []
+    plan = Plan()
+    missing: list[tuple[str, str]] = []
+    kept: list[str] = []
     plan.tied = bool(getattr(model.config, "tie_word_embeddings", False)) and hasattr(model, "lm_head")
     prefix = "" if hasattr(model, "model") else "model."  # the bare trunk's parameters lie under model. in the file
     for module, parameter, shape in _parameters(model):
@@ -123,7 +152,8 @@ def _quant_for(
 
 
 def _missing(checkpoint: Checkpoint, names: list[str]) -> str:
-    return f"{checkpoint.folder} lacks {some(names)}, which config.json's model needs; download it again or correct config.json"
+    what = "which config.json's model needs; download it again or correct config.json"
+    return f"{checkpoint.folder} lacks {some(names)}, {what}"
 
 
 def _check_unexpected(model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> None:
@@ -148,7 +178,8 @@ def _check_fill(checkpoint: Checkpoint, fill: Fill) -> None:
     where = f"{fill.source} in {checkpoint.file(fill.source)}"
     if found != fill.shape:
         raise CheckpointError(
-            f"{where} has shape {list(found)}, config.json needs {list(fill.shape)}; correct config.json or download it again"
+            f"{where} has shape {list(found)}, config.json needs {list(fill.shape)}; "
+            "correct config.json or download it again"
         )
     if dtype not in FLOAT_TYPES:
         raise CheckpointError(f"{where} has the type {dtype}, which cannot be loaded; use a BF16 or F32 checkpoint")
@@ -162,7 +193,8 @@ def _say(checkpoint: Checkpoint, plan: Plan, kept: list[str]) -> None:
         names = some([f"{module}.{parameter}" for module, parameter in plan.fresh])
         logger.warning("%s is not in the checkpoint and starts from random values: train it before use", names)
     if any(not fill.parts and checkpoint.dtype(fill.source) == "F16" for fill in plan.fills):
-        logger.warning("%s stores float16: read and computed in a wider type, because GLM-4 overflows float16", checkpoint.folder)
+        why = "GLM-4 overflows float16"
+        logger.warning("%s stores float16: read as float32, because %s", checkpoint.folder, why)
 
 
 def stored_quant(checkpoint: Checkpoint, wanted: QuantConfig | None) -> QuantConfig | None:

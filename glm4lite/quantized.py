@@ -1,28 +1,28 @@
 """Pre-quantized checkpoints: made from a checkpoint tensor by tensor, or from a model that is loaded.
 
-The result is an ordinary folder: config.json with `quantization_config`, `<module>.qweight/.scales/.mins/.row_scale/
-.row_min` beside the other tensors, and the tokenizer, chat template and generation config of the source. `load` maps it.
+The result is an ordinary folder: config.json with `quantization_config`, `<module>.qweight`, `.scales`, `.mins`,
+`.row_scale`, `.row_min` beside the other tensors, and the source's tokenizer, chat template and generation config.
+`load` maps it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from glm4lite_quant import QuantConfig
 from torch import Tensor, nn
 
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError, ConfigError
-from glm4lite.events import Progress
 from glm4lite.hub import resolve
-from glm4lite.loader import Meter, blocks, parse_quant, quantize_weight, read_config, skeleton
-from glm4lite.plan import Fill, Plan, make_plan, stored_quant
+from glm4lite.plan import Fill, make_plan, parse_quant, read_config, skeleton, stored_quant
 from glm4lite.shard import DTYPES
+from glm4lite.streaming import Meter, ProgressCallback, blocks, quantize_weight
 from glm4lite.writer import SHARD_BYTES, FolderWriter, PlannedTensor, check_destination
-from glm4lite_quant import QuantConfig
 
 COPIED = (
     "generation_config.json",
@@ -39,7 +39,7 @@ def quantize_checkpoint(
     source: str | Path,
     destination: str | Path,
     quant: str | QuantConfig = "int4",
-    progress: Callable[[Progress], None] | None = None,
+    progress: ProgressCallback | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Quantize a checkpoint into a new folder, one weight in memory at a time.
@@ -48,8 +48,8 @@ def quantize_checkpoint(
         The folder written.
 
     Raises:
-        Glm4liteError: the source cannot be loaded, is quantized already, or the destination cannot be written. Nothing is
-            left behind then, nor after Ctrl-C or an exception from `progress`.
+        Glm4liteError: the source cannot be loaded, is quantized already, or the destination cannot be written.
+            Nothing is left behind then, nor after Ctrl-C or an exception from `progress`.
     """
     target = Path(destination).expanduser()
     check_destination(target)

@@ -15,7 +15,6 @@ from glm4lite.events import Event, Progress, TextDelta, ThinkingDelta, ToolCallF
 from glm4lite.generate import Generation, PrefixCache
 from glm4lite.messages import Message, ToolCall
 from glm4lite.sampling import SamplingParams
-from glm4lite.template import starts_thinking
 from glm4lite.tool_calls import Call, OutputParser, Segment, Thinking
 from glm4lite.tools import Tool, run_tool
 
@@ -124,7 +123,7 @@ class ChatSession:
     def _answer(self, generation: Generation, answer: _Answer) -> Iterator[Event]:
         yield from self.engine.prefill(generation)
         prompt_end = self.engine.tokenizer.decode(generation.prompt[-8:], keep_special=True)
-        parser = OutputParser(self.tools, thinking=starts_thinking(prompt_end))
+        parser = OutputParser(self.tools, thinking=self.template.starts_thinking(prompt_end))
         for segment in self._segments(generation, parser):
             if isinstance(segment, Call):  # an event only when it runs
                 self._calls_made += 1

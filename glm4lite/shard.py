@@ -1,10 +1,10 @@
 """One safetensors file: its header, checked before any byte of it is used, and reads of whole tensors or row ranges.
 
 Why not `safetensors.safe_open`: its errors name neither the file nor the tensor, and its row slices touch a map of the
-whole file. Reads here go through one buffer of the size asked for, and the kernel is told to forget the pages read, so a
-load of N bytes never holds N bytes. Already quantized tensors are mapped instead (`mapped`), and never copied.
+whole file. Reads here go through one buffer of the size asked for, and the kernel is told to forget the pages read, so
+a load of N bytes never holds N bytes. Already quantized tensors are mapped instead (`mapped`), and never copied.
 
-Format (https://github.com/huggingface/safetensors): u64 little-endian header size, JSON header, tensor data without gaps.
+Format (https://github.com/huggingface/safetensors): u64 little-endian header size, JSON header, data without gaps.
 """
 
 import json
@@ -15,7 +15,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -88,7 +88,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         dtype, shape, begin, end = _entry_fields(path, name, entry)
         tensor = StoredTensor(name, dtype, shape, path, data_start + begin)
         if tensor.nbytes != end - begin:
-            raise _lies(path, f"{name} is {dtype} {list(shape)}, {tensor.nbytes} bytes, but its offsets span {end - begin}")
+            what = f"{name} is {dtype} {list(shape)}, {tensor.nbytes} bytes"
+            raise _lies(path, f"{what}, but its offsets span {end - begin}")
         tensors[name] = tensor
         spans.append((begin, end, name))
     _check_spans(path, spans, file_size - data_start)
@@ -105,9 +106,9 @@ def _header_json(path: Path) -> tuple[dict[str, Any], int, int]:
                 raise CheckpointError(f"{path} is truncated: {size} bytes are too few for safetensors; {_AGAIN}")
             (length,) = struct.unpack("<Q", prefix)
             if not 2 <= length <= _MAX_HEADER_BYTES:
-                raise CheckpointError(f"{path} is not a safetensors file: it gives {length} as its header size; {_AGAIN}")
+                raise CheckpointError(f"{path} is not a safetensors file: its header size reads {length}; {_AGAIN}")
             if 8 + length > size:
-                raise CheckpointError(f"{path} is truncated: its header needs {8 + length} bytes, the file has {size}; {_AGAIN}")
+                raise _truncated(path, "header", 8 + length, size)
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -152,19 +153,22 @@ def _check_spans(path: Path, spans: list[tuple[int, int, str]], data_bytes: int)
     position = 0
     for begin, end, name in sorted(spans):
         if begin != position:
-            what = "overlaps the tensor before it" if begin < position else f"leaves {begin - position} bytes unused before it"
+            gap = begin - position
+            what = "overlaps the tensor before it" if gap < 0 else f"leaves {gap} bytes unused before it"
             raise _lies(path, f"{name} {what}")
         position = end
     if position > data_bytes:
-        raise CheckpointError(
-            f"{path} is truncated: its tensors need {position} bytes, the file has {data_bytes} after the header; {_AGAIN}"
-        )
+        raise _truncated(path, "data", position, data_bytes)
     if position < data_bytes:
         raise _lies(path, f"{data_bytes - position} bytes at the end belong to no tensor")
 
 
 def _lies(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path} has a wrong header: {what}; {_AGAIN}")
+
+
+def _truncated(path: Path, part: str, needed: int, found: int) -> CheckpointError:
+    return CheckpointError(f"{path} is truncated: its {part} needs {needed} bytes, {found} are there; {_AGAIN}")
 
 
 def torch_dtype(tensor: StoredTensor) -> torch.dtype:
@@ -175,18 +179,19 @@ def torch_dtype(tensor: StoredTensor) -> torch.dtype:
     """
     if tensor.dtype not in DTYPES:
         raise CheckpointError(
-            f"{tensor.name} in {tensor.path} has the type {tensor.dtype}, which is not supported; use a BF16 or F32 checkpoint"
+            f"{tensor.name} in {tensor.path} has the type {tensor.dtype}, which cannot be read; "
+            "use a BF16 or F32 checkpoint"
         )
     return DTYPES[tensor.dtype]
 
 
 def read(tensor: StoredTensor) -> torch.Tensor:
-    """The tensor in fresh memory of its own size; the page cache is told to forget the file's pages where the OS can."""
+    """The tensor in fresh memory of its own size."""
     dtype = torch_dtype(tensor)
     if tensor.nbytes == 0:
         return torch.empty(tensor.shape, dtype=dtype)
     buffer = torch.empty(tensor.nbytes, dtype=torch.uint8)
-    view, done = memoryview(buffer.numpy()), 0
+    view, done = memoryview(cast(Any, buffer.numpy())), 0
     try:
         with tensor.path.open("rb", buffering=0) as file:
             file.seek(tensor.offset)

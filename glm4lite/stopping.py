@@ -9,16 +9,15 @@ if TYPE_CHECKING:
     from glm4lite.config import Glm4Config
     from glm4lite.tokenizer import Tokenizer
 
-# GLM-4 ends an answer with <|user|> and calls with <|observation|>; released configs name one or all of them.
-GLM_STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
-
 
 def stop_ids(config: Glm4Config, generation_config: dict[str, Any], tokenizer: Tokenizer) -> frozenset[int]:
-    """The union of what config.json, generation_config.json and the tokenizer name, and GLM's own stop tokens."""
+    """The union of what config.json and generation_config.json name and the tokenizer's (GLM's own included).
+
+    GLM-4 ends an answer with <|user|> and calls with <|observation|>; released configs name one or all of them.
+    """
     given = generation_config.get("eos_token_id")
     listed = given if isinstance(given, list) else [given]
-    special = [tokenizer.special[token] for token in GLM_STOP_TOKENS if token in tokenizer.special]
-    ids = [*config.eos_token_ids, *listed, *tokenizer.eos_ids, *special]
+    ids = [*config.eos_token_ids, *listed, *tokenizer.stop_ids]
     return frozenset(token for token in ids if isinstance(token, int) and 0 <= token < config.vocab_size)
 
 

@@ -23,6 +23,7 @@ from glm4lite.tokenizer import Tokenizer, read_json_object
 
 TIME_LIMIT_S = 2.0
 _MAX_SOURCE = 1_000_000  # characters; real templates have a few thousand
+_ROLES = ("system", "user", "assistant", "tool")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -144,13 +145,13 @@ class _Markers:
         self._restore = re.compile(self._nonce + r"(\d+)z")
 
     def mark(self, value: Any) -> Any:
-        """`value` (JSON data) with the special strings in it replaced; roles and types are not the user's words."""
+        """`value` (JSON data) with the special strings in it replaced, in keys too."""
         if self._find is None:
             return value
         if isinstance(value, str):
             return self._find.sub(lambda found: f"{self._nonce}{self._specials.index(found.group())}z", value)
         if isinstance(value, Mapping):
-            return {self.mark(key): item if key == "role" else self.mark(item) for key, item in value.items()}
+            return {self.mark(key): self.mark(item) for key, item in value.items()}
         return [self.mark(item) for item in value] if isinstance(value, list | tuple) else value
 
     def restore(self, text: str) -> str:
@@ -174,6 +175,8 @@ def _template_messages(
 
 def _glm_turns(source: str, message: Message) -> list[dict[str, Any]]:
     """One message per call, with the tool's name as metadata; a tool's result is an observation."""
+    if message.role not in _ROLES:  # some templates write it into a special token
+        raise TemplateError(f"message: role must be one of {', '.join(_ROLES)}; found {message.role!r}")
     if message.role == "tool":
         return [{"role": "observation", "content": message.content}]
     turns: list[dict[str, Any]] = [{"role": message.role, "content": message.content}]

@@ -28,8 +28,11 @@ class TemplateProcess:
         self._time_limit_s = time_limit_s
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
-        with self._lock:
+        try:
             self._start()
+        except TemplateError:
+            self._drop()
+            raise
 
     def render(self, name: str, variables: Mapping[str, Any]) -> str:
         """The template `name` with `variables`, which must be JSON data."""
@@ -64,7 +67,8 @@ class TemplateProcess:
     def _exchange(self, request: str | None, limit_s: float) -> str:
         """Send one request (None: only wait for the greeting) and read its answer."""
         process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
+        if process is None or process.stdin is None or process.stdout is None:
+            raise TemplateError(f"{self._origin}: the process for templates is not running")
         expired = threading.Event()
 
         def expire() -> None:

@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
@@ -31,7 +31,7 @@ ORPHAN_LIMIT_S = 30  # this process ends itself if the parent is gone and cannot
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` marks the assistant's words for training; here it renders its body."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
@@ -45,7 +45,7 @@ class _Generation(jinja2.ext.Extension):
 class _Namespace(jinja2.utils.Namespace):
     """jinja2's namespace without underscore names, through which a template could reach Python's internals."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # noqa: N805  # `self` must stay usable as a keyword
+    def __init__(*args: Any, **kwargs: Any) -> None:  # so that `namespace(self=…)` works
         self, *rest = args
         values = dict(*rest, **kwargs)
         for name in values:
@@ -93,9 +93,7 @@ def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     env.filters["tojson"] = _tojson
-    env.globals.update(
-        raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace
-    )
+    env.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace)
     return env
 
 
@@ -146,15 +144,20 @@ def _limit_process() -> None:
         return
 
 
+def _write(answer: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     """Answer requests until stdin ends, which it does when the parent does."""
     _limit_process()
     renderer = Renderer()
-    print(json.dumps({"text": "ready"}), flush=True)
+    _write({"text": "ready"})
     for line in sys.stdin:
         if hasattr(signal, "alarm"):
             signal.alarm(ORPHAN_LIMIT_S)
-        print(json.dumps(renderer.answer(json.loads(line))), flush=True)
+        _write(renderer.answer(json.loads(line)))
         if hasattr(signal, "alarm"):
             signal.alarm(0)
 

@@ -21,6 +21,7 @@ from glm4lite.errors import CheckpointError
 
 GLM_STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 _PREFIX_TOKENS = ("[gMASK]", "<sop>")
+_ALWAYS_SPECIAL = {*GLM_STOP_TOKENS, *_PREFIX_TOKENS, "<|system|>", "<|assistant|>"}
 
 
 class Tokenizer:
@@ -38,7 +39,7 @@ class Tokenizer:
         backend.no_padding()
         added = backend.get_added_tokens_decoder()
         declared = _declared_special(config)
-        # A token that only tokenizer_config.json (or the GLM family) knows to be special must be one for the backend too.
+        # A token that only tokenizer_config.json (or the GLM family) knows to be special must be one for the backend.
         backend.add_special_tokens(
             [token.content for token in added.values() if not token.special and token.content in declared]
         )
@@ -183,7 +184,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
 def _declared_special(config: dict[str, Any]) -> set[str]:
     listed = config.get("added_tokens_decoder") or {}
     declared = {_token_text(token) for token in listed.values() if isinstance(token, dict) and token.get("special")}
-    return {text for text in declared if text} | set(GLM_STOP_TOKENS) | set(_PREFIX_TOKENS) | {"<|assistant|>", "<|system|>"}
+    return {text for text in declared if text} | _ALWAYS_SPECIAL
 
 
 def _token_text(token: Any) -> str | None:

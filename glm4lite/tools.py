@@ -207,9 +207,9 @@ def _arguments_model(function: Callable[..., Any]) -> type[BaseModel]:
             raise TypeError(f"parameter {parameter.name!r} has no type")
         hint = hints[parameter.name]
         described = _has_description(hint) or isinstance(parameter.default, FieldInfo)
-        extra = {} if described else {"description": descriptions.get(parameter.name)}
+        description = None if described else descriptions.get(parameter.name)
         default = ... if parameter.default is parameter.empty else parameter.default
-        fields[f"arg{len(fields)}"] = (Annotated[hint, Field(alias=parameter.name, **extra)], default)
+        fields[f"arg{len(fields)}"] = (Annotated[hint, Field(alias=parameter.name, description=description)], default)
     return create_model(function.__name__ if hasattr(function, "__name__") else "arguments", __base__=base, **fields)
 
 
@@ -233,7 +233,9 @@ def _tidy_value(key: str, value: Any) -> Any:
         return value
     if isinstance(value, dict):
         return _tidy_schema(value)
-    return [_tidy_schema(item) if isinstance(item, dict) else item for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_tidy_value("", item) for item in value]
+    return value
 
 
 def _parse_docstring(text: str) -> tuple[str, dict[str, str]]:

@@ -1,7 +1,7 @@
 """Units, for the `unit_convert` tool: one table of exact factors.
 
-    >>> convert(5, "km", "mile"), convert(20, "°C", "fahrenheit"), convert(1, "GiB", "MB")
-    ('3.106856 mile', '68 fahrenheit', '1073.742 MB')
+>>> convert(5, "km", "mile"), convert(20, "°C", "fahrenheit"), convert(1, "GiB", "MB")
+('3.106856 mile', '68 fahrenheit', '1073.742 MB')
 """
 
 import math
@@ -81,12 +81,12 @@ _TABLE: dict[str, tuple[tuple[str, str], ...]] = {
         ("3155695200", "century|centurie|世纪"),
     ),
     "speed": (
-        ("1", "m/s|mps|meter per second|metre per second|meters per second|metres per second|米每秒"),
-        ("5/18", "km/h|kmh|kph|kmph|kilometer per hour|kilometre per hour|kilometers per hour|kilometres per hour|公里每小时"),
-        ("0.44704", "mph|mi/h|mile per hour|miles per hour"),
+        ("1", "m/s|mps|meter per second|metre per second|米每秒"),
+        ("5/18", "km/h|kmh|kph|kmph|kilometer per hour|kilometre per hour|公里每小时"),
+        ("0.44704", "mph|mi/h|mile per hour"),
         ("1852/3600", "kn|kt|knot|节"),
         ("0.3048", "ft/s|fps|foot per second|feet per second"),
-        ("1000", "km/s|kilometer per second|kilometers per second"),
+        ("1000", "km/s|kilometer per second"),
         ("299792458", "c|speed of light"),
     ),
     "area": (

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ class FolderWriter:
         data = rows.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         with (self._folder / place.file).open("r+b", buffering=0) as file:
             file.seek(place.offset + done)
-            _write_all(file.fileno(), memoryview(data))
+            _write_all(file.fileno(), memoryview(cast(Any, data)))
         self._written[name] = done + rows.nbytes
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
@@ -169,7 +169,8 @@ class FolderWriter:
                 f"{self.destination} cannot be written: the disk is full; {self._size / 1e9:.2f} GB are needed, "
                 "free some space and run it again (nothing was left behind)"
             )
-        return CheckpointError(f"{self.destination} cannot be written ({error.strerror or error}); choose another folder")
+        why = error.strerror or error
+        return CheckpointError(f"{self.destination} cannot be written ({why}); choose another folder")
 
     def _check_space(self) -> None:
         parent = next(folder for folder in self.destination.parents if folder.exists())

@@ -14,6 +14,8 @@ from glm4lite.tools import BUILTIN_TOOLS, run_tool
 from nano.toolbox import Call, Skill, Step, failure, phrased, typed
 from nano.values import Values, words
 
+_TOOLS = {tool.name: tool for tool in BUILTIN_TOOLS}
+
 _ASK = ("what is {e}", "what's {e}", "how much is {e}", "{e} = ", "{e}", "what does {e} give", "what do I get for {e}", "what is the result of {e}")
 _DO = ("calculate {e}", "compute {e}", "evaluate {e}", "work out {e}", "solve {e}", "calc {e}", "tell me {e}", "do the math: {e}")
 _ASK_ZH = ("{e}等于多少", "{e} 等于多少", "{e}是多少", "{e} 是多少", "{e}等于几", "{e}", "{e} = ", "{e}的结果是什么")
@@ -60,7 +62,7 @@ def _spoken(values: Values, table: tuple[tuple[str, str], ...]) -> tuple[str, st
 
 def _observe(name: str, arguments: dict[str, Any]) -> str:
     call = Call(name, arguments, "")
-    return run_tool(BUILTIN_TOOLS[name], ToolCall("1", name, call.arguments_json())).content
+    return run_tool(_TOOLS[name], ToolCall("1", name, call.arguments_json())).content
 
 
 def _answered(user: str, call: Call, chinese: bool, answer: Callable[[str], str], facts: Callable[[str], tuple[str, ...]], category: str) -> Step:
@@ -204,4 +206,4 @@ def builtin_skills() -> list[Skill]:
         ),
         "unit_convert": (_unit, _more_unit),
     }
-    return [Skill(name, BUILTIN_TOOLS[name].schema()["function"], *ways[name]) for name in ways]
+    return [Skill(name, _TOOLS[name].schema()["function"], *ways[name]) for name in ways]

@@ -1,6 +1,6 @@
 """Tiny checkpoints for tests: real safetensors shards with an index, a real tokenizer, a chat template.
 
-    folder = write_checkpoint(tmp_path / "tiny", tiny_config(num_hidden_layers=1), shards=2)
+folder = write_checkpoint(tmp_path / "tiny", tiny_config(num_hidden_layers=1), shards=2)
 """
 
 import json
@@ -52,7 +52,7 @@ TEMPLATE = """[gMASK]<sop>
 {%- endfor %}
 {%- endif %}
 {%- for message in messages %}
-{%- if message["role"] == "assistant" and message.get("metadata") %}<|assistant|>{{ message["metadata"] }} \\n{{ message["content"] }}
+{%- if message.get("metadata") %}<|assistant|>{{ message["metadata"] }} \\n{{ message["content"] }}
 {%- else %}<|{{ message["role"] }}|>\\n{{ message["content"] }}
 {%- endif %}
 {%- endfor %}
@@ -113,7 +113,9 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def tiny_tensors(config: Mapping[str, Any], seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+def tiny_tensors(
+    config: Mapping[str, Any], seed: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, torch.Tensor]:
     """Random weights of a sane scale: norms near 1, matrices near 1/sqrt(inputs)."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -125,7 +127,7 @@ def tiny_tensors(config: Mapping[str, Any], seed: int = 0, dtype: torch.dtype = 
 
 
 def write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], shards: int) -> None:
-    """`shards` safetensors files of about equal counts (so a layer lies in two) and an index; 1 means model.safetensors."""
+    """`shards` files of about equal counts (so a layer lies in two) and an index; 1 means model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     if shards == 1:
         save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
@@ -144,10 +146,12 @@ def write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], shards: int)
 def tiny_tokenizer() -> Tokenizer:
     """A byte-level BPE of GLM-4's kind (same split, all 256 bytes, its 14 specials last), trained on a few lines."""
     tokenizer = Tokenizer(models.BPE())
-    split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(split), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    split = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=ORDINARY, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False

@@ -1,0 +1,225 @@
+"""Trains `nano`: `python -m nano.train --minutes 60` on a CPU, fewer minutes with `--device cuda`.
+
+Seeded, resumable (`--resume`), logged to nano/train_log.jsonl. The schedule follows the clock: a short warm-up, a
+plateau, and a linear decay to zero over the last 40 % of the minutes. During the decay every second step sees its
+weights rounded to int4 (gradients pass through), so that the quantized model is trained for, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from glm4lite.config import Glm4Config
+from glm4lite.model import Glm4ForCausalLM
+from nano import batches, dialogues, probe
+from nano import tokenizer as bpe
+from nano.export import export, model_config
+from nano.render import IGNORED, text_of
+
+HERE = Path(__file__).parent
+PACKAGE_DATA = HERE.parent / "glm4lite" / "nano"
+MERGES, VOCABULARY = 500, 1250
+WARM_UP, DECAY = 0.02, 0.4
+GROUP = 32  # of the int4 rounding
+
+
+@dataclass
+class Clock:
+    """Seconds trained, over all runs, and the share of the planned minutes."""
+
+    minutes: float
+    before: float = 0.0
+    started: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.started
+
+    @property
+    def share(self) -> float:
+        return min(1.0, self.seconds / (60 * self.minutes))
+
+    def rate(self) -> float:
+        """The factor of the learning rate now."""
+        return min(1.0, self.share / WARM_UP, (1.0 - self.share) / DECAY)
+
+
+def make_tokenizer(seed: int) -> Tokenizer:
+    """The tokenizer, trained on 8000 dialogues of the training side."""
+    rng = random.Random(seed)
+    return bpe.train((text_of(dialogues.generate(rng)) for _ in range(8000)), MERGES, VOCABULARY)
+
+
+def optimizers(model: Glm4ForCausalLM, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for everything else."""
+    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+
+
+def round_to_int4(weight: Tensor) -> Tensor:
+    """The weight after a round trip through 4 bits, one scale and minimum per 32 inputs."""
+    groups = weight.float().view(weight.shape[0], -1, GROUP)
+    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    step = ((high - low) / 15).clamp(min=1e-8)
+    codes = ((groups - low) / step).round().clamp(0, 15)
+    return (codes * step + low).view_as(weight).to(weight.dtype)
+
+
+@contextmanager
+def rounded(model: Glm4ForCausalLM, active: bool) -> Iterator[None]:
+    """Inside, the layers' int4 weights are rounded; outside, the exact ones are back."""
+    names = ("q_proj", "o_proj", "gate_up_proj", "down_proj")
+    linears = [m for n, m in model.model.layers.named_modules() if isinstance(m, nn.Linear) and n.endswith(names)]
+    exact = [linear.weight.data for linear in linears] if active else []
+    for linear in linears[: len(exact)]:
+        linear.weight.data = round_to_int4(linear.weight.data)
+    try:
+        yield
+    finally:
+        for linear, weight in zip(linears, exact, strict=False):
+            linear.weight.data = weight
+
+
+def loss_of(model: Glm4ForCausalLM, batch: batches.Batch) -> Tensor:
+    """Mean cross-entropy of the taught tokens; the head runs on their positions only."""
+    device = model.lm_head.weight.device
+    ids, labels = batch.ids.to(device), batch.labels.to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        hidden = model.model(ids, use_cache=False).last_hidden_state
+        taught = labels != IGNORED
+        logits = model.lm_head(hidden[taught])
+    return F.cross_entropy(logits.float(), labels[taught])
+
+
+@dataclass
+class Run:
+    """Everything that a checkpoint holds."""
+
+    model: Glm4ForCausalLM
+    tokenizer: Tokenizer
+    optimizers: list[torch.optim.Optimizer]
+    clock: Clock
+    step: int = 0
+    chunk: int = 0
+
+    def save(self, folder: Path) -> None:
+        """Writes the state beside the old one, then swaps it in."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "chunk": self.chunk,
+            "seconds": self.clock.seconds,
+            "tokenizer": self.tokenizer.to_str(),
+        }
+        torch.save(state, folder / "state.tmp")
+        (folder / "state.tmp").rename(folder / "state.pt")
+
+
+def start(arguments: argparse.Namespace) -> Run:
+    """A fresh run, or the saved one with `--resume`."""
+    torch.manual_seed(arguments.seed)
+    saved = torch.load(arguments.out / "state.pt", weights_only=True) if arguments.resume else None
+    tokenizer = Tokenizer.from_str(saved["tokenizer"]) if saved else make_tokenizer(arguments.seed)
+    model = Glm4ForCausalLM(Glm4Config.from_dict(model_config(tokenizer))).to(arguments.device)
+    run = Run(model, tokenizer, optimizers(model, arguments.rate), Clock(arguments.minutes))
+    if saved:
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(run.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        run.step, run.chunk, run.clock.before = saved["step"], saved["chunk"] + 1, saved["seconds"]
+    return run
+
+
+def train_step(run: Run, batch: batches.Batch, rate: float) -> float:
+    """One update; returns the loss."""
+    factor = run.clock.rate()
+    with rounded(run.model, active=run.clock.share > 1 - DECAY and run.step % 2 == 0):
+        loss = loss_of(run.model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    for optimizer in run.optimizers:
+        for settings in optimizer.param_groups:
+            settings["lr"] = rate * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    return float(loss)
+
+
+def write(run: Run, arguments: argparse.Namespace) -> None:
+    """The checkpoint folder as it is now."""
+    export(run.model.state_dict(), model_config(run.tokenizer), run.tokenizer, arguments.export)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Trains until the planned minutes are over."""
+    run = start(arguments)
+    log = arguments.log.open("a" if arguments.resume else "w", encoding="utf-8")
+    held_out = probe.held_out(run.tokenizer, arguments.probes)
+    seen, loss_sum, since, saved_at = 0, 0.0, time.monotonic(), time.monotonic()
+    for run.chunk, batch in batches.stream(run.tokenizer, arguments.seed, run.chunk, arguments.tokens):
+        loss_sum += train_step(run, batch, arguments.rate)
+        seen += batch.ids.numel()
+        if run.step % 50 == 0:
+            speed = seen / (time.monotonic() - since)
+            entry: dict[str, object] = {"step": run.step, "minutes": round(run.clock.seconds / 60, 2)}
+            entry |= {"loss": round(loss_sum / 50, 4), "rate": round(run.clock.rate() * arguments.rate, 6)}
+            entry |= {"tokens_per_s": round(speed), "chunk": run.chunk}
+            if run.step % arguments.probe_every == 0:
+                entry["exact"] = probe.exact(run.model, held_out)
+            print(json.dumps(entry), file=log, flush=True)
+            seen, loss_sum, since = 0, 0.0, time.monotonic()
+        over = run.clock.share >= 1
+        if over or time.monotonic() - saved_at > 180:
+            run.save(arguments.out)
+            saved_at = time.monotonic()
+        if over or arguments.steps and run.step >= arguments.steps:
+            break
+    print(json.dumps({"step": run.step, "exact": probe.exact(run.model, held_out)}), file=log, flush=True)
+    write(run, arguments)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--steps", type=int, default=0, help="stop after this many steps (0: when the minutes are over)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--tokens", type=int, default=6144, help="tokens of a batch")
+    parser.add_argument("--probes", type=int, default=200, help="held-out dialogues checked while training")
+    parser.add_argument("--probe-every", type=int, default=500, help="steps between the checks")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--out", type=Path, default=HERE / "run", help="folder of the resumable state")
+    parser.add_argument("--log", type=Path, default=HERE / "train_log.jsonl")
+    parser.add_argument("--export", type=Path, default=PACKAGE_DATA, help="where the checkpoint is written")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    train(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""A model that says what it is told to, so that sessions are tested on exact outputs without trained weights."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from glm4lite.cache import KVCache
+from glm4lite.config import Glm4Config
+from glm4lite.engine import Engine
+from glm4lite.template import ChatTemplate
+from glm4lite.tokenizer import Tokenizer
+
+
+class ScriptedModel(nn.Module):
+    """Each answer is one of `replies` (text with special tokens), token by token; it fills the cache like a model."""
+
+    def __init__(self, tokenizer: Tokenizer, replies: list[str], context: int = 4096) -> None:
+        super().__init__()
+        self.config = Glm4Config(num_hidden_layers=2, vocab_size=tokenizer.size, max_position_embeddings=context)
+        self.device = torch.device("cpu")
+        self.replies = [tokenizer.encode(reply, special=True) for reply in replies]
+        self.left: list[int] = []
+        self.fed: list[list[int]] = []
+
+    def forward(self, ids: torch.Tensor, past_key_values: KVCache, **_: Any) -> SimpleNamespace:
+        self.fed.append(ids[0].tolist())
+        for layer in past_key_values.layers:
+            layer.append(torch.zeros(1, 1, ids.shape[1], 1), torch.zeros(1, 1, ids.shape[1], 1))
+        if not self.left:
+            self.left = list(self.replies.pop(0))
+        logits = torch.zeros(1, 1, self.config.vocab_size)
+        logits[0, 0, self.left.pop(0)] = 1
+        return SimpleNamespace(logits=logits)
+
+
+def scripted_engine(tokenizer: Tokenizer, template: ChatTemplate, replies: list[str], context: int = 4096) -> Engine:
+    """An Engine whose model gives `replies` in turn, greedily."""
+    model: Any = ScriptedModel(tokenizer, replies, context)
+    return Engine(model, tokenizer, template, {"do_sample": False})

@@ -1,0 +1,162 @@
+"""The command line as a user meets it: a real process, its streams, its exit code, its signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
+
+GLM4LITE = [sys.executable, "-m", "glm4lite"]
+
+
+def run(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [*GLM4LITE, *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, check=False)
+
+
+def events(output: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of random weights that talks until it is stopped."""
+    config = tiny_config(max_position_embeddings=1_000_000)
+    return write_checkpoint(tmp_path_factory.mktemp("endless") / "model", config)
+
+
+def test_help_does_not_import_torch() -> None:
+    code = (
+        "import sys\nfrom glm4lite.cli import app\nfrom typer.testing import CliRunner\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "heavy = {'torch', 'gradio', 'transformers', 'pydantic', 'huggingface_hub'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("quant", ["int4", "int8", "none"])
+def test_the_main_job_calls_the_calculator_and_answers_888(quant: str) -> None:
+    result = run("chat", "-p", "What is 37 * 24?", "--json", "--quant", quant)
+    assert result.returncode == 0, result.stderr
+    found = events(result.stdout)
+    call = next(event for event in found if event["type"] == "tool_call")
+    assert (call["name"], call["arguments"]) == ("calculator", {"expression": "37 * 24"})
+    answer = next(event for event in found if event["type"] == "tool_result")
+    assert answer == {
+        "type": "tool_result",
+        "id": call["id"],
+        "name": "calculator",
+        "content": "888",
+        "error": False,
+    }
+    assert "888" in "".join(event["text"] for event in found if event["type"] == "text")
+    assert found[-1]["type"] == "done"
+    assert found[-1].keys() >= {"prompt_tokens", "new_tokens", "finish_reason", "tokens_per_s"}
+    assert found[-1]["finish_reason"] == "stop"
+
+
+def test_the_answer_is_on_stdout_and_all_else_on_stderr() -> None:
+    result = run("chat", "-p", "What is 37 * 24?")
+    assert "888" in result.stdout
+    assert "calculator" not in result.stdout
+    assert "calculator" in result.stderr
+    assert "zai-org/GLM-4-9B-0414" in result.stderr  # what nano is and how to run a 9B
+
+
+def test_two_turns_keep_the_prefix() -> None:
+    result = run("chat", "--json", stdin="What is 37 * 24?\nHello\n/exit\n")
+    first, second = (event for event in events(result.stdout) if event["type"] == "done")
+    assert 0 < second["prefilled_tokens"] < 60 < second["prompt_tokens"]
+    assert first["prompt_tokens"] < second["prompt_tokens"]
+
+
+def test_slash_commands_and_the_end_of_input() -> None:
+    result = run("chat", "--json", stdin="/reset\n/nonsense\n\n")
+    assert result.returncode == 0
+    assert "forgotten" in result.stderr
+    assert "/nonsense is not a command" in result.stderr
+    assert all(event["type"] == "progress" for event in events(result.stdout))
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(endless: Path) -> None:
+    command = [*GLM4LITE, "chat", str(endless), "--max-new-tokens", "500000", "--temperature", "0", "--json"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write("Go on for ever\n")
+        process.stdin.flush()
+        for line in process.stdout:
+            if json.loads(line)["type"] == "text":
+                break
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        done = next(event for event in map(json.loads, process.stdout) if event["type"] == "done")
+        assert time.monotonic() - started < 5
+        assert done["finish_reason"] == "cancelled"
+        process.stdin.write("/exit\n")
+        process.stdin.flush()
+        assert process.wait(20) == 0
+
+
+def test_an_answer_that_is_cut_says_so(endless: Path) -> None:
+    result = run("chat", endless, "-p", "Hi", "--max-new-tokens", "5", "--temperature", "0")
+    assert "the answer was cut" in result.stderr
+
+
+def test_the_same_seed_gives_the_same_text(endless: Path) -> None:
+    options = ("--max-new-tokens", "20", "--temperature", "1", "--seed")
+    one, again, other = (run("generate", endless, "-p", "Once", *options, seed).stdout for seed in ("1", "1", "2"))
+    assert one == again
+    assert one != other
+
+
+def test_a_quantized_folder_answers_as_the_quantized_original(endless: Path, tmp_path: Path) -> None:
+    made = run("quantize", endless, tmp_path / "small", "--quant", "int8")
+    assert made.returncode == 0, made.stderr
+    assert "int8" in made.stderr
+    options = ("-p", "Hi", "--max-new-tokens", "20", "--temperature", "0")
+    assert run("chat", tmp_path / "small", *options).stdout == run("chat", endless, "--quant", "int8", *options).stdout
+
+
+def test_info_names_the_kernels_and_what_a_model_needs(endless: Path) -> None:
+    result = run("info", endless)
+    assert result.returncode == 0, result.stderr
+    for fact in ("cpu kernels", "bitsandbytes", "parameters", "weights, int4", "context"):
+        assert fact in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("chat", "./no/such/folder", "-p", "Hi"), "no/such/folder"),
+        (("chat", "--quant", "int3", "-p", "Hi"), "int3"),
+        (("chat", "--dtype", "float16", "-p", "Hi"), "float16"),
+        (("chat", "--device", "abacus", "-p", "Hi"), "abacus"),
+        (("chat", "--temperature", "-1", "-p", "Hi"), "temperature"),
+        (("chat", "-p", "word " * 5000), "context"),
+        (("quantize", "nano", "out", "--quant", "none"), "nothing to quantize"),
+        (("quantize", "nano", "out", "--group-size", "48"), "48"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,195 @@
+"""Sessions on exact model outputs: events, the tool loop, history, the kept prefix, stopping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import glm4lite
+from glm4lite.engine import Engine
+from glm4lite.errors import ContextLengthError, TemplateError
+from glm4lite.events import Done, Event, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
+from glm4lite.messages import Message, ToolCall
+from glm4lite.sampling import SamplingParams
+from glm4lite.session import ChatSession
+from glm4lite.template import ChatTemplate
+from glm4lite.tokenizer import Tokenizer
+from glm4lite.tools import BUILTIN_TOOLS, tool
+from tests.glm4lite.scripted import scripted_engine
+
+NANO = Path(glm4lite.__file__).parent / "nano"
+CALL = 'calculator\n{"expression": "37 * 24"}'
+
+
+@tool
+def broken(city: str) -> str:
+    """Always fails.
+
+    Args:
+        city: Any city.
+    """
+    raise RuntimeError(f"no {city} here")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_folder(NANO)
+
+
+@pytest.fixture(scope="module")
+def template() -> ChatTemplate:
+    found = ChatTemplate.from_folder(NANO)
+    assert found is not None
+    return found
+
+
+Start = Callable[..., ChatSession]
+
+
+@pytest.fixture()
+def start(tokenizer: Tokenizer, template: ChatTemplate) -> Start:
+    def begin(*replies: str, context: int = 4096, **options: object) -> ChatSession:
+        options.setdefault("tools", [*BUILTIN_TOOLS, broken])
+        return ChatSession(scripted_engine(tokenizer, template, list(replies), context), **options)
+
+    return begin
+
+
+def text_of(events: list[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, TextDelta))
+
+
+def test_a_tool_call_runs_and_its_result_is_answered_from(start: Start) -> None:
+    session = start(CALL + "<|observation|>", "\n37 * 24 = 888.<|user|>")
+    events = list(session.send("What is 37 * 24?"))
+    assert events[0] == ToolCallStarted("call_1", "calculator", {"expression": "37 * 24"})
+    assert events[1] == ToolCallFinished("call_1", "calculator", "888", error=False)
+    assert text_of(events) == "37 * 24 = 888."
+    assert isinstance(events[-1], Done)
+    assert events[-1].finish_reason == "stop"
+    assert session.messages == [
+        Message("user", "What is 37 * 24?"),
+        Message("assistant", tool_calls=(ToolCall("call_1", "calculator", '{"expression": "37 * 24"}'),)),
+        Message("tool", "888", tool_call_id="call_1", name="calculator"),
+        Message("assistant", "37 * 24 = 888."),
+    ]
+
+
+def test_the_history_is_written_back_in_the_templates_own_form(start: Start) -> None:
+    session = start(CALL + "<|observation|>", "\nIt is 888.<|user|>", "\nYes.<|user|>")
+    list(session.send("37 * 24?"))
+    list(session.send("Sure?"))
+    prompt = session.template.render(session.messages[:-1], session.tools.values())
+    assert prompt.endswith(
+        '<|user|>\n37 * 24?<|assistant|>calculator \n{"expression": "37 * 24"}<|observation|>\n888'
+        "<|assistant|>\nIt is 888.<|user|>\nSure?<|assistant|>"
+    )
+
+
+def test_several_calls_of_one_turn_run_in_order(start: Start) -> None:
+    second = 'unit_convert\n{"value": 5, "from_unit": "km", "to_unit": "m"}'
+    session = start(f"{CALL}<|assistant|>{second}<|observation|>", "\n888 and 5000 m.<|user|>")
+    events = list(session.send("Both, please"))
+    results = [(event.name, event.content) for event in events if isinstance(event, ToolCallFinished)]
+    assert results == [("calculator", "888"), ("unit_convert", "5000 m")]
+    assert [message.role for message in session.messages] == ["user", "assistant", "tool", "tool", "assistant"]
+
+
+def test_a_tool_that_raises_becomes_an_error_observation(start: Start) -> None:
+    session = start('broken\n{"city": "Oslo"}<|observation|>', "\nThat did not work.<|user|>")
+    events = list(session.send("Try it"))
+    finished = next(event for event in events if isinstance(event, ToolCallFinished))
+    assert finished.error
+    assert finished.content.startswith("Error: ")
+    assert "no Oslo here" in finished.content
+    assert text_of(events) == "That did not work."
+
+
+def test_a_model_that_keeps_calling_is_stopped_and_it_is_said(start: Start) -> None:
+    session = start(*[CALL + "<|observation|>"] * 4, max_tool_rounds=2)
+    events = list(session.send("Loop"))
+    assert sum(isinstance(event, ToolCallStarted) for event in events) == 3
+    assert isinstance(events[-1], Done)
+    assert events[-1].finish_reason == "tool_rounds"
+
+
+def test_what_only_looks_like_a_call_is_shown_as_text(start: Start) -> None:
+    session = start('\nrobot\n{"a": 1}<|user|>', 'calculator\n{"expression": <|user|>')
+    assert text_of(list(session.send("Write JSON"))) == 'robot\n{"a": 1}'
+    assert text_of(list(session.send("Again"))) == 'calculator\n{"expression": '
+
+
+def test_the_second_turn_computes_only_its_new_tokens(start: Start, tokenizer: Tokenizer) -> None:
+    session = start("\nHello.<|user|>", "\nFine.<|user|>")
+    first, second = (list(session.send(text))[-1] for text in ("Hi", "How are you?"))
+    assert isinstance(first, Done)
+    assert isinstance(second, Done)
+    assert first.prefilled_tokens == first.prompt_tokens
+    said = tokenizer.encode("\nHello.")  # computed while it was said; only the stop token was not
+    assert second.prefilled_tokens == second.prompt_tokens - first.prompt_tokens - len(said)
+
+
+def test_a_stop_text_ends_the_answer_before_it(start: Start) -> None:
+    session = start("\nOne, two, three.<|user|>", params=SamplingParams(temperature=0, stop=("two", "zzz")))
+    events = list(session.send("Count"))
+    assert text_of(events) == "One, "
+    assert isinstance(events[-1], Done)
+    assert events[-1].finish_reason == "stop"
+
+
+def test_stop_ends_an_answer_and_what_was_said_stays_in_the_history(start: Start) -> None:
+    session = start("\nOne two three four five six.<|user|>")
+    events: list[Event] = []
+    for event in session.send("Count"):
+        events.append(event)
+        session.stop()
+    assert isinstance(events[-1], Done)
+    assert events[-1].finish_reason == "cancelled"
+    assert session.messages[-1] == Message("assistant", text_of(events))
+    assert 0 < len(text_of(events)) < 10
+
+
+def test_a_reader_that_goes_away_leaves_a_history_that_can_go_on(start: Start) -> None:
+    session = start(f"{CALL}<|assistant|>{CALL}<|observation|>")
+    stream = session.send("Both")
+    assert isinstance(next(stream), ToolCallStarted)
+    stream.close()
+    assert [message.role for message in session.messages] == ["user", "assistant", "tool", "tool"]
+    assert session.messages[-1].content == "Error: the call was not run"
+
+
+def test_a_prompt_that_does_not_fit_leaves_the_history_as_it_was(start: Start) -> None:
+    session = start("\nHello.<|user|>", context=600)
+    list(session.send("Hi"))
+    before = list(session.messages)
+    with pytest.raises(ContextLengthError, match="context is 600"):
+        list(session.send("word " * 600))
+    assert session.messages == before
+
+
+def test_reset_forgets_all_but_the_system_prompt(start: Start) -> None:
+    session = start("\nHello.<|user|>", system="Be brief.")
+    list(session.send("Hi"))
+    session.reset()
+    assert session.messages == [Message("system", "Be brief.")]
+
+
+def test_thinking_is_split_from_the_answer_and_left_out_of_the_history(tokenizer: Tokenizer) -> None:
+    source = (
+        "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n<think>{% endif %}"
+    )
+    engine = scripted_engine(tokenizer, ChatTemplate(source), ["\nWell, 2 + 2.</think>\n\nFour.<|user|>"])
+    session = ChatSession(engine)
+    events = list(session.send("2 + 2?"))
+    thought = "".join(event.text for event in events if isinstance(event, ThinkingDelta))
+    assert thought.strip() == "Well, 2 + 2."
+    assert text_of(events) == "Four."
+    assert session.messages[-1] == Message("assistant", "Four.")
+
+
+def test_a_base_model_is_sent_to_generate(tokenizer: Tokenizer) -> None:
+    with pytest.raises(TemplateError, match="glm4lite generate"):
+        ChatSession(Engine(None, tokenizer, None))  # type: ignore[arg-type]

@@ -1,0 +1,37 @@
+"""Stop texts cut a stream at the same place however it is chunked; stop ids are a union."""
+
+import random
+from pathlib import Path
+
+import glm4lite
+from glm4lite.config import Glm4Config
+from glm4lite.stopping import StopStrings, stop_ids
+from glm4lite.tokenizer import Tokenizer
+
+
+def test_any_chunking_stops_at_the_same_place() -> None:
+    text, stops = "abcabdabcabcd and more", ("abcabcd", "zz")
+    for seed in range(50):
+        rng, matcher, given, rest = random.Random(seed), StopStrings(stops), "", text
+        while rest:
+            size = rng.randint(1, 5)
+            given += matcher.feed(rest[:size])
+            rest = rest[size:]
+        assert given + matcher.finish() == "abcabd"
+        assert matcher.found
+
+
+def test_the_beginning_of_a_stop_text_is_given_when_the_answer_ends() -> None:
+    matcher = StopStrings(("STOP",))
+    assert matcher.feed("go on ST") == "go on "
+    assert matcher.finish() == "ST"
+    assert not matcher.found
+
+
+def test_stop_ids_are_the_union_of_config_generation_config_and_tokenizer() -> None:
+    tokenizer = Tokenizer.from_folder(Path(glm4lite.__file__).parent / "nano")
+    config = Glm4Config(vocab_size=tokenizer.size, eos_token_id=3)
+    names = ("<|endoftext|>", "<|user|>", "<|observation|>")
+    wanted = {3, 4, 5, *(tokenizer.special[name] for name in names)}
+    assert stop_ids(config, {"eos_token_id": [4, 5, 10**6]}, tokenizer) == wanted
+    assert stop_ids(config, {"eos_token_id": 4}, tokenizer) == wanted - {5}

@@ -1,0 +1,188 @@
+import json
+import random
+from pathlib import Path
+
+import pytest
+import tokenizers
+from small_tokenizer import SPECIALS, byte_backend, byte_tokenizer, glm_tokenizer, needs_shared
+from tokenizers import decoders, models
+
+from glm4lite.errors import CheckpointError
+from glm4lite.tokenizer import StreamingDetokenizer, Tokenizer
+
+TEXTS = ["", "\n", "Hello, world! 12345", "你好 🙂 émigré 👩‍👩‍👧‍👦", " x\r\n\r\n  y\t", "<|user|> [gMASK]<sop>", "<|us" + "er|>"]
+
+GOLDEN = {
+    "Hello I am doing": [9703, 358, 1079, 3730],
+    "\n": [198],
+    "\n\n": [271],
+    " It's 2025年 émigré 🙂\r\n\r\n  x": [
+        *(1084, 594, 220, 115937, 20, 98334, 3958, 76, 5233, 963, 27392, 871, 220, 856),
+    ],
+    'get_weather\n{"city": "北京"}': [455, 68852, 198, 4913, 8923, 788, 330, 99334, 9204],
+    "[gMASK]<sop><|system|>\nYou are helpful.<|user|>\nHello, world! 12345<|assistant|>": [
+        *(151331, 151333, 151335, 198, 2610, 525, 10945, 13, 151336, 198),
+        *(9703, 11, 1879, 0, 220, 108714, 100461, 151337),
+    ],
+    "<think>\n": [13699, 766, 397],
+    "</think>\n\n": [522, 26779, 1339],
+}
+
+
+def stream(tokenizer: Tokenizer, ids: list[int], keep_special: bool = False) -> list[str]:
+    detokenizer = StreamingDetokenizer(tokenizer, keep_special)
+    return [*(detokenizer.add(token_id) for token_id in ids), detokenizer.finish()]
+
+
+@needs_shared
+@pytest.mark.parametrize("text", GOLDEN)
+def test_the_golden_ids_of_the_glm4_vocabulary(text: str) -> None:
+    assert glm_tokenizer().encode(text, special=True) == GOLDEN[text]
+
+
+@needs_shared
+def test_the_glm4_vocabulary_has_its_size_stop_ids_and_prefix() -> None:
+    tokenizer = glm_tokenizer()
+    assert tokenizer.size == 151343
+    assert list(tokenizer.special) == SPECIALS
+    assert tokenizer.stop_ids == {151329, 151336, 151338}
+    assert tokenizer.prefix_ids == [151331, 151333]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_survives_the_round_trip(text: str) -> None:
+    tokenizer = byte_tokenizer()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("special", [True, False], ids=["special", "merely added"])
+def test_what_a_user_types_never_becomes_a_special_token(special: bool) -> None:
+    tokenizer = Tokenizer(byte_backend(special))
+    ids = set(tokenizer.special.values())
+    for name in ("<|user|>", "<|assistant|>", "[gMASK]", "<|observation|>", "<|endoftext|>"):
+        assert not ids & set(tokenizer.encode(f"a{name}{name}b"))
+        assert tokenizer.encode(name, special=True) == [tokenizer.special[name]]
+
+
+def test_a_token_declared_special_only_in_the_config_is_special() -> None:
+    backend = byte_backend()
+    backend.add_tokens(["<tool>"])
+    config = {"added_tokens_decoder": {"9": {"content": "<tool>", "special": True}}, "eos_token": {"content": "<tool>"}}
+    tokenizer = Tokenizer(backend, config)
+    token_id = tokenizer.special["<tool>"]
+    assert token_id not in tokenizer.encode("<tool>")
+    assert tokenizer.eos_ids == {token_id}
+    assert tokenizer.stop_ids == {token_id, *(tokenizer.special[n] for n in (SPECIALS[0], SPECIALS[7], SPECIALS[9]))}
+
+
+def test_the_special_strings_split_as_the_library_splits_them() -> None:
+    tokenizer, library = byte_tokenizer(), byte_backend()
+    text = "<|user|><|user|>\nHi[gMASK]<sop>x<|us<|user|>er|><sop"
+    assert tokenizer.encode(text, special=True) == library.encode(text, add_special_tokens=False).ids
+
+
+def test_a_lone_surrogate_does_not_stop_the_encoder() -> None:
+    tokenizer = byte_tokenizer()
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
+
+
+def test_special_tokens_are_left_out_or_kept() -> None:
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode("<|user|>\nhi<|assistant|>", special=True)
+    assert tokenizer.decode(ids) == "\nhi"
+    assert tokenizer.decode(ids, keep_special=True) == "<|user|>\nhi<|assistant|>"
+
+
+@pytest.mark.parametrize("keep_special", [False, True])
+def test_streamed_pieces_join_to_the_whole_text_for_any_ids(keep_special: bool) -> None:
+    tokenizer, library = byte_tokenizer(), byte_backend()
+    random_source = random.Random(0)
+    for _ in range(300):
+        ids = [random_source.randrange(tokenizer.size + 3) for _ in range(random_source.randrange(30))]
+        whole = tokenizer.decode(ids, keep_special)
+        assert "".join(stream(tokenizer, ids, keep_special)) == whole
+        assert library.decode(ids, skip_special_tokens=not keep_special) == whole
+
+
+def test_no_piece_ends_in_half_a_character() -> None:
+    tokenizer = byte_tokenizer()
+    text = "汉字と🙂👩‍👧é"
+    pieces = stream(tokenizer, tokenizer.encode(text))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_character_that_never_becomes_whole_is_said_at_the_end() -> None:
+    tokenizer = byte_tokenizer()
+    pieces = stream(tokenizer, tokenizer.encode("a🙂")[:-1])
+    assert pieces[:-1] == ["a"] + [""] * (len(pieces) - 2)
+    assert pieces[-1] == "\ufffd"
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    """As Llama's: words start with U+2581, other characters are bytes `<0xNN>`."""
+    words = ["<unk>", "▁the", "▁cat", "s", "▁", "a"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    model = models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True, unk_token="<unk>")
+    backend = tokenizers.Tokenizer(model)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<s>"])
+    return Tokenizer(backend)
+
+
+def test_other_decoders_stream_as_well() -> None:
+    tokenizer = byte_fallback_tokenizer()
+    assert not tokenizer.byte_level
+    cat = [1, 2, 3, 4, *(6 + byte for byte in "🙂é".encode()), 1, 5]
+    pieces = stream(tokenizer, cat)
+    assert "".join(pieces) == tokenizer.decode(cat) == "the cats 🙂é thea"
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert pieces[:3] == ["the", " cat", "s"]
+
+
+def test_other_decoders_do_not_wait_for_bytes_that_are_not_utf8() -> None:
+    tokenizer = byte_fallback_tokenizer()
+    pieces = stream(tokenizer, [1, *[6 + 0xFF] * 40, 2])
+    assert pieces[0] == "the"
+    assert "".join(pieces[:-1]).endswith("cat")
+
+
+def test_an_empty_generation_is_empty_text() -> None:
+    assert stream(byte_tokenizer(), []) == [""]
+    assert stream(byte_fallback_tokenizer(), []) == [""]
+
+
+def test_a_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not found"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(CheckpointError, match="-hf"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"version": "1.0"}', b"\xff\xfe\x00"])
+def test_a_corrupt_tokenizer_file_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read") as caught:
+        Tokenizer.from_folder(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"added_tokens_decoder": []}', '{"added_tokens_decoder": 3}'])
+def test_a_corrupt_tokenizer_config_is_named(tmp_path: Path, content: str) -> None:
+    byte_backend().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    if content.endswith("[]}"):  # nothing declared there: as good as none
+        assert Tokenizer.from_folder(tmp_path).size > 300
+        return
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_folder_reads_back(tmp_path: Path) -> None:
+    byte_backend().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|user|>"}))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.eos_ids == {tokenizer.special["<|user|>"]}
+    assert tokenizer.encode("the user") == byte_tokenizer().encode("the user")
