@@ -16,19 +16,8 @@ import torch
 from glm4lite import legacy
 from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError, ConfigError
+from glm4lite.files import CONFIG, INDEX, SINGLE, UNREADABLE
 from glm4lite.shard import ShardMaps, StoredTensor, read, read_header
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-
-UNREADABLE: Mapping[str, str] = {
-    ".bin": "pickle",
-    ".pth": "pickle",
-    ".pt": "pickle",
-    ".ckpt": "pickle",
-    ".gguf": "GGUF",
-}
-"""Weight files of other kinds, by suffix."""
 
 
 class Checkpoint:
@@ -60,10 +49,10 @@ class Checkpoint:
             raise CheckpointError(
                 f"{folder} is not a folder; give the one that holds config.json and the safetensors files"
             )
-        config = read_json(folder / "config.json")
+        config = read_json(folder / CONFIG)
         tensors = _merge(folder, _shard_files(folder))
         if config.get("model_type") == "chatglm":
-            tensors = legacy.rename(tensors, Glm4Config.from_dict(config, folder / "config.json"))
+            tensors = legacy.rename(tensors, Glm4Config.from_dict(config, folder / CONFIG))
         kept = {name: tensor for name, tensor in tensors.items() if not legacy.IGNORED.fullmatch(name)}
         return cls(folder, config, kept)
 

@@ -89,6 +89,8 @@ def chat(
         stop=tuple(stop or ()),
         max_new_tokens=max_new_tokens,
     )
+    if tools and not session.template.takes_tools:
+        renderer.remark("(this model's chat template has no place for tools: they are not offered)")
     if prompt is None:
         _converse(session, renderer)
     else:
@@ -189,7 +191,7 @@ def _converse(session: ChatSession, renderer: Renderer) -> None:
     renderer.remark(CHAT_HELP)
     while True:
         try:
-            line = input("> ").strip()
+            line = input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "").strip()
         except EOFError:
             return
         except KeyboardInterrupt:

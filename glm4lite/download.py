@@ -30,21 +30,12 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the client it uses, under its lasting name
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from glm4lite.checkpoint import INDEX, SINGLE, UNREADABLE
 from glm4lite.errors import HubError
 from glm4lite.events import Progress
+from glm4lite.files import COMPANIONS, CONFIG, INDEX, SHARDS, SINGLE, UNREADABLE
+from glm4lite.memory import readable
 
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""The small files beside the weights."""
-
-WEIGHTS = (SINGLE, INDEX, "model-*-of-*.safetensors")
+WANTED = (CONFIG, *COMPANIONS, SINGLE, INDEX, SHARDS)
 ELSEWHERE = ("*/*",)
 """Files of subfolders are other formats of the same weights."""
 
@@ -120,7 +111,7 @@ def _listing(repo_id: str) -> dict[str, int] | None:
 
 
 def _check_files(repo_id: str, files: dict[str, int]) -> None:
-    if not any(_wanted(file, WEIGHTS) and file.endswith(".safetensors") for file in files):
+    if not any(_wanted(file, (SINGLE, SHARDS)) for file in files):
         other = sorted(file for file in files if Path(file).suffix in UNREADABLE)
         if other and UNREADABLE[Path(other[0]).suffix] == "pickle":
             raise HubError(
@@ -129,7 +120,7 @@ def _check_files(repo_id: str, files: dict[str, int]) -> None:
             )
         found = f" (found {other[0]})" if other else ""
         raise HubError(f"{repo_id} holds no safetensors weights{found}; choose a repo with safetensors")
-    if "config.json" not in files:
+    if CONFIG not in files:
         raise HubError(f"{repo_id} has no config.json; choose a repo that holds a whole model, not an adapter")
 
 
@@ -138,7 +129,7 @@ def _wanted(file: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _missing_bytes(repo_id: str, files: dict[str, int]) -> int:
-    wanted = [file for file in files if _wanted(file, COMPANIONS + WEIGHTS)]
+    wanted = [file for file in files if _wanted(file, WANTED)]
     return sum(files[file] for file in wanted if not isinstance(try_to_load_from_cache(repo_id, file), str))
 
 
@@ -148,7 +139,7 @@ def _check_disk(repo_id: str, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise HubError(
-            f"{repo_id} needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free in {cache}; "
+            f"{repo_id} needs {readable(needed)} of disk, {readable(free)} are free in {cache}; "
             "free some space, or set HF_HOME to a folder on another disk"
         )
 
@@ -162,7 +153,7 @@ def _fetch(repo_id: str, total: int, progress: Callable[[Progress], None] | None
             outcome.append(
                 snapshot_download(
                     repo_id,
-                    allow_patterns=[*COMPANIONS, *WEIGHTS],
+                    allow_patterns=[*WANTED],
                     ignore_patterns=[*ELSEWHERE],
                     tqdm_class=counter.bar_class(),
                 )

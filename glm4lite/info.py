@@ -5,8 +5,14 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from glm4lite import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+    from glm4lite_quant import QuantConfig
 
 Fact = tuple[str, str]
 
@@ -62,8 +68,13 @@ def model_facts(source: str) -> list[Fact]:
         ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
         ("stored as", f"int{stored['bits']}, groups of {stored['group_size']}" if stored else str(config.dtype)),
         ("context", f"{config.max_position_embeddings:,} tokens, {kv_bytes:,} bytes of bfloat16 cache each"),
-        *((f"weights, {'bfloat16' if name == 'none' else name}", f"{size / 2**30:.2f} GiB") for name, size in sizes),
+        *((f"weights, {'bfloat16' if name == 'none' else name}", binary_size(size)) for name, size in sizes),
     ]
+
+
+def binary_size(count: int) -> str:
+    """Bytes for people: GiB, or MiB below one."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def weight_bytes(model: torch.nn.Module, quant: QuantConfig | None) -> int:
@@ -76,7 +87,8 @@ def weight_bytes(model: torch.nn.Module, quant: QuantConfig | None) -> int:
     for name, parameter in model.named_parameters():
         module_name, _, leaf = name.rpartition(".")
         module = model.get_submodule(module_name)
-        rule = quant.for_module(module_name) if quant and isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) else None
+        layer = isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
+        rule = quant.for_module(module_name) if quant and layer else None
         if parameter in seen:
             continue
         seen.add(parameter)

@@ -241,6 +241,6 @@ def _check_memory(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> N
     free = memory.available()
     if free is not None and needed > free:
         raise CheckpointError(
-            f"{checkpoint.folder} needs {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free; "
+            f"{checkpoint.folder} needs {memory.readable(needed)} of memory, {memory.readable(free)} are free; "
             "quantize it (quant='int4'), or load a folder made by `glm4lite quantize`"
         )

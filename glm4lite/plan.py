@@ -17,6 +17,7 @@ from torch import nn
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError, ConfigError
+from glm4lite.files import CONFIG
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -73,7 +74,7 @@ def parse_quant(quant: str | QuantConfig | None) -> QuantConfig | None:
 
 
 def read_config(checkpoint: Checkpoint) -> Glm4Config:
-    return Glm4Config.from_dict(checkpoint.config, checkpoint.folder / "config.json")
+    return Glm4Config.from_dict(checkpoint.config, checkpoint.folder / CONFIG)
 
 
 def skeleton(config: Glm4Config, cls: type[Model] | None) -> Model:
@@ -206,7 +207,7 @@ def stored_quant(checkpoint: Checkpoint, wanted: QuantConfig | None) -> QuantCon
     given = checkpoint.config.get("quantization_config")
     if given is None:
         return None
-    path = checkpoint.folder / "config.json"
+    path = checkpoint.folder / CONFIG
     try:
         stored = QuantConfig.from_dict(given)
     except QuantError as error:

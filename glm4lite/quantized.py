@@ -18,21 +18,12 @@ from torch import Tensor, nn
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError, ConfigError
+from glm4lite.files import COMPANIONS, CONFIG
 from glm4lite.hub import resolve
 from glm4lite.plan import Fill, make_plan, parse_quant, read_config, skeleton, stored_quant
 from glm4lite.shard import DTYPES
 from glm4lite.streaming import Meter, ProgressCallback, blocks, quantize_weight
 from glm4lite.writer import SHARD_BYTES, FolderWriter, PlannedTensor, check_destination
-
-COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE",
-)
 
 
 def quantize_checkpoint(
@@ -130,8 +121,8 @@ def _write_fill(writer: FolderWriter, checkpoint: Checkpoint, fill: Fill, meter:
 def _write_rest(writer: FolderWriter, checkpoint: Checkpoint, config: Glm4Config, quant: QuantConfig) -> None:
     legacy = checkpoint.config.get("model_type") == "chatglm"
     values = config.to_dict() if legacy else dict(checkpoint.config)
-    writer.write_json("config.json", values | {"quantization_config": quant.to_dict()})
-    writer.copy(checkpoint.folder / name for name in COPIED)
+    writer.write_json(CONFIG, values | {"quantization_config": quant.to_dict()})
+    writer.copy(checkpoint.folder / name for name in COMPANIONS)
 
 
 def _model_tensors(model: nn.Module, config: Glm4Config) -> Iterator[tuple[str, Tensor]]:

@@ -5,7 +5,8 @@ name and whose content is the arguments, a result has the role `observation`.
 
 Template text is tokenized with special tokens, the user's without. Before rendering, each special string inside a
 message or a tool is replaced by a random marker; afterwards the special strings that are there were written by the
-template, and the markers between them turn back into plain text.
+template, and the markers between them turn back into plain text. (A template that cuts words out of the middle of a
+message could still join a special string from what is left; none of the known ones does.)
 """
 
 import functools
@@ -112,6 +113,11 @@ class ChatTemplate:
     def thinks(self) -> bool:
         """True if this template's generation prompt opens `<think>`."""
         return self.starts_thinking(self.render([Message("user", "Hi")]))
+
+    @property
+    def takes_tools(self) -> bool:
+        """False for a template that says nothing of declared tools: the model would not know them."""
+        return any(re.search(r"\{[%{](?:(?![%}]\}).)*\btools\b", source) for source in self.sources.values())
 
     def _render(
         self,

@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -31,7 +31,7 @@ ORPHAN_LIMIT_S = 30  # this process ends itself if the parent is gone and cannot
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` marks the assistant's words for training; here it renders its body."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  # jinja2's own declaration
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno

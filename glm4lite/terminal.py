@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable
 from typing import Protocol
@@ -13,6 +14,15 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TaskID,
 from rich.progress import Progress as ProgressBars
 
 from glm4lite.events import Done, Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
+
+
+# What a model or a tool says must not move the cursor, change the title or answer for the user.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """`text` without control characters (line ends and tabs stay), each shown as the replacement character."""
+    return _CONTROL.sub("\ufffd", text.replace("\r\n", "\n"))
 
 
 class Renderer(Protocol):
@@ -66,9 +76,9 @@ class Terminal(Renderer):
         elif isinstance(event, ThinkingDelta):
             self._write("thinking", event.text)
         elif isinstance(event, ToolCallStarted):
-            self._note(f"[cyan]{escape(event.name)}[/]({escape(json.dumps(event.arguments, ensure_ascii=False))})")
+            self._note(f"[cyan]{_safe(event.name)}[/]({_safe(json.dumps(event.arguments, ensure_ascii=False))})")
         elif isinstance(event, ToolCallFinished):
-            self._note(f"  [{'red' if event.error else 'green'}]->[/] {escape(event.content)}")
+            self._note(f"  [{'red' if event.error else 'green'}]->[/] {_safe(event.content)}")
         elif isinstance(event, Done):
             self._done(event)
 
@@ -84,10 +94,10 @@ class Terminal(Renderer):
         if self._line_open not in (None, stream):
             self._end_line()
         if stream == "text":
-            sys.stdout.write(text)
+            sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
             sys.stdout.flush()
         else:
-            self._console.print(f"[dim]{escape(text)}[/]", end="", soft_wrap=True)
+            self._console.print(f"[dim]{_safe(text)}[/]", end="", soft_wrap=True)
         if text:
             self._line_open = None if text.endswith("\n") else stream
 
@@ -130,6 +140,11 @@ class Terminal(Renderer):
             self._bars.stop()
         self._bars = None
         self._tasks.clear()
+
+
+def _safe(text: str) -> str:
+    """For rich: no control characters, no markup."""
+    return escape(printable(text))
 
 
 _REASONS = {

@@ -206,6 +206,7 @@ def parse_arguments(text: str) -> str | None:
     text = text.strip()
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair could not be printed later
         return text if isinstance(value, dict) else None
     except (ValueError, RecursionError):
         pass  # not JSON; perhaps Python
@@ -215,7 +216,8 @@ def parse_arguments(text: str) -> str | None:
         literal = ast.literal_eval(text)
         if not isinstance(literal, dict) or not all(isinstance(key, str) for key in literal):
             return None
-        return json.dumps(literal, ensure_ascii=False, allow_nan=False)
+        written = json.dumps(literal, ensure_ascii=False, allow_nan=False)
+        return written.encode().decode()  # refuses what JSON's branch refuses
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
 

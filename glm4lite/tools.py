@@ -206,15 +206,16 @@ def _arguments_model(function: Callable[..., Any]) -> type[BaseModel]:
         if parameter.name not in hints:
             raise TypeError(f"parameter {parameter.name!r} has no type")
         hint = hints[parameter.name]
-        described = _has_description(hint) or isinstance(parameter.default, FieldInfo)
-        description = None if described else descriptions.get(parameter.name)
+        description = _own_description(hint, parameter.default) or descriptions.get(parameter.name)
         default = ... if parameter.default is parameter.empty else parameter.default
         fields[f"arg{len(fields)}"] = (Annotated[hint, Field(alias=parameter.name, description=description)], default)
     return create_model(function.__name__ if hasattr(function, "__name__") else "arguments", __base__=base, **fields)
 
 
-def _has_description(hint: object) -> bool:
-    return any(isinstance(item, FieldInfo) and item.description for item in getattr(hint, "__metadata__", ()))
+def _own_description(hint: object, default: object) -> str | None:
+    """The text of `Annotated[…, Field(description=…)]` or `= Field(description=…)`."""
+    fields = [item for item in (*getattr(hint, "__metadata__", ()), default) if isinstance(item, FieldInfo)]
+    return next((field.description for field in reversed(fields) if field.description), None)
 
 
 def _tidy_schema(schema: dict[str, Any]) -> dict[str, Any]:

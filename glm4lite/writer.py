@@ -22,8 +22,9 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
-from glm4lite.checkpoint import INDEX, SINGLE
 from glm4lite.errors import CheckpointError
+from glm4lite.files import INDEX, SINGLE
+from glm4lite.memory import readable
 from glm4lite.shard import DTYPE_NAMES
 
 SHARD_BYTES = 2 << 30
@@ -166,7 +167,7 @@ class FolderWriter:
     def _explain(self, error: OSError) -> CheckpointError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return CheckpointError(
-                f"{self.destination} cannot be written: the disk is full; {self._size / 1e9:.2f} GB are needed, "
+                f"{self.destination} cannot be written: the disk is full; {readable(self._size)} are needed, "
                 "free some space and run it again (nothing was left behind)"
             )
         why = error.strerror or error
@@ -177,7 +178,7 @@ class FolderWriter:
         free = shutil.disk_usage(parent).free
         if self._size > free:
             raise CheckpointError(
-                f"{self.destination} needs {self._size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on that disk; "
+                f"{self.destination} needs {readable(self._size)}, {readable(free)} are free on that disk; "
                 "free some space or choose another folder"
             )
 

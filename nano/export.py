@@ -29,13 +29,13 @@ def model_config(tokenizer: Tokenizer) -> dict[str, object]:
         "bos_token_id": None,
         "eos_token_id": list(special.values()),
         "pad_token_id": special["<|endoftext|>"],
-        "head_dim": 32,
+        "head_dim": 64,
         "hidden_act": "silu",
         "hidden_size": 256,
         "initializer_range": 0.02,
         "intermediate_size": 640,
         "max_position_embeddings": 4096,
-        "num_attention_heads": 8,
+        "num_attention_heads": 4,
         "num_hidden_layers": 5,
         "num_key_value_heads": 2,
         "partial_rotary_factor": 0.5,
@@ -66,6 +66,7 @@ def _write_shards(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)
         weight_map.update(dict.fromkeys(shard, file))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     _write_json(folder / "model.safetensors.index.json", index)

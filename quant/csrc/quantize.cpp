@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <memory>
 #include <new>
 
@@ -14,7 +15,7 @@
 namespace {
 
 constexpr float kTiny = 1e-30f, kHuge = 1e18f;
-constexpr float kShrink[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f};
+constexpr float kShares[][2] = {{1.0f, 1.0f}, {0.9f, 1.0f}, {1.0f, 0.9f}, {0.9f, 0.9f}, {0.82f, 0.82f}};  // min, max
 constexpr float kPerByte = static_cast<float>(1.0 / 255), kPerNibble = static_cast<float>(1.0 / 15);
 constexpr float kPerInt8 = static_cast<float>(1.0 / 127);
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to a whole number, ties to even
@@ -78,12 +79,12 @@ void search(const float* w, float* step, float* low) {
   memcpy(large, w, sizeof(large));
   fold<G / 2>(small, least);
   fold<G / 2>(large, most);
-  const float low0 = 0.0f - least(small[0], 0.0f), step0 = (large[0] + low0) * kPerNibble;
-  float best = 0.0f;
-  for (float share : kShrink) {
-    const float s = step0 * share, m = low0 * share;
+  const float whole = 0.0f - least(small[0], 0.0f);
+  float best = std::numeric_limits<float>::infinity();
+  for (const float* share : kShares) {
+    const float m = whole * share[0], s = (large[0] * share[1] + m) * kPerNibble;
     const float error = squared_error<G>(w, s, m);
-    if (share != 1.0f && !(error < best)) continue;
+    if (!(error < best)) continue;
     best = error, *step = s, *low = m;
   }
 }

@@ -70,7 +70,7 @@ class QuantTensor:
         return out
 
     def quantize_rows(self, start: int, weight: Tensor) -> None:
-        """Fills rows start.. from bfloat16 or float32 [R, K]; start and R are multiples of 16, except where R ends at N.
+        """Fills rows start.. from bfloat16 or float32 [R, K]; start and R are multiples of 16 (R may end at N instead).
 
         Raises QuantError for a shape or type that does not fit and for a value that is not finite, naming its place.
         """
@@ -105,9 +105,8 @@ class QuantTensor:
                 row, col = (int(i) for i in bad.nonzero()[0])
                 raise QuantError(not_finite(first_row + start + row, col, float(rows[row, col])))
             part, planes = self._tiles(start, stop), reference.quantize(rows, self.bits, self.group_size)
-            for old, new in zip((part.qweight, part.scales, part.mins, part.row_scale, part.row_min), planes, strict=True):
-                if old is not None and new is not None:
-                    old.copy_(new)
+            for name, old in part.tensors().items():
+                old.copy_(getattr(planes, name))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The whole weight [N, K]; float32 scratch stays within a few MiB."""
@@ -134,7 +133,7 @@ class QuantTensor:
         """Takes tensors as a checkpoint names them, without copying; QuantError names the one that is wrong."""
         for name in ("qweight", "scales", "row_scale"):
             if name not in d:
-                raise QuantError(f"{name} is missing from a quantized weight (found {', '.join(sorted(d)) or 'nothing'})")
+                raise QuantError(f"{name} is missing from a quantized weight (found: {', '.join(sorted(d))})")
         for name in sorted(d.keys() - set(NAMES)):
             raise QuantError(f"{name} is not part of a quantized weight")
         out = cls(d["qweight"], d["scales"], d.get("mins"), d["row_scale"], d.get("row_min"))

@@ -10,10 +10,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from glm4lite.tokenizer import Tokenizer
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "glm4"
-SPECIALS = (
-    "<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> <|assistant|> <|observation|>"
-    " <|begin_of_image|> <|end_of_image|> <|begin_of_video|> <|end_of_video|>"
-).split()
+SPECIALS = [
+    *("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+    *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
+]
 needs_shared = pytest.mark.skipif(
     not (SHARED / "tokenizer" / "tokenizer.json").is_file(), reason=f"no rebuilt GLM-4 tokenizer at {SHARED}"
 )

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import tiny_config, tiny_tensors, write_checkpoint
 from glm4lite_quant import QuantConfig
 from safetensors.torch import save_file
 
 from glm4lite.errors import CheckpointError, ConfigError, Glm4liteError
 from glm4lite.heads import Glm4ForSequenceClassification
 from glm4lite.loader import load
+from tests.glm4lite.checkpoints import tiny_config, tiny_tensors, write_checkpoint
 
 SHARD = "model-00001-of-00002.safetensors"
 SECOND = "model-00002-of-00002.safetensors"
@@ -69,7 +69,8 @@ def test_a_truncated_shard_is_named(folder: Path) -> None:
     (length,) = struct.unpack("<Q", raw[:8])
     data = len(raw) - 8 - length
     assert refused(folder) == (
-        f"DIR/{SHARD} is truncated: its data needs {data} bytes, {data - 100} are there; download or copy the file again"
+        f"DIR/{SHARD} is truncated: its data needs {data} bytes, {data - 100} are there; "
+        "download or copy the file again"
     )
 
 
@@ -177,7 +178,8 @@ def test_an_entry_without_offsets_is_named(folder: Path) -> None:
 def test_a_type_that_cannot_be_loaded_is_named(folder: Path) -> None:
     edit_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(64, dtype=torch.int32)}))
     assert refused(folder) == (
-        "model.norm.weight in DIR/model.safetensors has the type I32, which cannot be loaded; use a BF16 or F32 checkpoint"
+        "model.norm.weight in DIR/model.safetensors has the type I32, which cannot be loaded; "
+        "use a BF16 or F32 checkpoint"
     )
 
 
@@ -345,7 +347,7 @@ def test_missing_tensors_are_named(folder: Path) -> None:
 def test_many_missing_tensors_are_counted(folder: Path) -> None:
     edit_config(folder, num_hidden_layers=3)
     assert re.match(
-        r"DIR lacks model.layers.2.\S+, \S+, \S+ and 9 more, which config.json's model needs", refused(folder)
+        r"DIR lacks model.layers.2.\S+, \S+, \S+ and 10 more, which config.json's model needs", refused(folder)
     )
 
 
@@ -417,7 +419,7 @@ def test_a_checkpoint_that_does_not_fit_the_memory_is_refused_first(
     meminfo.write_text("MemTotal: 90 kB\nMemAvailable: 64 kB\nSwapFree: 0 kB\n")
     monkeypatch.setattr("glm4lite.memory.MEMINFO", meminfo)
     message = refused(folder)
-    assert message.startswith("DIR needs 0.0 GiB of memory, 0.0 GiB are free; quantize it (quant='int4')")
+    assert message.startswith("DIR needs 222 KiB of memory, 64 KiB are free; quantize it (quant='int4')")
 
 
 def test_a_head_the_checkpoint_lacks_is_not_taken_for_an_unexpected_one(folder: Path) -> None:

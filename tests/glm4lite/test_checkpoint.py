@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import legacy_checkpoint, tiny_config, tiny_tensors, write_checkpoint
 from safetensors.torch import save_file
 
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError
 from glm4lite.shard import read_header
+from tests.glm4lite.checkpoints import legacy_checkpoint, tiny_config, tiny_tensors, write_checkpoint
 
 
 @pytest.mark.parametrize("shards", [1, 2, 5])

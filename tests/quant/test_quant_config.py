@@ -6,14 +6,14 @@ import json
 from typing import Any
 
 import pytest
-
 from glm4lite_quant import QuantConfig, QuantError
 
 
 def test_names_of_the_command_line_are_parsed() -> None:
     assert QuantConfig.parse("int4") == QuantConfig(4, 32)
     assert QuantConfig.parse("int8") == QuantConfig(8, 32)
-    assert QuantConfig.parse("none") is None and QuantConfig.parse(None) is None
+    assert QuantConfig.parse("none") is None
+    assert QuantConfig.parse(None) is None
     assert QuantConfig.parse(QuantConfig(4, 128)) == QuantConfig(4, 128)
 
 
@@ -31,7 +31,7 @@ def test_wrong_bits_are_named(key: str, kwargs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("group", [0, 16, 256, 32.0, None])
 def test_a_wrong_group_size_is_named(group: Any) -> None:
-    with pytest.raises(QuantError, match="group_size is .*; use one of 32, 64, 128"):
+    with pytest.raises(QuantError, match=r"group_size is .*; use one of 32, 64, 128"):
         QuantConfig(group_size=group)
 
 
@@ -39,7 +39,8 @@ def test_head_embedding_keys_and_values_are_int8_and_norms_stay_as_they_are() ->
     config = QuantConfig(4, 64)
     for name in ("lm_head", "model.embed_tokens", "model.layers.0.self_attn.k_proj", "model.layers.9.self_attn.v_proj"):
         chosen = config.for_module(name)
-        assert chosen is not None and (chosen.bits, chosen.group_size) == (8, 64)
+        assert chosen is not None
+        assert (chosen.bits, chosen.group_size) == (8, 64)
     for name in ("score", "model.norm", "model.layers.0.post_self_attn_layernorm"):
         assert config.for_module(name) is None
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_up_proj", "model.layers.0.mlp.down_proj"):

@@ -1,0 +1,122 @@
+"""A real HTTP server on loopback that answers as the Hugging Face Hub does where huggingface_hub downloads a model."""
+
+import hashlib
+import json
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import unquote, urlsplit
+
+
+@dataclass
+class Repo:
+    """A repo's files; `status` and `code` make every request fail, `token` lets only its bearer in."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    status: int = 200
+    code: str = ""
+    token: str = ""
+
+    @property
+    def sha(self) -> str:
+        names = "\n".join(sorted(self.files))
+        return hashlib.sha1(names.encode(), usedforsecurity=False).hexdigest()
+
+    @classmethod
+    def of(cls, folder: Path, **extra: bytes) -> Self:
+        return cls({path.name: path.read_bytes() for path in folder.iterdir()} | extra)
+
+
+class HubServer:
+    """`with HubServer({"org/name": Repo(...)}) as hub: ... hub.url, hub.requests`."""
+
+    def __init__(self, repos: dict[str, Repo]) -> None:
+        self.repos = repos
+        self.requests: list[tuple[str, str]] = []
+        hub = self
+
+        class Handler(_Handler):
+            server_hub = hub
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    @property
+    def fetched(self) -> set[str]:
+        """Names of the files whose content was sent."""
+        return {path.rpartition("/")[2] for method, path in self.requests if method == "GET" and "/resolve/" in path}
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server_hub: HubServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet."""
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.server_hub.requests.append((self.command, path))
+        parts = path.removeprefix("/api/models").strip("/").split("/")
+        repo = self.server_hub.repos.get("/".join(parts[:2]))
+        if repo is None:
+            return self._send(404, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+        if repo.token and self.headers.get("Authorization") != f"Bearer {repo.token}":
+            return self._send(403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
+        if repo.status != 200:
+            return self._send(repo.status, b"", {"X-Error-Code": repo.code} if repo.code else {})
+        if path.startswith("/api/models/"):
+            return self._send(200, json.dumps(_listing("/".join(parts[:2]), repo, parts[2:])).encode(), {})
+        return self._file(repo, "/".join(parts[4:]))
+
+    def _file(self, repo: Repo, name: str) -> None:
+        if name not in repo.files:
+            return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
+        data = repo.files[name]
+        etag = hashlib.sha256(data).hexdigest()
+        return self._send(200, data, {"ETag": f'"{etag}"', "X-Repo-Commit": repo.sha})
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+def _listing(repo_id: str, repo: Repo, route: list[str]) -> Any:
+    if route[:1] == ["tree"]:
+        return [
+            {
+                "type": "file",
+                "oid": hashlib.sha1(data, usedforsecurity=False).hexdigest(),
+                "size": len(data),
+                "path": name,
+            }
+            for name, data in repo.files.items()
+        ]
+    siblings = [{"rfilename": name} for name in repo.files]
+    return {"id": repo_id, "modelId": repo_id, "sha": repo.sha, "private": False, "tags": [], "siblings": siblings}

@@ -1,0 +1,193 @@
+"""Loading: what ends up in the model, in which type, quantized or not, from every kind of checkpoint."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from glm4lite_quant import QuantConfig, QuantEmbedding, QuantLinear, QuantTensor
+
+from glm4lite import streaming
+from glm4lite.events import Progress
+from glm4lite.heads import Glm4ForSequenceClassification, Glm4ForTokenClassification
+from glm4lite.loader import load
+from glm4lite.model import Glm4ForCausalLM, Glm4Model
+from tests.glm4lite.checkpoints import legacy_checkpoint, tiny_config, tiny_tensors, write_checkpoint
+
+IDS = torch.tensor([[372, 374, 377, 10, 65, 70, 378]])
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(IDS).logits
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "tiny")
+
+
+def test_an_unquantized_model_holds_the_checkpoints_tensors(folder: Path) -> None:
+    model: Any = load(folder)
+    assert isinstance(model, Glm4ForCausalLM)
+    assert not model.training
+    tensors = tiny_tensors(tiny_config())
+    state = model.state_dict()
+    assert state.keys() == tensors.keys()
+    for name, expected in tensors.items():
+        assert torch.equal(state[name], expected), name
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_dtype_is_the_checkpoints_unless_asked_for(folder: Path, tmp_path: Path) -> None:
+    wide = write_checkpoint(tmp_path / "f32", tensors=tiny_tensors(tiny_config(), dtype=torch.float32))
+    assert {value.dtype for value in load(folder).parameters()} == {torch.bfloat16}
+    assert {value.dtype for value in load(wide).parameters()} == {torch.float32}
+    assert {value.dtype for value in load(folder, dtype="float32").parameters()} == {torch.float32}
+    assert {value.dtype for value in load(wide, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def test_a_float16_checkpoint_is_widened_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tensors = tiny_tensors(tiny_config(), dtype=torch.float16)
+    folder = write_checkpoint(tmp_path, tensors=tensors)
+    model = load(folder)
+    assert caplog.messages == [f"{folder} stores float16: read as float32, because GLM-4 overflows float16"]
+    assert torch.equal(model.state_dict()["model.norm.weight"], tensors["model.norm.weight"].float())
+    assert load(folder, quant="int4").get_submodule("lm_head")
+
+
+@pytest.mark.parametrize("quant", ["int4", "int8"])
+def test_streamed_weights_equal_weights_quantized_whole(
+    folder: Path, quant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", 64 * 2 * 48)
+    model = load(folder, quant=quant)
+    config = QuantConfig.parse(quant)
+    assert config is not None
+    count = 0
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear | QuantEmbedding):
+            weight = tiny_tensors(tiny_config())[f"{name}.weight"]
+            rule = config.for_module(name)
+            assert rule is not None
+            for part, expected in QuantTensor.quantize(weight, rule).tensors().items():
+                assert torch.equal(module.state_dict()[part], expected), (name, part)
+            count += 1
+    assert count == 2 * 6 + 2
+
+
+def test_a_quantized_model_keeps_small_tensors_in_float32(folder: Path) -> None:
+    model: Any = load(folder, quant="int4")
+    floats = {name for name, value in model.state_dict().items() if value.dtype != torch.uint8}
+    assert {model.state_dict()[name].dtype for name in floats} == {torch.float32}
+    expected = tiny_tensors(tiny_config())["model.layers.0.self_attn.q_proj.bias"].float()
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.bias, expected)
+    assert not any(value.requires_grad for value in model.parameters())
+    assert logits(model).dtype == torch.float32
+    assert logits(load(folder, quant="int4", dtype="bfloat16")).dtype == torch.bfloat16
+
+
+def test_int8_logits_are_near_the_unquantized_ones(folder: Path) -> None:
+    exact = logits(load(folder, dtype="float32"))
+    error = (logits(load(folder, quant="int8")) - exact).norm() / exact.norm()
+    assert error < 0.05
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_tied_head_is_the_embedding(tmp_path: Path, dtype: str) -> None:
+    folder = write_checkpoint(tmp_path, tiny_config(tie_word_embeddings=True))
+    plain: Any = load(folder, dtype=dtype)
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight
+    quantized: Any = load(folder, quant="int8")
+    assert quantized.lm_head.qweight.data_ptr() == quantized.model.embed_tokens.qweight.data_ptr()
+    error = (logits(quantized) - logits(plain)).norm() / logits(plain).float().norm()
+    assert error < 0.05
+
+
+def test_a_stored_head_of_a_tied_model_is_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_checkpoint(tmp_path, tiny_config(tie_word_embeddings=True), tiny_tensors(tiny_config()))
+    model: Any = load(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert caplog.messages == ["lm_head.weight is not used: the config ties the head to the embedding"]
+
+
+def test_layers_of_odd_width_stay_and_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_checkpoint(tmp_path, tiny_config(intermediate_size=100))
+    model: Any = load(folder, quant="int4")
+    assert caplog.messages == [
+        "not quantized, because their input width is not a multiple of 32: "
+        "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj"
+    ]
+    assert type(model.model.layers[0].mlp.down_proj) is torch.nn.Linear
+    assert isinstance(model.model.layers[0].mlp.gate_up_proj, QuantLinear)
+    assert logits(model).isfinite().all()
+
+
+def test_a_legacy_checkpoint_gives_the_same_logits(tmp_path: Path) -> None:
+    config = tiny_config(model_type="glm", architectures=["GlmForCausalLM"])
+    tensors = tiny_tensors(config)
+    today = load(write_checkpoint(tmp_path / "hf", config, tensors))
+    legacy = load(legacy_checkpoint(tmp_path / "legacy", config, tensors))
+    assert torch.equal(logits(legacy), logits(today))
+
+
+def test_a_classifier_from_a_chat_checkpoint_starts_a_new_head_and_says_so(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model: Any = load(folder, cls=Glm4ForSequenceClassification)
+    assert caplog.messages == [
+        "lm_head.weight is not used: Glm4ForSequenceClassification has no such head",
+        "score.weight is not in the checkpoint and starts from random values: train it before use",
+    ]
+    assert model.score.weight.shape == (2, 64)
+    assert 0 < model.score.weight.float().std() < 0.1
+    assert logits(model).shape == (1, 2)
+
+
+@pytest.mark.parametrize("quant", [None, "int4"])
+def test_a_stored_classification_head_is_read(tmp_path: Path, quant: str | None) -> None:
+    config = tiny_config(architectures=["Glm4ForTokenClassification"], num_labels=3)
+    tensors = tiny_tensors(config)
+    del tensors["lm_head.weight"]
+    tensors |= {"score.weight": torch.randn(3, 64).bfloat16(), "score.bias": torch.ones(3).bfloat16()}
+    model: Any = load(write_checkpoint(tmp_path, config, tensors), quant=quant, cls=Glm4ForTokenClassification)
+    assert torch.equal(model.score.weight.bfloat16(), tensors["score.weight"])
+    assert logits(model).shape == (1, 7, 3)
+
+
+def test_the_bare_trunk_is_loaded_too(folder: Path) -> None:
+    trunk = load(folder, cls=Glm4Model)
+    assert torch.equal(trunk.state_dict()["norm.weight"], tiny_tensors(tiny_config())["model.norm.weight"])
+    assert isinstance(load(folder, cls=Glm4Model, quant="int4").get_submodule("embed_tokens"), QuantEmbedding)
+
+
+def test_progress_counts_every_byte_once(folder: Path) -> None:
+    events: list[Progress] = []
+    load(folder, quant="int4", progress=events.append)
+    size = sum(tensor.nbytes for tensor in tiny_tensors(tiny_config()).values())
+    done = [event.done for event in events]
+    assert done == sorted(done)
+    assert events[-1] == Progress("load", size, size, "bytes")
+
+
+def test_an_exception_from_progress_stops_the_load(folder: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    calls = []
+
+    def stop(event: Progress) -> None:
+        calls.append(event)
+        if len(calls) == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        load(folder, quant="int4", progress=stop)
+    assert len(calls) == 3
+
+
+def test_a_good_load_says_nothing(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "glm4lite"):
+        load(folder, quant="int4")
+    assert caplog.messages == []

@@ -1,0 +1,41 @@
+"""The terminal shows what a model says and obeys none of it."""
+
+import sys
+
+import pytest
+
+from glm4lite.events import Done, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
+from glm4lite.terminal import Terminal, printable
+
+TURN = [
+    Progress("prefill", 512, 1024, "tokens"),
+    Progress("prefill", 1024, 1024, "tokens"),
+    ThinkingDelta("Let me see"),
+    ToolCallStarted("1", "look", {"what": "[bold]x[/] \x1b[2J"}),
+    ToolCallFinished("1", "look", "Error: [red]\x1b]0;owned\x07", error=True),
+    TextDelta("An an"),
+    TextDelta("swer"),
+    Done(1024, 9, "length", 3.0, 1024),
+]
+
+
+def test_answers_go_to_stdout_and_the_rest_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    Terminal().show_all(iter(TURN))
+    found = capsys.readouterr()
+    assert found.out == "An answer\n"
+    for text in ("Let me see", '"what": "[bold]x[/]', "Error: [red]", "the answer was cut"):
+        assert text in found.err
+
+
+def test_control_characters_never_reach_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    Terminal().show_all(iter([*TURN, TextDelta("\x1b[31mred \x9b1A up\x07"), ThinkingDelta("\x1b[1A")]))
+    found = capsys.readouterr()
+    assert not set("\x1b\x9b\x07") & set(found.out + found.err)
+
+
+def test_line_ends_tabs_and_letters_stay() -> None:
+    assert printable("a\r\n\tb 中文 é🙂") == "a\n\tb 中文 é🙂"
+    assert printable("a\rb\u202e") == "a\ufffdb\ufffd"

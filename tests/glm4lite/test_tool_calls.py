@@ -1,0 +1,195 @@
+import json
+import random
+
+import pytest
+
+from glm4lite.tool_calls import Call, OutputParser, Segment, Text, Thinking, parse_arguments
+
+NAMES = {"add", "add_all", "get_weather"}
+SEPARATOR = "\0"  # stands for the token <|assistant|> between parts
+
+# (output, thinking, segments with neighbours of one kind joined)
+CASES: list[tuple[str, bool, list[Segment]]] = [
+    ("\nHello", False, [Text("Hello")]),
+    ("Hello", False, [Text("Hello")]),
+    ("\n\nHello\n", False, [Text("\nHello\n")]),
+    ("", False, []),
+    ("\n", False, []),
+    ('add\n{"a": 1}', False, [Call("add", '{"a": 1}')]),
+    ('add \n{"a": 1}\n', False, [Call("add", '{"a": 1}')]),
+    ("\nadd\r\n {}", False, [Call("add", "{}")]),
+    ('get_weather\n{"city": "北京"}', False, [Call("get_weather", '{"city": "北京"}')]),
+    ('add\n{\n  "a": {"b": [1, "}\\""]}\n}', False, [Call("add", '{\n  "a": {"b": [1, "}\\""]}\n}')]),
+    ("add\n{'a': None, 'b': 'it\\'s'}", False, [Call("add", '{"a": null, "b": "it\'s"}')]),
+    (
+        f'add\n{{"a": 1}}{SEPARATOR}add_all\n{{}}{SEPARATOR}\nSo.',
+        False,
+        [Call("add", '{"a": 1}'), Call("add_all", "{}"), Text("So.")],
+    ),
+    (f'I add.{SEPARATOR}add\n{{"a": 1}}', False, [Text("I add."), Call("add", '{"a": 1}')]),
+    # Not calls: shown in full.
+    ('other\n{"a": 1}', False, [Text('other\n{"a": 1}')]),
+    ("add\n{code}", False, [Text("add\n{code}")]),
+    ('add\n{"a": 1', False, [Text('add\n{"a": 1')]),
+    ('add\n{"a": 1} and more', False, [Text('add\n{"a": 1} and more')]),
+    ("add\n[1]", False, [Text("add\n[1]")]),
+    ('add\n{"a": NaN}', False, [Text('add\n{"a": NaN}')]),
+    ("add\n{1, 2}", False, [Text("add\n{1, 2}")]),
+    ("add\n{1: 2}", False, [Text("add\n{1: 2}")]),
+    ("add\n{'a': {1, 2}}", False, [Text("add\n{'a': {1, 2}}")]),
+    ("add\n{'a': __import__('os')}", False, [Text("add\n{'a': __import__('os')}")]),
+    ("add\n", False, [Text("add\n")]),
+    ("add", False, [Text("add")]),
+    ("additional words\n{}", False, [Text("additional words\n{}")]),
+    ('Use add:\nadd\n{"a": 1}', False, [Text('Use add:\nadd\n{"a": 1}')]),
+    ("add\n" + '{"a":' * 100 + "1" + "}" * 100, False, [Text("add\n" + '{"a":' * 100 + "1" + "}" * 100)]),
+    # Thinking.
+    ("<think>\nhm\n</think>\n\nYes", False, [Thinking("hm\n"), Text("Yes")]),
+    ("\n<think>hm</think>Yes", False, [Thinking("hm"), Text("Yes")]),
+    ("\nhm </thi nk></think>\n\nYes", True, [Thinking("hm </thi nk>"), Text("Yes")]),
+    ("<think>\nhm</think>\nYes", True, [Thinking("hm"), Text("Yes")]),
+    ('hm</think>\nadd\n{"a": 1}', True, [Thinking("hm"), Call("add", '{"a": 1}')]),
+    ("never closed </th", True, [Thinking("never closed </th")]),
+    ("</think>\n\nYes", True, [Text("Yes")]),
+    ("The tag <think> opens</think>", False, [Text("The tag <think> opens</think>")]),
+    ("<thin", False, [Text("<thin")]),
+    ("<b>bold</b>", False, [Text("<b>bold</b>")]),
+    # Rumination's form.
+    ('hm</think>\n{"name": "add", "arguments": {"a": "北"}}', True, [Thinking("hm"), Call("add", '{"a": "北"}')]),
+    ('{"name": "other", "arguments": {}}', False, [Text('{"name": "other", "arguments": {}}')]),
+    ('{"name": "add", "age": 3}', False, [Text('{"name": "add", "age": 3}')]),
+    ('{"key": "value"}', False, [Text('{"key": "value"}')]),
+]
+
+
+def joined(segments: list[Segment]) -> list[Segment]:
+    whole: list[Segment] = []
+    for segment in segments:
+        last = whole[-1] if whole else None
+        if isinstance(segment, Text) and isinstance(last, Text):
+            whole[-1] = Text(last.text + segment.text)
+        elif isinstance(segment, Thinking) and isinstance(last, Thinking):
+            whole[-1] = Thinking(last.text + segment.text)
+        else:
+            whole.append(segment)
+    return whole
+
+
+def parse(output: str, thinking: bool, chunks: random.Random | None = None) -> list[Segment]:
+    parser = OutputParser(NAMES, thinking)
+    segments: list[Segment] = []
+    for index, part in enumerate(output.split(SEPARATOR)):
+        if index:
+            segments += parser.separator()
+        while part:
+            size = chunks.randint(1, 7) if chunks else len(part)
+            segments += parser.feed(part[:size])
+            part = part[size:]
+    return joined(segments + parser.finish())
+
+
+@pytest.mark.parametrize(("output", "thinking", "expected"), CASES)
+def test_an_output_splits_into_its_parts(output: str, thinking: bool, expected: list[Segment]) -> None:
+    assert parse(output, thinking) == expected
+
+
+@pytest.mark.parametrize(("output", "thinking", "expected"), CASES)
+def test_the_split_does_not_depend_on_the_chunks(output: str, thinking: bool, expected: list[Segment]) -> None:
+    for seed in range(30):
+        assert parse(output, thinking, random.Random(seed)) == expected
+
+
+def test_random_outputs_lose_nothing_and_do_not_depend_on_the_chunks() -> None:
+    pieces = [
+        "add",
+        "get_weather",
+        "\n",
+        " ",
+        "{",
+        "}",
+        '"a"',
+        ":",
+        "1",
+        "<think>",
+        "</think>",
+        "<",
+        "</",
+        "x",
+        SEPARATOR,
+    ]
+    source = random.Random(7)
+    for _ in range(600):
+        output = "".join(source.choices(pieces, k=source.randint(1, 14)))
+        thinking = source.random() < 0.3
+        whole = parse(output, thinking)
+        assert parse(output, thinking, source) == whole
+        shown = "".join(s.name + s.arguments if isinstance(s, Call) else s.text for s in whole)
+        kept = [text.replace("<think>", "").replace("</think>", "") for text in (output, shown)]
+        assert "".join(kept[0].replace(SEPARATOR, "").split()) == "".join(kept[1].split())
+
+
+def test_text_is_streamed_as_soon_as_it_cannot_be_a_call() -> None:
+    parser = OutputParser(NAMES)
+    assert parser.feed("\n") == []
+    assert parser.feed("a") == []  # may become "add"
+    assert parser.feed("n apple") == [Text("an apple")]
+    assert parser.feed(" a day") == [Text(" a day")]
+    parser = OutputParser(NAMES)
+    assert parser.feed("add\n") == []
+    assert parser.feed("{") == []
+    assert parser.feed(" return") == [Text("add\n{ return")]
+    parser = OutputParser(NAMES)
+    assert parser.feed('add\n{"a": 1}') == []
+    assert parser.feed("\nThat") == [Text('add\n{"a": 1}\nThat')]
+
+
+def test_json_answers_are_streamed_unless_they_name_a_tool() -> None:
+    parser = OutputParser(NAMES)
+    assert parser.feed('{"na') == []
+    assert parser.feed('me": "Ann"') == [Text('{"name": "Ann"')]
+
+
+def test_a_thought_is_streamed_up_to_what_may_be_its_end() -> None:
+    parser = OutputParser(NAMES, thinking=True)
+    assert parser.feed("\nI see </") == [Thinking("I see ")]
+    assert parser.feed("b> </think") == [Thinking("</b> ")]
+    assert parser.feed(">\n") == []
+    assert parser.feed("\nYes") == [Text("Yes")]
+
+
+def test_an_endless_call_becomes_text() -> None:
+    parser = OutputParser(NAMES)
+    segments = parser.feed('add\n{"a": "')
+    for _ in range(110):
+        segments += parser.feed("x" * 1000)
+    assert len("".join(s.text for s in segments if isinstance(s, Text))) > 100_000
+
+
+def test_without_declared_tools_there_are_no_calls() -> None:
+    parser = OutputParser(())
+    assert parser.feed("add\n{") == [Text("add\n{")]
+
+
+def test_arguments_are_kept_as_the_model_wrote_them() -> None:
+    assert parse_arguments(' {"a" : 1e3}\n') == '{"a" : 1e3}'
+    assert json.loads(parse_arguments("{'a': True, 'b': (1, 2)}") or "") == {"a": True, "b": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "1",
+        "null",
+        "{'a': b''}",
+        "{" * 5000,
+        "{'a':" + "1" * 5000 + "}",
+        "{'a': 1e999}",
+        "-" * 9000,
+        '{"a": "\\ud800"}',
+    ],
+)
+def test_what_is_not_one_object_has_no_arguments(text: str) -> None:
+    assert parse_arguments(text) is None
