@@ -30,7 +30,7 @@ _HOMES = {
     "tool": "tools",
 }
 
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
     from glm4lite.cache import KVCache

@@ -10,7 +10,8 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 if os.environ.get("HF_ENDPOINT") and "huggingface_hub" not in sys.modules:
@@ -26,7 +27,6 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the client it uses, under its lasting name
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
@@ -40,6 +40,7 @@ ELSEWHERE = ("*/*",)
 """Files of subfolders are other formats of the same weights."""
 
 _POLL_SECONDS = 0.1
+_LISTING_SECONDS = 20
 
 
 class _Stopped(Exception):
@@ -104,8 +105,8 @@ def download(repo_id: str, progress: Callable[[Progress], None] | None = None) -
 def _listing(repo_id: str) -> dict[str, int] | None:
     """Size of every file at the top of the repo; None where the Hub does not answer (the cache may still have it)."""
     try:
-        entries = HfApi().list_repo_tree(repo_id)
-        return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+        siblings = HfApi().model_info(repo_id, files_metadata=True, timeout=_LISTING_SECONDS).siblings or []
+        return {entry.rfilename: entry.size or 0 for entry in siblings if "/" not in entry.rfilename}
     except (RepositoryNotFoundError, httpx.HTTPError, OfflineModeIsEnabled, HfHubHTTPError):
         return None  # snapshot_download looks in the cache, and raises the same error if it is not there
 
@@ -125,7 +126,7 @@ def _check_files(repo_id: str, files: dict[str, int]) -> None:
 
 
 def _wanted(file: str, patterns: tuple[str, ...]) -> bool:
-    return any(PurePosixPath(file).match(pattern) for pattern in patterns)
+    return any(fnmatchcase(file, pattern) for pattern in patterns)
 
 
 def _missing_bytes(repo_id: str, files: dict[str, int]) -> int:
@@ -239,4 +240,6 @@ def _explain_os_error(repo_id: str, error: OSError) -> str:
     where = error.filename or constants.HF_HUB_CACHE
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{repo_id}: the disk is full ({where}); free some space, or set HF_HOME to a folder on another disk"
+    if error.errno is None:  # huggingface_hub's own: a file that is not as long as the Hub said, for example
+        return f"{repo_id} cannot be downloaded from {constants.ENDPOINT} ({error}); run it again"
     return f"{repo_id} cannot be stored in {where} ({error.strerror or error}); set HF_HOME to a folder you can write"

@@ -24,6 +24,8 @@ def resolve(source: str | Path, progress: Callable[[Progress], None] | None = No
     if source == NANO:
         return nano_folder()
     text = str(source)
+    if not text.strip():
+        raise HubError(f"the model's name is empty; {_HOW}")
     path = Path(text).expanduser()
     if path.is_dir():
         return path
@@ -44,7 +46,7 @@ def nano_folder() -> Path:
     Raises:
         HubError: the package was installed without it.
     """
-    folder = Path(str(resources.files("glm4lite"))) / NANO
+    folder = Path(str(resources.files("glm4lite").joinpath(NANO)))
     if not (folder / "config.json").exists():
         raise HubError(f"the embedded checkpoint is not in {folder}; install glm4lite again, or name another model")
     return folder

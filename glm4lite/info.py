@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from glm4lite import __version__
+from glm4lite.memory import readable
 
 if TYPE_CHECKING:
     import torch
@@ -68,13 +69,8 @@ def model_facts(source: str) -> list[Fact]:
         ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
         ("stored as", f"int{stored['bits']}, groups of {stored['group_size']}" if stored else str(config.dtype)),
         ("context", f"{config.max_position_embeddings:,} tokens, {kv_bytes:,} bytes of bfloat16 cache each"),
-        *((f"weights, {'bfloat16' if name == 'none' else name}", binary_size(size)) for name, size in sizes),
+        *((f"weights, {'bfloat16' if name == 'none' else name}", readable(size)) for name, size in sizes),
     ]
-
-
-def binary_size(count: int) -> str:
-    """Bytes for people: GiB, or MiB below one."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def weight_bytes(model: torch.nn.Module, quant: QuantConfig | None) -> int:

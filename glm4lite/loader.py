@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
-from glm4lite_quant import QuantConfig, QuantEmbedding, QuantError, QuantLinear, QuantTensor
 from torch import Tensor, nn
 
 from glm4lite import memory
@@ -22,6 +21,10 @@ from glm4lite.hub import resolve
 from glm4lite.plan import Fill, Model, Plan, make_plan, parse_quant, read_config, skeleton, stored_quant
 from glm4lite.quantized import quantize_checkpoint, save_quantized
 from glm4lite.streaming import Meter, ProgressCallback, blocks, quantize_weight
+from glm4lite_quant import QuantConfig, QuantEmbedding, QuantError, QuantLinear, QuantTensor
+
+if TYPE_CHECKING:
+    from glm4lite.model import Glm4ForCausalLM
 
 __all__ = ["load", "quantize_checkpoint", "save_quantized"]
 
@@ -32,14 +35,37 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
+@overload
 def load(
     source: str | Path,
     quant: str | QuantConfig | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     progress: ProgressCallback | None = None,
-    cls: type[Model] | None = None,
-) -> Model:
+    cls: None = None,
+) -> Glm4ForCausalLM: ...
+
+
+@overload
+def load(
+    source: str | Path,
+    quant: str | QuantConfig | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    progress: ProgressCallback | None = None,
+    *,
+    cls: type[Model],
+) -> Model: ...
+
+
+def load(
+    source: str | Path,
+    quant: str | QuantConfig | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    progress: ProgressCallback | None = None,
+    cls: type[nn.Module] | None = None,
+) -> nn.Module:
     """Load a model from a folder, from "nano", or from a Hub repo id.
 
     Args:
@@ -63,7 +89,7 @@ def load(
     checkpoint = Checkpoint.open(resolve(source, progress))
     config = read_config(checkpoint)
     stored = stored_quant(checkpoint, wanted)
-    model = skeleton(config, cls)
+    model = skeleton(checkpoint, config, cls)
     plan = make_plan(model, checkpoint, None if stored else wanted)
     _check_memory(checkpoint, plan, target)
     activations = _activation_dtype(checkpoint, plan, chosen, target)

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 import torch
-from glm4lite_quant import QuantConfig, QuantError, QuantTensor
 from torch import nn
 
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.files import CONFIG
+from glm4lite_quant import QuantConfig, QuantError, QuantTensor
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -77,14 +77,34 @@ def read_config(checkpoint: Checkpoint) -> Glm4Config:
     return Glm4Config.from_dict(checkpoint.config, checkpoint.folder / CONFIG)
 
 
-def skeleton(config: Glm4Config, cls: type[Model] | None) -> Model:
-    """The model without weights, on the meta device."""
+def skeleton(checkpoint: Checkpoint, config: Glm4Config, cls: type[Model] | None) -> Model:
+    """The model without weights, on the meta device.
+
+    Raises:
+        ConfigError: a size is absurd beside the checkpoint, so that building the model would not end.
+    """
+    _check_sizes(checkpoint, config)
     if cls is None:
         from glm4lite.model import Glm4ForCausalLM
 
         cls = cast(type[Model], Glm4ForCausalLM)
     with torch.device("meta"):
         return cls(config)
+
+
+def _check_sizes(checkpoint: Checkpoint, config: Glm4Config) -> None:
+    side = 2 * sum(checkpoint.nbytes(name) for name in checkpoint.names())  # of a matrix with half a byte per element
+    sizes = {
+        "num_hidden_layers": (config.num_hidden_layers, len(checkpoint.names())),
+        "vocab_size": (config.vocab_size, side),
+        "hidden_size": (config.hidden_size, side),
+        "intermediate_size": (config.intermediate_size, side),
+        "num_attention_heads x head_dim": (config.num_attention_heads * config.head_dim, side),
+    }
+    for key, (size, limit) in sizes.items():
+        if size > limit:
+            path = checkpoint.folder / CONFIG
+            raise ConfigError(f"{path}: {key} is {size}, more than the checkpoint can hold; correct config.json")
 
 
 def make_plan(model: nn.Module, checkpoint: Checkpoint, quant: QuantConfig | None) -> Plan:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from glm4lite_quant import QuantConfig
 from torch import Tensor, nn
 
 from glm4lite.checkpoint import Checkpoint
@@ -24,6 +23,7 @@ from glm4lite.plan import Fill, make_plan, parse_quant, read_config, skeleton, s
 from glm4lite.shard import DTYPES
 from glm4lite.streaming import Meter, ProgressCallback, blocks, quantize_weight
 from glm4lite.writer import SHARD_BYTES, FolderWriter, PlannedTensor, check_destination
+from glm4lite_quant import QuantConfig
 
 
 def quantize_checkpoint(
@@ -51,7 +51,7 @@ def quantize_checkpoint(
     if stored_quant(checkpoint, None) is not None:
         raise ConfigError(f"{checkpoint.folder} is quantized already; quantize the original checkpoint")
     model_config = read_config(checkpoint)
-    plan = make_plan(skeleton(model_config, model_class(checkpoint)), checkpoint, config)
+    plan = make_plan(skeleton(checkpoint, model_config, model_class(checkpoint)), checkpoint, config)
     if plan.fresh:
         module, parameter = plan.fresh[0]
         raise CheckpointError(f"{checkpoint.folder} lacks {module}.{parameter}; train the head before quantizing")

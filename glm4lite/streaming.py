@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from glm4lite_quant import QuantError, QuantTensor
 from torch import Tensor
 
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError
 from glm4lite.events import Progress
 from glm4lite.plan import Fill
+from glm4lite_quant import QuantError, QuantTensor
 
 ProgressCallback = Callable[[Progress], None]
 

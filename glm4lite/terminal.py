@@ -15,7 +15,6 @@ from rich.progress import Progress as ProgressBars
 
 from glm4lite.events import Done, Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
 
-
 # What a model or a tool says must not move the cursor, change the title or answer for the user.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 

@@ -72,7 +72,7 @@ def echo_share(number: int) -> float:
     return 0.6 if number < 2 else max(0.03, 0.3 - 0.03 * number)
 
 
-def _produce(queue: Queue[list[tuple[bytes, bytes, tuple[int, int]]]], text: str, seed: int, first: int, tokens: int) -> None:
+def _produce(queue: Queue[list[tuple[bytes, bytes, tuple[int, int]]]], text: str, seed: int, first: int, stride: int, tokens: int) -> None:
     torch.set_num_threads(1)
     tokenizer = Tokenizer.from_str(text)
     number = first
@@ -80,7 +80,7 @@ def _produce(queue: Queue[list[tuple[bytes, bytes, tuple[int, int]]]], text: str
         made = chunk(tokenizer, seed, number, echo_share(number), tokens)
         # Bytes, not tensors: tensors would travel through shared memory, which containers limit.
         queue.put([(_pack(batch.ids), _pack(batch.labels), tuple(batch.ids.shape)) for batch in made])  # type: ignore[misc]
-        number += 1
+        number += stride
 
 
 def _pack(tensor: Tensor) -> bytes:
@@ -91,17 +91,17 @@ def _unpack(data: bytes, shape: tuple[int, int]) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.int16).view(shape).long()
 
 
-def stream(tokenizer: Tokenizer, seed: int, first_chunk: int, tokens: int) -> Iterator[tuple[int, Batch]]:
-    """(chunk number, batch) without end, from a background process."""
+def stream(tokenizer: Tokenizer, seed: int, first_chunk: int, stride: int, tokens: int) -> Iterator[tuple[int, Batch]]:
+    """(chunk number, batch) without end, from a background process; takes every `stride`th chunk."""
     context = multiprocessing.get_context("spawn")
     queue: Queue[list[tuple[bytes, bytes, tuple[int, int]]]] = context.Queue(maxsize=4)
-    worker = context.Process(target=_produce, args=(queue, tokenizer.to_str(), seed, first_chunk, tokens), daemon=True)
+    worker = context.Process(target=_produce, args=(queue, tokenizer.to_str(), seed, first_chunk, stride, tokens), daemon=True)
     worker.start()
     number = first_chunk
     try:
         while True:
             for ids, labels, shape in queue.get():
                 yield number, Batch(_unpack(ids, shape), _unpack(labels, shape))
-            number += 1
+            number += stride
     finally:
         worker.terminate()

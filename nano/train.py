@@ -27,6 +27,7 @@ from glm4lite.model import Glm4ForCausalLM
 from nano import batches, dialogues, probe
 from nano import tokenizer as bpe
 from nano.export import export, model_config
+from nano.parallel import Team, exchange, meet, owners
 from nano.render import IGNORED, text_of
 
 HERE = Path(__file__).parent
@@ -66,11 +67,11 @@ def make_tokenizer(seed: int) -> Tokenizer:
     return bpe.train((text_of(dialogues.generate(rng)) for _ in range(8000)), MERGES, VOCABULARY)
 
 
-def optimizers(model: Glm4ForCausalLM, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for everything else."""
-    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
+def optimizers(model: Glm4ForCausalLM, rate: float, mine: set[str]) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for everything else; `mine` are the parameters to update."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if name in mine]
+    matrices = [p for name, p in named if p.dim() == 2 and name.startswith("model.layers.")]
+    others = [p for name, p in named if p.dim() != 2 or not name.startswith("model.layers.")]
     return [
         torch.optim.Muon(matrices, lr=rate, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
@@ -124,43 +125,40 @@ def loss_of(model: Glm4ForCausalLM, batch: batches.Batch) -> Tensor:
 
 @dataclass
 class Run:
-    """Everything that a checkpoint holds."""
+    """One process's part of the training."""
 
     model: Glm4ForCausalLM
     tokenizer: Tokenizer
     optimizers: list[torch.optim.Optimizer]
     clock: Clock
+    team: Team
+    owner: dict[str, int]
+    rank: int = 0
     step: int = 0
     chunk: int = 0
 
     def save(self, folder: Path) -> None:
-        """Writes the state beside the old one, then swaps it in."""
+        """Writes this process's state beside the old one, then swaps it in; process 0 writes the model, too."""
         folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "step": self.step,
-            "chunk": self.chunk,
-            "seconds": self.clock.seconds,
-            "tokenizer": self.tokenizer.to_str(),
-        }
-        torch.save(state, folder / "state.tmp")
-        (folder / "state.tmp").rename(folder / "state.pt")
+        state: dict[str, object] = {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+        if self.rank == 0:
+            state |= {"model": self.model.state_dict(), "step": self.step, "chunk": self.chunk}
+            state |= {"seconds": self.clock.seconds, "tokenizer": self.tokenizer.to_str()}
+        part, final = folder / f"state-{self.rank}.tmp", folder / f"state-{self.rank}.pt"
+        torch.save(state, part)
+        part.rename(final)
 
 
-def start(arguments: argparse.Namespace) -> Run:
-    """A fresh run, or the saved one with `--resume`."""
+def prepare(arguments: argparse.Namespace) -> tuple[Glm4ForCausalLM, Tokenizer, dict[str, float]]:
+    """Model, tokenizer and counters: fresh, or the saved ones with `--resume`."""
     torch.manual_seed(arguments.seed)
-    saved = torch.load(arguments.out / "state.pt", weights_only=True) if arguments.resume else None
+    saved = torch.load(arguments.out / "state-0.pt", weights_only=True) if arguments.resume else {}
     tokenizer = Tokenizer.from_str(saved["tokenizer"]) if saved else make_tokenizer(arguments.seed)
     model = Glm4ForCausalLM(Glm4Config.from_dict(model_config(tokenizer))).to(arguments.device)
-    run = Run(model, tokenizer, optimizers(model, arguments.rate), Clock(arguments.minutes))
     if saved:
         model.load_state_dict(saved["model"])
-        for optimizer, state in zip(run.optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        run.step, run.chunk, run.clock.before = saved["step"], saved["chunk"] + 1, saved["seconds"]
-    return run
+    counters = {"step": saved["step"], "chunk": saved["chunk"], "seconds": saved["seconds"]} if saved else {}
+    return model, tokenizer, counters
 
 
 def train_step(run: Run, batch: batches.Batch, rate: float) -> float:
@@ -169,47 +167,104 @@ def train_step(run: Run, batch: batches.Batch, rate: float) -> float:
     with rounded(run.model, active=run.clock.share > 1 - DECAY and run.step % 2 == 0):
         loss = loss_of(run.model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
+    exchange(run.model, run.team, run.rank, run.owner)
     nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     for optimizer in run.optimizers:
         for settings in optimizer.param_groups:
             settings["lr"] = rate * factor
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    run.model.zero_grad(set_to_none=True)
     run.step += 1
     return float(loss.detach())
 
 
-def write(run: Run, arguments: argparse.Namespace) -> None:
-    """The checkpoint folder as it is now."""
-    export(run.model.state_dict(), model_config(run.tokenizer), run.tokenizer, arguments.export)
+def _log(run: Run, arguments: argparse.Namespace, losses: list[float], tokens: int, seconds: float) -> None:
+    entry: dict[str, object] = {"step": run.step, "minutes": round(run.clock.seconds / 60, 2)}
+    entry |= {"loss": round(sum(losses) / len(losses), 4), "rate": round(run.clock.rate() * arguments.rate, 6)}
+    entry |= {"tokens_per_s": round(tokens * run.team.workers / seconds), "chunk": run.chunk}
+    _append(arguments.log, entry)
+
+
+def _append(log: Path, entry: dict[str, object]) -> None:
+    with log.open("a", encoding="utf-8") as file:
+        print(json.dumps(entry), file=file)
+
+
+def _probe(run: Run, arguments: argparse.Namespace, held_out: list[probe.Probe]) -> None:
+    _append(arguments.log, {"step": run.step, "exact": probe.exact(run.model, held_out)})
+
+
+def work(
+    rank: int, run_of: tuple[Glm4ForCausalLM, Tokenizer, dict[str, float]], team: Team, arguments: argparse.Namespace
+) -> None:
+    """One process: trains until the planned minutes are over."""
+    torch.set_num_threads(arguments.threads)
+    if arguments.device == "cpu":
+        glm4lite.model.attend = attend
+    run = _run(rank, run_of, team, arguments)
+    held_out = probe.held_out(run.tokenizer, arguments.probes) if rank == 0 else []
+    losses: list[float] = []
+    tokens, since, saved_at = 0, time.monotonic(), run.step
+    source = batches.stream(run.tokenizer, arguments.seed, run.chunk + rank, team.workers, arguments.tokens)
+    for run.chunk, batch in source:
+        losses.append(train_step(run, batch, arguments.rate))
+        tokens += batch.ids.numel()
+        if rank == 0 and (run.clock.share >= 1 or arguments.steps and run.step >= arguments.steps):
+            team.stop[0] = 1
+        going = meet(team)
+        if rank == 0 and run.step % 50 == 0:
+            _log(run, arguments, losses, tokens, time.monotonic() - since)
+            losses, tokens, since = [], 0, time.monotonic()
+        if rank == 0 and run.step % arguments.probe_every == 0:
+            _probe(run, arguments, held_out)
+        if not going or run.step - saved_at >= arguments.save_every:
+            run.save(arguments.out)
+            saved_at = run.step
+        if not going:
+            break
+    if rank == 0:
+        _probe(run, arguments, held_out)
+        export(run.model.state_dict(), model_config(run.tokenizer), run.tokenizer, arguments.export)
+
+
+def _run(
+    rank: int, run_of: tuple[Glm4ForCausalLM, Tokenizer, dict[str, float]], team: Team, arguments: argparse.Namespace
+) -> Run:
+    model, tokenizer, counters = run_of
+    owner = owners(model, team.workers)
+    mine = {name for name, process in owner.items() if process == rank}
+    clock = Clock(arguments.minutes, counters.get("seconds", 0.0))
+    run = Run(model, tokenizer, optimizers(model, arguments.rate, mine), clock, team, owner, rank)
+    state = arguments.out / f"state-{rank}.pt"
+    if counters:
+        run.step, run.chunk = int(counters["step"]), int(counters["chunk"]) + team.workers
+        for optimizer, saved in zip(run.optimizers, torch.load(state, weights_only=True)["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    return run
+
+
+def _start(rank: int, text: str, team: Team, model: Glm4ForCausalLM, counters: dict[str, float], arguments: argparse.Namespace) -> None:
+    work(rank, (model, Tokenizer.from_str(text), counters), team, arguments)
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Trains until the planned minutes are over."""
-    run = start(arguments)
-    log = arguments.log.open("a" if arguments.resume else "w", encoding="utf-8")
-    held_out = probe.held_out(run.tokenizer, arguments.probes)
-    seen, loss_sum, since, saved_at = 0, 0.0, time.monotonic(), time.monotonic()
-    for run.chunk, batch in batches.stream(run.tokenizer, arguments.seed, run.chunk, arguments.tokens):
-        loss_sum += train_step(run, batch, arguments.rate)
-        seen += batch.ids.numel()
-        if run.step % 50 == 0:
-            speed = seen / (time.monotonic() - since)
-            entry: dict[str, object] = {"step": run.step, "minutes": round(run.clock.seconds / 60, 2)}
-            entry |= {"loss": round(loss_sum / 50, 4), "rate": round(run.clock.rate() * arguments.rate, 6)}
-            entry |= {"tokens_per_s": round(speed), "chunk": run.chunk}
-            if run.step % arguments.probe_every == 0:
-                entry["exact"] = probe.exact(run.model, held_out)
-            print(json.dumps(entry), file=log, flush=True)
-            seen, loss_sum, since = 0, 0.0, time.monotonic()
-        over = run.clock.share >= 1
-        if over or time.monotonic() - saved_at > 180:
-            run.save(arguments.out)
-            saved_at = time.monotonic()
-        if over or arguments.steps and run.step >= arguments.steps:
-            break
-    print(json.dumps({"step": run.step, "exact": probe.exact(run.model, held_out)}), file=log, flush=True)
-    write(run, arguments)
+    """Starts the processes and waits for them."""
+    model, tokenizer, counters = prepare(arguments)
+    if not arguments.resume:
+        arguments.log.unlink(missing_ok=True)
+    context = torch.multiprocessing.get_context("spawn")
+    team = Team.create(model, arguments.workers, context)
+    if arguments.workers == 1:
+        work(0, (model, tokenizer, counters), team, arguments)
+        return
+    processes = [
+        context.Process(target=_start, args=(rank, tokenizer.to_str(), team, model, counters, arguments))
+        for rank in range(arguments.workers)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
 
 
 def main() -> None:
@@ -218,19 +273,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="stop after this many steps (0: when the minutes are over)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
-    parser.add_argument("--tokens", type=int, default=6144, help="tokens of a batch")
-    parser.add_argument("--probes", type=int, default=200, help="held-out dialogues checked while training")
+    parser.add_argument("--tokens", type=int, default=3072, help="tokens of one process's batch")
+    parser.add_argument("--probes", type=int, default=120, help="held-out dialogues checked while training")
     parser.add_argument("--probe-every", type=int, default=500, help="steps between the checks")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--save-every", type=int, default=500, help="steps between resumable states")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--out", type=Path, default=HERE / "run", help="folder of the resumable state")
     parser.add_argument("--log", type=Path, default=HERE / "train_log.jsonl")
     parser.add_argument("--export", type=Path, default=PACKAGE_DATA, help="where the checkpoint is written")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if arguments.device == "cpu":
-        glm4lite.model.attend = attend
     train(arguments)
 
 

@@ -43,7 +43,8 @@ GLM4_API int32_t glm4_isa_available(int32_t isa);
 GLM4_API int32_t glm4_matmul(const glm4_weight* w, const glm4_matrix* x, const float* bias, const glm4_matrix* y,
                              int32_t isa, int32_t threads);
 // Fills w from source [n, k]; GLM4_NOT_FINITE puts the first such row and column in place[0..1].
-GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, int32_t threads, int64_t* place);
+GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, int32_t isa, int32_t threads,
+                               int64_t* place);
 
 // Up to `width` columns of activations, quantized and interleaved so that one pointer walks all of them.
 struct glm4_panel {
@@ -62,5 +63,13 @@ enum { GLM4_SCALAR_WIDTH = 4, GLM4_AVX2_WIDTH = 4, GLM4_AVX512VNNI_WIDTH = 12, G
 void glm4_tile_scalar(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
 void glm4_tile_avx2(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
 void glm4_tile_avx512vnni(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
+
+// Steps and minima of one row's int4 groups, with the least squared error over GLM4_SHARES of each group's (minimum,
+// maximum). Every version does the reference's float operations in its order.
+typedef void (*glm4_search)(const float* row, int64_t k, int32_t group, float* step, float* low);
+void glm4_search_avx2(const float* row, int64_t k, int32_t group, float* step, float* low);
+static const float GLM4_SHARES[5][2] = {{1.0f, 1.0f}, {0.9f, 1.0f}, {1.0f, 0.9f}, {0.9f, 0.9f}, {0.82f, 0.82f}};
+static const float GLM4_TINY = 1e-30f;  // a step below this is zero
+static const float GLM4_PER_NIBBLE = (float)(1.0 / 15);
 
 #endif

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <limits>
 #include <memory>
 #include <new>
 
@@ -14,13 +13,11 @@
 
 namespace {
 
-constexpr float kTiny = 1e-30f, kHuge = 1e18f;
-constexpr float kShares[][2] = {{1.0f, 1.0f}, {0.9f, 1.0f}, {1.0f, 0.9f}, {0.9f, 0.9f}, {0.82f, 0.82f}};  // min, max
-constexpr float kPerByte = static_cast<float>(1.0 / 255), kPerNibble = static_cast<float>(1.0 / 15);
-constexpr float kPerInt8 = static_cast<float>(1.0 / 127);
+constexpr float kHuge = 1e18f;
+constexpr float kPerByte = static_cast<float>(1.0 / 255), kPerInt8 = static_cast<float>(1.0 / 127);
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to a whole number, ties to even
 
-inline float inverse(float step) { return step > kTiny ? 1.0f / step : 0.0f; }
+inline float inverse(float step) { return step > GLM4_TINY ? 1.0f / step : 0.0f; }
 inline float round_even(float v) { return (v + kRound) - kRound; }
 // Written as minps and maxps compare, so that the compiler may use them.
 inline float least(float a, float b) { return a < b ? a : b; }
@@ -34,6 +31,13 @@ inline void fold(float* v, Combine combine) {
   if constexpr (H > 1) fold<H / 2>(v, combine);
 }
 
+// |v| as an integer that orders as the floats do, with infinity and NaN on top: this file is compiled for finite numbers.
+inline int32_t magnitude(float v) {
+  int32_t bits;
+  memcpy(&bits, &v, 4);
+  return bits & 0x7fffffff;
+}
+
 // Loads one row as float32; the column of the first value that cannot be quantized, or -1.
 int64_t load_row(const glm4_matrix& m, int64_t row, int64_t k, float* out) {
   if (m.dtype == GLM4_FLOAT32) {
@@ -45,17 +49,15 @@ int64_t load_row(const glm4_matrix& m, int64_t row, int64_t k, float* out) {
       memcpy(out + i, &bits, 4);
     }
   }
-  int32_t limit, top = 0;  // as integers, so that NaN counts as the largest and the loop has no branch
-  memcpy(&limit, &kHuge, 4);
+  const int32_t limit = magnitude(kHuge);
+  int32_t top = 0;
   for (int64_t i = 0; i < k; ++i) {
-    int32_t bits;
-    memcpy(&bits, out + i, 4);
-    bits &= 0x7fffffff;
-    top = bits > top ? bits : top;
+    const int32_t m = magnitude(out[i]);
+    top = m > top ? m : top;
   }
   if (top <= limit) return -1;
   int64_t i = 0;
-  while (fabsf(out[i]) <= kHuge) ++i;
+  while (magnitude(out[i]) <= limit) ++i;
   return i;
 }
 
@@ -80,13 +82,32 @@ void search(const float* w, float* step, float* low) {
   fold<G / 2>(small, least);
   fold<G / 2>(large, most);
   const float whole = 0.0f - least(small[0], 0.0f);
-  float best = std::numeric_limits<float>::infinity();
-  for (const float* share : kShares) {
-    const float m = whole * share[0], s = (large[0] * share[1] + m) * kPerNibble;
+  float best = 3e38f;
+  for (const float* share : GLM4_SHARES) {
+    const float m = whole * share[0], s = (large[0] * share[1] + m) * GLM4_PER_NIBBLE;
     const float error = squared_error<G>(w, s, m);
     if (!(error < best)) continue;
     best = error, *step = s, *low = m;
   }
+}
+
+template <int G>
+void search_groups(const float* w, int64_t groups, float* step, float* low) {
+  for (int64_t g = 0; g < groups; ++g) search<G>(w + g * G, step + g, low + g);
+}
+
+void search_scalar(const float* row, int64_t k, int32_t group, float* step, float* low) {
+  if (group == 32) return search_groups<32>(row, k / 32, step, low);
+  if (group == 64) return search_groups<64>(row, k / 64, step, low);
+  search_groups<128>(row, k / 128, step, low);
+}
+
+glm4_search search_of(int32_t isa) {
+#if defined(GLM4LITE_HAVE_AVX2)
+  if (isa >= GLM4_AVX2) return glm4_search_avx2;
+#endif
+  (void)isa;
+  return search_scalar;
 }
 
 // One row of one tile: where its codes and bytes go.
@@ -128,12 +149,12 @@ void store_int8(const RowTarget& to, int64_t first, int group, const float* w, f
   }
 }
 
-template <int G>
-void row_int4(const RowTarget& to, const float* w, float* step, float* low) {
-  const int64_t groups = to.w.k / G;
+void row_int4(const RowTarget& to, const float* w, glm4_search search, float* step, float* low) {
+  const int group = to.w.group;
+  const int64_t groups = to.w.k / group;
+  search(w, to.w.k, group, step, low);
   float top_step = 0.0f, top_low = 0.0f;
   for (int64_t g = 0; g < groups; ++g) {
-    search<G>(w + g * G, step + g, low + g);
     top_step = std::max(top_step, step[g]);
     top_low = std::max(top_low, low[g]);
   }
@@ -141,11 +162,11 @@ void row_int4(const RowTarget& to, const float* w, float* step, float* low) {
   to.w.row_scale[to.n()] = d;
   to.w.row_min[to.n()] = e;
   for (int64_t g = 0; g < groups; ++g) {
-    const float s = d > kTiny ? clamp(round_even(step[g] * inv_d), 1.0f, 255.0f) : 0.0f;
+    const float s = d > GLM4_TINY ? clamp(round_even(step[g] * inv_d), 1.0f, 255.0f) : 0.0f;
     const float m = clamp(round_even(low[g] * inv_e), 0.0f, 255.0f);
     *to.plane(to.w.scales, g) = static_cast<uint8_t>(s);
     *to.plane(to.w.mins, g) = static_cast<uint8_t>(m);
-    store_int4(to, g * G, G, w + g * G, s * d, m * e);
+    store_int4(to, g * group, group, w + g * group, s * d, m * e);
   }
 }
 
@@ -164,18 +185,10 @@ void row_int8(const RowTarget& to, const float* w, float* step) {
   const float d = top * kPerByte, inv_d = inverse(d);
   to.w.row_scale[to.n()] = d;
   for (int64_t g = 0; g < groups; ++g) {
-    const float s = d > kTiny ? clamp(ceilf(step[g] * inv_d), 1.0f, 255.0f) : 0.0f;
+    const float s = d > GLM4_TINY ? clamp(ceilf(step[g] * inv_d), 1.0f, 255.0f) : 0.0f;
     *to.plane(to.w.scales, g) = static_cast<uint8_t>(s);
     store_int8(to, g * group, group, w + g * group, s * d);
   }
-}
-
-void quantize_row(const RowTarget& to, const float* row, float* scratch) {
-  float *step = scratch, *low = scratch + to.w.k / to.w.group;
-  if (to.w.bits == 8) return row_int8(to, row, step);
-  if (to.w.group == 32) return row_int4<32>(to, row, step, low);
-  if (to.w.group == 64) return row_int4<64>(to, row, step, low);
-  row_int4<128>(to, row, step, low);
 }
 
 // The last tile's rows past n: zero codes, scales and mins.
@@ -188,7 +201,9 @@ void clear_tile(const glm4_weight& w, int64_t tile) {
 
 }  // namespace
 
-GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, int32_t threads, int64_t* place) {
+GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, int32_t isa, int32_t threads,
+                               int64_t* place) {
+  const glm4_search search = search_of(isa);
   const int64_t tiles = (w->n + GLM4_ROWS - 1) / GLM4_ROWS, per_thread = w->k + 2 * (w->k / w->group);
   std::unique_ptr<float[]> scratch(new (std::nothrow) float[static_cast<size_t>(threads * per_thread)]);
   if (!scratch) return GLM4_NO_MEMORY;
@@ -204,7 +219,13 @@ GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, 
         }
         return;
       }
-      quantize_row({*w, tile, static_cast<int>(n - begin)}, row, row + w->k);
+      const RowTarget target{*w, tile, static_cast<int>(n - begin)};
+      float *step = row + w->k, *low = step + w->k / w->group;
+      if (w->bits == 8) {
+        row_int8(target, row, step);
+      } else {
+        row_int4(target, row, search, step, low);
+      }
     }
   };
   glm4::parallel_for(w->n * w->k < (1 << 16) ? 1 : threads, tiles, tile_of);

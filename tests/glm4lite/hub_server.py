@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,21 +14,26 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class Repo:
-    """A repo's files; `status` and `code` make every request fail, `token` lets only its bearer in."""
+    """A repo's files. `status` makes every request fail, `token` lets only its bearer in, `claimed` is a false size."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     status: int = 200
-    code: str = ""
     token: str = ""
+    claimed: int = 0
 
     @property
     def sha(self) -> str:
         names = "\n".join(sorted(self.files))
         return hashlib.sha1(names.encode(), usedforsecurity=False).hexdigest()
 
+    def entries(self) -> Iterator[tuple[str, bytes, str]]:
+        """Name, content and git-like id of each file."""
+        for name, data in self.files.items():
+            yield name, data, hashlib.sha1(data, usedforsecurity=False).hexdigest()
+
     @classmethod
-    def of(cls, folder: Path, **extra: bytes) -> Self:
-        return cls({path.name: path.read_bytes() for path in folder.iterdir()} | extra)
+    def of(cls, folder: Path) -> Self:
+        return cls({path.name: path.read_bytes() for path in folder.iterdir()})
 
 
 class HubServer:
@@ -85,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repo.token and self.headers.get("Authorization") != f"Bearer {repo.token}":
             return self._send(403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
         if repo.status != 200:
-            return self._send(repo.status, b"", {"X-Error-Code": repo.code} if repo.code else {})
+            return self._send(repo.status, b"", {})
         if path.startswith("/api/models/"):
             return self._send(200, json.dumps(_listing("/".join(parts[:2]), repo, parts[2:])).encode(), {})
         return self._file(repo, "/".join(parts[4:]))
@@ -109,14 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _listing(repo_id: str, repo: Repo, route: list[str]) -> Any:
     if route[:1] == ["tree"]:
-        return [
-            {
-                "type": "file",
-                "oid": hashlib.sha1(data, usedforsecurity=False).hexdigest(),
-                "size": len(data),
-                "path": name,
-            }
-            for name, data in repo.files.items()
-        ]
-    siblings = [{"rfilename": name} for name in repo.files]
+        return [{"type": "file", "path": name, "size": len(data), "oid": oid} for name, data, oid in repo.entries()]
+    siblings = [
+        {"rfilename": name, "size": repo.claimed or len(data), "blobId": oid} for name, data, oid in repo.entries()
+    ]
     return {"id": repo_id, "modelId": repo_id, "sha": repo.sha, "private": False, "tags": [], "siblings": siblings}

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from glm4lite_quant import QuantConfig
 from safetensors.torch import save_file
 
+from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, ConfigError, Glm4liteError
 from glm4lite.heads import Glm4ForSequenceClassification
 from glm4lite.loader import load
+from glm4lite_quant import QuantConfig
 from tests.glm4lite.checkpoints import tiny_config, tiny_tensors, write_checkpoint
 
 SHARD = "model-00001-of-00002.safetensors"
@@ -319,6 +320,22 @@ def test_a_wrong_type_is_named(folder: Path) -> None:
     message = refused(folder, ConfigError)
     assert message.startswith("DIR/config.json: hidden_size: ")
     assert "'64'" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "size"), [("num_hidden_layers", 10**9), ("vocab_size", 10**15), ("hidden_size", 10**12)]
+)
+def test_an_absurd_size_is_refused_before_the_model_is_built(folder: Path, key: str, size: int) -> None:
+    edit_config(folder, **{key: size})
+    assert refused(folder, ConfigError) == (
+        f"DIR/config.json: {key} is {size}, more than the checkpoint can hold; correct config.json"
+    )
+
+
+def test_a_generation_config_that_is_not_json_is_said(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("eos")
+    with pytest.raises(ConfigError, match=r"generation_config.json is not valid JSON \(.*\); download it again"):
+        _ = Checkpoint.open(folder).generation_config
 
 
 def test_another_tools_quantization_is_named(folder: Path) -> None:

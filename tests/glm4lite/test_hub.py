@@ -112,8 +112,8 @@ def test_a_path_that_does_not_exist_is_said(source: str) -> None:
     with pytest.raises(HubError) as caught:
         resolve(source)
     assert str(caught.value) == (
-        f"{source} does not exist; give a folder, a Hub repo id (organisation/name, for example zai-org/GLM-4-9B-0414), "
-        "or nano"
+        f"{source} does not exist; give a folder, a Hub repo id (organisation/name, for example "
+        "zai-org/GLM-4-9B-0414), or nano"
     )
 
 
@@ -125,7 +125,7 @@ def test_a_file_is_not_a_model(tiny: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("source", ["gpt", "my model", "a/b c", "a..b/c", "org/name.git", ""])
+@pytest.mark.parametrize("source", ["gpt", "my model", "a/b c", "a..b/c", "org/name.git"])
 def test_a_name_that_is_no_repo_id_is_said(source: str) -> None:
     with pytest.raises(HubError) as caught:
         resolve(source)
@@ -178,8 +178,7 @@ def test_repos_that_cannot_be_used_are_named_with_what_to_do(hub: HubServer, tmp
         f"org/gated is gated: accept its terms on {hub.url}/org/gated, then run `hf auth login` or set HF_TOKEN to a "
         "token that may read it",
         f"org/down: {hub.url} answered HTTP 503; try again later, or set HF_ENDPOINT to a mirror",
-        f"org/private does not exist on {hub.url}, or is private; check the name (for example zai-org/GLM-4-9B-0414), "
-        "or set HF_TOKEN to a token that may read it",
+        f"org/private: {hub.url} refused access (HTTP 401); set HF_TOKEN to a token that may read it",
     ]
     assert [item.get("error") for item in found] == expected
     assert hub.fetched == set()
@@ -206,20 +205,34 @@ def test_a_stop_ends_the_download_and_leaves_no_partial_files(hub: HubServer, tm
     assert leftovers(tmp_path) == []
 
 
-def test_a_disk_too_small_for_a_repo_is_said_before_the_download(hub: HubServer, tmp_path: Path) -> None:
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 128 KiB, where this user may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
     tool = shutil.which("mount")
-    command = [tool or "mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    command = [tool or "mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
     if tool is None or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("mounting a small tmpfs needs root on Linux")
-    try:
-        found, _ = find(hub.url, disk, "org/tiny")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_too_small_for_a_repo_is_said_before_the_download(hub: HubServer, small_disk: Path) -> None:
+    found, _ = find(hub.url, small_disk, "org/tiny")
     assert found["error"].startswith("org/tiny needs 2")
-    assert found["error"].endswith(f" free in {disk}/hub; free some space, or set HF_HOME to a folder on another disk")
+    assert found["error"].endswith(
+        f" free in {small_disk}/hub; free some space, or set HF_HOME to a folder on another disk"
+    )
     assert hub.fetched == set()
+
+
+def test_a_disk_that_fills_while_downloading_is_said(hub: HubServer, small_disk: Path) -> None:
+    hub.repos["org/tiny"].claimed = 1
+    found, _ = find(hub.url, small_disk, "org/tiny")
+    assert found["error"].startswith("org/tiny: the disk is full (")
+    assert found["error"].endswith("); free some space, or set HF_HOME to a folder on another disk")
+    assert leftovers(small_disk) == []
 
 
 def _closed_port() -> str:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from glm4lite_quant.kernels import native
 
 from glm4lite.loader import quantize_checkpoint
 from glm4lite.writer import FolderWriter, PlannedTensor
+from glm4lite_quant.kernels import native
 from tests.glm4lite.checkpoints import shapes, tiny_config
 
 ALLOWED = 512 << 20

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from glm4lite_quant import QuantLinear
 from safetensors import safe_open
 
 from glm4lite import writer
@@ -21,6 +20,7 @@ from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.events import Progress
 from glm4lite.heads import Glm4ForTokenClassification
 from glm4lite.loader import load, quantize_checkpoint, save_quantized
+from glm4lite_quant import QuantLinear
 from tests.glm4lite.checkpoints import legacy_checkpoint, tiny_config, tiny_tensors, write_checkpoint
 
 IDS = torch.tensor([[372, 374, 377, 10, 65, 70, 378]])

@@ -48,7 +48,7 @@ def template() -> ChatTemplate:
 Start = Callable[..., ChatSession]
 
 
-@pytest.fixture()
+@pytest.fixture
 def start(tokenizer: Tokenizer, template: ChatTemplate) -> Start:
     def begin(*replies: str, context: int = 4096, **options: object) -> ChatSession:
         options.setdefault("tools", [*BUILTIN_TOOLS, broken])

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+
 from glm4lite_quant import QuantConfig, QuantError
 
 

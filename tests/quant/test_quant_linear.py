@@ -7,8 +7,9 @@ import io
 
 import pytest
 import torch
-from glm4lite_quant import QuantConfig, QuantEmbedding, QuantError, QuantLinear, QuantTensor
 from torch import nn
+
+from glm4lite_quant import QuantConfig, QuantEmbedding, QuantError, QuantLinear, QuantTensor
 
 
 def filled(n: int = 40, k: int = 128, bits: int = 4, bias: bool = True) -> QuantLinear:

@@ -74,7 +74,7 @@ class NativeBackend:
 
     def __init__(self, cdll: ctypes.CDLL, isa: str) -> None:
         self.isa, self.name = isa, f"native-{isa}"
-        self._matmul, self._code = cdll.glm4_matmul, ISAS.index(isa)
+        self._matmul, self._quantize, self._code = cdll.glm4_matmul, cdll.glm4_quantize, ISAS.index(isa)
 
     def supports(self, weight: QuantTensor) -> bool:
         return weight.device.type == "cpu" and all(t.is_contiguous() for t in weight.tensors().values())
@@ -100,6 +100,11 @@ class NativeBackend:
         if code != OK:
             raise MemoryError("no memory for the quantized activations")
         return out
+
+    def quantize(self, source: _Matrix, target: _Weight, place: ctypes.Array[ctypes.c_int64]) -> int:
+        """One of OK, NOT_FINITE (then `place` is the row and column) and NO_MEMORY."""
+        refs = (ctypes.byref(source), ctypes.byref(target))
+        return int(self._quantize(*refs, self._code, thread_count(), ctypes.byref(place)))
 
 
 def backend() -> NativeBackend | None:
@@ -141,15 +146,13 @@ def quantize(weight: Tensor, target: QuantTensor, first_row: int) -> bool:
 
     The bytes are those of the reference. Raises QuantError at a value that is not finite.
     """
-    library = _library()
-    if library.cdll is None or weight.device.type != "cpu":
+    chosen = backend()
+    if chosen is None or weight.device.type != "cpu":
         return False
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     source = _Matrix(weight.data_ptr(), weight.shape[0], weight.stride(0), DTYPES[weight.dtype])
     where = (ctypes.c_int64 * 2)()
-    code = library.cdll.glm4_quantize(
-        ctypes.byref(source), ctypes.byref(_describe(target)), thread_count(), ctypes.byref(where)
-    )
+    code = chosen.quantize(source, _describe(target), where)
     if code == NOT_FINITE:
         from glm4lite_quant.tensor import not_finite
 
@@ -192,7 +195,7 @@ def _load(override: str) -> Library:
         return Library(path, None, (), f"{path} has interface {version}, this package needs {ABI}: reinstall")
     weight, matrix = ctypes.POINTER(_Weight), ctypes.POINTER(_Matrix)
     cdll.glm4_matmul.argtypes = [weight, matrix, ctypes.c_void_p, matrix, ctypes.c_int32, ctypes.c_int32]
-    cdll.glm4_quantize.argtypes = [matrix, weight, ctypes.c_int32, ctypes.POINTER(ctypes.c_int64 * 2)]
+    cdll.glm4_quantize.argtypes = [matrix, weight, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_int64 * 2)]
     isas = tuple(name for code, name in enumerate(ISAS) if cdll.glm4_isa_available(code))
     return Library(path, cdll, isas)
 
