@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import shlex
@@ -36,7 +37,7 @@ def last_frame(output: str) -> Text:
 
 
 def main() -> None:
-    console = Console(record=True, width=100, file=open(os.devnull, "w", encoding="utf-8"), force_terminal=True)
+    console = Console(record=True, width=100, file=io.StringIO(), force_terminal=True)
     for command in COMMANDS:
         console.print(Text.assemble(("$ ", "bold green"), (command, "bold")))
         console.print(last_frame(terminal_output(command)), soft_wrap=True)

@@ -30,7 +30,26 @@ _HOMES = {
     "tool": "tools",
 }
 
-__all__ = [*_HOMES, "__version__"]
+__all__ = [
+    "BUILTIN_TOOLS",
+    "ChatSession",
+    "Completion",
+    "Engine",
+    "Glm4Config",
+    "Glm4ForCausalLM",
+    "Glm4ForSequenceClassification",
+    "Glm4ForTokenClassification",
+    "Glm4Model",
+    "Glm4liteError",
+    "KVCache",
+    "Message",
+    "SamplingParams",
+    "Tokenizer",
+    "Tool",
+    "__version__",
+    "load",
+    "tool",
+]
 
 if TYPE_CHECKING:
     from glm4lite.cache import KVCache

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from glm4lite import legacy
 from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError, ConfigError
-from glm4lite.files import CONFIG, INDEX, SINGLE, UNREADABLE
-from glm4lite.shard import ShardMaps, StoredTensor, read, read_header
+from glm4lite.weights import legacy
+from glm4lite.weights.files import CONFIG, INDEX, SINGLE, UNREADABLE
+from glm4lite.weights.shard import ShardMaps, StoredTensor, read, read_header
 
 
 class Checkpoint:

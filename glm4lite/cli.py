@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -140,8 +140,8 @@ def quantize(
 ) -> None:
     """Write a pre-quantized checkpoint, which loads at once and needs no conversion."""
     from glm4lite.hub import resolve
-    from glm4lite.memory import readable
-    from glm4lite.quantized import quantize_checkpoint
+    from glm4lite.weights.memory import readable
+    from glm4lite.weights.quantized import quantize_checkpoint
     from glm4lite_quant import QuantConfig, QuantError
 
     config = QuantConfig.parse(quant)
@@ -186,10 +186,8 @@ def _answer(session: ChatSession, text: str, renderer: Renderer) -> None:
 
 def _converse(session: ChatSession, renderer: Renderer) -> None:
     """Reads lines until /exit or end of input. An error of one turn does not end the conversation."""
-    try:
-        import readline  # noqa: F401  # line editing and history for input()
-    except ImportError:  # Windows has its own
-        pass
+    with suppress(ImportError):  # Windows has its own line editing
+        import readline  # noqa: F401  # gives input() editing and history
     renderer.remark(CHAT_HELP)
     while True:
         try:

@@ -35,7 +35,7 @@ def resolve(source: str | Path, progress: Callable[[Progress], None] | None = No
         raise HubError(f"{text} does not exist; {_HOW}")
     if not _REPO_ID.fullmatch(text) or ".." in text or "--" in text or text.endswith((".git", "-", ".")):
         raise HubError(f"{text!r} is neither a folder nor a Hub repo id; {_HOW}")
-    from glm4lite.download import download  # huggingface_hub takes a while to import
+    from glm4lite.weights.download import download  # huggingface_hub takes a while to import
 
     return download(text, progress)
 

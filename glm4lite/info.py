@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from glm4lite import __version__
-from glm4lite.memory import readable
+from glm4lite.weights.memory import readable
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +89,8 @@ def weight_bytes(model: torch.nn.Module, quant: QuantConfig | None) -> int:
             continue
         seen.add(parameter)
         if rule is not None and leaf == "weight":
-            total += QuantTensor.empty(*parameter.shape, rule, device="meta").nbytes
+            rows, columns = parameter.shape
+            total += QuantTensor.empty(rows, columns, rule, device="meta").nbytes
         else:
             total += parameter.numel() * (4 if quant else 2)
     return total

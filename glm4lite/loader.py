@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, cast, overload
 import torch
 from torch import Tensor, nn
 
-from glm4lite import memory
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.hub import resolve
-from glm4lite.plan import Fill, Model, Plan, make_plan, parse_quant, read_config, skeleton, stored_quant
-from glm4lite.quantized import quantize_checkpoint, save_quantized
-from glm4lite.streaming import Meter, ProgressCallback, blocks, quantize_weight
+from glm4lite.weights import memory
+from glm4lite.weights.plan import Fill, Model, Plan, make_plan, parse_quant, read_config, skeleton, stored_quant
+from glm4lite.weights.quantized import quantize_checkpoint, save_quantized
+from glm4lite.weights.streaming import Meter, ProgressCallback, blocks, quantize_weight
 from glm4lite_quant import QuantConfig, QuantEmbedding, QuantError, QuantLinear, QuantTensor
 
 if TYPE_CHECKING:

@@ -203,7 +203,9 @@ class Glm4Model(PreTrainedModel):
             cache = KVCache(len(self.layers))
         past, length = 0 if cache is None else cache.get_seq_length(), embeds.shape[1]
         if position_ids is None:
-            steps = torch.arange(past, past + length, device=embeds.device) if cache_position is None else cache_position
+            steps = (
+                torch.arange(past, past + length, device=embeds.device) if cache_position is None else cache_position
+            )
             position_ids = steps[None]
         rotary = self.rotary_emb(position_ids, embeds.dtype)
         mask = causal_mask(attention_mask, past, length, embeds.device)

@@ -24,7 +24,7 @@ class ModelOutput:
 
 @dataclass
 class BaseModelOutputWithPast(ModelOutput):
-    """last_hidden_state [B, T, H] after the final norm; hidden_states: embeddings, then each layer (last one normed)."""
+    """last_hidden_state [B, T, H] after the final norm; hidden_states: embeddings, then each layer (last normed)."""
 
     last_hidden_state: Tensor
     past_key_values: KVCache | None = None

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from glm4lite.errors import TemplateError
 from glm4lite.messages import Message, ToolCall
-from glm4lite.template_process import TemplateProcess
+from glm4lite.templating.process import TemplateProcess
 from glm4lite.tokenizer import Tokenizer, read_json_object
 
 TIME_LIMIT_S = 2.0

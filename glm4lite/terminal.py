@@ -57,7 +57,7 @@ class JsonLines(Renderer):
 
 
 class Terminal(Renderer):
-    """The answer on stdout as it comes; thoughts, tool calls, progress and remarks on stderr, so that pipes stay clean."""
+    """The answer on stdout as it comes; thoughts, tool calls, progress and remarks on stderr: pipes stay clean."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)

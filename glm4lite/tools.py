@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 from pydantic.fields import FieldInfo
 
-from glm4lite import arithmetic, clock, units
+from glm4lite.builtin_tools import arithmetic, clock, units
 from glm4lite.errors import ToolError
 from glm4lite.messages import ToolCall
 

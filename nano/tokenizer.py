@@ -32,11 +32,7 @@ SPECIAL_TOKENS = (
     "<|end_of_video|>",
 )
 
-FUNCTION_WORDS = (
-    "the a an is are was be in of to for and or with on at by from now it I you can no not that this what how much many "
-    "do did have has me my your as its into if so than then there will would could please use these using one any all "
-    "about out up just only get give find show like want need know tell"
-).split()
+FUNCTION_WORDS = ["the", "a", "an", "is", "are", "was", "be", "in", "of", "to", "for", "and", "or", "with", "on", "at", "by", "from", "now", "it", "I", "you", "can", "no", "not", "that", "this", "what", "how", "much", "many", "do", "did", "have", "has", "me", "my", "your", "as", "its", "into", "if", "so", "than", "then", "there", "will", "would", "could", "please", "use", "these", "using", "one", "any", "all", "about", "out", "up", "just", "only", "get", "give", "find", "show", "like", "want", "need", "know", "tell"]
 
 _PAD = "\n" + " " * 4
 _PAD2, _PAD3, _PAD4 = (_PAD + " " * 4 * extra for extra in (1, 2, 3))

@@ -209,7 +209,7 @@ def work(
     for run.chunk, batch in source:
         losses.append(train_step(run, batch, arguments.rate))
         tokens += batch.ids.numel()
-        if rank == 0 and (run.clock.share >= 1 or arguments.steps and run.step >= arguments.steps):
+        if rank == 0 and (run.clock.share >= 1 or (arguments.steps and run.step >= arguments.steps)):
             team.stop[0] = 1
         going = meet(team)
         if rank == 0 and run.step % 50 == 0:

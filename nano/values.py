@@ -8,6 +8,7 @@ sets (languages, currencies, units, months) are shared.
 from __future__ import annotations
 
 import random
+import string
 import tomllib
 import zlib
 from collections.abc import Callable
@@ -61,11 +62,9 @@ class Values:
         rng = self.rng
 
         def draw() -> str:
-            onset, vowel, coda = "b c d f g h j k l m n p r s t v w z br dr gr kr pl st tr sh ch th", "a e i o u", "n r s l m t"
-            parts = []
-            for _ in range(rng.choice((2, 2, 3))):
-                parts.append(rng.choice(onset.split()) + rng.choice(vowel.split() + ["ai", "ou", "ee"]))
-            word = "".join(parts) + (rng.choice(coda.split()) if rng.random() < 0.5 else "")
+            syllables = rng.choice((2, 2, 3))
+            word = "".join(rng.choice(words("onset")) + rng.choice(words("vowel")) for _ in range(syllables))
+            word += rng.choice("nrslmt") if rng.random() < 0.5 else ""
             return word.capitalize() if capital else word
 
         return self.open(draw)
@@ -81,7 +80,7 @@ class Values:
         size = rng.choices((1, 2, 3, 4, 5, 7), (10, 36, 26, 14, 9, 5))[0]
         text = self.digits(size, size)
         if rng.random() < 0.2:
-            text += "." + self.open(lambda: str(rng.randint(1, 9)) if rng.random() < 0.6 else f"{rng.randint(1, 99):02d}".rstrip("0"))
+            text += "." + self.open(lambda: str(rng.randint(1, 9)) if rng.random() < 0.6 else _cents(rng))
         return text
 
     def han(self) -> str:
@@ -142,61 +141,118 @@ class Values:
         return _KINDS[kind](self, chinese)
 
 
-def _pair(name: str) -> Callable[[Values, bool], str]:
-    """`phrase`, `topic`, … have a Chinese list beside them."""
-    return lambda v, zh: v.listed(f"{name}_zh") if zh and v.rng.random() < 0.8 else v.listed(name)
+def _cents(rng: random.Random) -> str:
+    return f"{rng.randint(1, 99):02d}".rstrip("0")
 
 
-def _integer(low: int, high: int) -> Callable[[Values, bool], str]:
+Draw = Callable[[Values, bool], str]
+
+
+def _integer(low: int, high: int) -> Draw:
     return lambda v, zh: v.open(lambda: str(v.rng.randint(low, high)))
 
 
-def _choice(name: str) -> Callable[[Values, bool], str]:
+def _digits(least: int, most: int) -> Draw:
+    return lambda v, zh: v.digits(least, most)
+
+
+def _choice(name: str) -> Draw:
     return lambda v, zh: v.rng.choice(words(name))
 
 
-_KINDS: dict[str, Callable[[Values, bool], str]] = {
-    "city": lambda v, zh: v.city(zh),
-    "city_any": lambda v, zh: v.city(zh),
-    "person": lambda v, zh: v.person(zh),
-    "ticker": lambda v, zh: v.open(lambda: "".join(v.rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(v.rng.choice((3, 4))))),
-    "phrase": lambda v, zh: v.phrase(zh),
-    "foreign": lambda v, zh: v.open(lambda: " ".join(v.invented(False) for _ in range(v.rng.randint(1, 4)))),
+def _one_of(*values: str) -> Draw:
+    return lambda v, zh: v.rng.choice(values)
+
+
+def _either(name: str) -> Draw:
+    """A word of a list, in Chinese mostly of the Chinese one."""
+    return lambda v, zh: v.listed(f"{name}_zh" if zh and v.rng.random() < 0.8 else name)
+
+
+def _either_or_invented(name: str) -> Draw:
+    def draw(v: Values, zh: bool) -> str:
+        if zh and v.rng.random() < 0.8:
+            return v.listed(f"{name}_zh")
+        return v.listed(name) if v.rng.random() < 0.5 else v.invented(False)
+
+    return draw
+
+
+def _several_words(least: int, most: int, draw: Callable[[Values], str]) -> Draw:
+    return lambda v, zh: v.open(lambda: " ".join(draw(v) for _ in range(v.rng.randint(least, most))))
+
+
+def _ticker(v: Values, zh: bool) -> str:
+    return v.open(lambda: "".join(v.rng.choice(string.ascii_uppercase) for _ in range(v.rng.choice((3, 4)))))
+
+
+def _flight(v: Values, zh: bool) -> str:
+    return v.open(lambda: v.rng.choice("ABCLKQU") + v.rng.choice("ABCFHXZ") + str(v.rng.randint(100, 9999)))
+
+
+def _file(v: Values, zh: bool) -> str:
+    ending = v.rng.choice((".txt", ".md", ".csv", ".json", ".py"))
+    return v.rng.choice(("", "docs/", "data/", "src/")) + v.word() + ending
+
+
+def _room(v: Values, zh: bool) -> str:
+    return v.rng.choice(words("room_zh" if zh else "room"))
+
+
+def _degrees(v: Values, zh: bool) -> str:
+    return v.open(lambda: str(v.rng.randint(12, 29)) + v.rng.choice(("", "", ".5")))
+
+
+def _percent(v: Values, zh: bool) -> str:
+    return v.rng.choice(("", "-")) + f"{v.rng.randint(0, 9)}.{v.rng.randint(1, 99)}"
+
+
+def _echo(v: Values, zh: bool) -> str:
+    return v.rng.choice((v.phrase(zh), v.number(), v.person(zh), v.word(), v.title(), v.code()))
+
+
+_KINDS: dict[str, Draw] = {
+    "city": Values.city,
+    "city_any": Values.city,
+    "person": Values.person,
+    "ticker": _ticker,
+    "phrase": Values.phrase,
+    "foreign": _several_words(1, 4, lambda v: v.invented(False)),
     "language": lambda v, zh: v.rng.choice(words("language_zh" if zh else "language")),
     "currency": _choice("currency"),
     "currency2": _choice("currency"),
     "number": lambda v, zh: v.number(),
     "money": lambda v, zh: v.number(),
-    "percent": lambda v, zh: v.rng.choice(("", "-")) + f"{v.rng.randint(0, 9)}.{v.rng.randint(1, 99)}",
-    "int": lambda v, zh: v.digits(1, 4),
-    "bigint": lambda v, zh: v.digits(5, 8),
+    "percent": _percent,
+    "int": _digits(1, 4),
+    "bigint": _digits(5, 8),
     "small": _integer(2, 30),
     "small2": _integer(2, 120),
     "pct": _integer(0, 100),
-    "deg": lambda v, zh: v.open(lambda: str(v.rng.randint(12, 29)) + v.rng.choice(("", "", ".5"))),
+    "deg": _degrees,
     "temp": _integer(-25, 45),
-    "id": lambda v, zh: v.digits(2, 6),
-    "phone": lambda v, zh: v.digits(7, 11),
+    "id": _digits(2, 6),
+    "phone": _digits(7, 11),
     "code": lambda v, zh: v.code(),
     "clock": lambda v, zh: v.clock(),
     "date": lambda v, zh: v.date(),
-    "task": _pair("task"),
-    "topic": lambda v, zh: v.listed("topic_zh") if zh and v.rng.random() < 0.8 else v.rng.choice((v.listed("topic"), v.invented(False))),
-    "noun": lambda v, zh: v.listed("noun_zh") if zh and v.rng.random() < 0.8 else v.rng.choice((v.listed("noun"), v.invented(False))),
+    "task": _either("task"),
+    "topic": _either_or_invented("topic"),
+    "noun": _either_or_invented("noun"),
     "word": lambda v, zh: v.word(),
     "title": lambda v, zh: v.title(),
     "proper": lambda v, zh: v.title(),
     "eventname": lambda v, zh: v.phrase(zh) if v.rng.random() < 0.5 else v.title(),
-    "file": lambda v, zh: v.rng.choice(("", "docs/", "data/", "src/")) + v.word() + v.rng.choice((".txt", ".md", ".csv", ".json", ".py")),
-    "room": lambda v, zh: v.rng.choice(("厨房", "卧室", "客厅", "书房") if zh else ("kitchen", "bedroom", "office", "hall", "bathroom")),
-    "flight": lambda v, zh: v.open(lambda: v.rng.choice("ABCLKQU") + v.rng.choice("ABCFHXZ") + str(v.rng.randint(100, 9999))),
+    "file": _file,
+    "room": _room,
+    "flight": _flight,
     "rating": lambda v, zh: f"{v.rng.randint(1, 4)}.{v.rng.randint(1, 9)}",
     "sky": _choice("sky"),
     "state": _choice("state"),
-    "meaning": lambda v, zh: v.open(lambda: " ".join(v.word() for _ in range(v.rng.randint(2, 4)))),
-    "ok": lambda v, zh: v.rng.choice(("ok", "done")),
-    "sent": lambda v, zh: v.rng.choice(("sent", "queued", "delivered")),
-    "playing": lambda v, zh: "playing",
-    "calling": lambda v, zh: v.rng.choice(("ringing", "busy", "connected")),
-    "echo": lambda v, zh: v.rng.choice((v.phrase(zh), v.number(), v.person(zh), v.word(), v.title(), v.code())),
+    "meaning": _several_words(2, 4, Values.word),
+    "ok": _one_of("ok", "done"),
+    "sent": _one_of("sent", "queued", "delivered"),
+    "playing": _one_of("playing"),
+    "calling": _one_of("ringing", "busy", "connected"),
+    "echo": _echo,
 }

@@ -434,7 +434,7 @@ def test_a_checkpoint_that_does_not_fit_the_memory_is_refused_first(
 ) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 90 kB\nMemAvailable: 64 kB\nSwapFree: 0 kB\n")
-    monkeypatch.setattr("glm4lite.memory.MEMINFO", meminfo)
+    monkeypatch.setattr("glm4lite.weights.memory.MEMINFO", meminfo)
     message = refused(folder)
     assert message.startswith("DIR needs 222 KiB of memory, 64 KiB are free; quantize it (quant='int4')")
 

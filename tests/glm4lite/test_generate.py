@@ -53,7 +53,7 @@ def test_only_what_the_kept_prefix_lacks_is_prefilled(model: Glm4ForCausalLM) ->
     second = Generation(model, longer, GREEDY, cache=cache)
     assert list(second) == uncached(model, longer, 20)
     assert first.prefilled_tokens == 50
-    assert second.prefilled_tokens == 4  # the last id of the answer was drawn but never computed, and the three new ones
+    assert second.prefilled_tokens == 4  # the answer's last id, drawn but never computed, and three new ones
 
 
 def test_a_changed_history_is_computed_again_from_the_change_on(model: Glm4ForCausalLM) -> None:

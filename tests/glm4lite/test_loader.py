@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from glm4lite import streaming
 from glm4lite.events import Progress
 from glm4lite.heads import Glm4ForSequenceClassification, Glm4ForTokenClassification
 from glm4lite.loader import load
 from glm4lite.model import Glm4ForCausalLM, Glm4Model
+from glm4lite.weights import streaming
 from glm4lite_quant import QuantConfig, QuantEmbedding, QuantLinear, QuantTensor
 from tests.glm4lite.checkpoints import legacy_checkpoint, tiny_config, tiny_tensors, write_checkpoint
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from glm4lite.loader import quantize_checkpoint
-from glm4lite.writer import FolderWriter, PlannedTensor
+from glm4lite.weights.writer import FolderWriter, PlannedTensor
 from glm4lite_quant.kernels import native
 from tests.glm4lite.checkpoints import shapes, tiny_config
 

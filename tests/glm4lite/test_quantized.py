@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from glm4lite import writer
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.events import Progress
 from glm4lite.heads import Glm4ForTokenClassification
 from glm4lite.loader import load, quantize_checkpoint, save_quantized
+from glm4lite.weights import writer
 from glm4lite_quant import QuantLinear
 from tests.glm4lite.checkpoints import legacy_checkpoint, tiny_config, tiny_tensors, write_checkpoint
 

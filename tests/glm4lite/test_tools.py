@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Optional
 import pytest
 from pydantic import BaseModel, Field
 
-from glm4lite import clock
+from glm4lite.builtin_tools import clock
 from glm4lite.errors import ToolError
 from glm4lite.events import Done, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
 from glm4lite.messages import ToolCall

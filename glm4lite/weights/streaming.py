@@ -10,7 +10,7 @@ from torch import Tensor
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError
 from glm4lite.events import Progress
-from glm4lite.plan import Fill
+from glm4lite.weights.plan import Fill
 from glm4lite_quant import QuantError, QuantTensor
 
 ProgressCallback = Callable[[Progress], None]

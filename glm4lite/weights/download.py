@@ -32,8 +32,8 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from glm4lite.errors import HubError
 from glm4lite.events import Progress
-from glm4lite.files import COMPANIONS, CONFIG, INDEX, SHARDS, SINGLE, UNREADABLE
-from glm4lite.memory import readable
+from glm4lite.weights.files import COMPANIONS, CONFIG, INDEX, SHARDS, SINGLE, UNREADABLE
+from glm4lite.weights.memory import readable
 
 WANTED = (CONFIG, *COMPANIONS, SINGLE, INDEX, SHARDS)
 ELSEWHERE = ("*/*",)

@@ -8,7 +8,7 @@ import math
 import re
 from fractions import Fraction
 
-from glm4lite.arithmetic import format_number
+from glm4lite.builtin_tools.arithmetic import format_number
 from glm4lite.errors import ToolError
 
 _SIGNIFICANT = 7

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from glm4lite.errors import CheckpointError
-from glm4lite.files import INDEX, SINGLE
-from glm4lite.memory import readable
-from glm4lite.shard import DTYPE_NAMES
+from glm4lite.weights.files import INDEX, SINGLE
+from glm4lite.weights.memory import readable
+from glm4lite.weights.shard import DTYPE_NAMES
 
 SHARD_BYTES = 2 << 30
 HEADER_ALIGNMENT = 64

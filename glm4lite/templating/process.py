@@ -1,4 +1,4 @@
-"""Talks to the process that renders chat templates (template_sandbox.py), and ends it when it takes too long."""
+"""Talks to the process that renders chat templates (sandbox.py), and ends it when it takes too long."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from typing import Any
 
 from glm4lite.errors import TemplateError
 
-_SCRIPT = Path(__file__).with_name("template_sandbox.py")
+_SCRIPT = Path(__file__).with_name("sandbox.py")
 _START_LIMIT_S = 30.0  # starting Python and importing jinja2 takes 0.1 s, on a busy machine much longer
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError
-from glm4lite.shard import StoredTensor
+from glm4lite.weights.shard import StoredTensor
 
 RENAMES: tuple[tuple[str, str], ...] = (
     (r"transformer\.embedding\.word_embeddings\.weight", "model.embed_tokens.weight"),

@@ -16,7 +16,7 @@ from torch import nn
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError, ConfigError
-from glm4lite.files import CONFIG
+from glm4lite.weights.files import CONFIG
 from glm4lite_quant import QuantConfig, QuantError, QuantTensor
 
 Model = TypeVar("Model", bound=nn.Module)

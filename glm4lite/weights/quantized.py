@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError, ConfigError
-from glm4lite.files import COMPANIONS, CONFIG
 from glm4lite.hub import resolve
-from glm4lite.plan import Fill, make_plan, parse_quant, read_config, skeleton, stored_quant
-from glm4lite.shard import DTYPES
-from glm4lite.streaming import Meter, ProgressCallback, blocks, quantize_weight
-from glm4lite.writer import SHARD_BYTES, FolderWriter, PlannedTensor, check_destination
+from glm4lite.weights.files import COMPANIONS, CONFIG
+from glm4lite.weights.plan import Fill, make_plan, parse_quant, read_config, skeleton, stored_quant
+from glm4lite.weights.shard import DTYPES
+from glm4lite.weights.streaming import Meter, ProgressCallback, blocks, quantize_weight
+from glm4lite.weights.writer import SHARD_BYTES, FolderWriter, PlannedTensor, check_destination
 from glm4lite_quant import QuantConfig
 
 
