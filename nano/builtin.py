@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
-from glm4lite import clock
+from glm4lite.builtin_tools import clock
 from glm4lite.errors import ToolError
 from glm4lite.messages import ToolCall
 from glm4lite.tools import BUILTIN_TOOLS, run_tool
