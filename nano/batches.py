@@ -17,9 +17,14 @@ from torch import Tensor
 
 from nano import dialogues
 from nano.render import IGNORED, Encoded, encode
+from nano.tokenizer import token_id
 
 CHUNK = 2048  # dialogues sorted by length together
 ROUND = 16  # row lengths are rounded up to this
+
+
+# Ids and labels as bytes and their shape: tensors would travel through shared memory, which containers limit.
+Packed = tuple[bytes, bytes, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def chunk(tokenizer: Tokenizer, seed: int, number: int, echo_share: float, token
         row = encode(tokenizer, dialogue, rng)
         if len(row.ids) <= tokens // 4:
             rows.append(row)
-    return group(rows, tokens, tokenizer.token_to_id("<|endoftext|>"), rng)
+    return group(rows, tokens, token_id(tokenizer, "<|endoftext|>"), rng)
 
 
 def echo_share(number: int) -> float:
@@ -72,15 +77,19 @@ def echo_share(number: int) -> float:
     return 0.6 if number < 2 else max(0.03, 0.3 - 0.03 * number)
 
 
-def _produce(queue: Queue[list[tuple[bytes, bytes, tuple[int, int]]]], text: str, seed: int, first: int, stride: int, tokens: int) -> None:
+def _produce(queue: Queue[list[Packed]], text: str, seed: int, first: int, stride: int, tokens: int) -> None:
     torch.set_num_threads(1)
     tokenizer = Tokenizer.from_str(text)
     number = first
     while True:
         made = chunk(tokenizer, seed, number, echo_share(number), tokens)
-        # Bytes, not tensors: tensors would travel through shared memory, which containers limit.
-        queue.put([(_pack(batch.ids), _pack(batch.labels), tuple(batch.ids.shape)) for batch in made])  # type: ignore[misc]
+        queue.put([_packed(batch) for batch in made])
         number += stride
+
+
+def _packed(batch: Batch) -> Packed:
+    rows, length = batch.ids.shape
+    return _pack(batch.ids), _pack(batch.labels), (rows, length)
 
 
 def _pack(tensor: Tensor) -> bytes:
@@ -94,8 +103,10 @@ def _unpack(data: bytes, shape: tuple[int, int]) -> Tensor:
 def stream(tokenizer: Tokenizer, seed: int, first_chunk: int, stride: int, tokens: int) -> Iterator[tuple[int, Batch]]:
     """(chunk number, batch) without end, from a background process; takes every `stride`th chunk."""
     context = multiprocessing.get_context("spawn")
-    queue: Queue[list[tuple[bytes, bytes, tuple[int, int]]]] = context.Queue(maxsize=4)
-    worker = context.Process(target=_produce, args=(queue, tokenizer.to_str(), seed, first_chunk, stride, tokens), daemon=True)
+    queue: Queue[list[Packed]] = context.Queue(maxsize=4)
+    worker = context.Process(
+        target=_produce, args=(queue, tokenizer.to_str(), seed, first_chunk, stride, tokens), daemon=True
+    )
     worker.start()
     number = first_chunk
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from glm4lite.builtin_tools import clock
@@ -16,7 +16,7 @@ from nano.values import Values, table, words
 
 _TOOLS = {tool.name: tool for tool in BUILTIN_TOOLS}
 _LONGEST_RESULT = 20  # characters; longer sums are not asked for
-_EPOCH = datetime(2024, 1, 1, tzinfo=timezone.utc)
+_EPOCH = datetime(2024, 1, 1, tzinfo=UTC)
 _MINUTES = 6 * 365 * 24 * 60
 
 

@@ -42,7 +42,9 @@ def _listing(skills: list[Skill], chinese: bool) -> str:
 def _talk(values: Values, chinese: bool, skills: list[Skill]) -> Step:
     rng, language = values.rng, "zh" if chinese else "en"
     declared = {skill.key for skill in skills}
-    intents = [intent for intent in _talk_table()["intent"] if intent.get("needs") is None or intent["needs"] in declared]
+    intents = [
+        intent for intent in _talk_table()["intent"] if intent.get("needs") is None or intent["needs"] in declared
+    ]
     weights = [4 if intent["name"] in ("echo", "what_can_you_do", "name") else 1 for intent in intents]
     intent = rng.choices(intents, weights)[0]
     value = values.draw(intent["kind"], chinese) if "kind" in intent else ""
@@ -97,7 +99,12 @@ def _several(values: Values, chinese: bool, skills: list[Skill]) -> Step | None:
     if chinese:
         user = first + rng.choice(("，还有", "，另外", "，再", "；")) + second + rng.choice(("？", "。", ""))
     else:
-        user = first + rng.choice((" and ", ", and ", "; ", ", also ", " and also ", ", then ")) + second + rng.choice(("?", ".", ""))
+        user = (
+            first
+            + rng.choice((" and ", ", and ", "; ", ", also ", " and also ", ", then "))
+            + second
+            + rng.choice(("?", ".", ""))
+        )
     answer = ("" if chinese else " ").join(step.answer for step in steps)
     calls = tuple(call for step in steps for call in step.calls)
     return Step(user, calls, answer, tuple(fact for step in steps for fact in step.facts), "several calls")
@@ -142,7 +149,9 @@ def _made(rng: random.Random) -> list[Skill]:
     return list({skill.key: skill for skill in made}.values())
 
 
-def _step(values: Values, chinese: bool, skills: list[Skill], everything: list[Skill], last: Skill | None) -> tuple[Step, Skill | None]:
+def _step(
+    values: Values, chinese: bool, skills: list[Skill], everything: list[Skill], last: Skill | None
+) -> tuple[Step, Skill | None]:
     rng = values.rng
     if not skills:
         step = _talk(values, chinese, skills) if rng.random() < 0.7 else _outside(values, chinese, skills, everything)
@@ -182,7 +191,9 @@ def echo(rng: random.Random) -> Dialogue:
     steps = []
     for _ in range(rng.randint(2, 5)):
         value = " ".join(values.draw("echo", rng.random() < 0.3) for _ in range(rng.randint(1, 2)))
-        steps.append(Step(rng.choice(("say ", "repeat ", "echo ", "重复：", "说：")) + value, (), value, (value,), "small talk"))
+        steps.append(
+            Step(rng.choice(("say ", "repeat ", "echo ", "重复：", "说：")) + value, (), value, (value,), "small talk")
+        )
     return Dialogue((), "", tuple(steps))
 
 

@@ -26,7 +26,11 @@ from nano.dialogues import Dialogue, generate
 from nano.toolbox import Call, Schema, Step
 
 README_PROMPT = Step(
-    "What is 37 * 24?", (Call("calculator", {"expression": "37 * 24"}, "888"),), "37 * 24 = 888.", ("888",), "calculator"
+    "What is 37 * 24?",
+    (Call("calculator", {"expression": "37 * 24"}, "888"),),
+    "37 * 24 = 888.",
+    ("888",),
+    "calculator",
 )
 
 
@@ -44,7 +48,10 @@ class Score:
 
     def table(self) -> str:
         names = [name for name in sorted(self.total) if name not in ("turn", "dialogue")] + ["turn", "dialogue"]
-        rows = [f"| {name} | {self.right[name]}/{self.total[name]} | {self.right[name] / self.total[name]:.1%} |" for name in names]
+        rows = [
+            f"| {name} | {self.right[name]}/{self.total[name]} | {self.right[name] / self.total[name]:.1%} |"
+            for name in names
+        ]
         return "\n".join(["| category | right | share |", "| --- | --- | --- |", *rows])
 
 
@@ -85,7 +92,9 @@ def evaluate_dialogue(engine: Engine, dialogue: Dialogue, score: Score) -> None:
         events = list(session.send(step.user))
         calls = [(event.name, event.arguments) for event in events if isinstance(event, ToolCallStarted)]
         answer = "".join(event.text for event in events if isinstance(event, TextDelta))
-        right = calls == [(call.name, call.arguments) for call in step.calls] and all(fact in answer for fact in step.facts)
+        right = calls == [(call.name, call.arguments) for call in step.calls] and all(
+            fact in answer for fact in step.facts
+        )
         whole &= right
         score.add(step.category, right)
         score.add("turn", right)
@@ -93,7 +102,9 @@ def evaluate_dialogue(engine: Engine, dialogue: Dialogue, score: Score) -> None:
             wanted = {"calls": [(c.name, c.arguments) for c in step.calls], "answer": step.answer}
             tools = [schema["name"] for schema in dialogue.tools]
             found = {"calls": calls, "answer": answer}
-            score.failures.append({"category": step.category, "tools": tools, "user": step.user, "wanted": wanted, "found": found})
+            score.failures.append(
+                {"category": step.category, "tools": tools, "user": step.user, "wanted": wanted, "found": found}
+            )
     score.add("dialogue", whole)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from nano.dialogues import Dialogue
+from nano.tokenizer import token_id
 from nano.toolbox import Schema
 
 IGNORED = -100
@@ -31,7 +32,8 @@ def declaration(tools: tuple[Schema, ...]) -> str:
     if not tools:
         return ""
     body = "".join(
-        f"\n## {tool['name']}\n\n{json.dumps(tool, indent=4, ensure_ascii=False)}\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
+        f"\n## {tool['name']}\n\n{json.dumps(tool, indent=4, ensure_ascii=False)}"
+        "\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
         for tool in tools
     )
     return "<|system|>\n# 可用工具\n" + body
@@ -68,7 +70,7 @@ class Encoded:
 
 def encode(tokenizer: Tokenizer, dialogue: Dialogue, fresh: random.Random | None) -> Encoded:
     """A dialogue as ids and labels: taught are the taught pieces and the special token that follows each."""
-    spaced, newline, user = (tokenizer.token_to_id(token) for token in ("ĠĊ", "Ċ", "<|user|>"))
+    spaced, newline, user = (token_id(tokenizer, token) for token in ("ĠĊ", "Ċ", "<|user|>"))
     parts = pieces(dialogue, fresh)
     encodings = tokenizer.encode_batch([part.text for part in parts], add_special_tokens=False)
     ids: list[int] = []

@@ -32,7 +32,78 @@ SPECIAL_TOKENS = (
     "<|end_of_video|>",
 )
 
-FUNCTION_WORDS = ["the", "a", "an", "is", "are", "was", "be", "in", "of", "to", "for", "and", "or", "with", "on", "at", "by", "from", "now", "it", "I", "you", "can", "no", "not", "that", "this", "what", "how", "much", "many", "do", "did", "have", "has", "me", "my", "your", "as", "its", "into", "if", "so", "than", "then", "there", "will", "would", "could", "please", "use", "these", "using", "one", "any", "all", "about", "out", "up", "just", "only", "get", "give", "find", "show", "like", "want", "need", "know", "tell"]
+FUNCTION_WORDS = [
+    "the",
+    "a",
+    "an",
+    "is",
+    "are",
+    "was",
+    "be",
+    "in",
+    "of",
+    "to",
+    "for",
+    "and",
+    "or",
+    "with",
+    "on",
+    "at",
+    "by",
+    "from",
+    "now",
+    "it",
+    "I",
+    "you",
+    "can",
+    "no",
+    "not",
+    "that",
+    "this",
+    "what",
+    "how",
+    "much",
+    "many",
+    "do",
+    "did",
+    "have",
+    "has",
+    "me",
+    "my",
+    "your",
+    "as",
+    "its",
+    "into",
+    "if",
+    "so",
+    "than",
+    "then",
+    "there",
+    "will",
+    "would",
+    "could",
+    "please",
+    "use",
+    "these",
+    "using",
+    "one",
+    "any",
+    "all",
+    "about",
+    "out",
+    "up",
+    "just",
+    "only",
+    "get",
+    "give",
+    "find",
+    "show",
+    "like",
+    "want",
+    "need",
+    "know",
+    "tell",
+]
 
 _PAD = "\n" + " " * 4
 _PAD2, _PAD3, _PAD4 = (_PAD + " " * 4 * extra for extra in (1, 2, 3))
@@ -159,6 +230,14 @@ def tokenizer_config(tokenizer: Tokenizer, max_length: int) -> dict[str, object]
         "remove_space": False,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token that has to be there; raises KeyError."""
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise KeyError(f"the tokenizer has no token {token!r}")
+    return int(found)
 
 
 def load(folder: Path) -> Tokenizer:

@@ -15,7 +15,15 @@ from typing import Any
 from nano.values import Values, table
 
 Schema = dict[str, Any]
-REASONS = ("service unavailable", "timeout", "permission denied", "not found", "quota exceeded", "no connection", "bad request")
+REASONS = (
+    "service unavailable",
+    "timeout",
+    "permission denied",
+    "not found",
+    "quota exceeded",
+    "no connection",
+    "bad request",
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,27 @@ def schema(name: str, description: str, properties: dict[str, tuple[str, str]]) 
     }
 
 
+_OPTIONAL = (
+    ("verbose", {"type": "boolean", "description": "Say more.", "default": False}),
+    ("limit", {"type": "integer", "description": "Most results.", "default": 5}),
+    ("format", {"type": "string", "description": "Form of the result.", "default": "text"}),
+    ("lang", {"type": "string", "default": "en"}),
+    ("days", {"type": "integer", "default": 1}),
+)
+
+
+def _varied(rng: random.Random, declared: Schema) -> Schema:
+    """Some declarations have an optional parameter, which requests leave out, or no descriptions of parameters."""
+    properties: dict[str, Schema] = declared["parameters"]["properties"]
+    if rng.random() < 0.08:
+        for parameter in properties.values():
+            parameter.pop("description")
+    if rng.random() < 0.1:
+        name, optional = rng.choice(_OPTIONAL)
+        properties.setdefault(name, dict(optional))
+    return declared
+
+
 def typed(text: str, kind: str) -> Any:
     """The JSON value of an argument for the declared type."""
     if kind == "string":
@@ -81,8 +110,34 @@ def failure(reason: str, chinese: bool) -> str:
     return f"没有成功：{reason}" if chinese else f"That did not work: {reason}"
 
 
-_BEFORE_QUESTION = ("", "", "", "", "Hey, ", "Hi! ", "Quick question: ", "Hello, ", "So ", "Ok, ", "Tell me, ", "Please tell me, ")
-_BEFORE_ORDER = ("", "", "", "", "Please ", "Can you ", "Could you ", "I want you to ", "Hey, ", "Would you ", "Hi, please ", "Now ")
+_BEFORE_QUESTION = (
+    "",
+    "",
+    "",
+    "",
+    "Hey, ",
+    "Hi! ",
+    "Quick question: ",
+    "Hello, ",
+    "So ",
+    "Ok, ",
+    "Tell me, ",
+    "Please tell me, ",
+)
+_BEFORE_ORDER = (
+    "",
+    "",
+    "",
+    "",
+    "Please ",
+    "Can you ",
+    "Could you ",
+    "I want you to ",
+    "Hey, ",
+    "Would you ",
+    "Hi, please ",
+    "Now ",
+)
 _BEFORE_ZH = ("", "", "", "", "请", "帮我", "请问", "麻烦", "你好，", "请帮我", "现在")
 _AFTER = ("", "", "", "", " please", " now", " for me", ", thanks")
 
@@ -103,6 +158,7 @@ def phrased(rng: random.Random, text: str, question: bool, chinese: bool) -> str
 
 def _observation(rng: random.Random, values: dict[str, str]) -> str:
     if rng.random() < 0.6:
+
         def value(text: str) -> Any:
             try:
                 return typed(text, "number")
@@ -125,7 +181,7 @@ def pool_skill(rng: random.Random, entry: dict[str, Any]) -> Skill:
     """One tool of tools.toml, with drawn names and descriptions."""
     params = [(rng.choice(p["n"]), str(p["t"]), str(p["k"]), rng.choice(p["d"])) for p in entry["params"]]
     name = rng.choice(entry["names"])
-    declared = schema(name, rng.choice(entry["descs"]), {n: (t, d) for n, t, _, d in params})
+    declared = _varied(rng, schema(name, rng.choice(entry["descs"]), {n: (t, d) for n, t, _, d in params}))
 
     def build(values: Values, chinese: bool, templates: list[tuple[str, bool]], raw: bool) -> Step:
         rng = values.rng
@@ -163,16 +219,22 @@ def made_skill(rng: random.Random, verb: int, thing: int) -> Skill:
     do_zh, what_zh = words["verbs_zh"][verb], words["things_zh"][thing]
     name = rng.choice((f"{do}_{what}", f"{do}_{what}", f"{what}_{do}", f"{do}{what.capitalize()}"))
     param = rng.choice(("id", f"{what}_id", "name", "number", "key", what))
-    kind, json_type = rng.choice((("int", "integer"), ("int", "string"), ("code", "string"), ("word", "string"), ("person", "string")))
-    description = rng.choice((f"{do.capitalize()} a {what}.", f"{do.capitalize()} the {what} with this {param}.", f"{do_zh}{what_zh}。"))
+    kind, json_type = rng.choice(
+        (("int", "integer"), ("int", "string"), ("code", "string"), ("word", "string"), ("person", "string"))
+    )
+    description = rng.choice(
+        (f"{do.capitalize()} a {what}.", f"{do.capitalize()} the {what} with this {param}.", f"{do_zh}{what_zh}。")
+    )
     about = rng.choice((f"Which {what}.", f"The {what} to {do}.", f"{param} of the {what}.", f"要{do_zh}的{what_zh}。"))
-    declared = schema(name, description, {param: (json_type, about)})
+    declared = _varied(rng, schema(name, description, {param: (json_type, about)}))
 
     def build(values: Values, chinese: bool, raw: bool) -> Step:
         rng = values.rng
         value = values.draw(kind, False)
         if chinese:
-            said = rng.choice((f"{do_zh}{what_zh} {value}", f"{do_zh}{what_zh}{value}", f"把{what_zh} {value} {do_zh}一下"))
+            said = rng.choice(
+                (f"{do_zh}{what_zh} {value}", f"{do_zh}{what_zh}{value}", f"把{what_zh} {value} {do_zh}一下")
+            )
             more = rng.choice((f"还有 {value}", f"{value} 也要"))
         else:
             said = rng.choice((f"{do} {what} {value}", f"{do} the {what} {value}", f"{do} my {what} {value}"))
@@ -183,7 +245,9 @@ def made_skill(rng: random.Random, verb: int, thing: int) -> Skill:
             call = Call(name, {param: typed(value, json_type)}, f"Error: {reason}")
             return Step(user, (call,), failure(reason, chinese), (reason,), "tool error")
         status = values.draw(rng.choice(("state", "state", "int")), False)
-        observation = status if rng.random() < 0.4 else _observation(rng, {rng.choice(("status", "result", "state")): status})
+        observation = (
+            status if rng.random() < 0.4 else _observation(rng, {rng.choice(("status", "result", "state")): status})
+        )
         answer = f"{what_zh} {value}：{status}。" if chinese else f"{what.capitalize()} {value}: {status}."
         call = Call(name, {param: typed(value, json_type)}, observation)
         return Step(user, (call,), answer, (status,), "made tool")

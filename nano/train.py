@@ -149,7 +149,16 @@ class Run:
         part.rename(final)
 
 
-def prepare(arguments: argparse.Namespace) -> tuple[Glm4ForCausalLM, Tokenizer, dict[str, float]]:
+@dataclass(frozen=True)
+class Given:
+    """What a process starts with: the shared model, the tokenizer as JSON, and the counters of the saved run."""
+
+    model: Glm4ForCausalLM
+    tokenizer: str
+    counters: dict[str, float]
+
+
+def prepare(arguments: argparse.Namespace) -> Given:
     """Model, tokenizer and counters: fresh, or the saved ones with `--resume`."""
     torch.manual_seed(arguments.seed)
     saved = torch.load(arguments.out / "state-0.pt", weights_only=True) if arguments.resume else {}
@@ -158,7 +167,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Glm4ForCausalLM, Tokenizer, 
     if saved:
         model.load_state_dict(saved["model"])
     counters = {"step": saved["step"], "chunk": saved["chunk"], "seconds": saved["seconds"]} if saved else {}
-    return model, tokenizer, counters
+    return Given(model, tokenizer.to_str(), counters)
 
 
 def train_step(run: Run, batch: batches.Batch, rate: float) -> float:
@@ -166,7 +175,7 @@ def train_step(run: Run, batch: batches.Batch, rate: float) -> float:
     factor = run.clock.rate()
     with rounded(run.model, active=run.clock.share > 1 - DECAY and run.step % 2 == 0):
         loss = loss_of(run.model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     exchange(run.model, run.team, run.rank, run.owner)
     nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     for optimizer in run.optimizers:
@@ -194,14 +203,12 @@ def _probe(run: Run, arguments: argparse.Namespace, held_out: list[probe.Probe])
     _append(arguments.log, {"step": run.step, "exact": probe.exact(run.model, held_out)})
 
 
-def work(
-    rank: int, run_of: tuple[Glm4ForCausalLM, Tokenizer, dict[str, float]], team: Team, arguments: argparse.Namespace
-) -> None:
+def work(rank: int, given: Given, team: Team, arguments: argparse.Namespace) -> None:
     """One process: trains until the planned minutes are over."""
     torch.set_num_threads(arguments.threads)
     if arguments.device == "cpu":
-        glm4lite.model.attend = attend
-    run = _run(rank, run_of, team, arguments)
+        glm4lite.model.attend = attend  # type: ignore[attr-defined]
+    run = _run(rank, given, team, arguments)
     held_out = probe.held_out(run.tokenizer, arguments.probes) if rank == 0 else []
     losses: list[float] = []
     tokens, since, saved_at = 0, time.monotonic(), run.step
@@ -227,10 +234,8 @@ def work(
         export(run.model.state_dict(), model_config(run.tokenizer), run.tokenizer, arguments.export)
 
 
-def _run(
-    rank: int, run_of: tuple[Glm4ForCausalLM, Tokenizer, dict[str, float]], team: Team, arguments: argparse.Namespace
-) -> Run:
-    model, tokenizer, counters = run_of
+def _run(rank: int, given: Given, team: Team, arguments: argparse.Namespace) -> Run:
+    model, tokenizer, counters = given.model, Tokenizer.from_str(given.tokenizer), given.counters
     owner = owners(model, team.workers)
     mine = {name for name, process in owner.items() if process == rank}
     clock = Clock(arguments.minutes, counters.get("seconds", 0.0))
@@ -243,24 +248,24 @@ def _run(
     return run
 
 
-def _start(rank: int, text: str, team: Team, model: Glm4ForCausalLM, counters: dict[str, float], arguments: argparse.Namespace) -> None:
-    work(rank, (model, Tokenizer.from_str(text), counters), team, arguments)
+def snapshot(arguments: argparse.Namespace) -> None:
+    """Exports the saved state of a run that may still be going on."""
+    given = prepare(arguments)
+    tokenizer = Tokenizer.from_str(given.tokenizer)
+    export(given.model.state_dict(), model_config(tokenizer), tokenizer, arguments.export)
 
 
 def train(arguments: argparse.Namespace) -> None:
     """Starts the processes and waits for them."""
-    model, tokenizer, counters = prepare(arguments)
+    given = prepare(arguments)
     if not arguments.resume:
         arguments.log.unlink(missing_ok=True)
     context = torch.multiprocessing.get_context("spawn")
-    team = Team.create(model, arguments.workers, context)
+    team = Team.create(given.model, arguments.workers, context)
     if arguments.workers == 1:
-        work(0, (model, tokenizer, counters), team, arguments)
+        work(0, given, team, arguments)
         return
-    processes = [
-        context.Process(target=_start, args=(rank, tokenizer.to_str(), team, model, counters, arguments))
-        for rank in range(arguments.workers)
-    ]
+    processes = [context.Process(target=work, args=(rank, given, team, arguments)) for rank in range(arguments.workers)]
     for process in processes:
         process.start()
     for process in processes:
@@ -270,7 +275,9 @@ def train(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--steps", type=int, default=0, help="stop after this many steps (0: when the minutes are over)")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="stop after this many steps (0: when the minutes are over)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--tokens", type=int, default=3072, help="tokens of one process's batch")
@@ -281,11 +288,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--save-every", type=int, default=500, help="steps between resumable states")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--snapshot", action="store_true", help="do not train: export the saved state")
     parser.add_argument("--out", type=Path, default=HERE / "run", help="folder of the resumable state")
     parser.add_argument("--log", type=Path, default=HERE / "train_log.jsonl")
     parser.add_argument("--export", type=Path, default=PACKAGE_DATA, help="where the checkpoint is written")
     arguments = parser.parse_args()
-    train(arguments)
+    if arguments.snapshot:
+        arguments.resume = True
+        snapshot(arguments)
+    else:
+        train(arguments)
 
 
 if __name__ == "__main__":

