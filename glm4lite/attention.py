@@ -10,7 +10,7 @@ from torch import Tensor
 def causal_mask(padding: Tensor | None, past: int, length: int, device: torch.device) -> Tensor | None:
     """Which keys each query may see: bool [B or 1, 1, T, past + T], or None where plain causal attention does.
 
-    `padding` is the caller's attention_mask: [B, past + T] with 0 at padding, or [B, 1, T, S] used as it is (bool, or
+    `padding` is the caller's attention_mask: [B, past + T] with 0 at padding, or [B, 1 or heads, T, S] used as it is (bool, or
     a float that is added to the scores). A padded query sees itself, so that no row of the softmax is empty.
     """
     if padding is not None and padding.dim() == 4:
@@ -32,6 +32,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, d
     kv_heads = k.shape[1]
     if length == 1:  # the query heads of a kv head become its rows, so that K and V are read once
         grouped = q.view(batch, kv_heads, heads // kv_heads, head_dim)
+        if mask is not None and mask.shape[1] > 1:  # one of its own for each head
+            mask = mask.view(mask.shape[0], kv_heads, heads // kv_heads, -1)
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
         return out.view(batch, heads, 1, head_dim)
     return F.scaled_dot_product_attention(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import signal
 import sys
@@ -73,29 +75,29 @@ def chat(
     from glm4lite.session import ChatSession
     from glm4lite.tools import BUILTIN_TOOLS
 
-    renderer = _renderer(as_json)
-    if model == "nano":
-        renderer.remark(NANO_REMARK)
-    session = ChatSession.load(
-        model,
-        quant=quant or "auto",
-        tools=BUILTIN_TOOLS if tools else (),
-        system=system,
-        device=device,
-        dtype=dtype,
-        progress=renderer.show,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        stop=tuple(stop or ()),
-        max_new_tokens=max_new_tokens,
-    )
-    if tools and not session.template.takes_tools:
-        renderer.remark("(this model's chat template has no place for tools: they are not offered)")
-    if prompt is None:
-        _converse(session, renderer)
-    else:
-        _answer(session, prompt, renderer)
+    with _rendering(as_json) as renderer:
+        if model == "nano":
+            renderer.remark(NANO_REMARK)
+        session = ChatSession.load(
+            model,
+            quant=quant or "auto",
+            tools=BUILTIN_TOOLS if tools else (),
+            system=system,
+            device=device,
+            dtype=dtype,
+            progress=renderer.show,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=tuple(stop or ()),
+            max_new_tokens=max_new_tokens,
+        )
+        if tools and not session.template.takes_tools:
+            renderer.remark("(this model's chat template has no place for tools: they are not offered)")
+        if prompt is None:
+            _converse(session, renderer)
+        else:
+            _answer(session, prompt, renderer)
 
 
 @app.command()
@@ -115,19 +117,14 @@ def generate(
     """Continue a text, without a chat template (for base models, or to look at a model's raw output)."""
     from glm4lite.completion import Completion
     from glm4lite.engine import Engine
+    from glm4lite.sampling import SamplingParams
 
-    renderer = _renderer(as_json)
-    completion = Completion(Engine.load(model, quant or "auto", device, dtype, renderer.show))
-    events = completion.run(
-        prompt,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        stop=tuple(stop or ()),
-        max_new_tokens=max_new_tokens,
-    )
-    with _interrupt_stops(completion):
-        renderer.show_all(events)
+    sampling = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_new_tokens": max_new_tokens}
+    SamplingParams.check(**sampling)
+    with _rendering(as_json) as renderer:
+        completion = Completion(Engine.load(model, quant or "auto", device, dtype, renderer.show))
+        with _interrupt_stops(completion):
+            renderer.show_all(completion.run(prompt, stop=tuple(stop or ()), **sampling))
 
 
 @app.command()
@@ -139,23 +136,16 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Write a pre-quantized checkpoint, which loads at once and needs no conversion."""
-    from glm4lite.hub import resolve
     from glm4lite.weights.memory import readable
     from glm4lite.weights.quantized import quantize_checkpoint
-    from glm4lite_quant import QuantConfig, QuantError
+    from glm4lite_quant import QuantConfig
 
     config = QuantConfig.parse(quant)
-    if config is None:
-        raise QuantError("--quant none: there is nothing to quantize; choose int4 or int8")
-    config = QuantConfig(config.bits, group_size)
-    renderer = _renderer(as_json)
-    try:
-        folder = resolve(source, renderer.show)
-        quantize_checkpoint(folder, destination, config, renderer.show)
-    finally:
-        renderer.close()
-    size = sum(file.stat().st_size for file in destination.iterdir())
-    renderer.remark(f"{destination}: {readable(size)}, {quant}. Run it: glm4lite chat {destination}")
+    with _rendering(as_json) as renderer:
+        grouped = config and QuantConfig(config.bits, group_size)
+        written = quantize_checkpoint(source, destination, grouped or "none", renderer.show)
+        size = sum(file.stat().st_size for file in written.iterdir())
+        renderer.remark(f"{written}: {readable(size)}, {quant}. Run it: glm4lite chat {written}")
 
 
 @app.command()
@@ -164,19 +154,29 @@ def info(
 ) -> None:
     """What this machine has: versions, kernels, devices; with MODEL, its shape and memory needs."""
     from glm4lite.info import machine_facts, model_facts
+    from glm4lite.terminal import one_line
 
     facts = machine_facts()
     if model is not None:
-        facts += model_facts(model)
+        with _rendering(as_json=False) as renderer:
+            facts += model_facts(model, renderer.show)
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
-        typer.echo(f"{name:<{width}}  {value}")
+        typer.echo(f"{name:<{width}}  {one_line(value)}")
 
 
-def _renderer(as_json: bool) -> Renderer:
-    from glm4lite.terminal import JsonLines, Terminal
+@contextmanager
+def _rendering(as_json: bool) -> Iterator[Renderer]:
+    """Where events go; the terminal is left in order whatever happens."""
+    from glm4lite.terminal import JsonLines, Notices, Terminal
 
-    return JsonLines() if as_json else Terminal()
+    renderer: Renderer = JsonLines() if as_json else Terminal()
+    logging.getLogger("glm4lite").addHandler(notices := Notices())
+    try:
+        yield renderer
+    finally:
+        logging.getLogger("glm4lite").removeHandler(notices)
+        renderer.close()
 
 
 def _answer(session: ChatSession, text: str, renderer: Renderer) -> None:
@@ -209,6 +209,8 @@ def _converse(session: ChatSession, renderer: Renderer) -> None:
                 _answer(session, line, renderer)
             except Glm4liteError as error:
                 renderer.remark(f"error: {error}")
+            except KeyboardInterrupt:
+                renderer.remark("(interrupted)")
 
 
 @contextmanager
@@ -237,14 +239,24 @@ def main() -> None:
     # torch's threads would otherwise spin after each of their loops and take the cores from the kernels' own pool:
     # silu(linear(x)) of 64 rows took 8 to 14 ms with it and 5 ms without, on two cores. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _speak_utf8()
     try:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(141)
     except Exception as error:
         if not isinstance(error, _user_errors()):
             raise
-        sys.stderr.write(f"error: {error}\n")
+        from glm4lite.terminal import one_line
+
+        sys.stderr.write(f"error: {one_line(error)}\n")
         sys.exit(2)
+
+
+def _speak_utf8() -> None:
+    """Answers are in any language, whatever the terminal's code page; bytes that are no text do not end a chat."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")

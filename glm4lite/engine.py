@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm4lite.checkpoint import Checkpoint
+from glm4lite.config import Glm4Config
+from glm4lite.errors import CheckpointError, TemplateError
 from glm4lite.events import Done, Progress
 from glm4lite.generate import PREFILL_CHUNK, Generation, PrefixCache
 from glm4lite.sampling import SamplingParams
@@ -40,22 +43,30 @@ class Engine:
         device: str = "auto",
         dtype: str = "auto",
         progress: Callable[[Progress], None] | None = None,
+        need_template: bool = False,
     ) -> Engine:
         """Arguments as `glm4lite.load`; quant "auto" is int4, or as the checkpoint is stored if that is quantized.
 
-        What is cheap to check (tokenizer, template) is read before the weights.
+        What is cheap to check (tokenizer, template) is read before the weights. Raises TemplateError where a chat
+        template is needed and there is none.
         """
-        from glm4lite.checkpoint import Checkpoint
         from glm4lite.hub import resolve
         from glm4lite.loader import load
 
         folder = resolve(source, progress)
         tokenizer, template = Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder)
+        if need_template:
+            _required(template)
         checkpoint = Checkpoint.open(folder)
+        _check_vocabulary(tokenizer, checkpoint)
         if quant == "auto":
             quant = None if "quantization_config" in checkpoint.config else "int4"
         model = load(folder, quant=quant, device=device, dtype=dtype, progress=progress)
         return cls(model, tokenizer, template, checkpoint.generation_config)
+
+    def chat_template(self) -> ChatTemplate:
+        """The template; TemplateError for a base model, which has none."""
+        return _required(self.template)
 
     def params(self, **sampling: Any) -> SamplingParams:
         """The checkpoint's sampling defaults; fields that are given and not None win over them."""
@@ -84,7 +95,7 @@ class Engine:
         separator = self.tokenizer.special.get(SEPARATOR)
         for token in generation:
             if token == separator:
-                yield stops.feed(detokenizer.finish())
+                yield stops.feed(detokenizer.finish()) + stops.finish()
                 yield None
                 detokenizer = StreamingDetokenizer(self.tokenizer)
                 continue
@@ -93,6 +104,22 @@ class Engine:
                 generation.finish_reason = "stop"
                 return
         yield stops.feed(detokenizer.finish()) + stops.finish()
+
+
+def _required(template: ChatTemplate | None) -> ChatTemplate:
+    if template is None:
+        raise TemplateError("no chat template: this is a base model; `glm4lite generate` continues a text with it")
+    return template
+
+
+def _check_vocabulary(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
+    """A tokenizer of another model would give ids that the embedding has no rows for."""
+    rows = Glm4Config.from_dict(checkpoint.config, checkpoint.folder / "config.json").vocab_size
+    if tokenizer.size > rows:
+        raise CheckpointError(
+            f"{checkpoint.folder / 'tokenizer.json'} has {tokenizer.size} tokens, more than the vocab_size {rows} of "
+            "config.json; they belong to different models"
+        )
 
 
 class Totals:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from glm4lite.attention import attend, attend_with_weights, causal_mask
 from glm4lite.cache import KVCache, LayerCache
 from glm4lite.config import Glm4Config
+from glm4lite.errors import ConfigError
 from glm4lite.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from glm4lite.rotary import RotaryEmbedding, apply_rotary
 
@@ -145,6 +146,14 @@ class PreTrainedModel(nn.Module):
         from glm4lite.loader import load
 
         return load(source, quant=quant, dtype=dtype, device=device, progress=progress, cls=cls)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`.to()` and `.half()` come here: float16 is refused, whatever asks for it."""
+        if fn(torch.empty(0)).dtype == torch.float16:
+            raise ConfigError(
+                "float16 is refused: GLM-4's activations reach 68000, float16 ends at 65504; use bfloat16 or float32"
+            )
+        return super()._apply(fn, recurse)
 
     def _init_weights(self) -> None:
         """The reference's initialization: N(0, initializer_range), biases 0, norms 1, the padding row 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +11,15 @@ from glm4lite.errors import SamplingError
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-# (name, smallest, largest) of every number; None: no bound
-_RANGES: tuple[tuple[str, float, float | None], ...] = (
-    ("temperature", 0, None),
-    ("top_k", 0, None),
-    ("top_p", 0, 1),
-    ("min_p", 0, 1),
-    ("repetition_penalty", 1e-3, None),
-    ("max_new_tokens", 1, None),
+# (name, type, smallest, largest) of every number; None: no bound
+_RANGES: tuple[tuple[str, type, float, float | None], ...] = (
+    ("temperature", float, 0, None),
+    ("top_k", int, 0, None),
+    ("top_p", float, 0, 1),
+    ("min_p", float, 0, 1),
+    ("repetition_penalty", float, 1e-3, None),
+    ("seed", int, 0, 2**63 - 1),
+    ("max_new_tokens", int, 1, None),
 )
 
 
@@ -39,13 +41,28 @@ class SamplingParams:
     max_new_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        for name, smallest, largest in _RANGES:
+        for name, kind, smallest, largest in _RANGES:
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not smallest <= value <= (largest or float("inf")):
+            if name == "seed" and value is None:
+                continue
+            number = isinstance(value, int) or (kind is float and isinstance(value, float) and math.isfinite(value))
+            if (
+                isinstance(value, bool)
+                or not number
+                or not smallest <= value <= (math.inf if largest is None else largest)
+            ):
+                what = "a whole number" if kind is int else "a number"
                 bounds = f"at least {smallest}" if largest is None else f"between {smallest} and {largest}"
-                raise SamplingError(f"{name} must be a number {bounds}, found {value!r}")
+                raise SamplingError(f"{name} must be {what} {bounds}, found {value!r}")
+        if isinstance(self.stop, str):
+            raise SamplingError(f"stop must be a list of texts, found {self.stop!r}")
         if not all(self.stop):
             raise SamplingError("stop: an empty text would end every answer before its first character")
+
+    @classmethod
+    def check(cls, **values: Any) -> None:
+        """Raises SamplingError for a value out of range; None says nothing. For checks before a long load."""
+        cls(**{name: value for name, value in values.items() if value is not None})
 
     @classmethod
     def from_generation_config(cls, values: dict[str, Any], **changes: Any) -> SamplingParams:
@@ -54,8 +71,17 @@ class SamplingParams:
         chosen = {name: values[name] for name in names if values.get(name) is not None}
         if values.get("do_sample") is False:
             chosen["temperature"] = 0.0
-        chosen.update({name: value for name, value in changes.items() if value is not None})
-        return cls(**chosen)
+        try:
+            cls(**chosen)
+        except SamplingError as error:
+            raise SamplingError(f"generation_config.json: {error}; correct the file") from None
+        return cls(**chosen | {name: value for name, value in changes.items() if value is not None})
+
+
+def _is_number(value: object, kind: type) -> bool:
+    if isinstance(value, float):
+        return kind is float and math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class Sampler:
@@ -78,7 +104,9 @@ class Sampler:
             logits = _penalized(logits, seen, params.repetition_penalty)
         if params.temperature == 0:
             return int(logits.argmax())
-        probs = _filtered(logits.cpu() / params.temperature, params).softmax(-1)
+        logits = logits.cpu()
+        # The largest is brought to 0 first, so that a tiny temperature makes others impossible and nothing NaN.
+        probs = _filtered((logits - logits.max()) / params.temperature, params).softmax(-1)
         return int(probs.multinomial(1, generator=self.generator))
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm4lite.engine import Engine, Totals
-from glm4lite.errors import TemplateError
 from glm4lite.events import Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
 from glm4lite.generate import Generation, PrefixCache
 from glm4lite.messages import Message, ToolCall
@@ -40,6 +39,7 @@ class ChatSession:
 
     `messages` is the history in OpenAI's form. One turn may call several tools, in at most `max_tool_rounds` rounds;
     a tool that fails is an error observation to the model. Only the part of the prompt that is new is computed.
+    One session of a model answers at a time: sessions that share an Engine must not run in two threads at once.
     """
 
     def __init__(
@@ -52,9 +52,7 @@ class ChatSession:
         tool_timeout: float = 30.0,
     ) -> None:
         """`params` default to the checkpoint's. Raises TemplateError for a base model, which has no template."""
-        if engine.template is None:
-            raise TemplateError("no chat template: this is a base model; `glm4lite generate` continues a text with it")
-        self.engine, self.template = engine, engine.template
+        self.engine, self.template = engine, engine.chat_template()
         self.tools = {tool.name: tool for tool in tools}
         self.system = system
         self.params = params or engine.params()
@@ -78,7 +76,8 @@ class ChatSession:
         **sampling: Any,
     ) -> ChatSession:
         """An Engine and a session on it; `source` as in `glm4lite.load`, `sampling` as in SamplingParams."""
-        engine = Engine.load(source, quant, device, dtype, progress)
+        SamplingParams.check(**sampling)
+        engine = Engine.load(source, quant, device, dtype, progress, need_template=True)
         return cls(engine, tools, system, engine.params(**sampling))
 
     def reset(self) -> None:
@@ -99,21 +98,29 @@ class ChatSession:
         self.messages.append(Message("user", text))
         totals = Totals()
         try:
-            for _ in range(self.max_tool_rounds + 1):
+            for left in range(self.max_tool_rounds, -1, -1):
                 generation, answer = self._generation(), _Answer()
                 try:
                     yield from self._answer(generation, answer)
                 finally:  # what was said stays said, also when the reader goes away
                     self._remember(answer)
                 totals.add(generation)
-                if not answer.calls or generation.finish_reason == "cancelled":
-                    yield totals.done(generation)
+                yield from self._run(answer.calls if left else [])
+                reason = self._ending(generation, answer, left)
+                if reason is not None:
+                    yield totals.done(generation, reason)
                     return
-                yield from self._run(answer.calls)
-            yield totals.done(generation, finish_reason="tool_rounds")
         except Exception:
             self.messages[:] = before
             raise
+
+    def _ending(self, generation: Generation, answer: _Answer, rounds_left: int) -> str | None:
+        """Why the turn ends here, or None when the model gets to see its calls' results."""
+        if self._cancel.is_set():
+            return "cancelled"
+        if not answer.calls:
+            return generation.finish_reason
+        return None if rounds_left else "tool_rounds"
 
     def _generation(self) -> Generation:
         schemas = [tool.schema() for tool in self.tools.values()]
@@ -140,20 +147,26 @@ class ChatSession:
         yield from parser.finish()
 
     def _remember(self, answer: _Answer) -> None:
-        """The thought is left out: the templates of thinking models drop it from history too."""
+        """The thought is left out: the templates of thinking models drop it from history too.
+
+        Every call gets its observation at once, so that the history is whole whenever the reader goes away.
+        """
         if answer.text or answer.calls:
             self.messages.append(Message("assistant", answer.text, tuple(answer.calls)))
+        for call in answer.calls:
+            self.messages.append(_observation(call, "Error: the call was not run"))
 
     def _run(self, calls: list[ToolCall]) -> Iterator[Event]:
-        """Runs calls in order. Every call gets its observation, also when the reader goes away half-way."""
-        results: dict[str, Message] = {}
-        try:
-            for call in calls:
-                yield ToolCallStarted(call.id, call.name, json.loads(call.arguments))
-                result = run_tool(self.tools.get(call.name), call, self.tool_timeout)
-                results[call.id] = Message("tool", result.content, tool_call_id=call.id, name=call.name)
-                yield ToolCallFinished(call.id, call.name, result.content, result.error)
-        finally:
-            for call in calls:
-                missing = Message("tool", "Error: the call was not run", tool_call_id=call.id, name=call.name)
-                self.messages.append(results.get(call.id, missing))
+        """Runs the calls that were just remembered, in order, and puts their results in."""
+        first = len(self.messages) - len(calls)
+        for place, call in enumerate(calls, first):
+            if self._cancel.is_set():
+                return
+            yield ToolCallStarted(call.id, call.name, json.loads(call.arguments))
+            result = run_tool(self.tools.get(call.name), call, self.tool_timeout, self._cancel)
+            self.messages[place] = _observation(call, result.content)
+            yield ToolCallFinished(call.id, call.name, result.content, result.error)
+
+
+def _observation(call: ToolCall, content: str) -> Message:
+    return Message("tool", content, tool_call_id=call.id, name=call.name)

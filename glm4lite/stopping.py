@@ -21,6 +21,12 @@ def stop_ids(config: Glm4Config, generation_config: dict[str, Any], tokenizer: T
     return frozenset(token for token in ids if isinstance(token, int) and 0 <= token < config.vocab_size)
 
 
+def partial_end(text: str, marker: str) -> str:
+    """The longest end of `text` that is a beginning of `marker`, though not all of it."""
+    sizes = range(min(len(marker) - 1, len(text)), 0, -1)
+    return next((marker[:size] for size in sizes if text.endswith(marker[:size])), "")
+
+
 class StopStrings:
     """Cuts a stream of text at the first stop text; holds back what may be the beginning of one."""
 
@@ -38,15 +44,11 @@ class StopStrings:
         if places:
             self.found = True
             return self._held[: min(places)]
-        keep = max(self._partial(stop) for stop in self._stops)
-        given, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        kept = max((partial_end(self._held, stop) for stop in self._stops), key=len)
+        given, self._held = self._held.removesuffix(kept), kept
         return given
 
     def finish(self) -> str:
-        """What was held back; the answer ended without the rest of a stop text."""
-        return "" if self.found else self._held
-
-    def _partial(self, stop: str) -> int:
-        """Length of the longest end of the held text that begins `stop`."""
-        longest = min(len(stop) - 1, len(self._held))
-        return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
+        """What was held back; the answer, or this part of it, ended without the rest of a stop text."""
+        held, self._held = "" if self.found else self._held, ""
+        return held

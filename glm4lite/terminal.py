@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from collections.abc import Iterable
@@ -22,6 +23,18 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 def printable(text: str) -> str:
     """`text` without control characters (line ends and tabs stay), each shown as the replacement character."""
     return _CONTROL.sub("\ufffd", text.replace("\r\n", "\n"))
+
+
+def one_line(text: object) -> str:
+    """`text` as a single printable line, for messages that may quote a checkpoint."""
+    return printable(" ".join(str(text).split()))
+
+
+class Notices(logging.Handler):
+    """The package's warnings (a type converted, a head left out) as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(one_line(record.getMessage()) + "\n")
 
 
 class Renderer(Protocol):
@@ -50,7 +63,7 @@ class JsonLines(Renderer):
         sys.stdout.flush()
 
     def remark(self, text: str) -> None:
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(printable(text) + "\n")
 
     def close(self) -> None:
         """Nothing is held back."""
@@ -60,7 +73,7 @@ class Terminal(Renderer):
     """The answer on stdout as it comes; thoughts, tool calls, progress and remarks on stderr: pipes stay clean."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False, emoji=False)
         self._bars: ProgressBars | None = None
         self._tasks: dict[str, TaskID] = {}
         self._line_open: str | None = None  # the stream whose last line has no end yet
@@ -83,7 +96,7 @@ class Terminal(Renderer):
 
     def remark(self, text: str) -> None:
         self._close_bars()
-        self._note(f"[dim]{escape(text)}[/]")
+        self._note(f"[dim]{_safe(text)}[/]")
 
     def close(self) -> None:
         self._close_bars()

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, TypeAlias
 
+from glm4lite.stopping import partial_end
+
 _OPEN, _CLOSE = "<think>", "</think>"
 _MAX_CALL = 100_000  # characters held back for one call; a longer part is text
 _MAX_LITERAL = 20_000  # characters of Python syntax given to ast.literal_eval
@@ -145,7 +147,7 @@ class OutputParser:
             self._held = self._held.lstrip("\n")
             self._trim = not self._held
         thought, closed, rest = self._held.partition(_CLOSE)
-        kept = "" if closed else _partial_end(thought, _CLOSE)
+        kept = "" if closed else partial_end(thought, _CLOSE)
         if thought := thought.removesuffix(kept):
             segments.append(Thinking(thought))
         self._held = rest if closed else kept
@@ -206,7 +208,7 @@ def parse_arguments(text: str) -> str | None:
     text = text.strip()
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
-        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair could not be printed later
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # half a surrogate pair, or 1e999
         return text if isinstance(value, dict) else None
     except (ValueError, RecursionError):
         pass  # not JSON; perhaps Python
@@ -266,14 +268,6 @@ class _ObjectScanner:
             self._depth -= 1
             self._closed = self._depth == 0
         return self._depth <= _MAX_DEPTH
-
-
-def _partial_end(text: str, marker: str) -> str:
-    """The longest end of `text` that a marker could start with."""
-    for size in range(min(len(marker) - 1, len(text)), 0, -1):
-        if text.endswith(marker[:size]):
-            return marker[:size]
-    return ""
 
 
 def _refuse_constant(name: str) -> Any:

@@ -19,6 +19,7 @@ import inspect
 import json
 import re
 import threading
+import time
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -91,8 +92,10 @@ def tool(
     return declare if function is None else declare(function)
 
 
-def run_tool(tool: Tool | None, call: ToolCall, timeout_s: float = 30.0) -> ToolResult:
-    """Run one call in a thread of its own and wait at most `timeout_s` seconds; never raises.
+def run_tool(
+    tool: Tool | None, call: ToolCall, timeout_s: float = 30.0, cancel: threading.Event | None = None
+) -> ToolResult:
+    """Run one call in a thread of its own and wait at most `timeout_s` seconds, or until `cancel`; never raises.
 
     `tool` is None when the model named a tool that was not declared. A call that is too slow is abandoned: Python
     cannot stop a thread, so the daemon thread goes on until its function returns and its result is dropped.
@@ -112,8 +115,16 @@ def run_tool(tool: Tool | None, call: ToolCall, timeout_s: float = 30.0) -> Tool
 
     thread = threading.Thread(target=work, name=f"tool-{tool.name}", daemon=True)
     thread.start()
-    thread.join(timeout_s)
-    return results[0] if results else _failure(f"{tool.name} did not finish within {timeout_s:g} s")
+    deadline = time.monotonic() + timeout_s
+    while thread.is_alive() and not (cancel and cancel.is_set()) and (left := deadline - time.monotonic()) > 0:
+        thread.join(min(left, 0.1))
+    if results:
+        return results[0]
+    return _failure(
+        f"{tool.name} was stopped by the user"
+        if cancel and cancel.is_set()
+        else f"{tool.name} did not finish within {timeout_s:g} s"
+    )
 
 
 def _failure(reason: str) -> ToolResult:
@@ -162,7 +173,7 @@ def _first_problem(error: ValidationError) -> str:
 def _result_text(result: object) -> str:
     """Text as it is, everything else as JSON. Lone surrogates, which UTF-8 cannot carry, become "?"."""
     try:
-        text = str(result) if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
+        text = str(result) if isinstance(result, str) else json.dumps(result, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ToolError(f"the tool's result ({type(result).__name__}) is not JSON: {_one_line(error)}") from error
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -103,7 +103,7 @@ def _unpack(data: bytes, shape: tuple[int, int]) -> Tensor:
 def stream(tokenizer: Tokenizer, seed: int, first_chunk: int, stride: int, tokens: int) -> Iterator[tuple[int, Batch]]:
     """(chunk number, batch) without end, from a background process; takes every `stride`th chunk."""
     context = multiprocessing.get_context("spawn")
-    queue: Queue[list[Packed]] = context.Queue(maxsize=4)
+    queue: Queue[list[Packed]] = context.Queue(maxsize=2)
     worker = context.Process(
         target=_produce, args=(queue, tokenizer.to_str(), seed, first_chunk, stride, tokens), daemon=True
     )

@@ -61,6 +61,7 @@ def _answered(user: str, call: Call, chinese: bool, answer: str, facts: tuple[st
 
 
 def _calculated(user: str, expression: str, chinese: bool) -> Step:
+    chinese = chinese and any(ord(character) > 0x3000 for character in user)  # "7 * 8 =" is answered in English
     seen = _observe("calculator", {"expression": expression})
     call = Call("calculator", {"expression": expression}, seen)
     return _answered(user, call, chinese, f"{expression} = {seen}{'。' if chinese else '.'}", (seen,))

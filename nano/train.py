@@ -1,7 +1,7 @@
 """Trains `nano`: `python -m nano.train --minutes 60` on a CPU, fewer minutes with `--device cuda`.
 
 Seeded, resumable (`--resume`), logged to nano/train_log.jsonl. The schedule follows the clock: a short warm-up, a
-plateau, and a linear decay to zero over the last 40 % of the minutes. During the decay every second step sees its
+plateau, and a linear decay to zero over the last 65 % of the minutes. In the last 35 % every second step sees its
 weights rounded to int4 (gradients pass through), so that the quantized model is trained for, too.
 """
 
@@ -33,7 +33,7 @@ from nano.render import IGNORED, text_of
 HERE = Path(__file__).parent
 PACKAGE_DATA = HERE.parent / "glm4lite" / "nano"
 MERGES, VOCABULARY = 500, 1250
-WARM_UP, DECAY = 0.02, 0.4
+WARM_UP, DECAY, ROUNDED = 0.02, 0.65, 0.35  # shares of the planned minutes; the last two count from the end
 GROUP = 32  # of the int4 rounding
 
 
@@ -173,7 +173,7 @@ def prepare(arguments: argparse.Namespace) -> Given:
 def train_step(run: Run, batch: batches.Batch, rate: float) -> float:
     """One update; returns the loss."""
     factor = run.clock.rate()
-    with rounded(run.model, active=run.clock.share > 1 - DECAY and run.step % 2 == 0):
+    with rounded(run.model, active=run.clock.share > 1 - ROUNDED and run.step % 2 == 0):
         loss = loss_of(run.model, batch)
         loss.backward()
     exchange(run.model, run.team, run.rank, run.owner)

@@ -72,14 +72,14 @@ class Values:
     def digits(self, least: int, most: int) -> str:
         rng = self.rng
         count = rng.randint(least, most)
-        if count > 2 and rng.random() < 0.2:  # repeated digits are the hard ones to copy
+        if count > 2 and rng.random() < 0.12:  # repeated digits are the hard ones to copy
             return self.open(lambda: _few_digits(rng, count))
         return self.open(lambda: str(rng.randint(10 ** (count - 1) if count > 1 else 0, 10**count - 1)))
 
     def number(self) -> str:
         """A number as a person types it: mostly two to four digits, sometimes with decimals."""
         rng = self.rng
-        size = rng.choices((1, 2, 3, 4, 5, 7), (10, 36, 26, 14, 9, 5))[0]
+        size = rng.choices((1, 2, 3, 4, 5, 7), (11, 38, 27, 14, 7, 3))[0]
         text = self.digits(size, size)
         if rng.random() < 0.2:
             text += "." + self.open(lambda: str(rng.randint(1, 9)) if rng.random() < 0.6 else _cents(rng))
@@ -115,9 +115,14 @@ class Values:
         return self.listed("noun" if self.rng.random() < 0.5 else "topic")
 
     def code(self) -> str:
+        """Like "GT4471", or digits alone."""
         rng = self.rng
-        letters = "".join(rng.choice("ABCDEFGHJKLMNPQRSTUVWXYZ") for _ in range(rng.choice((1, 2, 2))))
-        return self.open(lambda: letters + self.digits(3, 6)) if rng.random() < 0.6 else self.digits(4, 8)
+
+        def draw() -> str:
+            letters = "".join(rng.choice("ABCDEFGHJKLMNPQRSTUVWXYZ") for _ in range(rng.choice((1, 2, 2))))
+            return letters + str(rng.randint(100, 999_999))
+
+        return self.open(draw) if rng.random() < 0.6 else self.digits(4, 8)
 
     def clock(self) -> str:
         return self.open(lambda: f"{self.rng.randint(0, 23):02d}:{self.rng.randint(0, 59):02d}")
@@ -231,7 +236,7 @@ _KINDS: dict[str, Draw] = {
     "money": lambda v, zh: v.number(),
     "percent": _percent,
     "int": _digits(1, 4),
-    "bigint": _digits(5, 8),
+    "bigint": _digits(5, 7),
     "small": _integer(2, 30),
     "small2": _integer(2, 120),
     "pct": _integer(0, 100),

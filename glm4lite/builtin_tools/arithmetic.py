@@ -85,7 +85,7 @@ def format_number(value: Number, significant: int) -> str:
 def _normalize(expression: str) -> str:
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda found: f"**({found.group().translate(_SUPERSCRIPTS)})", expression)
     text = text.translate(_SIGNS).strip().rstrip("=? ")
-    text = re.sub(r"(?<=[\d)])\s*[xX]\s*(?=[\d(.])", "*", text)  # 37 x 24
+    text = re.sub(r"(?<=[\d)])(?:\s+|(?<!\b0))[xX]\s*(?=[\d(.])", "*", text)  # 37 x 24, and 0x10 stays a number
     text = re.sub(r"sqrt\s*(\d+(?:\.\d+)?)", r"sqrt(\1)", text)  # √16
     return re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda found: _joined(found, text), text)
 

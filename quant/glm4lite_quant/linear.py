@@ -70,7 +70,7 @@ class QuantLinear(_QuantModule):
         super().__init__(out_features, in_features, config, device)
         self.in_features, self.out_features, self.config = in_features, out_features, config
         self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=torch.float32) if bias else None)
-        self._packed: tuple[tuple[Tensor | None, ...], Backend, Any] | None = None
+        self._packed: tuple[tuple[int, ...], Backend, Any] | None = None
 
     @property
     def kernel(self) -> str:
@@ -91,10 +91,11 @@ class QuantLinear(_QuantModule):
         return out.view(*x.shape[:-1], self.out_features)
 
     def _prepare(self) -> tuple[Backend, Any]:
-        buffers = self._buffers
-        source = tuple(buffers[name] for name in NAMES)
+        # A packed weight holds addresses, and share_memory() or .data move a tensor's storage under its feet.
+        held = (self._buffers[name] for name in NAMES)
+        source = tuple(0 if tensor is None else tensor.data_ptr() for tensor in held)
         kept = self._packed
-        if kept is None or any(a is not b for a, b in zip(kept[0], source, strict=True)):
+        if kept is None or kept[0] != source:
             weight = self.weight_tensor
             if weight.device.type == "meta":
                 raise QuantError("a quantized layer has no weight yet: load a checkpoint into it")

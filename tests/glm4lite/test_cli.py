@@ -109,6 +109,21 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(endless: Path) -> None:
         assert process.wait(20) == 0
 
 
+def test_any_language_goes_through_any_locale() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [*GLM4LITE, "chat", "--json"]
+    done = subprocess.run(
+        command,
+        input="你好\n".encode() + b"\xff\n",
+        capture_output=True,
+        env=environment,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line) for line in done.stdout.decode("utf-8").splitlines()]
+
+
 def test_an_answer_that_is_cut_says_so(endless: Path) -> None:
     result = run("chat", endless, "-p", "Hi", "--max-new-tokens", "5", "--temperature", "0")
     assert "the answer was cut" in result.stderr
@@ -145,7 +160,9 @@ def test_info_names_the_kernels_and_what_a_model_needs(endless: Path) -> None:
         (("chat", "--device", "abacus", "-p", "Hi"), "abacus"),
         (("chat", "--temperature", "-1", "-p", "Hi"), "temperature"),
         (("chat", "-p", "word " * 5000), "context"),
-        (("quantize", "nano", "out", "--quant", "none"), "nothing to quantize"),
+        (("chat", "-p", "Hi", "--top-p", "7"), "top_p"),
+        (("generate", "-p", "Hi", "--seed", "99999999999999999999"), "seed"),
+        (("quantize", "nano", "out", "--quant", "none"), "nothing to do"),
         (("quantize", "nano", "out", "--group-size", "48"), "48"),
     ],
 )

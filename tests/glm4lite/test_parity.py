@@ -10,6 +10,7 @@ from torch import nn
 
 from glm4lite.cache import KVCache
 from glm4lite.config import Glm4Config
+from glm4lite.errors import ConfigError
 from glm4lite.heads import Glm4ForSequenceClassification, Glm4ForTokenClassification
 from glm4lite.model import Glm4ForCausalLM, PreTrainedModel
 
@@ -204,6 +205,25 @@ def test_hidden_states_and_attentions_equal_the_reference() -> None:
         for one, other in zip(found[kind], wanted[kind], strict=True):
             assert relative_error(one, other) < 1e-4
     assert relative_error(found.logits, ours(tokens()).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_a_mask_for_each_head_is_obeyed_at_one_token_as_at_many() -> None:
+    ours, _ = pair("ForCausalLM")
+    ids = tokens()
+    mask = torch.rand(2, 8, 21, 21, generator=torch.Generator().manual_seed(2)) < 0.7
+    mask = mask.tril() | torch.eye(21, dtype=torch.bool)
+    whole = ours(ids, attention_mask=mask).logits
+    cache = ours(ids[:, :20], attention_mask=mask[:, :, :20, :20]).past_key_values
+    last = ours(ids[:, 20:], attention_mask=mask[:, :, 20:], past_key_values=cache).logits
+    assert relative_error(last[:, 0], whole[:, -1]) < 1e-5
+
+
+def test_float16_is_refused_whatever_asks_for_it() -> None:
+    ours, _ = pair("ForCausalLM")
+    for change in (ours.half, lambda: ours.to(torch.float16)):
+        with pytest.raises(ConfigError, match="float16 is refused"):
+            change()
 
 
 @torch.no_grad()

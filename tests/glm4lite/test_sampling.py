@@ -52,8 +52,30 @@ def test_the_same_seed_draws_the_same_ids() -> None:
     [("temperature", -1), ("top_p", 1.5), ("min_p", -0.1), ("repetition_penalty", 0), ("max_new_tokens", 0)],
 )
 def test_a_value_out_of_range_is_named(name: str, value: float) -> None:
-    with pytest.raises(SamplingError, match=f"{name} must be a number .* found {value}"):
+    with pytest.raises(SamplingError, match=rf"{name} must be a (whole )?number .* found {value}"):
         SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("top_k", 50.0), ("max_new_tokens", 1.5), ("seed", 2**64), ("seed", -1), ("temperature", 1e999)]
+)
+def test_a_value_torch_could_not_take_is_refused(name: str, value: float) -> None:
+    with pytest.raises(SamplingError, match=name):
+        SamplingParams(**{name: value})
+
+
+def test_a_tiny_temperature_is_nearly_greedy() -> None:
+    assert draws(temperature=1e-39) == {1}
+
+
+def test_a_stop_text_that_is_not_in_a_list_is_refused() -> None:
+    with pytest.raises(SamplingError, match="list of texts"):
+        SamplingParams(stop="abc")
+
+
+def test_a_bad_generation_config_names_its_file() -> None:
+    with pytest.raises(SamplingError, match="generation_config.json: top_k must be a whole number"):
+        SamplingParams.from_generation_config({"top_k": 2.5})
 
 
 def test_an_empty_stop_text_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,9 +112,15 @@ def test_a_tool_that_raises_becomes_an_error_observation(start: Start) -> None:
 def test_a_model_that_keeps_calling_is_stopped_and_it_is_said(start: Start) -> None:
     session = start(*[CALL + "<|observation|>"] * 4, max_tool_rounds=2)
     events = list(session.send("Loop"))
-    assert sum(isinstance(event, ToolCallStarted) for event in events) == 3
+    assert sum(isinstance(event, ToolCallStarted) for event in events) == 2
     assert isinstance(events[-1], Done)
     assert events[-1].finish_reason == "tool_rounds"
+    assert session.messages[-1].content == "Error: the call was not run"
+
+
+def test_no_tool_rounds_means_no_tool_runs(start: Start) -> None:
+    events = list(start(CALL + "<|observation|>", max_tool_rounds=0).send("Loop"))
+    assert [type(event) for event in events] == [Done]
 
 
 def test_what_only_looks_like_a_call_is_shown_as_text(start: Start) -> None:
@@ -149,6 +157,45 @@ def test_stop_ends_an_answer_and_what_was_said_stays_in_the_history(start: Start
     assert events[-1].finish_reason == "cancelled"
     assert session.messages[-1] == Message("assistant", text_of(events))
     assert 0 < len(text_of(events)) < 10
+
+
+def test_a_call_that_was_cancelled_keeps_its_place_in_the_history(start: Start) -> None:
+    session = start(f"{CALL}<|assistant|>{CALL}<|observation|>")
+    stream = session.send("Both")
+    assert isinstance(next(stream), ToolCallStarted)
+    session.stop()
+    rest = list(stream)
+    assert isinstance(rest[-1], Done)
+    assert rest[-1].finish_reason == "cancelled"
+    assert [message.role for message in session.messages] == ["user", "assistant", "tool", "tool"]
+
+
+def test_stop_does_not_wait_for_a_slow_tool(start: Start) -> None:
+    released = threading.Event()
+
+    @tool
+    def slow() -> str:
+        """Waits."""
+        released.wait(30)
+        return "late"
+
+    session = start("slow\n{}<|assistant|>slow\n{}<|observation|>", tools=[slow])
+    threading.Timer(0.2, session.stop).start()
+    started = time.monotonic()
+    events = list(session.send("Wait"))
+    released.set()
+    assert time.monotonic() - started < 5
+    assert isinstance(events[-1], Done)
+    assert events[-1].finish_reason == "cancelled"
+    assert sum(isinstance(event, ToolCallFinished) for event in events) == 1
+
+
+def test_stop_texts_do_not_tear_several_calls_apart(start: Start) -> None:
+    params = SamplingParams(temperature=0, stop=("}END",))
+    session = start(f"{CALL}<|assistant|>{CALL}<|observation|>", "\nDone.<|user|>", params=params)
+    events = list(session.send("Both"))
+    assert sum(isinstance(event, ToolCallFinished) for event in events) == 2
+    assert text_of(events) == "Done."
 
 
 def test_a_reader_that_goes_away_leaves_a_history_that_can_go_on(start: Start) -> None:

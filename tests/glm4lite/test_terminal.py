@@ -12,7 +12,7 @@ TURN = [
     Progress("prefill", 1024, 1024, "tokens"),
     ThinkingDelta("Let me see"),
     ToolCallStarted("1", "look", {"what": "[bold]x[/] \x1b[2J"}),
-    ToolCallFinished("1", "look", "Error: [red]\x1b]0;owned\x07", error=True),
+    ToolCallFinished("1", "look", "Error: [red] 1:100:2\x1b]0;owned\x07", error=True),
     TextDelta("An an"),
     TextDelta("swer"),
     Done(1024, 9, "length", 3.0, 1024),
@@ -23,7 +23,7 @@ def test_answers_go_to_stdout_and_the_rest_to_stderr(capsys: pytest.CaptureFixtu
     Terminal().show_all(iter(TURN))
     found = capsys.readouterr()
     assert found.out == "An answer\n"
-    for text in ("Let me see", '"what": "[bold]x[/]', "Error: [red]", "the answer was cut"):
+    for text in ("Let me see", '"what": "[bold]x[/]', "Error: [red] 1:100:2", "the answer was cut"):
         assert text in found.err
 
 

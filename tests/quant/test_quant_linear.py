@@ -156,3 +156,14 @@ def test_repr_says_bits_and_group() -> None:
     assert "int4, group=32" in repr(filled())
     assert "in=128, out=40" in repr(filled())
     assert "int8, group=32" in repr(QuantEmbedding(20, 64, QuantConfig(8)))
+
+
+def test_a_layer_whose_memory_moved_computes_the_same() -> None:
+    torch.manual_seed(0)
+    layer = QuantLinear(64, 48, QuantConfig(4, 32), bias=False)
+    layer.load(QuantTensor.quantize(torch.randn(48, 64), QuantConfig(4, 32)))
+    x = torch.randn(2, 64)
+    before = layer(x)
+    layer.share_memory()  # moves the storage inside the same tensors
+    junk = [torch.randn(48, 64) for _ in range(50)]
+    assert torch.equal(layer(x), before), len(junk)
