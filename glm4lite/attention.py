@@ -10,8 +10,8 @@ from torch import Tensor
 def causal_mask(padding: Tensor | None, past: int, length: int, device: torch.device) -> Tensor | None:
     """Which keys each query may see: bool [B or 1, 1, T, past + T], or None where plain causal attention does.
 
-    `padding` is the caller's attention_mask: [B, past + T] with 0 at padding, or [B, 1 or heads, T, S] used as it is (bool, or
-    a float that is added to the scores). A padded query sees itself, so that no row of the softmax is empty.
+    `padding` is the caller's attention_mask: [B, past + T] with 0 at padding, or [B, 1 or heads, T, S] used as it is
+    (bool, or a float that is added to the scores). A padded query sees itself, so that no softmax row is empty.
     """
     if padding is not None and padding.dim() == 4:
         return padding

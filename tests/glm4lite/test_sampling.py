@@ -74,7 +74,7 @@ def test_a_stop_text_that_is_not_in_a_list_is_refused() -> None:
 
 
 def test_a_bad_generation_config_names_its_file() -> None:
-    with pytest.raises(SamplingError, match="generation_config.json: top_k must be a whole number"):
+    with pytest.raises(SamplingError, match=r"generation_config\.json: top_k must be a whole number"):
         SamplingParams.from_generation_config({"top_k": 2.5})
 
 
