@@ -5,7 +5,7 @@ would leave the folder), so what is read later is there and has the shape it cla
 loading one runs whatever code it holds.
 """
 
-import json
+import reprlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from glm4lite.config import Glm4Config
-from glm4lite.errors import CheckpointError, ConfigError
+from glm4lite.errors import CheckpointError
 from glm4lite.weights import legacy
-from glm4lite.weights.files import CONFIG, INDEX, SINGLE, UNREADABLE
+from glm4lite.weights.files import CONFIG, INDEX, SINGLE, UNREADABLE, read_json, some
 from glm4lite.weights.shard import ShardMaps, StoredTensor, read, read_header
 
 
@@ -111,27 +111,7 @@ class Checkpoint:
     @cached_property
     def generation_config(self) -> dict[str, Any]:
         """generation_config.json, or {} where the checkpoint has none."""
-        path = self.folder / "generation_config.json"
-        return read_json(path) if path.exists() else {}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ConfigError: the file is missing, is not UTF-8 JSON, or holds something else than an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing; a checkpoint folder needs it, download it again") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); download it again") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold a JSON object, found {type(value).__name__}; download it again")
-    return value
+        return read_json(self.folder / "generation_config.json", optional=True)
 
 
 def _shard_files(folder: Path) -> dict[str, frozenset[str]]:
@@ -157,18 +137,15 @@ def _no_weights(folder: Path) -> str:
 
 def _read_index(folder: Path) -> dict[str, frozenset[str]]:
     path = folder / INDEX
-    try:
-        weight_map = read_json(path).get("weight_map")
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
+    weight_map = read_json(path, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map (tensor name -> file name); download it again")
     expected: dict[str, set[str]] = {}
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
             raise CheckpointError(
-                f"{path} puts {tensor} in {file!r}; only .safetensors files of the same folder are read, "
-                "download the index again"
+                f"{path} puts {some([tensor])} in {reprlib.repr(file)}; only .safetensors files of the same folder "
+                "are read, download the index again"
             )
         expected.setdefault(file, set()).add(tensor)
     return {file: frozenset(names) for file, names in sorted(expected.items())}
@@ -176,22 +153,25 @@ def _read_index(folder: Path) -> dict[str, frozenset[str]]:
 
 def _merge(folder: Path, files: Mapping[str, frozenset[str]]) -> dict[str, StoredTensor]:
     """The tensors of all shards; the index and the shards must agree, and each tensor is in one shard."""
-    absent = [file for file in files if not (folder / file).exists()]
+    absent = [file for file in files if not _exists(folder / file)]
     if absent:
-        raise CheckpointError(f"{folder} lacks {', '.join(absent)}, named by {INDEX}; download the checkpoint again")
+        raise CheckpointError(f"{folder} lacks {some(absent)}, named by {INDEX}; download the checkpoint again")
     merged: dict[str, StoredTensor] = {}
     for file, expected in files.items():
         found = read_header(folder / file)
         gone = sorted(expected - found.keys())
         if gone:
-            raise CheckpointError(f"{folder / INDEX} puts {_some(gone)} in {file}, which lacks it; download both again")
+            raise CheckpointError(f"{folder / INDEX} puts {some(gone)} in {file}, which lacks it; download both again")
         for name, tensor in found.items():
             if name in merged:
                 both = f"{merged[name].path.name} and {file}"
-                raise CheckpointError(f"{folder} holds {name} twice, in {both}; download it again")
+                raise CheckpointError(f"{folder} holds {some([name])} twice, in {both}; download it again")
             merged[name] = tensor
     return merged
 
 
-def _some(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no file can have
+        return False

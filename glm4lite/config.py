@@ -6,8 +6,11 @@ the values of the released checkpoints, so a config.json must name its own sizes
 
 from __future__ import annotations
 
+import math
+import reprlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -32,6 +35,33 @@ CHATGLM_NAMES = {
 }
 
 
+# What a rope number is at least; "above" where the bound itself does not work (theta 1 has no logarithm to divide by).
+ROPE_BOUNDS: dict[str, tuple[str, float]] = {"rope_theta": ("above", 1), "partial_rotary_factor": ("above", 0)}
+YARN_BOUNDS: dict[str, tuple[str, float]] = {
+    "factor": ("of at least", 1),
+    "original_max_position_embeddings": ("of at least", 1),
+}
+YARN_OPTIONAL_BOUNDS: dict[str, tuple[str, float]] = {
+    "beta_fast": ("of at least", 0.001),
+    "beta_slow": ("of at least", 0.001),
+    "attention_factor": ("above", 0),
+    "mscale": ("of at least", 0),
+    "mscale_all_dim": ("of at least", 0),
+}
+LARGEST = 1e12
+"""No rope number is larger: below it, none of the formulas overflows."""
+
+MAX_DEPTH = 50
+"""How deeply lists and objects of a config.json may lie in each other."""
+
+# Token ids that are null in config.json are told apart from those that are left out, which get the default.
+NULLABLE = ("pad_token_id", "eos_token_id")
+
+Size = Annotated[int, Field(gt=0, lt=2**63)]
+TokenId = Annotated[int, Field(gt=-(2**63), lt=2**63)]
+Rate = Annotated[float, Field(ge=0, le=1)]
+
+
 class Glm4Config(BaseModel):
     """Configuration of a `glm4` (four norms per layer) or `glm` (two norms per layer) model.
 
@@ -40,32 +70,35 @@ class Glm4Config(BaseModel):
     Keys that are not known are kept and written back by `to_dict`. Raises ConfigError for a value that cannot be used.
     """
 
-    model_config = ConfigDict(extra="allow", strict=True, validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="allow", strict=True, validate_assignment=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     model_type: str = "glm4"
-    vocab_size: int = Field(default=151552, gt=0)
-    hidden_size: int = Field(default=4096, gt=0)
-    intermediate_size: int = Field(default=13696, gt=0)
-    num_hidden_layers: int = Field(default=40, gt=0)
-    num_attention_heads: int = Field(default=32, gt=0)
-    num_key_value_heads: int = Field(default=2, gt=0)
-    head_dim: int = Field(default=128, gt=0)
+    vocab_size: Size = 151552
+    hidden_size: Size = 4096
+    intermediate_size: Size = 13696
+    num_hidden_layers: Size = 40
+    num_attention_heads: Size = 32
+    num_key_value_heads: Size = 2
+    head_dim: Size = 128
     hidden_act: str = "silu"
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
-    max_position_embeddings: int = Field(default=131072, gt=0)
-    initializer_range: float = 0.02
+    max_position_embeddings: Size = 131072
+    initializer_range: float = Field(default=0.02, ge=0)
     rms_norm_eps: float = Field(default=0.00000015625, gt=0)
     use_cache: bool = True
     tie_word_embeddings: bool = False
     rope_parameters: dict[str, Any] = Field(default_factory=dict)
-    pad_token_id: int | None = 151329
-    eos_token_id: int | list[int] | None = Field(default_factory=lambda: [151329, 151336, 151338])
-    bos_token_id: int | None = None
+    pad_token_id: TokenId | None = 151329
+    eos_token_id: TokenId | list[TokenId] | None = Field(default_factory=lambda: [151329, 151336, 151338])
+    bos_token_id: TokenId | None = None
     attention_bias: bool = True
     dtype: str | None = None
-    num_labels: int = Field(default=2, gt=0)
+    num_labels: Size = 2
     problem_type: str | None = None
-    classifier_dropout: float | None = None
+    classifier_dropout: Rate | None = None
+    hidden_dropout: Rate | None = None
     token_classification_bias: bool = True
 
     def __init__(self, **values: Any) -> None:
@@ -78,6 +111,8 @@ class Glm4Config(BaseModel):
     @classmethod
     def _fold_older_keys(cls, values: dict[str, Any]) -> dict[str, Any]:
         values = dict(values)
+        for key, value in values.items():
+            _check_finite(key, value)
         torch_dtype = values.pop("torch_dtype", None)
         values["dtype"] = str(values.get("dtype") or torch_dtype or "").removeprefix("torch.") or None
         labels = values.get("id2label")
@@ -132,21 +167,21 @@ class Glm4Config(BaseModel):
         """Reads the contents of a config.json; `source` is named in errors. Raises ConfigError."""
         if not isinstance(values, dict):
             raise ConfigError(f"{source}: expected a JSON object, found {type(values).__name__}")
-        values = _from_chatglm(values) if values.get("model_type") == "chatglm" else dict(values)
-        if "model_type" not in values:
-            raise ConfigError(f"{source}: the key 'model_type' is missing; it should be 'glm4' or 'glm'")
-        if values["model_type"] in MODEL_TYPES:
-            missing = [key for key in REQUIRED if key not in values]
-            if missing:
-                raise ConfigError(f"{source}: the key {missing[0]!r} is missing; download the file again")
         try:
+            values = _from_chatglm(values) if values.get("model_type") == "chatglm" else dict(values)
+            if "model_type" not in values:
+                raise ConfigError("the key 'model_type' is missing; it should be 'glm4' or 'glm'")
+            if values["model_type"] in MODEL_TYPES:
+                missing = [key for key in REQUIRED if key not in values]
+                if missing:
+                    raise ConfigError(f"the key {missing[0]!r} is missing; download the file again")
             return cls(**values)
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of a config.json that Transformers reads too."""
-        values = self.model_dump(exclude_none=True)
+        """The contents of a config.json that Transformers reads too; `from_dict` gives the same config back."""
+        values = {key: value for key, value in self.model_dump().items() if value is not None or key in NULLABLE}
         values.setdefault("architectures", [{"glm4": "Glm4ForCausalLM", "glm": "GlmForCausalLM"}[self.model_type]])
         return values
 
@@ -159,7 +194,7 @@ def _rope_parameters(values: dict[str, Any]) -> dict[str, Any]:
         if given is None:
             continue
         if not isinstance(given, dict):
-            raise ConfigError(f"{key} must be an object, found {given!r}")
+            raise ConfigError(f"{key} must be an object, found {_shown(given)}")
         rope.update(given)
     if "type" in rope:
         rope.setdefault("rope_type", rope.pop("type"))
@@ -175,14 +210,15 @@ def _rope_parameters(values: dict[str, Any]) -> dict[str, Any]:
 def _check_rope(rope: dict[str, Any], head_dim: int) -> None:
     if rope["rope_type"] not in ROPE_TYPES:
         known = ", ".join(ROPE_TYPES)
-        raise ConfigError(f"rope_type {rope['rope_type']!r} is not supported; known: {known}")
-    numbers = ["rope_theta", "partial_rotary_factor"]
+        raise ConfigError(f"rope_type {_shown(rope['rope_type'])} is not supported; known: {known}")
+    bounds = dict(ROPE_BOUNDS)
     if rope["rope_type"] == "yarn":
-        numbers += ["factor", "original_max_position_embeddings"]
-    for key in numbers:
-        value = rope.get(key)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-            raise ConfigError(f"rope_parameters: {key} must be a number above 0, found {value!r}")
+        optional = {key: bound for key, bound in YARN_OPTIONAL_BOUNDS.items() if rope.get(key) is not None}
+        bounds |= YARN_BOUNDS | optional
+        if not isinstance(rope.get("truncate", True), bool):
+            raise ConfigError(f"rope_parameters: truncate must be true or false, found {_shown(rope['truncate'])}")
+    for key, (relation, bound) in bounds.items():
+        _check_number(f"rope_parameters: {key}", rope.get(key), relation, bound)
     rotary_dim = int(head_dim * rope["partial_rotary_factor"])
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise ConfigError(
@@ -191,14 +227,44 @@ def _check_rope(rope: dict[str, Any], head_dim: int) -> None:
         )
 
 
+def _check_number(what: str, value: Any, relation: str, bound: float) -> None:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if value > LARGEST:
+            raise ConfigError(f"{what} must be at most {LARGEST:g}, found {_shown(value)}")
+        if value > bound or (value == bound and relation != "above"):
+            return
+    raise ConfigError(f"{what} must be a number {relation} {bound}, found {_shown(value)}")
+
+
+def _check_finite(key: str, value: Any) -> None:
+    """JSON as Python reads it knows NaN and Infinity; no key of a config can be one."""
+    for path, item in _leaves(key, value):
+        if isinstance(item, float) and not math.isfinite(item):
+            raise ConfigError(f"{path} must be a finite number, found {item}")
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of everything below a key; without recursion, because the nesting is the file's."""
+    waiting = [(key, value, 0)]
+    while waiting:
+        path, item, depth = waiting.pop()
+        if depth > MAX_DEPTH:
+            raise ConfigError(f"{key} is nested too deeply: more than {MAX_DEPTH} lists or objects in each other")
+        if isinstance(item, dict):
+            waiting += [(f"{path}.{name}", inner, depth + 1) for name, inner in item.items()]
+        elif isinstance(item, list):
+            waiting += [(f"{path}.{i}", inner, depth + 1) for i, inner in enumerate(item)]
+        else:
+            yield path, item
+
+
 def _from_chatglm(values: dict[str, Any]) -> dict[str, Any]:
     """The remote-code config of glm-4-9b-chat in `glm` terms; rope_ratio multiplies the base of 10000."""
     renamed = {CHATGLM_NAMES.get(key, key): value for key, value in values.items()}
     if not renamed.get("multi_query_attention", True):
         renamed["num_key_value_heads"] = renamed.get("num_attention_heads", 0)
     ratio = renamed.pop("rope_ratio", 1)
-    if not isinstance(ratio, (int, float)):
-        raise ConfigError(f"rope_ratio must be a number, found {ratio!r}")
+    _check_number("rope_ratio", ratio, "above", 0)
     sandwich = renamed.get("post_self_attn_layernorm", False)
     return {**renamed, "model_type": "glm4" if sandwich else "glm", "rope_theta": 10000.0 * ratio}
 
@@ -206,4 +272,9 @@ def _from_chatglm(values: dict[str, Any]) -> dict[str, Any]:
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or not part.startswith("list["))
-    return f"{where or 'value'}: {first['msg']}, found {first['input']!r}"
+    return f"{where or 'value'}: {first['msg']}, found {_shown(first['input'])}"
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, cut in the middle where it is long."""
+    return reprlib.repr(value)

@@ -51,8 +51,9 @@ class Engine:
         template is needed and there is none.
         """
         from glm4lite.hub import resolve
-        from glm4lite.loader import load
+        from glm4lite.loader import check_arguments, load
 
+        check_arguments(None if quant == "auto" else quant, device, dtype)
         folder = resolve(source, progress)
         tokenizer, template = Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder)
         if need_template:
@@ -60,7 +61,7 @@ class Engine:
         checkpoint = Checkpoint.open(folder)
         _check_vocabulary(tokenizer, checkpoint)
         if quant == "auto":
-            quant = None if "quantization_config" in checkpoint.config else "int4"
+            quant = "int4" if checkpoint.config.get("quantization_config") is None else None
         model = load(folder, quant=quant, device=device, dtype=dtype, progress=progress)
         return cls(model, tokenizer, template, checkpoint.generation_config)
 

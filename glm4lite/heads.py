@@ -95,9 +95,8 @@ class Glm4ForTokenClassification(PreTrainedModel):
     def __init__(self, config: Glm4Config) -> None:
         super().__init__(config)
         self.model = Glm4Model(config)
-        extra = config.model_extra or {}
-        given = (config.classifier_dropout, extra.get("hidden_dropout"), 0.1)
-        self.dropout = nn.Dropout(next(float(rate) for rate in given if rate is not None))
+        given = (config.classifier_dropout, config.hidden_dropout, 0.1)
+        self.dropout = nn.Dropout(next(rate for rate in given if rate is not None))
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=config.token_classification_bias)
         nn.init.normal_(self.score.weight, std=config.initializer_range)
         if self.score.bias is not None:

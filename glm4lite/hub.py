@@ -12,6 +12,7 @@ NANO = "nano"
 """The name of the embedded checkpoint; a folder of that name is "./nano"."""
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_LONGEST_ID = 96  # the Hub's rule, as the others of _is_repo_id
 _HOW = "give a folder, a Hub repo id (organisation/name, for example zai-org/GLM-4-9B-0414), or nano"
 
 
@@ -26,18 +27,32 @@ def resolve(source: str | Path, progress: Callable[[Progress], None] | None = No
     text = str(source)
     if not text.strip():
         raise HubError(f"the model's name is empty; {_HOW}")
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise HubError(f"{path} is a file; give the folder that holds config.json and the safetensors files")
+    folder = _existing(text)
+    if folder is not None:
+        return folder
     if isinstance(source, Path) or _looks_like_a_path(text):
-        raise HubError(f"{text} does not exist; {_HOW}")
-    if not _REPO_ID.fullmatch(text) or ".." in text or "--" in text or text.endswith((".git", "-", ".")):
-        raise HubError(f"{text!r} is neither a folder nor a Hub repo id; {_HOW}")
+        raise HubError(f"{_cut(text)} does not exist; {_HOW}")
+    if not _is_repo_id(text):
+        raise HubError(f"{_cut(text)!r} is neither a folder nor a Hub repo id; {_HOW}")
     from glm4lite.weights.download import download  # huggingface_hub takes a while to import
 
     return download(text, progress)
+
+
+def _existing(text: str) -> Path | None:
+    """The folder of that name, None where there is none; HubError for a file or what cannot be looked at."""
+    try:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            return path
+        exists = path.exists()
+    except RuntimeError:  # "~name" of a user who does not exist
+        return None
+    except OSError as error:
+        raise HubError(f"{_cut(text)} cannot be opened ({error.strerror or error}); {_HOW}") from None
+    if exists:
+        raise HubError(f"{path} is a file; give the folder that holds config.json and the safetensors files")
+    return None
 
 
 def nano_folder() -> Path:
@@ -54,3 +69,12 @@ def nano_folder() -> Path:
 
 def _looks_like_a_path(text: str) -> bool:
     return text.startswith((".", "/", "~")) or "\\" in text or text.endswith("/") or text.count("/") > 1 or ":" in text
+
+
+def _is_repo_id(text: str) -> bool:
+    fits = len(text) <= _LONGEST_ID and _REPO_ID.fullmatch(text) is not None
+    return fits and ".." not in text and "--" not in text and not text.endswith((".git", "-", "."))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_ID else f"{text[:_LONGEST_ID]}..."

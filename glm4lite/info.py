@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from glm4lite.weights.memory import readable
 if TYPE_CHECKING:
     import torch
 
+    from glm4lite.checkpoint import Checkpoint
+    from glm4lite.events import Progress
     from glm4lite_quant import QuantConfig
 
 Fact = tuple[str, str]
@@ -44,56 +47,53 @@ def machine_facts() -> list[Fact]:
     return facts + [(name, _installed(name, purpose)) for name, purpose in PACKAGES]
 
 
-def model_facts(source: str) -> list[Fact]:
-    """A checkpoint's shape, and the bytes of its weights at each precision."""
-    import torch
+def model_facts(source: str, progress: Callable[[Progress], None] | None = None) -> list[Fact]:
+    """A checkpoint's shape, and the bytes of its weights at each precision it can be loaded with.
 
+    `progress` sees the download where `source` is a Hub repo. Raises what `load` raises, before reading any weight.
+    """
     from glm4lite.checkpoint import Checkpoint
-    from glm4lite.config import Glm4Config
     from glm4lite.hub import resolve
-    from glm4lite.model import Glm4ForCausalLM
-    from glm4lite_quant import QuantConfig
+    from glm4lite.weights.plan import read_config, skeleton, stored_quant
+    from glm4lite.weights.quantized import model_class
 
-    folder = resolve(source)
-    checkpoint = Checkpoint.open(folder)
-    config = Glm4Config.from_dict(checkpoint.config, folder / "config.json")
-    stored = checkpoint.config.get("quantization_config")
-    with torch.device("meta"):
-        model = Glm4ForCausalLM(config)
+    checkpoint = Checkpoint.open(resolve(source, progress))
+    config = read_config(checkpoint)
+    stored = stored_quant(checkpoint)
+    model = skeleton(checkpoint, config, model_class(checkpoint))
     heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads"
     kv_bytes = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    sizes = [(name, weight_bytes(model, QuantConfig.parse(name))) for name in ("int4", "int8", "none")]
+    weights = _weights(model, checkpoint, stored)
     return [
-        ("model", str(folder)),
+        ("model", str(checkpoint.folder)),
         ("architecture", f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}, {heads}"),
-        ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
-        ("stored as", f"int{stored['bits']}, groups of {stored['group_size']}" if stored else str(config.dtype)),
+        ("parameters", f"{_parameters(model):,}"),
+        ("stored as", f"int{stored.bits}, groups of {stored.group_size}" if stored else weights[-1][0]),
         ("context", f"{config.max_position_embeddings:,} tokens, {kv_bytes:,} bytes of bfloat16 cache each"),
-        *((f"weights, {'bfloat16' if name == 'none' else name}", readable(size)) for name, size in sizes),
+        *((f"weights, {precision}", readable(size)) for precision, size in weights),
     ]
 
 
-def weight_bytes(model: torch.nn.Module, quant: QuantConfig | None) -> int:
-    """Bytes of a meta model's weights once quantized (None: as bfloat16); tied weights count once."""
+def _weights(model: torch.nn.Module, checkpoint: Checkpoint, stored: QuantConfig | None) -> list[tuple[str, int]]:
+    """(precision, bytes of the weights) as the loader plans them on the CPU; the last one is the checkpoint's own."""
     import torch
 
-    from glm4lite_quant import QuantTensor
+    from glm4lite.loader import automatic_dtype
+    from glm4lite.weights.plan import make_plan
+    from glm4lite_quant import QuantConfig
 
-    total, seen = 0, set()
-    for name, parameter in model.named_parameters():
-        module_name, _, leaf = name.rpartition(".")
-        module = model.get_submodule(module_name)
-        layer = isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
-        rule = quant.for_module(module_name) if quant and layer else None
-        if parameter in seen:
-            continue
-        seen.add(parameter)
-        if rule is not None and leaf == "weight":
-            rows, columns = parameter.shape
-            total += QuantTensor.empty(rows, columns, rule, device="meta").nbytes
-        else:
-            total += parameter.numel() * (4 if quant else 2)
-    return total
+    sizes = []
+    for precision in (f"int{stored.bits}",) if stored else ("int4", "int8", "none"):
+        plan = make_plan(model, checkpoint, None if stored else QuantConfig.parse(precision))
+        dtype = automatic_dtype(checkpoint, plan, torch.device("cpu"))
+        mapped = sum(checkpoint.nbytes(part) for fill in plan.fills for part in fill.parts)
+        name = str(dtype).removeprefix("torch.") if precision == "none" else precision
+        sizes.append((name, plan.held_bytes(dtype) + mapped))
+    return sizes
+
+
+def _parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _cuda() -> str:

@@ -18,7 +18,17 @@ from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.hub import resolve
 from glm4lite.weights import memory
-from glm4lite.weights.plan import Fill, Model, Plan, make_plan, parse_quant, read_config, skeleton, stored_quant
+from glm4lite.weights.plan import (
+    Fill,
+    Model,
+    Plan,
+    make_plan,
+    parse_quant,
+    read_config,
+    say_notices,
+    skeleton,
+    stored_quant,
+)
 from glm4lite.weights.quantized import quantize_checkpoint, save_quantized
 from glm4lite.weights.streaming import Meter, ProgressCallback, blocks, quantize_weight
 from glm4lite_quant import QuantConfig, QuantEmbedding, QuantError, QuantLinear, QuantTensor
@@ -70,8 +80,8 @@ def load(
 
     Args:
         source: a folder with config.json and safetensors, "nano", or "organisation/name" on the Hub.
-        quant: "int4", "int8", a QuantConfig, or None to keep the checkpoint's own precision. A checkpoint that is
-            quantized already is loaded as it is.
+        quant: "int4", "int8", "none", a QuantConfig, or None for what is stored. A checkpoint that is quantized
+            already is loaded as it is; another quant than its own is refused, "none" too.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1".
         dtype: of the activations (and of weights that are not quantized): "auto", "float32", "bfloat16".
         progress: called after each block with the bytes read; an exception it raises stops the load.
@@ -83,19 +93,18 @@ def load(
     Raises:
         Glm4liteError: one line saying which file, tensor, key or argument cannot be used, and what to do.
     """
-    wanted = parse_quant(quant)
-    target = _device(device)
-    chosen = _dtype(dtype)
+    wanted, target, chosen = check_arguments(quant, device, dtype)
     checkpoint = Checkpoint.open(resolve(source, progress))
     config = read_config(checkpoint)
-    stored = stored_quant(checkpoint, wanted)
+    stored = stored_quant(checkpoint, quant)
     model = skeleton(checkpoint, config, cls)
     plan = make_plan(model, checkpoint, None if stored else wanted)
-    _check_memory(checkpoint, plan, target)
-    activations = _activation_dtype(checkpoint, plan, chosen, target)
+    activations = chosen or automatic_dtype(checkpoint, plan, target)
+    _check_memory(checkpoint, plan, wanted, target, activations)
+    say_notices(model, checkpoint, plan)
     meter = Meter("load", _total_bytes(checkpoint, plan), progress)
     for fill in plan.fills:
-        _fill(model, checkpoint, fill, target, activations, plan.quantized, meter)
+        _fill(model, checkpoint, plan, fill, target, activations, meter)
     _initialise(model, plan, target, activations)
     if plan.tied:
         _tie(model, target)
@@ -106,13 +115,24 @@ def load(
     return model.eval()
 
 
+def check_arguments(
+    quant: str | QuantConfig | None, device: str | torch.device, dtype: str | torch.dtype
+) -> tuple[QuantConfig | None, torch.device, torch.dtype | None]:
+    """What can be refused before a model is looked for or downloaded: `load`'s arguments (dtype None: "auto").
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    return parse_quant(quant), _device(device), _dtype(dtype)
+
+
 def _fill(
     model: nn.Module,
     checkpoint: Checkpoint,
+    plan: Plan,
     fill: Fill,
     device: torch.device,
     activations: torch.dtype,
-    quantized: bool,
     meter: Meter,
 ) -> None:
     if fill.parts:
@@ -122,8 +142,7 @@ def _fill(
     elif fill.quant is not None:
         _replace(model, fill, quantize_weight(checkpoint, fill, meter), device, activations)
     else:
-        small = quantized and len(fill.shape) == 1  # norms and biases of a quantized model stay exact
-        values = _read_plain(checkpoint, fill, device, torch.float32 if small else activations, meter)
+        values = _read_plain(checkpoint, fill, device, plan.plain_dtype(fill, activations), meter)
         _assign(model.get_submodule(fill.module), fill.parameter, values)
 
 
@@ -242,11 +261,8 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return found
 
 
-def _activation_dtype(
-    checkpoint: Checkpoint, plan: Plan, chosen: torch.dtype | None, device: torch.device
-) -> torch.dtype:
-    if chosen is not None:
-        return chosen
+def automatic_dtype(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> torch.dtype:
+    """The type of activations and unquantized weights where none is asked for."""
     if plan.quantized:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     embedding = next((fill.source for fill in plan.fills if fill.module.endswith("embed_tokens")), plan.fills[0].source)
@@ -257,16 +273,18 @@ def _total_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
     return sum(checkpoint.nbytes(name) for fill in plan.fills for name in (fill.parts or (fill.source,)))
 
 
-def _check_memory(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> None:
+def _check_memory(
+    checkpoint: Checkpoint, plan: Plan, wanted: QuantConfig | None, device: torch.device, activations: torch.dtype
+) -> None:
     """Refuse at once what cannot fit. What is mapped does not count: its pages can be dropped."""
-    if device.type != "cpu":
+    needed, free = plan.held_bytes(activations), memory.available()
+    if device.type != "cpu" or free is None or needed <= free:
         return
-    needed = sum(
-        fill.planned().nbytes if fill.quant else checkpoint.nbytes(fill.source) for fill in plan.fills if not fill.parts
+    advice = "load a folder made by `glm4lite quantize`, which is mapped"
+    if wanted is None and not plan.quantized:
+        advice = f"quantize it (quant='int4'), or {advice}"
+    elif wanted is not None and wanted.bits == 8:
+        advice = f"use quant='int4', or {advice}"
+    raise CheckpointError(
+        f"{checkpoint.folder} needs {memory.readable(needed)} of memory, {memory.readable(free)} are free; {advice}"
     )
-    free = memory.available()
-    if free is not None and needed > free:
-        raise CheckpointError(
-            f"{checkpoint.folder} needs {memory.readable(needed)} of memory, {memory.readable(free)} are free; "
-            "quantize it (quant='int4'), or load a folder made by `glm4lite quantize`"
-        )

@@ -53,7 +53,7 @@ class SamplingParams:
             ):
                 what = "a whole number" if kind is int else "a number"
                 bounds = f"at least {smallest}" if largest is None else f"between {smallest} and {largest}"
-                raise SamplingError(f"{name} must be {what} {bounds}, found {value!r}")
+                raise SamplingError(f"{name} must be {what} {bounds}, found {str(value)[:40]}")
         if isinstance(self.stop, str):
             raise SamplingError(f"stop must be a list of texts, found {self.stop!r}")
         if not all(self.stop):
@@ -67,6 +67,10 @@ class SamplingParams:
     @classmethod
     def from_generation_config(cls, values: dict[str, Any], **changes: Any) -> SamplingParams:
         """A checkpoint's own defaults; do_sample false means greedy. `changes` that are not None win over them."""
+        if values.get("do_sample") not in (None, True, False):
+            raise SamplingError(
+                f"generation_config.json: do_sample must be true or false, found {values['do_sample']!r}"
+            )
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         chosen = {name: values[name] for name in names if values.get(name) is not None}
         if values.get("do_sample") is False:
@@ -81,7 +85,7 @@ class SamplingParams:
 def _is_number(value: object, kind: type) -> bool:
     if isinstance(value, float):
         return kind is float and math.isfinite(value)
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 class Sampler:

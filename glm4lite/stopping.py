@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from glm4lite.errors import ConfigError
+
 if TYPE_CHECKING:
     from glm4lite.config import Glm4Config
     from glm4lite.tokenizer import Tokenizer
@@ -16,9 +18,12 @@ def stop_ids(config: Glm4Config, generation_config: dict[str, Any], tokenizer: T
     GLM-4 ends an answer with <|user|> and calls with <|observation|>; released configs name one or all of them.
     """
     given = generation_config.get("eos_token_id")
-    listed = given if isinstance(given, list) else [given]
+    listed = given if isinstance(given, list) else [] if given is None else [given]
+    wrong = [token for token in listed if not isinstance(token, int)]
+    if wrong:
+        raise ConfigError(f"generation_config.json: eos_token_id must be whole numbers, found {str(wrong[0])[:40]!r}")
     ids = [*config.eos_token_ids, *listed, *tokenizer.stop_ids]
-    return frozenset(token for token in ids if isinstance(token, int) and 0 <= token < config.vocab_size)
+    return frozenset(token for token in ids if 0 <= token < config.vocab_size)
 
 
 def partial_end(text: str, marker: str) -> str:

@@ -17,10 +17,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from glm4lite.errors import TemplateError
+from glm4lite.errors import CheckpointError, TemplateError
 from glm4lite.messages import Message, ToolCall
 from glm4lite.templating.process import TemplateProcess
-from glm4lite.tokenizer import Tokenizer, read_json_object
+from glm4lite.tokenizer import Tokenizer
+from glm4lite.weights.files import read_json
 
 TIME_LIMIT_S = 5.0  # a real template takes a millisecond; this much, that a busy machine fails none
 _MAX_SOURCE = 1_000_000  # characters; real templates have a few thousand
@@ -65,7 +66,7 @@ class ChatTemplate:
         Raises TemplateError for a template that cannot be read or is not valid Jinja.
         """
         folder = Path(path)
-        config = read_json_object(folder / "tokenizer_config.json")
+        config = read_json(folder / "tokenizer_config.json", CheckpointError, optional=True)
         names = {name: text for name in _SPECIAL_NAMES if (text := _token_text(config.get(name)))}
         file = folder / "chat_template.jinja"
         if file.is_file():

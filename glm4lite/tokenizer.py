@@ -8,7 +8,6 @@ Special tokens (`<|user|>`, `[gMASK]`, …) are recognized only where the caller
 
 import codecs
 import functools
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import tokenizers
 from tokenizers import decoders
 
 from glm4lite.errors import CheckpointError
+from glm4lite.weights.files import read_json
 
 GLM_STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 _PREFIX_TOKENS = ("[gMASK]", "<sop>")
@@ -69,7 +69,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
             raise CheckpointError(f"{file}: cannot be read as a tokenizer ({_one_line(error)})") from error
-        config = read_json_object(file.with_name("tokenizer_config.json"))
+        config = read_json(file.with_name("tokenizer_config.json"), CheckpointError, optional=True)
         try:
             return cls(backend, config)
         except (TypeError, ValueError, AttributeError) as error:
@@ -166,19 +166,6 @@ class StreamingDetokenizer:
         self._read = len(self._window)
         self._shown = len(self._tokenizer.decode(self._window, keep_special=True))
         return piece
-
-
-def read_json_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} when the file does not exist; raises CheckpointError naming the file."""
-    if not file.exists():
-        return {}
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON ({_one_line(error)})") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, found {type(data).__name__}")
-    return data
 
 
 def _declared_special(config: dict[str, Any]) -> set[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nano import dialogues
 from nano.render import IGNORED, Encoded, encode
-from nano.tokenizer import token_id
+from nano.tokenizer import token_id, word_pieces
 
 CHUNK = 2048  # dialogues sorted by length together
 ROUND = 16  # row lengths are rounded up to this
@@ -63,9 +63,10 @@ def group(rows: list[Encoded], tokens: int, filler: int, rng: random.Random) -> 
 def chunk(tokenizer: Tokenizer, seed: int, number: int, echo_share: float, tokens: int) -> list[Batch]:
     """Chunk `number` of the endless training text; the same arguments give the same batches."""
     rng = random.Random(f"nano {seed} {number}")
-    rows = []
+    pieces, rows = word_pieces(tokenizer), []
     for _ in range(CHUNK):
-        dialogue = dialogues.echo(rng) if rng.random() < echo_share else dialogues.generate(rng)
+        copying = rng.random() < echo_share
+        dialogue = dialogues.echo(rng, pieces) if copying else dialogues.generate(rng, pieces=pieces)
         row = encode(tokenizer, dialogue, rng)
         if len(row.ids) <= tokens // 4:
             rows.append(row)
@@ -74,7 +75,7 @@ def chunk(tokenizer: Tokenizer, seed: int, number: int, echo_share: float, token
 
 def echo_share(number: int) -> float:
     """Plain copying first: two chunks of it, then less and less."""
-    return 0.6 if number < 2 else max(0.03, 0.3 - 0.03 * number)
+    return 0.6 if number < 2 else max(0.12, 0.3 - 0.03 * number)
 
 
 def _produce(queue: Queue[list[Packed]], text: str, seed: int, first: int, stride: int, tokens: int) -> None:

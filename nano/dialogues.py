@@ -9,6 +9,7 @@ template is reserved.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,9 +172,9 @@ def _step(
     return skill.request(values, chinese), skill
 
 
-def generate(rng: random.Random, held_out: bool = False, most_turns: int = 4) -> Dialogue:
+def generate(rng: random.Random, held_out: bool = False, most_turns: int = 4, pieces: Sequence[str] = ()) -> Dialogue:
     """One conversation."""
-    values = Values(rng, held_out)
+    values = Values(rng, held_out, pieces)
     skills, everything = _declare(rng)
     chinese = rng.random() < 0.42
     system = rng.choice(SYSTEM) if rng.random() < 0.06 else ""
@@ -185,9 +186,9 @@ def generate(rng: random.Random, held_out: bool = False, most_turns: int = 4) ->
     return Dialogue(tuple(skill.schema for skill in skills), system, tuple(steps))
 
 
-def echo(rng: random.Random) -> Dialogue:
-    """Nothing but copying, in a short context: it comes early in training."""
-    values = Values(rng, held_out=False)
+def echo(rng: random.Random, pieces: Sequence[str] = ()) -> Dialogue:
+    """Nothing but copying, in a short context: much of it early in training."""
+    values = Values(rng, False, pieces)
     steps = []
     for _ in range(rng.randint(2, 5)):
         value = " ".join(values.draw("echo", rng.random() < 0.3) for _ in range(rng.randint(1, 2)))

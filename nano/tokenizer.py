@@ -240,6 +240,13 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
     return int(found)
 
 
+def word_pieces(tokenizer: Tokenizer) -> list[str]:
+    """The tokens that are letters or Chinese characters, as text."""
+    texts = [tokenizer.decode([index]) for index in range(tokenizer.get_vocab_size())]
+    characters = {text for text in texts if len(text) == 1 and "\u4e00" <= text <= "\u9fff"}
+    return sorted(characters.union(text for text in texts if text.isascii() and text.isalpha()))
+
+
 def load(folder: Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder."""
     return Tokenizer.from_file(str(folder / "tokenizer.json"))

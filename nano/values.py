@@ -11,7 +11,7 @@ import random
 import string
 import tomllib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -42,9 +42,12 @@ def words(name: str) -> tuple[str, ...]:
 class Values:
     """Draws values of a kind; `held_out` draws reserved ones."""
 
-    def __init__(self, rng: random.Random, held_out: bool) -> None:
+    def __init__(self, rng: random.Random, held_out: bool, pieces: Sequence[str] = ()) -> None:
+        """`pieces`: tokens to make words of, so that training copies every token of the vocabulary now and then."""
         self.rng = rng
         self.held_out = held_out
+        self.latin = [piece for piece in pieces if piece.isascii()]
+        self.han_pieces = [piece for piece in pieces if not piece.isascii()]
 
     def open(self, draw: Callable[[], str]) -> str:
         """Draws until the value is on this side of the split; single characters are on both sides."""
@@ -62,9 +65,9 @@ class Values:
         rng = self.rng
 
         def draw() -> str:
-            syllables = rng.choice((2, 2, 3))
-            word = "".join(rng.choice(words("onset")) + rng.choice(words("vowel")) for _ in range(syllables))
-            word += rng.choice("nrslmt") if rng.random() < 0.5 else ""
+            if self.latin and rng.random() < 0.4:
+                return "".join(rng.choice(self.latin) for _ in range(rng.choice((1, 2, 2, 3))))
+            word = _mixed(rng) if rng.random() < 0.4 else _syllables(rng)
             return word.capitalize() if capital else word
 
         return self.open(draw)
@@ -86,21 +89,31 @@ class Values:
         return text
 
     def han(self) -> str:
-        """A Chinese personal name, one in six with a rare character."""
+        """A Chinese personal name, one in three with a rare character."""
         rng, text = self.rng, table("words.toml")
 
         def draw() -> str:
             given = "".join(rng.choice(str(text["given_zh"])) for _ in range(rng.choice((1, 2, 2))))
-            if rng.random() < 0.17:
+            if rng.random() < 0.33:
                 given = chr(rng.randint(*RARE_HAN))
             return rng.choice(str(text["surname_zh"])) + given
 
         return self.open(draw)
 
+    def any_han(self) -> str:
+        """Two or three Chinese characters, most of them rare."""
+
+        def draw() -> str:
+            if self.han_pieces and self.rng.random() < 0.5:
+                return self.rng.choice(self.han_pieces)
+            return chr(self.rng.randint(*RARE_HAN))
+
+        return "".join(draw() for _ in range(self.rng.choice((2, 2, 3))))
+
     def city(self, chinese: bool) -> str:
         roll = self.rng.random()
         if chinese and roll < 0.75:
-            return self.listed("city_zh")
+            return self.listed("city_zh") if roll < 0.62 else self.open(lambda: self.any_han())
         return self.invented(True) if roll > (0.85 if chinese else 0.5) else self.listed("city")
 
     def person(self, chinese: bool) -> str:
@@ -134,8 +147,8 @@ class Values:
     def phrase(self, chinese: bool) -> str:
         """A short sentence to be passed on: a listed one, or one made of words."""
         if chinese and self.rng.random() < 0.7:
-            return self.listed("phrase_zh")
-        if self.rng.random() < 0.5:
+            return self.listed("phrase_zh") if self.rng.random() < 0.7 else self.open(self.any_han)
+        if self.rng.random() < 0.4:
             return self.listed("phrase")
         return " ".join(self.word() for _ in range(self.rng.randint(1, 4)))
 
@@ -145,6 +158,21 @@ class Values:
     def draw(self, kind: str, chinese: bool) -> str:
         """A value of the kind that a tool's table names."""
         return _KINDS[kind](self, chinese)
+
+
+def _syllables(rng: random.Random) -> str:
+    word = "".join(rng.choice(words("onset")) + rng.choice(words("vowel")) for _ in range(rng.choice((2, 2, 3))))
+    return word + (rng.choice("nrslmt") if rng.random() < 0.5 else "")
+
+
+def _mixed(rng: random.Random) -> str:
+    """Pieces of known words put together, so that every token of the vocabulary is copied now and then."""
+    parts = []
+    for _ in range(rng.choice((2, 2, 3))):
+        word = rng.choice(words(rng.choice(("city", "person", "noun", "topic", "things")))).lower()
+        start = rng.randrange(max(1, len(word) - 2))
+        parts.append(word[start : start + rng.randint(2, 5)])
+    return "".join(parts)
 
 
 def _few_digits(rng: random.Random, count: int) -> str:
@@ -176,14 +204,20 @@ def _one_of(*values: str) -> Draw:
 
 
 def _either(name: str) -> Draw:
-    """A word of a list, in Chinese mostly of the Chinese one."""
-    return lambda v, zh: v.listed(f"{name}_zh" if zh and v.rng.random() < 0.8 else name)
+    """A text of a list, in Chinese mostly of the Chinese one; now and then a phrase."""
+
+    def draw(v: Values, zh: bool) -> str:
+        if v.rng.random() < 0.25:
+            return v.phrase(zh)
+        return v.listed(f"{name}_zh" if zh and v.rng.random() < 0.8 else name)
+
+    return draw
 
 
 def _either_or_invented(name: str) -> Draw:
     def draw(v: Values, zh: bool) -> str:
         if zh and v.rng.random() < 0.8:
-            return v.listed(f"{name}_zh")
+            return v.listed(f"{name}_zh") if v.rng.random() < 0.75 else v.open(v.any_han)
         return v.listed(name) if v.rng.random() < 0.5 else v.invented(False)
 
     return draw
@@ -219,7 +253,9 @@ def _percent(v: Values, zh: bool) -> str:
 
 
 def _echo(v: Values, zh: bool) -> str:
-    return v.rng.choice((v.phrase(zh), v.number(), v.person(zh), v.word(), v.title(), v.code()))
+    if zh and v.rng.random() < 0.3:
+        return v.open(lambda: v.any_han())
+    return v.rng.choice((v.phrase(zh), v.number(), v.person(zh), v.word(), v.title(), v.code(), v.invented(True)))
 
 
 _KINDS: dict[str, Draw] = {

@@ -9,7 +9,8 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -87,14 +88,21 @@ def download(repo_id: str, progress: Callable[[Progress], None] | None = None) -
     Raises:
         HubError: the repo does not exist, is gated, holds no safetensors, cannot be reached, or does not fit the disk.
     """
-    try:
+    with _explained(repo_id):
         files = _listing(repo_id)
         missing = 0
         if files is not None:
             _check_files(repo_id, files)
             missing = _missing_bytes(repo_id, files)
         _check_disk(repo_id, missing)
-        return _fetch(repo_id, missing, progress)
+    return _fetch(repo_id, missing, progress)
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Around what asks the Hub or the cache, and nothing else: its errors become one line for the user."""
+    try:
+        yield
     except Exception as error:
         message = _explain(repo_id, error)
         if message is None:
@@ -178,9 +186,10 @@ def _fetch(repo_id: str, total: int, progress: Callable[[Progress], None] | None
         raise
     if not outcome:
         raise HubError(f"{repo_id}: the download ended without a result; run it again")
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return Path(outcome[0])
+    with _explained(repo_id):
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return Path(outcome[0])
 
 
 def _explain(repo_id: str, error: Exception) -> str | None:

@@ -1,6 +1,11 @@
-"""The names of a checkpoint's files, in one place."""
+"""The names of a checkpoint's files, in one place, and what all of its readers share: JSON objects, lists of names."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from glm4lite.errors import ConfigError, Glm4liteError
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -26,3 +31,38 @@ UNREADABLE: Mapping[str, str] = {
     ".gguf": "GGUF",
 }
 """Weight files of other kinds, by suffix."""
+
+_SHOWN_NAMES = 3
+_SHOWN_CHARACTERS = 100
+
+
+def read_json(path: Path, error: type[Glm4liteError] = ConfigError, optional: bool = False) -> dict[str, Any]:
+    """A JSON object from a file; {} where an `optional` file does not exist.
+
+    Raises:
+        Glm4liteError: of the type `error`: the file is missing, is not UTF-8 JSON, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if optional:
+            return {}
+        raise error(f"{path} is missing; a checkpoint folder needs it, download it again") from None
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause.strerror or cause}") from None
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{path} is not valid JSON ({cause}); download it again") from None
+    if not isinstance(value, dict):
+        raise error(f"{path} must hold a JSON object, found {type(value).__name__}; download it again")
+    return value
+
+
+def some(names: Sequence[str]) -> str:
+    """At most three names and how many more. They are a stranger's: cut where long, and without control characters."""
+    shown = ", ".join(_shown(name) for name in names[:_SHOWN_NAMES])
+    return shown + (f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else "")
+
+
+def _shown(name: str) -> str:
+    cut = name if len(name) <= _SHOWN_CHARACTERS else f"{name[:_SHOWN_CHARACTERS]}..."
+    return "".join(character if character.isprintable() else "\ufffd" for character in cut)

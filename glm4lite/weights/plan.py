@@ -6,6 +6,7 @@ All that can be wrong with names, shapes and types is said here, so a load that 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
@@ -16,7 +17,7 @@ from torch import nn
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError, ConfigError
-from glm4lite.weights.files import CONFIG
+from glm4lite.weights.files import CONFIG, some
 from glm4lite_quant import QuantConfig, QuantError, QuantTensor
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -54,15 +55,34 @@ class Fill:
 
 @dataclass
 class Plan:
-    """All fills in the model's order; `fresh` parameters are in no file and start from their initial values."""
+    """All fills in the model's order; `fresh` parameters are in no file and start from their initial values.
+
+    `kept` are the layers that were to be quantized, but whose width no code tile fits.
+    """
 
     fills: list[Fill] = field(default_factory=list)
     fresh: list[tuple[str, str]] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
     tied: bool = False
 
     @property
     def quantized(self) -> bool:
         return any(fill.quant or fill.parts for fill in self.fills)
+
+    def plain_dtype(self, fill: Fill, activations: torch.dtype) -> torch.dtype:
+        """What an unquantized parameter is held as: norms and biases of a quantized model stay exact."""
+        return torch.float32 if self.quantized and len(fill.shape) == 1 else activations
+
+    def held_bytes(self, activations: torch.dtype) -> int:
+        """Bytes of memory the filled parameters take. What is quantized in the file already is mapped and not held."""
+        return sum(
+            fill.planned().nbytes
+            if fill.quant
+            else math.prod(fill.shape) * self.plain_dtype(fill, activations).itemsize
+            for fill in self.fills
+            if not fill.parts
+        )
 
 
 def parse_quant(quant: str | QuantConfig | None) -> QuantConfig | None:
@@ -100,6 +120,7 @@ def _check_sizes(checkpoint: Checkpoint, config: Glm4Config) -> None:
         "hidden_size": (config.hidden_size, side),
         "intermediate_size": (config.intermediate_size, side),
         "num_attention_heads x head_dim": (config.num_attention_heads * config.head_dim, side),
+        "num_labels": (config.num_labels, max(side, config.vocab_size)),
     }
     for key, (size, limit) in sizes.items():
         if size > limit:
@@ -116,7 +137,6 @@ def make_plan(model: nn.Module, checkpoint: Checkpoint, quant: QuantConfig | Non
     """
     plan = Plan()
     missing: list[tuple[str, str]] = []
-    kept: list[str] = []
     plan.tied = bool(getattr(model.config, "tie_word_embeddings", False)) and hasattr(model, "lm_head")
     prefix = "" if hasattr(model, "model") else "model."  # the bare trunk's parameters lie under model. in the file
     for module, parameter, shape in _parameters(model):
@@ -127,14 +147,13 @@ def make_plan(model: nn.Module, checkpoint: Checkpoint, quant: QuantConfig | Non
         if not parts and source not in checkpoint:
             (plan.fresh if module == "score" else missing).append((module, parameter))
             continue
-        config = None if parts else _quant_for(model, module, parameter, shape, quant, kept)
+        config = None if parts else _quant_for(model, module, parameter, shape, quant, plan.kept)
         plan.fills.append(Fill(module, parameter, source, shape, config, parts))
     if missing:
         raise CheckpointError(_missing(checkpoint, [f"{prefix}{module}.{parameter}" for module, parameter in missing]))
     _check_unexpected(model, checkpoint, plan)
     for fill in plan.fills:
         _check_fill(checkpoint, fill)
-    _say(checkpoint, plan, kept)
     return plan
 
 
@@ -182,8 +201,7 @@ def _check_unexpected(model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> N
     extra = [name for name in checkpoint.names() if name not in used]
     heads = [name for name in extra if name.startswith("lm_head.")]
     if heads and (plan.tied or not hasattr(model, "lm_head")):
-        why = "the config ties the head to the embedding" if plan.tied else f"{type(model).__name__} has no such head"
-        logger.warning("%s is not used: %s", some(heads), why)
+        plan.unused = heads
         extra = [name for name in extra if name not in heads]
     if extra:
         raise CheckpointError(
@@ -206,10 +224,14 @@ def _check_fill(checkpoint: Checkpoint, fill: Fill) -> None:
         raise CheckpointError(f"{where} has the type {dtype}, which cannot be loaded; use a BF16 or F32 checkpoint")
 
 
-def _say(checkpoint: Checkpoint, plan: Plan, kept: list[str]) -> None:
-    """Notices: nothing is wrong, but the user should know."""
-    if kept:
-        logger.warning("not quantized, because their input width is not a multiple of %d: %s", CODE_COLUMNS, some(kept))
+def say_notices(model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> None:
+    """What is not wrong, but the user should know."""
+    if plan.unused:
+        why = "the config ties the head to the embedding" if plan.tied else f"{type(model).__name__} has no such head"
+        logger.warning("%s is not used: %s", some(plan.unused), why)
+    if plan.kept:
+        why = f"their input width is not a multiple of {CODE_COLUMNS}"
+        logger.warning("not quantized, because %s: %s", why, some(plan.kept))
     if plan.fresh:
         names = some([f"{module}.{parameter}" for module, parameter in plan.fresh])
         logger.warning("%s is not in the checkpoint and starts from random values: train it before use", names)
@@ -218,28 +240,30 @@ def _say(checkpoint: Checkpoint, plan: Plan, kept: list[str]) -> None:
         logger.warning("%s stores float16: read as float32, because %s", checkpoint.folder, why)
 
 
-def stored_quant(checkpoint: Checkpoint, wanted: QuantConfig | None) -> QuantConfig | None:
+def stored_quant(checkpoint: Checkpoint, asked: str | QuantConfig | None = None) -> QuantConfig | None:
     """How the checkpoint is quantized by its config.json (None: it is not).
 
     Raises:
-        ConfigError: another tool quantized it, or it is quantized otherwise than wanted.
+        ConfigError: another tool quantized it, config.json does not say how, or it is quantized otherwise than asked:
+            "none" asks for an unquantized one, None for nothing.
     """
-    given = checkpoint.config.get("quantization_config")
+    given, path = checkpoint.config.get("quantization_config"), checkpoint.folder / CONFIG
     if given is None:
+        codes = [name for name in checkpoint.names() if name.endswith(f".{QUANT_PARTS[0]}")]
+        if codes:
+            raise ConfigError(
+                f"{path} has no quantization_config, but {codes[0]} is stored; "
+                "get back the config.json that belongs to the weights"
+            )
         return None
-    path = checkpoint.folder / CONFIG
     try:
         stored = QuantConfig.from_dict(given)
     except QuantError as error:
         raise ConfigError(f"{path}: {error}; use the model's BF16 checkpoint") from None
-    if wanted is not None and (wanted.bits, wanted.group_size) != (stored.bits, stored.group_size):
-        raise ConfigError(
-            f"{path} is quantized to int{stored.bits} in groups of {stored.group_size} already; load it without quant, "
-            "or quantize the original checkpoint"
-        )
-    return stored
-
-
-def some(names: list[str]) -> str:
-    """At most three names and how many more."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    wanted = parse_quant(asked)
+    if asked is None or wanted == stored or (wanted and isinstance(asked, str) and wanted.bits == stored.bits):
+        return stored
+    raise ConfigError(
+        f"{path} is quantized to int{stored.bits} in groups of {stored.group_size} already; load it without quant, "
+        f"or {'quantize' if wanted else 'load'} the original checkpoint"
+    )

@@ -19,7 +19,7 @@ from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.hub import resolve
 from glm4lite.weights.files import COMPANIONS, CONFIG
-from glm4lite.weights.plan import Fill, make_plan, parse_quant, read_config, skeleton, stored_quant
+from glm4lite.weights.plan import Fill, make_plan, parse_quant, read_config, say_notices, skeleton, stored_quant
 from glm4lite.weights.shard import DTYPES
 from glm4lite.weights.streaming import Meter, ProgressCallback, blocks, quantize_weight
 from glm4lite.weights.writer import SHARD_BYTES, FolderWriter, PlannedTensor, check_destination
@@ -42,19 +42,20 @@ def quantize_checkpoint(
         Glm4liteError: the source cannot be loaded, is quantized already, or the destination cannot be written.
             Nothing is left behind then, nor after Ctrl-C or an exception from `progress`.
     """
-    target = Path(destination).expanduser()
-    check_destination(target)
+    target = _target(destination)
     config = parse_quant(quant)
     if config is None:
         raise ConfigError("quant 'none' leaves nothing to do; use int4 or int8")
     checkpoint = Checkpoint.open(resolve(source, progress))
-    if stored_quant(checkpoint, None) is not None:
+    if stored_quant(checkpoint) is not None:
         raise ConfigError(f"{checkpoint.folder} is quantized already; quantize the original checkpoint")
     model_config = read_config(checkpoint)
-    plan = make_plan(skeleton(checkpoint, model_config, model_class(checkpoint)), checkpoint, config)
+    model = skeleton(checkpoint, model_config, model_class(checkpoint))
+    plan = make_plan(model, checkpoint, config)
     if plan.fresh:
         module, parameter = plan.fresh[0]
         raise CheckpointError(f"{checkpoint.folder} lacks {module}.{parameter}; train the head before quantizing")
+    say_notices(model, checkpoint, plan)
     meter = Meter("quantize", sum(checkpoint.nbytes(fill.source) for fill in plan.fills), progress)
     planned = [tensor for fill in plan.fills for tensor in _planned(checkpoint, fill)]
     with FolderWriter(target, planned, shard_bytes) as writer:
@@ -70,6 +71,7 @@ def save_quantized(model: nn.Module, source_folder: str | Path, destination: str
     Raises:
         CheckpointError: the model holds no quantized weights, or the destination cannot be written.
     """
+    target = _target(destination)
     checkpoint = Checkpoint.open(resolve(source_folder))
     model_config: Any = model.config
     given = (model_config.model_extra or {}).get("quantization_config")
@@ -77,11 +79,20 @@ def save_quantized(model: nn.Module, source_folder: str | Path, destination: str
         raise CheckpointError("the model is not quantized; load it with quant='int4' or 'int8' first")
     tensors = dict(_model_tensors(model, model_config))
     planned = [PlannedTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    target = Path(destination).expanduser()
     with FolderWriter(target, planned) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
         _write_rest(writer, checkpoint, model_config, QuantConfig.from_dict(given))
+    return target
+
+
+def _target(destination: str | Path) -> Path:
+    """The folder to write, checked before any work."""
+    try:
+        target = Path(destination).expanduser()
+    except RuntimeError as error:  # "~name" of a user who does not exist
+        raise CheckpointError(f"{destination} cannot be written ({error}); choose another folder") from None
+    check_destination(target)
     return target
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import mmap
 import os
+import reprlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -46,6 +47,8 @@ _ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {
     "U64": 8,
 }
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
+_MAX_DIMENSIONS = 8
+_MAX_NAME = 1000
 _AGAIN = "download or copy the file again"
 
 
@@ -123,24 +126,31 @@ def _header_json(path: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = dict(pairs)
-    if len(keys) != len(pairs):
-        twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
-        raise ValueError(f"{twice!r} appears twice")
-    return keys
+    seen = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise ValueError(f"{reprlib.repr(key)} appears twice")
+        seen.add(key)
+    return dict(pairs)
 
 
 def _entry_fields(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     """dtype, shape, begin, end of one entry, each of the right type."""
+    if len(name) > _MAX_NAME or not name.isprintable():  # it is written in messages
+        raise _lies(path, f"{reprlib.repr(name)} is no name of a tensor")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise _lies(path, f"{name} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        raise CheckpointError(f"{path}: {name} has the unknown type {dtype!r}; known: {', '.join(sorted(_ITEM_BYTES))}")
+        raise CheckpointError(
+            f"{path}: {name} has the unknown type {reprlib.repr(dtype)}; known: {', '.join(sorted(_ITEM_BYTES))}"
+        )
     if not _naturals(shape):
-        raise _lies(path, f"{name} has the shape {shape!r}")
+        raise _lies(path, f"{name} has the shape {reprlib.repr(shape)}")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise _lies(path, f"{name} has {len(shape)} dimensions, more than {_MAX_DIMENSIONS}")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _lies(path, f"{name} has the offsets {offsets!r}")
+        raise _lies(path, f"{name} has the offsets {reprlib.repr(offsets)}")
     return dtype, tuple(shape), offsets[0], offsets[1]
 
 

@@ -13,7 +13,8 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -68,37 +69,36 @@ class FolderWriter:
 
     def __init__(self, destination: Path, planned: Sequence[PlannedTensor], shard_bytes: int = SHARD_BYTES) -> None:
         self.destination = destination.absolute()
-        check_destination(self.destination)
         self._size = sum(tensor.nbytes for tensor in planned)
+        check_destination(self.destination)
         self._check_space()
         self._shards = _group(planned, shard_bytes)
         self._places: dict[str, _Place] = {}
         self._written: dict[str, int] = {}
 
     def __enter__(self) -> Self:
-        try:
+        with self._disk():
             self.destination.parent.mkdir(parents=True, exist_ok=True)
             prefix = f".{self.destination.name}.partial-"
             self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.destination.parent))
-        except OSError as error:
-            raise self._explain(error) from None
         try:
-            for file, tensors in self._shards.items():
-                self._begin_shard(file, tensors)
-        except BaseException as error:
-            self._discard(error)
+            with self._disk():
+                for file, tensors in self._shards.items():
+                    self._begin_shard(file, tensors)
+        except BaseException:
+            self._discard()
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        try:
-            if error is None:
-                self._finish()
-        except BaseException as late:
-            self._discard(late)
-            raise
         if error is not None:
-            self._discard(error)
+            return self._discard()
+        try:
+            with self._disk():
+                self._finish()
+        except BaseException:
+            self._discard()
+            raise
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a whole planned tensor."""
@@ -110,19 +110,28 @@ class FolderWriter:
         if rows.dtype != place.planned.dtype or done + rows.nbytes > place.planned.nbytes:
             raise CheckpointError(f"{name}: {rows.dtype} {list(rows.shape)} does not fit the planned {place.planned}")
         data = rows.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        with (self._folder / place.file).open("r+b", buffering=0) as file:
+        with self._disk(), (self._folder / place.file).open("r+b", buffering=0) as file:
             file.seek(place.offset + done)
             _write_all(file.fileno(), memoryview(cast(Any, data)))
         self._written[name] = done + rows.nbytes
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        (self._folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        with self._disk():
+            (self._folder / name).write_text(text, encoding="utf-8")
 
     def copy(self, files: Iterable[Path]) -> None:
         """Copy small files as they are; those that are missing are left out."""
         for file in files:
-            if file.exists():
-                shutil.copyfile(file, self._folder / file.name)
+            try:
+                data = file.read_bytes()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                why = error.strerror or error
+                raise CheckpointError(f"{file} cannot be read ({why}); make it readable or remove it") from None
+            with self._disk():
+                (self._folder / file.name).write_bytes(data)
 
     def _begin_shard(self, file: str, tensors: list[PlannedTensor]) -> None:
         """Write the header and remember each tensor's place."""
@@ -158,20 +167,22 @@ class FolderWriter:
         self._folder.rename(self.destination)
         _sync(self.destination.parent)
 
-    def _discard(self, error: BaseException) -> None:
-        """Remove what was written; an error of the disk becomes a message for the user."""
+    def _discard(self) -> None:
+        """Remove what was written."""
         shutil.rmtree(self._folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise self._explain(error) from None
 
-    def _explain(self, error: OSError) -> CheckpointError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return CheckpointError(
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        """Around what writes, and nothing else: an error of the disk becomes a message for the user."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise _unwritable(self.destination, error) from None
+            raise CheckpointError(
                 f"{self.destination} cannot be written: the disk is full; {readable(self._size)} are needed, "
                 "free some space and run it again (nothing was left behind)"
-            )
-        why = error.strerror or error
-        return CheckpointError(f"{self.destination} cannot be written ({why}); choose another folder")
+            ) from None
 
     def _check_space(self) -> None:
         parent = next(folder for folder in self.destination.parents if folder.exists())
@@ -187,10 +198,18 @@ def check_destination(destination: Path) -> None:
     """Only a folder that does not exist, or is empty, is written to.
 
     Raises:
-        CheckpointError: something is there.
+        CheckpointError: something is there, or nothing can be there.
     """
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    try:
+        taken = destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
+    except OSError as error:
+        raise _unwritable(destination, error) from None
+    if taken:
         raise CheckpointError(f"{destination} exists and is not empty; choose another folder or remove it first")
+
+
+def _unwritable(destination: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{destination} cannot be written ({error.strerror or error}); choose another folder")
 
 
 def _group(planned: Sequence[PlannedTensor], shard_bytes: int) -> dict[str, list[PlannedTensor]]:

@@ -3,6 +3,7 @@
 import json
 import re
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from safetensors.torch import save_file
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, ConfigError, Glm4liteError
 from glm4lite.heads import Glm4ForSequenceClassification
-from glm4lite.loader import load
+from glm4lite.loader import load, quantize_checkpoint
+from glm4lite.weights.memory import readable
 from glm4lite_quant import QuantConfig
 from tests.glm4lite.checkpoints import tiny_config, tiny_tensors, write_checkpoint
 
@@ -124,6 +126,16 @@ def test_a_name_twice_in_a_header_is_said(folder: Path) -> None:
     assert refused(folder) == f"DIR/{SHARD} has a corrupt header ('a' appears twice); download or copy the file again"
 
 
+def test_a_name_twice_among_very_many_is_found_soon(folder: Path) -> None:
+    entry = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    names = [f"t{i}" for i in range(60_000)] + ["t59999"]
+    text = ("{" + ",".join(f'"{name}":{entry}' for name in names) + "}").encode()
+    (folder / SHARD).write_bytes(struct.pack("<Q", len(text)) + text)
+    start = time.monotonic()
+    assert "('t59999' appears twice)" in refused(folder)
+    assert time.monotonic() - start < 5
+
+
 EMBED = "model.embed_tokens.weight"
 LIES: dict[str, tuple[dict[str, Any], str]] = {
     "shape": ({"shape": [400, 65]}, f"{EMBED} is BF16 [400, 65], 52000 bytes, but its offsets span 51200"),
@@ -133,6 +145,8 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
         {"shape": [2**62, 2**62]},
         f"{EMBED} is BF16 [{2**62}, {2**62}], {2**125} bytes, but its offsets span 51200",
     ),
+    "many dimensions": ({"shape": [2**62] * 300}, f"{EMBED} has 300 dimensions, more than 8"),
+    "long text": ({"shape": "7" * 10_000}, f"{EMBED} has the shape '777777777777...7777777777777'"),
     "offsets backwards": ({"data_offsets": [51200, 0]}, f"{EMBED} has the offsets [51200, 0]"),
     "offsets of three": ({"data_offsets": [0, 1, 2]}, f"{EMBED} has the offsets [0, 1, 2]"),
     "type": ({"dtype": "F32"}, f"{EMBED} is F32 [400, 64], 102400 bytes, but its offsets span 51200"),
@@ -199,6 +213,27 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
     (folder / SECOND).unlink()
     assert refused(folder) == (
         f"DIR lacks {SECOND}, named by model.safetensors.index.json; download the checkpoint again"
+    )
+
+
+def test_an_index_that_names_an_impossible_file_lacks_a_shard(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"]["other"] = "x" * 300 + ".safetensors"
+    index.write_text(json.dumps(values))
+    message = refused(folder)
+    assert message.startswith("DIR lacks xxx")
+    assert message.endswith(", named by model.safetensors.index.json; download the checkpoint again")
+    assert len(message) < 200
+
+
+def test_many_missing_shards_are_counted(folder: Path) -> None:
+    index = {"weight_map": {str(i): f"model-{i:05d}-of-01000.safetensors" for i in range(1000)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert refused(folder) == (
+        "DIR lacks model-00000-of-01000.safetensors, model-00001-of-01000.safetensors, "
+        "model-00002-of-01000.safetensors and 997 more, named by model.safetensors.index.json; "
+        "download the checkpoint again"
     )
 
 
@@ -332,6 +367,22 @@ def test_an_absurd_size_is_refused_before_the_model_is_built(folder: Path, key: 
     )
 
 
+def test_quantized_weights_that_the_config_does_not_declare_are_said(folder: Path, tmp_path: Path) -> None:
+    written = quantize_checkpoint(folder, tmp_path / "q", "int4")
+    (written / "config.json").write_text(json.dumps(tiny_config()))
+    message = refused(written, ConfigError)
+    assert message == (
+        "DIR/config.json has no quantization_config, but model.embed_tokens.qweight is stored; "
+        "get back the config.json that belongs to the weights"
+    )
+
+
+@pytest.mark.parametrize("given", [{"quant_method": "fp8"}, {"quant_method": "glm4lite"}, [], "int4", {"bits": 4}])
+def test_a_quantization_config_of_any_other_form_is_said(folder: Path, given: object) -> None:
+    edit_config(folder, quantization_config=given)
+    assert refused(folder, ConfigError).startswith("DIR/config.json: quantization_config")
+
+
 def test_a_generation_config_that_is_not_json_is_said(folder: Path) -> None:
     (folder / "generation_config.json").write_text("eos")
     with pytest.raises(ConfigError, match=r"generation_config.json is not valid JSON \(.*\); download it again"):
@@ -374,6 +425,22 @@ def test_unexpected_tensors_are_named(folder: Path) -> None:
         "DIR holds model.layers.0.mlp.extra.weight (in model.safetensors), which config.json's model does not have; "
         "correct config.json (model_type, attention_bias, num_hidden_layers) or use the right class"
     )
+
+
+def test_a_tensor_name_cannot_write_to_the_terminal(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({"a\x1b[2J\nerror: b": torch.zeros(4)}))
+    assert refused(folder) == (
+        r"DIR/model.safetensors has a wrong header: 'a\x1b[2J\nerror: b' is no name of a tensor; "
+        "download or copy the file again"
+    )
+
+
+def test_a_name_in_the_index_cannot_write_to_the_terminal(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"]["a\x1b[2J\nerror: b"] = SHARD
+    index.write_text(json.dumps(values))
+    assert refused(folder).startswith("DIR/model.safetensors.index.json puts a\ufffd[2J\ufffderror: b in model-0")
 
 
 def test_biases_that_the_config_denies_are_named(folder: Path) -> None:
@@ -429,14 +496,49 @@ def test_a_group_size_that_does_not_divide_is_named(folder: Path) -> None:
     )
 
 
-def test_a_checkpoint_that_does_not_fit_the_memory_is_refused_first(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def held(model: Any) -> str:
+    return readable(sum(value.nbytes for value in model.state_dict().values()))
+
+
+def limit_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 90 kB\nMemAvailable: 64 kB\nSwapFree: 0 kB\n")
     monkeypatch.setattr("glm4lite.weights.memory.MEMINFO", meminfo)
-    message = refused(folder)
-    assert message.startswith("DIR needs 222 KiB of memory, 64 KiB are free; quantize it (quant='int4')")
+
+
+MAPPED = "load a folder made by `glm4lite quantize`, which is mapped"
+ADVICE: dict[str, tuple[dict[str, Any], str]] = {
+    "as stored": ({}, f"quantize it (quant='int4'), or {MAPPED}"),
+    "float32": ({"dtype": "float32"}, f"quantize it (quant='int4'), or {MAPPED}"),
+    "int8": ({"quant": "int8"}, f"use quant='int4', or {MAPPED}"),
+    "int4": ({"quant": "int4"}, MAPPED),
+}
+
+
+@pytest.mark.parametrize("how", ADVICE)
+def test_a_checkpoint_that_does_not_fit_the_memory_is_refused_first(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    arguments, advice = ADVICE[how]
+    needed = held(load(folder, **arguments))
+    limit_memory(tmp_path, monkeypatch)
+    assert refused(folder, **arguments) == f"DIR needs {needed} of memory, 64 KiB are free; {advice}"
+
+
+def test_a_float16_checkpoint_needs_the_memory_of_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = tiny_tensors(tiny_config(), dtype=torch.float16)
+    folder = write_checkpoint(tmp_path / "f16", tensors=tensors)
+    needed = held(load(folder))
+    limit_memory(tmp_path, monkeypatch)
+    assert refused(folder).startswith(f"DIR needs {needed} of memory, 64 KiB are free; ")
+
+
+def test_a_pre_quantized_folder_needs_no_memory_for_what_is_mapped(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = quantize_checkpoint(folder, tmp_path / "q", "int4")
+    limit_memory(tmp_path, monkeypatch)
+    assert load(written)
 
 
 def test_a_head_the_checkpoint_lacks_is_not_taken_for_an_unexpected_one(folder: Path) -> None:

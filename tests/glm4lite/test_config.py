@@ -1,5 +1,8 @@
 """Glm4Config: the documented defaults, both dialects, and errors that name the key."""
 
+import math
+from typing import Any
+
 import pytest
 
 from glm4lite.config import Glm4Config
@@ -81,7 +84,7 @@ def test_the_remote_code_dialect_of_glm_4_9b_chat_is_read() -> None:
         ({"num_hidden_layers": -1}, "num_hidden_layers: .* found -1"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(32\) must be a multiple of num_key_value_heads \(3\)"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope' is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "factor must be a number above 0, found None"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_parameters: factor must be a number of at least 1, found None"),
         ({"rope_scaling": "yarn"}, "rope_scaling must be an object, found 'yarn'"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5 of head_dim 128 gives 192"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
@@ -101,3 +104,105 @@ def test_a_missing_key_is_named(key: str) -> None:
     del values[key]
     with pytest.raises(ConfigError, match=f"the key '{key}' is missing"):
         Glm4Config.from_dict(values)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 10**400, "10000", True, None, [], 1, 0, -5])
+def test_a_rope_base_is_a_number_above_1(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"^config.json: (rope_parameters[.:] ?)?rope_theta must be ") as caught:
+        Glm4Config.from_dict({**SIZES, "model_type": "glm4", "rope_parameters": {"rope_theta": value}})
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("factor", 0.5),
+        ("factor", math.inf),
+        ("original_max_position_embeddings", 0),
+        ("original_max_position_embeddings", 10**400),
+        ("beta_fast", "32"),
+        ("beta_fast", -3),
+        ("beta_fast", 0),
+        ("beta_slow", 1e-300),
+        ("beta_slow", 1e300),
+        ("attention_factor", "x"),
+        ("attention_factor", 0),
+        ("mscale", "x"),
+        ("mscale", -10.0),
+        ("mscale_all_dim", []),
+        ("truncate", "yes"),
+        ("partial_rotary_factor", math.inf),
+        ("partial_rotary_factor", 1e300),
+    ],
+)
+def test_a_yarn_value_that_cannot_be_used_is_named(key: str, value: object) -> None:
+    rope = {"mscale": 1.0, "mscale_all_dim": 1.0} | YARN | {key: value}
+    with pytest.raises(ConfigError, match=rf"rope_parameters[.:] ?{key} must be ") as caught:
+        Glm4Config.from_dict({**SIZES, "model_type": "glm4", "rope_parameters": rope})
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("rope_theta", [1.0001, 1e4, 9e11])
+@pytest.mark.parametrize("beta", [0.002, 1, 9e11])
+@pytest.mark.parametrize("context", [1, 9e11])
+def test_every_rope_value_that_is_accepted_gives_finite_frequencies(
+    rope_theta: float, beta: float, context: float
+) -> None:
+    rotary = pytest.importorskip("glm4lite.rotary")
+    odd: dict[str, Any] = {"factor": 9e11, "beta_fast": beta, "beta_slow": 9e11, "mscale": 9e11, "mscale_all_dim": 1}
+    rope = YARN | odd | {"rope_theta": rope_theta, "original_max_position_embeddings": context}
+    frequencies, scaling = rotary.inverse_frequencies(Glm4Config(**SIZES, rope_parameters=rope))
+    assert frequencies.isfinite().all()
+    assert math.isfinite(scaling)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
+        ({"initializer_range": math.inf}, "initializer_range"),
+        ({"initializer_range": -1.0}, "initializer_range"),
+        ({"attention_dropout": 10**400}, "attention_dropout"),
+        ({"hidden_dropout": "x"}, "hidden_dropout"),
+        ({"hidden_dropout": 1.5}, "hidden_dropout"),
+        ({"classifier_dropout": -0.5}, "classifier_dropout"),
+        ({"num_labels": 10**400}, "num_labels"),
+        ({"max_position_embeddings": 10**400}, "max_position_embeddings"),
+        ({"pad_token_id": 10**400}, "pad_token_id"),
+        ({"vision": {"sizes": [1, math.nan]}}, r"vision\.sizes\.1"),
+    ],
+)
+def test_a_number_that_is_not_finite_or_out_of_range_is_named(changes: dict[str, object], key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^config.json: {key}\b") as caught:
+        Glm4Config.from_dict({**SIZES, "model_type": "glm4", **changes})
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("ratio", ["500", math.nan, 10**400, 0, -1, True])
+def test_a_rope_ratio_that_cannot_be_used_is_named_with_its_file(ratio: object) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^old/config.json: rope_ratio must be (a number above 0|at most 1e\+12), found"
+    ):
+        Glm4Config.from_dict({**SIZES, "model_type": "chatglm", "rope_ratio": ratio}, "old/config.json")
+
+
+def test_a_value_nested_without_end_is_refused() -> None:
+    nested: list[Any] = []
+    for _ in range(5000):
+        nested = [nested]
+    with pytest.raises(ConfigError, match=r"^config.json: extra is nested too deeply"):
+        Glm4Config.from_dict({**SIZES, "model_type": "glm4", "extra": nested})
+
+
+def test_token_ids_that_are_null_stay_null() -> None:
+    config = Glm4Config.from_dict({**SIZES, "model_type": "glm4", "pad_token_id": None, "eos_token_id": None})
+    values = config.to_dict()
+    assert (values["pad_token_id"], values["eos_token_id"]) == (None, None)
+    again = Glm4Config.from_dict(values)
+    assert (again.pad_token_id, again.eos_token_ids) == (None, [])
+    assert "dtype" not in values
+    assert "problem_type" not in values

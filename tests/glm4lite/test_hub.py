@@ -32,6 +32,10 @@ def watch(event):
     events.append([event.stage, event.done, event.total, event.unit])
     if sys.argv[1] == "stop":
         raise Stop
+    if sys.argv[1] == "pipe":
+        raise BrokenPipeError(32, "Broken pipe")
+    if sys.argv[1] == "full":
+        raise OSError(28, "No space left on device")
 
 for source in sys.argv[2:]:
     events = []
@@ -41,6 +45,8 @@ for source in sys.argv[2:]:
         found = {"error": str(error)}
     except Stop:
         found = {"stopped": True}
+    except OSError as error:
+        found = {"raised": error.errno}
     print(json.dumps(found | {"events": events}))
 import os
 print(json.dumps({"xet_off": os.environ.get("HF_HUB_DISABLE_XET"), "torch": "torch" in sys.modules}))
@@ -134,6 +140,29 @@ def test_a_name_that_is_no_repo_id_is_said(source: str) -> None:
     )
 
 
+@pytest.mark.parametrize("source", ["x" * 300, "org/" + "y" * 300, "./" + "z" * 5000])
+def test_a_name_too_long_for_a_file_is_said(source: str) -> None:
+    with pytest.raises(HubError) as caught:
+        resolve(source)
+    message = str(caught.value)
+    assert message.endswith(
+        "; give a folder, a Hub repo id (organisation/name, for example zai-org/GLM-4-9B-0414), or nano"
+    )
+    assert len(message) < 300
+
+
+def test_a_home_folder_that_is_not_there_is_said() -> None:
+    with pytest.raises(HubError, match=r"^~nosuchuser/model does not exist; give a folder, "):
+        resolve("~nosuchuser/model")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may look everywhere")
+def test_a_folder_that_may_not_be_looked_into_is_said(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(HubError, match=r"closed/model cannot be opened \(Permission denied\); give a folder, "):
+        resolve(tmp_path / "closed" / "model")
+
+
 # --- from the server
 
 
@@ -203,6 +232,14 @@ def test_a_stop_ends_the_download_and_leaves_no_partial_files(hub: HubServer, tm
     found, _ = find(hub.url, tmp_path, "org/tiny", mode="stop")
     assert found["stopped"] is True
     assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize(("mode", "errno"), [("pipe", 32), ("full", 28)])
+def test_an_error_of_the_progress_callback_is_not_taken_for_the_downloads(
+    hub: HubServer, tmp_path: Path, mode: str, errno: int
+) -> None:
+    found, _ = find(hub.url, tmp_path, "org/tiny", mode=mode)
+    assert found.get("raised") == errno, found
 
 
 @pytest.fixture

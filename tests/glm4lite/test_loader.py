@@ -11,7 +11,7 @@ from glm4lite.events import Progress
 from glm4lite.heads import Glm4ForSequenceClassification, Glm4ForTokenClassification
 from glm4lite.loader import load
 from glm4lite.model import Glm4ForCausalLM, Glm4Model
-from glm4lite.weights import streaming
+from glm4lite.weights import memory, streaming
 from glm4lite_quant import QuantConfig, QuantEmbedding, QuantLinear, QuantTensor
 from tests.glm4lite.checkpoints import legacy_checkpoint, tiny_config, tiny_tensors, write_checkpoint
 
@@ -156,6 +156,11 @@ def test_a_stored_classification_head_is_read(tmp_path: Path, quant: str | None)
     assert logits(model).shape == (1, 7, 3)
 
 
+def test_a_token_classifiers_dropout_is_the_configs(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, tiny_config(hidden_dropout=0.25))
+    assert load(folder, cls=Glm4ForTokenClassification).dropout.p == 0.25
+
+
 def test_the_bare_trunk_is_loaded_too(folder: Path) -> None:
     trunk = load(folder, cls=Glm4Model)
     assert torch.equal(trunk.state_dict()["norm.weight"], tiny_tensors(tiny_config())["model.norm.weight"])
@@ -191,3 +196,49 @@ def test_a_good_load_says_nothing(folder: Path, caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.INFO, "glm4lite"):
         load(folder, quant="int4")
     assert caplog.messages == []
+
+
+GIB = 1 << 30
+
+
+def cgroups(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+CGROUPS: dict[str, tuple[str, dict[str, str], int]] = {
+    "v2, a container": ("0::/\n", {"memory.max": f"{GIB}", "memory.current": f"{GIB // 2}"}, GIB // 2),
+    "v2, cache can be dropped": (
+        "0::/\n",
+        {"memory.max": f"{GIB}", "memory.current": f"{GIB}", "memory.stat": f"anon 5\nfile {GIB // 4}\n"},
+        GIB // 4,
+    ),
+    "v2, a limit further up": (
+        "0::/a/b\n",
+        {"a/memory.max": f"{GIB}", "a/memory.current": "0", "a/b/memory.max": "max", "a/b/memory.current": "0"},
+        GIB,
+    ),
+    "v1": (
+        "4:memory:/job\n0::/\n",
+        {"memory/job/memory.limit_in_bytes": f"{GIB}", "memory/job/memory.usage_in_bytes": f"{GIB // 4}"},
+        3 * GIB // 4,
+    ),
+    "no limit": ("0::/\n", {"memory.max": "max", "memory.current": f"{GIB}"}, 4 * GIB),
+    "nothing there": ("0::/gone\n", {}, 4 * GIB),
+    "not understood": ("x\n", {"memory.max": "?", "memory.current": "?"}, 4 * GIB),
+}
+
+
+@pytest.mark.parametrize("case", CGROUPS)
+def test_free_memory_is_what_the_machine_and_the_control_group_allow(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, files, free = CGROUPS[case]
+    (tmp_path / "meminfo").write_text(f"MemAvailable: {4 * GIB // 1024} kB\nSwapFree: 1024 kB\n")
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "OWN_CGROUPS", tmp_path / "own", raising=False)
+    monkeypatch.setattr(memory, "CGROUPS", cgroups(tmp_path / "cgroup", files), raising=False)
+    assert memory.available() == free + (1 << 20)

@@ -1,6 +1,7 @@
 """Pre-quantized folders: written whole or not at all, mapped back in place, the same logits bit for bit."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from glm4lite.events import Progress
 from glm4lite.heads import Glm4ForTokenClassification
 from glm4lite.loader import load, quantize_checkpoint, save_quantized
 from glm4lite.weights import writer
-from glm4lite_quant import QuantLinear
+from glm4lite_quant import QuantConfig, QuantLinear
 from tests.glm4lite.checkpoints import legacy_checkpoint, tiny_config, tiny_tensors, write_checkpoint
 
 IDS = torch.tensor([[372, 374, 377, 10, 65, 70, 378]])
@@ -151,6 +152,30 @@ def test_a_quantized_source_is_refused(folder: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "quant",
+    ["none", "int8", QuantConfig(4, 64), QuantConfig(4, 32, (("lm_head", 8),))],
+    ids=["none", "int8", "64", "rules"],
+)
+def test_another_quant_than_the_stored_one_is_refused(folder: Path, tmp_path: Path, quant: str | QuantConfig) -> None:
+    written = quantize_checkpoint(folder, tmp_path / "q", "int4")
+    with pytest.raises(ConfigError) as caught:
+        load(written, quant=quant)
+    assert str(caught.value).startswith(f"{written}/config.json is quantized to int4 in groups of 32 already; ")
+    assert load(written, quant=None)
+    assert load(written, quant=QuantConfig(4, 32))
+    assert load(folder, quant="none")
+
+
+def test_a_legacy_checkpoint_without_token_ids_keeps_it_so(tmp_path: Path) -> None:
+    config = tiny_config(model_type="glm")
+    source = legacy_checkpoint(tmp_path / "legacy", config, tiny_tensors(config))
+    values = json.loads((source / "config.json").read_text()) | {"pad_token_id": None, "eos_token_id": None}
+    (source / "config.json").write_text(json.dumps(values))
+    written = load(quantize_checkpoint(source, tmp_path / "q", "int8")).config
+    assert (written.pad_token_id, written.eos_token_ids) == (None, [])
+
+
 def test_an_unquantized_model_is_not_saved_as_quantized(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="the model is not quantized; load it with quant='int4' or 'int8' first"):
         save_quantized(load(folder), folder, tmp_path / "q")
@@ -184,6 +209,47 @@ def test_a_stop_leaves_nothing_behind(folder: Path, tmp_path: Path, error: type[
     with pytest.raises(error):
         quantize_checkpoint(folder, tmp_path / "q", "int4", stop)
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC, errno.EACCES])
+def test_an_error_of_the_progress_callback_is_not_taken_for_the_disks(
+    folder: Path, tmp_path: Path, number: int
+) -> None:
+    before = sorted(tmp_path.iterdir())
+
+    def broken(_: Progress) -> None:
+        raise OSError(number, "of the callback")
+
+    with pytest.raises(OSError, match="of the callback") as caught:
+        quantize_checkpoint(folder, tmp_path / "q", "int4", broken)
+    assert caught.value.errno == number
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_companion_that_cannot_be_read_is_named(folder: Path, tmp_path: Path) -> None:
+    (folder / "LICENSE").mkdir()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(CheckpointError) as caught:
+        quantize_checkpoint(folder, tmp_path / "q", "int4")
+    assert str(caught.value) == f"{folder}/LICENSE cannot be read (Is a directory); make it readable or remove it"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~nosuchuser/q"])
+def test_a_destination_that_cannot_be_is_said_before_any_work(folder: Path, tmp_path: Path, name: str) -> None:
+    destination = name if name.startswith("~") else tmp_path / name
+    with pytest.raises(CheckpointError, match=r"cannot be written \(.*\); choose another folder"):
+        quantize_checkpoint(folder, destination, "int4")
+
+
+def test_quant_and_destination_are_checked_before_the_source_is_looked_for(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="quant is 'int3'"):
+        quantize_checkpoint("org/absent", tmp_path / "q", "int3")
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        quantize_checkpoint("org/absent", folder, "int4")
+    for wrong in ({"quant": "int3"}, {"dtype": "float16"}, {"device": "abacus"}):
+        with pytest.raises(ConfigError, match=next(iter(wrong.values()))):
+            load("org/absent", **wrong)
 
 
 def test_a_source_that_breaks_midway_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:

@@ -57,7 +57,15 @@ def test_a_value_out_of_range_is_named(name: str, value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("top_k", 50.0), ("max_new_tokens", 1.5), ("seed", 2**64), ("seed", -1), ("temperature", 1e999)]
+    ("name", "value"),
+    [
+        ("top_k", 50.0),
+        ("max_new_tokens", 1.5),
+        ("seed", 2**64),
+        ("seed", -1),
+        ("temperature", 1e999),
+        ("temperature", 10**400),
+    ],
 )
 def test_a_value_torch_could_not_take_is_refused(name: str, value: float) -> None:
     with pytest.raises(SamplingError, match=name):

@@ -3,8 +3,11 @@
 import random
 from pathlib import Path
 
+import pytest
+
 import glm4lite
 from glm4lite.config import Glm4Config
+from glm4lite.errors import ConfigError
 from glm4lite.stopping import StopStrings, stop_ids
 from glm4lite.tokenizer import Tokenizer
 
@@ -35,3 +38,5 @@ def test_stop_ids_are_the_union_of_config_generation_config_and_tokenizer() -> N
     wanted = {3, 4, 5, *(tokenizer.special[name] for name in names)}
     assert stop_ids(config, {"eos_token_id": [4, 5, 10**6]}, tokenizer) == wanted
     assert stop_ids(config, {"eos_token_id": 4}, tokenizer) == wanted - {5}
+    with pytest.raises(ConfigError, match="eos_token_id must be whole numbers, found 'x'"):
+        stop_ids(config, {"eos_token_id": "x"}, tokenizer)
