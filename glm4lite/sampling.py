@@ -45,12 +45,8 @@ class SamplingParams:
             value = getattr(self, name)
             if name == "seed" and value is None:
                 continue
-            number = isinstance(value, int) or (kind is float and isinstance(value, float) and math.isfinite(value))
-            if (
-                isinstance(value, bool)
-                or not number
-                or not smallest <= value <= (math.inf if largest is None else largest)
-            ):
+            upper = math.inf if largest is None else largest
+            if not _is_number(value, kind) or not smallest <= value <= upper:
                 what = "a whole number" if kind is int else "a number"
                 bounds = f"at least {smallest}" if largest is None else f"between {smallest} and {largest}"
                 raise SamplingError(f"{name} must be {what} {bounds}, found {str(value)[:40]}")

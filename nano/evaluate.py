@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--model", type=str, default="nano", help="a checkpoint folder, or nano")
     parser.add_argument("--quant", choices=("none", "int8", "int4"), default="none")
     parser.add_argument("--count", type=int, default=300, help="dialogues")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--failures", type=Path, help="write the wrong turns there, one JSON object a line")
     arguments = parser.parse_args()
     engine = Engine.load(arguments.model, quant=None if arguments.quant == "none" else arguments.quant)

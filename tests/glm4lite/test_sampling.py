@@ -64,7 +64,7 @@ def test_a_value_out_of_range_is_named(name: str, value: float) -> None:
         ("seed", 2**64),
         ("seed", -1),
         ("temperature", 1e999),
-        ("temperature", 10**400),
+        ("temperature", 2**70),
     ],
 )
 def test_a_value_torch_could_not_take_is_refused(name: str, value: float) -> None:
