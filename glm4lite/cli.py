@@ -154,7 +154,7 @@ def info(
 ) -> None:
     """What this machine has: versions, kernels, devices; with MODEL, its shape and memory needs."""
     from glm4lite.info import machine_facts, model_facts
-    from glm4lite.terminal import one_line
+    from glm4lite.terminal import printable_line
 
     facts = machine_facts()
     if model is not None:
@@ -162,7 +162,7 @@ def info(
             facts += model_facts(model, renderer.show)
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
-        typer.echo(f"{name:<{width}}  {one_line(value)}")
+        typer.echo(f"{name:<{width}}  {printable_line(value)}")
 
 
 @contextmanager
@@ -247,9 +247,9 @@ def main() -> None:
     except Exception as error:
         if not isinstance(error, _user_errors()):
             raise
-        from glm4lite.terminal import one_line
+        from glm4lite.terminal import printable_line
 
-        sys.stderr.write(f"error: {one_line(error)}\n")
+        sys.stderr.write(f"error: {printable_line(error)}\n")
         sys.exit(2)
 
 

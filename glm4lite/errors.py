@@ -5,6 +5,11 @@ class Glm4liteError(Exception):
     """Base of every error a user can cause: one line naming the thing, what was found and what to do."""
 
 
+def one_line(text: object) -> str:
+    """Any text (another library's error, say) as one line that UTF-8 can carry, for a message."""
+    return " ".join(str(text).encode("utf-8", "replace").decode("utf-8").split())
+
+
 class ConfigError(Glm4liteError):
     """config.json (or an argument of the same name) is missing something or holds what cannot be used."""
 

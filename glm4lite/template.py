@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from glm4lite.errors import CheckpointError, TemplateError
 from glm4lite.messages import Message, ToolCall
 from glm4lite.templating.process import TemplateProcess
-from glm4lite.tokenizer import Tokenizer
+from glm4lite.tokenizer import Tokenizer, token_text
 from glm4lite.weights.files import read_json
 
 TIME_LIMIT_S = 5.0  # a real template takes a millisecond; this much, that a busy machine fails none
@@ -67,7 +67,7 @@ class ChatTemplate:
         """
         folder = Path(path)
         config = read_json(folder / "tokenizer_config.json", CheckpointError, optional=True)
-        names = {name: text for name in _SPECIAL_NAMES if (text := _token_text(config.get(name)))}
+        names = {name: text for name in _SPECIAL_NAMES if (text := token_text(config.get(name)))}
         file = folder / "chat_template.jinja"
         if file.is_file():
             try:
@@ -228,8 +228,3 @@ def _named_sources(found: object, origin: str) -> dict[str, str]:
     if not sources or len(sources) != len(entries):
         raise TemplateError(f"{origin}: chat_template must be text or a list of objects with name and template")
     return sources
-
-
-def _token_text(token: object) -> str | None:
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBars
 
+from glm4lite.errors import one_line
 from glm4lite.events import Done, Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
 
 # What a model or a tool says must not move the cursor, change the title or answer for the user.
@@ -25,16 +26,16 @@ def printable(text: str) -> str:
     return _CONTROL.sub("\ufffd", text.replace("\r\n", "\n"))
 
 
-def one_line(text: object) -> str:
+def printable_line(text: object) -> str:
     """`text` as a single printable line, for messages that may quote a checkpoint."""
-    return printable(" ".join(str(text).split()))
+    return printable(one_line(text))
 
 
 class Notices(logging.Handler):
     """The package's warnings (a type converted, a head left out) as lines on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(one_line(record.getMessage()) + "\n")
+        sys.stderr.write(printable_line(record.getMessage()) + "\n")
 
 
 class Renderer(Protocol):

@@ -16,7 +16,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders
 
-from glm4lite.errors import CheckpointError
+from glm4lite.errors import CheckpointError, one_line
 from glm4lite.weights.files import read_json
 
 GLM_STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
@@ -50,7 +50,7 @@ class Tokenizer:
         self._split = _special_pattern(self._specials.values())
         self.special: dict[str, int] = {token.content: i for i, token in sorted(self._specials.items())}
         self.size: int = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
-        self.eos_ids = frozenset(self._ids_of(_token_text(config.get("eos_token"))))
+        self.eos_ids = frozenset(self._ids_of(token_text(config.get("eos_token"))))
         self.stop_ids = self.eos_ids | {self.special[name] for name in GLM_STOP_TOKENS if name in self.special}
         has_prefix = all(name in self.special for name in _PREFIX_TOKENS)
         self.prefix_ids: list[int] = [self.special[name] for name in _PREFIX_TOKENS] if has_prefix else []
@@ -68,12 +68,12 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
-            raise CheckpointError(f"{file}: cannot be read as a tokenizer ({_one_line(error)})") from error
+            raise CheckpointError(f"{file}: cannot be read as a tokenizer ({one_line(error)[:200]})") from error
         config = read_json(file.with_name("tokenizer_config.json"), CheckpointError, optional=True)
         try:
             return cls(backend, config)
         except (TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path}/tokenizer_config.json: unexpected form ({_one_line(error)})") from error
+            raise CheckpointError(f"{path}/tokenizer_config.json: unexpected form ({one_line(error)[:200]})") from error
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of `text`; with `special`, the strings in `self.special` become their single ids. Adds no prefix."""
@@ -170,11 +170,11 @@ class StreamingDetokenizer:
 
 def _declared_special(config: dict[str, Any]) -> set[str]:
     listed = config.get("added_tokens_decoder") or {}
-    declared = {_token_text(token) for token in listed.values() if isinstance(token, dict) and token.get("special")}
+    declared = {token_text(token) for token in listed.values() if isinstance(token, dict) and token.get("special")}
     return {text for text in declared if text} | _ALWAYS_SPECIAL
 
 
-def _token_text(token: Any) -> str | None:
+def token_text(token: Any) -> str | None:
     """A token in tokenizer_config.json is its string or an object with `content`."""
     if isinstance(token, dict):
         token = token.get("content")
@@ -198,7 +198,3 @@ def _byte_of_character() -> dict[str, int]:
     table = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in set(printable)]
     return table | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:200]

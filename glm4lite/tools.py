@@ -30,7 +30,7 @@ from pydantic.errors import PydanticUserError
 from pydantic.fields import FieldInfo
 
 from glm4lite.builtin_tools import arithmetic, clock, units
-from glm4lite.errors import ToolError
+from glm4lite.errors import ToolError, one_line
 from glm4lite.messages import ToolCall
 
 MAX_RESULT_CHARACTERS = 16_000  # about 5k tokens; more would crowd the conversation out of the context
@@ -85,7 +85,7 @@ def tool(
         try:
             schema = _arguments_model(function).model_json_schema()
         except (PydanticUserError, TypeError, NameError) as error:
-            raise ToolError(f"tool {tool_name!r}: {_one_line(error)}") from error
+            raise ToolError(f"tool {tool_name!r}: {one_line(error)}") from error
         summary, _ = _parse_docstring(inspect.getdoc(function) or "")
         return Tool(tool_name, description or summary, _tidy_schema(schema), function)
 
@@ -109,9 +109,9 @@ def run_tool(
         try:
             results.append(ToolResult(_truncate(_result_text(_invoke(declared, call.arguments))), error=False))
         except ToolError as error:
-            results.append(_failure(_one_line(error)))
+            results.append(_failure(one_line(error)))
         except BaseException as error:  # also SystemExit: whatever a tool does, the conversation goes on
-            results.append(_failure(_one_line(f"{type(error).__name__}: {error}")))
+            results.append(_failure(one_line(f"{type(error).__name__}: {error}")))
 
     thread = threading.Thread(target=work, name=f"tool-{tool.name}", daemon=True)
     thread.start()
@@ -135,7 +135,7 @@ def _invoke(tool: Tool, arguments: str) -> Any:
     try:
         values = json.loads(arguments) if arguments.strip() else {}
     except (ValueError, RecursionError) as error:
-        raise ToolError(f"the arguments of {tool.name} are not JSON: {_one_line(error)}") from error
+        raise ToolError(f"the arguments of {tool.name} are not JSON: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ToolError(f"the arguments of {tool.name} must be a JSON object, found {type(values).__name__}")
     _check_names(tool, values)
@@ -167,7 +167,7 @@ def _check_names(tool: Tool, values: Mapping[str, Any]) -> None:
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False, include_context=False)[0]
     where = ".".join(str(part) for part in problem["loc"])
-    return _one_line(f"{where}: {problem['msg']}, found {str(problem['input'])[:80]!r}")
+    return one_line(f"{where}: {problem['msg']}, found {str(problem['input'])[:80]!r}")
 
 
 def _result_text(result: object) -> str:
@@ -175,7 +175,7 @@ def _result_text(result: object) -> str:
     try:
         text = str(result) if isinstance(result, str) else json.dumps(result, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ToolError(f"the tool's result ({type(result).__name__}) is not JSON: {_one_line(error)}") from error
+        raise ToolError(f"the tool's result ({type(result).__name__}) is not JSON: {one_line(error)}") from error
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -183,10 +183,6 @@ def _truncate(text: str) -> str:
     if len(text) <= MAX_RESULT_CHARACTERS:
         return text
     return f"{text[:MAX_RESULT_CHARACTERS]}\n[truncated: the first {MAX_RESULT_CHARACTERS} of {len(text)} characters]"
-
-
-def _one_line(value: object) -> str:
-    return " ".join(str(value).encode("utf-8", "replace").decode("utf-8").split())
 
 
 class _Arguments(BaseModel):
