@@ -137,6 +137,8 @@ class Terminal(Renderer):
             )
 
     def _progress(self, event: Progress) -> None:
+        if not self._console.is_terminal:
+            return
         if self._bars is None:
             amount = DownloadColumn() if event.unit == "bytes" else MofNCompleteColumn()
             columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
