@@ -30,9 +30,12 @@ def terminal_output(command: str) -> str:
 
 
 def last_frame(output: str) -> Text:
-    """The lines that stay: a progress bar overwrites its own line, only its last state counts."""
-    lines = (line.rsplit("\x1b[2K", 1)[-1].rstrip("\r").rsplit("\r", 1)[-1] for line in output.split("\n"))
-    shown = [Text.from_ansi(line) for line in lines]
+    """The lines that stay: a progress bar goes one line up and clears it when it is done."""
+    shown: list[Text] = []
+    for line in output.split("\n"):
+        if "\x1b[1A" in line and shown:
+            shown.pop()
+        shown.append(Text.from_ansi(line.rsplit("\x1b[2K", 1)[-1].rstrip("\r")))
     return Text("\n").join(line for line in shown if line.plain.strip())
 
 

@@ -133,7 +133,7 @@ class Terminal(Renderer):
         if self._console.is_terminal:
             self._note(
                 f"[dim]{event.new_tokens} tokens, {event.tokens_per_s} tok/s; prompt {event.prompt_tokens} tokens, "
-                f"{event.prefilled_tokens} of them new[/]"
+                f"{event.prefilled_tokens} computed[/]"
             )
 
     def _progress(self, event: Progress) -> None:
