@@ -94,8 +94,10 @@ def _several(values: Values, chinese: bool, skills: list[Skill]) -> Step | None:
     """Two requests in one message, answered by two calls in one turn."""
     rng = values.rng
     steps = [rng.choice(skills).request(values, chinese) for _ in range(2)]
-    if any(step.category == "tool error" for step in steps):
-        return None
+    calls = tuple(call for step in steps for call in step.calls)
+    asked = {(call.name, call.arguments_json()) for call in calls}
+    if any(step.category == "tool error" for step in steps) or len(asked) < len(calls):
+        return None  # asked twice, a tool would say the same twice
     first, second = (step.user.strip("？?。.！! ") for step in steps)
     if chinese:
         user = first + rng.choice(("，还有", "，另外", "，再", "；")) + second + rng.choice(("？", "。", ""))
@@ -107,7 +109,6 @@ def _several(values: Values, chinese: bool, skills: list[Skill]) -> Step | None:
             + rng.choice(("?", ".", ""))
         )
     answer = ("" if chinese else " ").join(step.answer for step in steps)
-    calls = tuple(call for step in steps for call in step.calls)
     return Step(user, calls, answer, tuple(fact for step in steps for fact in step.facts), "several calls")
 
 

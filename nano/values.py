@@ -57,6 +57,10 @@ class Values:
                 return value
         raise ValueError(f"no value like {value!r} is on this side of the split")
 
+    def strange(self, share: float) -> bool:
+        """Whether to draw something no person would say, in training only: it exercises rare tokens."""
+        return not self.held_out and self.rng.random() < share
+
     def listed(self, name: str) -> str:
         return self.open(lambda: self.rng.choice(words(name)))
 
@@ -65,9 +69,9 @@ class Values:
         rng = self.rng
 
         def draw() -> str:
-            if self.latin and rng.random() < 0.4:
+            if self.latin and rng.random() < 0.15:
                 return "".join(rng.choice(self.latin) for _ in range(rng.choice((1, 2, 2, 3))))
-            word = _mixed(rng) if rng.random() < 0.4 else _syllables(rng)
+            word = _mixed(rng) if self.strange(0.3) else _syllables(rng)
             return word.capitalize() if capital else word
 
         return self.open(draw)
@@ -75,7 +79,7 @@ class Values:
     def digits(self, least: int, most: int) -> str:
         rng = self.rng
         count = rng.randint(least, most)
-        if count > 2 and rng.random() < 0.12:  # repeated digits are the hard ones to copy
+        if count > 2 and self.strange(0.12):  # repeated digits are the hard ones to copy
             return self.open(lambda: _few_digits(rng, count))
         return self.open(lambda: str(rng.randint(10 ** (count - 1) if count > 1 else 0, 10**count - 1)))
 
@@ -89,12 +93,12 @@ class Values:
         return text
 
     def han(self) -> str:
-        """A Chinese personal name, one in three with a rare character."""
+        """A Chinese personal name, one in six with a rare character."""
         rng, text = self.rng, table("words.toml")
 
         def draw() -> str:
             given = "".join(rng.choice(str(text["given_zh"])) for _ in range(rng.choice((1, 2, 2))))
-            if rng.random() < 0.33:
+            if rng.random() < 0.17:
                 given = chr(rng.randint(*RARE_HAN))
             return rng.choice(str(text["surname_zh"])) + given
 
@@ -113,7 +117,7 @@ class Values:
     def city(self, chinese: bool) -> str:
         roll = self.rng.random()
         if chinese and roll < 0.75:
-            return self.listed("city_zh") if roll < 0.62 else self.open(lambda: self.any_han())
+            return self.open(self.any_han) if self.strange(0.06) else self.listed("city_zh")
         return self.invented(True) if roll > (0.85 if chinese else 0.5) else self.listed("city")
 
     def person(self, chinese: bool) -> str:
@@ -147,7 +151,9 @@ class Values:
     def phrase(self, chinese: bool) -> str:
         """A short sentence to be passed on: a listed one, or one made of words."""
         if chinese and self.rng.random() < 0.7:
-            return self.listed("phrase_zh") if self.rng.random() < 0.7 else self.open(self.any_han)
+            return self.open(lambda: _shuffled(self.rng, True)) if self.strange(0.6) else self.listed("phrase_zh")
+        if self.strange(0.4):
+            return self.open(lambda: _shuffled(self.rng, False))
         if self.rng.random() < 0.4:
             return self.listed("phrase")
         return " ".join(self.word() for _ in range(self.rng.randint(1, 4)))
@@ -173,6 +179,18 @@ def _mixed(rng: random.Random) -> str:
         start = rng.randrange(max(1, len(word) - 2))
         parts.append(word[start : start + rng.randint(2, 5)])
     return "".join(parts)
+
+
+def _shuffled(rng: random.Random, chinese: bool) -> str:
+    """Words of the listed sentences in any order: copying must not rest on sentences seen before."""
+    lists = [words(name + ("_zh" if chinese else "")) for name in ("phrase", "task")]
+    parts: list[str] = []
+    for _ in range(rng.randint(2, 4)):
+        sentence = rng.choice(rng.choice(lists))
+        unit = list(sentence) if chinese else sentence.split()
+        start = rng.randrange(len(unit))
+        parts += unit[start : start + rng.choice((1, 1, 2))]
+    return ("" if chinese else " ").join(parts)
 
 
 def _few_digits(rng: random.Random, count: int) -> str:
@@ -207,7 +225,7 @@ def _either(name: str) -> Draw:
     """A text of a list, in Chinese mostly of the Chinese one; now and then a phrase."""
 
     def draw(v: Values, zh: bool) -> str:
-        if v.rng.random() < 0.25:
+        if v.rng.random() < 0.25 or v.strange(0.4):
             return v.phrase(zh)
         return v.listed(f"{name}_zh" if zh and v.rng.random() < 0.8 else name)
 
@@ -217,7 +235,7 @@ def _either(name: str) -> Draw:
 def _either_or_invented(name: str) -> Draw:
     def draw(v: Values, zh: bool) -> str:
         if zh and v.rng.random() < 0.8:
-            return v.listed(f"{name}_zh") if v.rng.random() < 0.75 else v.open(v.any_han)
+            return v.open(v.any_han) if v.strange(0.08) else v.listed(f"{name}_zh")
         return v.listed(name) if v.rng.random() < 0.5 else v.invented(False)
 
     return draw
@@ -253,7 +271,7 @@ def _percent(v: Values, zh: bool) -> str:
 
 
 def _echo(v: Values, zh: bool) -> str:
-    if zh and v.rng.random() < 0.3:
+    if zh and v.strange(0.3):
         return v.open(lambda: v.any_han())
     return v.rng.choice((v.phrase(zh), v.number(), v.person(zh), v.word(), v.title(), v.code(), v.invented(True)))
 
