@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+import time
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -57,9 +58,16 @@ class Renderer(Protocol):
 
 
 class JsonLines(Renderer):
-    """Every line of stdout is one event; remarks go to stderr."""
+    """Every line of stdout is one event; remarks go to stderr. Of progress, ten lines a second and each stage's end."""
+
+    def __init__(self) -> None:
+        self._next_progress = 0.0
 
     def show(self, event: Event) -> None:
+        if isinstance(event, Progress) and event.done < event.total:
+            if time.monotonic() < self._next_progress:
+                return
+            self._next_progress = time.monotonic() + 0.1
         sys.stdout.write(json.dumps(event.to_json(), ensure_ascii=False) + "\n")
         sys.stdout.flush()
 

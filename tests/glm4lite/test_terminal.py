@@ -1,11 +1,12 @@
 """The terminal shows what a model says and obeys none of it."""
 
+import json
 import sys
 
 import pytest
 
 from glm4lite.events import Done, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
-from glm4lite.terminal import Terminal, printable
+from glm4lite.terminal import JsonLines, Terminal, printable
 
 TURN = [
     Progress("prefill", 512, 1024, "tokens"),
@@ -39,3 +40,10 @@ def test_control_characters_never_reach_the_terminal(
 def test_line_ends_tabs_and_letters_stay() -> None:
     assert printable("a\r\n\tb 中文 é🙂") == "a\n\tb 中文 é🙂"
     assert printable("a\rb\u202e") == "a\ufffdb\ufffd"
+
+
+def test_progress_in_json_is_thinned_and_its_end_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    JsonLines().show_all(Progress("load", done, 5000, "bytes") for done in range(1, 5001))
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert 2 <= len(lines) < 50
+    assert lines[-1] == {"type": "progress", "stage": "load", "done": 5000, "total": 5000, "unit": "bytes"}
