@@ -119,12 +119,13 @@ def generate(
     from glm4lite.engine import Engine
     from glm4lite.sampling import SamplingParams
 
-    sampling = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_new_tokens": max_new_tokens}
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    sampling |= {"max_new_tokens": max_new_tokens, "stop": tuple(stop or ())}
     SamplingParams.check(**sampling)
     with _rendering(as_json) as renderer:
         completion = Completion(Engine.load(model, quant or "auto", device, dtype, renderer.show))
         with _interrupt_stops(completion):
-            renderer.show_all(completion.run(prompt, stop=tuple(stop or ()), **sampling))
+            renderer.show_all(completion.run(prompt, **sampling))
 
 
 @app.command()

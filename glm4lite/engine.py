@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm4lite.checkpoint import Checkpoint
-from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError, TemplateError
 from glm4lite.events import Done, Progress
 from glm4lite.generate import PREFILL_CHUNK, Generation, PrefixCache
@@ -59,7 +58,7 @@ class Engine:
         if need_template:
             _required(template)
         checkpoint = Checkpoint.open(folder)
-        _check_vocabulary(tokenizer, checkpoint)
+        _check_companions(tokenizer, checkpoint)
         if quant == "auto":
             quant = "int4" if checkpoint.config.get("quantization_config") is None else None
         model = load(folder, quant=quant, device=device, dtype=dtype, progress=progress)
@@ -113,14 +112,18 @@ def _required(template: ChatTemplate | None) -> ChatTemplate:
     return template
 
 
-def _check_vocabulary(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
-    """A tokenizer of another model would give ids that the embedding has no rows for."""
-    rows = Glm4Config.from_dict(checkpoint.config, checkpoint.folder / "config.json").vocab_size
-    if tokenizer.size > rows:
+def _check_companions(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
+    """The files beside the weights: a wrong generation_config.json, or a tokenizer of another model, is said now."""
+    from glm4lite.weights.plan import read_config
+
+    config = read_config(checkpoint)
+    if tokenizer.size > config.vocab_size:
         raise CheckpointError(
-            f"{checkpoint.folder / 'tokenizer.json'} has {tokenizer.size} tokens, more than the vocab_size {rows} of "
-            "config.json; they belong to different models"
+            f"{checkpoint.folder / 'tokenizer.json'} has {tokenizer.size} tokens, more than the vocab_size "
+            f"{config.vocab_size} of config.json; they belong to different models"
         )
+    SamplingParams.from_generation_config(checkpoint.generation_config)
+    stop_ids(config, checkpoint.generation_config, tokenizer)
 
 
 class Totals:

@@ -107,7 +107,7 @@ def load(
         _fill(model, checkpoint, plan, fill, target, activations, meter)
     _initialise(model, plan, target, activations)
     if plan.tied:
-        _tie(model, target)
+        _tie(model)
     if plan.quantized:
         model.requires_grad_(False)
         cast(Any, model).config.quantization_config = (stored or wanted or QuantConfig()).to_dict()
@@ -199,7 +199,7 @@ def _assign(module: nn.Module, name: str, values: Tensor) -> None:
     setattr(module, name, nn.Parameter(values) if is_parameter else values)
 
 
-def _tie(model: nn.Module, device: torch.device) -> None:
+def _tie(model: nn.Module) -> None:
     """The head shares the embedding's tensors: one copy under two modules."""
     embedding = model.get_submodule("model.embed_tokens")
     if isinstance(embedding, QuantEmbedding):

@@ -19,13 +19,13 @@ from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.weights.files import CONFIG, some
 from glm4lite_quant import QuantConfig, QuantError, QuantTensor
+from glm4lite_quant.tensor import NAMES
 
 Model = TypeVar("Model", bound=nn.Module)
 
 logger = logging.getLogger("glm4lite")
 
 FLOAT_TYPES = ("BF16", "F32", "F16")
-QUANT_PARTS = ("qweight", "scales", "mins", "row_scale", "row_min")
 CODE_COLUMNS = 32
 """Input columns of one tile of codes: a layer with another width stays as it is."""
 
@@ -165,7 +165,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, str, tuple[int, ...]]]:
 
 
 def _stored_parts(checkpoint: Checkpoint, module: str) -> tuple[str, ...]:
-    parts = tuple(f"{module}.{part}" for part in QUANT_PARTS if f"{module}.{part}" in checkpoint)
+    parts = tuple(f"{module}.{part}" for part in NAMES if f"{module}.{part}" in checkpoint)
     return parts if f"{module}.qweight" in parts else ()
 
 
@@ -249,7 +249,7 @@ def stored_quant(checkpoint: Checkpoint, asked: str | QuantConfig | None = None)
     """
     given, path = checkpoint.config.get("quantization_config"), checkpoint.folder / CONFIG
     if given is None:
-        codes = [name for name in checkpoint.names() if name.endswith(f".{QUANT_PARTS[0]}")]
+        codes = [name for name in checkpoint.names() if name.endswith(".qweight")]
         if codes:
             raise ConfigError(
                 f"{path} has no quantization_config, but {codes[0]} is stored; "

@@ -101,6 +101,15 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "config.json is no JSON": (text("config.json", "{"), "config.json is not valid JSON"),
     "config.json is missing": (removed("config.json"), "config.json is missing"),
     "generation_config.json is no JSON": (text("generation_config.json", "x"), "generation_config.json is not valid"),
+    "generation_config.json with a wrong type": (
+        text("generation_config.json", '{"top_k": 2.5}'),
+        "generation_config.json: top_k must be a whole number",
+    ),
+    "generation_config.json with a wrong stop id": (
+        text("generation_config.json", '{"eos_token_id": ["x"]}'),
+        "generation_config.json: eos_token_id must be whole numbers",
+    ),
+    "tokenizer of a larger model": (config(vocab_size=300), "more than the vocab_size 300"),
     "corrupt tokenizer.json": (text("tokenizer.json", '{"model": 3}'), "tokenizer.json: cannot be read"),
     "missing tokenizer.json": (removed("tokenizer.json"), "tokenizer.json: not found"),
     "corrupt tokenizer_config.json": (text("tokenizer_config.json", "["), "tokenizer_config.json is not valid JSON"),
