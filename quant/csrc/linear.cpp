@@ -15,7 +15,8 @@ using glm4::Source;
 
 constexpr int64_t kChunkRows = 512;         // rows of x quantized at once: bounds the scratch
 constexpr int64_t kCacheBytes = 256 << 10;  // activations that stay in the second-level cache over one item
-constexpr int64_t kMaxItemTiles = 8;
+constexpr int64_t kMaxItemTiles = 8;        // several tiles use a panel of activations while it is in cache
+constexpr int64_t kMaxItemTilesOfOne = 2;   // one panel stays there anyway: small items end at the same time
 constexpr int64_t kSerialWork = 1 << 18;  // multiplications not worth waking a thread for
 
 float from_bfloat16(uint16_t v) {
@@ -191,7 +192,8 @@ void glm4::linear(const Source& source, const Sink* sinks, int count, const glm4
     auto prepare = [&](int64_t p, int slot) { act.quantize(p, slot); };
     parallel_for(rows * source.k < kSerialWork ? 1 : threads, act.panels(), prepare);
     const Product product{sinks, isa, act, first};
-    const int64_t size = std::clamp<int64_t>(tiles / (threads * 8), 1, kMaxItemTiles);
+    const int64_t most = act.panels() == 1 ? kMaxItemTilesOfOne : kMaxItemTiles;
+    const int64_t size = std::clamp<int64_t>(tiles / (threads * 8), 1, most);
     auto item = [&](int64_t i, int) { product.tiles(i * size, std::min(tiles, (i + 1) * size)); };
     parallel_for(rows * source.k * outputs < kSerialWork ? 1 : threads, (tiles + size - 1) / size, item);
   }
