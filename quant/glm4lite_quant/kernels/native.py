@@ -144,13 +144,13 @@ def thread_count() -> int:
 def set_threads(count: int) -> None:
     """The number of threads of torch and of the kernels, for this process; QuantError outside 1..cores."""
     if not 1 <= count <= _cores():
-        raise QuantError(f"threads is {count}; this process may use 1 to {_cores()}")
+        raise QuantError(f"{count} threads cannot be used; this process may use 1 to {_cores()}")
     os.environ["GLM4LITE_THREADS"] = str(count)
     torch.set_num_threads(count)
 
 
 def read_all(data: Tensor) -> int:
-    """Reads a contiguous CPU tensor once on the kernels' threads, and nothing else: what memory bandwidth is timed with.
+    """Reads a contiguous CPU tensor once on the kernels' threads, and does nothing else: times memory bandwidth.
 
     Returns the sum of its 64-bit words (modulo 2**64, of whole 512-byte steps); without the library torch adds them.
     """
