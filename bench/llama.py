@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.config import Glm4Config
@@ -108,14 +107,14 @@ class Llama:
         """Empties the context."""
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
 
-    def forward(self, ids: list[int]) -> Tensor:
-        """Adds ids to the context; float32 [vocab_size] logits of the last one."""
+    def forward(self, ids: list[int]) -> np.ndarray[Any, Any]:
+        """Adds ids to the context; float32 [vocab_size] logits of the last one (valid until the next call)."""
         tokens = (ctypes.c_int32 * len(ids))(*ids)
         code = self._api.llama_decode(self._context, self._api.llama_batch_get_one(tokens, len(ids)))
         if code != 0:
             raise RuntimeError(f"llama.cpp failed to compute {len(ids)} tokens (code {code})")
         logits = self._api.llama_get_logits_ith(self._context, -1)
-        return torch.from_numpy(np.ctypeslib.as_array(logits, (self._vocab_size,)).copy())
+        return np.ctypeslib.as_array(logits, (self._vocab_size,))
 
 
 def measure(path: Path, threads: int, prompt: list[int], new_tokens: int) -> dict[str, Any]:

@@ -131,8 +131,9 @@ def benchmark(
     prompt_tokens: int = 128,
     new_tokens: int = 32,
     progress: Callable[[Progress], None] | None = None,
+    repetitions: int = REPETITIONS,
 ) -> Benchmark:
-    """Load a model on the CPU and time it with random token ids: one warm-up, then five repetitions.
+    """Load a model on the CPU and time it with random token ids: one warm-up, then the repetitions.
 
     `quant` None is int4, or as the checkpoint is stored. No tokenizer is needed.
 
@@ -160,7 +161,7 @@ def benchmark(
         load_s = time.perf_counter() - started
         trial = _Trial(model, prompt_tokens, new_tokens)
         trial.run()
-    prefill, decode, memory = _repeat(trial, progress)
+    prefill, decode, memory = _repeat(trial, repetitions, progress)
     return Benchmark(
         str(source),
         prompt_tokens,
@@ -224,18 +225,20 @@ class _Trial:
         return prefill, (generation.new_tokens - 1) / generation.seconds
 
 
-def _repeat(trial: _Trial, progress: Callable[[Progress], None] | None) -> tuple[Spread, Spread, Spread]:
+def _repeat(
+    trial: _Trial, repetitions: int, progress: Callable[[Progress], None] | None
+) -> tuple[Spread, Spread, Spread]:
     """Prefill, decode and memory bandwidth, interleaved."""
     prefill, decode, memory = [], [], []
     buffer = torch.ones(BUFFER_BYTES // 8, dtype=torch.int64)
     native.read_all(buffer)
-    for index in range(REPETITIONS):
+    for index in range(repetitions):
         rates = trial.run()
         prefill.append(rates[0])
         decode.append(rates[1])
         memory += [_read_rate(buffer) for _ in range(3)]
         if progress is not None:
-            progress(Progress("bench", index + 1, REPETITIONS, "repetitions"))
+            progress(Progress("bench", index + 1, repetitions, "repetitions"))
     return Spread.of(prefill), Spread.of(decode), Spread.of(memory)
 
 
