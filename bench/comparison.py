@@ -52,13 +52,19 @@ def targets(results: Mapping[str, Rounds]) -> list[dict[str, Any]]:
     return found
 
 
-def engine_table(names: Mapping[str, str], own: Mapping[str, str], results: Mapping[str, Rounds]) -> list[str]:
-    """Markdown. names: row -> what people call it; own: row -> the glm4lite row it is compared with."""
+def engine_table(
+    names: Mapping[str, str], own: Mapping[str, str], results: Mapping[str, Rounds], notes: Mapping[str, str]
+) -> list[str]:
+    """Markdown. names: row -> what people call it; own: row -> the glm4lite row it is compared with; notes: row -> why
+    it was not measured."""
     lines = [
         "| engine | prefill tok/s | glm4lite / it | decode tok/s | glm4lite / it |",
         "|---|---|---|---|---|",
     ]
     for row, name in names.items():
+        if row in notes:
+            lines.append(f"| {name} | {notes[row]} | | | |")
+            continue
         rounds = results[row]
         cells = []
         for rate in RATES:

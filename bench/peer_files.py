@@ -34,7 +34,7 @@ GGUF = ("Q4_0", "Q4_K_M", "Q8_0")
 
 
 class Files:
-    """Paths by kind: bf16, int4, int8 (folders), gguf (bfloat16), Q4_0, Q4_K_M, Q8_0; config holds only a config.json."""
+    """By kind: bf16, int4, int8 (folders), gguf (bfloat16), Q4_0, Q4_K_M, Q8_0; config holds only a config.json."""
 
     def __init__(self, folder: Path, shape: str, layers: int | None, wanted: Collection[str], threads: int) -> None:
         self.folder, self.threads = folder, threads

@@ -108,6 +108,7 @@ def run_rounds(engines: Sequence[Engine], files: Files, given: argparse.Namespac
 def report(engines: Sequence[Engine], results: dict[str, list[Any]], files: Files, given: argparse.Namespace) -> None:
     """Tables for people, then one JSON line."""
     own = {engine.row: f"glm4lite-{engine.group}" for engine in engines}
+    notes = {engine.row: why for engine in engines if (why := absent(engine))}
     held = targets(results)
     layers = files.config.num_hidden_layers
     print(f"\n{machine()}, {given.threads} threads, {time.strftime('%Y-%m-%d')}; {given.shape}, {layers} layers,")
@@ -115,10 +116,7 @@ def report(engines: Sequence[Engine], results: dict[str, list[Any]], files: File
         f"128 tokens of prompt, {given.new_tokens} new ones, {given.rounds} rounds: median (slowest to fastest round)"
     )
     print(f"`python {' '.join(sys.argv)}`\n")
-    print("\n".join(engine_table({engine.row: engine.name for engine in engines}, own, results)))
-    for engine in ENGINES:
-        if absent(engine):
-            print(f"{engine.name}: {absent(engine)}")
+    print("\n".join(engine_table({engine.row: engine.name for engine in engines}, own, results, notes)))
     print()
     print("\n".join(target_table(held)))
     if files.seconds:
@@ -160,6 +158,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--engines", default=",".join(rows), help=f"some of {', '.join(rows)}")
     given = parser.parse_args()
     given.engines = given.engines.split(",")
+    if not 1 <= given.threads <= (os.cpu_count() or 1) or given.rounds < 1 or given.new_tokens < 2:
+        parser.error(f"--threads goes from 1 to {os.cpu_count()}, --rounds from 1, --new-tokens from 2")
     unknown = [name for name in given.engines if name not in rows]
     if unknown:
         parser.error(f"--engines: {unknown[0]!r} is not known; use some of {', '.join(rows)}")
@@ -168,14 +168,15 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
-    engines = [engine for engine in ENGINES if engine.row in given.engines and not absent(engine)]
+    engines = [engine for engine in ENGINES if engine.row in given.engines]
+    present = [engine for engine in engines if not absent(engine)]
     try:
         with work_folder(given.work) as folder:
-            files = Files(folder, given.shape, given.layers, {engine.file for engine in engines}, given.threads)
+            files = Files(folder, given.shape, given.layers, {engine.file for engine in present}, given.threads)
             files.check_disk()
             files.make()
-            report(engines, run_rounds(engines, files, given), files, given)
-    except Glm4liteError as error:
+            report(engines, run_rounds(present, files, given), files, given)
+    except (Glm4liteError, subprocess.CalledProcessError) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
 

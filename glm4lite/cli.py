@@ -164,15 +164,12 @@ def info(
 ) -> None:
     """What this machine has: versions, kernels, devices; with MODEL, its shape and memory needs."""
     from glm4lite.info import machine_facts, model_facts
-    from glm4lite.terminal import printable_line
 
     facts = machine_facts()
     if model is not None:
         with _rendering(as_json=False) as renderer:
             facts += model_facts(model, renderer.show)
-    width = max(len(name) for name, _ in facts)
-    for name, value in facts:
-        typer.echo(f"{name:<{width}}  {printable_line(value)}")
+    _print_facts(facts)
 
 
 @app.command()
@@ -234,14 +231,17 @@ def _print_report(report: Benchmark | Evaluation, as_json: bool) -> None:
     """One JSON object, or aligned lines."""
     import json
 
-    from glm4lite.terminal import printable_line
-
     if as_json:
         typer.echo(json.dumps(report.to_json(), ensure_ascii=False))
-        return
-    lines = list(report.lines())
-    width = max(len(name) for name, _ in lines)
-    for name, value in lines:
+    else:
+        _print_facts(list(report.lines()))
+
+
+def _print_facts(facts: list[tuple[str, str]]) -> None:
+    from glm4lite.terminal import printable_line
+
+    width = max(len(name) for name, _ in facts)
+    for name, value in facts:
         typer.echo(f"{name:<{width}}  {printable_line(value)}")
 
 
