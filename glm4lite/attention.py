@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def causal_mask(padding: Tensor | None, past: int, length: int, device: torch.device) -> Tensor | None:
-    """Which keys each query may see: bool [B or 1, 1, T, past + T], or None where plain causal attention does.
+class Visibility:
+    """Which keys each query of a forward pass may see; the mask is made when a layer asks for it.
 
     `padding` is the caller's attention_mask: [B, past + T] with 0 at padding, or [B, 1 or heads, T, S] used as it is
     (bool, or a float that is added to the scores). A padded query sees itself, so that no softmax row is empty.
     """
-    if padding is not None and padding.dim() == 4:
-        return padding
-    padded = padding is not None and not bool(padding.all())
-    if not padded and (length == 1 or past == 0):
-        return None
-    queries = torch.arange(past, past + length, device=device)[:, None]
-    keys = torch.arange(past + length, device=device)[None, :]
-    visible = (keys <= queries)[None, None]
-    if padded and padding is not None:
-        visible = visible & padding[:, None, None, : past + length].bool() | (keys == queries)
-    return visible
+
+    def __init__(self, padding: Tensor | None, past: int, length: int, device: torch.device) -> None:
+        given = padding is not None and (padding.dim() == 4 or not bool(padding.all()))
+        self._padding = padding if given else None
+        self._past, self._length, self._device = past, length, device
+
+    @property
+    def causal_only(self) -> bool:
+        """Each query sees every key up to its own position."""
+        return self._padding is None
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """bool [B or 1, 1, T, past + T] (or the caller's own), None where torch's causal attention does the same."""
+        padding, past, length = self._padding, self._past, self._length
+        if padding is not None and padding.dim() == 4:
+            return padding
+        if padding is None and (length == 1 or past == 0):
+            return None
+        queries = torch.arange(past, past + length, device=self._device)[:, None]
+        keys = torch.arange(past + length, device=self._device)[None, :]
+        visible = (keys <= queries)[None, None]
+        if padding is not None:
+            visible = visible & padding[:, None, None, : past + length].bool() | (keys == queries)
+        return visible
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:

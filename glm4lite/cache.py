@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from glm4lite_quant.kernels.decoder import TOKENS, CacheView
 
 STEP = 256  # positions added when a buffer is full: few copies, little slack
 
 
 class LayerCache:
-    """Keys and values [B, kv_heads, length, head_dim] of one layer, in buffers with room to grow."""
+    """Keys and values [B, kv_heads, length, head_dim] of one layer in their own type; any device, differentiable."""
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
@@ -37,7 +41,7 @@ class LayerCache:
     def _written(self, buffer: Tensor | None, new: Tensor, end: int) -> Tensor:
         if buffer is None or buffer.shape[2] < end:
             batch, heads, _, head_dim = new.shape
-            grown = new.new_empty(batch, heads, -(-end // STEP) * STEP, head_dim)
+            grown = new.new_empty(batch, heads, _with_room(end), head_dim)
             if buffer is not None:
                 grown[:, :, : self.length] = buffer[:, :, : self.length]
             buffer = grown
@@ -49,11 +53,97 @@ class LayerCache:
         return sum(buffer.nbytes for buffer in (self.keys, self.values) if buffer is not None)
 
 
-class KVCache:
-    """The `past_key_values` of a model: comes back from forward, can be passed in again."""
+class PackedLayerCache:
+    """As LayerCache, in the layout the native attention reads: float32, or int8 with a scale per head and token.
 
-    def __init__(self, num_layers: int) -> None:
-        self.layers = [LayerCache() for _ in range(num_layers)]
+    keys [B, kv_heads, capacity / 16, head_dim, 16], values [B, kv_heads, capacity, head_dim]. `append` serves the code
+    that knows no layout: it returns whole float copies and is slow. Not differentiable.
+    """
+
+    def __init__(self, int8: bool) -> None:
+        self.int8, self.length = int8, 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._scales: Tensor | None = None  # [keys or values, B, kv_heads, capacity]
+
+    def view(self, tokens: int, kv_heads: int, head_dim: int) -> CacheView:
+        """The buffers of a batch of one, with room for `tokens` more; the kernel writes them and reads all."""
+        self._reserve(self.length + tokens, (1, kv_heads), head_dim, torch.device("cpu"))
+        keys, values, scales = self._buffers()
+        if keys.shape[0] != 1:
+            raise ValueError(f"the cache holds a batch of {keys.shape[0]}, not of one")
+        key_scale, value_scale = (None, None) if scales is None else (scales[0, 0], scales[1, 0])
+        return CacheView(keys[0], values[0], key_scale, value_scale, self.length)
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds [B, kv_heads, T, head_dim] and returns all positions so far in that type."""
+        batch, heads, tokens, head_dim = keys.shape
+        end = self.length + tokens
+        self._reserve(end, (batch, heads), head_dim, keys.device)
+        packed, stored, scales = self._buffers()
+        at = torch.arange(self.length, end, device=keys.device)
+        new_keys, new_values = keys.float(), values.float()
+        if scales is not None:
+            new_keys, scales[0, :, :, self.length : end] = _int8(new_keys)
+            new_values, scales[1, :, :, self.length : end] = _int8(new_values)
+        packed[:, :, at // TOKENS, :, at % TOKENS] = new_keys.permute(2, 0, 1, 3).to(packed.dtype)
+        stored[:, :, self.length : end] = new_values.to(stored.dtype)
+        self.length = end
+        return self._read(packed.transpose(3, 4).flatten(2, 3), 0, keys.dtype), self._read(stored, 1, values.dtype)
+
+    def _read(self, codes: Tensor, which: int, dtype: torch.dtype) -> Tensor:
+        values = codes[:, :, : self.length].float()
+        if self._scales is not None:
+            values = values * self._scales[which, :, :, : self.length, None]
+        return values.to(dtype)
+
+    def _buffers(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self._keys is None or self._values is None:
+            raise ValueError("the cache is empty")
+        return self._keys, self._values, self._scales
+
+    def _reserve(self, end: int, outer: tuple[int, int], head_dim: int, device: torch.device) -> None:
+        if self._values is not None and end <= self._values.shape[2]:
+            return
+        capacity = _with_room(end)
+        dtype = torch.int8 if self.int8 else torch.float32
+        keys = torch.empty(*outer, capacity // TOKENS, head_dim, TOKENS, dtype=dtype, device=device)
+        values = torch.empty(*outer, capacity, head_dim, dtype=dtype, device=device)
+        scales = torch.empty(2, *outer, capacity, device=device) if self.int8 else None
+        if self._keys is not None and self._values is not None:
+            keys[:, :, : self._keys.shape[2]] = self._keys
+            values[:, :, : self._values.shape[2]] = self._values
+            if scales is not None and self._scales is not None:
+                scales[..., : self._scales.shape[3]] = self._scales
+        self._keys, self._values, self._scales = keys, values, scales
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in (self._keys, self._values, self._scales) if buffer is not None)
+
+
+def _with_room(end: int) -> int:
+    """Positions to make room for: a long cache grows in larger steps, so that it is copied a few times only."""
+    return -(-(end + end // 8) // STEP) * STEP
+
+
+def _int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, heads, T, head_dim] -> int8 codes and scales [B, heads, T], as csrc/layer.cpp makes them."""
+    top = x.abs().amax(-1)
+    inverse = torch.where(top > 0, 127 / top, top)
+    return (x * inverse[..., None]).round().nan_to_num(0).to(torch.int8), top / 127
+
+
+class KVCache:
+    """The `past_key_values` of a model: comes back from forward, can be passed in again.
+
+    `layer_cache` makes one layer's part; `Glm4Model.new_cache` chooses the one that suits the model.
+    """
+
+    def __init__(
+        self, num_layers: int, layer_cache: Callable[[], LayerCache | PackedLayerCache] = LayerCache
+    ) -> None:
+        self.layers = [layer_cache() for _ in range(num_layers)]
 
     def get_seq_length(self) -> int:
         """Positions held by every layer (a forward stopped half-way leaves some layers longer)."""

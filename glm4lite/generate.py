@@ -12,7 +12,6 @@ from contextlib import contextmanager
 
 import torch
 
-from glm4lite.cache import KVCache
 from glm4lite.errors import ContextLengthError
 from glm4lite.model import DecoderLayer, Glm4ForCausalLM
 from glm4lite.sampling import Sampler, SamplingParams
@@ -24,7 +23,7 @@ class PrefixCache:
     """A KVCache and the ids it was computed from, so that the next prompt only pays for what is new."""
 
     def __init__(self, model: Glm4ForCausalLM) -> None:
-        self.kv = KVCache(model.config.num_hidden_layers)
+        self.kv = model.new_cache()
         self.ids: list[int] = []
 
     def keep_common_prefix(self, ids: list[int]) -> int:

@@ -8,23 +8,29 @@ the model's dtype: o_proj and down_proj outputs of GLM-4 pass 65 504, float16's 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glm4lite.attention import attend, attend_with_weights, causal_mask
-from glm4lite.cache import KVCache, LayerCache
+from glm4lite.attention import Visibility, attend, attend_with_weights
+from glm4lite.cache import KVCache, LayerCache, PackedLayerCache
 from glm4lite.config import Glm4Config
 from glm4lite.errors import ConfigError
+from glm4lite.fused import FusedLayer
 from glm4lite.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from glm4lite.rotary import RotaryEmbedding, apply_rotary
+from glm4lite_quant.kernels.decoder import Heads
 
 if TYPE_CHECKING:
     from glm4lite.events import Progress
     from glm4lite_quant import QuantConfig
+
+
+KVType = Literal["float", "int8"]
 
 
 class RMSNorm(nn.Module):
@@ -49,6 +55,7 @@ class Attention(nn.Module):
         self.dropout = config.attention_dropout
         hidden, bias = config.hidden_size, config.attention_bias
         kv_size = config.num_key_value_heads * config.head_dim
+        self.heads = Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.rotary_dim)
         self.q_proj = nn.Linear(hidden, config.num_attention_heads * config.head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden, kv_size, bias=bias)
         self.v_proj = nn.Linear(hidden, kv_size, bias=bias)
@@ -61,8 +68,8 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        cache: LayerCache | None,
+        visible: Visibility,
+        cache: LayerCache | PackedLayerCache | None,
         want_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """x [B, T, H] -> [B, T, H] and, where wanted, the attention weights [B, heads, T, S]."""
@@ -74,9 +81,9 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         weights = None
         if want_weights:
-            out, weights = attend_with_weights(q, k, v, mask, self.scale, dropout)
+            out, weights = attend_with_weights(q, k, v, visible.mask, self.scale, dropout)
         else:
-            out = attend(q, k, v, mask, self.scale, dropout)
+            out = attend(q, k, v, visible.mask, self.scale, dropout)
         return self.o_proj(out.transpose(1, 2).flatten(-2)), weights
 
 
@@ -105,18 +112,24 @@ class DecoderLayer(nn.Module):
         if self.sandwich:
             self.post_self_attn_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.post_mlp_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._fused = FusedLayer()
 
     def forward(
         self,
         x: Tensor,
         dtype: torch.dtype,
         rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        cache: LayerCache | None,
+        visible: Visibility,
+        cache: LayerCache | PackedLayerCache | None,
         want_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """x: the residual stream, float32 [B, T, H]; `dtype` is what the linears compute in."""
-        attended, weights = self.self_attn(self.input_layernorm(x, dtype), rotary, mask, cache, want_weights)
+        native = x.device.type == "cpu" and dtype == torch.float32 and x.shape[0] == 1 and x.shape[1] > 0
+        if native and visible.causal_only and isinstance(cache, PackedLayerCache) and not want_weights:
+            out = self._native(x, rotary, cache)
+            if out is not None:
+                return out, None
+        attended, weights = self.self_attn(self.input_layernorm(x, dtype), rotary, visible, cache, want_weights)
         if self.sandwich:
             attended = self.post_self_attn_layernorm(attended, dtype)
         x = x + attended
@@ -124,6 +137,21 @@ class DecoderLayer(nn.Module):
         if self.sandwich:
             out = self.post_mlp_layernorm(out, dtype)
         return x + out, weights
+
+    def is_native(self) -> bool:
+        """Whether the native library has code for this layer as it is."""
+        return self._fused.kernel(self) is not None
+
+    def _native(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: PackedLayerCache) -> Tensor | None:
+        """The whole layer in one call of the native library; None where it has no code for this layer."""
+        kernel = None if torch.is_grad_enabled() and x.requires_grad else self._fused.kernel(self)
+        if kernel is None:
+            return None
+        heads, tokens, out = self.self_attn.heads, x.shape[1], x.detach().clone(memory_format=torch.contiguous_format)
+        cos, sin = (part.expand(1, 1, tokens, -1).contiguous() for part in rotary)
+        kernel(out[0], cos[0, 0], sin[0, 0], cache.view(tokens, heads.key_value, heads.dim))
+        cache.length += tokens
+        return out
 
 
 class PreTrainedModel(nn.Module):
@@ -185,7 +213,17 @@ class Glm4Model(PreTrainedModel):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
+        self.kv: KVType = "float"
         self._init_weights()
+
+    def new_cache(self, batch: int = 1) -> KVCache:
+        """An empty cache of the kind that `kv` asks for, in the native layout where native layers will read it."""
+        embedding = self.embed_tokens
+        dtype = embedding.weight.dtype if isinstance(embedding, nn.Embedding) else embedding.dtype
+        native = batch == 1 and dtype == torch.float32 and all(layer.is_native() for layer in self.layers)
+        if native or self.kv == "int8":
+            return KVCache(len(self.layers), partial(PackedLayerCache, self.kv == "int8"))
+        return KVCache(len(self.layers))
 
     def forward(
         self,
@@ -209,7 +247,7 @@ class Glm4Model(PreTrainedModel):
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
-            cache = KVCache(len(self.layers))
+            cache = self.new_cache(embeds.shape[0])
         past, length = 0 if cache is None else cache.get_seq_length(), embeds.shape[1]
         if position_ids is None:
             steps = (
@@ -217,13 +255,13 @@ class Glm4Model(PreTrainedModel):
             )
             position_ids = steps[None]
         rotary = self.rotary_emb(position_ids, embeds.dtype)
-        mask = causal_mask(attention_mask, past, length, embeds.device)
+        visible = Visibility(attention_mask, past, length, embeds.device)
         collected = _Collected(output_hidden_states, output_attentions)
         x, dtype = embeds.float(), embeds.dtype
         collected.hidden(embeds)
         for index, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[index]
-            x, weights = layer(x, dtype, rotary, mask, layer_cache, output_attentions)
+            x, weights = layer(x, dtype, rotary, visible, layer_cache, output_attentions)
             collected.attention(weights)
             if index + 1 < len(self.layers):
                 collected.hidden(x.to(dtype))
@@ -257,6 +295,10 @@ class Glm4ForCausalLM(PreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         nn.init.normal_(self.lm_head.weight, std=config.initializer_range)
         self.tie_weights()
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for one sequence; `forward` takes it as past_key_values."""
+        return self.model.new_cache()
 
     def tie_weights(self) -> None:
         """With tie_word_embeddings the head is the embedding: one tensor under two names."""

@@ -17,7 +17,7 @@
 #endif
 
 enum { GLM4_ROWS = 16, GLM4_COLS = 32 };
-enum { GLM4_FLOAT32 = 0, GLM4_BFLOAT16 = 1 };
+enum { GLM4_FLOAT32 = 0, GLM4_BFLOAT16 = 1, GLM4_INT8 = 2 };
 enum { GLM4_SCALAR = 0, GLM4_AVX2 = 1, GLM4_AVX512VNNI = 2, GLM4_ISAS = 3 };
 enum { GLM4_OK = 0, GLM4_NOT_FINITE = 1, GLM4_NO_MEMORY = 2 };
 
@@ -37,11 +37,36 @@ struct glm4_matrix {  // rows of float32 or bfloat16, stride in elements
   int32_t dtype;
 };
 
+// Keys and values of one layer: float32, or int8 codes with one scale per head and token. `capacity` (tokens) is a
+// multiple of GLM4_TOKENS. keys [kv_heads][capacity / 16][head_dim][16], values [kv_heads][capacity][head_dim], scales
+// [kv_heads][capacity].
+struct glm4_cache {
+  void* keys;
+  void* values;
+  float* key_scale;  // null for float32
+  float* value_scale;
+  int64_t capacity, length;  // tokens there is room for, tokens held
+  int32_t type;              // GLM4_FLOAT32 or GLM4_INT8
+};
+
+// A decoder layer. Norm weights [hidden] are null where the architecture has no such norm, biases where it has none.
+struct glm4_layer {
+  glm4_weight q, k, v, o, gate_up, down;
+  const float *q_bias, *k_bias, *v_bias;
+  const float *input_norm, *post_self_attn_norm, *post_attention_norm, *post_mlp_norm;
+  float eps;
+  int32_t heads, kv_heads, head_dim, rotary_dim;
+};
+
 GLM4_API int32_t glm4_abi_version(void);
 GLM4_API int32_t glm4_isa_available(int32_t isa);
 // y [m, n] = x [m, k] * w^T + bias (bias may be null).
 GLM4_API int32_t glm4_matmul(const glm4_weight* w, const glm4_matrix* x, const float* bias, const glm4_matrix* y,
                              int32_t isa, int32_t threads);
+// x [tokens, hidden], the float32 residual stream, goes through the layer in place; the tokens' keys and values are
+// written into the cache after the `length` that it holds. cos and sin: [tokens, rotary_dim / 2].
+GLM4_API int32_t glm4_decoder_layer(const glm4_layer* layer, float* x, int64_t tokens, const float* cos,
+                                    const float* sin, const glm4_cache* cache, int32_t isa, int32_t threads);
 // Fills w from source [n, k]; GLM4_NOT_FINITE puts the first such row and column in place[0..1].
 GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, int32_t isa, int32_t threads,
                                int64_t* place);
@@ -57,14 +82,58 @@ struct glm4_panel {
   int32_t width;
 };
 
+// One column of a panel that is being written.
+struct glm4_panel_column {
+  int32_t* quads;
+  float* scale;
+  int32_t* sum;
+  float* group_sum;
+  int64_t width;
+};
+
 // One row tile times one panel, without row scales: dot[c][r] = sum of scales * q * x, min[c][r] = sum of mins * x.
 typedef void (*glm4_tile_kernel)(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* dot, float* min);
 
-// The widest panel an ISA's registers hold. No kernel code is shared between ISA files: the linker keeps one copy.
+// Queries of one key/value head against its tokens begin..end-1 (begin a multiple of GLM4_TOKENS). Row r is query head
+// r % per_token of token r / per_token; row 0 sees `visible` tokens, each later token one more.
+struct glm4_attention {
+  const float* q;  // row r at r / per_token * q_stride + r % per_token * head_dim
+  const void *keys, *values;
+  const float *key_scale, *value_scale;
+  int64_t q_stride, rows, per_token, head_dim, begin, end, visible;
+  int32_t kv_type;
+  float scale;
+  float *out, *top, *total;  // out [rows][head_dim] is the sum of exp(score - top) * value, total of exp(score - top)
+};
+
+// What surrounds the products; rows of float32, k a multiple of 32. See rows.h.
+struct glm4_rows {
+  void (*quantize)(const float* x, int64_t k, int32_t group, const glm4_panel_column* to);
+  void (*norm)(const float* x, const float* weight, float eps, int64_t k, float* out);
+  void (*add)(float* x, const float* add, const float* weight, float eps, int64_t k);
+  void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
+  void (*attend)(const glm4_attention* a, float* scratch);
+};
+
+// Tokens in a block of keys, most rows of a glm4_attention, and the floats of scratch it needs.
+enum { GLM4_TOKENS = 16, GLM4_ATTENTION_ROWS = 128, GLM4_MAX_HEAD_DIM = 256 };
+enum { GLM4_ATTENTION_SCRATCH = (2 * (GLM4_ATTENTION_ROWS + 16) + 2 * 64) * GLM4_MAX_HEAD_DIM + 16 * 64 };
+
+struct glm4_isa {
+  glm4_tile_kernel tile;
+  const glm4_rows* rows;
+  int32_t width;  // the widest panel its registers hold
+};
+const glm4_isa* glm4_isa_of(int32_t isa);
+
+// No code is shared between the files of different ISAs: the linker keeps one copy.
 enum { GLM4_SCALAR_WIDTH = 4, GLM4_AVX2_WIDTH = 4, GLM4_AVX512VNNI_WIDTH = 12, GLM4_MAX_WIDTH = 12 };
 void glm4_tile_scalar(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
 void glm4_tile_avx2(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
 void glm4_tile_avx512vnni(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
+extern const glm4_rows glm4_rows_scalar;
+extern const glm4_rows glm4_rows_avx2;
+extern const glm4_rows glm4_rows_avx512;
 
 // Steps and minima of one row's int4 groups, with the least squared error over GLM4_SHARES of each group's (minimum,
 // maximum). Every version does the reference's float operations in its order.

@@ -26,6 +26,9 @@ class ScriptedModel(nn.Module):
         self.left: list[int] = []
         self.fed: list[list[int]] = []
 
+    def new_cache(self) -> KVCache:
+        return KVCache(2)
+
     def forward(self, ids: torch.Tensor, past_key_values: KVCache, **_: Any) -> SimpleNamespace:
         self.fed.append(ids[0].tolist())
         for layer in past_key_values.layers:

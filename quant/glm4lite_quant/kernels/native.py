@@ -21,14 +21,15 @@ from glm4lite_quant.config import QuantError
 if TYPE_CHECKING:
     from glm4lite_quant.tensor import QuantTensor
 
-ABI = 1
+ABI = 2
 ISAS = ("scalar", "avx2", "avx512vnni")  # in the order of the C enum, slowest first
 FILES = ("glm4lite_kernels.so", "glm4lite_kernels.dylib", "glm4lite_kernels.dll")
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+FLOAT32, BFLOAT16, INT8 = 0, 1, 2  # element types, as in the C enum
+DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 OK, NOT_FINITE, NO_MEMORY = 0, 1, 2
 
 
-class _Weight(ctypes.Structure):
+class Weight(ctypes.Structure):
     """glm4_weight of csrc/qgemm.h."""
 
     _fields_ = [
@@ -66,7 +67,7 @@ class Packed:
     """A weight's addresses; `weight` keeps the memory alive."""
 
     weight: QuantTensor
-    struct: _Weight
+    struct: Weight
 
 
 class NativeBackend:
@@ -75,12 +76,13 @@ class NativeBackend:
     def __init__(self, cdll: ctypes.CDLL, isa: str) -> None:
         self.isa, self.name = isa, f"native-{isa}"
         self._matmul, self._quantize, self._code = cdll.glm4_matmul, cdll.glm4_quantize, ISAS.index(isa)
+        self._decoder_layer = cdll.glm4_decoder_layer
 
     def supports(self, weight: QuantTensor) -> bool:
         return weight.device.type == "cpu" and all(t.is_contiguous() for t in weight.tensors().values())
 
     def prepack(self, weight: QuantTensor) -> Packed:
-        return Packed(weight, _describe(weight))
+        return Packed(weight, describe(weight))
 
     def matmul(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         """x [M, K] -> [M, N] in x.dtype; x is quantized to int8 per 32 columns, sums are int32 and then float32."""
@@ -101,10 +103,16 @@ class NativeBackend:
             raise MemoryError("no memory for the quantized activations")
         return out
 
-    def quantize(self, source: _Matrix, target: _Weight, place: ctypes.Array[ctypes.c_int64]) -> int:
+    def quantize(self, source: _Matrix, target: Weight, place: ctypes.Array[ctypes.c_int64]) -> int:
         """One of OK, NOT_FINITE (then `place` is the row and column) and NO_MEMORY."""
         refs = (ctypes.byref(source), ctypes.byref(target))
         return int(self._quantize(*refs, self._code, thread_count(), ctypes.byref(place)))
+
+    def decoder_layer(self, layer: object, x: int, tokens: int, cos: int, sin: int, cache: object) -> None:
+        """`kernels.decoder` describes the arguments: references to structs, and addresses."""
+        code = self._decoder_layer(layer, x, tokens, cos, sin, cache, self._code, thread_count())
+        if code != OK:
+            raise MemoryError("no memory for the activations of a decoder layer")
 
 
 def backend() -> NativeBackend | None:
@@ -173,7 +181,7 @@ def quantize(weight: Tensor, target: QuantTensor, first_row: int) -> bool:
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     source = _Matrix(weight.data_ptr(), weight.shape[0], weight.stride(0), DTYPES[weight.dtype])
     where = (ctypes.c_int64 * 2)()
-    code = chosen.quantize(source, _describe(target), where)
+    code = chosen.quantize(source, describe(target), where)
     if code == NOT_FINITE:
         from glm4lite_quant.tensor import not_finite
 
@@ -184,11 +192,11 @@ def quantize(weight: Tensor, target: QuantTensor, first_row: int) -> bool:
     return True
 
 
-def _describe(w: QuantTensor) -> _Weight:
+def describe(w: QuantTensor) -> Weight:
     mins = None if w.mins is None else w.mins.data_ptr()
     row_min = None if w.row_min is None else w.row_min.data_ptr()
     planes = (w.qweight.data_ptr(), w.scales.data_ptr(), mins, w.row_scale.data_ptr(), row_min)
-    return _Weight(*planes, w.shape[0], w.shape[1], w.bits, w.group_size)
+    return Weight(*planes, w.shape[0], w.shape[1], w.bits, w.group_size)
 
 
 @lru_cache(maxsize=1)
@@ -214,9 +222,12 @@ def _load(override: str) -> Library:
         return Library(path, None, (), f"{path} cannot be loaded ({problem})")
     if version != ABI:
         return Library(path, None, (), f"{path} has interface {version}, this package needs {ABI}: reinstall")
-    weight, matrix = ctypes.POINTER(_Weight), ctypes.POINTER(_Matrix)
+    weight, matrix = ctypes.POINTER(Weight), ctypes.POINTER(_Matrix)
     cdll.glm4_matmul.argtypes = [weight, matrix, ctypes.c_void_p, matrix, ctypes.c_int32, ctypes.c_int32]
     cdll.glm4_quantize.argtypes = [matrix, weight, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_int64 * 2)]
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    layer_types = [pointer, pointer, number, pointer, pointer, pointer, ctypes.c_int32, ctypes.c_int32]
+    cdll.glm4_decoder_layer.argtypes = layer_types
     isas = tuple(name for code, name in enumerate(ISAS) if cdll.glm4_isa_available(code))
     return Library(path, cdll, isas)
 

@@ -1,0 +1,211 @@
+// Quantizing activations, splitting the products among threads, writing the results.
+#include "linear.h"
+
+#include <string.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "thread_pool.h"
+
+namespace {
+
+using glm4::Sink;
+using glm4::Source;
+
+constexpr int64_t kChunkRows = 512;         // rows of x quantized at once: bounds the scratch
+constexpr int64_t kCacheBytes = 256 << 10;  // activations that stay in the second-level cache over one item
+constexpr int64_t kMaxItemTiles = 8;        // several tiles use a panel of activations while it is in cache
+constexpr int64_t kMaxItemTilesOfOne = 2;   // one panel stays there anyway: small items end at the same time
+constexpr int64_t kSerialWork = 1 << 18;  // multiplications not worth waking a thread for
+
+float from_bfloat16(uint16_t v) {
+  const uint32_t bits = static_cast<uint32_t>(v) << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+uint16_t to_bfloat16(float f) {  // to nearest, ties to even
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// Memory that a calling thread keeps from one product to the next: a token allocates nothing.
+struct Buffers {
+  std::vector<int32_t> quads, sum;
+  std::vector<float> scale, group_sum, rows;
+
+  static Buffers& of_thread() {
+    static thread_local Buffers buffers;
+    return buffers;
+  }
+};
+
+template <class T>
+T* room(std::vector<T>& v, int64_t size) {
+  if (static_cast<int64_t>(v.size()) < size) v.resize(static_cast<size_t>(size));
+  return v.data();
+}
+
+// The quantized activations of up to kChunkRows rows, as panels of nearly equal width.
+class Activations {
+ public:
+  Activations(const Source& source, int32_t group, int64_t first, int64_t rows, const glm4_isa& isa, int threads)
+      : source_(source), isa_(isa), group_(group), first_(first), rows_(rows),
+        panels_((rows + isa.width - 1) / isa.width) {
+    Buffers& buffers = Buffers::of_thread();
+    const int64_t blocks = rows * (source.k / GLM4_COLS);
+    quads_ = room(buffers.quads, blocks * 8);
+    scale_ = room(buffers.scale, blocks);
+    sum_ = room(buffers.sum, blocks);
+    group_sum_ = room(buffers.group_sum, rows * (source.k / group));
+    scratch_ = room(buffers.rows, source.k * threads);
+  }
+
+  int64_t panels() const { return panels_; }
+  int64_t start(int64_t panel) const { return rows_ * panel / panels_; }  // first row of a panel, within the chunk
+
+  glm4_panel panel(int64_t p) const {
+    const int64_t at = start(p), blocks = source_.k / GLM4_COLS;
+    return {quads_ + at * blocks * 8, scale_ + at * blocks, sum_ + at * blocks,
+            group_sum_ + at * (source_.k / group_), static_cast<int32_t>(start(p + 1) - at)};
+  }
+
+  void quantize(int64_t p, int slot) const {
+    const int64_t at = start(p), blocks = source_.k / GLM4_COLS, width = start(p + 1) - at;
+    for (int64_t c = 0; c < width; ++c) {
+      const int64_t to = at * blocks + c;
+      const glm4_panel_column column{quads_ + to * 8, scale_ + to, sum_ + to,
+                                     group_sum_ + at * (source_.k / group_) + c, width};
+      const float* row = source_.row(first_ + at + c, scratch_ + slot * source_.k);
+      isa_.rows->quantize(row, source_.k, group_, &column);
+    }
+  }
+
+ private:
+  const Source& source_;
+  const glm4_isa& isa_;
+  int32_t group_;
+  int64_t first_, rows_, panels_;
+  int32_t *quads_, *sum_;
+  float *scale_, *group_sum_, *scratch_;
+};
+
+int64_t tiles_of(const Sink& sink) {
+  const int64_t tiles = (sink.w->n + GLM4_ROWS - 1) / GLM4_ROWS;
+  return sink.swiglu ? tiles / 2 : tiles;
+}
+
+struct Product {
+  const Sink* sinks;
+  const glm4_isa& isa;
+  const Activations& x;
+  int64_t first;  // row of y that row 0 of the activations belongs to
+
+  // Row scales and bias of one tile and panel: out [width][16].
+  void finish(const Sink& sink, int64_t tile, const glm4_panel& panel, float* out) const {
+    float min[GLM4_MAX_WIDTH * GLM4_ROWS];
+    isa.tile(sink.w, tile, &panel, out, min);
+    const glm4_weight& w = *sink.w;
+    const int64_t n0 = tile * GLM4_ROWS;
+    const int rows = static_cast<int>(std::min<int64_t>(GLM4_ROWS, w.n - n0));
+    for (int c = 0; c < panel.width; ++c) {
+      float* to = out + GLM4_ROWS * c;
+      for (int r = 0; r < rows; ++r) to[r] *= w.row_scale[n0 + r];
+      if (w.row_min)
+        for (int r = 0; r < rows; ++r) to[r] -= min[GLM4_ROWS * c + r] * w.row_min[n0 + r];
+      if (sink.bias)
+        for (int r = 0; r < rows; ++r) to[r] += sink.bias[n0 + r];
+    }
+  }
+
+  void store(const Sink& sink, int64_t tile, int64_t row, int width, const float* out) const {
+    const int64_t n0 = tile * GLM4_ROWS;
+    const int64_t rows = sink.swiglu ? GLM4_ROWS : std::min<int64_t>(GLM4_ROWS, sink.w->n - n0);
+    for (int c = 0; c < width; ++c) {
+      const int64_t at = (first + row + c) * sink.y.stride + n0;
+      const float* from = out + GLM4_ROWS * c;
+      if (sink.y.dtype == GLM4_FLOAT32) {
+        memcpy(static_cast<float*>(sink.y.data) + at, from, sizeof(float) * rows);
+      } else {
+        for (int64_t r = 0; r < rows; ++r) static_cast<uint16_t*>(sink.y.data)[at + r] = to_bfloat16(from[r]);
+      }
+    }
+  }
+
+  void tile(const Sink& sink, int64_t tile, int64_t p) const {
+    const glm4_panel panel = x.panel(p);
+    float out[GLM4_MAX_WIDTH * GLM4_ROWS], up[GLM4_MAX_WIDTH * GLM4_ROWS];
+    finish(sink, tile, panel, out);
+    if (sink.swiglu) {
+      finish(sink, tile + tiles_of(sink), panel, up);
+      isa.rows->swiglu(out, up, GLM4_ROWS * panel.width, out);
+    }
+    store(sink, tile, x.start(p), panel.width, out);
+  }
+
+  // A few row tiles with all panels: as many panels as stay in cache are used by every tile before the next ones come.
+  void tiles(int64_t begin, int64_t end) const {
+    const Sink* sink = sinks;
+    while (begin >= tiles_of(*sink)) begin -= tiles_of(*sink), end -= tiles_of(*sink), ++sink;
+    while (begin < end) {
+      const int64_t stop = std::min(end, tiles_of(*sink));
+      const int64_t in_cache = std::max<int64_t>(1, kCacheBytes / (sink->w->k * isa.width));
+      for (int64_t p0 = 0; p0 < x.panels(); p0 += in_cache)
+        for (int64_t t = begin; t < stop; ++t)
+          for (int64_t p = p0; p < std::min(p0 + in_cache, x.panels()); ++p) tile(*sink, t, p);
+      end -= tiles_of(*sink), begin = 0, ++sink;
+    }
+  }
+};
+
+// Rows as a caller has them: float32 in place, bfloat16 widened.
+class MatrixSource : public Source {
+ public:
+  MatrixSource(const glm4_matrix& x, int64_t k) : Source(x.rows, k), x_(x) {}
+  const float* row(int64_t r, float* scratch) const override {
+    if (x_.dtype == GLM4_FLOAT32) return static_cast<const float*>(x_.data) + r * x_.stride;
+    const uint16_t* from = static_cast<const uint16_t*>(x_.data) + r * x_.stride;
+    for (int64_t i = 0; i < k; ++i) scratch[i] = from_bfloat16(from[i]);
+    return scratch;
+  }
+
+ private:
+  const glm4_matrix& x_;
+};
+
+}  // namespace
+
+void glm4::linear(const Source& source, const Sink* sinks, int count, const glm4_isa& isa, int threads) {
+  int64_t tiles = 0, outputs = 0;
+  int32_t group = sinks[0].w->group;
+  for (int i = 0; i < count; ++i) {
+    tiles += tiles_of(sinks[i]), outputs += sinks[i].w->n;
+    if (sinks[i].w->mins) group = sinks[i].w->group;
+  }
+  for (int64_t first = 0; first < source.rows; first += kChunkRows) {
+    const int64_t rows = std::min(kChunkRows, source.rows - first);
+    const Activations act(source, group, first, rows, isa, threads);
+    auto prepare = [&](int64_t p, int slot) { act.quantize(p, slot); };
+    parallel_for(rows * source.k < kSerialWork ? 1 : threads, act.panels(), prepare);
+    const Product product{sinks, isa, act, first};
+    const int64_t most = act.panels() == 1 ? kMaxItemTilesOfOne : kMaxItemTiles;
+    const int64_t size = std::clamp<int64_t>(tiles / (threads * 8), 1, most);
+    auto item = [&](int64_t i, int) { product.tiles(i * size, std::min(tiles, (i + 1) * size)); };
+    parallel_for(rows * source.k * outputs < kSerialWork ? 1 : threads, (tiles + size - 1) / size, item);
+  }
+}
+
+GLM4_API int32_t glm4_matmul(const glm4_weight* w, const glm4_matrix* x, const float* bias, const glm4_matrix* y,
+                             int32_t isa, int32_t threads) {
+  try {
+    const Sink sink{w, bias, *y};
+    glm4::linear(MatrixSource(*x, w->k), &sink, 1, *glm4_isa_of(isa), threads);
+    return GLM4_OK;
+  } catch (const std::bad_alloc&) {
+    return GLM4_NO_MEMORY;
+  }
+}

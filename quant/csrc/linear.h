@@ -1,0 +1,32 @@
+// One input, several quantized weights: y_i = x * w_i^T + bias_i. The input is normed (where it is) and quantized once.
+#ifndef GLM4LITE_LINEAR_H
+#define GLM4LITE_LINEAR_H
+
+#include "qgemm.h"
+
+namespace glm4 {
+
+// Rows of float32 that are to be multiplied; made one by one, by any thread.
+class Source {
+ public:
+  Source(int64_t rows, int64_t k) : rows(rows), k(k) {}
+  virtual ~Source() = default;
+  // Row r: a place of its own, or `scratch` (k floats) filled with it. Called once for each row.
+  virtual const float* row(int64_t r, float* scratch) const = 0;
+  const int64_t rows, k;
+};
+
+struct Sink {
+  const glm4_weight* w;
+  const float* bias;  // null: none
+  glm4_matrix y;
+  // The rows of w are a gate's and then as many of an up projection: y [m, n / 2] = silu(gate) * up.
+  bool swiglu = false;
+};
+
+// All weights have the source's k; those of 4 bits share one group size. Throws std::bad_alloc.
+void linear(const Source& source, const Sink* sinks, int count, const glm4_isa& isa, int threads);
+
+}  // namespace glm4
+
+#endif

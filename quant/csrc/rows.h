@@ -1,0 +1,235 @@
+// What an ISA file needs beside its product: norms, SiLU, quantizing activations and attention, written once over
+// vector.h and compiled for each ISA. rows_<isa>.cpp includes this file and names its table.
+#ifndef GLM4LITE_ROWS_H
+#define GLM4LITE_ROWS_H
+
+#include <math.h>
+
+#include "qgemm.h"
+#include "vector.h"
+
+namespace {
+
+constexpr int kLanes = GLM4_LANES;
+
+// Register blocks of attention: query rows whose sums stay in registers beside one vector of keys or values.
+#if GLM4_LANES == 16 || defined(__aarch64__)
+constexpr int kRowBlock = 16;
+#else
+constexpr int kRowBlock = 8;
+#endif
+constexpr int kTileTokens = 64;  // tokens whose scores are computed before their values are added
+static_assert(kRowBlock <= GLM4_ATTENTION_ROWS && kTileTokens % GLM4_TOKENS == 0, "blocks nest");
+
+inline void narrow(int8_t* to, Vec shifted) {
+  int32_t bits[kLanes];
+  memcpy(bits, &shifted, sizeof(bits));
+  for (int i = 0; i < kLanes; ++i) to[i] = static_cast<int8_t>(bits[i]);
+}
+
+// 32 values -> int8 codes, their sum and the scale; NaN as the scale where a value is not finite.
+inline void quantize_block(const float* v, int8_t* codes, float* scale, int32_t* sum) {
+  constexpr int parts = GLM4_COLS / kLanes;
+  Vec x[parts], top = all(0.0f), bad = all(0.0f), total = all(0.0f);
+  for (int i = 0; i < parts; ++i) {
+    x[i] = load(v + kLanes * i);
+    top = larger(top, magnitude(x[i]));
+    bad += x[i] * all(0.0f);
+  }
+  const float largest = largest_of(top);
+  const bool finite = sum_of(bad) == 0.0f;
+  *sum = 0;
+  if (!finite || largest < 1e-30f) {
+    memset(codes, 0, GLM4_COLS);
+    *scale = finite ? 0.0f : NAN;
+    return;
+  }
+  const Vec inverse = all(127.0f / largest), round = all(12582912.0f);  // 1.5 * 2^23: adding it rounds
+  for (int i = 0; i < parts; ++i) {
+    const Vec shifted = x[i] * inverse + round;
+    narrow(codes + kLanes * i, shifted);
+    total += shifted - round;
+  }
+  *sum = static_cast<int32_t>(sum_of(total));
+  *scale = largest / 127.0f;
+}
+
+void quantize_row(const float* x, int64_t k, int32_t group, const glm4_panel_column* to) {
+  const int64_t blocks = k / GLM4_COLS, per_group = group / GLM4_COLS, width = to->width;
+  float in_group = 0.0f;
+  for (int64_t b = 0; b < blocks; ++b) {
+    int8_t codes[GLM4_COLS];
+    float scale;
+    int32_t sum;
+    quantize_block(x + b * GLM4_COLS, codes, &scale, &sum);
+    memcpy(to->quads + b * width * 8, codes, GLM4_COLS);
+    to->scale[b * width] = scale;
+    to->sum[b * width] = sum;
+    in_group += scale * static_cast<float>(sum);
+    if ((b + 1) % per_group == 0) {
+      to->group_sum[b / per_group * width] = in_group;
+      in_group = 0.0f;
+    }
+  }
+}
+
+inline float inverse_rms(const float* x, int64_t k, float eps) {
+  Vec squares[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
+  for (int64_t i = 0; i < k; i += GLM4_COLS)
+    for (int j = 0; j < GLM4_COLS / kLanes; ++j) {
+      const Vec v = load(x + i + kLanes * j);
+      squares[j % 4] += v * v;
+    }
+  const float total = sum_of((squares[0] + squares[1]) + (squares[2] + squares[3]));
+  return 1.0f / sqrtf(total / static_cast<float>(k) + eps);
+}
+
+void norm_row(const float* x, const float* weight, float eps, int64_t k, float* out) {
+  const Vec scale = all(inverse_rms(x, k, eps));
+  for (int64_t i = 0; i < k; i += kLanes) store(out + i, load(x + i) * scale * load(weight + i));
+}
+
+// x += add, or += RMSNorm(add) where there is a weight.
+void add_row(float* x, const float* add, const float* weight, float eps, int64_t k) {
+  if (!weight) {
+    for (int64_t i = 0; i < k; i += kLanes) store(x + i, load(x + i) + load(add + i));
+    return;
+  }
+  const Vec scale = all(inverse_rms(add, k, eps));
+  for (int64_t i = 0; i < k; i += kLanes) store(x + i, load(x + i) + load(add + i) * scale * load(weight + i));
+}
+
+void swiglu_row(const float* gate, const float* up, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec g = load(gate + i);
+    store(out + i, g / (all(1.0f) + exponential(all(0.0f) - g)) * load(up + i));
+  }
+}
+
+// ---- attention ----
+
+struct Tile {  // up to kTileTokens tokens as floats: keys [16 tokens together][dim][16], values [token][dim]
+  const float* keys;
+  const float* values;
+};
+
+// int8 codes become floats once per tile and serve all query rows; float32 is used in place.
+Tile read_tile(const glm4_attention* a, int64_t first, int64_t tokens, float* scratch) {
+  const int64_t d = a->head_dim, blocks = (tokens + GLM4_TOKENS - 1) / GLM4_TOKENS;
+  if (a->kv_type == GLM4_FLOAT32)
+    return {static_cast<const float*>(a->keys) + first * d, static_cast<const float*>(a->values) + first * d};
+  const int8_t* keys = static_cast<const int8_t*>(a->keys) + first * d;
+  const int8_t* values = static_cast<const int8_t*>(a->values) + first * d;
+  float* to = scratch + kTileTokens * d;
+  for (int64_t i = 0; i < blocks * GLM4_TOKENS * d; i += kLanes) store(scratch + i, widen(keys + i));
+  for (int64_t i = 0; i < tokens * d; i += kLanes) store(to + i, widen(values + i));
+  return {scratch, to};
+}
+
+// scores[r][t] = query r . key t; queries are [dim][kRowBlock].
+template <int R>
+void block_scores(const float* q, const float* keys, int64_t d, int64_t tokens, float* scores) {
+  for (int64_t t = 0; t < tokens; t += kLanes) {
+    const float* k = keys + t / GLM4_TOKENS * (GLM4_TOKENS * d) + t % GLM4_TOKENS;
+    Vec sum[R];
+    for (int r = 0; r < R; ++r) sum[r] = all(0.0f);
+    for (int64_t i = 0; i < d; ++i) {
+      const Vec v = load(k + i * GLM4_TOKENS);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) sum[r] += v * all(q[i * kRowBlock + r]);
+    }
+    for (int r = 0; r < R; ++r) store(scores + r * kTileTokens + t, sum[r]);
+  }
+}
+
+// out[r] += sum over tokens of p[r][t] * value t.
+template <int R>
+void block_values(const float* p, const float* values, int64_t d, int64_t tokens, float* out) {
+  for (int64_t i = 0; i < d; i += kLanes) {
+    Vec sum[R];
+    for (int r = 0; r < R; ++r) sum[r] = load(out + r * d + i);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const Vec v = load(values + t * d + i);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) sum[r] += v * all(p[r * kTileTokens + t]);
+    }
+    for (int r = 0; r < R; ++r) store(out + r * d + i, sum[r]);
+  }
+}
+
+using ScoresOf = void (*)(const float*, const float*, int64_t, int64_t, float*);
+constexpr ScoresOf kScores[4] = {block_scores<4>, block_scores<8>, block_scores<kRowBlock == 16 ? 12 : 8>,
+                                 block_scores<kRowBlock>};
+constexpr ScoresOf kValues[4] = {block_values<4>, block_values<8>, block_values<kRowBlock == 16 ? 12 : 8>,
+                                 block_values<kRowBlock>};
+
+// One row's scores become weights in place; its running maximum, sum and output follow. Scales are the tokens' own (int8)
+// or null. Tokens from `visible` on do not count.
+void soften(float* scores, int64_t tokens, int64_t visible, const float* key_scale, const float* value_scale, float* out,
+            int64_t d, float* top, float* total) {
+  const int64_t padded = (tokens + kLanes - 1) / kLanes * kLanes;
+  if (key_scale)
+    for (int64_t t = 0; t < padded; t += kLanes) store(scores + t, load(scores + t) * load(key_scale + t));
+  for (int64_t t = visible > 0 ? visible : 0; t < padded; ++t) scores[t] = -INFINITY;
+  Vec highest = all(-INFINITY);
+  for (int64_t t = 0; t < padded; t += kLanes) highest = larger(highest, load(scores + t));
+  const float found = largest_of(highest), now = *top < found ? found : *top;
+  if (now == -INFINITY) {  // nothing to be seen yet
+    memset(scores, 0, sizeof(float) * padded);
+    return;
+  }
+  if (now != *top) {
+    float shrink[kLanes];
+    store(shrink, exponential(all(*top - now)));
+    for (int64_t i = 0; i < d; i += kLanes) store(out + i, load(out + i) * all(shrink[0]));
+    *total *= shrink[0];
+    *top = now;
+  }
+  Vec sum = all(0.0f);
+  for (int64_t t = 0; t < padded; t += kLanes) {
+    const Vec e = exponential(load(scores + t) - all(now));
+    sum += e;
+    store(scores + t, value_scale ? e * load(value_scale + t) : e);
+  }
+  *total += sum_of(sum);
+}
+
+void attend(const glm4_attention* a, float* scratch) {
+  const int64_t d = a->head_dim, blocks = (a->rows + kRowBlock - 1) / kRowBlock;
+  float *queries = scratch, *scores = queries + blocks * kRowBlock * d, *out = scores + kRowBlock * kTileTokens;
+  float* tile_scratch = out + blocks * kRowBlock * d;
+  memset(queries, 0, sizeof(float) * blocks * kRowBlock * d);
+  memset(out, 0, sizeof(float) * blocks * kRowBlock * d);
+  memset(scores, 0, sizeof(float) * kRowBlock * kTileTokens);
+  for (int64_t r = 0; r < a->rows; ++r) {
+    const float* from = a->q + r / a->per_token * a->q_stride + r % a->per_token * d;
+    float* to = queries + r / kRowBlock * (kRowBlock * d) + r % kRowBlock;
+    for (int64_t i = 0; i < d; ++i) to[i * kRowBlock] = from[i] * a->scale;
+    a->top[r] = -INFINITY;
+    a->total[r] = 0.0f;
+  }
+  for (int64_t first = a->begin; first < a->end; first += kTileTokens) {
+    const int64_t tokens = a->end - first < kTileTokens ? a->end - first : kTileTokens;
+    const Tile tile = read_tile(a, first, tokens, tile_scratch);
+    const float* key_scale = a->key_scale ? a->key_scale + first : nullptr;
+    const float* value_scale = a->value_scale ? a->value_scale + first : nullptr;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t row = b * kRowBlock, rows = a->rows - row < kRowBlock ? a->rows - row : kRowBlock;
+      const int64_t last = row + rows - 1;
+      if (a->visible + last / a->per_token <= first) continue;  // all of it lies ahead of these queries
+      const int kind = rows == kRowBlock ? 3 : static_cast<int>((rows - 1) / 4);
+      kScores[kind](queries + row * d, tile.keys, d, tokens, scores);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t seen = a->visible + (row + r) / a->per_token - first;
+        soften(scores + r * kTileTokens, tokens, seen < tokens ? seen : tokens, key_scale, value_scale,
+               out + (row + r) * d, d, a->top + row + r, a->total + row + r);
+      }
+      kValues[kind](scores, tile.values, d, tokens, out + row * d);
+    }
+  }
+  memcpy(a->out, out, sizeof(float) * a->rows * d);
+}
+
+}  // namespace
+
+#endif
