@@ -151,6 +151,7 @@ def quantize(
     from glm4lite_quant import QuantConfig
 
     config = QuantConfig.parse(quant)
+    _use_threads(None)
     with _rendering(as_json) as renderer:
         grouped = config and QuantConfig(config.bits, group_size)
         written = quantize_checkpoint(source, destination, grouped or "none", renderer.show)
@@ -214,12 +215,13 @@ def evaluate_text(
 
 
 def _use_threads(count: str | None) -> None:
-    """Threads of torch and of the kernels; a number this machine does not have is refused."""
-    if count is None:
-        return
+    """Threads of torch and of the kernels; what this machine does not have is refused, also by GLM4LITE_ISA."""
     from glm4lite.errors import ConfigError
     from glm4lite_quant.kernels import native
 
+    native.check_environment()
+    if count is None:
+        return
     try:
         number = int(count)
     except ValueError:

@@ -149,6 +149,12 @@ def thread_count() -> int:
     return min(_cores(), int(text) if text else torch.get_num_threads())
 
 
+def check_environment() -> None:
+    """QuantError where GLM4LITE_ISA or GLM4LITE_THREADS asks for what this host has not: said before any work."""
+    backend()
+    thread_count()
+
+
 def set_threads(count: int) -> None:
     """The number of threads of torch and of the kernels, for this process; QuantError outside 1..cores."""
     if not 1 <= count <= _cores():
