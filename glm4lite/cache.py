@@ -140,9 +140,7 @@ class KVCache:
     `layer_cache` makes one layer's part; `Glm4Model.new_cache` chooses the one that suits the model.
     """
 
-    def __init__(
-        self, num_layers: int, layer_cache: Callable[[], LayerCache | PackedLayerCache] = LayerCache
-    ) -> None:
+    def __init__(self, num_layers: int, layer_cache: Callable[[], LayerCache | PackedLayerCache] = LayerCache) -> None:
         self.layers = [layer_cache() for _ in range(num_layers)]
 
     def get_seq_length(self) -> int:

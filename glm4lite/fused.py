@@ -1,17 +1,23 @@
-"""A decoder layer's way into one native call, where all of its linears are quantized on the CPU."""
+"""Decoder layers in one native call, where all of their linears are quantized on the CPU."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from glm4lite.cache import LayerCache, PackedLayerCache
 from glm4lite_quant import QuantLinear
-from glm4lite_quant.kernels.decoder import DecoderKernel, Heads
-from glm4lite_quant.tensor import NAMES
+from glm4lite_quant.kernels import decoder
+from glm4lite_quant.kernels.decoder import DecoderKernel
 
 if TYPE_CHECKING:
+    from glm4lite.attention import Visibility
     from glm4lite.model import DecoderLayer
+
+STEP_TOKENS = 8  # so few go through all layers in one call, which nothing can stop half-way
 
 
 class FusedLayer:
@@ -27,7 +33,8 @@ class FusedLayer:
         if linears is None:
             return None
         norms = _norms(layer)
-        source = tuple(tensor.data_ptr() for tensor in _tensors(linears, norms))
+        held = (*(linear.qweight for linear in linears.values()), *norms.values())
+        source = tuple(tensor.data_ptr() for tensor in held if tensor is not None)
         if source != self._source:
             self._kernel, self._source = _make(layer, linears, norms), source
         return self._kernel
@@ -36,9 +43,39 @@ class FusedLayer:
         return {"_kernel": None, "_source": None}  # addresses: a copy makes its own
 
 
+def run(
+    layers: Iterable[DecoderLayer],
+    x: Tensor,
+    dtype: torch.dtype,
+    rotary: tuple[Tensor, Tensor],
+    visible: Visibility,
+    caches: Sequence[LayerCache | PackedLayerCache | None],
+) -> Tensor | None:
+    """x [1, T, H] after the layers; None, with nothing done, where they must run as torch code."""
+    fits = x.device.type == "cpu" and dtype == torch.float32 and x.shape[0] == 1 and x.shape[1] > 0
+    if not fits or not visible.causal_only or (torch.is_grad_enabled() and x.requires_grad):
+        return None
+    packed = [cache for cache in caches if isinstance(cache, PackedLayerCache)]
+    kernels = [kernel for layer in layers if (kernel := layer.kernel()) is not None]
+    if len(packed) != len(caches) or len(kernels) != len(caches):
+        return None
+    heads, tokens = kernels[0].heads, x.shape[1]
+    out = x.detach().clone(memory_format=torch.contiguous_format)
+    cos, sin = (part.expand(1, 1, tokens, -1)[0, 0].contiguous() for part in rotary)
+    decoder.run(kernels, [cache.view(tokens, heads.key_value, heads.dim) for cache in packed], out[0], cos, sin)
+    for cache in packed:
+        cache.length += tokens
+    return out
+
+
+def hooked(layers: Iterable[nn.Module]) -> bool:
+    """Whether someone waits for a layer to be called."""
+    return any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+
+
 def _linears(layer: DecoderLayer) -> dict[str, QuantLinear] | None:
     attention, mlp = layer.self_attn, layer.mlp
-    found = {
+    found: dict[str, nn.Module] = {
         "q": attention.q_proj,
         "k": attention.k_proj,
         "v": attention.v_proj,
@@ -59,15 +96,10 @@ def _norms(layer: DecoderLayer) -> dict[str, Tensor | None]:
     }
 
 
-def _tensors(linears: dict[str, QuantLinear], norms: dict[str, Tensor | None]) -> list[Tensor]:
-    held = [linear._buffers[name] for linear in linears.values() for name in (*NAMES, "bias")]
-    return [tensor for tensor in (*held, *norms.values()) if tensor is not None]
-
-
 def _make(
     layer: DecoderLayer, linears: dict[str, QuantLinear], norms: dict[str, Tensor | None]
 ) -> DecoderKernel | None:
-    if linears["o"].bias is not None or linears["gate_up"].bias is not None or linears["down"].bias is not None:
+    if any(linears[name].bias is not None for name in ("o", "gate_up", "down")):
         return None
     weights = {name: linear.weight_tensor for name, linear in linears.items()}
     biases = {name: linears[name].bias for name in ("q", "k", "v")}

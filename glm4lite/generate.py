@@ -8,11 +8,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
 from glm4lite.errors import ContextLengthError
+from glm4lite.fused import STEP_TOKENS
 from glm4lite.model import DecoderLayer, Glm4ForCausalLM
 from glm4lite.sampling import Sampler, SamplingParams
 
@@ -129,7 +130,7 @@ class Generation:
         self._logits = None
         device = self.model.device
         try:
-            with _stoppable(self.model, self.cancel.is_set):
+            with _stoppable(self.model, self.cancel.is_set) if len(ids) > STEP_TOKENS else nullcontext():
                 output = self.model(
                     torch.tensor([ids], device=device), past_key_values=self.cache.kv, logits_to_keep=1, use_cache=True
                 )

@@ -7,7 +7,7 @@ the model's dtype: o_proj and down_proj outputs of GLM-4 pass 65 504, float16's 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glm4lite import fused
 from glm4lite.attention import Visibility, attend, attend_with_weights
 from glm4lite.cache import KVCache, LayerCache, PackedLayerCache
 from glm4lite.config import Glm4Config
@@ -23,7 +24,7 @@ from glm4lite.errors import ConfigError
 from glm4lite.fused import FusedLayer
 from glm4lite.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from glm4lite.rotary import RotaryEmbedding, apply_rotary
-from glm4lite_quant.kernels.decoder import Heads
+from glm4lite_quant.kernels.decoder import DecoderKernel, Heads
 
 if TYPE_CHECKING:
     from glm4lite.events import Progress
@@ -124,11 +125,9 @@ class DecoderLayer(nn.Module):
         want_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """x: the residual stream, float32 [B, T, H]; `dtype` is what the linears compute in."""
-        native = x.device.type == "cpu" and dtype == torch.float32 and x.shape[0] == 1 and x.shape[1] > 0
-        if native and visible.causal_only and isinstance(cache, PackedLayerCache) and not want_weights:
-            out = self._native(x, rotary, cache)
-            if out is not None:
-                return out, None
+        native = None if want_weights else fused.run((self,), x, dtype, rotary, visible, (cache,))
+        if native is not None:
+            return native, None
         attended, weights = self.self_attn(self.input_layernorm(x, dtype), rotary, visible, cache, want_weights)
         if self.sandwich:
             attended = self.post_self_attn_layernorm(attended, dtype)
@@ -138,20 +137,9 @@ class DecoderLayer(nn.Module):
             out = self.post_mlp_layernorm(out, dtype)
         return x + out, weights
 
-    def is_native(self) -> bool:
-        """Whether the native library has code for this layer as it is."""
-        return self._fused.kernel(self) is not None
-
-    def _native(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: PackedLayerCache) -> Tensor | None:
-        """The whole layer in one call of the native library; None where it has no code for this layer."""
-        kernel = None if torch.is_grad_enabled() and x.requires_grad else self._fused.kernel(self)
-        if kernel is None:
-            return None
-        heads, tokens, out = self.self_attn.heads, x.shape[1], x.detach().clone(memory_format=torch.contiguous_format)
-        cos, sin = (part.expand(1, 1, tokens, -1).contiguous() for part in rotary)
-        kernel(out[0], cos[0, 0], sin[0, 0], cache.view(tokens, heads.key_value, heads.dim))
-        cache.length += tokens
-        return out
+    def kernel(self) -> DecoderKernel | None:
+        """The layer as the native library takes it; None where it has no code for this layer as it is."""
+        return self._fused.kernel(self)
 
 
 class PreTrainedModel(nn.Module):
@@ -216,11 +204,14 @@ class Glm4Model(PreTrainedModel):
         self.kv: KVType = "float"
         self._init_weights()
 
+    def _layers(self) -> Iterator[DecoderLayer]:
+        return (layer for layer in self.layers if isinstance(layer, DecoderLayer))
+
     def new_cache(self, batch: int = 1) -> KVCache:
         """An empty cache of the kind that `kv` asks for, in the native layout where native layers will read it."""
         embedding = self.embed_tokens
         dtype = embedding.weight.dtype if isinstance(embedding, nn.Embedding) else embedding.dtype
-        native = batch == 1 and dtype == torch.float32 and all(layer.is_native() for layer in self.layers)
+        native = batch == 1 and dtype == torch.float32 and all(layer.kernel() is not None for layer in self._layers())
         if native or self.kv == "int8":
             return KVCache(len(self.layers), partial(PackedLayerCache, self.kv == "int8"))
         return KVCache(len(self.layers))
@@ -259,6 +250,11 @@ class Glm4Model(PreTrainedModel):
         collected = _Collected(output_hidden_states, output_attentions)
         x, dtype = embeds.float(), embeds.dtype
         collected.hidden(embeds)
+        whole = None
+        if cache is not None and length <= fused.STEP_TOKENS and not collected.wanted and not fused.hooked(self.layers):
+            whole = fused.run(self._layers(), x, dtype, rotary, visible, cache.layers)
+        if whole is not None:
+            return BaseModelOutputWithPast(self.norm(whole, dtype), cache)
         for index, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[index]
             x, weights = layer(x, dtype, rotary, visible, layer_cache, output_attentions)
@@ -276,6 +272,7 @@ class _Collected:
     def __init__(self, hidden_states: bool, attentions: bool) -> None:
         self.hidden_states: tuple[Tensor, ...] | None = () if hidden_states else None
         self.attentions: tuple[Tensor, ...] | None = () if attentions else None
+        self.wanted = hidden_states or attentions
 
     def hidden(self, state: Tensor) -> None:
         if self.hidden_states is not None:

@@ -1,4 +1,4 @@
-// One decoder layer over float32 activations: norms, rotary embedding, cache, attention and the products between them.
+// Decoder layers over float32 activations: norms, rotary embedding, cache, attention and the products between them.
 // The residual stream stays float32. Source of the mathematics: Glm4DecoderLayer of Transformers, and glm4lite/model.py.
 #include <math.h>
 #include <string.h>
@@ -210,15 +210,18 @@ class Layer {
 
 }  // namespace
 
-GLM4_API int32_t glm4_decoder_layer(const glm4_layer* layer, float* x, int64_t tokens, const float* cos,
-                                    const float* sin, const glm4_cache* cache, int32_t isa, int32_t threads) {
+GLM4_API int32_t glm4_decoder_layers(const glm4_layer* const* layers, const glm4_cache* caches, int32_t count, float* x,
+                                     int64_t tokens, const float* cos, const float* sin, int32_t isa,
+                                     int32_t threads) {
   try {
-    Layer runner(*layer, *glm4_isa_of(isa), threads);
-    glm4_cache at = *cache;
-    for (int64_t first = 0; first < tokens; first += kChunkTokens) {
-      const int64_t count = std::min(kChunkTokens, tokens - first), turn = first * (layer->rotary_dim / 2);
-      runner.run(x + first * layer->q.k, count, cos + turn, sin + turn, at);
-      at.length += count;
+    for (int32_t i = 0; i < count; ++i) {
+      Layer layer(*layers[i], *glm4_isa_of(isa), threads);
+      glm4_cache at = caches[i];
+      for (int64_t first = 0; first < tokens; first += kChunkTokens) {
+        const int64_t part = std::min(kChunkTokens, tokens - first), turn = first * (layers[i]->rotary_dim / 2);
+        layer.run(x + first * layers[i]->q.k, part, cos + turn, sin + turn, at);
+        at.length += part;
+      }
     }
     return GLM4_OK;
   } catch (const std::bad_alloc&) {

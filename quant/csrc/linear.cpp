@@ -124,7 +124,7 @@ struct Product {
 
   void store(const Sink& sink, int64_t tile, int64_t row, int width, const float* out) const {
     const int64_t n0 = tile * GLM4_ROWS;
-    const int64_t rows = sink.swiglu ? GLM4_ROWS : std::min<int64_t>(GLM4_ROWS, sink.w->n - n0);
+    const int64_t whole = GLM4_ROWS, rows = sink.swiglu ? whole : std::min(whole, sink.w->n - n0);
     for (int c = 0; c < width; ++c) {
       const int64_t at = (first + row + c) * sink.y.stride + n0;
       const float* from = out + GLM4_ROWS * c;

@@ -63,10 +63,11 @@ GLM4_API int32_t glm4_isa_available(int32_t isa);
 // y [m, n] = x [m, k] * w^T + bias (bias may be null).
 GLM4_API int32_t glm4_matmul(const glm4_weight* w, const glm4_matrix* x, const float* bias, const glm4_matrix* y,
                              int32_t isa, int32_t threads);
-// x [tokens, hidden], the float32 residual stream, goes through the layer in place; the tokens' keys and values are
-// written into the cache after the `length` that it holds. cos and sin: [tokens, rotary_dim / 2].
-GLM4_API int32_t glm4_decoder_layer(const glm4_layer* layer, float* x, int64_t tokens, const float* cos,
-                                    const float* sin, const glm4_cache* cache, int32_t isa, int32_t threads);
+// x [tokens, hidden], the float32 residual stream, goes through `count` layers in place; the tokens' keys and values are
+// written into each layer's cache after the `length` that it holds. cos and sin: [tokens, rotary_dim / 2].
+GLM4_API int32_t glm4_decoder_layers(const glm4_layer* const* layers, const glm4_cache* caches, int32_t count, float* x,
+                                     int64_t tokens, const float* cos, const float* sin, int32_t isa,
+                                     int32_t threads);
 // Fills w from source [n, k]; GLM4_NOT_FINITE puts the first such row and column in place[0..1].
 GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, int32_t isa, int32_t threads,
                                int64_t* place);

@@ -1,9 +1,9 @@
-"""A whole decoder layer in one native call: between its linears nothing returns to Python and nothing is allocated."""
+"""Decoder layers in one native call: between their linears nothing returns to Python and nothing is allocated."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +20,7 @@ WEIGHTS = ("q", "k", "v", "o", "gate_up", "down")
 BIASES = ("q", "k", "v")
 NORMS = ("input", "post_self_attn", "post_attention", "post_mlp")
 TOKENS = 16  # tokens of keys that lie together
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM, MAX_GROUP = 256, 128  # GLM4_MAX_HEAD_DIM, GLM4_ATTENTION_ROWS
 
 
 class Heads(NamedTuple):
@@ -44,6 +44,10 @@ class CacheView:
     key_scale: Tensor | None
     value_scale: Tensor | None
     length: int
+
+    @property
+    def capacity(self) -> int:
+        return self.values.shape[1]
 
 
 class _Cache(ctypes.Structure):
@@ -70,10 +74,11 @@ class _Layer(ctypes.Structure):
 
 
 class DecoderKernel:
-    """The native layer over weights read in place. Made by `DecoderKernel.of`, None where the layer does not fit."""
+    """One layer's weights as the library takes them, read in place. `of` gives None where the layer does not fit."""
 
-    def __init__(self, layer: _Layer, held: tuple[object, ...], backend: native.NativeBackend) -> None:
-        self._layer, self._held, self._backend = layer, held, backend
+    def __init__(self, layer: _Layer, heads: Heads, held: tuple[object, ...], backend: native.NativeBackend) -> None:
+        self.layer, self.heads, self.backend = layer, heads, backend
+        self._held = held  # keeps the memory alive
 
     @classmethod
     def of(
@@ -95,33 +100,41 @@ class DecoderKernel:
         floats = [tensor for tensor in (*biases.values(), *norms.values()) if tensor is not None]
         plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in floats)
         groups = {weight.group_size for weight in weights.values() if weight.bits == 4}
-        odd = heads.dim % TOKENS or heads.dim > MAX_HEAD_DIM or heads.rotary_dim % 2 or heads.query % heads.key_value
-        if not plain or len(groups) > 1 or odd or heads.query // heads.key_value > 128:
+        if not plain or len(groups) > 1 or not _heads_fit(heads):
             return None
         pointers = {f"{name}_bias": _pointer(biases.get(name)) for name in BIASES}
         pointers |= {f"{name}_norm": _pointer(norms.get(name)) for name in NORMS}
         structs = {name: native.describe(weights[name]) for name in WEIGHTS}
         shape = dict(zip(("heads", "kv_heads", "head_dim", "rotary_dim"), heads, strict=True))
-        layer = _Layer(**structs, **pointers, eps=eps, **shape)
-        return cls(layer, (dict(weights), floats), backend)
+        return cls(_Layer(**structs, **pointers, eps=eps, **shape), heads, (dict(weights), floats), backend)
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, cache: CacheView) -> None:
-        """x [T, hidden], the float32 residual stream, goes through in place; keys and values are added to the cache.
 
-        cos and sin are float32 [T, rotary_dim / 2]. QuantError where the cache has no room for T tokens.
-        """
-        tokens, capacity = x.shape[0], cache.values.shape[1]
-        if cache.length + tokens > capacity:
-            raise QuantError(f"a cache of {capacity} tokens holds {cache.length}: {tokens} more do not fit")
-        for name, tensor in (("x", x), ("cos", cos), ("sin", sin)):
-            if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device.type != "cpu":
-                raise QuantError(f"{name} must be contiguous float32 on the CPU")
-        kind = native.FLOAT32 if cache.keys.dtype == torch.float32 else native.INT8
-        scales = (_pointer(cache.key_scale), _pointer(cache.value_scale))
-        view = _Cache(cache.keys.data_ptr(), cache.values.data_ptr(), *scales, capacity, cache.length, kind)
-        self._backend.decoder_layer(
-            ctypes.byref(self._layer), x.data_ptr(), tokens, cos.data_ptr(), sin.data_ptr(), ctypes.byref(view)
-        )
+def run(kernels: Sequence[DecoderKernel], caches: Sequence[CacheView], x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """x [T, hidden], the float32 residual stream, goes through the layers in place; keys and values join the caches.
+
+    cos and sin are float32 [T, rotary_dim / 2]. QuantError where a cache has no room for T tokens.
+    """
+    tokens = x.shape[0]
+    for name, tensor in (("x", x), ("cos", cos), ("sin", sin)):
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device.type != "cpu":
+            raise QuantError(f"{name} must be contiguous float32 on the CPU")
+    for cache in caches:
+        if cache.length + tokens > cache.capacity:
+            raise QuantError(f"a cache of {cache.capacity} tokens holds {cache.length}: {tokens} more do not fit")
+    layers = (ctypes.c_void_p * len(kernels))(*(ctypes.addressof(kernel.layer) for kernel in kernels))
+    views = (_Cache * len(caches))(*(_cache(cache) for cache in caches))
+    kernels[0].backend.decoder_layers(layers, views, len(kernels), x, cos, sin)
+
+
+def _cache(view: CacheView) -> _Cache:
+    kind = native.FLOAT32 if view.keys.dtype == torch.float32 else native.INT8
+    scales = (_pointer(view.key_scale), _pointer(view.value_scale))
+    return _Cache(view.keys.data_ptr(), view.values.data_ptr(), *scales, view.capacity, view.length, kind)
+
+
+def _heads_fit(heads: Heads) -> bool:
+    whole = heads.dim % TOKENS == 0 and heads.rotary_dim % 2 == 0 and heads.query % heads.key_value == 0
+    return whole and heads.dim <= MAX_HEAD_DIM and heads.query // heads.key_value <= MAX_GROUP
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

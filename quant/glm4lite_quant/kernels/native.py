@@ -76,7 +76,7 @@ class NativeBackend:
     def __init__(self, cdll: ctypes.CDLL, isa: str) -> None:
         self.isa, self.name = isa, f"native-{isa}"
         self._matmul, self._quantize, self._code = cdll.glm4_matmul, cdll.glm4_quantize, ISAS.index(isa)
-        self._decoder_layer = cdll.glm4_decoder_layer
+        self._decoder_layers = cdll.glm4_decoder_layers
 
     def supports(self, weight: QuantTensor) -> bool:
         return weight.device.type == "cpu" and all(t.is_contiguous() for t in weight.tensors().values())
@@ -108,10 +108,10 @@ class NativeBackend:
         refs = (ctypes.byref(source), ctypes.byref(target))
         return int(self._quantize(*refs, self._code, thread_count(), ctypes.byref(place)))
 
-    def decoder_layer(self, layer: object, x: int, tokens: int, cos: int, sin: int, cache: object) -> None:
-        """`kernels.decoder` describes the arguments: references to structs, and addresses."""
-        code = self._decoder_layer(layer, x, tokens, cos, sin, cache, self._code, thread_count())
-        if code != OK:
+    def decoder_layers(self, layers: object, caches: object, count: int, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """`kernels.decoder` describes the arguments."""
+        where = (x.data_ptr(), x.shape[0], cos.data_ptr(), sin.data_ptr())
+        if self._decoder_layers(layers, caches, count, *where, self._code, thread_count()) != OK:
             raise MemoryError("no memory for the activations of a decoder layer")
 
 
@@ -232,8 +232,8 @@ def _load(override: str) -> Library:
     cdll.glm4_matmul.argtypes = [weight, matrix, ctypes.c_void_p, matrix, ctypes.c_int32, ctypes.c_int32]
     cdll.glm4_quantize.argtypes = [matrix, weight, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_int64 * 2)]
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    layer_types = [pointer, pointer, number, pointer, pointer, pointer, ctypes.c_int32, ctypes.c_int32]
-    cdll.glm4_decoder_layer.argtypes = layer_types
+    whole = ctypes.c_int32
+    cdll.glm4_decoder_layers.argtypes = [pointer, pointer, whole, pointer, number, pointer, pointer, whole, whole]
     isas = tuple(name for code, name in enumerate(ISAS) if cdll.glm4_isa_available(code))
     return Library(path, cdll, isas)
 
