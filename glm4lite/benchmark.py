@@ -191,17 +191,22 @@ def kernel_names(model: nn.Module) -> dict[str, int]:
 
 
 def read_bytes(model: Glm4ForCausalLM, positions: int) -> int:
-    """Bytes that decoding one token reads with `positions` tokens in the cache (kept in the embedding's type)."""
+    """Bytes that decoding one token reads with `positions` tokens in the cache."""
     total = 0
     for module in model.modules():
         if isinstance(module, QuantLinear):
             total += module.weight_tensor.nbytes
         elif isinstance(module, nn.Linear):
             total += module.weight.nbytes
+    return total + positions * _cache_bytes(model)
+
+
+def _cache_bytes(model: Glm4ForCausalLM) -> int:
+    """Bytes of keys and values of one token: the activations' type, or int8 with a scale for each head."""
     config, embedding = model.config, model.model.embed_tokens
     dtype = embedding.dtype if isinstance(embedding, QuantEmbedding) else embedding.weight.dtype
-    keys_and_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
-    return total + positions * keys_and_values
+    head = config.head_dim + 4 if model.model.kv == "int8" else config.head_dim * dtype.itemsize
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head
 
 
 class _Trial:
