@@ -105,6 +105,8 @@ def load(
     meter = Meter("load", _total_bytes(checkpoint, plan), progress)
     for fill in plan.fills:
         _fill(model, checkpoint, plan, fill, target, activations, meter)
+    if stored is not None:
+        _check_as_stored(model, checkpoint, stored)
     _initialise(model, plan, target, activations)
     if plan.tied:
         _tie(model)
@@ -210,6 +212,21 @@ def _tie(model: nn.Module) -> None:
         _set_module(model, "lm_head", head)
     else:
         cast(Any, model).lm_head.weight = cast(Any, embedding).weight
+
+
+def _check_as_stored(model: nn.Module, checkpoint: Checkpoint, stored: QuantConfig) -> None:
+    """The weights must be what config.json says of them: a config.json of another folder would be believed."""
+    for name, module in model.named_modules():
+        said = stored.for_module(name)
+        if said is None or not isinstance(module, QuantLinear | QuantEmbedding):
+            continue
+        weight = module.weight_tensor
+        if (weight.bits, weight.group_size) != (said.bits, said.group_size):
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} is stored in int{weight.bits}, groups of {weight.group_size}, but "
+                f"config.json says int{said.bits}, groups of {said.group_size}; get back the config.json that belongs "
+                "to the weights, or quantize the original again"
+            )
 
 
 def _initialise(model: nn.Module, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:

@@ -71,6 +71,8 @@ GLM4_API int32_t glm4_decoder_layers(const glm4_layer* const* layers, const glm4
 // Fills w from source [n, k]; GLM4_NOT_FINITE puts the first such row and column in place[0..1].
 GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, int32_t isa, int32_t threads,
                                int64_t* place);
+// Sum of the 64-bit words of `bytes` (whole multiples of 512; a rest is left out), as fast as memory gives them.
+GLM4_API uint64_t glm4_read(const void* data, int64_t bytes, int32_t threads);
 
 // Up to `width` columns of activations, quantized and interleaved so that one pointer walks all of them.
 struct glm4_panel {

@@ -149,6 +149,33 @@ def thread_count() -> int:
     return min(_cores(), int(text) if text else torch.get_num_threads())
 
 
+def check_environment() -> None:
+    """QuantError where GLM4LITE_ISA or GLM4LITE_THREADS asks for what this host has not: said before any work."""
+    backend()
+    thread_count()
+
+
+def set_threads(count: int) -> None:
+    """The number of threads of torch and of the kernels, for this process; QuantError outside 1..cores."""
+    if not 1 <= count <= _cores():
+        raise QuantError(f"{count} threads cannot be used; this process may use 1 to {_cores()}")
+    os.environ["GLM4LITE_THREADS"] = str(count)
+    torch.set_num_threads(count)
+
+
+def read_all(data: Tensor) -> int:
+    """Reads a contiguous CPU tensor once on the kernels' threads, and does nothing else: times memory bandwidth.
+
+    Returns the sum of its 64-bit words (modulo 2**64, of whole 512-byte steps); without the library torch adds them.
+    """
+    cdll = _library().cdll
+    if cdll is None:
+        return int(data.view(torch.int64).sum())
+    cdll.glm4_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
+    cdll.glm4_read.restype = ctypes.c_uint64
+    return int(cdll.glm4_read(data.data_ptr(), data.nbytes, thread_count()))
+
+
 def quantize(weight: Tensor, target: QuantTensor, first_row: int) -> bool:
     """Fills `target` (whole tiles) from a CPU weight [R, K]; False where there is no library for it.
 
