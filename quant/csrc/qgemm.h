@@ -42,9 +42,18 @@ GLM4_API int32_t glm4_isa_available(int32_t isa);
 // y [m, n] = x [m, k] * w^T + bias (bias may be null).
 GLM4_API int32_t glm4_matmul(const glm4_weight* w, const glm4_matrix* x, const float* bias, const glm4_matrix* y,
                              int32_t isa, int32_t threads);
-// Fills w from source [n, k]; GLM4_NOT_FINITE puts the first such row and column in place[0..1].
-GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, int32_t isa, int32_t threads,
-                               int64_t* place);
+
+// What the inputs of a weight told about it.
+struct glm4_calibration {
+  const float* importance;  // [k]: how much an error in this column counts; the largest of each group is 1
+  const float* push;        // [k][block] or null: what an error in a column adds to the later ones of its block
+  int32_t block;            // columns of one block: at most 256, a multiple of the group; the last one may be shorter
+};
+
+// Fills w from source [n, k]; GLM4_NOT_FINITE puts the first such row and column in place[0..1]. int4 without a
+// calibration (null) tries the first `shares` of GLM4_SHARES; int8 needs neither.
+GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, const glm4_calibration* calibration,
+                               int32_t shares, int32_t isa, int32_t threads, int64_t* place);
 
 // Up to `width` columns of activations, quantized and interleaved so that one pointer walks all of them.
 struct glm4_panel {
@@ -64,12 +73,26 @@ void glm4_tile_scalar(const glm4_weight*, int64_t, const glm4_panel*, float*, fl
 void glm4_tile_avx2(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
 void glm4_tile_avx512vnni(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
 
-// Steps and minima of one row's int4 groups, with the least squared error over GLM4_SHARES of each group's (minimum,
-// maximum). Every version does the reference's float operations in its order.
-typedef void (*glm4_search)(const float* row, int64_t k, int32_t group, float* step, float* low);
-void glm4_search_avx2(const float* row, int64_t k, int32_t group, float* step, float* low);
-static const float GLM4_SHARES[5][2] = {{1.0f, 1.0f}, {0.9f, 1.0f}, {1.0f, 0.9f}, {0.9f, 0.9f}, {0.82f, 0.82f}};
+// Steps and minima of one row's int4 groups, with the least squared error over the first `shares` of GLM4_SHARES of each
+// group's (minimum, maximum). Every version does the reference's float operations in its order.
+typedef void (*glm4_search)(const float* row, int64_t k, int32_t group, int32_t shares, float* step, float* low);
+void glm4_search_avx2(const float* row, int64_t k, int32_t group, int32_t shares, float* step, float* low);
+enum { GLM4_ALL_SHARES = 5 };
+static const float GLM4_SHARES[GLM4_ALL_SHARES][2] = {
+    {1.0f, 1.0f}, {0.9f, 1.0f}, {1.0f, 0.9f}, {0.9f, 0.9f}, {0.82f, 0.82f}};
 static const float GLM4_TINY = 1e-30f;  // a step below this is zero
 static const float GLM4_PER_NIBBLE = (float)(1.0 / 15);
+
+// One calibrated tile of 16 rows x k floats (zeros past the weight's end); scratch holds 32 * (k / group) floats.
+typedef void (*glm4_tile_quantizer)(const glm4_weight* w, int64_t tile, const float* rows, const glm4_calibration* c,
+                                    float* scratch);
+void glm4_quantize_tile_scalar(const glm4_weight*, int64_t, const float*, const glm4_calibration*, float*);
+void glm4_quantize_tile_avx2(const glm4_weight*, int64_t, const float*, const glm4_calibration*, float*);
+void glm4_quantize_tile_avx512(const glm4_weight*, int64_t, const float*, const glm4_calibration*, float*);
+// Where the calibrated search starts, and how often the best is rounded and fitted again.
+static const float GLM4_STARTS[][2] = {{1.0f, 1.0f},  {0.93f, 1.0f},  {1.0f, 0.93f},  {0.93f, 0.93f}, {0.86f, 1.0f},
+                                       {1.0f, 0.86f}, {0.86f, 0.86f}, {0.86f, 0.93f}, {0.93f, 0.86f}, {0.75f, 0.75f},
+                                       {0.75f, 1.0f}, {1.0f, 0.75f},  {0.6f, 0.6f},   {1.07f, 1.07f}};
+enum { GLM4_REFITS = 3 };
 
 #endif

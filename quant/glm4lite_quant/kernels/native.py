@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from glm4lite_quant.config import QuantError
+from glm4lite_quant.kernels.reference import SHARES
 
 if TYPE_CHECKING:
     from glm4lite_quant.tensor import QuantTensor
@@ -51,6 +52,12 @@ class _Matrix(ctypes.Structure):
     ]
 
 
+class _Calibration(ctypes.Structure):
+    """glm4_calibration of csrc/qgemm.h."""
+
+    _fields_ = [("importance", ctypes.c_void_p), ("push", ctypes.c_void_p), ("block", ctypes.c_int32)]
+
+
 @dataclass(frozen=True)
 class Library:
     """A loaded library and what its host can run; or the reason why there is none."""
@@ -59,6 +66,22 @@ class Library:
     cdll: ctypes.CDLL | None
     isas: tuple[str, ...]
     problem: str = ""
+
+
+@dataclass(frozen=True)
+class Search:
+    """How int4 scales are found: the first `shares` cuts of the range, or by the importance of each column [K]."""
+
+    shares: int
+    importance: Tensor | None = None
+
+    def struct(self) -> ctypes._Pointer[_Calibration] | None:
+        if self.importance is None:
+            return None
+        return ctypes.pointer(_Calibration(self.importance.data_ptr(), None, 0))
+
+
+SEARCH = Search(len(SHARES))
 
 
 @dataclass(frozen=True)
@@ -101,9 +124,9 @@ class NativeBackend:
             raise MemoryError("no memory for the quantized activations")
         return out
 
-    def quantize(self, source: _Matrix, target: _Weight, place: ctypes.Array[ctypes.c_int64]) -> int:
+    def quantize(self, source: _Matrix, target: _Weight, how: Search, place: ctypes.Array[ctypes.c_int64]) -> int:
         """One of OK, NOT_FINITE (then `place` is the row and column) and NO_MEMORY."""
-        refs = (ctypes.byref(source), ctypes.byref(target))
+        refs = (ctypes.byref(source), ctypes.byref(target), how.struct(), how.shares)
         return int(self._quantize(*refs, self._code, thread_count(), ctypes.byref(place)))
 
 
@@ -141,7 +164,7 @@ def thread_count() -> int:
     return min(_cores(), int(text) if text else torch.get_num_threads())
 
 
-def quantize(weight: Tensor, target: QuantTensor, first_row: int) -> bool:
+def quantize(weight: Tensor, target: QuantTensor, how: Search, first_row: int) -> bool:
     """Fills `target` (whole tiles) from a CPU weight [R, K]; False where there is no library for it.
 
     The bytes are those of the reference. Raises QuantError at a value that is not finite.
@@ -152,7 +175,7 @@ def quantize(weight: Tensor, target: QuantTensor, first_row: int) -> bool:
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     source = _Matrix(weight.data_ptr(), weight.shape[0], weight.stride(0), DTYPES[weight.dtype])
     where = (ctypes.c_int64 * 2)()
-    code = chosen.quantize(source, _describe(target), where)
+    code = chosen.quantize(source, _describe(target), how, where)
     if code == NOT_FINITE:
         from glm4lite_quant.tensor import not_finite
 
@@ -195,7 +218,8 @@ def _load(override: str) -> Library:
         return Library(path, None, (), f"{path} has interface {version}, this package needs {ABI}: reinstall")
     weight, matrix = ctypes.POINTER(_Weight), ctypes.POINTER(_Matrix)
     cdll.glm4_matmul.argtypes = [weight, matrix, ctypes.c_void_p, matrix, ctypes.c_int32, ctypes.c_int32]
-    cdll.glm4_quantize.argtypes = [matrix, weight, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_int64 * 2)]
+    numbers, place = [ctypes.c_int32] * 3, ctypes.POINTER(ctypes.c_int64 * 2)
+    cdll.glm4_quantize.argtypes = [matrix, weight, ctypes.POINTER(_Calibration), *numbers, place]
     isas = tuple(name for code, name in enumerate(ISAS) if cdll.glm4_isa_available(code))
     return Library(path, cdll, isas)
 
