@@ -62,7 +62,7 @@ class QuantTensor:
 
     @classmethod
     def quantize(cls, weight: Tensor, config: QuantConfig) -> QuantTensor:
-        """Quantizes bfloat16 or float32 [N, K] by its values alone; QuantError on other types, NaN, infinities, odd K."""
+        """Quantizes bfloat16 or float32 [N, K] by its values alone; QuantError for other types, NaN, odd K."""
         if weight.dim() != 2:
             raise QuantError(f"a weight has shape {tuple(weight.shape)}; only matrices can be quantized")
         out = cls.empty(weight.shape[0], weight.shape[1], config, weight.device)

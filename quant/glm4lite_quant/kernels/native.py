@@ -74,11 +74,13 @@ class Search:
 
     shares: int
     importance: Tensor | None = None
+    push: Tensor | None = None
 
     def struct(self) -> ctypes._Pointer[_Calibration] | None:
         if self.importance is None:
             return None
-        return ctypes.pointer(_Calibration(self.importance.data_ptr(), None, 0))
+        push = (None, 0) if self.push is None else (self.push.data_ptr(), self.push.shape[1])
+        return ctypes.pointer(_Calibration(self.importance.data_ptr(), *push))
 
 
 SEARCH = Search(len(SHARES))
