@@ -43,16 +43,10 @@ GLM4_API int32_t glm4_isa_available(int32_t isa);
 GLM4_API int32_t glm4_matmul(const glm4_weight* w, const glm4_matrix* x, const float* bias, const glm4_matrix* y,
                              int32_t isa, int32_t threads);
 
-// What the inputs of a weight told about it.
-struct glm4_calibration {
-  const float* importance;  // [k]: how much an error in this column counts; the largest of each group is 1
-  const float* push;        // [k][block] or null: what an error in a column adds to the later ones of its block
-  int32_t block;            // columns of one block: at most 256, a multiple of the group; the last one may be shorter
-};
-
-// Fills w from source [n, k]; GLM4_NOT_FINITE puts the first such row and column in place[0..1]. int4 without a
-// calibration (null) tries the first `shares` of GLM4_SHARES; int8 needs neither.
-GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, const glm4_calibration* calibration,
+// Fills w from source [n, k]; GLM4_NOT_FINITE puts the first such row and column in place[0..1]. int4: importance
+// [k] says how much an error in each column counts (the largest of each group is 1); where it is null, the first
+// `shares` of GLM4_SHARES are tried. int8 needs neither.
+GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, const float* importance,
                                int32_t shares, int32_t isa, int32_t threads, int64_t* place);
 
 // Up to `width` columns of activations, quantized and interleaved so that one pointer walks all of them.
@@ -84,11 +78,11 @@ static const float GLM4_TINY = 1e-30f;  // a step below this is zero
 static const float GLM4_PER_NIBBLE = (float)(1.0 / 15);
 
 // One calibrated tile of 16 rows x k floats (zeros past the weight's end); scratch holds 32 * (k / group) floats.
-typedef void (*glm4_tile_quantizer)(const glm4_weight* w, int64_t tile, const float* rows, const glm4_calibration* c,
+typedef void (*glm4_tile_quantizer)(const glm4_weight* w, int64_t tile, const float* rows, const float* importance,
                                     float* scratch);
-void glm4_quantize_tile_scalar(const glm4_weight*, int64_t, const float*, const glm4_calibration*, float*);
-void glm4_quantize_tile_avx2(const glm4_weight*, int64_t, const float*, const glm4_calibration*, float*);
-void glm4_quantize_tile_avx512(const glm4_weight*, int64_t, const float*, const glm4_calibration*, float*);
+void glm4_quantize_tile_scalar(const glm4_weight*, int64_t, const float*, const float*, float*);
+void glm4_quantize_tile_avx2(const glm4_weight*, int64_t, const float*, const float*, float*);
+void glm4_quantize_tile_avx512(const glm4_weight*, int64_t, const float*, const float*, float*);
 // Where the calibrated search starts, and how often the best is rounded and fitted again.
 static const float GLM4_STARTS[][2] = {{1.0f, 1.0f},  {0.93f, 1.0f},  {1.0f, 0.93f},  {0.93f, 0.93f}, {0.86f, 1.0f},
                                        {1.0f, 0.86f}, {0.86f, 0.86f}, {0.86f, 0.93f}, {0.93f, 0.86f}, {0.75f, 0.75f},

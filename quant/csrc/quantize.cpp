@@ -229,12 +229,12 @@ class FirstBad {
 struct Job {
   const glm4_matrix& source;
   const glm4_weight& w;
-  const glm4_calibration* calibration;
+  const float* importance;
   int shares;
   glm4_search search;
   glm4_tile_quantizer quantize;
 
-  bool by_tile() const { return w.bits == 4 && calibration; }
+  bool by_tile() const { return w.bits == 4 && importance; }
   int64_t scratch() const {
     const int64_t rows = by_tile() ? GLM4_ROWS : 1;
     return rows * (w.k + 2 * (w.k / w.group));
@@ -259,15 +259,15 @@ struct Job {
     }
     if (!by_tile()) return;
     std::fill(scratch + (end - begin) * w.k, scratch + GLM4_ROWS * w.k, 0.0f);
-    quantize(&w, tile, scratch, calibration, scratch + GLM4_ROWS * w.k);
+    quantize(&w, tile, scratch, importance, scratch + GLM4_ROWS * w.k);
   }
 };
 
 }  // namespace
 
-GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, const glm4_calibration* calibration,
+GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, const float* importance,
                                int32_t shares, int32_t isa, int32_t threads, int64_t* place) {
-  const Job job{*source, *w, calibration, shares, search_of(isa), tile_quantizer_of(isa)};
+  const Job job{*source, *w, importance, shares, search_of(isa), tile_quantizer_of(isa)};
   const int64_t tiles = (w->n + GLM4_ROWS - 1) / GLM4_ROWS;
   std::unique_ptr<float[]> scratch(new (std::nothrow) float[static_cast<size_t>(threads * job.scratch())]);
   if (!scratch) return GLM4_NO_MEMORY;

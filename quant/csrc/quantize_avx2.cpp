@@ -72,7 +72,7 @@ void glm4_search_avx2(const float* row, int64_t k, int32_t group, int32_t shares
   search_row<16>(row, k / 128, shares, step, low);
 }
 
-void glm4_quantize_tile_avx2(const glm4_weight* w, int64_t tile, const float* rows, const glm4_calibration* c,
+void glm4_quantize_tile_avx2(const glm4_weight* w, int64_t tile, const float* rows, const float* importance,
                              float* scratch) {
-  quantize_tile(*w, tile, rows, *c, scratch);
+  quantize_tile(*w, tile, rows, importance, scratch);
 }

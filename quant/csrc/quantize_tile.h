@@ -64,7 +64,7 @@ GLM4_INLINE Lanes code_of(Lanes x, Lanes low, Lanes inv) {
   return rounded(least(most((x + low) * inv, all(0.0f)), all(15.0f)));
 }
 
-constexpr int kMaxGroup = 128, kMaxBlock = 256;
+constexpr int kMaxGroup = 128;
 
 // One group of 16 rows, each divided by its largest magnitude; v is what an error of x counts.
 struct TileGroup {
@@ -196,35 +196,23 @@ GLM4_INLINE void store_plane(uint8_t* out, Lanes v) {
   for (int r = 0; r < GLM4_ROWS; ++r) out[r] = static_cast<uint8_t>(static_cast<int32_t>(v[r]));
 }
 
-// Codes of one block of columns, column by column: what rounding one column loses, the ones after it make up for, as
-// far as their inputs go together (`push` [block][block]: what a unit of error adds to each later column).
-GLM4_INLINE void store_block(const glm4_weight& w, int64_t tile, const float* rows, int64_t first, int block,
-                             const float* push, const RowPair& unit) {
-  Lanes x[kMaxBlock], q[GLM4_COLS];
-  for (int i = 0; i < block; ++i)
-    for (int r = 0; r < GLM4_ROWS; ++r) x[i][r] = rows[r * w.k + first + i];
-  const int64_t plane = tile * (w.k / w.group) * GLM4_ROWS;
-  Lanes step = all(0.0f), low = step, inv = step;
-  for (int i = 0; i < block; ++i) {
-    const int64_t column = first + i;
-    if (column % w.group == 0) {
-      const int64_t at = plane + column / w.group * GLM4_ROWS;
-      for (int r = 0; r < GLM4_ROWS; ++r) step[r] = w.scales[at + r], low[r] = w.mins[at + r];
-      step = step * unit.step, low = low * unit.low, inv = inverse(step);
+// Codes of one group, rounded for its bytes.
+GLM4_INLINE void store_group(const glm4_weight& w, int64_t tile, const float* rows, int64_t first, Lanes step,
+                             Lanes low) {
+  const Lanes inv = inverse(step);
+  for (int64_t column = first; column < first + w.group; column += GLM4_COLS) {
+    Lanes q[GLM4_COLS];
+    for (int i = 0; i < GLM4_COLS; ++i) {
+      Lanes x;
+      for (int r = 0; r < GLM4_ROWS; ++r) x[r] = rows[r * w.k + column + i];
+      q[i] = code_of(x, low, inv);
     }
-    const Lanes code = q[i % GLM4_COLS] = code_of(x[i], low, inv);
-    if (push) {
-      const Lanes off = x[i] - (code * step - low);
-      const float* to = push + i * block;
-      for (int j = i + 1; j < block; ++j) x[j] += off * all(to[j]);
-    }
-    if (i % GLM4_COLS == GLM4_COLS - 1)
-      store_codes(w.qweight + (tile * (w.k / GLM4_COLS) + column / GLM4_COLS) * 256, q);
+    store_codes(w.qweight + (tile * (w.k / GLM4_COLS) + column / GLM4_COLS) * 256, q);
   }
 }
 
 // rows: 16 x k floats, zeros past the weight's end; scratch: 2 * 16 * (k / group) floats.
-static void quantize_tile(const glm4_weight& w, int64_t tile, const float* rows, const glm4_calibration& c,
+static void quantize_tile(const glm4_weight& w, int64_t tile, const float* rows, const float* importance,
                           float* scratch) {
   const int64_t groups = w.k / w.group;
   float *steps = scratch, *lows = scratch + groups * GLM4_ROWS;
@@ -232,7 +220,7 @@ static void quantize_tile(const glm4_weight& w, int64_t tile, const float* rows,
   g.size = w.group;
   RowPair unit{all(0.0f), all(0.0f)};
   for (int64_t j = 0; j < groups; ++j) {
-    load_group(g, rows, w.k, j * w.group, c.importance);
+    load_group(g, rows, w.k, j * w.group, importance);
     const Fit fit = search_group(g);
     const Lanes step = fit.step * g.unit, low = fit.low * g.unit;
     memcpy(steps + j * GLM4_ROWS, &step, sizeof(step));
@@ -246,7 +234,7 @@ static void quantize_tile(const glm4_weight& w, int64_t tile, const float* rows,
   const Lanes inv_step = inverse(unit.step), inv_low = inverse(unit.low);
   const Lanes used = select(unit.step > all(GLM4_TINY), all(1.0f), all(0.0f));
   for (int64_t j = 0; j < groups; ++j) {
-    load_group(g, rows, w.k, j * w.group, c.importance);
+    load_group(g, rows, w.k, j * w.group, importance);
     Lanes step, low;
     memcpy(&step, steps + j * GLM4_ROWS, sizeof(step));
     memcpy(&low, lows + j * GLM4_ROWS, sizeof(low));
@@ -256,11 +244,7 @@ static void quantize_tile(const glm4_weight& w, int64_t tile, const float* rows,
     const int64_t at = (tile * groups + j) * GLM4_ROWS;
     store_plane(w.scales + at, scale);
     store_plane(w.mins + at, min);
-  }
-  const int block = c.push ? c.block : w.group;
-  for (int64_t first = 0; first < w.k; first += block) {
-    const int size = static_cast<int>(first + block < w.k ? block : w.k - first);
-    store_block(w, tile, rows, first, size, c.push ? c.push + first * block : nullptr, unit);
+    store_group(w, tile, rows, j * w.group, scale * unit.step, min * unit.low);
   }
 }
 

@@ -52,12 +52,6 @@ class _Matrix(ctypes.Structure):
     ]
 
 
-class _Calibration(ctypes.Structure):
-    """glm4_calibration of csrc/qgemm.h."""
-
-    _fields_ = [("importance", ctypes.c_void_p), ("push", ctypes.c_void_p), ("block", ctypes.c_int32)]
-
-
 @dataclass(frozen=True)
 class Library:
     """A loaded library and what its host can run; or the reason why there is none."""
@@ -74,13 +68,6 @@ class Search:
 
     shares: int
     importance: Tensor | None = None
-    push: Tensor | None = None
-
-    def struct(self) -> ctypes._Pointer[_Calibration] | None:
-        if self.importance is None:
-            return None
-        push = (None, 0) if self.push is None else (self.push.data_ptr(), self.push.shape[1])
-        return ctypes.pointer(_Calibration(self.importance.data_ptr(), *push))
 
 
 SEARCH = Search(len(SHARES))
@@ -128,7 +115,12 @@ class NativeBackend:
 
     def quantize(self, source: _Matrix, target: _Weight, how: Search, place: ctypes.Array[ctypes.c_int64]) -> int:
         """One of OK, NOT_FINITE (then `place` is the row and column) and NO_MEMORY."""
-        refs = (ctypes.byref(source), ctypes.byref(target), how.struct(), how.shares)
+        refs = (
+            ctypes.byref(source),
+            ctypes.byref(target),
+            None if how.importance is None else how.importance.data_ptr(),
+            how.shares,
+        )
         return int(self._quantize(*refs, self._code, thread_count(), ctypes.byref(place)))
 
 
@@ -221,7 +213,7 @@ def _load(override: str) -> Library:
     weight, matrix = ctypes.POINTER(_Weight), ctypes.POINTER(_Matrix)
     cdll.glm4_matmul.argtypes = [weight, matrix, ctypes.c_void_p, matrix, ctypes.c_int32, ctypes.c_int32]
     numbers, place = [ctypes.c_int32] * 3, ctypes.POINTER(ctypes.c_int64 * 2)
-    cdll.glm4_quantize.argtypes = [matrix, weight, ctypes.POINTER(_Calibration), *numbers, place]
+    cdll.glm4_quantize.argtypes = [matrix, weight, ctypes.c_void_p, *numbers, place]
     isas = tuple(name for code, name in enumerate(ISAS) if cdll.glm4_isa_available(code))
     return Library(path, cdll, isas)
 
