@@ -12,47 +12,61 @@
 
 namespace {
 
-#if defined(__GNUC__) && !defined(GLM4LITE_PLAIN_LANES)
-typedef float Lanes __attribute__((vector_size(64)));
-typedef int32_t Words __attribute__((vector_size(64)));
+#if defined(__GNUC__)
 #define GLM4_INLINE static inline __attribute__((always_inline))
-GLM4_INLINE Lanes select(Words mask, Lanes a, Lanes b) { return mask ? a : b; }
-GLM4_INLINE Words whole(Lanes v) { return __builtin_convertvector(v, Words); }
 #else
-template <class T>
-struct Vector {
-  T v[16];
-  T& operator[](int i) { return v[i]; }
-  T operator[](int i) const { return v[i]; }
-};
-typedef Vector<float> Lanes;
-typedef Vector<int32_t> Words;
 #define GLM4_INLINE static inline
-#define GLM4_EACH(T, a, expression) \
-  T out = a;                        \
-  for (int i = 0; i < 16; ++i) out[i] = expression;  \
+#endif
+
+// 16 lanes in registers of the ISA's own size: one, two or four vectors, or (other compilers) 16 numbers.
+#if defined(__GNUC__)
+#if defined(__AVX512F__)
+constexpr int kRegister = 64;
+#elif defined(__AVX2__)
+constexpr int kRegister = 32;
+#else
+constexpr int kRegister = 16;
+#endif
+typedef float FloatPart __attribute__((vector_size(kRegister)));
+typedef int32_t WordPart __attribute__((vector_size(kRegister)));
+GLM4_INLINE WordPart whole(FloatPart v) { return __builtin_convertvector(v, WordPart); }
+GLM4_INLINE WordPart less(FloatPart a, FloatPart b) { return a < b; }
+#else
+typedef float FloatPart;
+typedef int32_t WordPart;
+GLM4_INLINE WordPart whole(FloatPart v) { return static_cast<int32_t>(v); }
+GLM4_INLINE WordPart less(FloatPart a, FloatPart b) { return a < b ? -1 : 0; }
+#endif
+
+constexpr int kParts = 64 / sizeof(FloatPart);
+
+template <class Part, class Number>
+struct Vector {
+  Part part[kParts];
+  Number& operator[](int i) { return reinterpret_cast<Number*>(part)[i]; }
+};
+typedef Vector<FloatPart, float> Lanes;
+typedef Vector<WordPart, int32_t> Words;
+
+#define GLM4_EACH(Result, expression)                           \
+  Result out;                                                   \
+  for (int i = 0; i < kParts; ++i) out.part[i] = (expression);  \
   return out;
-#define GLM4_BOTH(T, op)                                                        \
-  GLM4_INLINE T operator op(T a, T b) { GLM4_EACH(T, a, a[i] op b[i]) }         \
-  GLM4_INLINE T& operator op##=(T & a, T b) { return a = a op b; }
+#define GLM4_BOTH(Type, op)                                                                   \
+  GLM4_INLINE Type operator op(Type a, Type b) { GLM4_EACH(Type, a.part[i] op b.part[i]) }    \
+  GLM4_INLINE void operator op##=(Type & a, Type b) { a = a op b; }
 GLM4_BOTH(Lanes, +)
 GLM4_BOTH(Lanes, -)
 GLM4_BOTH(Lanes, *)
 GLM4_BOTH(Lanes, /)
 GLM4_BOTH(Words, |)
-GLM4_BOTH(Words, &)
-GLM4_INLINE Words operator<(Lanes a, Lanes b) { Words t{}; GLM4_EACH(Words, t, a[i] < b[i] ? -1 : 0) }
+GLM4_INLINE Words operator<(Lanes a, Lanes b) { GLM4_EACH(Words, less(a.part[i], b.part[i])) }
 GLM4_INLINE Words operator>(Lanes a, Lanes b) { return b < a; }
-GLM4_INLINE Words operator<<(Words a, int n) { GLM4_EACH(Words, a, a[i] << n) }
-GLM4_INLINE Lanes select(Words mask, Lanes a, Lanes b) { GLM4_EACH(Lanes, a, mask[i] ? a[i] : b[i]) }
-GLM4_INLINE Words whole(Lanes v) { Words t{}; GLM4_EACH(Words, t, static_cast<int32_t>(v[i])) }
-#endif
+GLM4_INLINE Words operator<<(Words a, int n) { GLM4_EACH(Words, a.part[i] << n) }
+GLM4_INLINE Lanes select(Words mask, Lanes a, Lanes b) { GLM4_EACH(Lanes, mask.part[i] ? a.part[i] : b.part[i]) }
+GLM4_INLINE Words whole(Lanes v) { GLM4_EACH(Words, whole(v.part[i])) }
 
-GLM4_INLINE Lanes all(float v) {
-  Lanes out;
-  for (int r = 0; r < GLM4_ROWS; ++r) out[r] = v;
-  return out;
-}
+GLM4_INLINE Lanes all(float v) { GLM4_EACH(Lanes, FloatPart{} + v) }
 GLM4_INLINE Lanes least(Lanes a, Lanes b) { return select(a < b, a, b); }
 GLM4_INLINE Lanes most(Lanes a, Lanes b) { return select(a > b, a, b); }
 GLM4_INLINE Lanes rounded(Lanes v) {
