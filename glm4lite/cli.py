@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from glm4lite import __version__
-from glm4lite.errors import Glm4liteError
+from glm4lite.errors import ConfigError, Glm4liteError
 
 if TYPE_CHECKING:
     from glm4lite.benchmark import Benchmark
@@ -143,6 +143,13 @@ def quantize(
     destination: Annotated[Path, typer.Argument(help="A new folder for the quantized checkpoint.")],
     quant: Annotated[str, typer.Option(help="int4 or int8.")] = "int4",
     group_size: Annotated[int, typer.Option(help="Weights per scale: 32, 64 or 128.")] = 32,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Calibrate int4 with this UTF-8 text instead of the built-in one.")
+    ] = None,
+    no_calibration: Annotated[
+        bool, typer.Option("--no-calibration", help="Look at the weights alone: quicker, less exact.")
+    ] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Take each group's whole range: quickest, least exact.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a pre-quantized checkpoint, which loads at once and needs no conversion."""
@@ -152,9 +159,12 @@ def quantize(
 
     config = QuantConfig.parse(quant)
     _use_threads(None)
+    if calibration is not None and (fast or no_calibration):
+        raise ConfigError(f"--calibration and {'--fast' if fast else '--no-calibration'} contradict each other")
+    method = "minmax" if fast else "search" if no_calibration else "calibrated"
     with _rendering(as_json) as renderer:
-        grouped = config and QuantConfig(config.bits, group_size)
-        written = quantize_checkpoint(source, destination, grouped or "none", renderer.show)
+        asked = QuantConfig(config.bits, group_size, method=method) if config else "none"
+        written = quantize_checkpoint(source, destination, asked, renderer.show, calibration=calibration)
         size = sum(file.stat().st_size for file in written.iterdir())
         renderer.remark(f"{written}: {readable(size)}, {quant}. Run it: glm4lite chat {written}")
 
