@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from glm4lite import __version__
+from glm4lite.cache import KVType, bytes_per_token
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import BenchmarkError, ContextLengthError
 from glm4lite.events import Progress
@@ -33,7 +34,7 @@ from glm4lite.model import Glm4ForCausalLM
 from glm4lite.sampling import SamplingParams
 from glm4lite.weights.memory import readable
 from glm4lite.weights.plan import read_config
-from glm4lite_quant import QuantEmbedding, QuantLinear
+from glm4lite_quant import QuantLinear
 from glm4lite_quant.kernels import native
 
 REPETITIONS = 5
@@ -132,16 +133,19 @@ def benchmark(
     new_tokens: int = 32,
     progress: Callable[[Progress], None] | None = None,
     repetitions: int = REPETITIONS,
+    kv: str = "float",
 ) -> Benchmark:
     """Load a model on the CPU and time it with random token ids: one warm-up, then the repetitions.
 
-    `quant` None is int4, or as the checkpoint is stored. No tokenizer is needed.
+    `quant` None is int4, or as the checkpoint is stored; `kv` "float" or "int8" is the cache. No tokenizer is needed.
 
     Raises:
         Glm4liteError: what `load` raises; BenchmarkError for counts that cannot be measured, ContextLengthError where
             prompt and new tokens do not fit the model's context (before the weights are read).
     """
     check_arguments(quant, "cpu", "auto")
+    if kv not in ("float", "int8"):
+        raise BenchmarkError(f"kv is {kv!r}; use float or int8")
     if prompt_tokens < 1 or new_tokens < 2:
         raise BenchmarkError(
             f"prompt tokens are {prompt_tokens} and new tokens {new_tokens}; at least 1 and 2 are needed to time them"
@@ -159,6 +163,7 @@ def benchmark(
         started = time.perf_counter()
         model = load(checkpoint.folder, quant=quant, device="cpu", progress=progress)
         load_s = time.perf_counter() - started
+        model.model.kv = cast(KVType, kv)
         trial = _Trial(model, prompt_tokens, new_tokens)
         trial.run()
     prefill, decode, memory = _repeat(trial, repetitions, progress)
@@ -198,15 +203,7 @@ def read_bytes(model: Glm4ForCausalLM, positions: int) -> int:
             total += module.weight_tensor.nbytes
         elif isinstance(module, nn.Linear):
             total += module.weight.nbytes
-    return total + positions * _cache_bytes(model)
-
-
-def _cache_bytes(model: Glm4ForCausalLM) -> int:
-    """Bytes of keys and values of one token: the activations' type, or int8 with a scale for each head."""
-    config, embedding = model.config, model.model.embed_tokens
-    dtype = embedding.dtype if isinstance(embedding, QuantEmbedding) else embedding.weight.dtype
-    head = config.head_dim + 4 if model.model.kv == "int8" else config.head_dim * dtype.itemsize
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head
+    return total + positions * bytes_per_token(model.config, model.model.kv, model.model.dtype.itemsize)
 
 
 class _Trial:

@@ -50,6 +50,8 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
 # Read as text, so that what is no number is answered in one line too.
 Threads = Annotated[str | None, typer.Option(metavar="N", help="CPU threads.", show_default="all cores")]
+KV = Annotated[str, typer.Option(help="Cache of keys and values: float, int8, or auto (int8 where it would not fit).")]
+BenchKV = Annotated[str, typer.Option(help="Cache of keys and values: float or int8.")]
 JsonObject = Annotated[bool, typer.Option("--json", help="Stdout is one JSON object.")]
 
 
@@ -75,6 +77,7 @@ def chat(
     stop: Stop = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    kv: KV = "auto",
     threads: Threads = None,
 ) -> None:
     """Chat with a model: interactively, or one answer with -p."""
@@ -93,6 +96,7 @@ def chat(
             device=device,
             dtype=dtype,
             progress=renderer.show,
+            kv=kv,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
@@ -120,6 +124,7 @@ def generate(
     stop: Stop = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    kv: KV = "auto",
     threads: Threads = None,
 ) -> None:
     """Continue a text, without a chat template (for base models, or to look at a model's raw output)."""
@@ -132,7 +137,7 @@ def generate(
     SamplingParams.check(**sampling)
     _use_threads(threads)
     with _rendering(as_json) as renderer:
-        completion = Completion(Engine.load(model, quant or "auto", device, dtype, renderer.show))
+        completion = Completion(Engine.load(model, quant or "auto", device, dtype, renderer.show, kv=kv))
         with _interrupt_stops(completion):
             renderer.show_all(completion.run(prompt, **sampling))
 
@@ -188,6 +193,7 @@ def bench(
     model: Model = "nano",
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens generated after it.")] = 32,
+    kv: BenchKV = "float",
     threads: Threads = None,
     quant: Quant = None,
     as_json: JsonObject = False,
@@ -197,7 +203,7 @@ def bench(
 
     _use_threads(threads)
     with _rendering(as_json=False) as renderer:
-        found = benchmark(model, quant, prompt_tokens, new_tokens, renderer.show)
+        found = benchmark(model, quant, prompt_tokens, new_tokens, renderer.show, kv=kv)
     _print_report(found, as_json)
 
 

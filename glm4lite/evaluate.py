@@ -209,7 +209,7 @@ def window_logits(engine: Engine, ids: list[int]) -> Tensor:
     """[T, vocab_size]: what predicts each token of the second half; row i belongs to ids[len(ids) // 2 + i]."""
     first = len(ids) // 2
     keep = torch.arange(first - 1, len(ids) - 1, device=engine.model.device)
-    output = engine.model(torch.tensor([ids], device=engine.model.device), logits_to_keep=keep, use_cache=False)
+    output = engine.model(torch.tensor([ids], device=engine.model.device), logits_to_keep=keep)
     logits: Tensor = output.logits[0]
     return logits
 

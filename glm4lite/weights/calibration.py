@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glm4lite.attention import Visibility
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.config import Glm4Config
 from glm4lite.rotary import RotaryEmbedding
@@ -77,8 +78,9 @@ class Calibrator:
         """Reads a layer, and moves the residual stream of every window through it."""
         self._held.clear()
         layer = self._read(fills)
+        visible = Visibility(None, 0, self._stream.shape[1], self._stream.device)
         for window in self._stream.split(1):
-            window.copy_(layer(window, self._dtype, self._rotary, None, None, False)[0])
+            window.copy_(layer(window, self._dtype, self._rotary, visible, None, False)[0])
 
     def _read(self, fills: list[Fill]) -> nn.Module:
         """The layer with recording linears; those that will be quantized are held."""

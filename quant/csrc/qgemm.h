@@ -18,7 +18,7 @@
 
 enum { GLM4_ROWS = 16, GLM4_COLS = 32 };
 enum { GLM4_FLOAT32 = 0, GLM4_BFLOAT16 = 1, GLM4_INT8 = 2 };
-enum { GLM4_SCALAR = 0, GLM4_AVX2 = 1, GLM4_AVX512VNNI = 2, GLM4_ISAS = 3 };
+enum { GLM4_SCALAR, GLM4_AVX2, GLM4_AVXVNNI, GLM4_AVX512VNNI, GLM4_NEON, GLM4_NEONI8MM, GLM4_ISAS };  // slowest first
 enum { GLM4_OK = 0, GLM4_NOT_FINITE = 1, GLM4_NO_MEMORY = 2 };
 
 struct glm4_weight {
@@ -130,13 +130,18 @@ struct glm4_isa {
 const glm4_isa* glm4_isa_of(int32_t isa);
 
 // No code is shared between the files of different ISAs: the linker keeps one copy.
-enum { GLM4_SCALAR_WIDTH = 4, GLM4_AVX2_WIDTH = 4, GLM4_AVX512VNNI_WIDTH = 12, GLM4_MAX_WIDTH = 12 };
+enum { GLM4_SCALAR_WIDTH = 4, GLM4_AVX2_WIDTH = 4, GLM4_AVXVNNI_WIDTH = 6, GLM4_AVX512VNNI_WIDTH = 12 };
+enum { GLM4_NEON_WIDTH = 6, GLM4_NEONI8MM_WIDTH = 6, GLM4_MAX_WIDTH = 12 };
 void glm4_tile_scalar(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
 void glm4_tile_avx2(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
+void glm4_tile_avxvnni(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
 void glm4_tile_avx512vnni(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
+void glm4_tile_neon(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
+void glm4_tile_neoni8mm(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
 extern const glm4_rows glm4_rows_scalar;
 extern const glm4_rows glm4_rows_avx2;
 extern const glm4_rows glm4_rows_avx512;
+extern const glm4_rows glm4_rows_neon;
 
 // Steps and minima of one row's int4 groups, with the least squared error over the first `shares` of GLM4_SHARES of each
 // group's (minimum, maximum). Every version does the reference's float operations in its order.

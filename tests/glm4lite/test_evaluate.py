@@ -38,7 +38,7 @@ def plain_log_probabilities(ids: list[int], quant: str = "none") -> torch.Tensor
     """[T, vocab]: of each token of the second half, by one pass over everything."""
     model = load("nano", quant=quant, dtype="float32")
     with torch.inference_mode():
-        logits = model(torch.tensor([ids]), use_cache=False).logits[0]
+        logits = model(torch.tensor([ids])).logits[0]
     return logits.double().log_softmax(-1)[len(ids) // 2 - 1 : -1]
 
 

@@ -1,7 +1,7 @@
 """The native CPU kernels (csrc/) through ctypes: finding the library, choosing an ISA, passing pointers.
 
-GLM4LITE_KERNELS is the library's path, GLM4LITE_ISA forces scalar, avx2 or avx512vnni, GLM4LITE_THREADS bounds the
-threads (else torch's own setting). ctypes releases the GIL during every call.
+GLM4LITE_KERNELS is the library's path, GLM4LITE_ISA forces one of ISAS, GLM4LITE_THREADS bounds the threads (else
+torch's own setting). ctypes releases the GIL during every call.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from glm4lite_quant.tensor import QuantTensor
 
 ABI = 3
-ISAS = ("scalar", "avx2", "avx512vnni")  # in the order of the C enum, slowest first
+ISAS = ("scalar", "avx2", "avxvnni", "avx512vnni", "neon", "neoni8mm")  # in the order of the C enum, slowest first
 FILES = ("glm4lite_kernels.so", "glm4lite_kernels.dylib", "glm4lite_kernels.dll")
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2  # element types, as in the C enum
 DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
