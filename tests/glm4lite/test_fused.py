@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from glm4lite import Glm4ForCausalLM, KVCache, load
+from glm4lite.attention import Visibility
 from glm4lite.cache import LayerCache, PackedLayerCache
 from glm4lite.fused import STEP_TOKENS
 from glm4lite_quant.kernels import decoder, native
@@ -23,12 +24,12 @@ def nano() -> Glm4ForCausalLM:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of layers of each native call."""
     made: list[int] = []
     run = decoder.run
     monkeypatch.setattr(decoder, "run", lambda kernels, *rest: (made.append(len(kernels)), run(kernels, *rest)))
-    yield made
+    return made
 
 
 def ids(count: int, seed: int = 0) -> Tensor:
@@ -53,8 +54,6 @@ def test_one_layer_gives_the_torch_codes_numbers(nano: Glm4ForCausalLM) -> None:
     # Over several layers a rounding difference of 1e-7 may move an int8 code of the activations: not in one short one.
     layer, x = nano.model.layers[0], torch.randn(1, 5, 256, generator=torch.Generator().manual_seed(1))
     rotary = nano.model.rotary_emb(torch.arange(5)[None], torch.float32)
-    from glm4lite.attention import Visibility
-
     visible = Visibility(None, 0, 5, x.device)
     with torch.inference_mode():
         fused, _ = layer(x, torch.float32, rotary, visible, PackedLayerCache(int8=False), False)
@@ -70,7 +69,7 @@ def test_a_model_differs_from_torchs_code_by_the_rounding_of_activations_only(na
 def test_a_prompt_in_parts_gives_the_bits_of_the_whole(nano: Glm4ForCausalLM) -> None:
     cache = nano.new_cache()
     edges = (0, 1, 3, 200, 201, 260)
-    parts = [logits(nano, ids(260)[:, a:b], past_key_values=cache) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [logits(nano, ids(260)[:, a:b], past_key_values=cache) for a, b in pairwise(edges)]
     assert torch.equal(torch.cat(parts, 1), logits(nano, ids(260)))
 
 
