@@ -101,6 +101,13 @@ def _make(
 ) -> DecoderKernel | None:
     if any(linears[name].bias is not None for name in ("o", "gate_up", "down")):
         return None
+    parts = {name: linear.input_parts for name, linear in linears.items()}
+    if (
+        parts["q"] != parts["k"]
+        or parts["q"] != parts["v"]
+        or any(parts[name] != 1 for name in ("o", "gate_up", "down"))
+    ):
+        return None
     weights = {name: linear.weight_tensor for name, linear in linears.items()}
     biases = {name: linears[name].bias for name in ("q", "k", "v")}
-    return DecoderKernel.of(weights, biases, norms, layer.input_layernorm.eps, layer.self_attn.heads)
+    return DecoderKernel.of(weights, biases, norms, layer.input_layernorm.eps, layer.self_attn.heads, parts["q"])

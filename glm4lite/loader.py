@@ -42,6 +42,7 @@ from glm4lite.weights.streaming import (
     recorded,
 )
 from glm4lite_quant import QuantConfig, QuantEmbedding, QuantError, QuantLinear, QuantTensor
+from glm4lite_quant.config import input_parts
 
 if TYPE_CHECKING:
     from glm4lite.model import Glm4ForCausalLM
@@ -187,7 +188,8 @@ def _replace(model: nn.Module, fill: Fill, weight: QuantTensor, device: torch.de
     old, config = model.get_submodule(fill.module), QuantConfig(weight.bits, weight.group_size)
     new: QuantLinear | QuantEmbedding
     if isinstance(old, nn.Linear):
-        new = QuantLinear(old.in_features, old.out_features, config, bias=old.bias is not None, device="meta")
+        bias, parts = old.bias is not None, input_parts(fill.module)
+        new = QuantLinear(old.in_features, old.out_features, config, bias, device="meta", input_parts=parts)
     elif isinstance(old, nn.Embedding):
         new = QuantEmbedding(old.num_embeddings, old.embedding_dim, config, device="meta", dtype=dtype)
     else:
@@ -226,7 +228,8 @@ def _tie(model: nn.Module) -> None:
     if isinstance(embedding, QuantEmbedding):
         weight = embedding.weight_tensor
         config = QuantConfig(weight.bits, weight.group_size)
-        head = QuantLinear(embedding.embedding_dim, embedding.num_embeddings, config, bias=False, device="meta")
+        shape, parts = (embedding.embedding_dim, embedding.num_embeddings), input_parts("lm_head")
+        head = QuantLinear(*shape, config, bias=False, device="meta", input_parts=parts)
         head.load(weight)
         _set_module(model, "lm_head", head)
     else:

@@ -50,38 +50,45 @@ T* room(std::vector<T>& v, int64_t size) {
   return v.data();
 }
 
-// The quantized activations of up to kChunkRows rows, as panels of nearly equal width.
+// The quantized activations of up to kChunkRows rows, as panels of nearly equal width. A row is one column of a panel, or
+// two next to each other.
 class Activations {
  public:
-  Activations(const Source& source, int32_t group, int64_t first, int64_t rows, const glm4_isa& isa, int threads)
-      : source_(source), isa_(isa), group_(group), first_(first), rows_(rows),
-        panels_((rows + isa.width - 1) / isa.width) {
+  Activations(const Source& source, int32_t group, int64_t first, int64_t rows, int parts, const glm4_isa& isa,
+              int threads)
+      : source_(source), isa_(isa), group_(group), parts_(parts), first_(first), rows_(rows),
+        panels_((rows * parts + isa.width - 1) / isa.width) {
     Buffers& buffers = Buffers::of_thread();
-    const int64_t blocks = rows * (source.k / GLM4_COLS);
+    const int64_t blocks = rows * parts * (source.k / GLM4_COLS);
     quads_ = room(buffers.quads, blocks * 8);
     scale_ = room(buffers.scale, blocks);
     sum_ = room(buffers.sum, blocks);
-    group_sum_ = room(buffers.group_sum, rows * (source.k / group));
-    scratch_ = room(buffers.rows, source.k * threads);
+    group_sum_ = room(buffers.group_sum, rows * parts * (source.k / group));
+    scratch_ = room(buffers.rows, 2 * source.k * threads);
   }
 
   int64_t panels() const { return panels_; }
+  int parts() const { return parts_; }
   int64_t start(int64_t panel) const { return rows_ * panel / panels_; }  // first row of a panel, within the chunk
 
   glm4_panel panel(int64_t p) const {
-    const int64_t at = start(p), blocks = source_.k / GLM4_COLS;
+    const int64_t at = start(p) * parts_, blocks = source_.k / GLM4_COLS;
     return {quads_ + at * blocks * 8, scale_ + at * blocks, sum_ + at * blocks,
-            group_sum_ + at * (source_.k / group_), static_cast<int32_t>(start(p + 1) - at)};
+            group_sum_ + at * (source_.k / group_), static_cast<int32_t>(start(p + 1) * parts_ - at)};
   }
 
   void quantize(int64_t p, int slot) const {
-    const int64_t at = start(p), blocks = source_.k / GLM4_COLS, width = start(p + 1) - at;
-    for (int64_t c = 0; c < width; ++c) {
-      const int64_t to = at * blocks + c;
-      const glm4_panel_column column{quads_ + to * 8, scale_ + to, sum_ + to,
-                                     group_sum_ + at * (source_.k / group_) + c, width};
-      const float* row = source_.row(first_ + at + c, scratch_ + slot * source_.k);
+    const int64_t at = start(p) * parts_, blocks = source_.k / GLM4_COLS, width = start(p + 1) * parts_ - at;
+    float* scratch = scratch_ + 2 * slot * source_.k;
+    for (int64_t c = 0; c < width; c += parts_) {
+      glm4_panel_column column{quads_ + (at * blocks + c) * 8, scale_ + at * blocks + c, sum_ + at * blocks + c,
+                               group_sum_ + at * (source_.k / group_) + c, width};
+      const float* row = source_.row(first_ + (at + c) / parts_, scratch);
       isa_.rows->quantize(row, source_.k, group_, &column);
+      if (parts_ == 1) continue;
+      isa_.rows->remainder(row, source_.k, &column, scratch + source_.k);
+      column.quads += 8, ++column.scale, ++column.sum, ++column.group_sum;
+      isa_.rows->quantize(scratch + source_.k, source_.k, group_, &column);
     }
   }
 
@@ -89,6 +96,7 @@ class Activations {
   const Source& source_;
   const glm4_isa& isa_;
   int32_t group_;
+  int parts_;
   int64_t first_, rows_, panels_;
   int32_t *quads_, *sum_;
   float *scale_, *group_sum_, *scratch_;
@@ -105,14 +113,15 @@ struct Product {
   const Activations& x;
   int64_t first;  // row of y that row 0 of the activations belongs to
 
-  // Row scales and bias of one tile and panel: out [width][16].
+  // Row scales and bias of one tile and panel: out [rows of x][16].
   void finish(const Sink& sink, int64_t tile, const glm4_panel& panel, float* out) const {
     float min[GLM4_MAX_WIDTH * GLM4_ROWS];
     isa.tile(sink.w, tile, &panel, out, min);
+    if (x.parts() == 2) add_parts(panel.width / 2, out, min);
     const glm4_weight& w = *sink.w;
     const int64_t n0 = tile * GLM4_ROWS;
     const int rows = static_cast<int>(std::min<int64_t>(GLM4_ROWS, w.n - n0));
-    for (int c = 0; c < panel.width; ++c) {
+    for (int c = 0; c < panel.width / x.parts(); ++c) {
       float* to = out + GLM4_ROWS * c;
       for (int r = 0; r < rows; ++r) to[r] *= w.row_scale[n0 + r];
       if (w.row_min)
@@ -120,6 +129,13 @@ struct Product {
       if (sink.bias)
         for (int r = 0; r < rows; ++r) to[r] += sink.bias[n0 + r];
     }
+  }
+
+  static void add_parts(int width, float* out, float* min) {
+    for (float* sums : {out, min})
+      for (int c = 0; c < width; ++c)
+        for (int r = 0; r < GLM4_ROWS; ++r)
+          sums[GLM4_ROWS * c + r] = sums[GLM4_ROWS * 2 * c + r] + sums[GLM4_ROWS * (2 * c + 1) + r];
   }
 
   void store(const Sink& sink, int64_t tile, int64_t row, int width, const float* out) const {
@@ -142,9 +158,9 @@ struct Product {
     finish(sink, tile, panel, out);
     if (sink.swiglu) {
       finish(sink, tile + tiles_of(sink), panel, up);
-      isa.rows->swiglu(out, up, GLM4_ROWS * panel.width, out);
+      isa.rows->swiglu(out, up, GLM4_ROWS * (panel.width / x.parts()), out);
     }
-    store(sink, tile, x.start(p), panel.width, out);
+    store(sink, tile, x.start(p), panel.width / x.parts(), out);
   }
 
   // A few row tiles with all panels: as many panels as stay in cache are used by every tile before the next ones come.
@@ -179,7 +195,7 @@ class MatrixSource : public Source {
 
 }  // namespace
 
-void glm4::linear(const Source& source, const Sink* sinks, int count, const glm4_isa& isa, int threads) {
+void glm4::linear(const Source& source, const Sink* sinks, int count, int parts, const glm4_isa& isa, int threads) {
   int64_t tiles = 0, outputs = 0;
   int32_t group = sinks[0].w->group;
   for (int i = 0; i < count; ++i) {
@@ -188,7 +204,7 @@ void glm4::linear(const Source& source, const Sink* sinks, int count, const glm4
   }
   for (int64_t first = 0; first < source.rows; first += kChunkRows) {
     const int64_t rows = std::min(kChunkRows, source.rows - first);
-    const Activations act(source, group, first, rows, isa, threads);
+    const Activations act(source, group, first, rows, parts, isa, threads);
     auto prepare = [&](int64_t p, int slot) { act.quantize(p, slot); };
     parallel_for(rows * source.k < kSerialWork ? 1 : threads, act.panels(), prepare);
     const Product product{sinks, isa, act, first};
@@ -200,10 +216,10 @@ void glm4::linear(const Source& source, const Sink* sinks, int count, const glm4
 }
 
 GLM4_API int32_t glm4_matmul(const glm4_weight* w, const glm4_matrix* x, const float* bias, const glm4_matrix* y,
-                             int32_t isa, int32_t threads) {
+                             int32_t parts, int32_t isa, int32_t threads) {
   try {
     const Sink sink{w, bias, *y};
-    glm4::linear(MatrixSource(*x, w->k), &sink, 1, *glm4_isa_of(isa), threads);
+    glm4::linear(MatrixSource(*x, w->k), &sink, 1, parts, *glm4_isa_of(isa), threads);
     return GLM4_OK;
   } catch (const std::bad_alloc&) {
     return GLM4_NO_MEMORY;

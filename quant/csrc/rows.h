@@ -73,6 +73,16 @@ void quantize_row(const float* x, int64_t k, int32_t group, const glm4_panel_col
   }
 }
 
+void remainder_row(const float* x, int64_t k, const glm4_panel_column* of, float* out) {
+  for (int64_t b = 0; b < k / GLM4_COLS; ++b) {
+    int8_t codes[GLM4_COLS];
+    memcpy(codes, of->quads + b * of->width * 8, GLM4_COLS);
+    const Vec scale = all(of->scale[b * of->width]);
+    for (int i = 0; i < GLM4_COLS; i += kLanes)
+      store(out + b * GLM4_COLS + i, load(x + b * GLM4_COLS + i) - widen(codes + i) * scale);
+  }
+}
+
 inline float inverse_rms(const float* x, int64_t k, float eps) {
   Vec squares[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
   for (int64_t i = 0; i < k; i += GLM4_COLS)

@@ -304,3 +304,18 @@ def test_the_reference_runs_on_a_gpu() -> None:
     own.to("cuda")
     assert own.kernel == "reference"
     torch.testing.assert_close(own(x.cuda()).cpu(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 13])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_two_parts_of_an_input_are_nearly_exact(isa: str, bits: int, rows: int) -> None:
+    weight = QuantTensor.quantize(torch.randn(50, 256, generator=torch.Generator().manual_seed(1)), QuantConfig(bits))
+    x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(2)) * torch.logspace(-2, 2, 256)
+    exact = x.double() @ weight.dequantize().double().T
+    backend = kernels.pick(weight)
+    errors = [
+        float((backend.matmul(x, backend.prepack(weight), None, parts) - exact).norm() / exact.norm())
+        for parts in (1, 2)
+    ]
+    assert errors[1] < 1e-4
+    assert errors[1] < 0.05 * errors[0]

@@ -26,8 +26,11 @@ class Backend(Protocol):
     def prepack(self, weight: QuantTensor) -> Any:
         """Done once per weight; the result goes into `matmul`. CPU backends read the weight in place."""
 
-    def matmul(self, x: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
-        """x [M, K] bfloat16 or float32, bias float32 [N] -> [M, N] in x.dtype."""
+    def matmul(self, x: Tensor, packed: Any, bias: Tensor | None, parts: int = 1) -> Tensor:
+        """x [M, K] bfloat16 or float32, bias float32 [N] -> [M, N] in x.dtype.
+
+        A backend that rounds x to int8 takes it in so many `parts`.
+        """
 
 
 REFERENCE = ReferenceBackend()

@@ -22,7 +22,7 @@ from glm4lite_quant.kernels.reference import SHARES
 if TYPE_CHECKING:
     from glm4lite_quant.tensor import QuantTensor
 
-ABI = 3
+ABI = 4
 ISAS = ("scalar", "avx2", "avxvnni", "avx512vnni", "neon", "neoni8mm")  # in the order of the C enum, slowest first
 FILES = ("glm4lite_kernels.so", "glm4lite_kernels.dylib", "glm4lite_kernels.dll")
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2  # element types, as in the C enum
@@ -96,8 +96,11 @@ class NativeBackend:
     def prepack(self, weight: QuantTensor) -> Packed:
         return Packed(weight, describe(weight))
 
-    def matmul(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-        """x [M, K] -> [M, N] in x.dtype; x is quantized to int8 per 32 columns, sums are int32 and then float32."""
+    def matmul(self, x: Tensor, packed: Packed, bias: Tensor | None, parts: int = 1) -> Tensor:
+        """x [M, K] -> [M, N] in x.dtype; x is quantized to int8 per 32 columns, sums are int32 and then float32.
+
+        With `parts` 2 what the rounding left is quantized too and multiplied as well.
+        """
         if x.device.type != "cpu":
             raise QuantError(f"the input of a layer is on {x.device} but its weight on the CPU")
         x = x.detach() if x.stride(-1) == 1 else x.detach().contiguous()
@@ -108,9 +111,8 @@ class NativeBackend:
         y = _Matrix(out.data_ptr(), x.shape[0], out.stride(0), DTYPES[x.dtype])
         held = None if bias is None else bias.contiguous()
         where = None if held is None else held.data_ptr()
-        code = self._matmul(
-            ctypes.byref(packed.struct), ctypes.byref(a), where, ctypes.byref(y), self._code, thread_count()
-        )
+        refs = (ctypes.byref(packed.struct), ctypes.byref(a), where, ctypes.byref(y))
+        code = self._matmul(*refs, parts, self._code, thread_count())
         if code != OK:
             raise MemoryError("no memory for the quantized activations")
         return out
@@ -246,7 +248,7 @@ def _load(override: str) -> Library:
     if version != ABI:
         return Library(path, None, (), f"{path} has interface {version}, this package needs {ABI}: reinstall")
     weight, matrix = ctypes.POINTER(Weight), ctypes.POINTER(_Matrix)
-    cdll.glm4_matmul.argtypes = [weight, matrix, ctypes.c_void_p, matrix, ctypes.c_int32, ctypes.c_int32]
+    cdll.glm4_matmul.argtypes = [weight, matrix, ctypes.c_void_p, matrix, *[ctypes.c_int32] * 3]
     numbers, place = [ctypes.c_int32] * 3, ctypes.POINTER(ctypes.c_int64 * 2)
     cdll.glm4_quantize.argtypes = [matrix, weight, ctypes.c_void_p, *numbers, place]
     pointer, number = ctypes.c_void_p, ctypes.c_int64

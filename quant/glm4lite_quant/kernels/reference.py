@@ -165,11 +165,11 @@ class ReferenceBackend:
     def prepack(self, weight: QuantTensor) -> QuantTensor:
         return weight
 
-    def matmul(self, x: Tensor, packed: QuantTensor, bias: Tensor | None) -> Tensor:
-        """x [M, K] -> [M, N] in x.dtype."""
+    def matmul(self, x: Tensor, packed: QuantTensor, bias: Tensor | None, parts: int = 1) -> Tensor:
+        """x [M, K] -> [M, N] in x.dtype; x is not rounded, so `parts` means nothing here."""
         k = packed.shape[1]
         tiles, rows = packed.qweight.shape[0], x.float()
         step = max(1, SCRATCH_ELEMENTS // (k * ROWS))
-        parts = [rows @ dequantize_tiles(packed, t, min(t + step, tiles)).T for t in range(0, tiles, step)]
-        out = torch.cat(parts, dim=1) if len(parts) != 1 else parts[0]
+        columns = [rows @ dequantize_tiles(packed, t, min(t + step, tiles)).T for t in range(0, tiles, step)]
+        out = torch.cat(columns, dim=1) if len(columns) != 1 else columns[0]
         return (out if bias is None else out + bias).to(x.dtype)
