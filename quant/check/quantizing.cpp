@@ -1,0 +1,93 @@
+// glm4_quantize: the same bytes from every ISA, codes next to their weights, and refusals that name the place.
+#include <float.h>
+#include <math.h>
+
+#include <algorithm>
+
+#include "check.h"
+
+namespace check {
+
+namespace {
+
+int32_t quantize(const glm4_matrix& source, const Weight& to, int isa, int threads, int64_t* place) {
+  const glm4_weight w = to.c();
+  return glm4_quantize(&source, &w, isa, threads, place);
+}
+
+bool equal(const Exact<float>& a, const Exact<float>& b) {  // 0 and -0 are
+  for (int64_t i = 0; i < a.size(); ++i)
+    if (a[i] != b[i]) return false;
+  return true;
+}
+
+bool same(const Weight& a, const Weight& b) {
+  return a.codes.same(b.codes) && a.scales.same(b.scales) && a.mins.same(b.mins) && equal(a.row_scale, b.row_scale) &&
+         equal(a.row_min, b.row_min);
+}
+
+// No group may be much worse than its steps and bytes allow: half a step from rounding, and of a cut range up to a fifth
+// more; a byte of scale and minimum adds a 255th of the row's largest.
+void reconstructs(const Weight& w, const Exact<float>& source) {
+  for (int64_t n = 0; n < w.n; ++n)
+    for (int64_t first = 0; first < w.k; first += w.group) {
+      double least = 0.0, most = 0.0, error = 0.0;
+      for (int64_t k = first; k < first + w.group; ++k) {
+        const double v = source[n * w.k + k];
+        least = std::min(least, v), most = std::max(most, v);
+        error = std::max(error, fabs(w.step(n, k) * w.code(n, k) - w.low(n, k) - v));
+      }
+      const double range = w.bits == 4 ? most - least : std::max(most, -least);
+      const double step = range / (w.bits == 4 ? 15 : 127);
+      const double bytes = w.bits == 4 ? w.row_scale[n] * 8.0 + w.row_min[n] * 0.5 : w.row_scale[n] * 0.5;
+      const double allowed = 0.5 * step + (w.bits == 4 ? 0.36 * range : 0.0) + bytes + 1e-6 * range + 1e-28;
+      if (!(error <= allowed))
+        fail("row %d, group %d is off by %g, allowed %g", static_cast<int>(n), static_cast<int>(first / w.group), error,
+             allowed);
+    }
+}
+
+void padding_is_zero(const Weight& w) {
+  const int64_t last = (w.n - 1) / GLM4_ROWS;
+  for (int64_t row = w.n; row < (last + 1) * GLM4_ROWS; ++row)
+    for (int64_t k = 0; k < w.k; ++k)
+      if (w.code(row, k) != 0 || w.scales[(last * (w.k / w.group) + k / w.group) * GLM4_ROWS + row % GLM4_ROWS] != 0)
+        fail("row %d, which pads the last tile, is not zero", static_cast<int>(row));
+}
+
+void one_shape(int64_t n, int64_t k, int bits, int group, int isa, Random& random) {
+  describe("quantizing %dx%d, int%d groups of %d", static_cast<int>(n), static_cast<int>(k), bits, group);
+  Exact<float> source(n * k);
+  for (int64_t r = 0; r < n; ++r) {
+    const float size = r % 5 == 1 ? 0.0f : r % 5 == 2 ? 1e-40f : r % 5 == 3 ? 1e17f : 0.02f;
+    for (int64_t i = 0; i < k; ++i) source[r * k + i] = random.bell() * size * (i / 32 % 2 ? 1.0f : 0.1f);
+  }
+  const glm4_matrix matrix{source.data(), n, k, GLM4_FLOAT32};
+  Weight plain(n, k, bits, group), own(n, k, bits, group, 5);
+  int64_t place[2] = {-1, -1};
+  if (quantize(matrix, plain, GLM4_SCALAR, 1, place) != GLM4_OK) fail("refused");
+  if (quantize(matrix, own, isa, static_cast<int>(random.whole(1, 4)), place) != GLM4_OK) fail("refused");
+  if (!same(plain, own)) fail("another weight than scalar's");
+  reconstructs(own, source);
+  padding_is_zero(own);
+  const int64_t row = random.whole(0, n - 1), column = random.whole(0, k - 1);
+  for (float bad : {NAN, INFINITY, -INFINITY, FLT_MAX}) {
+    source[row * k + column] = bad;
+    if (quantize(matrix, own, isa, 2, place) != GLM4_NOT_FINITE) fail("%g was taken", bad);
+    if (place[0] != row || place[1] != column) fail("%g was named at another place", bad);
+  }
+}
+
+}  // namespace
+
+void check_quantizing(int isa) {
+  Random random(2);
+  for (int bits : {4, 8})
+    for (int group : {32, 64, 128}) {
+      one_shape(1, group, bits, group, isa, random);
+      one_shape(37, 3 * group, bits, group, isa, random);
+      one_shape(150, 512, bits, group, isa, random);
+    }
+}
+
+}  // namespace check
