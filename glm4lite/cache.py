@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from glm4lite_quant.kernels.decoder import TOKENS, CacheView
 
+if TYPE_CHECKING:
+    from glm4lite.config import Glm4Config
+
+KVType = Literal["float", "int8"]
 STEP = 256  # positions added when a buffer is full: few copies, little slack
 
 
@@ -132,6 +137,12 @@ def _int8(x: Tensor) -> tuple[Tensor, Tensor]:
     top = x.abs().amax(-1)
     inverse = torch.where(top > 0, 127 / top, top)
     return (x * inverse[..., None]).round().nan_to_num(0).to(torch.int8), top / 127
+
+
+def bytes_per_token(config: Glm4Config, kv: KVType, float_bytes: int) -> int:
+    """What one token adds to a model's cache; `float_bytes` is the size of the activations' type."""
+    heads = 2 * config.num_hidden_layers * config.num_key_value_heads
+    return heads * (config.head_dim + 4 if kv == "int8" else config.head_dim * float_bytes)
 
 
 class KVCache:

@@ -95,14 +95,20 @@ class Checkpoint:
         """Rows start..stop-1 of the first dimension, read into fresh memory; the rest of the file is not touched."""
         return read(self.stored(name).rows(start, stop))
 
-    def row_blocks(self, name: str, max_bytes: int, multiple: int = 16) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, rows) over the whole matrix, at most about max_bytes at a time, a multiple of `multiple` rows."""
+    def row_blocks(
+        self, name: str, max_bytes: int, multiple: int = 16, held: torch.Tensor | None = None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, rows) over the whole matrix, at most about max_bytes at a time, a multiple of `multiple` rows.
+
+        `held`: the whole tensor where it has been read already; the rows are then views of it.
+        """
         stored = self.stored(name)
         count = stored.shape[0]
         row_bytes = max(1, stored.nbytes // max(1, count))
         step = max(multiple, max_bytes // row_bytes // multiple * multiple)
         for start in range(0, count, step):
-            yield start, self.rows(name, start, min(start + step, count))
+            stop = min(start + step, count)
+            yield start, self.rows(name, start, stop) if held is None else held[start:stop]
 
     def mapped(self, name: str) -> torch.Tensor:
         """The whole tensor over the memory-mapped shard: no copy, and a write to it stays private to this process."""

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from glm4lite import __version__
-from glm4lite.errors import Glm4liteError
+from glm4lite.errors import ConfigError, Glm4liteError
 
 if TYPE_CHECKING:
+    from glm4lite.benchmark import Benchmark
+    from glm4lite.evaluate import Evaluation
     from glm4lite.session import ChatSession
     from glm4lite.terminal import Renderer
 
@@ -46,6 +48,11 @@ MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
+# Read as text, so that what is no number is answered in one line too.
+Threads = Annotated[str | None, typer.Option(metavar="N", help="CPU threads.", show_default="all cores")]
+KV = Annotated[str, typer.Option(help="Cache of keys and values: float, int8, or auto (int8 where it would not fit).")]
+BenchKV = Annotated[str, typer.Option(help="Cache of keys and values: float or int8.")]
+JsonObject = Annotated[bool, typer.Option("--json", help="Stdout is one JSON object.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -70,11 +77,14 @@ def chat(
     stop: Stop = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    kv: KV = "auto",
+    threads: Threads = None,
 ) -> None:
     """Chat with a model: interactively, or one answer with -p."""
     from glm4lite.session import ChatSession
     from glm4lite.tools import BUILTIN_TOOLS
 
+    _use_threads(threads)
     with _rendering(as_json) as renderer:
         if model == "nano":
             renderer.remark(NANO_REMARK)
@@ -86,6 +96,7 @@ def chat(
             device=device,
             dtype=dtype,
             progress=renderer.show,
+            kv=kv,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
@@ -113,6 +124,8 @@ def generate(
     stop: Stop = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    kv: KV = "auto",
+    threads: Threads = None,
 ) -> None:
     """Continue a text, without a chat template (for base models, or to look at a model's raw output)."""
     from glm4lite.completion import Completion
@@ -122,8 +135,9 @@ def generate(
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
     sampling |= {"max_new_tokens": max_new_tokens, "stop": tuple(stop or ())}
     SamplingParams.check(**sampling)
+    _use_threads(threads)
     with _rendering(as_json) as renderer:
-        completion = Completion(Engine.load(model, quant or "auto", device, dtype, renderer.show))
+        completion = Completion(Engine.load(model, quant or "auto", device, dtype, renderer.show, kv=kv))
         with _interrupt_stops(completion):
             renderer.show_all(completion.run(prompt, **sampling))
 
@@ -134,6 +148,13 @@ def quantize(
     destination: Annotated[Path, typer.Argument(help="A new folder for the quantized checkpoint.")],
     quant: Annotated[str, typer.Option(help="int4 or int8.")] = "int4",
     group_size: Annotated[int, typer.Option(help="Weights per scale: 32, 64 or 128.")] = 32,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Calibrate int4 with this UTF-8 text instead of the built-in one.")
+    ] = None,
+    no_calibration: Annotated[
+        bool, typer.Option("--no-calibration", help="Look at the weights alone: quicker, less exact.")
+    ] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Take each group's whole range: quickest, least exact.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a pre-quantized checkpoint, which loads at once and needs no conversion."""
@@ -142,9 +163,13 @@ def quantize(
     from glm4lite_quant import QuantConfig
 
     config = QuantConfig.parse(quant)
+    _use_threads(None)
+    if calibration is not None and (fast or no_calibration):
+        raise ConfigError(f"--calibration and {'--fast' if fast else '--no-calibration'} contradict each other")
+    method = "minmax" if fast else "search" if no_calibration else "calibrated"
     with _rendering(as_json) as renderer:
-        grouped = config and QuantConfig(config.bits, group_size)
-        written = quantize_checkpoint(source, destination, grouped or "none", renderer.show)
+        asked = QuantConfig(config.bits, group_size, method=method) if config else "none"
+        written = quantize_checkpoint(source, destination, asked, renderer.show, calibration=calibration)
         size = sum(file.stat().st_size for file in written.iterdir())
         renderer.remark(f"{written}: {readable(size)}, {quant}. Run it: glm4lite chat {written}")
 
@@ -155,12 +180,84 @@ def info(
 ) -> None:
     """What this machine has: versions, kernels, devices; with MODEL, its shape and memory needs."""
     from glm4lite.info import machine_facts, model_facts
-    from glm4lite.terminal import printable_line
 
     facts = machine_facts()
     if model is not None:
         with _rendering(as_json=False) as renderer:
             facts += model_facts(model, renderer.show)
+    _print_facts(facts)
+
+
+@app.command()
+def bench(
+    model: Model = "nano",
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated after it.")] = 32,
+    kv: BenchKV = "float",
+    threads: Threads = None,
+    quant: Quant = None,
+    as_json: JsonObject = False,
+) -> None:
+    """Measure speed and memory of a model on this machine's CPU."""
+    from glm4lite.benchmark import benchmark
+
+    _use_threads(threads)
+    with _rendering(as_json=False) as renderer:
+        found = benchmark(model, quant, prompt_tokens, new_tokens, renderer.show, kv=kv)
+    _print_report(found, as_json)
+
+
+@app.command(name="eval")
+def evaluate_text(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="A UTF-8 text to predict.")],
+    against: Annotated[str | None, typer.Option(help="Compare with this model (the reference).")] = None,
+    quant: Quant = None,
+    against_quant: Quant = None,
+    windows: Annotated[int | None, typer.Option(help="At most so many windows.", show_default="all")] = None,
+    dtype: Dtype = "auto",
+    against_dtype: Dtype = "auto",
+    threads: Threads = None,
+    as_json: JsonObject = False,
+) -> None:
+    """Perplexity on a text, and the KL divergence from another model or precision."""
+    from glm4lite.evaluate import Choice, evaluate, read_text
+
+    _use_threads(threads)
+    reference = None if against is None else Choice(against, against_quant, against_dtype)
+    with _rendering(as_json=False) as renderer:
+        found = evaluate(Choice(model, quant, dtype), read_text(text), reference, windows, renderer.show)
+    _print_report(found, as_json)
+
+
+def _use_threads(count: str | None) -> None:
+    """Threads of torch and of the kernels; what this machine does not have is refused, also by GLM4LITE_ISA."""
+    from glm4lite.errors import ConfigError
+    from glm4lite_quant.kernels import native
+
+    native.check_environment()
+    if count is None:
+        return
+    try:
+        number = int(count)
+    except ValueError:
+        raise ConfigError(f"--threads is {count[:100]!r}; use a whole number of at least 1") from None
+    native.set_threads(number)
+
+
+def _print_report(report: Benchmark | Evaluation, as_json: bool) -> None:
+    """One JSON object, or aligned lines."""
+    import json
+
+    if as_json:
+        typer.echo(json.dumps(report.to_json(), ensure_ascii=False))
+    else:
+        _print_facts(list(report.lines()))
+
+
+def _print_facts(facts: list[tuple[str, str]]) -> None:
+    from glm4lite.terminal import printable_line
+
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
         typer.echo(f"{name:<{width}}  {printable_line(value)}")

@@ -36,3 +36,11 @@ class ContextLengthError(Glm4liteError):
 
 class SamplingError(Glm4liteError):
     """A sampling parameter is out of range."""
+
+
+class BenchmarkError(Glm4liteError):
+    """What was asked to be measured cannot be."""
+
+
+class EvaluationError(Glm4liteError):
+    """A text cannot be used to evaluate a model, or two models cannot be compared."""

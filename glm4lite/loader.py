@@ -18,6 +18,7 @@ from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.hub import resolve
 from glm4lite.weights import memory
+from glm4lite.weights.calibration import layer_bytes
 from glm4lite.weights.plan import (
     Fill,
     Model,
@@ -30,7 +31,16 @@ from glm4lite.weights.plan import (
     stored_quant,
 )
 from glm4lite.weights.quantized import quantize_checkpoint, save_quantized
-from glm4lite.weights.streaming import Meter, ProgressCallback, blocks, quantize_weight
+from glm4lite.weights.streaming import (
+    Meter,
+    ProgressCallback,
+    begin,
+    blocks,
+    calibration_text,
+    needs_calibration,
+    quantize_weight,
+    recorded,
+)
 from glm4lite_quant import QuantConfig, QuantEmbedding, QuantError, QuantLinear, QuantTensor
 
 if TYPE_CHECKING:
@@ -53,6 +63,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     progress: ProgressCallback | None = None,
     cls: None = None,
+    calibration: str | Path | None = None,
 ) -> Glm4ForCausalLM: ...
 
 
@@ -65,6 +76,7 @@ def load(
     progress: ProgressCallback | None = None,
     *,
     cls: type[Model],
+    calibration: str | Path | None = None,
 ) -> Model: ...
 
 
@@ -75,17 +87,20 @@ def load(
     dtype: str | torch.dtype = "auto",
     progress: ProgressCallback | None = None,
     cls: type[nn.Module] | None = None,
+    calibration: str | Path | None = None,
 ) -> nn.Module:
     """Load a model from a folder, from "nano", or from a Hub repo id.
 
     Args:
         source: a folder with config.json and safetensors, "nano", or "organisation/name" on the Hub.
         quant: "int4", "int8", "none", a QuantConfig, or None for what is stored. A checkpoint that is quantized
-            already is loaded as it is; another quant than its own is refused, "none" too.
+            already is loaded as it is; another quant than its own is refused, "none" too. "int4" is calibrated, which
+            runs a short text through the layers; QuantConfig(method="search") is quicker and less exact.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1".
         dtype: of the activations (and of weights that are not quantized): "auto", "float32", "bfloat16".
         progress: called after each block with the bytes read; an exception it raises stops the load.
         cls: Glm4ForCausalLM unless given.
+        calibration: a UTF-8 text to calibrate with, instead of the one that comes with the package.
 
     Returns:
         The model in eval mode. With quantized weights its norms and biases are float32 and nothing requires gradients.
@@ -94,6 +109,7 @@ def load(
         Glm4liteError: one line saying which file, tensor, key or argument cannot be used, and what to do.
     """
     wanted, target, chosen = check_arguments(quant, device, dtype)
+    text = calibration_text(calibration, wanted)
     checkpoint = Checkpoint.open(resolve(source, progress))
     config = read_config(checkpoint)
     stored = stored_quant(checkpoint, quant)
@@ -103,14 +119,21 @@ def load(
     _check_memory(checkpoint, plan, wanted, target, activations)
     say_notices(model, checkpoint, plan)
     meter = Meter("load", _total_bytes(checkpoint, plan), progress)
+    calibrator = begin(checkpoint, plan, config, text, meter)
     for fill in plan.fills:
-        _fill(model, checkpoint, plan, fill, target, activations, meter)
+        if fill.quant is None:
+            _fill(model, checkpoint, plan, fill, target, activations, meter)
+        else:
+            _replace(model, fill, quantize_weight(checkpoint, fill, meter, calibrator), target, activations)
+    if stored is not None:
+        _check_as_stored(model, checkpoint, stored)
     _initialise(model, plan, target, activations)
     if plan.tied:
         _tie(model)
     if plan.quantized:
         model.requires_grad_(False)
-        cast(Any, model).config.quantization_config = (stored or wanted or QuantConfig()).to_dict()
+        made = recorded(stored or wanted or QuantConfig(), calibrator)
+        cast(Any, model).config.quantization_config = made.to_dict()
     _check_complete(model)
     return model.eval()
 
@@ -139,8 +162,6 @@ def _fill(
         weight = _mapped_weight(checkpoint, fill)
         meter.add(sum(checkpoint.nbytes(part) for part in fill.parts))
         _replace(model, fill, weight, device, activations)
-    elif fill.quant is not None:
-        _replace(model, fill, quantize_weight(checkpoint, fill, meter), device, activations)
     else:
         values = _read_plain(checkpoint, fill, device, plan.plain_dtype(fill, activations), meter)
         _assign(model.get_submodule(fill.module), fill.parameter, values)
@@ -212,6 +233,21 @@ def _tie(model: nn.Module) -> None:
         cast(Any, model).lm_head.weight = cast(Any, embedding).weight
 
 
+def _check_as_stored(model: nn.Module, checkpoint: Checkpoint, stored: QuantConfig) -> None:
+    """The weights must be what config.json says of them: a config.json of another folder would be believed."""
+    for name, module in model.named_modules():
+        said = stored.for_module(name)
+        if said is None or not isinstance(module, QuantLinear | QuantEmbedding):
+            continue
+        weight = module.weight_tensor
+        if (weight.bits, weight.group_size) != (said.bits, said.group_size):
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} is stored in int{weight.bits}, groups of {weight.group_size}, but "
+                f"config.json says int{said.bits}, groups of {said.group_size}; get back the config.json that belongs "
+                "to the weights, or quantize the original again"
+            )
+
+
 def _initialise(model: nn.Module, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
     """Values for a classification head that no file holds: N(0, initializer_range), biases 0, as the reference does."""
     std = cast(Any, model).config.initializer_range
@@ -278,6 +314,8 @@ def _check_memory(
 ) -> None:
     """Refuse at once what cannot fit. What is mapped does not count: its pages can be dropped."""
     needed, free = plan.held_bytes(activations), memory.available()
+    if needs_calibration(plan):
+        needed += layer_bytes(checkpoint, plan)
     if device.type != "cpu" or free is None or needed <= free:
         return
     advice = "load a folder made by `glm4lite quantize`, which is mapped"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from glm4lite import fused
 from glm4lite.attention import Visibility, attend, attend_with_weights
-from glm4lite.cache import KVCache, LayerCache, PackedLayerCache
+from glm4lite.cache import KVCache, KVType, LayerCache, PackedLayerCache
 from glm4lite.config import Glm4Config
 from glm4lite.errors import ConfigError
 from glm4lite.fused import FusedLayer
@@ -29,9 +29,6 @@ from glm4lite_quant.kernels.decoder import DecoderKernel, Heads
 if TYPE_CHECKING:
     from glm4lite.events import Progress
     from glm4lite_quant import QuantConfig
-
-
-KVType = Literal["float", "int8"]
 
 
 class RMSNorm(nn.Module):
@@ -204,14 +201,20 @@ class Glm4Model(PreTrainedModel):
         self.kv: KVType = "float"
         self._init_weights()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations between the layers, and of a float cache."""
+        embedding = self.embed_tokens
+        return embedding.weight.dtype if isinstance(embedding, nn.Embedding) else embedding.dtype
+
     def _layers(self) -> Iterator[DecoderLayer]:
         return (layer for layer in self.layers if isinstance(layer, DecoderLayer))
 
     def new_cache(self, batch: int = 1) -> KVCache:
         """An empty cache of the kind that `kv` asks for, in the native layout where native layers will read it."""
-        embedding = self.embed_tokens
-        dtype = embedding.weight.dtype if isinstance(embedding, nn.Embedding) else embedding.dtype
-        native = batch == 1 and dtype == torch.float32 and all(layer.kernel() is not None for layer in self._layers())
+        native = (
+            batch == 1 and self.dtype == torch.float32 and all(layer.kernel() is not None for layer in self._layers())
+        )
         if native or self.kv == "int8":
             return KVCache(len(self.layers), partial(PackedLayerCache, self.kv == "int8"))
         return KVCache(len(self.layers))

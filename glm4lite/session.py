@@ -73,11 +73,12 @@ class ChatSession:
         device: str = "auto",
         dtype: str = "auto",
         progress: Callable[[Progress], None] | None = None,
+        kv: str = "auto",
         **sampling: Any,
     ) -> ChatSession:
-        """An Engine and a session on it; `source` as in `glm4lite.load`, `sampling` as in SamplingParams."""
+        """An Engine and a session on it; arguments as in `Engine.load`, `sampling` as in SamplingParams."""
         SamplingParams.check(**sampling)
-        engine = Engine.load(source, quant, device, dtype, progress, need_template=True)
+        engine = Engine.load(source, quant, device, dtype, progress, need_template=True, kv=kv)
         return cls(engine, tools, system, engine.params(**sampling))
 
     def reset(self) -> None:

@@ -261,7 +261,8 @@ def stored_quant(checkpoint: Checkpoint, asked: str | QuantConfig | None = None)
     except QuantError as error:
         raise ConfigError(f"{path}: {error}; use the model's BF16 checkpoint") from None
     wanted = parse_quant(asked)
-    if asked is None or wanted == stored or (wanted and isinstance(asked, str) and wanted.bits == stored.bits):
+    same = wanted is not None and (wanted.bits == stored.bits if isinstance(asked, str) else wanted.same_format(stored))
+    if asked is None or same:
         return stored
     raise ConfigError(
         f"{path} is quantized to int{stored.bits} in groups of {stored.group_size} already; load it without quant, "

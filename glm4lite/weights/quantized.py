@@ -18,10 +18,19 @@ from glm4lite.checkpoint import Checkpoint
 from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.hub import resolve
+from glm4lite.weights.calibration import Calibrator
 from glm4lite.weights.files import COMPANIONS, CONFIG
 from glm4lite.weights.plan import Fill, make_plan, parse_quant, read_config, say_notices, skeleton, stored_quant
 from glm4lite.weights.shard import DTYPES
-from glm4lite.weights.streaming import Meter, ProgressCallback, blocks, quantize_weight
+from glm4lite.weights.streaming import (
+    Meter,
+    ProgressCallback,
+    begin,
+    blocks,
+    calibration_text,
+    quantize_weight,
+    recorded,
+)
 from glm4lite.weights.writer import SHARD_BYTES, FolderWriter, PlannedTensor, check_destination
 from glm4lite_quant import QuantConfig
 
@@ -32,8 +41,12 @@ def quantize_checkpoint(
     quant: str | QuantConfig = "int4",
     progress: ProgressCallback | None = None,
     shard_bytes: int = SHARD_BYTES,
+    calibration: str | Path | None = None,
 ) -> Path:
-    """Quantize a checkpoint into a new folder, one weight in memory at a time.
+    """Quantize a checkpoint into a new folder, one weight (when calibrating: one layer) in memory at a time.
+
+    Args:
+        calibration: a UTF-8 text to calibrate int4 weights with, instead of the one that comes with the package.
 
     Returns:
         The folder written.
@@ -46,6 +59,7 @@ def quantize_checkpoint(
     config = parse_quant(quant)
     if config is None:
         raise ConfigError("quant 'none' leaves nothing to do; use int4 or int8")
+    text = calibration_text(calibration, config)
     checkpoint = Checkpoint.open(resolve(source, progress))
     if stored_quant(checkpoint) is not None:
         raise ConfigError(f"{checkpoint.folder} is quantized already; quantize the original checkpoint")
@@ -59,9 +73,10 @@ def quantize_checkpoint(
     meter = Meter("quantize", sum(checkpoint.nbytes(fill.source) for fill in plan.fills), progress)
     planned = [tensor for fill in plan.fills for tensor in _planned(checkpoint, fill)]
     with FolderWriter(target, planned, shard_bytes) as writer:
+        calibrator = begin(checkpoint, plan, model_config, text, meter)
         for fill in plan.fills:
-            _write_fill(writer, checkpoint, fill, meter)
-        _write_rest(writer, checkpoint, model_config, config)
+            _write_fill(writer, checkpoint, fill, meter, calibrator)
+        _write_rest(writer, checkpoint, model_config, recorded(config, calibrator))
     return target
 
 
@@ -120,12 +135,14 @@ def _part_name(fill: Fill, part: str) -> str:
     return f"{fill.source.removesuffix('.weight')}.{part}"
 
 
-def _write_fill(writer: FolderWriter, checkpoint: Checkpoint, fill: Fill, meter: Meter) -> None:
+def _write_fill(
+    writer: FolderWriter, checkpoint: Checkpoint, fill: Fill, meter: Meter, calibrator: Calibrator | None
+) -> None:
     if fill.quant is None:
         for _, rows in blocks(checkpoint, fill.source, meter):
             writer.append(fill.source, rows)
         return
-    for part, tensor in quantize_weight(checkpoint, fill, meter).tensors().items():
+    for part, tensor in quantize_weight(checkpoint, fill, meter, calibrator).tensors().items():
         writer.write(_part_name(fill, part), tensor)
 
 

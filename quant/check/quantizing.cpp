@@ -10,10 +10,27 @@ namespace check {
 
 namespace {
 
-int32_t quantize(const glm4_matrix& source, const Weight& to, int isa, int threads, int64_t* place) {
-  const glm4_weight w = to.c();
-  return glm4_quantize(&source, &w, isa, threads, place);
-}
+// How the scales are found: by the first `shares` cuts of the range, or by the importance of each column.
+struct Method {
+  const char* name;
+  int shares;
+  bool by_importance;
+};
+
+struct Shape {
+  int64_t n, k;
+  int bits, group;
+};
+
+struct Source {
+  const glm4_matrix matrix;
+  const float* importance;
+  int shares;
+  int32_t quantize(const Weight& to, int isa, int threads, int64_t* place) const {
+    const glm4_weight w = to.c();
+    return glm4_quantize(&matrix, &w, importance, shares, isa, threads, place);
+  }
+};
 
 bool equal(const Exact<float>& a, const Exact<float>& b) {  // 0 and -0 are
   for (int64_t i = 0; i < a.size(); ++i)
@@ -55,26 +72,28 @@ void padding_is_zero(const Weight& w) {
         fail("row %d, which pads the last tile, is not zero", static_cast<int>(row));
 }
 
-void one_shape(int64_t n, int64_t k, int bits, int group, int isa, Random& random) {
-  describe("quantizing %dx%d, int%d groups of %d", static_cast<int>(n), static_cast<int>(k), bits, group);
-  Exact<float> source(n * k);
-  for (int64_t r = 0; r < n; ++r) {
+void one_shape(const Shape& s, const Method& how, int isa, Random& random) {
+  describe("quantizing %dx%d, int%d groups of %d, %s", static_cast<int>(s.n), static_cast<int>(s.k), s.bits, s.group,
+           how.name);
+  Exact<float> values(s.n * s.k), importance(s.k);
+  for (int64_t r = 0; r < s.n; ++r) {
     const float size = r % 5 == 1 ? 0.0f : r % 5 == 2 ? 1e-40f : r % 5 == 3 ? 1e17f : 0.02f;
-    for (int64_t i = 0; i < k; ++i) source[r * k + i] = random.bell() * size * (i / 32 % 2 ? 1.0f : 0.1f);
+    for (int64_t i = 0; i < s.k; ++i) values[r * s.k + i] = random.bell() * size * (i / 32 % 2 ? 1.0f : 0.1f);
   }
-  const glm4_matrix matrix{source.data(), n, k, GLM4_FLOAT32};
-  Weight plain(n, k, bits, group), own(n, k, bits, group, 5);
+  for (int64_t i = 0; i < s.k; ++i) importance[i] = i % s.group ? random.real(0.0f, 1.0f) : 1.0f;
+  const Source source{{values.data(), s.n, s.k, GLM4_FLOAT32}, how.by_importance ? importance.data() : nullptr, how.shares};
+  Weight plain(s.n, s.k, s.bits, s.group), own(s.n, s.k, s.bits, s.group, 5);
   int64_t place[2] = {-1, -1};
-  if (quantize(matrix, plain, GLM4_SCALAR, 1, place) != GLM4_OK) fail("refused");
-  if (quantize(matrix, own, isa, static_cast<int>(random.whole(1, 4)), place) != GLM4_OK) fail("refused");
+  if (source.quantize(plain, GLM4_SCALAR, 1, place) != GLM4_OK) fail("refused");
+  if (source.quantize(own, isa, static_cast<int>(random.whole(1, 4)), place) != GLM4_OK) fail("refused");
   if (!same(plain, own)) fail("another weight than scalar's");
-  reconstructs(own, source);
+  reconstructs(own, values);
   padding_is_zero(own);
-  const int64_t row = random.whole(0, n - 1), column = random.whole(0, k - 1);
+  const int64_t row = random.whole(0, s.n - 1), column = random.whole(0, s.k - 1);
   for (float bad : {NAN, INFINITY, -INFINITY, FLT_MAX}) {
-    source[row * k + column] = bad;
-    if (quantize(matrix, own, isa, 2, place) != GLM4_NOT_FINITE) fail("%g was taken", bad);
-    if (place[0] != row || place[1] != column) fail("%g was named at another place", bad);
+    values[row * s.k + column] = bad;
+    if (source.quantize(own, isa, 2, place) != GLM4_NOT_FINITE) fail("%g was taken", static_cast<double>(bad));
+    if (place[0] != row || place[1] != column) fail("%g was named at another place", static_cast<double>(bad));
   }
 }
 
@@ -82,12 +101,15 @@ void one_shape(int64_t n, int64_t k, int bits, int group, int isa, Random& rando
 
 void check_quantizing(int isa) {
   Random random(2);
-  for (int bits : {4, 8})
-    for (int group : {32, 64, 128}) {
-      one_shape(1, group, bits, group, isa, random);
-      one_shape(37, 3 * group, bits, group, isa, random);
-      one_shape(150, 512, bits, group, isa, random);
-    }
+  const Method methods[] = {{"minimum and maximum", 1, false}, {"search", 5, false}, {"calibrated", 5, true}};
+  for (const Method& how : methods)
+    for (int bits : {4, 8})
+      for (int group : {32, 64, 128}) {
+        if (bits == 8 && how.shares == 1) continue;  // all the same there
+        one_shape({1, group, bits, group}, how, isa, random);
+        one_shape({37, 3 * group, bits, group}, how, isa, random);
+        one_shape({150, 512, bits, group}, how, isa, random);
+      }
 }
 
 }  // namespace check

@@ -68,9 +68,13 @@ GLM4_API int32_t glm4_matmul(const glm4_weight* w, const glm4_matrix* x, const f
 GLM4_API int32_t glm4_decoder_layers(const glm4_layer* const* layers, const glm4_cache* caches, int32_t count, float* x,
                                      int64_t tokens, const float* cos, const float* sin, int32_t isa,
                                      int32_t threads);
-// Fills w from source [n, k]; GLM4_NOT_FINITE puts the first such row and column in place[0..1].
-GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, int32_t isa, int32_t threads,
-                               int64_t* place);
+// Fills w from source [n, k]; GLM4_NOT_FINITE puts the first such row and column in place[0..1]. int4: importance
+// [k] says how much an error in each column counts (the largest of each group is 1); where it is null, the first
+// `shares` of GLM4_SHARES are tried. int8 needs neither.
+GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, const float* importance,
+                               int32_t shares, int32_t isa, int32_t threads, int64_t* place);
+// Sum of the 64-bit words of `bytes` (whole multiples of 512; a rest is left out), as fast as memory gives them.
+GLM4_API uint64_t glm4_read(const void* data, int64_t bytes, int32_t threads);
 
 // Up to `width` columns of activations, quantized and interleaved so that one pointer walks all of them.
 struct glm4_panel {
@@ -139,12 +143,26 @@ extern const glm4_rows glm4_rows_avx2;
 extern const glm4_rows glm4_rows_avx512;
 extern const glm4_rows glm4_rows_neon;
 
-// Steps and minima of one row's int4 groups, with the least squared error over GLM4_SHARES of each group's (minimum,
-// maximum). Every version does the reference's float operations in its order.
-typedef void (*glm4_search)(const float* row, int64_t k, int32_t group, float* step, float* low);
-void glm4_search_avx2(const float* row, int64_t k, int32_t group, float* step, float* low);
-static const float GLM4_SHARES[5][2] = {{1.0f, 1.0f}, {0.9f, 1.0f}, {1.0f, 0.9f}, {0.9f, 0.9f}, {0.82f, 0.82f}};
+// Steps and minima of one row's int4 groups, with the least squared error over the first `shares` of GLM4_SHARES of each
+// group's (minimum, maximum). Every version does the reference's float operations in its order.
+typedef void (*glm4_search)(const float* row, int64_t k, int32_t group, int32_t shares, float* step, float* low);
+void glm4_search_avx2(const float* row, int64_t k, int32_t group, int32_t shares, float* step, float* low);
+enum { GLM4_ALL_SHARES = 5 };
+static const float GLM4_SHARES[GLM4_ALL_SHARES][2] = {
+    {1.0f, 1.0f}, {0.9f, 1.0f}, {1.0f, 0.9f}, {0.9f, 0.9f}, {0.82f, 0.82f}};
 static const float GLM4_TINY = 1e-30f;  // a step below this is zero
 static const float GLM4_PER_NIBBLE = (float)(1.0 / 15);
+
+// One calibrated tile of 16 rows x k floats (zeros past the weight's end); scratch holds 32 * (k / group) floats.
+typedef void (*glm4_tile_quantizer)(const glm4_weight* w, int64_t tile, const float* rows, const float* importance,
+                                    float* scratch);
+void glm4_quantize_tile_scalar(const glm4_weight*, int64_t, const float*, const float*, float*);
+void glm4_quantize_tile_avx2(const glm4_weight*, int64_t, const float*, const float*, float*);
+void glm4_quantize_tile_avx512(const glm4_weight*, int64_t, const float*, const float*, float*);
+// Where the calibrated search starts, and how often the best is rounded and fitted again.
+static const float GLM4_STARTS[][2] = {{1.0f, 1.0f},  {0.93f, 1.0f},  {1.0f, 0.93f},  {0.93f, 0.93f}, {0.86f, 1.0f},
+                                       {1.0f, 0.86f}, {0.86f, 0.86f}, {0.86f, 0.93f}, {0.93f, 0.86f}, {0.75f, 0.75f},
+                                       {0.75f, 1.0f}, {1.0f, 0.75f},  {0.6f, 0.6f},   {1.07f, 1.07f}};
+enum { GLM4_REFITS = 3 };
 
 #endif

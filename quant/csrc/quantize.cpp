@@ -75,7 +75,7 @@ float squared_error(const float* w, float step, float low) {
 }
 
 template <int G>
-void search(const float* w, float* step, float* low) {
+void search(const float* w, int shares, float* step, float* low) {
   float small[G], large[G];
   memcpy(small, w, sizeof(small));
   memcpy(large, w, sizeof(large));
@@ -83,7 +83,8 @@ void search(const float* w, float* step, float* low) {
   fold<G / 2>(large, most);
   const float whole = 0.0f - least(small[0], 0.0f);
   float best = 3e38f;
-  for (const float* share : GLM4_SHARES) {
+  for (int i = 0; i < shares; ++i) {
+    const float* share = GLM4_SHARES[i];
     const float m = whole * share[0], s = (large[0] * share[1] + m) * GLM4_PER_NIBBLE;
     const float error = squared_error<G>(w, s, m);
     if (!(error < best)) continue;
@@ -92,14 +93,14 @@ void search(const float* w, float* step, float* low) {
 }
 
 template <int G>
-void search_groups(const float* w, int64_t groups, float* step, float* low) {
-  for (int64_t g = 0; g < groups; ++g) search<G>(w + g * G, step + g, low + g);
+void search_groups(const float* w, int64_t groups, int shares, float* step, float* low) {
+  for (int64_t g = 0; g < groups; ++g) search<G>(w + g * G, shares, step + g, low + g);
 }
 
-void search_scalar(const float* row, int64_t k, int32_t group, float* step, float* low) {
-  if (group == 32) return search_groups<32>(row, k / 32, step, low);
-  if (group == 64) return search_groups<64>(row, k / 64, step, low);
-  search_groups<128>(row, k / 128, step, low);
+void search_scalar(const float* row, int64_t k, int32_t group, int32_t shares, float* step, float* low) {
+  if (group == 32) return search_groups<32>(row, k / 32, shares, step, low);
+  if (group == 64) return search_groups<64>(row, k / 64, shares, step, low);
+  search_groups<128>(row, k / 128, shares, step, low);
 }
 
 glm4_search search_of(int32_t isa) {
@@ -108,6 +109,17 @@ glm4_search search_of(int32_t isa) {
 #endif
   (void)isa;
   return search_scalar;
+}
+
+glm4_tile_quantizer tile_quantizer_of(int32_t isa) {
+#if defined(GLM4LITE_HAVE_AVX512VNNI)
+  if (isa >= GLM4_AVX512VNNI) return glm4_quantize_tile_avx512;
+#endif
+#if defined(GLM4LITE_HAVE_AVX2)
+  if (isa >= GLM4_AVX2) return glm4_quantize_tile_avx2;
+#endif
+  (void)isa;
+  return glm4_quantize_tile_scalar;
 }
 
 // One row of one tile: where its codes and bytes go.
@@ -149,10 +161,10 @@ void store_int8(const RowTarget& to, int64_t first, int group, const float* w, f
   }
 }
 
-void row_int4(const RowTarget& to, const float* w, glm4_search search, float* step, float* low) {
+void row_int4(const RowTarget& to, const float* w, glm4_search search, int shares, float* step, float* low) {
   const int group = to.w.group;
   const int64_t groups = to.w.k / group;
-  search(w, to.w.k, group, step, low);
+  search(w, to.w.k, group, shares, step, low);
   float top_step = 0.0f, top_low = 0.0f;
   for (int64_t g = 0; g < groups; ++g) {
     top_step = std::max(top_step, step[g]);
@@ -199,39 +211,71 @@ void clear_tile(const glm4_weight& w, int64_t tile) {
   if (w.mins) memset(w.mins + tile * plane, 0, plane);
 }
 
+// The smallest row with a value that cannot be quantized; n where there is none.
+class FirstBad {
+ public:
+  explicit FirstBad(int64_t n) : row_(n) {}
+  int64_t row() const { return row_.load(); }
+  void note(int64_t n) {
+    int64_t seen = row_.load();
+    while (n < seen && !row_.compare_exchange_weak(seen, n)) {
+    }
+  }
+
+ private:
+  std::atomic<int64_t> row_;
+};
+
+struct Job {
+  const glm4_matrix& source;
+  const glm4_weight& w;
+  const float* importance;
+  int shares;
+  glm4_search search;
+  glm4_tile_quantizer quantize;
+
+  bool by_tile() const { return w.bits == 4 && importance; }
+  int64_t scratch() const {
+    const int64_t rows = by_tile() ? GLM4_ROWS : 1;
+    return rows * (w.k + 2 * (w.k / w.group));
+  }
+
+  void row(const RowTarget& target, float* row) const {
+    float *step = row + w.k, *low = step + w.k / w.group;
+    if (w.bits == 8) {
+      row_int8(target, row, step);
+    } else {
+      row_int4(target, row, search, shares, step, low);
+    }
+  }
+
+  void tile(int64_t tile, float* scratch, FirstBad& bad) const {
+    const int64_t begin = tile * GLM4_ROWS, end = std::min(w.n, begin + GLM4_ROWS);
+    if (end - begin < GLM4_ROWS) clear_tile(w, tile);
+    for (int64_t n = begin; n < end; ++n) {
+      float* to = by_tile() ? scratch + (n - begin) * w.k : scratch;
+      if (load_row(source, n, w.k, to) >= 0) return bad.note(n);
+      if (!by_tile()) row({w, tile, static_cast<int>(n - begin)}, to);
+    }
+    if (!by_tile()) return;
+    std::fill(scratch + (end - begin) * w.k, scratch + GLM4_ROWS * w.k, 0.0f);
+    quantize(&w, tile, scratch, importance, scratch + GLM4_ROWS * w.k);
+  }
+};
+
 }  // namespace
 
-GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, int32_t isa, int32_t threads,
-                               int64_t* place) {
-  const glm4_search search = search_of(isa);
-  const int64_t tiles = (w->n + GLM4_ROWS - 1) / GLM4_ROWS, per_thread = w->k + 2 * (w->k / w->group);
-  std::unique_ptr<float[]> scratch(new (std::nothrow) float[static_cast<size_t>(threads * per_thread)]);
+GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, const float* importance,
+                               int32_t shares, int32_t isa, int32_t threads, int64_t* place) {
+  const Job job{*source, *w, importance, shares, search_of(isa), tile_quantizer_of(isa)};
+  const int64_t tiles = (w->n + GLM4_ROWS - 1) / GLM4_ROWS;
+  std::unique_ptr<float[]> scratch(new (std::nothrow) float[static_cast<size_t>(threads * job.scratch())]);
   if (!scratch) return GLM4_NO_MEMORY;
-  std::atomic<int64_t> first_bad{w->n};  // the smallest row with a value that is not finite
-  auto tile_of = [&](int64_t tile, int slot) {
-    const int64_t begin = tile * GLM4_ROWS, end = std::min(w->n, begin + GLM4_ROWS);
-    float* row = scratch.get() + slot * per_thread;
-    if (end - begin < GLM4_ROWS) clear_tile(*w, tile);
-    for (int64_t n = begin; n < end; ++n) {
-      if (load_row(*source, n, w->k, row) >= 0) {
-        int64_t seen = first_bad.load();
-        while (n < seen && !first_bad.compare_exchange_weak(seen, n)) {
-        }
-        return;
-      }
-      const RowTarget target{*w, tile, static_cast<int>(n - begin)};
-      float *step = row + w->k, *low = step + w->k / w->group;
-      if (w->bits == 8) {
-        row_int8(target, row, step);
-      } else {
-        row_int4(target, row, search, step, low);
-      }
-    }
-  };
-  glm4::parallel_for(w->n * w->k < (1 << 16) ? 1 : threads, tiles, tile_of);
-  const int64_t bad = first_bad.load();
-  if (bad == w->n) return GLM4_OK;
-  place[0] = bad;
-  place[1] = load_row(*source, bad, w->k, scratch.get());
+  FirstBad bad(w->n);
+  auto tile = [&](int64_t i, int slot) { job.tile(i, scratch.get() + slot * job.scratch(), bad); };
+  glm4::parallel_for(w->n * w->k < (1 << 16) ? 1 : threads, tiles, tile);
+  if (bad.row() == w->n) return GLM4_OK;
+  place[0] = bad.row();
+  place[1] = load_row(*source, bad.row(), w->k, scratch.get());
   return GLM4_NOT_FINITE;
 }

@@ -1,8 +1,9 @@
-// The search for one row's int4 steps and minima in AVX2: quantize.cpp's `search`, operation for operation (no fused
+// The calibrated tile compiled for AVX2, and the search for one row's int4 steps and minima in AVX2: quantize.cpp's `search`, operation for operation (no fused
 // multiply-add), eight weights at a time.
 #include <immintrin.h>
 
 #include "qgemm.h"
+#include "quantize_tile.h"
 
 namespace {
 
@@ -46,7 +47,7 @@ inline float squared_error(const __m256* w, float step, float low) {
 }
 
 template <int V>
-void search_row(const float* row, int64_t groups, float* step, float* low) {
+void search_row(const float* row, int64_t groups, int shares, float* step, float* low) {
   for (int64_t g = 0; g < groups; ++g, row += 8 * V) {
     __m256 w[V];
     for (int i = 0; i < V; ++i) w[i] = _mm256_loadu_ps(row + 8 * i);
@@ -54,7 +55,8 @@ void search_row(const float* row, int64_t groups, float* step, float* low) {
     for (int i = 1; i < V; ++i) small = _mm256_min_ps(small, w[i]), large = _mm256_max_ps(large, w[i]);
     const float least = min_lanes(small), most = max_lanes(large), whole = 0.0f - (least < 0.0f ? least : 0.0f);
     float best = 3e38f;
-    for (const float* share : GLM4_SHARES) {
+    for (int i = 0; i < shares; ++i) {
+      const float* share = GLM4_SHARES[i];
       const float m = whole * share[0], s = (most * share[1] + m) * GLM4_PER_NIBBLE;
       const float error = squared_error<V>(w, s, m);
       if (error < best) best = error, step[g] = s, low[g] = m;
@@ -64,8 +66,13 @@ void search_row(const float* row, int64_t groups, float* step, float* low) {
 
 }  // namespace
 
-void glm4_search_avx2(const float* row, int64_t k, int32_t group, float* step, float* low) {
-  if (group == 32) return search_row<4>(row, k / 32, step, low);
-  if (group == 64) return search_row<8>(row, k / 64, step, low);
-  search_row<16>(row, k / 128, step, low);
+void glm4_search_avx2(const float* row, int64_t k, int32_t group, int32_t shares, float* step, float* low) {
+  if (group == 32) return search_row<4>(row, k / 32, shares, step, low);
+  if (group == 64) return search_row<8>(row, k / 64, shares, step, low);
+  search_row<16>(row, k / 128, shares, step, low);
+}
+
+void glm4_quantize_tile_avx2(const glm4_weight* w, int64_t tile, const float* rows, const float* importance,
+                             float* scratch) {
+  quantize_tile(*w, tile, rows, importance, scratch);
 }

@@ -113,6 +113,27 @@ struct Tile {  // up to kTileTokens tokens as floats: keys [16 tokens together][
   const float* values;
 };
 
+// Memory that will be read soon, asked for a line at a time between other work: with one token's queries attention waits
+// for memory more than it computes.
+struct Ahead {
+  const char *keys, *values;
+  int64_t bytes;  // of each
+  void next() {
+    if (bytes <= 0) return;
+#if defined(__GNUC__)
+    __builtin_prefetch(keys);
+    __builtin_prefetch(values);
+#endif
+    keys += 64, values += 64, bytes -= 64;
+  }
+};
+
+Ahead tile_ahead(const glm4_attention* a, int64_t first) {
+  const int64_t size = a->kv_type == GLM4_FLOAT32 ? sizeof(float) : 1, at = first * a->head_dim * size;
+  const int64_t tokens = a->end - first < kTileTokens ? a->end - first : kTileTokens;
+  return {static_cast<const char*>(a->keys) + at, static_cast<const char*>(a->values) + at, tokens * a->head_dim * size};
+}
+
 // int8 codes become floats once per tile and serve all query rows; float32 is used in place.
 Tile read_tile(const glm4_attention* a, int64_t first, int64_t tokens, float* scratch) {
   const int64_t d = a->head_dim, blocks = (tokens + GLM4_TOKENS - 1) / GLM4_TOKENS;
@@ -128,13 +149,14 @@ Tile read_tile(const glm4_attention* a, int64_t first, int64_t tokens, float* sc
 
 // scores[r][t] = query r . key t; queries are [dim][kRowBlock].
 template <int R>
-void block_scores(const float* q, const float* keys, int64_t d, int64_t tokens, float* scores) {
+void block_scores(const float* q, const float* keys, int64_t d, int64_t tokens, float* scores, Ahead ahead) {
   for (int64_t t = 0; t < tokens; t += kLanes) {
     const float* k = keys + t / GLM4_TOKENS * (GLM4_TOKENS * d) + t % GLM4_TOKENS;
     Vec sum[R];
     for (int r = 0; r < R; ++r) sum[r] = all(0.0f);
     for (int64_t i = 0; i < d; ++i) {
       const Vec v = load(k + i * GLM4_TOKENS);
+      ahead.next();
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) sum[r] += v * all(q[i * kRowBlock + r]);
     }
@@ -157,10 +179,11 @@ void block_values(const float* p, const float* values, int64_t d, int64_t tokens
   }
 }
 
-using ScoresOf = void (*)(const float*, const float*, int64_t, int64_t, float*);
+using ScoresOf = void (*)(const float*, const float*, int64_t, int64_t, float*, Ahead);
+using ValuesOf = void (*)(const float*, const float*, int64_t, int64_t, float*);
 constexpr ScoresOf kScores[4] = {block_scores<4>, block_scores<8>, block_scores<kRowBlock == 16 ? 12 : 8>,
                                  block_scores<kRowBlock>};
-constexpr ScoresOf kValues[4] = {block_values<4>, block_values<8>, block_values<kRowBlock == 16 ? 12 : 8>,
+constexpr ValuesOf kValues[4] = {block_values<4>, block_values<8>, block_values<kRowBlock == 16 ? 12 : 8>,
                                  block_values<kRowBlock>};
 
 // One row's scores become weights in place; its running maximum, sum and output follow. Scales are the tokens' own (int8)
@@ -218,7 +241,7 @@ void attend(const glm4_attention* a, float* scratch) {
       const int64_t last = row + rows - 1;
       if (a->visible + last / a->per_token <= first) continue;  // all of it lies ahead of these queries
       const int kind = rows == kRowBlock ? 3 : static_cast<int>((rows - 1) / 4);
-      kScores[kind](queries + row * d, tile.keys, d, tokens, scores);
+      kScores[kind](queries + row * d, tile.keys, d, tokens, scores, b == 0 ? tile_ahead(a, first + kTileTokens) : Ahead{});
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t seen = a->visible + (row + r) / a->per_token - first;
         soften(scores + r * kTileTokens, tokens, seen < tokens ? seen : tokens, key_scale, value_scale,

@@ -22,7 +22,7 @@ typedef float Vec __attribute__((vector_size(4 * GLM4_LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * GLM4_LANES)));
 typedef int8_t Bytes __attribute__((vector_size(GLM4_LANES)));
 
-inline Vec all(float v) { return Vec{} + v; }
+inline Vec all(float v) { return v - Vec{}; }  // minus zero changes no float: one broadcast
 inline Ints bits_of(Vec v) { return reinterpret_cast<Ints>(v); }
 inline Vec float_of(Ints v) { return reinterpret_cast<Vec>(v); }
 inline Vec choose(Ints mask, Vec yes, Vec no) { return mask ? yes : no; }

@@ -3,8 +3,8 @@
 Usable without glm4lite: `QuantTensor.quantize(weight, QuantConfig())`, then `QuantLinear(...).load(tensor)`.
 """
 
-from glm4lite_quant.config import QuantConfig, QuantError
+from glm4lite_quant.config import Calibration, QuantConfig, QuantError
 from glm4lite_quant.linear import QuantEmbedding, QuantLinear
 from glm4lite_quant.tensor import QuantTensor
 
-__all__ = ["QuantConfig", "QuantEmbedding", "QuantError", "QuantLinear", "QuantTensor"]
+__all__ = ["Calibration", "QuantConfig", "QuantEmbedding", "QuantError", "QuantLinear", "QuantTensor"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,6 +11,11 @@ QUANT_METHOD = "glm4lite"
 FORMAT = 1
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
+
+# How the scales of int4 groups are found: by what calibration tells about the inputs, by the weights alone, not at all
+# (the whole range). int8 takes the largest magnitude whatever is asked for.
+CALIBRATED, SEARCH, MINMAX, ABSMAX = "calibrated", "search", "minmax", "absmax"
+METHODS = (CALIBRATED, SEARCH, MINMAX)
 
 # Pattern of a module's last name part -> its bits; None stays unquantized. The head is read on every token but decides
 # the answer, k and v are 2 % of the bytes, `score` and the norms are tiny: none of them is worth four bits.
@@ -29,8 +34,31 @@ class QuantError(ValueError):
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What a quantized model was calibrated with: how many tokens of which text ("sha256:…"), or why of none."""
+
+    tokens: int
+    source: str
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
+            raise QuantError(f"quantization calibration.tokens is {self.tokens!r}; expected a whole number above 0")
+        if not isinstance(self.source, str):
+            raise QuantError(f"quantization calibration.source is {self.source!r}; expected a text")
+
+    @classmethod
+    def from_dict(cls, d: Any) -> Calibration:
+        if not isinstance(d, Mapping) or set(d) != {"tokens", "source"}:
+            raise QuantError(f"quantization_config.calibration is {d!r}; expected an object of tokens and source")
+        return cls(d["tokens"], d["source"])
+
+
+@dataclass(frozen=True)
 class QuantConfig:
-    """Bits per code and how many input columns share one scale.
+    """Bits per code, how many input columns share one scale, and how the scales are found.
+
+    method: "calibrated" (for int4 unless given), "search", "minmax"; int8 is always "absmax". calibration: what a
+    calibrated model was made with.
 
     >>> QuantConfig.parse("int4").for_module("model.layers.0.self_attn.k_proj").bits
     8
@@ -39,6 +67,8 @@ class QuantConfig:
     bits: int = 4
     group_size: int = 32
     exceptions: tuple[tuple[str, int | None], ...] = EXCEPTIONS
+    method: str = CALIBRATED
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         _check_choice("bits", self.bits, BITS)
@@ -46,6 +76,12 @@ class QuantConfig:
         for pattern, bits in self.exceptions:
             if bits is not None:
                 _check_choice(f"exceptions[{pattern!r}]", bits, BITS)
+        if self.method not in (*METHODS, ABSMAX):
+            raise QuantError(f"quantization method is {self.method!r}; use one of {', '.join(METHODS)}")
+        if self.bits == 8:
+            object.__setattr__(self, "method", ABSMAX)
+        elif self.method == ABSMAX:
+            raise QuantError(f"quantization method {ABSMAX!r} is int8's; use one of {', '.join(METHODS)}")
 
     @classmethod
     def parse(cls, value: str | QuantConfig | None) -> QuantConfig | None:
@@ -62,17 +98,27 @@ class QuantConfig:
         leaf = name.rsplit(".", 1)[-1]
         for pattern, bits in self.exceptions:
             if fnmatchcase(leaf, pattern):
-                return None if bits is None else QuantConfig(bits, self.group_size, self.exceptions)
+                return None if bits is None else replace(self, bits=bits, method=self._method_for(bits))
         return self
+
+    def _method_for(self, bits: int) -> str:
+        return CALIBRATED if self.method == ABSMAX and bits == 4 else self.method
+
+    def same_format(self, other: QuantConfig) -> bool:
+        """True where weights of both are stored alike, however their scales were found."""
+        own, theirs = ((c.bits, c.group_size, c.exceptions) for c in (self, other))
+        return own == theirs
 
     def to_dict(self) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
-        return {
+        made = {"calibration": asdict(self.calibration)} if self.calibration else {}
+        return made | {
             "quant_method": QUANT_METHOD,
             "bits": self.bits,
             "group_size": self.group_size,
             "format": FORMAT,
             "exceptions": dict(self.exceptions),
+            "method": self.method,
         }
 
     @classmethod
@@ -81,16 +127,20 @@ class QuantConfig:
         if not isinstance(d, Mapping):
             raise QuantError(f"quantization_config is {d!r}; expected an object")
         known = {"quant_method", "bits", "group_size", "format", "exceptions"}
+        added = {"method", "calibration"}  # since version 0.2: folders without them were searched
         method = d.get("quant_method")
         if method != QUANT_METHOD:
             raise QuantError(f"quantization_config.quant_method is {method!r}; only {QUANT_METHOD!r} can be read")
         for key in sorted(known - d.keys()):
             raise QuantError(f"quantization_config.{key} is missing")
-        for key in sorted(d.keys() - known):
+        for key in sorted(d.keys() - known - added):
             raise QuantError(f"quantization_config.{key} is not known; it may need a newer version")
         if d["format"] != FORMAT or isinstance(d["format"], bool):
             raise QuantError(f"quantization_config.format is {d['format']!r}; this version reads {FORMAT}")
-        return cls(d["bits"], d["group_size"], _read_exceptions(d["exceptions"]))
+        searched = ABSMAX if d["bits"] == 8 else SEARCH
+        calibration = Calibration.from_dict(d["calibration"]) if "calibration" in d else None
+        exceptions = _read_exceptions(d["exceptions"])
+        return cls(d["bits"], d["group_size"], exceptions, d.get("method", searched), calibration)
 
 
 def _read_exceptions(value: Any) -> tuple[tuple[str, int | None], ...]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glm4lite_quant.config import GROUP_SIZES, QuantConfig, QuantError
-from glm4lite_quant.kernels import native, reference
+from glm4lite_quant.config import GROUP_SIZES, MINMAX, QuantConfig, QuantError
+from glm4lite_quant.kernels import calibrated, native, reference
 from glm4lite_quant.kernels.reference import COLS, ROWS, SCRATCH_ELEMENTS
 
 NAMES = ("qweight", "scales", "mins", "row_scale", "row_min")
@@ -62,15 +62,18 @@ class QuantTensor:
 
     @classmethod
     def quantize(cls, weight: Tensor, config: QuantConfig) -> QuantTensor:
-        """Quantizes bfloat16 or float32 [N, K]; QuantError on other types, NaN, infinities and odd K."""
+        """Quantizes bfloat16 or float32 [N, K] by its values alone; QuantError for other types, NaN, odd K."""
         if weight.dim() != 2:
             raise QuantError(f"a weight has shape {tuple(weight.shape)}; only matrices can be quantized")
         out = cls.empty(weight.shape[0], weight.shape[1], config, weight.device)
-        out.quantize_rows(0, weight)
+        out.quantize_rows(0, weight, fast=config.method == MINMAX)
         return out
 
-    def quantize_rows(self, start: int, weight: Tensor) -> None:
+    def quantize_rows(self, start: int, weight: Tensor, importance: Tensor | None = None, fast: bool = False) -> None:
         """Fills rows start.. from bfloat16 or float32 [R, K]; start and R are multiples of 16 (R may end at N instead).
+
+        importance: float32 [K], the mean square of each input column; int4 codes then make the error of the output
+            small instead of that of the weight (int8 needs none). fast: a group's whole range, no search.
 
         Raises QuantError for a shape or type that does not fit and for a value that is not finite, naming its place.
         """
@@ -84,9 +87,12 @@ class QuantTensor:
             raise QuantError(f"a weight has dtype {weight.dtype}; convert it to bfloat16 or float32")
         if stop == start:
             return
+        if importance is not None:
+            importance = calibrated.normalized(importance, k, self.group_size) if self.bits == 4 else None
+        how = native.Search(1 if fast else len(reference.SHARES), importance)
         target, source = self._tiles(start, stop), weight.detach().to(self.device)
-        if not native.quantize(source, target, start):
-            target._quantize_reference(source, start)
+        if not native.quantize(source, target, how, start):
+            target._quantize_reference(source, start, how)
 
     def _tiles(self, start: int, stop: int) -> QuantTensor:
         tile, end = start // ROWS, -(-stop // ROWS)
@@ -94,7 +100,7 @@ class QuantTensor:
         row_min = None if self.row_min is None else self.row_min[start:stop]
         return QuantTensor(self.qweight[tile:end], self.scales[tile:end], mins, self.row_scale[start:stop], row_min)
 
-    def _quantize_reference(self, weight: Tensor, first_row: int) -> None:
+    def _quantize_reference(self, weight: Tensor, first_row: int, how: native.Search = native.SEARCH) -> None:
         n, k = self.shape
         step = max(ROWS, SCRATCH_ELEMENTS // k // ROWS * ROWS)
         for start in range(0, n, step):
@@ -104,7 +110,11 @@ class QuantTensor:
             if bool(bad.any()):
                 row, col = (int(i) for i in bad.nonzero()[0])
                 raise QuantError(not_finite(first_row + start + row, col, float(rows[row, col])))
-            part, planes = self._tiles(start, stop), reference.quantize(rows, self.bits, self.group_size)
+            if how.importance is None:
+                planes = reference.quantize(rows, self.bits, self.group_size, how.shares)
+            else:
+                planes = calibrated.quantize(rows, self.group_size, how.importance.to(self.device))
+            part = self._tiles(start, stop)
             for name, old in part.tensors().items():
                 old.copy_(getattr(planes, name))
 

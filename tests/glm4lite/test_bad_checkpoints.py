@@ -511,7 +511,7 @@ ADVICE: dict[str, tuple[dict[str, Any], str]] = {
     "as stored": ({}, f"quantize it (quant='int4'), or {MAPPED}"),
     "float32": ({"dtype": "float32"}, f"quantize it (quant='int4'), or {MAPPED}"),
     "int8": ({"quant": "int8"}, f"use quant='int4', or {MAPPED}"),
-    "int4": ({"quant": "int4"}, MAPPED),
+    "int4": ({"quant": QuantConfig(4, method="search")}, MAPPED),
 }
 
 
@@ -523,6 +523,17 @@ def test_a_checkpoint_that_does_not_fit_the_memory_is_refused_first(
     needed = held(load(folder, **arguments))
     limit_memory(tmp_path, monkeypatch)
     assert refused(folder, **arguments) == f"DIR needs {needed} of memory, 64 KiB are free; {advice}"
+
+
+def test_calibrating_needs_the_memory_of_one_layer_more(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(folder, quant="int4")
+    tensors = tiny_tensors(tiny_config())
+    layer = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("model.layers.0."))
+    needed = readable(sum(value.nbytes for value in model.state_dict().values()) + layer)
+    limit_memory(tmp_path, monkeypatch)
+    assert refused(folder, quant="int4") == f"DIR needs {needed} of memory, 64 KiB are free; {MAPPED}"
 
 
 def test_a_float16_checkpoint_needs_the_memory_of_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,15 +14,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from glm4lite.cli import main
 from glm4lite.loader import quantize_checkpoint
+from glm4lite_quant.kernels import native
 from tests.glm4lite.checkpoints import tiny_config, tiny_tensors, write_checkpoint
 from tests.glm4lite.hub_server import HubServer, Repo
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 Damage = Callable[[Path], object]
+Capture = pytest.CaptureFixture[str]
 
 
 def config(**changes: Any) -> Damage:
@@ -223,3 +225,105 @@ def test_a_repo_of_the_hub_is_downloaded_and_answers(folder: Path, tmp_path: Pat
         assert events[-1]["new_tokens"] == 5
         gone = process(("chat", "org/gone", *options), **found)
         check(gone.returncode, gone.stderr, "answered HTTP 503; try again later")
+
+
+RUNS: dict[str, list[str]] = {
+    "chat": ["chat", "nano", "-p", "Hi"],
+    "generate": ["generate", "nano", "-p", "Hi"],
+    "bench": ["bench", "nano"],
+    "eval": ["eval", "nano", "--text", __file__],
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("count", ["0", "-1", "two", "", "1000000", "9" * 5000])
+def test_threads_that_the_machine_has_not_are_one_line(
+    name: str, count: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(command(monkeypatch, *RUNS[name], f"--threads={count}"), capsys.readouterr().err, "threads")
+
+
+@pytest.mark.parametrize("name", [*RUNS, "quantize"])
+def test_an_unknown_isa_is_one_line_before_any_work(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GLM4LITE_ISA", "sse9")
+    run = RUNS.get(name, ["quantize", "nano", str(tmp_path / "q")])
+    check(command(monkeypatch, *run), capsys.readouterr().err, "error: GLM4LITE_ISA is 'sse9'; use one of scalar")
+
+
+def test_an_isa_the_host_lacks_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    library = native._library()
+    if library.cdll is None:
+        pytest.skip("no native library")
+    small = native.Library(library.path, library.cdll, ("scalar",))
+    monkeypatch.setattr(native, "_library", lambda: small)
+    monkeypatch.setenv("GLM4LITE_ISA", "avx2")
+    message = "GLM4LITE_ISA=avx2 cannot be used: this host has scalar"
+    check(command(monkeypatch, *RUNS["bench"]), capsys.readouterr().err, message)
+
+
+def quantized_config(**changes: Any) -> Damage:
+    def damage(folder: Path) -> None:
+        values = json.loads((folder / "config.json").read_text())
+        values["quantization_config"] |= changes
+        (folder / "config.json").write_text(json.dumps(values))
+
+    return damage
+
+
+def shortened(plane: str) -> Damage:
+    """The same file with one part of one weight cut short: its header is true."""
+
+    def damage(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        stored = load_file(file)
+        name = f"model.layers.0.mlp.gate_up_proj.{plane}"
+        cut = stored[name][:-1] if stored[name].dim() == 1 else stored[name][:, :-1]
+        save_file(stored | {name: cut.contiguous()}, file)
+
+    return damage
+
+
+QUANTIZED_DAMAGES: dict[str, tuple[Damage, str]] = {
+    "another format": (quantized_config(format=99), "quantization_config.format is 99; this version reads"),
+    "no such group size": (quantized_config(group_size=48), "group_size is 48; use one of 32, 64, 128"),
+    "another group size": (quantized_config(group_size=64), "groups of 32, but config.json says int8, groups of 64"),
+    "other bits": (quantized_config(bits=8), "but config.json says int8"),
+    "short scales": (shortened("scales"), "model.layers.0.mlp.gate_up_proj.weight in "),
+    "short mins": (shortened("mins"), "mins has shape"),
+    "short codes": (shortened("qweight"), "model.layers.0.mlp.gate_up_proj.weight in "),
+    "short row scales": (shortened("row_scale"), "model.layers.0.mlp.gate_up_proj.weight in "),
+    "truncated file": (lambda folder: os.truncate(folder / "model.safetensors", 50_000), "is truncated"),
+}
+
+
+@pytest.mark.parametrize("case", QUANTIZED_DAMAGES)
+@pytest.mark.parametrize("name", ["chat", "bench"])
+def test_a_damaged_quantized_folder_gives_one_line(
+    case: str, name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    damage, message = QUANTIZED_DAMAGES[case]
+    written = quantize_checkpoint(folder, tmp_path / "q", "int4")
+    damage(written)
+    run = [str(written) if word == "nano" else word for word in RUNS[name]]
+    check(command(monkeypatch, *run), capsys.readouterr().err, message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty; give a text"),
+        (b" \n\t\n", "is empty; give a text"),
+        (b"Hello", "tokens; at least 32 are needed"),
+        (b"\xff\xfe", "is not UTF-8 text"),
+        (None, "cannot be read (No such file"),
+    ],
+)
+def test_a_text_that_cannot_be_evaluated_is_one_line(
+    content: bytes | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    file = tmp_path / "text\x1b.txt"
+    if content is not None:
+        file.write_bytes(content)
+    check(command(monkeypatch, "eval", "nano", "--text", file), capsys.readouterr().err, message)

@@ -57,14 +57,14 @@ def test_a_float16_checkpoint_is_widened_and_said(tmp_path: Path, caplog: pytest
     assert load(folder, quant="int4").get_submodule("lm_head")
 
 
-@pytest.mark.parametrize("quant", ["int4", "int8"])
+@pytest.mark.parametrize(
+    "config", [QuantConfig(4, method="search"), QuantConfig(4, method="minmax"), QuantConfig(8)], ids=lambda c: c.method
+)
 def test_streamed_weights_equal_weights_quantized_whole(
-    folder: Path, quant: str, monkeypatch: pytest.MonkeyPatch
+    folder: Path, config: QuantConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streaming, "BLOCK_BYTES", 64 * 2 * 48)
-    model = load(folder, quant=quant)
-    config = QuantConfig.parse(quant)
-    assert config is not None
+    model = load(folder, quant=config)
     count = 0
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear | QuantEmbedding):

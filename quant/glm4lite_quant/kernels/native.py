@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from glm4lite_quant.config import QuantError
+from glm4lite_quant.kernels.reference import SHARES
 
 if TYPE_CHECKING:
     from glm4lite_quant.tensor import QuantTensor
@@ -63,6 +64,17 @@ class Library:
 
 
 @dataclass(frozen=True)
+class Search:
+    """How int4 scales are found: the first `shares` cuts of the range, or by the importance of each column [K]."""
+
+    shares: int
+    importance: Tensor | None = None
+
+
+SEARCH = Search(len(SHARES))
+
+
+@dataclass(frozen=True)
 class Packed:
     """A weight's addresses; `weight` keeps the memory alive."""
 
@@ -103,9 +115,14 @@ class NativeBackend:
             raise MemoryError("no memory for the quantized activations")
         return out
 
-    def quantize(self, source: _Matrix, target: Weight, place: ctypes.Array[ctypes.c_int64]) -> int:
+    def quantize(self, source: _Matrix, target: Weight, how: Search, place: ctypes.Array[ctypes.c_int64]) -> int:
         """One of OK, NOT_FINITE (then `place` is the row and column) and NO_MEMORY."""
-        refs = (ctypes.byref(source), ctypes.byref(target))
+        refs = (
+            ctypes.byref(source),
+            ctypes.byref(target),
+            None if how.importance is None else how.importance.data_ptr(),
+            how.shares,
+        )
         return int(self._quantize(*refs, self._code, thread_count(), ctypes.byref(place)))
 
     def decoder_layers(self, layers: object, caches: object, count: int, x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -149,7 +166,34 @@ def thread_count() -> int:
     return min(_cores(), int(text) if text else torch.get_num_threads())
 
 
-def quantize(weight: Tensor, target: QuantTensor, first_row: int) -> bool:
+def check_environment() -> None:
+    """QuantError where GLM4LITE_ISA or GLM4LITE_THREADS asks for what this host has not: said before any work."""
+    backend()
+    thread_count()
+
+
+def set_threads(count: int) -> None:
+    """The number of threads of torch and of the kernels, for this process; QuantError outside 1..cores."""
+    if not 1 <= count <= _cores():
+        raise QuantError(f"{count} threads cannot be used; this process may use 1 to {_cores()}")
+    os.environ["GLM4LITE_THREADS"] = str(count)
+    torch.set_num_threads(count)
+
+
+def read_all(data: Tensor) -> int:
+    """Reads a contiguous CPU tensor once on the kernels' threads, and does nothing else: times memory bandwidth.
+
+    Returns the sum of its 64-bit words (modulo 2**64, of whole 512-byte steps); without the library torch adds them.
+    """
+    cdll = _library().cdll
+    if cdll is None:
+        return int(data.view(torch.int64).sum())
+    cdll.glm4_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
+    cdll.glm4_read.restype = ctypes.c_uint64
+    return int(cdll.glm4_read(data.data_ptr(), data.nbytes, thread_count()))
+
+
+def quantize(weight: Tensor, target: QuantTensor, how: Search, first_row: int) -> bool:
     """Fills `target` (whole tiles) from a CPU weight [R, K]; False where there is no library for it.
 
     The bytes are those of the reference. Raises QuantError at a value that is not finite.
@@ -160,7 +204,7 @@ def quantize(weight: Tensor, target: QuantTensor, first_row: int) -> bool:
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     source = _Matrix(weight.data_ptr(), weight.shape[0], weight.stride(0), DTYPES[weight.dtype])
     where = (ctypes.c_int64 * 2)()
-    code = chosen.quantize(source, describe(target), where)
+    code = chosen.quantize(source, describe(target), how, where)
     if code == NOT_FINITE:
         from glm4lite_quant.tensor import not_finite
 
@@ -203,7 +247,8 @@ def _load(override: str) -> Library:
         return Library(path, None, (), f"{path} has interface {version}, this package needs {ABI}: reinstall")
     weight, matrix = ctypes.POINTER(Weight), ctypes.POINTER(_Matrix)
     cdll.glm4_matmul.argtypes = [weight, matrix, ctypes.c_void_p, matrix, ctypes.c_int32, ctypes.c_int32]
-    cdll.glm4_quantize.argtypes = [matrix, weight, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_int64 * 2)]
+    numbers, place = [ctypes.c_int32] * 3, ctypes.POINTER(ctypes.c_int64 * 2)
+    cdll.glm4_quantize.argtypes = [matrix, weight, ctypes.c_void_p, *numbers, place]
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     whole = ctypes.c_int32
     cdll.glm4_decoder_layers.argtypes = [pointer, pointer, whole, pointer, number, pointer, pointer, whole, whole]

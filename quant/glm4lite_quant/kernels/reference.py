@@ -35,13 +35,16 @@ class Planes(NamedTuple):
     row_min: Tensor | None
 
 
-def quantize(weight: Tensor, bits: int, group: int) -> Planes:
-    """Quantizes float32 [R, K] (finite, |w| <= HUGE); rows are padded to 16 with zeros in the tiles."""
+def quantize(weight: Tensor, bits: int, group: int, shares: int = len(SHARES)) -> Planes:
+    """Quantizes float32 [R, K] (finite, |w| <= HUGE); rows are padded to 16 with zeros in the tiles.
+
+    int4 tries the first `shares` of SHARES.
+    """
     groups = weight.reshape(weight.shape[0], -1, group)
     if bits == 8:
         codes, scales, row_scale = _quantize_int8(groups)
         return Planes(_tile_int8(codes.flatten(1)), _tile_plane(scales), None, row_scale, None)
-    step, low = _search(groups)
+    step, low = _search(groups, shares)
     row_scale, row_min = step.amax(1) * (1 / 255), low.amax(1) * (1 / 255)
     scales = (step * _inverse(row_scale)[:, None]).round().clamp(1, 255) * (row_scale > TINY)[:, None]
     mins = (low * _inverse(row_min)[:, None]).round().clamp(0, 255)
@@ -50,11 +53,11 @@ def quantize(weight: Tensor, bits: int, group: int) -> Planes:
     return Planes(_tile_int4(codes.flatten(1)), _tile_plane(scales), _tile_plane(mins), row_scale, row_min)
 
 
-def _search(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """[R, G, g] -> the step and the minimum's size (both >= 0, [R, G]) with the least squared error."""
+def _search(groups: Tensor, shares: int) -> tuple[Tensor, Tensor]:
+    """[R, G, g] -> the step and the minimum's size (>= 0, [R, G]) with the least squared error over `shares` cuts."""
     low, high = 0.0 - groups.amin(-1).clamp(max=0), groups.amax(-1)
     best_step, best_low, best_error = low, low, None
-    for low_share, high_share in SHARES:
+    for low_share, high_share in SHARES[:shares]:
         m = low * low_share
         s = (high * high_share + m) * (1 / 15)
         codes = ((groups + m[..., None]) * _inverse(s)[..., None]).clamp(0, 15).round()

@@ -1,0 +1,68 @@
+"""One engine, one measurement: loads, warms up, times a prompt and the tokens after it, prints one JSON object.
+
+`python bench/engines.py KIND PATH --threads 2`; KIND is glm4lite, llama, nf4, torch-int4 or bf16. PATH is a checkpoint
+folder, for llama a GGUF, and for the last three (linear layers only) a folder whose config.json gives the shapes.
+bench/peers.py runs it once for each round, so that no engine's threads or memory disturb another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.append(sys.path.pop(0))  # this folder last: its kernels.py is not the `kernels` that bitsandbytes looks for
+
+VOCABULARY = 151552
+
+
+def glm4lite(path: Path, threads: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    from glm4lite.benchmark import benchmark
+    from glm4lite_quant.kernels import native
+
+    native.set_threads(threads)
+    return benchmark(path, None, prompt_tokens, new_tokens, repetitions=1).to_json()
+
+
+def llama_cpp(path: Path, threads: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    import llama
+
+    prompt = random.Random(0).choices(range(VOCABULARY), k=prompt_tokens)
+    return llama.measure(path, threads, prompt, new_tokens)
+
+
+def linears_only(kind: str, path: Path, threads: int, prompt_tokens: int) -> dict[str, Any]:
+    import linears
+    import torch
+
+    from glm4lite.config import Glm4Config
+
+    torch.set_num_threads(threads)
+    config = Glm4Config.from_dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    return linears.measure(kind, config, prompt_tokens)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("glm4lite", "llama", "nf4", "torch-int4", "bf16"))
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    given = parser.parse_args()
+    if given.kind == "glm4lite":
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, and only for it
+        found = glm4lite(given.path, given.threads, given.prompt_tokens, given.new_tokens)
+    elif given.kind == "llama":
+        found = llama_cpp(given.path, given.threads, given.prompt_tokens, given.new_tokens)
+    else:
+        found = linears_only(given.kind, given.path, given.threads, given.prompt_tokens)
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
