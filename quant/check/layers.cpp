@@ -1,0 +1,315 @@
+// glm4_decoder_layers against the mathematics of Glm4DecoderLayer in float64, over caches of the exact size.
+#include <math.h>
+
+#include <algorithm>
+
+#include "check.h"
+
+namespace check {
+
+namespace {
+
+using Rows = std::vector<double>;
+
+struct Shape {
+  int heads, kv_heads, head_dim, rotary_dim, hidden, inner, bits, group;
+  bool sandwich, bias, int8;
+};
+
+// Everything one layer is made of.
+struct Layer {
+  Layer(const Shape& s, Random& random)
+      : s(s), q(s.heads * s.head_dim, s.hidden, s.bits, s.group), k(s.kv_heads * s.head_dim, s.hidden, s.bits, s.group),
+        v(s.kv_heads * s.head_dim, s.hidden, s.bits, s.group), o(s.hidden, s.heads * s.head_dim, s.bits, s.group),
+        gate_up(2 * s.inner, s.hidden, s.bits, s.group), down(s.hidden, s.inner, s.bits, s.group), q_bias(q.n),
+        k_bias(k.n), v_bias(v.n), norms{Exact<float>(s.hidden), Exact<float>(s.hidden), Exact<float>(s.hidden),
+                                        Exact<float>(s.hidden)} {
+    for (Weight* w : {&q, &k, &v, &o, &gate_up, &down}) center(*w, random);
+    for (const auto* bias : {&q_bias, &k_bias, &v_bias}) random.fill(*bias, 0.2f);
+    for (const auto& norm : norms)
+      for (int i = 0; i < s.hidden; ++i) norm[i] = random.real(0.5f, 1.5f);
+  }
+
+  // Values around zero of a size that keeps the next stage's near one.
+  static void center(Weight& w, Random& random) {
+    w.randomize(random);
+    const float size = 1.0f / sqrtf(static_cast<float>(w.k));
+    for (int64_t i = 0; i < w.n; ++i) w.row_scale[i] = size * random.real(0.5f, 1.5f) / (w.bits == 4 ? 640.0f : 9600.0f);
+    for (int64_t i = 0; i < w.row_min.size(); ++i) w.row_min[i] = w.row_scale[i] * 7.5f;
+    for (int64_t i = 0; i < w.scales.size(); ++i) w.scales[i] = static_cast<uint8_t>(random.whole(100, 156));
+    for (int64_t i = 0; i < w.mins.size(); ++i) w.mins[i] = w.scales[i];
+  }
+
+  glm4_layer c() const {
+    const auto bias = [&](const Exact<float>& b) { return s.bias ? b.data() : nullptr; };
+    return {q.c(), k.c(), v.c(), o.c(), gate_up.c(), down.c(), bias(q_bias), bias(k_bias), bias(v_bias),
+            norms[0].data(), s.sandwich ? norms[1].data() : nullptr, norms[2].data(),
+            s.sandwich ? norms[3].data() : nullptr, 1e-5f, s.heads, s.kv_heads, s.head_dim, s.rotary_dim};
+  }
+
+  Shape s;
+  Weight q, k, v, o, gate_up, down;
+  Exact<float> q_bias, k_bias, v_bias;
+  Exact<float> norms[4];
+};
+
+// Room for `capacity` tokens and not one more.
+struct Cache {
+  Cache(const Shape& s, int64_t capacity)
+      : s(s), capacity(capacity), floats(s.int8 ? 0 : size()), values(s.int8 ? 0 : size()),
+        key_codes(s.int8 ? size() : 0), value_codes(s.int8 ? size() : 0), key_scale(s.int8 ? s.kv_heads * capacity : 0),
+        value_scale(key_scale.size()) {}
+
+  int64_t size() const { return s.kv_heads * capacity * s.head_dim; }
+  int64_t key_at(int head, int64_t token, int i) const {
+    return (head * capacity + token / GLM4_TOKENS * GLM4_TOKENS) * s.head_dim + i * GLM4_TOKENS + token % GLM4_TOKENS;
+  }
+  int64_t value_at(int head, int64_t token, int i) const { return (head * capacity + token) * s.head_dim + i; }
+  double key(int head, int64_t token, int i) const {
+    const int64_t at = key_at(head, token, i);
+    return s.int8 ? static_cast<double>(key_codes[at]) * key_scale[head * capacity + token] : floats[at];
+  }
+  double value(int head, int64_t token, int i) const {
+    const int64_t at = value_at(head, token, i);
+    return s.int8 ? static_cast<double>(value_codes[at]) * value_scale[head * capacity + token] : values[at];
+  }
+  // Past tokens out of nowhere; now and then one whose value outweighs all others, so that its loss shows.
+  void invent(int64_t tokens, Random& random) {
+    for (int h = 0; h < s.kv_heads; ++h)
+      for (int64_t t = 0; t < tokens; ++t) {
+        const bool loud = t == 0 || t == tokens - 1 || random.whole(0, 40) == 0;
+        const float size = loud ? 30.0f : 1.0f;
+        if (s.int8) key_scale[h * capacity + t] = 0.02f, value_scale[h * capacity + t] = size / 127;
+        for (int i = 0; i < s.head_dim; ++i) {
+          const float k = random.bell(), v = random.bell() * size;
+          if (s.int8) {
+            key_codes[key_at(h, t, i)] = static_cast<int8_t>(random.whole(-127, 127));
+            value_codes[value_at(h, t, i)] = static_cast<int8_t>(random.whole(-127, 127));
+          } else {
+            floats[key_at(h, t, i)] = k, values[value_at(h, t, i)] = v;
+          }
+        }
+      }
+    length = tokens;
+  }
+  glm4_cache c() const {
+    void* keys = s.int8 ? static_cast<void*>(key_codes.data()) : floats.data();
+    void* of_values = s.int8 ? static_cast<void*>(value_codes.data()) : values.data();
+    return {keys, of_values, s.int8 ? key_scale.data() : nullptr, s.int8 ? value_scale.data() : nullptr,
+            capacity, length, s.int8 ? GLM4_INT8 : GLM4_FLOAT32};
+  }
+
+  Shape s;
+  int64_t capacity, length = 0;
+  Exact<float> floats, values;
+  Exact<int8_t> key_codes, value_codes;
+  Exact<float> key_scale, value_scale;
+};
+
+double largest(const Rows& v) {
+  double top = 0.0;
+  for (double x : v) top = std::max(top, fabs(x));
+  return top;
+}
+
+// A code next to a half may round either way after a norm in float32, and all that follows from it with it.
+void near(const char* what, double got, double want, double tolerance) {
+  if (!(fabs(got - want) <= tolerance + 1e-6)) fail("%s is %.7g, not %.7g within %.2g", what, got, want, tolerance);
+}
+
+Rows normed(const Rows& x, const Exact<float>& weight, double eps) {
+  const int64_t k = weight.size();
+  Rows out(x.size());
+  for (size_t r = 0; r < x.size() / k; ++r) {
+    double squares = 0.0;
+    for (int64_t i = 0; i < k; ++i) squares += x[r * k + i] * x[r * k + i];
+    const double by = 1.0 / sqrt(squares / k + eps);
+    for (int64_t i = 0; i < k; ++i) out[r * k + i] = x[r * k + i] * by * weight[i];
+  }
+  return out;
+}
+
+void add(Rows* x, const Rows& y, const Exact<float>* norm, double eps) {
+  const Rows more = norm ? normed(y, *norm, eps) : y;
+  for (size_t i = 0; i < x->size(); ++i) (*x)[i] += more[i];
+}
+
+struct Turn {  // cos and sin of each token's angles
+  Exact<float> cos, sin;
+  Turn(int64_t tokens, const Shape& s, Random& random) : cos(tokens * (s.rotary_dim / 2)), sin(cos.size()) {
+    for (int64_t i = 0; i < cos.size(); ++i) {
+      const float angle = random.real(-3.0f, 3.0f);
+      cos[i] = cosf(angle), sin[i] = sinf(angle);
+    }
+  }
+};
+
+void rotate(Rows* x, int heads, const Shape& s, const Turn& turn) {
+  const int64_t half = s.rotary_dim / 2, tokens = static_cast<int64_t>(x->size()) / (heads * s.head_dim);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int h = 0; h < heads; ++h)
+      for (int64_t i = 0; i < half; ++i) {
+        double* pair = x->data() + (t * heads + h) * s.head_dim + 2 * i;
+        const double even = pair[0], odd = pair[1], c = turn.cos[t * half + i], si = turn.sin[t * half + i];
+        pair[0] = even * c - odd * si, pair[1] = odd * c + even * si;
+      }
+}
+
+// The new tokens' entries are what they should be.
+void compare_cache(const Cache& cache, int64_t past, const Rows& k, const Rows& v) {
+  const Shape& s = cache.s;
+  const double tolerance = s.int8 ? 8e-3 : 4e-3, of_keys = tolerance * largest(k), of_values = tolerance * largest(v);
+  const int64_t tokens = static_cast<int64_t>(k.size()) / (s.kv_heads * s.head_dim);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int h = 0; h < s.kv_heads; ++h)
+      for (int i = 0; i < s.head_dim; ++i) {
+        const int64_t at = (t * s.kv_heads + h) * s.head_dim + i;
+        near("a key", cache.key(h, past + t, i), k[at], of_keys);
+        near("a value", cache.value(h, past + t, i), v[at], of_values);
+      }
+}
+
+Rows attended(const Rows& q, const Cache& cache, int64_t past) {
+  const Shape& s = cache.s;
+  const int64_t tokens = static_cast<int64_t>(q.size()) / (s.heads * s.head_dim);
+  Rows out(q.size(), 0.0), keys, values, p(past + tokens);
+  for (int head = 0; head < s.kv_heads; ++head) {
+    keys.clear(), values.clear();
+    for (int64_t t = 0; t < past + tokens; ++t)
+      for (int i = 0; i < s.head_dim; ++i) keys.push_back(cache.key(head, t, i)), values.push_back(cache.value(head, t, i));
+    for (int64_t r = 0; r < tokens * s.heads; ++r) {
+      if (r % s.heads / (s.heads / s.kv_heads) != head) continue;
+      const int64_t seen = past + r / s.heads + 1;
+      double top = -INFINITY, total = 0.0;
+      for (int64_t t = 0; t < seen; ++t) {
+        double sum = 0.0;
+        for (int i = 0; i < s.head_dim; ++i) sum += q[r * s.head_dim + i] * keys[t * s.head_dim + i];
+        p[t] = sum / sqrt(s.head_dim);
+        top = std::max(top, p[t]);
+      }
+      for (int64_t t = 0; t < seen; ++t) total += p[t] = exp(p[t] - top);
+      for (int64_t t = 0; t < seen; ++t)
+        for (int i = 0; i < s.head_dim; ++i) out[r * s.head_dim + i] += p[t] / total * values[t * s.head_dim + i];
+    }
+  }
+  return out;
+}
+
+// What the layer makes of x; the cache is as the library left it, for its codes are what its attention reads.
+Rows oracle(const Layer& layer, const Rows& x, const Turn& turn, const Cache& cache, int64_t past) {
+  const Shape& s = layer.s;
+  const int64_t tokens = static_cast<int64_t>(x.size()) / s.hidden;
+  const float eps = 1e-5f;
+  const auto times = [&](const Rows& in, const Weight& w, const Exact<float>* bias) {
+    return product(in, tokens, w, bias && s.bias ? bias->data() : nullptr).y;
+  };
+  const Rows h = normed(x, layer.norms[0], eps);
+  Rows q = times(h, layer.q, &layer.q_bias), k = times(h, layer.k, &layer.k_bias);
+  rotate(&q, s.heads, s, turn), rotate(&k, s.kv_heads, s, turn);
+  compare_cache(cache, past, k, times(h, layer.v, &layer.v_bias));
+  Rows out = x;
+  add(&out, times(attended(q, cache, past), layer.o, nullptr), s.sandwich ? &layer.norms[1] : nullptr, eps);
+  const Rows both = times(normed(out, layer.norms[2], eps), layer.gate_up, nullptr);
+  Rows inner(tokens * s.inner);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t i = 0; i < s.inner; ++i) {
+      const double gate = both[t * 2 * s.inner + i];
+      inner[t * s.inner + i] = gate / (1.0 + exp(-gate)) * both[t * 2 * s.inner + s.inner + i];
+    }
+  add(&out, times(inner, layer.down, nullptr), s.sandwich ? &layer.norms[3] : nullptr, eps);
+  return out;
+}
+
+void past_is_kept(const Cache& before, const Cache& after) {
+  for (int h = 0; h < before.s.kv_heads; ++h)
+    for (int64_t t = 0; t < before.length; ++t)
+      for (int i = 0; i < before.s.head_dim; ++i)
+        if (before.key(h, t, i) != after.key(h, t, i) || before.value(h, t, i) != after.value(h, t, i))
+          fail("token %d of the past was changed", static_cast<int>(t));
+}
+
+// `tokens` more go through the layer.
+void step(const Layer& layer, Cache* cache, int64_t tokens, int isa, int threads, Random& random) {
+  const Shape& s = layer.s;
+  describe("%d heads (%d kv) of %d, %d rotated, hidden %d, inner %d, int%d, %s cache of %d with %d, %d tokens, %d threads",
+           s.heads, s.kv_heads, s.head_dim, s.rotary_dim, s.hidden, s.inner, s.bits, s.int8 ? "int8" : "float32",
+           static_cast<int>(cache->capacity), static_cast<int>(cache->length), static_cast<int>(tokens), threads);
+  Exact<float> x(tokens * s.hidden);
+  random.fill(x);
+  const Turn turn(tokens, s, random);
+  const Rows before(x.data(), x.data() + x.size());
+  const Cache kept = *cache;
+  const glm4_layer described = layer.c(), *const pointer = &described;
+  const glm4_cache place = cache->c();
+  if (glm4_decoder_layers(&pointer, &place, 1, x.data(), tokens, turn.cos.data(), turn.sin.data(), isa, threads) != GLM4_OK)
+    fail("refused");
+  past_is_kept(kept, *cache);
+  const Rows want = oracle(layer, before, turn, *cache, cache->length);
+  Rows change(want.size());
+  for (size_t i = 0; i < want.size(); ++i) change[i] = want[i] - before[i];
+  const double top = largest(change);
+  double off = 0.0, size = 0.0;
+  for (size_t i = 0; i < want.size(); ++i) {
+    const double got = x[static_cast<int64_t>(i)] - before[i];
+    near("an output", got, change[i], 0.03 * top);
+    off += (got - change[i]) * (got - change[i]), size += change[i] * change[i];
+  }
+  near("the root of the mean squared error", sqrt(off), 0.0, 8e-3 * sqrt(size));
+  cache->length += tokens;
+}
+
+int64_t whole_blocks(int64_t tokens) { return (tokens + GLM4_TOKENS - 1) / GLM4_TOKENS * GLM4_TOKENS; }
+
+void conversation(const Shape& s, int isa, Random& random) {
+  const Layer layer(s, random);
+  Cache cache(s, whole_blocks(29));
+  for (int tokens : {5, 1, 0, 1, 17, 1, 4}) step(layer, &cache, tokens, isa, 1 + tokens % 3, random);
+}
+
+void long_past(const Shape& s, int64_t past, int64_t tokens, int isa, int threads, Random& random) {
+  const Layer layer(s, random);
+  Cache cache(s, whole_blocks(past + tokens));
+  cache.invent(past, random);
+  step(layer, &cache, tokens, isa, threads, random);
+}
+
+// A token that is no number ends in NaN and in no crash; those before it, in another block of scores, are as they were.
+void spoiled_token(const Shape& s, int isa, Random& random) {
+  describe("a token that is no number, %s cache", s.int8 ? "int8" : "float32");
+  const Layer layer(s, random);
+  Cache cache(s, 96);
+  Exact<float> x(90 * s.hidden);
+  random.fill(x);
+  Exact<float> clean(x);
+  const Turn turn(90, s, random);
+  const glm4_layer described = layer.c(), *const pointer = &described;
+  const glm4_cache place = cache.c();
+  glm4_decoder_layers(&pointer, &place, 1, clean.data(), 90, turn.cos.data(), turn.sin.data(), isa, 2);
+  x[70 * s.hidden + 3] = NAN, x[80 * s.hidden] = INFINITY;
+  glm4_decoder_layers(&pointer, &place, 1, x.data(), 90, turn.cos.data(), turn.sin.data(), isa, 2);
+  for (int64_t t : {70, 75, 80, 89})
+    for (int i = 0; i < s.hidden; ++i)
+      if (!isnan(x[t * s.hidden + i])) fail("token %d is %g", static_cast<int>(t), static_cast<double>(x[t * s.hidden + i]));
+  if (memcmp(x.data(), clean.data(), sizeof(float) * 64 * s.hidden) != 0) fail("it reached the tokens before it");
+}
+
+}  // namespace
+
+void check_layers(int isa) {
+  Random random(3);
+  for (bool int8 : {false, true}) {
+    conversation({2, 2, 16, 16, 64, 96, 4, 32, true, false, int8}, isa, random);
+    conversation({6, 2, 64, 32, 96, 160, 8, 32, false, true, int8}, isa, random);
+    conversation({16, 1, 16, 8, 128, 128, 4, 64, true, true, int8}, isa, random);
+    conversation({48, 2, 16, 6, 128, 256, 4, 128, false, false, int8}, isa, random);
+    conversation({2, 1, 256, 128, 32, 64, 4, 32, true, true, int8}, isa, random);
+    conversation({128, 1, 16, 0, 32, 32, 8, 32, false, false, int8}, isa, random);
+    for (int64_t past : {1023, 1024, 1040, 1539, 2600})
+      long_past({16, 1, 16, 8, 64, 64, 4, 32, false, true, int8}, past, past == 1040 ? 3 : 1, isa, 2, random);
+    long_past({6, 2, 32, 16, 64, 64, 8, 64, true, false, int8}, 2100, 1, isa, 3, random);
+    long_past({4, 2, 16, 16, 32, 32, 4, 32, true, false, int8}, 100, 530, isa, 2, random);  // more than one chunk
+    spoiled_token({4, 2, 32, 16, 64, 64, 4, 32, true, true, int8}, isa, random);
+  }
+}
+
+}  // namespace check

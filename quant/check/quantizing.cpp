@@ -1,0 +1,115 @@
+// glm4_quantize: the same bytes from every ISA, codes next to their weights, and refusals that name the place.
+#include <float.h>
+#include <math.h>
+
+#include <algorithm>
+
+#include "check.h"
+
+namespace check {
+
+namespace {
+
+// How the scales are found: by the first `shares` cuts of the range, or by the importance of each column.
+struct Method {
+  const char* name;
+  int shares;
+  bool by_importance;
+};
+
+struct Shape {
+  int64_t n, k;
+  int bits, group;
+};
+
+struct Source {
+  const glm4_matrix matrix;
+  const float* importance;
+  int shares;
+  int32_t quantize(const Weight& to, int isa, int threads, int64_t* place) const {
+    const glm4_weight w = to.c();
+    return glm4_quantize(&matrix, &w, importance, shares, isa, threads, place);
+  }
+};
+
+bool equal(const Exact<float>& a, const Exact<float>& b) {  // 0 and -0 are
+  for (int64_t i = 0; i < a.size(); ++i)
+    if (a[i] != b[i]) return false;
+  return true;
+}
+
+bool same(const Weight& a, const Weight& b) {
+  return a.codes.same(b.codes) && a.scales.same(b.scales) && a.mins.same(b.mins) && equal(a.row_scale, b.row_scale) &&
+         equal(a.row_min, b.row_min);
+}
+
+// No group may be much worse than its steps and bytes allow: half a step from rounding, and of a cut range up to a fifth
+// more; a byte of scale and minimum adds a 255th of the row's largest.
+void reconstructs(const Weight& w, const Exact<float>& source) {
+  for (int64_t n = 0; n < w.n; ++n)
+    for (int64_t first = 0; first < w.k; first += w.group) {
+      double least = 0.0, most = 0.0, error = 0.0;
+      for (int64_t k = first; k < first + w.group; ++k) {
+        const double v = source[n * w.k + k];
+        least = std::min(least, v), most = std::max(most, v);
+        error = std::max(error, fabs(w.step(n, k) * w.code(n, k) - w.low(n, k) - v));
+      }
+      const double range = w.bits == 4 ? most - least : std::max(most, -least);
+      const double step = range / (w.bits == 4 ? 15 : 127);
+      const double bytes = w.bits == 4 ? w.row_scale[n] * 8.0 + w.row_min[n] * 0.5 : w.row_scale[n] * 0.5;
+      const double allowed = 0.5 * step + (w.bits == 4 ? 0.36 * range : 0.0) + bytes + 1e-6 * range + 1e-28;
+      if (!(error <= allowed))
+        fail("row %d, group %d is off by %g, allowed %g", static_cast<int>(n), static_cast<int>(first / w.group), error,
+             allowed);
+    }
+}
+
+void padding_is_zero(const Weight& w) {
+  const int64_t last = (w.n - 1) / GLM4_ROWS;
+  for (int64_t row = w.n; row < (last + 1) * GLM4_ROWS; ++row)
+    for (int64_t k = 0; k < w.k; ++k)
+      if (w.code(row, k) != 0 || w.scales[(last * (w.k / w.group) + k / w.group) * GLM4_ROWS + row % GLM4_ROWS] != 0)
+        fail("row %d, which pads the last tile, is not zero", static_cast<int>(row));
+}
+
+void one_shape(const Shape& s, const Method& how, int isa, Random& random) {
+  describe("quantizing %dx%d, int%d groups of %d, %s", static_cast<int>(s.n), static_cast<int>(s.k), s.bits, s.group,
+           how.name);
+  Exact<float> values(s.n * s.k), importance(s.k);
+  for (int64_t r = 0; r < s.n; ++r) {
+    const float size = r % 5 == 1 ? 0.0f : r % 5 == 2 ? 1e-40f : r % 5 == 3 ? 1e17f : 0.02f;
+    for (int64_t i = 0; i < s.k; ++i) values[r * s.k + i] = random.bell() * size * (i / 32 % 2 ? 1.0f : 0.1f);
+  }
+  for (int64_t i = 0; i < s.k; ++i) importance[i] = i % s.group ? random.real(0.0f, 1.0f) : 1.0f;
+  const Source source{{values.data(), s.n, s.k, GLM4_FLOAT32}, how.by_importance ? importance.data() : nullptr, how.shares};
+  Weight plain(s.n, s.k, s.bits, s.group), own(s.n, s.k, s.bits, s.group, 5);
+  int64_t place[2] = {-1, -1};
+  if (source.quantize(plain, GLM4_SCALAR, 1, place) != GLM4_OK) fail("refused");
+  if (source.quantize(own, isa, static_cast<int>(random.whole(1, 4)), place) != GLM4_OK) fail("refused");
+  if (!same(plain, own)) fail("another weight than scalar's");
+  reconstructs(own, values);
+  padding_is_zero(own);
+  const int64_t row = random.whole(0, s.n - 1), column = random.whole(0, s.k - 1);
+  for (float bad : {NAN, INFINITY, -INFINITY, FLT_MAX}) {
+    values[row * s.k + column] = bad;
+    if (source.quantize(own, isa, 2, place) != GLM4_NOT_FINITE) fail("%g was taken", static_cast<double>(bad));
+    if (place[0] != row || place[1] != column) fail("%g was named at another place", static_cast<double>(bad));
+  }
+}
+
+}  // namespace
+
+void check_quantizing(int isa) {
+  Random random(2);
+  const Method methods[] = {{"minimum and maximum", 1, false}, {"search", 5, false}, {"calibrated", 5, true}};
+  for (const Method& how : methods)
+    for (int bits : {4, 8})
+      for (int group : {32, 64, 128}) {
+        if (bits == 8 && how.shares == 1) continue;  // all the same there
+        one_shape({1, group, bits, group}, how, isa, random);
+        one_shape({37, 3 * group, bits, group}, how, isa, random);
+        one_shape({150, 512, bits, group}, how, isa, random);
+      }
+}
+
+}  // namespace check

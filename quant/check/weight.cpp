@@ -1,0 +1,91 @@
+// The format and the product, as qgemm.h states them, in the plainest way.
+#include <math.h>
+
+#include <algorithm>
+
+#include "check.h"
+
+namespace check {
+
+namespace {
+int64_t tiles(int64_t n) { return (n + GLM4_ROWS - 1) / GLM4_ROWS; }
+}  // namespace
+
+Weight::Weight(int64_t n, int64_t k, int bits, int group, int64_t offset)
+    : n(n), k(k), bits(bits), group(group), codes(tiles(n) * (k / GLM4_COLS) * 64 * bits, offset),
+      scales(tiles(n) * (k / group) * GLM4_ROWS, offset), mins(bits == 4 ? scales.size() : 0, offset),
+      row_scale(n, offset / 4 * 4), row_min(bits == 4 ? n : 0, offset / 4 * 4) {}
+
+void Weight::randomize(Random& random) {
+  for (const auto* plane : {&codes, &scales, &mins})
+    for (int64_t i = 0; i < plane->size(); ++i) (*plane)[i] = static_cast<uint8_t>(random.whole(0, 255));
+  for (int64_t i = 0; i < n; ++i) row_scale[i] = random.real(1e-5f, 1e-4f);
+  for (int64_t i = 0; i < row_min.size(); ++i) row_min[i] = random.real(1e-4f, 1e-3f);
+}
+
+glm4_weight Weight::c() const {
+  const bool affine = bits == 4;
+  return {codes.data(), scales.data(), affine ? mins.data() : nullptr, row_scale.data(),
+          affine ? row_min.data() : nullptr, n, k, bits, group};
+}
+
+int64_t Weight::plane(int64_t row, int64_t column) const {
+  return (row / GLM4_ROWS * (k / group) + column / group) * GLM4_ROWS + row % GLM4_ROWS;
+}
+
+double Weight::step(int64_t row, int64_t column) const {
+  return static_cast<double>(row_scale[row]) * scales[plane(row, column)];
+}
+
+double Weight::low(int64_t row, int64_t column) const {
+  return bits == 4 ? static_cast<double>(row_min[row]) * mins[plane(row, column)] : 0.0;
+}
+
+int Weight::code(int64_t row, int64_t column) const {
+  const int64_t tile = row / GLM4_ROWS * (k / GLM4_COLS) + column / GLM4_COLS, r = row % GLM4_ROWS;
+  const int64_t c = column % GLM4_COLS;
+  if (bits == 8) return static_cast<int8_t>(codes[tile * 512 + c / 4 * 64 + r * 4 + c % 4]);
+  const uint8_t byte = codes[tile * 256 + c / 8 * 64 + r * 4 + c % 4];
+  return c % 8 < 4 ? byte & 15 : byte >> 4;
+}
+
+std::vector<double> rounded(const double* x, int64_t k, std::vector<double>* doubt) {
+  std::vector<double> out(k);
+  if (doubt) doubt->assign(k, 0.0);
+  for (int64_t b = 0; b < k; b += GLM4_COLS) {
+    double top = 0.0;
+    for (int64_t i = b; i < b + GLM4_COLS; ++i) top = std::max(top, fabs(x[i]));
+    for (int64_t i = b; i < b + GLM4_COLS; ++i) {
+      const double code = top < 1e-30 ? 0.0 : x[i] * (127.0 / top);
+      out[i] = nearbyint(code) * top / 127.0;
+      if (doubt && fabs(fabs(code - floor(code)) - 0.5) < 1e-4) (*doubt)[i] = top / 127.0;
+    }
+  }
+  return out;
+}
+
+Product product(const std::vector<double>& x, int64_t m, const Weight& w, const float* bias) {
+  std::vector<double> q(w.n * w.k), low(w.n * w.k);
+  for (int64_t n = 0; n < w.n; ++n)
+    for (int64_t k = 0; k < w.k; ++k)
+      q[n * w.k + k] = w.step(n, k) * w.code(n, k), low[n * w.k + k] = w.low(n, k);
+  Product out{std::vector<double>(m * w.n), std::vector<double>(m * w.n)};
+  for (int64_t r = 0; r < m; ++r) {
+    std::vector<double> doubt;
+    const std::vector<double> a = rounded(x.data() + r * w.k, w.k, &doubt);
+    for (int64_t n = 0; n < w.n; ++n) {
+      const double *wq = q.data() + n * w.k, *wl = low.data() + n * w.k;
+      double y = bias ? bias[n] : 0.0, size = fabs(y), off = 0.0;
+      for (int64_t k = 0; k < w.k; ++k) {
+        y += (wq[k] - wl[k]) * a[k];
+        size += (fabs(wq[k]) + wl[k]) * fabs(a[k]);
+        off += fabs(wq[k] - wl[k]) * doubt[k];
+      }
+      out.y[r * w.n + n] = y;
+      out.tolerance[r * w.n + n] = 1.01 * off + 1e-6 * size + 1e-36;
+    }
+  }
+  return out;
+}
+
+}  // namespace check
