@@ -135,7 +135,7 @@ def _with_room(end: int) -> int:
 def _int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """[B, heads, T, head_dim] -> int8 codes and scales [B, heads, T], as csrc/layer.cpp makes them."""
     top = x.abs().amax(-1)
-    inverse = torch.where(top > 0, 127 / top, top)
+    inverse = torch.where(top < 1e-30, 0, 127 / top)  # the inverse of less may be infinite
     return (x * inverse[..., None]).round().nan_to_num(0).to(torch.int8), top / 127
 
 

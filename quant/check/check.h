@@ -24,7 +24,8 @@ template <class T>
 class Exact {
  public:
   explicit Exact(int64_t size, int64_t offset = 0)
-      : size_(size), offset_(offset), bytes_(static_cast<char*>(malloc(static_cast<size_t>(size * sizeof(T) + offset)))) {
+      : size_(size), offset_(offset),
+        bytes_(static_cast<char*>(malloc(static_cast<size_t>(size * sizeof(T) + offset)))) {
     if (!bytes_) abort();
     memset(bytes_, 0x7f, static_cast<size_t>(size * sizeof(T) + offset));  // floats: 3.4e38
   }
@@ -79,15 +80,12 @@ struct Weight {
   int64_t plane(int64_t n, int64_t k) const;
 };
 
-// One row of x as the kernels round it: int8 codes per 32 columns times their scale. `doubt` (may be null): what a code
-// that lies between two whole numbers may be off by.
-std::vector<double> rounded(const double* x, int64_t k, std::vector<double>* doubt = nullptr);
-
-// y [m][n] = rounded(x) * w^T + bias, and by how much float32 sums and doubtful codes may be off.
+// y [m][n] = x * w^T + bias with each row of x rounded as the kernels do (int8 codes per 32 columns times their scale;
+// with two parts what that leaves is rounded again), and by how much float32 sums and codes next to a half may be off.
 struct Product {
   std::vector<double> y, tolerance;
 };
-Product product(const std::vector<double>& x, int64_t m, const Weight& w, const float* bias);
+Product product(const std::vector<double>& x, int64_t m, const Weight& w, const float* bias, int parts);
 
 inline float from_bfloat16(uint16_t v) {
   const uint32_t bits = static_cast<uint32_t>(v) << 16;
@@ -99,6 +97,7 @@ inline float from_bfloat16(uint16_t v) {
 void check_products(int isa);
 void check_layers(int isa);
 void check_quantizing(int isa);
+void check_threads(int isa);
 
 }  // namespace check
 

@@ -12,6 +12,7 @@ struct Case {
   int64_t m, n, k;
   int bits, group, threads;
   bool bfloat16, bias;
+  int parts;
 };
 
 // Activations in their own type, `gap` elements between the rows.
@@ -54,7 +55,7 @@ std::vector<float> multiply(const Case& c, const Weight& w, const Input& x, cons
   const Input out(shape, 3);
   const glm4_weight weight = w.c();
   const glm4_matrix from = x.matrix(), to = out.matrix();
-  if (glm4_matmul(&weight, &from, bias, &to, isa, c.threads) != GLM4_OK) fail("glm4_matmul refused");
+  if (glm4_matmul(&weight, &from, bias, &to, c.parts, isa, c.threads) != GLM4_OK) fail("glm4_matmul refused");
   std::vector<float> result(c.m * c.n);
   for (int64_t r = 0; r < c.m; ++r)
     for (int64_t i = 0; i < out.stride && r * out.stride + i < out.room(); ++i) {
@@ -75,9 +76,9 @@ void compare(const Case& c, const std::vector<float>& got, const Product& want) 
 }
 
 void announce(const Case& c, const char* what) {
-  describe("%s, int%d groups of %d, %dx%d times %d rows of %s, %d threads%s", what, c.bits, c.group,
+  describe("%s, int%d groups of %d, %dx%d times %d rows of %s in %d parts, %d threads%s", what, c.bits, c.group,
            static_cast<int>(c.n), static_cast<int>(c.k), static_cast<int>(c.m), c.bfloat16 ? "bfloat16" : "float32",
-           c.threads, c.bias ? ", bias" : "");
+           c.parts, c.threads, c.bias ? ", bias" : "");
 }
 
 void random_values(const Case& c, int isa, Random& random) {
@@ -90,7 +91,7 @@ void random_values(const Case& c, int isa, Random& random) {
   Exact<float> bias(c.n);
   random.fill(bias);
   const float* b = c.bias ? bias.data() : nullptr;
-  compare(c, multiply(c, w, x, b, isa), product(x.dense(), c.m, w, b));
+  compare(c, multiply(c, w, x, b, isa), product(x.dense(), c.m, w, b, c.parts));
 }
 
 void extreme_values(const Case& c, int isa) {
@@ -103,7 +104,7 @@ void extreme_values(const Case& c, int isa) {
       const Input x(c, 0);
       for (int64_t r = 0; r < c.m; ++r)
         for (int64_t i = 0; i < c.k; ++i) x.set(r, i, r % 2 ? -value : value);
-      compare(c, multiply(c, w, x, nullptr, isa), product(x.dense(), c.m, w, nullptr));
+      compare(c, multiply(c, w, x, nullptr, isa), product(x.dense(), c.m, w, nullptr, c.parts));
     }
 }
 
@@ -138,15 +139,17 @@ void check_products(int isa) {
       for (int m = 0; m <= 40; m += m < 14 ? 1 : 13)
         for (bool bfloat16 : {false, true}) {
           const int64_t n = random.whole(1, 70), k = group * random.whole(1, 256 / group + 1);
-          random_values({m, n, k, bits, group, static_cast<int>(random.whole(1, 3)), bfloat16, m % 2 == 0}, isa, random);
+          const int threads = static_cast<int>(random.whole(1, 3));
+          random_values({m, n, k, bits, group, threads, bfloat16, m % 2 == 0, 1 + m / 2 % 2},
+                        isa, random);
         }
-      random_values({261, 33, group, bits, group, 3, group == 64, true}, isa, random);
-      extreme_values({3, 17, 256, bits, group, 2, group == 64, false}, isa);
-      for (int m : {1, 2, 7, 13}) spoiled_row({m, 37, 128, bits, group, 2, m == 2, false}, isa, random);
+      random_values({261, 33, group, bits, group, 3, group == 64, true, bits / 4}, isa, random);
+      extreme_values({3, 17, 256, bits, group, 2, group == 64, false, 1}, isa);
+      for (int m : {1, 2, 7, 13}) spoiled_row({m, 37, 128, bits, group, 2, m == 2, false, 1 + m / 2 % 2}, isa, random);
     }
-  random_values({1100, 18, 32, 4, 32, 300, true, true}, isa, random);  // more rows than are quantized at once
-  random_values({2, 4100, 64, 4, 32, 300, false, true}, isa, random);   // more threads than the pool has
-  random_values({3, 700, 512, 8, 128, 2, false, false}, isa, random);
+  random_values({1100, 18, 32, 4, 32, 300, true, true, 2}, isa, random);  // more rows than are quantized at once
+  random_values({2, 4100, 64, 4, 32, 300, false, true, 1}, isa, random);   // more threads than the pool has
+  random_values({3, 700, 512, 8, 128, 2, false, false, 1}, isa, random);
 }
 
 }  // namespace check

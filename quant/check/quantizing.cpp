@@ -43,8 +43,8 @@ bool same(const Weight& a, const Weight& b) {
          equal(a.row_min, b.row_min);
 }
 
-// No group may be much worse than its steps and bytes allow: half a step from rounding, and of a cut range up to a fifth
-// more; a byte of scale and minimum adds a 255th of the row's largest.
+// No weight may be off by more than half a step and what is cut off its group's range (up to a third of it); a byte of
+// scale and minimum adds a 255th of the row's largest.
 void reconstructs(const Weight& w, const Exact<float>& source) {
   for (int64_t n = 0; n < w.n; ++n)
     for (int64_t first = 0; first < w.k; first += w.group) {
@@ -81,7 +81,8 @@ void one_shape(const Shape& s, const Method& how, int isa, Random& random) {
     for (int64_t i = 0; i < s.k; ++i) values[r * s.k + i] = random.bell() * size * (i / 32 % 2 ? 1.0f : 0.1f);
   }
   for (int64_t i = 0; i < s.k; ++i) importance[i] = i % s.group ? random.real(0.0f, 1.0f) : 1.0f;
-  const Source source{{values.data(), s.n, s.k, GLM4_FLOAT32}, how.by_importance ? importance.data() : nullptr, how.shares};
+  const glm4_matrix matrix{values.data(), s.n, s.k, GLM4_FLOAT32};
+  const Source source{matrix, how.by_importance ? importance.data() : nullptr, how.shares};
   Weight plain(s.n, s.k, s.bits, s.group), own(s.n, s.k, s.bits, s.group, 5);
   int64_t place[2] = {-1, -1};
   if (source.quantize(plain, GLM4_SCALAR, 1, place) != GLM4_OK) fail("refused");

@@ -9,6 +9,35 @@ namespace check {
 
 namespace {
 int64_t tiles(int64_t n) { return (n + GLM4_ROWS - 1) / GLM4_ROWS; }
+
+// A row in its int8 codes, and what each may be off by: a step where it lies within `margin` of a half.
+struct Rounded {
+  std::vector<double> x, doubt;
+};
+
+Rounded round_once(const double* x, int64_t k, double margin) {
+  Rounded out{std::vector<double>(k), std::vector<double>(k, 0.0)};
+  for (int64_t b = 0; b < k; b += GLM4_COLS) {
+    double top = 0.0;
+    for (int64_t i = b; i < b + GLM4_COLS; ++i) top = std::max(top, fabs(x[i]));
+    for (int64_t i = b; i < b + GLM4_COLS; ++i) {
+      const double code = top < 1e-30 ? 0.0 : x[i] * (127.0 / top);
+      out.x[i] = nearbyint(code) * top / 127.0;
+      if (fabs(fabs(code - floor(code)) - 0.5) < margin) out.doubt[i] = top / 127.0;
+    }
+  }
+  return out;
+}
+
+// The second part takes up what the first one rounded, either way; its own codes come from a difference of float32.
+Rounded round_twice(const double* x, int64_t k) {
+  const Rounded first = round_once(x, k, 1e-4);
+  std::vector<double> rest(k);
+  for (int64_t i = 0; i < k; ++i) rest[i] = x[i] - first.x[i];
+  Rounded out = round_once(rest.data(), k, 0.02);
+  for (int64_t i = 0; i < k; ++i) out.x[i] += first.x[i], out.doubt[i] += first.doubt[i] / 100;
+  return out;
+}
 }  // namespace
 
 Weight::Weight(int64_t n, int64_t k, int bits, int group, int64_t offset)
@@ -49,37 +78,22 @@ int Weight::code(int64_t row, int64_t column) const {
   return c % 8 < 4 ? byte & 15 : byte >> 4;
 }
 
-std::vector<double> rounded(const double* x, int64_t k, std::vector<double>* doubt) {
-  std::vector<double> out(k);
-  if (doubt) doubt->assign(k, 0.0);
-  for (int64_t b = 0; b < k; b += GLM4_COLS) {
-    double top = 0.0;
-    for (int64_t i = b; i < b + GLM4_COLS; ++i) top = std::max(top, fabs(x[i]));
-    for (int64_t i = b; i < b + GLM4_COLS; ++i) {
-      const double code = top < 1e-30 ? 0.0 : x[i] * (127.0 / top);
-      out[i] = nearbyint(code) * top / 127.0;
-      if (doubt && fabs(fabs(code - floor(code)) - 0.5) < 1e-4) (*doubt)[i] = top / 127.0;
-    }
-  }
-  return out;
-}
-
-Product product(const std::vector<double>& x, int64_t m, const Weight& w, const float* bias) {
+Product product(const std::vector<double>& x, int64_t m, const Weight& w, const float* bias, int parts) {
   std::vector<double> q(w.n * w.k), low(w.n * w.k);
   for (int64_t n = 0; n < w.n; ++n)
     for (int64_t k = 0; k < w.k; ++k)
       q[n * w.k + k] = w.step(n, k) * w.code(n, k), low[n * w.k + k] = w.low(n, k);
   Product out{std::vector<double>(m * w.n), std::vector<double>(m * w.n)};
   for (int64_t r = 0; r < m; ++r) {
-    std::vector<double> doubt;
-    const std::vector<double> a = rounded(x.data() + r * w.k, w.k, &doubt);
+    const double* row = x.data() + r * w.k;
+    const Rounded a = parts == 2 ? round_twice(row, w.k) : round_once(row, w.k, 1e-4);
     for (int64_t n = 0; n < w.n; ++n) {
       const double *wq = q.data() + n * w.k, *wl = low.data() + n * w.k;
       double y = bias ? bias[n] : 0.0, size = fabs(y), off = 0.0;
       for (int64_t k = 0; k < w.k; ++k) {
-        y += (wq[k] - wl[k]) * a[k];
-        size += (fabs(wq[k]) + wl[k]) * fabs(a[k]);
-        off += fabs(wq[k] - wl[k]) * doubt[k];
+        y += (wq[k] - wl[k]) * a.x[k];
+        size += (fabs(wq[k]) + wl[k]) * fabs(a.x[k]);
+        off += fabs(wq[k] - wl[k]) * a.doubt[k];
       }
       out.y[r * w.n + n] = y;
       out.tolerance[r * w.n + n] = 1.01 * off + 1e-6 * size + 1e-36;

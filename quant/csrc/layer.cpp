@@ -130,8 +130,9 @@ class Layer {
       top = std::max(top, fabsf(v[i]));
       bad += v[i] * 0.0f;
     }
-    const float inverse = top > 0.0f && bad == 0.0f ? 127.0f / top : 0.0f;
-    for (int64_t i = 0; i < d; ++i) to[i * step] = static_cast<int8_t>(bad == 0.0f ? lrintf(v[i] * inverse) : 0);
+    const bool some = bad == 0.0f && top >= 1e-30f;  // the inverse of less may be infinite
+    const float inverse = some ? 127.0f / top : 0.0f;
+    for (int64_t i = 0; i < d; ++i) to[i * step] = static_cast<int8_t>(some ? lrintf(v[i] * inverse) : 0);
     return bad == 0.0f ? top / 127.0f : NAN;
   }
 

@@ -117,8 +117,9 @@ struct Product {
   void finish(const Sink& sink, int64_t tile, const glm4_panel& panel, float* out) const {
     float min[GLM4_MAX_WIDTH * GLM4_ROWS];
     isa.tile(sink.w, tile, &panel, out, min);
-    if (x.parts() == 2) add_parts(panel.width / 2, out, min);
     const glm4_weight& w = *sink.w;
+    if (x.parts() == 2) add_parts(panel.width / 2, out);
+    if (x.parts() == 2 && w.mins) add_parts(panel.width / 2, min);
     const int64_t n0 = tile * GLM4_ROWS;
     const int rows = static_cast<int>(std::min<int64_t>(GLM4_ROWS, w.n - n0));
     for (int c = 0; c < panel.width / x.parts(); ++c) {
@@ -131,11 +132,10 @@ struct Product {
     }
   }
 
-  static void add_parts(int width, float* out, float* min) {
-    for (float* sums : {out, min})
-      for (int c = 0; c < width; ++c)
-        for (int r = 0; r < GLM4_ROWS; ++r)
-          sums[GLM4_ROWS * c + r] = sums[GLM4_ROWS * 2 * c + r] + sums[GLM4_ROWS * (2 * c + 1) + r];
+  static void add_parts(int width, float* sums) {
+    for (int c = 0; c < width; ++c)
+      for (int r = 0; r < GLM4_ROWS; ++r)
+        sums[GLM4_ROWS * c + r] = sums[GLM4_ROWS * 2 * c + r] + sums[GLM4_ROWS * (2 * c + 1) + r];
   }
 
   void store(const Sink& sink, int64_t tile, int64_t row, int width, const float* out) const {

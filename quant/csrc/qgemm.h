@@ -61,6 +61,8 @@ struct glm4_layer {
 
 GLM4_API int32_t glm4_abi_version(void);
 GLM4_API int32_t glm4_isa_available(int32_t isa);
+// In every call below `isa` is one that is available and `threads` at least 1.
+//
 // y [m, n] = x [m, k] * w^T + bias (bias may be null). x is rounded to int8; with `parts` 2, what that left is rounded to
 // int8 too and multiplied as well: 15 bits for twice the work.
 GLM4_API int32_t glm4_matmul(const glm4_weight* w, const glm4_matrix* x, const float* bias, const glm4_matrix* y,
@@ -132,7 +134,8 @@ struct glm4_isa {
 };
 const glm4_isa* glm4_isa_of(int32_t isa);
 
-// No code is shared between the files of different ISAs: the linker keeps one copy.
+// No code is shared between the files of different ISAs: the linker keeps one copy. Widths are even, for inputs in two
+// parts.
 enum { GLM4_SCALAR_WIDTH = 4, GLM4_AVX2_WIDTH = 4, GLM4_AVXVNNI_WIDTH = 6, GLM4_AVX512VNNI_WIDTH = 12 };
 enum { GLM4_NEON_WIDTH = 6, GLM4_NEONI8MM_WIDTH = 6, GLM4_MAX_WIDTH = 12 };
 void glm4_tile_scalar(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);

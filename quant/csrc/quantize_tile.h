@@ -19,7 +19,7 @@ namespace {
 #endif
 
 // 16 lanes in registers of the ISA's own size: one, two or four vectors, or (other compilers) 16 numbers.
-#if defined(__GNUC__)
+#if defined(__GNUC__) && !defined(GLM4LITE_PLAIN_VECTORS)
 #if defined(__AVX512F__)
 constexpr int kRegister = 64;
 #elif defined(__AVX2__)

@@ -16,7 +16,7 @@
 
 namespace {
 
-#if defined(__GNUC__)
+#if defined(__GNUC__) && !defined(GLM4LITE_PLAIN_VECTORS)  // the latter tests what other compilers get
 
 typedef float Vec __attribute__((vector_size(4 * GLM4_LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * GLM4_LANES)));
