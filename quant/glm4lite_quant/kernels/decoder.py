@@ -102,7 +102,7 @@ class DecoderKernel:
         floats = [tensor for tensor in (*biases.values(), *norms.values()) if tensor is not None]
         plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in floats)
         groups = {weight.group_size for weight in weights.values() if weight.bits == 4}
-        if not plain or len(groups) > 1 or not _heads_fit(heads):
+        if not plain or len(groups) > 1 or not _heads_fit(heads) or not _shapes_fit(weights, biases, norms, heads):
             return None
         pointers = {f"{name}_bias": _pointer(biases.get(name)) for name in BIASES}
         pointers |= {f"{name}_norm": _pointer(norms.get(name)) for name in NORMS}
@@ -119,9 +119,11 @@ class DecoderKernel:
 def run(kernels: Sequence[DecoderKernel], caches: Sequence[CacheView], x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """x [T, hidden], the float32 residual stream, goes through the layers in place; keys and values join the caches.
 
-    cos and sin are float32 [T, rotary_dim / 2]. QuantError where a cache has no room for T tokens.
+    cos and sin are float32 [T, rotary_dim / 2]. QuantError where a cache has no room for T tokens, or shapes differ.
     """
-    tokens = x.shape[0]
+    tokens, turns = x.shape[0], (x.shape[0], kernels[0].heads.rotary_dim // 2)
+    if len(caches) != len(kernels) or x.shape[1] != kernels[0].layer.q.k or cos.shape != turns or sin.shape != turns:
+        raise QuantError(f"{len(kernels)} layers of {kernels[0].layer.q.k} do not fit {len(caches)} caches, {x.shape}")
     for name, tensor in (("x", x), ("cos", cos), ("sin", sin)):
         if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device.type != "cpu":
             raise QuantError(f"{name} must be contiguous float32 on the CPU")
@@ -141,7 +143,25 @@ def _cache(view: CacheView) -> _Cache:
 
 def _heads_fit(heads: Heads) -> bool:
     whole = heads.dim % TOKENS == 0 and heads.rotary_dim % 2 == 0 and heads.query % heads.key_value == 0
+    whole = whole and heads.rotary_dim <= heads.dim
     return whole and heads.dim <= MAX_HEAD_DIM and heads.query // heads.key_value <= MAX_GROUP
+
+
+def _shapes_fit(
+    weights: Mapping[str, QuantTensor],
+    biases: Mapping[str, Tensor | None],
+    norms: Mapping[str, Tensor | None],
+    heads: Heads,
+) -> bool:
+    """The library believes every size it is told: here they are held to each other."""
+    hidden, inner = weights["q"].shape[1], weights["down"].shape[1]
+    rows = {"q": heads.query * heads.dim, "k": heads.key_value * heads.dim, "v": heads.key_value * heads.dim}
+    wanted = {name: (rows[name], hidden) for name in BIASES}
+    wanted |= {"o": (hidden, rows["q"]), "gate_up": (2 * inner, hidden), "down": (hidden, inner)}
+    vectors = [(biases.get(name), rows[name]) for name in BIASES] + [(norms.get(name), hidden) for name in NORMS]
+    whole = all(weights[name].shape == shape for name, shape in wanted.items())
+    needed = norms.get("input") is not None and norms.get("post_attention") is not None
+    return whole and needed and all(vector is None or vector.shape == (size,) for vector, size in vectors)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
