@@ -73,6 +73,8 @@ inline void dot_int8(const uint8_t* tile, const int32_t* a, const int32_t* sum, 
   add_chains<C>(acc, out);
 }
 
+constexpr int kAhead = 4096;  // bytes of codes asked for before they are used, where memory is what limits
+
 template <int C, int Bits>
 void dots(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* out) {
   const int64_t groups = w->k / w->group, per_group = w->group / GLM4_COLS;
@@ -86,6 +88,8 @@ void dots(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* out) {
   for (int64_t g = 0; g < groups; ++g) {
     const __m512 s = bytes_to_float(scales + g * GLM4_ROWS);
     for (int64_t b = 0; b < per_group; ++b) {
+      if (C <= 2)
+        for (int i = 0; i < Bits; ++i) _mm_prefetch(reinterpret_cast<const char*>(codes + kAhead + 64 * i), _MM_HINT_T0);
       __m512i acc[C];
       if (Bits == 4) {
         dot_int4<C>(codes, a, acc);
