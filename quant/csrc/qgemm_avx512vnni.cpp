@@ -75,20 +75,32 @@ inline void dot_int8(const uint8_t* tile, const int32_t* a, const int32_t* sum, 
 
 constexpr int kAhead = 4096;  // bytes of codes asked for before they are used, where memory is what limits
 
+constexpr int kFewColumns = 2;  // so few wait for memory and for each other's results, not for the multiplier
+
+template <int C>
+inline void add_min(const uint8_t* m, const float* group_sum, __m512* total) {
+  const __m512 v = bytes_to_float(m);
+#pragma GCC unroll 12
+  for (int c = 0; c < C; ++c) total[c] = _mm512_fmadd_ps(v, _mm512_set1_ps(group_sum[c]), total[c]);
+}
+
+// With few columns the minima are added on the way: a pass of their own would wait for each addition.
 template <int C, int Bits>
-void dots(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* out) {
+void dots(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* out, float* min) {
+  constexpr bool few = C <= kFewColumns, with_mins = few && Bits == 4;
   const int64_t groups = w->k / w->group, per_group = w->group / GLM4_COLS;
   const uint8_t* codes = w->qweight + tile * (w->k / GLM4_COLS) * (64 * Bits);
   const uint8_t* scales = w->scales + tile * groups * GLM4_ROWS;
   const int32_t *a = x->quads, *sum = x->sum;
   const float* scale = x->scale;
-  __m512 total[C];
+  __m512 total[C], low[C];
 #pragma GCC unroll 12
-  for (int c = 0; c < C; ++c) total[c] = _mm512_setzero_ps();
+  for (int c = 0; c < C; ++c) total[c] = low[c] = _mm512_setzero_ps();
   for (int64_t g = 0; g < groups; ++g) {
+    if (with_mins) add_min<C>(w->mins + (tile * groups + g) * GLM4_ROWS, x->group_sum + g * C, low);
     const __m512 s = bytes_to_float(scales + g * GLM4_ROWS);
     for (int64_t b = 0; b < per_group; ++b) {
-      if (C <= 2)
+      if (few)
         for (int i = 0; i < Bits; ++i) _mm_prefetch(reinterpret_cast<const char*>(codes + kAhead + 64 * i), _MM_HINT_T0);
       __m512i acc[C];
       if (Bits == 4) {
@@ -103,40 +115,30 @@ void dots(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* out) {
     }
   }
 #pragma GCC unroll 12
-  for (int c = 0; c < C; ++c) _mm512_storeu_ps(out + GLM4_ROWS * c, total[c]);
+  for (int c = 0; c < C; ++c) {
+    _mm512_storeu_ps(out + GLM4_ROWS * c, total[c]);
+    if (with_mins) _mm512_storeu_ps(min + GLM4_ROWS * c, low[c]);
+  }
 }
 
+// The minima of all groups, in the same order for every width: a row has the same bits alone and in a batch.
 template <int C>
 void mins(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* out) {
   const int64_t groups = w->k / w->group;
   const uint8_t* m = w->mins + tile * groups * GLM4_ROWS;
-  __m512 total[C][kChains<C>];
+  __m512 total[C];
 #pragma GCC unroll 12
-  for (int c = 0; c < C; ++c)
-    for (int i = 0; i < kChains<C>; ++i) total[c][i] = _mm512_setzero_ps();
-  const auto add = [&](int64_t g, int chain) {
-    const __m512 v = bytes_to_float(m + g * GLM4_ROWS);
+  for (int c = 0; c < C; ++c) total[c] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < groups; ++g) add_min<C>(m + g * GLM4_ROWS, x->group_sum + g * C, total);
 #pragma GCC unroll 12
-    for (int c = 0; c < C; ++c)
-      total[c][chain] = _mm512_fmadd_ps(v, _mm512_set1_ps(x->group_sum[g * C + c]), total[c][chain]);
-  };
-  int64_t g = 0;
-  for (; g + kChains<C> <= groups; g += kChains<C>)
-#pragma GCC unroll 4
-    for (int i = 0; i < kChains<C>; ++i) add(g + i, i);
-  for (; g < groups; ++g) add(g, 0);
-#pragma GCC unroll 12
-  for (int c = 0; c < C; ++c) {
-    for (int i = 1; i < kChains<C>; ++i) total[c][0] = _mm512_add_ps(total[c][0], total[c][i]);
-    _mm512_storeu_ps(out + GLM4_ROWS * c, total[c][0]);
-  }
+  for (int c = 0; c < C; ++c) _mm512_storeu_ps(out + GLM4_ROWS * c, total[c]);
 }
 
 template <int C>
 void tile_of(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* dot, float* min) {
-  if (w->bits == 8) return dots<C, 8>(w, tile, x, dot);
-  dots<C, 4>(w, tile, x, dot);
-  mins<C>(w, tile, x, min);
+  if (w->bits == 8) return dots<C, 8>(w, tile, x, dot, nullptr);
+  dots<C, 4>(w, tile, x, dot, min);
+  if (C > kFewColumns) mins<C>(w, tile, x, min);
 }
 
 constexpr glm4_tile_kernel kByWidth[GLM4_AVX512VNNI_WIDTH] = {
