@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("glm4lite")
 
+LARGE = 4 << 30  # bytes of a checkpoint that is worth quantizing once
+
 # The token between two calls of one output.
 SEPARATOR = "<|assistant|>"
 
@@ -72,6 +74,8 @@ class Engine:
         _check_companions(tokenizer, checkpoint)
         if quant == "auto":
             quant = "int4" if checkpoint.config.get("quantization_config") is None else None
+        if quant == "int4" and sum(map(checkpoint.nbytes, checkpoint.names())) > LARGE:
+            logger.warning("calibrating and quantizing takes minutes at each start; `glm4lite quantize` does it once")
         model = load(folder, quant=quant, device=device, dtype=dtype, progress=progress)
         model.model.kv = _kv_type(model) if kv == "auto" else cast(KVType, kv)
         return cls(model, tokenizer, template, checkpoint.generation_config)
