@@ -12,7 +12,7 @@ from glm4lite.heads import Glm4ForSequenceClassification, Glm4ForTokenClassifica
 from glm4lite.loader import load
 from glm4lite.model import Glm4ForCausalLM, Glm4Model
 from glm4lite.weights import memory, streaming
-from glm4lite_quant import QuantConfig, QuantEmbedding, QuantLinear, QuantTensor
+from glm4lite_quant import QuantConfig, QuantEmbedding, QuantError, QuantLinear, QuantTensor
 from tests.glm4lite.checkpoints import legacy_checkpoint, tiny_config, tiny_tensors, write_checkpoint
 
 IDS = torch.tensor([[372, 374, 377, 10, 65, 70, 378]])
@@ -242,3 +242,9 @@ def test_free_memory_is_what_the_machine_and_the_control_group_allow(
     monkeypatch.setattr(memory, "OWN_CGROUPS", tmp_path / "own", raising=False)
     monkeypatch.setattr(memory, "CGROUPS", cgroups(tmp_path / "cgroup", files), raising=False)
     assert memory.available() == free + (1 << 20)
+
+
+def test_a_kernel_that_is_not_known_is_not_taken_for_a_damaged_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLM4LITE_ISA", "mmx")
+    with pytest.raises(QuantError, match="GLM4LITE_ISA is 'mmx'; use one of"):
+        load("nano", quant="int4")
