@@ -231,11 +231,11 @@ def evaluate_text(
 
 
 def _use_threads(count: str | None) -> None:
-    """Threads of torch and of the kernels; what this machine does not have is refused, also by GLM4LITE_ISA."""
+    """Threads of torch and of the kernels; what this machine does not have is refused, also in the environment."""
     from glm4lite.errors import ConfigError
-    from glm4lite_quant.kernels import native
+    from glm4lite_quant.kernels import check_environment, native
 
-    native.check_environment()
+    check_environment()
     if count is None:
         return
     try:

@@ -43,6 +43,7 @@ def machine_facts() -> list[Fact]:
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores"),
         ("cuda", _cuda()),
         ("cpu kernels", kernels.status()),
+        ("gpu kernels", kernels.gpu_status()),
     ]
     return facts + [(name, _installed(name, purpose)) for name, purpose in PACKAGES]
 

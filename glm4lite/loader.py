@@ -43,7 +43,7 @@ from glm4lite.weights.streaming import (
 )
 from glm4lite_quant import QuantConfig, QuantEmbedding, QuantError, QuantLinear, QuantTensor
 from glm4lite_quant.config import input_parts
-from glm4lite_quant.kernels import native
+from glm4lite_quant.kernels import check_environment
 
 if TYPE_CHECKING:
     from glm4lite.model import Glm4ForCausalLM
@@ -147,9 +147,9 @@ def check_arguments(
 
     Raises:
         ConfigError: naming the argument.
-        QuantError: GLM4LITE_ISA or GLM4LITE_THREADS asks for what this machine has not.
+        QuantError: a GLM4LITE_ variable asks for what this machine has not.
     """
-    native.check_environment()
+    check_environment()
     return parse_quant(quant), _device(device), _dtype(dtype)
 
 

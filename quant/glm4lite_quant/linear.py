@@ -33,11 +33,14 @@ class _QuantModule(nn.Module):
     @property
     def weight_tensor(self) -> QuantTensor:
         """The weight itself (the same memory, no copy)."""
+        return self._held()
+
+    def _held(self) -> QuantTensor:
         return QuantTensor(*(self._buffers[name] for name in NAMES))  # type: ignore[arg-type]
 
     def load(self, weight: QuantTensor) -> None:
         """Takes over a weight's tensors without copying; QuantError if it is not of this layer's shape and format."""
-        own = self.weight_tensor
+        own = self._held()
         have = (weight.shape, weight.bits, weight.group_size)
         want = (own.shape, own.bits, own.group_size)
         if have != want:
@@ -60,6 +63,10 @@ class QuantLinear(_QuantModule):
     """`y = x W^T + b` with a quantized W [out_features, in_features]; inference only (gradients reach x, not W).
 
     x is bfloat16 or float32 [..., in_features]; y has x's type. float16 raises QuantError.
+
+    A backend that packs the codes anew (`Backend.repacks`) has them instead of the layer from the first product on, so
+    that they take their memory once; `qweight` is then on meta. `weight_tensor` and `state_dict()` read them back into
+    new memory at every call, a move of the module for good.
     """
 
     bias: Tensor | None
@@ -83,7 +90,18 @@ class QuantLinear(_QuantModule):
     @property
     def kernel(self) -> str:
         """The backend that multiplies with this weight, for example native-avx512vnni or reference."""
-        return pick(self.weight_tensor).name
+        repacked = self._repacked()
+        return repacked[0].name if repacked else pick(self._held()).name
+
+    @property
+    def weight_tensor(self) -> QuantTensor:
+        """The weight itself: the same memory, or a copy where a backend has packed the codes anew."""
+        repacked = self._repacked()
+        return repacked[0].unpack(repacked[1]) if repacked else self._held()
+
+    def load(self, weight: QuantTensor) -> None:
+        super().load(weight)
+        self._packed = None
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype not in (torch.bfloat16, torch.float32):
@@ -100,23 +118,53 @@ class QuantLinear(_QuantModule):
 
     def _prepare(self) -> tuple[Backend, Any]:
         # A packed weight holds addresses, and share_memory() or .data move a tensor's storage under its feet.
-        held = (self._buffers[name] for name in NAMES)
-        source = tuple(0 if tensor is None else tensor.data_ptr() for tensor in held)
-        kept = self._packed
+        source, kept = self._addresses(), self._packed
         if kept is None or kept[0] != source:
             weight = self.weight_tensor
             if weight.device.type == "meta":
                 raise QuantError("a quantized layer has no weight yet: load a checkpoint into it")
             backend = pick(weight)
             kept = self._packed = (source, backend, backend.prepack(weight))
+            if backend.repacks:
+                self._buffers["qweight"] = weight.qweight.to("meta")
+                kept = self._packed = (self._addresses(), *kept[1:])
         return kept[1], kept[2]
+
+    def _addresses(self) -> tuple[int, ...]:
+        held = (self._buffers[name] for name in NAMES)
+        return tuple(0 if tensor is None else tensor.data_ptr() for tensor in held)
+
+    def _repacked(self) -> tuple[Backend, Any] | None:
+        """The backend that holds the codes instead of this layer, if one does."""
+        kept, away = self._packed, self.qweight.is_meta
+        return kept[1:] if kept is not None and kept[1].repacks and away else None
+
+    def _take_back(self) -> None:
+        """The codes become the layer's own again; the next product packs them anew."""
+        if self._repacked():
+            self._buffers["qweight"] = self.weight_tensor.qweight
+        self._packed = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self._take_back()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._repacked():
+            destination[prefix + "qweight"] = self.weight_tensor.qweight
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._take_back()
+        super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict[str, Any]:
         # A packed weight holds addresses: a copy makes its own.
+        self._take_back()
         return {**self.__dict__, "_packed": None}
 
     def extra_repr(self) -> str:
-        own = self.weight_tensor
+        own = self._held()
         return f"in={self.in_features}, out={self.out_features}, int{own.bits}, group={own.group_size}"
 
 

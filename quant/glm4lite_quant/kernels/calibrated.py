@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from glm4lite_quant.config import QuantError
-from glm4lite_quant.kernels.reference import TINY, Planes, _inverse, _tile_int4, _tile_plane
+from glm4lite_quant.kernels.reference import TINY, Planes, _inverse, _tile_plane, tile_int4
 
 # (minimum, maximum) shares of a group's range to start from; GLM4_STARTS and GLM4_REFITS of csrc/qgemm.h.
 STARTS = (
@@ -74,7 +74,7 @@ def quantize(weight: Tensor, group: int, importance: Tensor) -> Planes:
     scales, mins = _best_bytes(g, (row_scale[:, None], row_min[:, None], used), scales, mins)
     step, low = scales * row_scale[:, None], mins * row_min[:, None]
     codes = _codes(groups, low[..., None], _inverse(step)[..., None])
-    return Planes(_tile_int4(codes.flatten(1)), _tile_plane(scales), _tile_plane(mins), row_scale, row_min)
+    return Planes(tile_int4(codes.flatten(1)), _tile_plane(scales), _tile_plane(mins), row_scale, row_min)
 
 
 def _codes(x: Tensor, low: Tensor, inverse: Tensor) -> Tensor:

@@ -85,6 +85,8 @@ class Packed:
 class NativeBackend:
     """One ISA of the library; weights are read in place, mapped files too."""
 
+    repacks = False
+
     def __init__(self, cdll: ctypes.CDLL, isa: str) -> None:
         self.isa, self.name = isa, f"native-{isa}"
         self._matmul, self._quantize, self._code = cdll.glm4_matmul, cdll.glm4_quantize, ISAS.index(isa)
@@ -95,6 +97,9 @@ class NativeBackend:
 
     def prepack(self, weight: QuantTensor) -> Packed:
         return Packed(weight, describe(weight))
+
+    def unpack(self, packed: Packed) -> QuantTensor:
+        return packed.weight
 
     def matmul(self, x: Tensor, packed: Packed, bias: Tensor | None, parts: int = 1) -> Tensor:
         """x [M, K] -> [M, N] in x.dtype; x is quantized to int8 per 32 columns, sums are int32 and then float32.

@@ -50,7 +50,7 @@ def quantize(weight: Tensor, bits: int, group: int, shares: int = len(SHARES)) -
     mins = (low * _inverse(row_min)[:, None]).round().clamp(0, 255)
     step, low = scales * row_scale[:, None], mins * row_min[:, None]
     codes = ((groups + low[..., None]) * _inverse(step)[..., None]).round().clamp(0, 15)
-    return Planes(_tile_int4(codes.flatten(1)), _tile_plane(scales), _tile_plane(mins), row_scale, row_min)
+    return Planes(tile_int4(codes.flatten(1)), _tile_plane(scales), _tile_plane(mins), row_scale, row_min)
 
 
 def _search(groups: Tensor, shares: int) -> tuple[Tensor, Tensor]:
@@ -101,7 +101,7 @@ def _tile_plane(x: Tensor) -> Tensor:
     return _pad_rows(x).to(torch.uint8).transpose(1, 2).contiguous()
 
 
-def _tile_int4(codes: Tensor) -> Tensor:
+def tile_int4(codes: Tensor) -> Tensor:
     """[R, K] of 0..15 -> [T, K/32, 256]: byte (vector j, row r, i) is code 8j+i low and code 8j+4+i high."""
     v = _pad_rows(codes).to(torch.uint8)
     v = v.view(v.shape[0], ROWS, -1, 4, 2, 4).permute(4, 0, 2, 3, 1, 5)
@@ -158,12 +158,16 @@ class ReferenceBackend:
     """Dequantizes a few rows at a time and multiplies in float32; any device, differentiable in x."""
 
     name = "reference"
+    repacks = False
 
     def supports(self, weight: QuantTensor) -> bool:
         return True
 
     def prepack(self, weight: QuantTensor) -> QuantTensor:
         return weight
+
+    def unpack(self, packed: QuantTensor) -> QuantTensor:
+        return packed
 
     def matmul(self, x: Tensor, packed: QuantTensor, bias: Tensor | None, parts: int = 1) -> Tensor:
         """x [M, K] -> [M, N] in x.dtype; x is not rounded, so `parts` means nothing here."""

@@ -1,0 +1,42 @@
+"""Any device's fallback: some rows of the weight become a matrix, torch multiplies with it, the next rows follow."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from glm4lite_quant.kernels.reference import ROWS, SCRATCH_ELEMENTS, dequantize_tiles
+
+if TYPE_CHECKING:
+    from glm4lite_quant.tensor import QuantTensor
+
+
+class DequantBackend:
+    """Unlike the reference it multiplies in x's type, so that bfloat16 takes the device's fast matmul.
+
+    The scratch is some six times SCRATCH_ELEMENTS of float32 (100 MiB), whatever the weight's size.
+    """
+
+    name = "dequant"
+    repacks = False
+
+    def supports(self, weight: QuantTensor) -> bool:
+        return True
+
+    def prepack(self, weight: QuantTensor) -> QuantTensor:
+        return weight
+
+    def unpack(self, packed: QuantTensor) -> QuantTensor:
+        return packed
+
+    def matmul(self, x: Tensor, packed: QuantTensor, bias: Tensor | None, parts: int = 1) -> Tensor:
+        """x [M, K] -> [M, N] in x.dtype; with bfloat16 the weight is rounded to it. `parts` means nothing here."""
+        n, k = packed.shape
+        out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
+        tiles, step = packed.qweight.shape[0], max(1, SCRATCH_ELEMENTS // (k * ROWS))
+        for first in range(0, tiles, step):
+            rows = dequantize_tiles(packed, first, min(first + step, tiles)).to(x.dtype)
+            out[:, first * ROWS : first * ROWS + rows.shape[0]] = x.detach() @ rows.T
+        return out if bias is None else out.add_(bias)

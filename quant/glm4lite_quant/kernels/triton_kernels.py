@@ -1,0 +1,307 @@
+"""The Triton kernels: what `triton_gpu` launches. This file and that one are the only ones that import Triton.
+
+They read a `QuantTensor` in place, without a second copy in a layout of their own. A block of 32 columns of 16 rows is
+4 (int8: 8) runs of 64 bytes, one word of 8 (4) codes per row: a thread takes 16 bytes of each, so it holds whole groups
+of four rows, and their four scales are one word.
+
+Names: M tokens, N rows, K columns, B blocks of 32 columns; capitals are constants of a compiled kernel.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _placed(w: tl.tensor, RIGHT: tl.constexpr, MASK: tl.constexpr, exponent: tl.tensor) -> tl.tensor:
+    """A code of each word under a float's exponent: 2**e + code, without a conversion."""
+    moved = w >> RIGHT if RIGHT > 0 else w << -RIGHT
+    return ((moved & MASK) | exponent).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _quarters(t: tl.tensor) -> tl.tensor:
+    """t [B, 4, 4] -> t[..., 0], t[..., 1], t[..., 2], t[..., 3]: what a thread holds, taken apart."""
+    even, odd = tl.split(tl.reshape(t, (t.shape[0], t.shape[1], 2, 2)))
+    t0, t2 = tl.split(even)
+    t1, t3 = tl.split(odd)
+    return t0, t1, t2, t3
+
+
+@triton.jit
+def _columns4(x: tl.tensor) -> tl.tensor:
+    """x [M, B, 4, 8] -> its eight columns, then what `_add4` adds too much to a dot product, then their sum."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], 2, 2, 2)))
+    x04, x26 = tl.split(even)
+    x15, x37 = tl.split(odd)
+    x0, x4 = tl.split(x04)
+    x1, x5 = tl.split(x15)
+    x2, x6 = tl.split(x26)
+    x3, x7 = tl.split(x37)
+    low, high = (x0 + x1) + (x2 + x3), (x4 + x5) + (x6 + x7)
+    return x0, x1, x2, x3, x4, x5, x6, x7, 256.0 * low + 16.0 * high, low + high
+
+
+@triton.jit
+def _columns8(x: tl.tensor) -> tl.tensor:
+    """x [M, B, 4, 4] -> its four columns, then what `_add8` adds too much to a dot product."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3, 384.0 * ((x0 + x1) + (x2 + x3))
+
+
+@triton.jit
+def _add4(dot: tl.tensor, words: tl.tensor, x: tl.tensor, e4: tl.tensor, e8: tl.tensor) -> tl.tensor:
+    """dot [M, B, 4] plus words [B, 4] of eight int4 codes times the columns of x.
+
+    One shift serves two codes: they read as 256 + code (columns 0 to 3) and 16 + code (4 to 7).
+    """
+    w = words[None, :, :]
+    dot -= x[8]
+    dot += _placed(w, -15, 0x00078000, e8) * x[0]
+    dot += _placed(w, -7, 0x00078000, e8) * x[1]
+    dot += _placed(w, 1, 0x00078000, e8) * x[2]
+    dot += _placed(w, 9, 0x00078000, e8) * x[3]
+    dot += _placed(w, -15, 0x00780000, e4) * x[4]
+    dot += _placed(w, -7, 0x00780000, e4) * x[5]
+    dot += _placed(w, 1, 0x00780000, e4) * x[6]
+    dot += _placed(w, 9, 0x00780000, e4) * x[7]
+    return dot
+
+
+@triton.jit
+def _add8(dot: tl.tensor, words: tl.tensor, x: tl.tensor, e8: tl.tensor) -> tl.tensor:
+    """dot [M, B, 4] plus words [B, 4] of four int8 codes times the columns of x.
+
+    With its sign bit turned a code is 128 more; it reads as 256 + 128 + code.
+    """
+    w = (words ^ -0x7F7F7F80)[None, :, :]
+    dot -= x[4]
+    dot += _placed(w, -15, 0x007F8000, e8) * x[0]
+    dot += _placed(w, -7, 0x007F8000, e8) * x[1]
+    dot += _placed(w, 1, 0x007F8000, e8) * x[2]
+    dot += _placed(w, 9, 0x007F8000, e8) * x[3]
+    return dot
+
+
+@triton.jit
+def _add(dots: tl.tensor, w: tl.tensor, x: tl.tensor, e4: tl.tensor, e8: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
+    """dots (four, and the sum of x) after one word w [B, 4, 4] of each of four rows and its x [M, B, 4, 8 | 4]."""
+    w0, w1, w2, w3 = _quarters(w)
+    d0, d1, d2, d3, total = dots
+    if BITS == 4:
+        columns = _columns4(x.to(tl.float32))
+        d0, d1 = _add4(d0, w0, columns, e4, e8), _add4(d1, w1, columns, e4, e8)
+        d2, d3 = _add4(d2, w2, columns, e4, e8), _add4(d3, w3, columns, e4, e8)
+        total += columns[9]
+    else:
+        columns = _columns8(x.to(tl.float32))
+        d0, d1 = _add8(d0, w0, columns, e8), _add8(d1, w1, columns, e8)
+        d2, d3 = _add8(d2, w2, columns, e8), _add8(d3, w3, columns, e8)
+    return d0, d1, d2, d3, total
+
+
+@triton.jit
+def _scaled(part: tl.tensor, plane: tl.tensor) -> tl.tensor:
+    return part * plane.to(tl.float32)[None, :, :]
+
+
+@triton.jit
+def _row_sums(t0: tl.tensor, t1: tl.tensor, t2: tl.tensor, t3: tl.tensor) -> tl.tensor:
+    """Four [M, B, 4], of rows 4 q + 0, 1, 2, 3 for q = 0..3 -> sums over B [M, 16]."""
+    t = tl.join(tl.join(t0, t2), tl.join(t1, t3))
+    return tl.sum(tl.reshape(t, (t.shape[0], t.shape[1], 16)), axis=1)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def gemv(
+    x: tl.tensor,
+    qweight: tl.tensor,
+    scales: tl.tensor,
+    mins: tl.tensor,
+    row_scale: tl.tensor,
+    row_min: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    tokens: tl.tensor,
+    n: tl.tensor,
+    k: tl.tensor,
+    x_stride: tl.tensor,
+    e4: tl.tensor,
+    e8: tl.tensor,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    """One program: one tile of 16 rows times TOKENS tokens. A thread takes four rows of a block of 32 columns at once.
+
+    WHOLE: K is a multiple of 32 * BLOCKS. e4 and e8 are the bits of 16.0 and 256.0: constants would be loaded again for
+    every use, which was a fifth of all instructions.
+    """
+    CODES: tl.constexpr = 32 // BITS
+    tile = tl.program_id(1).to(tl.int64)
+    blocks = k // 32
+    qweight += tile * blocks * (16 * BITS)
+    scales += tile * (k // GROUP) * 16
+    if BITS == 4:
+        mins += tile * (k // GROUP) * 16
+    rows = tl.arange(0, 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    zero = tl.zeros((TOKENS, BLOCKS, 4), tl.float32)
+    s0, s1, s2, s3 = zero, zero, zero, zero
+    m0, m1, m2, m3 = zero, zero, zero, zero
+    for start in tl.range(0, blocks, BLOCKS, num_stages=STAGES):
+        block = start + tl.arange(0, BLOCKS)
+        inside = (block < blocks) | WHOLE
+        held = inside[:, None, None]
+        plane = (block * 32 // GROUP)[:, None, None] * 16 + rows[None, :, :]
+        scale = tl.load(scales + plane, mask=held)
+        if BITS == 4:
+            low = tl.load(mins + plane, mask=held)
+        w_at = block[:, None, None] * (16 * BITS) + rows[None, :, :]
+        x_at = block[None, :, None, None] * 32 + tl.arange(0, CODES)[None, None, None, :]
+        x_at = x_at + token[:, None, None, None] * x_stride + tl.zeros((1, 1, 4, 1), tl.int32)
+        here = inside[None, :, None, None] & ((token < tokens)[:, None, None, None] | (TOKENS == 1))
+        dots = (zero, zero, zero, zero, zero)
+        for half in tl.static_range(BITS // 4):
+            w_from, x_from = qweight + w_at + half * 64, x + x_at + half * 4 * CODES
+            wa = tl.load(w_from, mask=held, eviction_policy="evict_first")
+            wb = tl.load(w_from + 16, mask=held, eviction_policy="evict_first")
+            wc = tl.load(w_from + 32, mask=held, eviction_policy="evict_first")
+            wd = tl.load(w_from + 48, mask=held, eviction_policy="evict_first")
+            xa = tl.load(x_from, mask=here, other=0, cache_modifier=".ca")
+            xb = tl.load(x_from + CODES, mask=here, other=0, cache_modifier=".ca")
+            xc = tl.load(x_from + 2 * CODES, mask=here, other=0, cache_modifier=".ca")
+            xd = tl.load(x_from + 3 * CODES, mask=here, other=0, cache_modifier=".ca")
+            dots = _add(dots, wa, xa, e4, e8, BITS)
+            dots = _add(dots, wb, xb, e4, e8, BITS)
+            dots = _add(dots, wc, xc, e4, e8, BITS)
+            dots = _add(dots, wd, xd, e4, e8, BITS)
+        d0, d1, d2, d3, total = dots
+        p0, p1, p2, p3 = _quarters(scale)
+        s0, s1, s2, s3 = s0 + _scaled(d0, p0), s1 + _scaled(d1, p1), s2 + _scaled(d2, p2), s3 + _scaled(d3, p3)
+        if BITS == 4:
+            q0, q1, q2, q3 = _quarters(low)
+            m0, m1 = m0 + _scaled(total, q0), m1 + _scaled(total, q1)
+            m2, m3 = m2 + _scaled(total, q2), m3 + _scaled(total, q3)
+    row = tile * 16 + tl.arange(0, 16)
+    result = _row_sums(s0, s1, s2, s3) * tl.load(row_scale + row, mask=row < n, other=0)[None, :]
+    if BITS == 4:
+        result -= _row_sums(m0, m1, m2, m3) * tl.load(row_min + row, mask=row < n, other=0)[None, :]
+    if bias is not None:
+        result += tl.load(bias + row, mask=row < n, other=0)[None, :]
+    tl.store(out + token[:, None] * n + row[None, :], result, mask=(token < tokens)[:, None] & (row < n)[None, :])
+
+
+@triton.jit
+def _decoded(
+    qweight: tl.tensor,
+    scales: tl.tensor,
+    mins: tl.tensor,
+    row_scale: tl.tensor,
+    row_min: tl.tensor,
+    tile: tl.tensor,
+    block: tl.tensor,
+    n: tl.tensor,
+    blocks: tl.tensor,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+) -> tl.tensor:
+    """Row tiles `tile` [T] (int64) and blocks `block` [B] -> weights [16 T, 32 B], float32; 0 outside the weight."""
+    row = tl.arange(0, 16)
+    held = (tile * 16 < n)[:, None, None, None] & (block < blocks)[None, :, None, None]
+    at = (tile[:, None] * blocks + block[None, :])[:, :, None, None] * (16 * BITS)
+    at = at + tl.arange(0, BITS)[None, None, :, None] * 16 + row[None, None, None, :]
+    w = tl.load(qweight + at, mask=held, other=0)[:, :, :, :, None]
+    if BITS == 4:
+        place = tl.arange(0, 8)
+        code = (w >> (place % 4 * 8 + place // 4 * 4)) & 15
+    else:
+        code = (w << (24 - tl.arange(0, 4) * 8)) >> 24
+    rows = tile[:, None] * 16 + row[None, :]
+    plane = (tile[:, None] * (blocks * 32 // GROUP) + (block * 32 // GROUP)[None, :])[:, :, None, None] * 16
+    plane = plane + row[None, None, None, :]
+    scale = tl.load(scales + plane, mask=held, other=0).to(tl.float32)
+    scale = scale * tl.load(row_scale + rows, mask=rows < n, other=0)[:, None, None, :]
+    weight = code.to(tl.float32) * scale[:, :, :, :, None]
+    if BITS == 4:
+        low = tl.load(mins + plane, mask=held, other=0).to(tl.float32)
+        low = low * tl.load(row_min + rows, mask=rows < n, other=0)[:, None, None, :]
+        weight -= low[:, :, :, :, None]
+    return tl.reshape(tl.permute(weight, (0, 3, 1, 2, 4)), (tile.shape[0] * 16, block.shape[0] * 32))
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def gemm(
+    x: tl.tensor,
+    qweight: tl.tensor,
+    scales: tl.tensor,
+    mins: tl.tensor,
+    row_scale: tl.tensor,
+    row_min: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    tokens: tl.tensor,
+    n: tl.tensor,
+    k: tl.tensor,
+    x_stride: tl.tensor,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    FACTOR: tl.constexpr,
+) -> None:
+    """One program: TILES * 16 rows times TOKENS tokens; weights are decoded to bfloat16, sums are float32.
+
+    FACTOR is bfloat16, but float32 (the same values) in Triton's interpreter, which multiplies bfloat16 wrongly.
+    """
+    COLUMNS: tl.constexpr = BLOCKS * 32
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    tile = (tl.program_id(1) * TILES + tl.arange(0, TILES)).to(tl.int64)
+    column, blocks = tl.arange(0, COLUMNS), k // 32
+    x_rows = x + token.to(tl.int64)[:, None] * x_stride
+    sums = tl.zeros((TOKENS, TILES * 16), tl.float32)
+    for start in range(0, blocks, BLOCKS):
+        at = start * 32 + column
+        held = (token < tokens)[:, None] & (at < k)[None, :]
+        part = tl.load(x_rows + at[None, :], mask=held, other=0)
+        block = start + tl.arange(0, BLOCKS)
+        weight = _decoded(qweight, scales, mins, row_scale, row_min, tile, block, n, blocks, BITS, GROUP)
+        sums = tl.dot(part.to(FACTOR), tl.trans(weight.to(tl.bfloat16).to(FACTOR)), sums)
+    row = tl.program_id(1) * (TILES * 16) + tl.arange(0, TILES * 16)
+    if bias is not None:
+        sums += tl.load(bias + row, mask=row < n, other=0)[None, :]
+    place = out + token.to(tl.int64)[:, None] * n + row[None, :]
+    tl.store(place, sums, mask=(token < tokens)[:, None] & (row < n)[None, :])
+
+
+@triton.jit(do_not_specialize=["first"])
+def decode(
+    qweight: tl.tensor,
+    scales: tl.tensor,
+    mins: tl.tensor,
+    row_scale: tl.tensor,
+    row_min: tl.tensor,
+    out: tl.tensor,
+    first: tl.tensor,
+    n: tl.tensor,
+    k: tl.tensor,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+) -> None:
+    """Row tiles from `first` on as a matrix [rows, K] in the type of `out`, for torch's own matmul."""
+    tile = (first + tl.program_id(0) * TILES + tl.arange(0, TILES)).to(tl.int64)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    weight = _decoded(qweight, scales, mins, row_scale, row_min, tile, block, n, k // 32, BITS, GROUP)
+    row = (tl.program_id(0) * TILES * 16 + tl.arange(0, TILES * 16)).to(tl.int64)
+    column = tl.program_id(1) * (BLOCKS * 32) + tl.arange(0, BLOCKS * 32)
+    held = (first * 16 + row < n)[:, None] & (column < k)[None, :]
+    tl.store(out + row[:, None] * k + column[None, :], weight, mask=held)
