@@ -12,9 +12,9 @@ from glm4lite_quant import QuantConfig, QuantError, QuantLinear, QuantTensor
 from glm4lite_quant.kernels import gpu
 
 CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 pytest.importorskip("triton", reason="triton is not installed: the GPU kernels are not tested")
+if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("no CUDA device, and TRITON_INTERPRET=1 is not set (tests/conftest.py does)", allow_module_level=True)
 
 from glm4lite_quant.kernels import triton_gpu  # noqa: E402
 from glm4lite_quant.kernels.triton_gpu import DENSE_TOKENS, Gemm, Gemv, Packed, TritonBackend  # noqa: E402
@@ -59,10 +59,10 @@ def test_products_match_the_oracle(config: QuantConfig, dtype: torch.dtype, toke
     assert error(got, expected(x, weight, bias)) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("n", [1, 16, 40])
+@pytest.mark.parametrize("n", [1, 16, 33])
 @pytest.mark.parametrize("k", [128, 2176])
 def test_every_row_and_column_counts_whatever_the_shape(n: int, k: int) -> None:
-    """2176 columns are more than the kernels take at once, and no multiple of it."""
+    """2176 columns are more than the kernels take at once, and no multiple of that."""
     for config in (QuantConfig(4), QuantConfig(8, 128)):
         weight = weight_of(n, k, config)
         for tokens in (1, 9):
@@ -92,8 +92,8 @@ def test_large_activations_do_not_overflow() -> None:
 
 
 def test_a_result_does_not_depend_on_the_run_or_the_other_rows() -> None:
-    weight = weight_of(48, 2176, QuantConfig(4))
-    packed, x = BACKEND.prepack(weight), torch.randn(8, 2176, device=DEVICE, dtype=torch.bfloat16)
+    weight = weight_of(16, 1056, QuantConfig(4))
+    packed, x = BACKEND.prepack(weight), torch.randn(8, 1056, device=DEVICE, dtype=torch.bfloat16)
     first = BACKEND.matmul(x, packed, None)
     assert torch.equal(BACKEND.matmul(x, packed, None), first)
     assert torch.equal(BACKEND.matmul(x[:5], packed, None), first[:5])
