@@ -30,9 +30,20 @@ def _quarters(t: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _runs(x: tl.tensor) -> tl.tensor:
+    """x [M, B, 4 C] -> its columns 0 to C - 1, the C after these, and so on: four [M, B, C]."""
+    run: tl.constexpr = x.shape[2] // 4
+    t = tl.permute(tl.reshape(x, (x.shape[0], x.shape[1], 2, 2, run)), (0, 1, 4, 2, 3))
+    even, odd = tl.split(t)
+    t0, t2 = tl.split(even)
+    t1, t3 = tl.split(odd)
+    return t0, t1, t2, t3
+
+
+@triton.jit
 def _columns4(x: tl.tensor) -> tl.tensor:
-    """x [M, B, 4, 8] -> its eight columns, then what `_add4` adds too much to a dot product, then their sum."""
-    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], 2, 2, 2)))
+    """x [M, B, 8] -> its eight columns, then what `_add4` adds too much to a dot product, then their sum."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], 2, 2, 2)))
     x04, x26 = tl.split(even)
     x15, x37 = tl.split(odd)
     x0, x4 = tl.split(x04)
@@ -45,8 +56,8 @@ def _columns4(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _columns8(x: tl.tensor) -> tl.tensor:
-    """x [M, B, 4, 4] -> its four columns, then what `_add8` adds too much to a dot product."""
-    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], 2, 2)))
+    """x [M, B, 4] -> its four columns, then what `_add8` adds too much to a dot product."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], 2, 2)))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
     return x0, x1, x2, x3, 384.0 * ((x0 + x1) + (x2 + x3))
@@ -59,15 +70,15 @@ def _add4(dot: tl.tensor, words: tl.tensor, x: tl.tensor, e4: tl.tensor, e8: tl.
     One shift serves two codes: they read as 256 + code (columns 0 to 3) and 16 + code (4 to 7).
     """
     w = words[None, :, :]
-    dot -= x[8]
-    dot += _placed(w, -15, 0x00078000, e8) * x[0]
-    dot += _placed(w, -7, 0x00078000, e8) * x[1]
-    dot += _placed(w, 1, 0x00078000, e8) * x[2]
-    dot += _placed(w, 9, 0x00078000, e8) * x[3]
-    dot += _placed(w, -15, 0x00780000, e4) * x[4]
-    dot += _placed(w, -7, 0x00780000, e4) * x[5]
-    dot += _placed(w, 1, 0x00780000, e4) * x[6]
-    dot += _placed(w, 9, 0x00780000, e4) * x[7]
+    dot -= x[8][:, :, None]
+    dot += _placed(w, -15, 0x00078000, e8) * x[0][:, :, None]
+    dot += _placed(w, -7, 0x00078000, e8) * x[1][:, :, None]
+    dot += _placed(w, 1, 0x00078000, e8) * x[2][:, :, None]
+    dot += _placed(w, 9, 0x00078000, e8) * x[3][:, :, None]
+    dot += _placed(w, -15, 0x00780000, e4) * x[4][:, :, None]
+    dot += _placed(w, -7, 0x00780000, e4) * x[5][:, :, None]
+    dot += _placed(w, 1, 0x00780000, e4) * x[6][:, :, None]
+    dot += _placed(w, 9, 0x00780000, e4) * x[7][:, :, None]
     return dot
 
 
@@ -78,24 +89,24 @@ def _add8(dot: tl.tensor, words: tl.tensor, x: tl.tensor, e8: tl.tensor) -> tl.t
     With its sign bit turned a code is 128 more; it reads as 256 + 128 + code.
     """
     w = (words ^ -0x7F7F7F80)[None, :, :]
-    dot -= x[4]
-    dot += _placed(w, -15, 0x007F8000, e8) * x[0]
-    dot += _placed(w, -7, 0x007F8000, e8) * x[1]
-    dot += _placed(w, 1, 0x007F8000, e8) * x[2]
-    dot += _placed(w, 9, 0x007F8000, e8) * x[3]
+    dot -= x[4][:, :, None]
+    dot += _placed(w, -15, 0x007F8000, e8) * x[0][:, :, None]
+    dot += _placed(w, -7, 0x007F8000, e8) * x[1][:, :, None]
+    dot += _placed(w, 1, 0x007F8000, e8) * x[2][:, :, None]
+    dot += _placed(w, 9, 0x007F8000, e8) * x[3][:, :, None]
     return dot
 
 
 @triton.jit
 def _add(dots: tl.tensor, w: tl.tensor, x: tl.tensor, e4: tl.tensor, e8: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
-    """dots (four, and the sum of x) after one word w [B, 4, 4] of each of four rows and its x [M, B, 4, 8 | 4]."""
+    """dots (four, and the sum of x) after one word w [B, 4, 4] of each of four rows and its x [M, B, 8 | 4]."""
     w0, w1, w2, w3 = _quarters(w)
     d0, d1, d2, d3, total = dots
     if BITS == 4:
         columns = _columns4(x.to(tl.float32))
         d0, d1 = _add4(d0, w0, columns, e4, e8), _add4(d1, w1, columns, e4, e8)
         d2, d3 = _add4(d2, w2, columns, e4, e8), _add4(d3, w3, columns, e4, e8)
-        total += columns[9]
+        total += columns[9][:, :, None]
     else:
         columns = _columns8(x.to(tl.float32))
         d0, d1 = _add8(d0, w0, columns, e8), _add8(d1, w1, columns, e8)
@@ -109,10 +120,13 @@ def _scaled(part: tl.tensor, plane: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _row_sums(t0: tl.tensor, t1: tl.tensor, t2: tl.tensor, t3: tl.tensor) -> tl.tensor:
-    """Four [M, B, 4], of rows 4 q + 0, 1, 2, 3 for q = 0..3 -> sums over B [M, 16]."""
-    t = tl.join(tl.join(t0, t2), tl.join(t1, t3))
-    return tl.sum(tl.reshape(t, (t.shape[0], t.shape[1], 16)), axis=1)
+def _of_rows(values: tl.tensor, row: tl.tensor, n: tl.tensor) -> tl.tensor:
+    """values [N] of rows `row` [4], of `row` + 1, + 2 and + 3."""
+    v0 = tl.load(values + row, mask=row < n, other=0)
+    v1 = tl.load(values + row + 1, mask=row + 1 < n, other=0)
+    v2 = tl.load(values + row + 2, mask=row + 2 < n, other=0)
+    v3 = tl.load(values + row + 3, mask=row + 3 < n, other=0)
+    return v0, v1, v2, v3
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -152,6 +166,12 @@ def gemv(
         mins += tile * (k // GROUP) * 16
     rows = tl.arange(0, 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    row = tile * 16 + tl.arange(0, 4) * 4
+    f0, f1, f2, f3 = _of_rows(row_scale, row, n)  # early: nothing waits for them before the end
+    if BITS == 4:
+        g0, g1, g2, g3 = _of_rows(row_min, row, n)
+    if bias is not None:
+        b0, b1, b2, b3 = _of_rows(bias, row, n)
     zero = tl.zeros((TOKENS, BLOCKS, 4), tl.float32)
     s0, s1, s2, s3 = zero, zero, zero, zero
     m0, m1, m2, m3 = zero, zero, zero, zero
@@ -164,20 +184,16 @@ def gemv(
         if BITS == 4:
             low = tl.load(mins + plane, mask=held)
         w_at = block[:, None, None] * (16 * BITS) + rows[None, :, :]
-        x_at = block[None, :, None, None] * 32 + tl.arange(0, CODES)[None, None, None, :]
-        x_at = x_at + token[:, None, None, None] * x_stride + tl.zeros((1, 1, 4, 1), tl.int32)
-        here = inside[None, :, None, None] & ((token < tokens)[:, None, None, None] | (TOKENS == 1))
+        x_at = token[:, None, None] * x_stride + block[None, :, None] * 32 + tl.arange(0, 4 * CODES)[None, None, :]
+        here = inside[None, :, None] & ((token < tokens)[:, None, None] | (TOKENS == 1))
         dots = (zero, zero, zero, zero, zero)
         for half in tl.static_range(BITS // 4):
-            w_from, x_from = qweight + w_at + half * 64, x + x_at + half * 4 * CODES
+            w_from = qweight + w_at + half * 64
             wa = tl.load(w_from, mask=held, eviction_policy="evict_first")
             wb = tl.load(w_from + 16, mask=held, eviction_policy="evict_first")
             wc = tl.load(w_from + 32, mask=held, eviction_policy="evict_first")
             wd = tl.load(w_from + 48, mask=held, eviction_policy="evict_first")
-            xa = tl.load(x_from, mask=here, other=0, cache_modifier=".ca")
-            xb = tl.load(x_from + CODES, mask=here, other=0, cache_modifier=".ca")
-            xc = tl.load(x_from + 2 * CODES, mask=here, other=0, cache_modifier=".ca")
-            xd = tl.load(x_from + 3 * CODES, mask=here, other=0, cache_modifier=".ca")
+            xa, xb, xc, xd = _runs(tl.load(x + x_at + half * (4 * CODES), mask=here, other=0))
             dots = _add(dots, wa, xa, e4, e8, BITS)
             dots = _add(dots, wb, xb, e4, e8, BITS)
             dots = _add(dots, wc, xc, e4, e8, BITS)
@@ -189,13 +205,19 @@ def gemv(
             q0, q1, q2, q3 = _quarters(low)
             m0, m1 = m0 + _scaled(total, q0), m1 + _scaled(total, q1)
             m2, m3 = m2 + _scaled(total, q2), m3 + _scaled(total, q3)
-    row = tile * 16 + tl.arange(0, 16)
-    result = _row_sums(s0, s1, s2, s3) * tl.load(row_scale + row, mask=row < n, other=0)[None, :]
+    s0, s1, s2, s3 = s0 * f0[None, None, :], s1 * f1[None, None, :], s2 * f2[None, None, :], s3 * f3[None, None, :]
     if BITS == 4:
-        result -= _row_sums(m0, m1, m2, m3) * tl.load(row_min + row, mask=row < n, other=0)[None, :]
+        s0, s1 = s0 - m0 * g0[None, None, :], s1 - m1 * g1[None, None, :]
+        s2, s3 = s2 - m2 * g2[None, None, :], s3 - m3 * g3[None, None, :]
+    s0, s1, s2, s3 = tl.sum(s0, axis=1), tl.sum(s1, axis=1), tl.sum(s2, axis=1), tl.sum(s3, axis=1)
     if bias is not None:
-        result += tl.load(bias + row, mask=row < n, other=0)[None, :]
-    tl.store(out + token[:, None] * n + row[None, :], result, mask=(token < tokens)[:, None] & (row < n)[None, :])
+        s0, s1, s2, s3 = s0 + b0[None, :], s1 + b1[None, :], s2 + b2[None, :], s3 + b3[None, :]
+    out += token[:, None] * n + row[None, :]
+    held = (token < tokens)[:, None]
+    tl.store(out, s0, mask=held & (row < n)[None, :])
+    tl.store(out + 1, s1, mask=held & (row + 1 < n)[None, :])
+    tl.store(out + 2, s2, mask=held & (row + 2 < n)[None, :])
+    tl.store(out + 3, s3, mask=held & (row + 3 < n)[None, :])
 
 
 @triton.jit
