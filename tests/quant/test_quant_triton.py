@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -183,3 +187,18 @@ def test_a_gpu_gets_triton_unless_another_kernel_is_asked_for(monkeypatch: pytes
         assert backend.name == name
         got = backend.matmul(x, backend.prepack(weight), None)
         assert error(got, expected(x, weight, None)) < 2e-2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton comes with its compilers on Linux")
+def test_the_kernels_compile_for_ampere_ada_and_hopper_without_one() -> None:
+    """What the interpreter cannot see: that they compile, fit a consumer's card and load 16 bytes at a time."""
+    script = Path(__file__).with_name("compiled_kernels.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-W", "ignore", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) >= 6 * 8
+    for row in rows:
+        assert row["fits"], row
+        assert row["whole"] >= 8 or not row["kernel"].startswith("gemv"), row

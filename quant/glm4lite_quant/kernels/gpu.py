@@ -30,9 +30,9 @@ def pick(weight: QuantTensor) -> Backend:
         why = problem(name, weight.device)
         if why and chosen:
             raise QuantError(f"GLM4LITE_GPU_KERNEL={chosen} cannot be used: {why}")
-        backend = None if why else _backend(name)
-        if backend is not None and backend.supports(weight):
-            return backend
+        found = None if why else backend(name)
+        if found is not None and found.supports(weight):
+            return found
     return DEQUANT
 
 
@@ -77,7 +77,8 @@ def status() -> str:
     return "; ".join(reasons)
 
 
-def _backend(name: str) -> Backend:
+def backend(name: str) -> Backend:
+    """A backend by its name in KERNELS, whether or not it can run."""
     if name == "triton":
         from glm4lite_quant.kernels.triton_gpu import TritonBackend
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 GEMV_TOKENS = 8  # up to here a code is multiplied in the registers where it was decoded
 DENSE_TOKENS = 256  # from here on a weight is decoded once, for torch's own matmul
 SCRATCH_BYTES = 128 << 20  # of a weight that is decoded so, at most
+MAX_ROWS = 65535 * ROWS  # tiles are the second dimension of a launch
 SIXTEEN, TWO_FIFTY_SIX = 0x41800000, 0x43800000  # the bits of 16.0 and 256.0
 INTERPRETED = not isinstance(kernels.gemv, triton.JITFunction)  # TRITON_INTERPRET=1: on the CPU, for tests
 
@@ -100,7 +101,8 @@ class TritonBackend:
     repacks = False
 
     def supports(self, weight: QuantTensor) -> bool:
-        return weight.device.type == "cuda" and all(t.is_contiguous() for t in weight.tensors().values())
+        whole = all(t.is_contiguous() for t in weight.tensors().values())
+        return weight.device.type == "cuda" and whole and weight.shape[0] <= MAX_ROWS
 
     def prepack(self, weight: QuantTensor) -> Packed:
         return Packed(weight.qweight.view(torch.int32), weight)

@@ -1,0 +1,66 @@
+"""Compiles the Triton kernels for GPUs that need not be here and prints what came out, one JSON object a line.
+
+A process of its own, because where TRITON_INTERPRET is set nothing can be compiled.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from glm4lite_quant.kernels import triton_gpu, triton_kernels
+
+POINTERS = {"qweight": "*i32", "scales": "*u8", "row_scale": "*fp32"}
+AFFINE = {"mins": "*u8", "row_min": "*fp32"}
+NUMBERS = ("tokens", "n", "k", "x_stride", "e4", "e8", "first")
+LIMIT = 99 << 10  # bytes of shared memory a program gets on a consumer's card
+
+
+def compiled(kernel: Any, capability: int, warps: int, stages: int, types: dict[str, str], constants: Any) -> Any:
+    """One kernel with aligned pointers and sizes that are multiples of 16, as at every GLM shape."""
+    types = types | dict.fromkeys(constants, "constexpr") | dict.fromkeys(NUMBERS, "i32")
+    signature = {name: types[name] for name in kernel.arg_names}
+    aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in ("n", "k", "x_stride")]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def main() -> None:
+    for capability in (80, 89, 90):
+        for bits in (4, 8):
+            types, constants = dict(POINTERS), {"BITS": bits, "GROUP": 32}
+            types |= AFFINE if bits == 4 else {}
+            constants |= {} if bits == 4 else dict.fromkeys(AFFINE)
+            found: dict[str, Any] = {}
+            for config in sorted(set(triton_gpu.GEMV.values()), key=repr):
+                own = constants | {"TOKENS": 1, "BLOCKS": 8 * config.warps, "WHOLE": False, "STAGES": config.stages}
+                for bias in ({"bias": None}, {}):
+                    floats = types | {"x": "*bf16", "out": "*bf16", "bias": "*fp32"}
+                    made = compiled(triton_kernels.gemv, capability, config.warps, 3, floats, own | bias)
+                    found[f"gemv {config} {bias}"] = made
+            four = constants | {"TOKENS": 4, "BLOCKS": 64, "WHOLE": True, "STAGES": 2, "bias": None}
+            floats = types | {"x": "*fp32", "out": "*fp32"}
+            found["gemv of four tokens, float32"] = compiled(triton_kernels.gemv, capability, 8, 3, floats, four)
+            for config in (triton_gpu.GEMM[0], triton_gpu.GEMM[-1]):
+                own = constants | {"TOKENS": config.tokens, "TILES": config.tiles, "BLOCKS": config.blocks}
+                own |= {"FACTOR": tl.bfloat16, "bias": None}
+                floats = types | {"x": "*bf16", "out": "*bf16"}
+                made = compiled(triton_kernels.gemm, capability, config.warps, config.stages, floats, own)
+                found[f"gemm {config}"] = made
+            own = constants | {"TILES": 1, "BLOCKS": 16}
+            found["decode"] = compiled(triton_kernels.decode, capability, 4, 2, types | {"out": "*bf16"}, own)
+            for name, made in found.items():
+                whole = made.asm["ptx"].count("cp.async.cg.shared.global")
+                row = {"kernel": f"{name}, int{bits}, sm_{capability}", "shared": made.metadata.shared, "whole": whole}
+                print(json.dumps(row | {"fits": made.metadata.shared <= LIMIT}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
