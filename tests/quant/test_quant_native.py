@@ -297,13 +297,14 @@ def test_the_reference_multiplies_in_bounded_pieces(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_reference_runs_on_a_gpu() -> None:
+def test_a_layer_moves_to_a_gpu() -> None:
     own = layer(40, 256, QuantConfig())
     x = torch.randn(3, 256)
     want = kernels.REFERENCE.matmul(x, own.weight_tensor, own.bias)
     own.to("cuda")
-    assert own.kernel == "reference"
-    torch.testing.assert_close(own(x.cuda()).cpu(), want, rtol=1e-4, atol=1e-4)
+    assert own.kernel in kernels.gpu.KERNELS
+    loose = 2e-2 if own.kernel == "tinygemm" else 1e-4  # it rounds to bfloat16
+    torch.testing.assert_close(own(x.cuda()).cpu(), want, rtol=loose, atol=loose * 30)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 13])
