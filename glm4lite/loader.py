@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.hub import resolve
+from glm4lite.offload import put_on_disk
 from glm4lite.weights import memory
 from glm4lite.weights.calibration import layer_bytes
 from glm4lite.weights.plan import (

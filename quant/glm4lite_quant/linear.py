@@ -45,6 +45,12 @@ class _QuantModule(nn.Module):
         for name in NAMES:
             self._buffers[name] = getattr(weight, name)
 
+    def unload(self) -> None:
+        """Lets go of the weight: only its shapes stay, and multiplying raises QuantError until `load`."""
+        for name in NAMES:
+            old = self._buffers[name]
+            self._buffers[name] = None if old is None else torch.empty_like(old, device="meta")
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """`.to()`, `.cuda()`, `.bfloat16()` come here: devices change, the types of the stored tensors do not."""
         if fn(torch.empty(0, dtype=torch.float32)).dtype == torch.float16:
