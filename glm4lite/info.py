@@ -14,9 +14,7 @@ from glm4lite.weights.memory import readable
 if TYPE_CHECKING:
     import torch
 
-    from glm4lite.checkpoint import Checkpoint
     from glm4lite.events import Progress
-    from glm4lite_quant import QuantConfig
 
 Fact = tuple[str, str]
 
@@ -52,8 +50,12 @@ def model_facts(source: str, progress: Callable[[Progress], None] | None = None)
 
     `progress` sees the download where `source` is a Hub repo. Raises what `load` raises, before reading any weight.
     """
+    import torch
+
+    from glm4lite.cache import bytes_per_token
     from glm4lite.checkpoint import Checkpoint
     from glm4lite.hub import resolve
+    from glm4lite.weights.needs import needs_of
     from glm4lite.weights.plan import read_config, skeleton, stored_quant
     from glm4lite.weights.quantized import model_class
 
@@ -62,34 +64,16 @@ def model_facts(source: str, progress: Callable[[Progress], None] | None = None)
     stored = stored_quant(checkpoint)
     model = skeleton(checkpoint, config, model_class(checkpoint))
     heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads"
-    kv_bytes = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    weights = _weights(model, checkpoint, stored)
+    kv_bytes = bytes_per_token(config, "float", torch.bfloat16.itemsize)
+    weights = [needs_of(checkpoint, quant) for quant in ((None,) if stored else ("int4", "int8", "none"))]
     return [
         ("model", str(checkpoint.folder)),
         ("architecture", f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}, {heads}"),
         ("parameters", f"{_parameters(model):,}"),
-        ("stored as", f"int{stored.bits}, groups of {stored.group_size}" if stored else weights[-1][0]),
+        ("stored as", f"int{stored.bits}, groups of {stored.group_size}" if stored else weights[-1].quant),
         ("context", f"{config.max_position_embeddings:,} tokens, {kv_bytes:,} bytes of bfloat16 cache each"),
-        *((f"weights, {precision}", readable(size)) for precision, size in weights),
+        *((f"weights, {needs.quant}", readable(needs.weight_bytes)) for needs in weights),
     ]
-
-
-def _weights(model: torch.nn.Module, checkpoint: Checkpoint, stored: QuantConfig | None) -> list[tuple[str, int]]:
-    """(precision, bytes of the weights) as the loader plans them on the CPU; the last one is the checkpoint's own."""
-    import torch
-
-    from glm4lite.loader import automatic_dtype
-    from glm4lite.weights.plan import make_plan
-    from glm4lite_quant import QuantConfig
-
-    sizes = []
-    for precision in (f"int{stored.bits}",) if stored else ("int4", "int8", "none"):
-        plan = make_plan(model, checkpoint, None if stored else QuantConfig.parse(precision))
-        dtype = automatic_dtype(checkpoint, plan, torch.device("cpu"))
-        mapped = sum(checkpoint.nbytes(part) for fill in plan.fills for part in fill.parts)
-        name = str(dtype).removeprefix("torch.") if precision == "none" else precision
-        sizes.append((name, plan.held_bytes(dtype) + mapped))
-    return sizes
 
 
 def _parameters(model: torch.nn.Module) -> int:

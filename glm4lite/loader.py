@@ -24,6 +24,7 @@ from glm4lite.weights.plan import (
     Fill,
     Model,
     Plan,
+    automatic_dtype,
     make_plan,
     parse_quant,
     read_config,
@@ -302,14 +303,6 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     if found not in (torch.float32, torch.bfloat16):
         raise ConfigError(f"dtype {str(dtype)!r} is not supported; use auto, float32 or bfloat16")
     return found
-
-
-def automatic_dtype(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> torch.dtype:
-    """The type of activations and unquantized weights where none is asked for."""
-    if plan.quantized:
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    embedding = next((fill.source for fill in plan.fills if fill.module.endswith("embed_tokens")), plan.fills[0].source)
-    return torch.bfloat16 if checkpoint.dtype(embedding) == "BF16" else torch.float32
 
 
 def _total_bytes(checkpoint: Checkpoint, plan: Plan) -> int:

@@ -1,5 +1,6 @@
-"""How much memory this machine can still give, and sizes as people read them."""
+"""How much memory this machine can still give, and sizes as people read and write them."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,3 +65,10 @@ def readable(count: int) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count / 1024:.0f} KiB"
+
+
+def enough(count: int) -> str:
+    """A size that a user may give as a budget and that suffices for `count` bytes: "1.3GiB", "341MiB"."""
+    if count >= 1 << 30:
+        return f"{math.ceil(count / (1 << 30) * 10) / 10:.1f}GiB"
+    return f"{math.ceil(count / (1 << 20))}MiB"

@@ -76,13 +76,13 @@ class Plan:
 
     def held_bytes(self, activations: torch.dtype) -> int:
         """Bytes of memory the filled parameters take. What is quantized in the file already is mapped and not held."""
-        return sum(
-            fill.planned().nbytes
-            if fill.quant
-            else math.prod(fill.shape) * self.plain_dtype(fill, activations).itemsize
-            for fill in self.fills
-            if not fill.parts
-        )
+        return sum(self.fill_bytes(fill, activations) for fill in self.fills if not fill.parts)
+
+    def fill_bytes(self, fill: Fill, activations: torch.dtype) -> int:
+        """Bytes of one filled parameter that does not lie quantized in the file."""
+        if fill.quant:
+            return fill.planned().nbytes
+        return math.prod(fill.shape) * self.plain_dtype(fill, activations).itemsize
 
 
 def parse_quant(quant: str | QuantConfig | None) -> QuantConfig | None:
@@ -126,6 +126,14 @@ def _check_sizes(checkpoint: Checkpoint, config: Glm4Config) -> None:
         if size > limit:
             path = checkpoint.folder / CONFIG
             raise ConfigError(f"{path}: {key} is {size}, more than the checkpoint can hold; correct config.json")
+
+
+def automatic_dtype(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> torch.dtype:
+    """The type of activations and unquantized weights where none is asked for."""
+    if plan.quantized:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    embedding = next((fill.source for fill in plan.fills if fill.module.endswith("embed_tokens")), plan.fills[0].source)
+    return torch.bfloat16 if checkpoint.dtype(embedding) == "BF16" else torch.float32
 
 
 def make_plan(model: nn.Module, checkpoint: Checkpoint, quant: QuantConfig | None) -> Plan:
