@@ -20,6 +20,7 @@ from glm4lite.errors import ConfigError, Glm4liteError
 if TYPE_CHECKING:
     from glm4lite.benchmark import Benchmark
     from glm4lite.evaluate import Evaluation
+    from glm4lite.planner import PlacementReport
     from glm4lite.session import ChatSession
     from glm4lite.terminal import Renderer
 
@@ -189,6 +190,33 @@ def info(
 
 
 @app.command()
+def plan(
+    model: Model,
+    gpu_memory: Annotated[str | None, typer.Option(help="Of each GPU, such as 8GiB.", show_default="free")] = None,
+    ram: Annotated[str | None, typer.Option(help="Such as 16GiB.", show_default="what is free")] = None,
+    context: Annotated[str | None, typer.Option(metavar="N", help="Tokens.", show_default="8192")] = None,
+    kv: BenchKV = "float",
+    quant: Quant = None,
+    gpu_bandwidth: Annotated[
+        str | None, typer.Option(help="In a second, such as 272GB.", show_default="measured, or an RTX 4060's")
+    ] = None,
+    as_json: JsonObject = False,
+) -> None:
+    """Will it fit, and how fast will it be? Of a model that is not here only a few kilobytes are fetched."""
+    from glm4lite.planner import Limits
+    from glm4lite.planner import plan as make_plan
+
+    limits = Limits(_tokens(context), kv, _size(gpu_memory), _size(ram), _size(gpu_bandwidth))
+    _use_threads(None)
+    report = make_plan(model, quant, limits)
+    if not as_json:
+        from glm4lite.terminal import print_table
+
+        print_table(list(report.rows()))
+    _print_report(report, as_json)
+
+
+@app.command()
 def bench(
     model: Model = "nano",
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 128,
@@ -245,7 +273,21 @@ def _use_threads(count: str | None) -> None:
     native.set_threads(number)
 
 
-def _print_report(report: Benchmark | Evaluation, as_json: bool) -> None:
+def _size(text: str | None) -> int | None:
+    from glm4lite.weights.memory import parse_size
+
+    return None if text is None else parse_size(text)
+
+
+def _tokens(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not text.isascii() or not text.isdigit() or int(text[:20]) < 1:
+        raise ConfigError(f"--context is {text[:100]!r}; use a whole number of tokens of at least 1")
+    return int(text[:20])
+
+
+def _print_report(report: Benchmark | Evaluation | PlacementReport, as_json: bool) -> None:
     """One JSON object, or aligned lines."""
     import json
 

@@ -278,9 +278,12 @@ def _filled(request: _Request, buffers: int) -> tuple[Share, ...]:
 
 
 def _off_gpu(request: _Request, layers: tuple[int, ...], gpus: tuple[Share, ...]) -> tuple[tuple[Share, ...], int]:
-    """("cpu" and, where needed, "disk"; bytes of RAM that are missing): as few layers on disk as RAM allows."""
+    """("cpu" and, where needed, "disk"; bytes of RAM that are missing): as few layers on disk as RAM allows.
+
+    Only stored layers can lie there.
+    """
     options = []
-    for count in range(len(layers) + 1):
+    for count in range(len(layers) + 1 if request.needs.stored else 1):
         disk = _spread(layers, count)
         cpu = _cpu_share(request, layers, disk, gpus)
         loading = cpu.reserve + cpu.weights - cpu.mapped + request.needs.loading
@@ -340,6 +343,8 @@ def _advice(request: _Request, placement: Placement, short: tuple[str, int] | No
     shorter = (request.context >> halvings for halvings in range(1, 8))
     fitting = next((c for c in shorter if c > 0 and _arrange(replace(request, context=c))[1] is None), None)
     ways += [f"--context {fitting}"] if fitting else []
+    if not needs.stored and _arrange(replace(request, needs=replace(needs, stored=True, loading=0)))[1] is None:
+        ways.append("the folder that `glm4lite quantize` writes")
     ways += ["--quant int4"] if needs.quant not in ("int4", "nf4") else []
     return f"{readable(request.ram)} of RAM do not suffice: it takes {', or '.join(ways)}"
 
@@ -347,10 +352,7 @@ def _advice(request: _Request, placement: Placement, short: tuple[str, int] | No
 def _faster(request: _Request, placement: Placement) -> str:
     if placement.share("disk").layers:
         missing = _cpu_share(request, placement.on_cpu, (), placement.gpus).held
-        advice = f"with {enough(missing)} of RAM no layer would be read from disk"
-        if request.needs.stored:
-            return advice
-        return f"{advice}; until then write it once with `glm4lite quantize`, only stored layers can be read"
+        return f"with {enough(missing)} of RAM no layer would be read from disk"
     if any(request.gpus) and not placement.gpus:
         return f"the GPU is not used: it takes {enough(_least_gpu(request))} of its memory to hold the head and a layer"
     return ""
