@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from glm4lite.checkpoint import Checkpoint
     from glm4lite.events import Progress
-    from glm4lite_quant import QuantConfig
+    from glm4lite.weights.foreign import Quant
+    from glm4lite.weights.plan import Plan
 
 Fact = tuple[str, str]
 
@@ -25,7 +26,7 @@ PACKAGES = (
     ("safetensors", "checkpoints"),
     ("tokenizers", "text"),
     ("huggingface-hub", "downloads"),
-    ("bitsandbytes", "NF4 on GPUs"),
+    ("bitsandbytes", "NF4 and FP4"),
     ("gradio", "the web chat"),
     ("triton", "GPU kernels"),
 )
@@ -54,7 +55,7 @@ def model_facts(source: str, progress: Callable[[Progress], None] | None = None)
     """
     from glm4lite.checkpoint import Checkpoint
     from glm4lite.hub import resolve
-    from glm4lite.weights.plan import read_config, skeleton, stored_quant
+    from glm4lite.weights.plan import make_plan, read_config, skeleton, stored_quant
     from glm4lite.weights.quantized import model_class
 
     checkpoint = Checkpoint.open(resolve(source, progress))
@@ -64,27 +65,53 @@ def model_facts(source: str, progress: Callable[[Progress], None] | None = None)
     heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads"
     kv_bytes = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     weights = _weights(model, checkpoint, stored)
+    named = _stored_as(make_plan(model, checkpoint, None), stored) if stored else weights[-1][0]
     return [
         ("model", str(checkpoint.folder)),
         ("architecture", f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}, {heads}"),
         ("parameters", f"{_parameters(model):,}"),
-        ("stored as", f"int{stored.bits}, groups of {stored.group_size}" if stored else weights[-1][0]),
+        ("stored as", named),
         ("context", f"{config.max_position_embeddings:,} tokens, {kv_bytes:,} bytes of bfloat16 cache each"),
         *((f"weights, {precision}", readable(size)) for precision, size in weights),
     ]
 
 
-def _weights(model: torch.nn.Module, checkpoint: Checkpoint, stored: QuantConfig | None) -> list[tuple[str, int]]:
+def _stored_as(plan: Plan, stored: Quant) -> str:
+    from glm4lite_quant import BnbConfig, bnb
+
+    if not isinstance(stored, BnbConfig):
+        return f"int{stored.bits}, groups of {stored.group_size}"
+    found = [fill.bnb for fill in plan.fills if fill.bnb]
+    blocks = ", ".join(map(str, sorted({weight.blocksize for weight in found})))
+    double = ", double quantization" if any(weight.nested_offset is not None for weight in found) else ""
+    plain = sum(len(fill.shape) == 2 for fill in plan.fills) - len(found)
+    absent = "" if bnb.available() else "; bitsandbytes cannot be used here, so it loads as int4"
+    return f"{stored.kind} of bitsandbytes, blocks of {blocks}{double}, {plain} matrices not quantized{absent}"
+
+
+def _weights(model: torch.nn.Module, checkpoint: Checkpoint, stored: Quant | None) -> list[tuple[str, int]]:
     """(precision, bytes of the weights) as the loader plans them on the CPU; the last one is the checkpoint's own."""
+    from glm4lite.weights.foreign import DecodedCheckpoint, find_weights
+    from glm4lite_quant import BnbConfig
+
+    if not isinstance(stored, BnbConfig):
+        return _sizes(model, checkpoint, (f"int{stored.bits}",) if stored else ("int4", "int8", "none"), bool(stored))
+    decoded = DecodedCheckpoint(checkpoint, find_weights(checkpoint, stored))
+    kept = _sizes(model, checkpoint, (stored.kind,), True)
+    return kept + _sizes(model, decoded, ("int4", "int8", "none"), False)
+
+
+def _sizes(
+    model: torch.nn.Module, checkpoint: Checkpoint, precisions: Sequence[str], stored: bool
+) -> list[tuple[str, int]]:
     import torch
 
     from glm4lite.loader import automatic_dtype
-    from glm4lite.weights.plan import make_plan
-    from glm4lite_quant import QuantConfig
+    from glm4lite.weights.plan import make_plan, parse_quant
 
     sizes = []
-    for precision in (f"int{stored.bits}",) if stored else ("int4", "int8", "none"):
-        plan = make_plan(model, checkpoint, None if stored else QuantConfig.parse(precision))
+    for precision in precisions:
+        plan = make_plan(model, checkpoint, None if stored else parse_quant(precision))
         dtype = automatic_dtype(checkpoint, plan, torch.device("cpu"))
         mapped = sum(checkpoint.nbytes(part) for fill in plan.fills for part in fill.parts)
         name = str(dtype).removeprefix("torch.") if precision == "none" else precision

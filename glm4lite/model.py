@@ -28,7 +28,7 @@ from glm4lite_quant.kernels.decoder import DecoderKernel, Heads
 
 if TYPE_CHECKING:
     from glm4lite.events import Progress
-    from glm4lite_quant import QuantConfig
+    from glm4lite.weights.foreign import Quant
 
 
 class RMSNorm(nn.Module):
@@ -150,7 +150,7 @@ class PreTrainedModel(nn.Module):
     def from_pretrained(
         cls,
         source: str | Path,
-        quant: str | QuantConfig | None = None,
+        quant: str | Quant | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         progress: Callable[[Progress], None] | None = None,
