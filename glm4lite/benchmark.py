@@ -34,7 +34,7 @@ from glm4lite.model import Glm4ForCausalLM
 from glm4lite.sampling import SamplingParams
 from glm4lite.weights.memory import readable
 from glm4lite.weights.plan import read_config
-from glm4lite_quant import QuantLinear
+from glm4lite_quant import BnbLinear, QuantLinear
 from glm4lite_quant.kernels import native
 
 REPETITIONS = 5
@@ -190,6 +190,8 @@ def kernel_names(model: nn.Module) -> dict[str, int]:
     for module in model.modules():
         if isinstance(module, QuantLinear):
             names[f"{module.kernel} int{module.weight_tensor.bits}"] += 1
+        elif isinstance(module, BnbLinear):
+            names[f"{module.kernel} {module.kind}"] += 1
         elif isinstance(module, nn.Linear):
             names[f"torch {str(module.weight.dtype).removeprefix('torch.')}"] += 1
     return dict(names)
@@ -199,7 +201,7 @@ def read_bytes(model: Glm4ForCausalLM, positions: int) -> int:
     """Bytes that decoding one token reads with `positions` tokens in the cache."""
     total = 0
     for module in model.modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, QuantLinear | BnbLinear):
             total += module.weight_tensor.nbytes
         elif isinstance(module, nn.Linear):
             total += module.weight.nbytes

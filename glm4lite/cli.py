@@ -36,7 +36,7 @@ CHAT_HELP = "/reset forgets the conversation, /exit leaves, Ctrl-C stops an answ
 
 Model = Annotated[str, typer.Argument(help="A folder, a Hub repository such as zai-org/GLM-4-9B-0414, or nano.")]
 Quant = Annotated[
-    str | None, typer.Option(help="int4, int8 or none.", show_default="int4, or as the checkpoint is stored")
+    str | None, typer.Option(help="int4, int8, nf4, fp4 or none.", show_default="int4, or as the checkpoint is stored")
 ]
 Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and leave.")]
 Json = Annotated[bool, typer.Option("--json", help="Every line of stdout is one event as JSON.")]
@@ -160,16 +160,17 @@ def quantize(
 ) -> None:
     """Write a pre-quantized checkpoint, which loads at once and needs no conversion."""
     from glm4lite.weights.memory import readable
+    from glm4lite.weights.plan import parse_quant
     from glm4lite.weights.quantized import quantize_checkpoint
     from glm4lite_quant import QuantConfig
 
-    config = QuantConfig.parse(quant)
+    config = parse_quant(quant)
     _use_threads(None)
     if calibration is not None and (fast or no_calibration):
         raise ConfigError(f"--calibration and {'--fast' if fast else '--no-calibration'} contradict each other")
     method = "minmax" if fast else "search" if no_calibration else "calibrated"
     with _rendering(as_json) as renderer:
-        asked = QuantConfig(config.bits, group_size, method=method) if config else "none"
+        asked = QuantConfig(config.bits, group_size, method=method) if isinstance(config, QuantConfig) else quant
         written = quantize_checkpoint(source, destination, asked, renderer.show, calibration=calibration)
         size = sum(file.stat().st_size for file in written.iterdir())
         renderer.remark(f"{written}: {readable(size)}, {quant}. Run it: glm4lite chat {written}")

@@ -22,7 +22,7 @@ from glm4lite.weights import memory
 
 if TYPE_CHECKING:
     from glm4lite.model import Glm4ForCausalLM
-    from glm4lite_quant import QuantConfig
+    from glm4lite.weights.foreign import Quant
 
 logger = logging.getLogger("glm4lite")
 
@@ -45,7 +45,7 @@ class Engine:
     def load(
         cls,
         source: str | Path = "nano",
-        quant: str | QuantConfig | None = "auto",
+        quant: str | Quant | None = "auto",
         device: str = "auto",
         dtype: str = "auto",
         progress: Callable[[Progress], None] | None = None,

@@ -7,6 +7,7 @@ checkpoint are mapped in place and not copied.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.hub import resolve
-from glm4lite.offload import put_on_disk
 from glm4lite.weights import memory
 from glm4lite.weights.calibration import layer_bytes
+from glm4lite.weights.foreign import Quant, adapt, read_weight
 from glm4lite.weights.plan import (
     Fill,
     Model,
@@ -38,12 +39,23 @@ from glm4lite.weights.streaming import (
     ProgressCallback,
     begin,
     blocks,
+    bnb_weight,
     calibration_text,
     needs_calibration,
     quantize_weight,
     recorded,
 )
-from glm4lite_quant import QuantConfig, QuantEmbedding, QuantError, QuantLinear, QuantTensor
+from glm4lite_quant import (
+    BnbConfig,
+    BnbLinear,
+    BnbTensor,
+    QuantConfig,
+    QuantEmbedding,
+    QuantError,
+    QuantLinear,
+    QuantTensor,
+    bnb,
+)
 from glm4lite_quant.config import input_parts
 from glm4lite_quant.kernels import native
 
@@ -51,6 +63,8 @@ if TYPE_CHECKING:
     from glm4lite.model import Glm4ForCausalLM
 
 __all__ = ["load", "quantize_checkpoint", "save_quantized"]
+
+logger = logging.getLogger("glm4lite")
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -62,7 +76,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 @overload
 def load(
     source: str | Path,
-    quant: str | QuantConfig | None = None,
+    quant: str | Quant | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     progress: ProgressCallback | None = None,
@@ -74,7 +88,7 @@ def load(
 @overload
 def load(
     source: str | Path,
-    quant: str | QuantConfig | None = None,
+    quant: str | Quant | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     progress: ProgressCallback | None = None,
@@ -86,7 +100,7 @@ def load(
 
 def load(
     source: str | Path,
-    quant: str | QuantConfig | None = None,
+    quant: str | Quant | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     progress: ProgressCallback | None = None,
@@ -97,9 +111,11 @@ def load(
 
     Args:
         source: a folder with config.json and safetensors, "nano", or "organisation/name" on the Hub.
-        quant: "int4", "int8", "none", a QuantConfig, or None for what is stored. A checkpoint that is quantized
-            already is loaded as it is; another quant than its own is refused, "none" too. "int4" is calibrated, which
-            runs a short text through the layers; QuantConfig(method="search") is quicker and less exact.
+        quant: "int4", "int8", "nf4", "fp4", "none", a QuantConfig or BnbConfig, or None for what is stored. A
+            checkpoint that is quantized already is loaded as it is; another quant than its own is refused, "none" too.
+            "int4" is calibrated, which runs a short text through the layers; QuantConfig(method="search") is quicker
+            and less exact. "nf4" and "fp4" are bitsandbytes'. A checkpoint of its 4-bit weights is also decoded:
+            to "int4", "int8" or "none" where that is asked for, to int4 where bitsandbytes is not installed.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1".
         dtype: of the activations (and of weights that are not quantized): "auto", "float32", "bfloat16".
         progress: called after each block with the bytes read; an exception it raises stops the load.
@@ -115,21 +131,27 @@ def load(
     wanted, target, chosen = check_arguments(quant, device, dtype)
     text = calibration_text(calibration, wanted)
     checkpoint = Checkpoint.open(resolve(source, progress))
-    config = read_config(checkpoint)
     stored = stored_quant(checkpoint, quant)
+    if isinstance(stored, BnbConfig):
+        checkpoint, stored, wanted = adapt(checkpoint, stored, wanted, quant is not None)
+    config = read_config(checkpoint)
     model = skeleton(checkpoint, config, cls)
     plan = make_plan(model, checkpoint, None if stored else wanted)
     activations = chosen or automatic_dtype(checkpoint, plan, target)
     _check_memory(checkpoint, plan, wanted, target, activations)
     say_notices(model, checkpoint, plan)
+    if plan.bitsandbytes and target.type == "cpu":
+        logger.warning("on a CPU bitsandbytes unpacks a whole weight at each use: quant='int4' is several times faster")
     meter = Meter("load", _total_bytes(checkpoint, plan), progress)
     calibrator = begin(checkpoint, plan, config, text, meter)
     for fill in plan.fills:
         if fill.quant is None:
             _fill(model, checkpoint, plan, fill, target, activations, meter)
+        elif isinstance(fill.quant, BnbConfig):
+            _replace(model, fill, bnb_weight(checkpoint, fill, meter, target), target, activations)
         else:
             _replace(model, fill, quantize_weight(checkpoint, fill, meter, calibrator), target, activations)
-    if stored is not None:
+    if isinstance(stored, QuantConfig):
         _check_as_stored(model, checkpoint, stored)
     _initialise(model, plan, target, activations)
     if plan.tied:
@@ -143,16 +165,19 @@ def load(
 
 
 def check_arguments(
-    quant: str | QuantConfig | None, device: str | torch.device, dtype: str | torch.dtype
-) -> tuple[QuantConfig | None, torch.device, torch.dtype | None]:
+    quant: str | Quant | None, device: str | torch.device, dtype: str | torch.dtype
+) -> tuple[Quant | None, torch.device, torch.dtype | None]:
     """What can be refused before a model is looked for or downloaded: `load`'s arguments (dtype None: "auto").
 
     Raises:
         ConfigError: naming the argument.
-        QuantError: GLM4LITE_ISA or GLM4LITE_THREADS asks for what this machine has not.
+        QuantError: GLM4LITE_ISA or GLM4LITE_THREADS asks for what this machine has not, or bitsandbytes is needed.
     """
     native.check_environment()
-    return parse_quant(quant), _device(device), _dtype(dtype)
+    found = parse_quant(quant), _device(device), _dtype(dtype)
+    if isinstance(found[0], BnbConfig):
+        bnb.library()
+    return found
 
 
 def _fill(
@@ -165,7 +190,7 @@ def _fill(
     meter: Meter,
 ) -> None:
     if fill.parts:
-        weight = _mapped_weight(checkpoint, fill)
+        weight = _mapped_weight(checkpoint, fill) if fill.bnb is None else read_weight(checkpoint, fill.bnb)
         meter.add(sum(checkpoint.nbytes(part) for part in fill.parts))
         _replace(model, fill, weight, device, activations)
     else:
@@ -188,9 +213,17 @@ def _mapped_weight(checkpoint: Checkpoint, fill: Fill) -> QuantTensor:
     return weight
 
 
-def _replace(model: nn.Module, fill: Fill, weight: QuantTensor, device: torch.device, dtype: torch.dtype) -> None:
+def _replace(
+    model: nn.Module, fill: Fill, weight: QuantTensor | BnbTensor, device: torch.device, dtype: torch.dtype
+) -> None:
     """Put a quantized module in the place of the skeleton's."""
-    old, config = model.get_submodule(fill.module), QuantConfig(weight.bits, weight.group_size)
+    old = model.get_submodule(fill.module)
+    if isinstance(weight, BnbTensor):
+        if not isinstance(old, nn.Linear):
+            raise CheckpointError(f"{fill.source} is {weight.kind}, but no linear layer; load it with quant='int4'")
+        _set_module(model, fill.module, BnbLinear(weight.to(device), old.bias is not None))
+        return
+    config = QuantConfig(weight.bits, weight.group_size)
     new: QuantLinear | QuantEmbedding
     if isinstance(old, nn.Linear):
         bias, parts = old.bias is not None, input_parts(fill.module)
@@ -310,7 +343,7 @@ def _total_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
 
 
 def _check_memory(
-    checkpoint: Checkpoint, plan: Plan, wanted: QuantConfig | None, device: torch.device, activations: torch.dtype
+    checkpoint: Checkpoint, plan: Plan, wanted: Quant | None, device: torch.device, activations: torch.dtype
 ) -> None:
     """Refuse at once what cannot fit. What is mapped does not count: its pages can be dropped."""
     needed, free = plan.held_bytes(activations), memory.available()
@@ -321,7 +354,7 @@ def _check_memory(
     advice = "load a folder made by `glm4lite quantize`, which is mapped"
     if wanted is None and not plan.quantized:
         advice = f"quantize it (quant='int4'), or {advice}"
-    elif wanted is not None and wanted.bits == 8:
+    elif isinstance(wanted, QuantConfig) and wanted.bits == 8:
         advice = f"use quant='int4', or {advice}"
     raise CheckpointError(
         f"{checkpoint.folder} needs {memory.readable(needed)} of memory, {memory.readable(free)} are free; {advice}"

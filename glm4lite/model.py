@@ -29,7 +29,7 @@ from glm4lite_quant.kernels.decoder import DecoderKernel, Heads
 
 if TYPE_CHECKING:
     from glm4lite.events import Progress
-    from glm4lite_quant import QuantConfig
+    from glm4lite.weights.foreign import Quant
 
 
 class RMSNorm(nn.Module):
@@ -164,7 +164,7 @@ class PreTrainedModel(nn.Module):
     def from_pretrained(
         cls,
         source: str | Path,
-        quant: str | QuantConfig | None = None,
+        quant: str | Quant | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         progress: Callable[[Progress], None] | None = None,
@@ -232,9 +232,7 @@ class Glm4Model(PreTrainedModel):
     def new_cache(self, batch: int = 1) -> KVCache:
         """An empty cache of the kind that `kv` asks for, in the native layout where native layers will read it."""
         native = (
-            batch == 1
-            and self.dtype == torch.float32
-            and all(layer.place.native(layer) for layer in self._layers())
+            batch == 1 and self.dtype == torch.float32 and all(layer.place.native(layer) for layer in self._layers())
         )
         if native or self.kv == "int8":
             return KVCache(len(self.layers), partial(PackedLayerCache, self.kv == "int8"))

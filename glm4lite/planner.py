@@ -13,7 +13,7 @@ from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import ConfigError
 from glm4lite.placement import Machine, Needs, Placement, Share, place
 from glm4lite.weights.memory import readable
-from glm4lite.weights.needs import FOUR_BIT_BLOCKS, headers, needs_of
+from glm4lite.weights.needs import headers, needs_of
 from glm4lite.weights.plan import parse_quant
 
 DEFAULT_CONTEXT = 8192
@@ -122,8 +122,7 @@ def plan(source: str | Path, quant: str | None = None, limits: Limits | None = N
 
 def _check(quant: str | None, limits: Limits) -> None:
     """What can be refused before a model is looked for."""
-    if quant not in FOUR_BIT_BLOCKS:
-        parse_quant(quant)
+    parse_quant(quant)
     if limits.kv not in KV_TYPES:
         raise ConfigError(f"kv is {limits.kv!r}; use {' or '.join(KV_TYPES)}")
 

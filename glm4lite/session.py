@@ -18,7 +18,7 @@ from glm4lite.tool_calls import Call, OutputParser, Segment, Thinking
 from glm4lite.tools import Tool, run_tool
 
 if TYPE_CHECKING:
-    from glm4lite_quant import QuantConfig
+    from glm4lite.weights.foreign import Quant
 
 
 @dataclass
@@ -67,7 +67,7 @@ class ChatSession:
     def load(
         cls,
         source: str | Path = "nano",
-        quant: str | QuantConfig | None = "auto",
+        quant: str | Quant | None = "auto",
         tools: Sequence[Tool] = (),
         system: str | None = None,
         device: str = "auto",

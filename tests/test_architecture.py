@@ -14,7 +14,7 @@ PACKAGES = {"glm4lite": ROOT / "glm4lite", "glm4lite_quant": ROOT / "quant" / "g
 ALLOWED = {
     "ctypes": {f"quant/glm4lite_quant/kernels/{name}.py" for name in ("native", "decoder")},
     "transformers": set(),
-    "bitsandbytes": set(),
+    "bitsandbytes": {"quant/glm4lite_quant/bnb.py"},
     "gradio": set(),
     "triton": set(),
     "pickle": set(),

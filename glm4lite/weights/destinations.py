@@ -42,8 +42,8 @@ class Budget:
         """Sizes as numbers of bytes or as text ("8GiB"); ConfigError for what is none."""
         if kv not in ("auto", "float", "int8"):
             raise ConfigError(f"kv is {kv!r}; use auto, float or int8")
-        sizes = (memory.parse_size(size) if isinstance(size, str) else size for size in (gpu_memory, ram))
-        return cls(*sizes, context, kv)
+        gpu, held = (memory.parse_size(size) if isinstance(size, str) else size for size in (gpu_memory, ram))
+        return cls(gpu, held, context, kv)
 
     @property
     def limits(self) -> bool:

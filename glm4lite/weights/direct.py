@@ -11,6 +11,7 @@ import errno
 import mmap
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -114,11 +115,9 @@ def _no_cache_command() -> int | None:
 
 
 def aligned_memory(nbytes: int) -> Tensor:
-    """uint8 [nbytes] at an aligned address, in huge pages where there are any; it holds zeros and costs no memory yet."""
+    """uint8 [nbytes] at an aligned address, in huge pages where there are any; zeros that cost no memory yet."""
     pages = mmap.mmap(-1, max(nbytes, 1))
     if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= 2 << 20:
-        try:
+        with suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without them
-            pass
     return torch.frombuffer(pages, dtype=torch.uint8, count=nbytes)

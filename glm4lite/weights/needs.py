@@ -7,7 +7,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.config import Glm4Config
@@ -16,6 +15,7 @@ from glm4lite.hub import locate
 from glm4lite.placement import Needs
 from glm4lite.weights.calibration import layer_bytes
 from glm4lite.weights.files import CONFIG, INDEX, SINGLE, UNREADABLE, read_json
+from glm4lite.weights.foreign import Quant, adapt
 from glm4lite.weights.plan import (
     Fill,
     Plan,
@@ -29,10 +29,7 @@ from glm4lite.weights.plan import (
 from glm4lite.weights.quantized import model_class
 from glm4lite.weights.shard import DTYPE_NAMES, StoredTensor
 from glm4lite.weights.streaming import BLOCK_BYTES, needs_calibration
-from glm4lite_quant import QuantConfig, QuantTensor
-
-FOUR_BIT_BLOCKS = ("nf4", "fp4")
-"""bitsandbytes' types: half a byte a weight, and a float32 for every 64 of them; the head and the embedding stay."""
+from glm4lite_quant import BnbConfig, QuantConfig, QuantTensor
 
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 _MOST_LAYERS, _WIDEST = 1000, 1 << 24  # of a config.json that no shards back
@@ -62,6 +59,10 @@ def imagined(folder: Path) -> Checkpoint:
     _check_sizes(config, folder / CONFIG)
     empty = Checkpoint(folder, values, {})
     quant = stored_quant(empty)
+    if isinstance(quant, BnbConfig):
+        raise ConfigError(
+            f"{folder} is a {quant.kind} checkpoint of bitsandbytes without weights; plan with its original"
+        )
     with torch.device("meta"):
         model = model_class(empty)(config)
     tensors: dict[str, StoredTensor] = {}
@@ -89,32 +90,34 @@ def _check_sizes(config: Glm4Config, path: Path) -> None:
         raise ConfigError(f"{path} describes a model of absurd sizes, and there are no weights beside it; correct it")
 
 
-def needs_of(checkpoint: Checkpoint, quant: str | QuantConfig | None = None) -> Needs:
-    """Bytes that a checkpoint asks for where it is loaded with `quant` (also "nf4", "fp4"; None: as it is stored).
+def needs_of(checkpoint: Checkpoint, quant: str | Quant | None = None) -> Needs:
+    """Bytes that a checkpoint asks for where it is loaded with `quant` (None: as it is stored).
 
     Raises:
         Glm4liteError: what `load` raises, before any weight is read.
     """
-    blocks = quant in FOUR_BIT_BLOCKS
-    asked = "none" if blocks else quant
-    stored, config = stored_quant(checkpoint, asked), read_config(checkpoint)
-    model = skeleton(checkpoint, config, model_class(checkpoint))
-    wanted = None if stored else parse_quant(asked)
-    plan = make_plan(model, checkpoint, wanted)
+    wanted, stored = parse_quant(quant), stored_quant(checkpoint, quant)
+    if isinstance(stored, BnbConfig):
+        checkpoint, stored, wanted = adapt(checkpoint, stored, wanted, quant is not None)
+    config = read_config(checkpoint)
+    plan = make_plan(skeleton(checkpoint, config, model_class(checkpoint)), checkpoint, None if stored else wanted)
+    return needs_for(checkpoint, plan, config, stored or wanted)
+
+
+def needs_for(checkpoint: Checkpoint, plan: Plan, config: Glm4Config, quant: Quant | None) -> Needs:
+    """The same where it is planned already; `quant` is what its weights will be."""
     dtype = automatic_dtype(checkpoint, plan, torch.device("cpu"))
     sizes: dict[str, int] = defaultdict(int)
     for fill in plan.fills:
-        sizes[_part(fill)] += (
-            _four_bit_bytes(fill) if blocks and _is_layer_linear(model, fill) else _bytes(checkpoint, plan, fill, dtype)
-        )
+        sizes[_part(fill)] += _bytes(checkpoint, plan, fill, dtype)
     return Needs(
         config,
-        str(quant) if blocks else _precision(stored or wanted, dtype),
+        _precision(quant, dtype),
         tuple(sizes[str(index)] for index in range(config.num_hidden_layers)),
         sizes["embedding"],
         sizes["head"],
         sizes["rest"],
-        _as_held(checkpoint, plan, dtype) and not blocks,
+        _as_held(checkpoint, plan, dtype),
         dtype.itemsize,
         _loading(checkpoint, plan),
     )
@@ -134,16 +137,6 @@ def _bytes(checkpoint: Checkpoint, plan: Plan, fill: Fill, dtype: torch.dtype) -
     return plan.fill_bytes(fill, dtype)
 
 
-def _is_layer_linear(model: nn.Module, fill: Fill) -> bool:
-    linear = isinstance(model.get_submodule(fill.module), nn.Linear)
-    return linear and fill.parameter == "weight" and _LAYER.match(fill.module) is not None
-
-
-def _four_bit_bytes(fill: Fill) -> int:
-    count = fill.shape[0] * fill.shape[1]
-    return -(-count // 2) + 4 * -(-count // 64)
-
-
 def _as_held(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> bool:
     """Whether the large weights lie in the files as they are held (norms and biases do not matter)."""
     matrices = [fill for fill in plan.fills if len(fill.shape) > 1]
@@ -159,5 +152,7 @@ def _loading(checkpoint: Checkpoint, plan: Plan) -> int:
     return 8 * BLOCK_BYTES + (layer_bytes(checkpoint, plan) if needs_calibration(plan) else 0)
 
 
-def _precision(quant: QuantConfig | None, dtype: torch.dtype) -> str:
+def _precision(quant: Quant | None, dtype: torch.dtype) -> str:
+    if isinstance(quant, BnbConfig):
+        return quant.kind
     return f"int{quant.bits}" if quant else str(dtype).removeprefix("torch.")
