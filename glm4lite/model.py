@@ -213,6 +213,7 @@ class Glm4Model(PreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         self.kv: KVType = "float"
+        self.context = config.max_position_embeddings  # tokens a cache may hold; a memory budget allows fewer
         self._init_weights()
 
     @property
@@ -319,6 +320,16 @@ class Glm4ForCausalLM(PreTrainedModel):
     def new_cache(self) -> KVCache:
         """An empty cache for one sequence; `forward` takes it as past_key_values."""
         return self.model.new_cache()
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest conversation: the model's, or what the memory budget has room for."""
+        return self.model.context
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether some layers' weights have to be fetched for each pass."""
+        return self.model.offloaded
 
     def tie_weights(self) -> None:
         """With tie_word_embeddings the head is the embedding: one tensor under two names."""

@@ -74,11 +74,15 @@ class ChatSession:
         dtype: str = "auto",
         progress: Callable[[Progress], None] | None = None,
         kv: str = "auto",
+        gpu_memory: int | str | None = None,
+        ram: int | str | None = None,
+        context: int | None = None,
         **sampling: Any,
     ) -> ChatSession:
         """An Engine and a session on it; arguments as in `Engine.load`, `sampling` as in SamplingParams."""
         SamplingParams.check(**sampling)
-        engine = Engine.load(source, quant, device, dtype, progress, need_template=True, kv=kv)
+        limits: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
+        engine = Engine.load(source, quant, device, dtype, progress, need_template=True, **limits)
         return cls(engine, tools, system, engine.params(**sampling))
 
     def reset(self) -> None:

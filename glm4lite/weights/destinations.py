@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -14,8 +15,7 @@ from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.placement import Machine, Needs, Placement, place
 from glm4lite.weights import memory
-from glm4lite.weights.needs import needs_of
-from glm4lite_quant import QuantConfig
+from glm4lite.weights.plan import Plan, automatic_dtype
 
 logger = logging.getLogger("glm4lite")
 
@@ -53,9 +53,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class Destinations:
-    """The device of each module. Without a placement that is `home`, and stored weights stay in the file's pages."""
+    """The device of each module and the type of its activations, by kind of device.
+
+    Without a placement the device is `home`, and stored weights stay in the file's pages.
+    """
 
     home: torch.device
+    types: Mapping[str, torch.dtype]
     placement: Placement | None = None
 
     def device(self, module: str) -> torch.device:
@@ -69,9 +73,22 @@ class Destinations:
             name = self.placement.embedding if leaf == "embed_tokens" else self.placement.head
         return torch.device("cpu" if name == "disk" else name)
 
+    def dtype(self, module: str) -> torch.dtype:
+        """Of the module's activations, and of its weights where they are not quantized."""
+        return self.types[self.device(module).type]
+
     def on_disk(self, module: str) -> bool:
         layer = _LAYER.match(module)
         return self.placement is not None and layer is not None and self.placement.device_of(int(layer[1])) == "disk"
+
+    def cache(self, needs: Needs, budget: Budget) -> tuple[KVType, int]:
+        """The cache's type, and the tokens it has room for: the model's whole context without a placement."""
+        if self.placement is not None:
+            return self.placement.kv, self.placement.context
+        context = needs.config.max_position_embeddings
+        if budget.kv != "auto":
+            return cast(KVType, budget.kv), context
+        return _cache_type(needs, context) if self.home.type == "cpu" else "float", context
 
     def mapped(self, module: str) -> bool:
         """Whether a stored weight stays in the file's pages. The embedding does: a token reads one row of it."""
@@ -79,27 +96,37 @@ class Destinations:
 
 
 def choose(
-    checkpoint: Checkpoint, quant: str | QuantConfig | None, device: torch.device | None, budget: Budget
+    checkpoint: Checkpoint,
+    plan: Plan,
+    needs: Needs,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+    budget: Budget,
 ) -> Destinations:
-    """The destinations of a checkpoint loaded with `quant` on `device` (None: what this machine has).
+    """The destinations on `device` (None: what this machine has) for activations of `dtype` (None: as suits them).
 
     Raises:
         CheckpointError: it does not fit, with what to change.
     """
-    if device is not None and device.type != "cpu" and not budget.limits:
-        return Destinations(device)
-    gpus = () if device is not None and device.type == "cpu" else _free_gpus(device)
-    if not gpus and not budget.limits and not _stored(checkpoint):
-        return Destinations(torch.device("cpu"))  # quantized into memory: the loader itself sees whether it fits
-    needs, free = needs_of(checkpoint, quant), memory.available()
-    machine = Machine(1 << 62 if free is None else free, gpus)
-    placement = _place(needs, machine, budget)
-    if not gpus and budget.ram is None and placement.fits and not placement.share("disk").layers:
-        placement_needed = budget.context is not None
-        return Destinations(torch.device("cpu"), placement if placement_needed and not needs.stored else None)
+    home = torch.device("cpu") if device is None else device
+    types = {kind: dtype or automatic_dtype(checkpoint, plan, torch.device(kind)) for kind in ("cpu", "cuda")}
+    if home.type == "cuda" and not budget.limits:
+        return Destinations(home, types)
+    gpus = _free_gpus(device)
+    needs = replace(needs, stored=needs.stored and plan.quantized and not plan.bitsandbytes)
+    if not gpus and not budget.limits and not needs.stored:
+        return Destinations(home, types)  # the loader itself sees whether what it makes fits
+    placement = _place(needs, Machine(_free_ram(), gpus), budget)
     if not placement.fits:
         raise CheckpointError(f"{checkpoint.folder} does not fit: {placement.advice}")
-    return Destinations(torch.device(placement.head), placement)
+    if not gpus and not budget.limits and not placement.share("disk").layers:
+        return Destinations(home, types)
+    return Destinations(home, types, placement)
+
+
+def _free_ram() -> int:
+    free = memory.available(swap=False)
+    return 1 << 62 if free is None else free  # a system that does not tell: nothing is refused
 
 
 def _place(needs: Needs, machine: Machine, budget: Budget) -> Placement:
@@ -116,15 +143,25 @@ def _place(needs: Needs, machine: Machine, budget: Budget) -> Placement:
     return placement
 
 
-def _stored(checkpoint: Checkpoint) -> bool:
-    return checkpoint.config.get("quantization_config") is not None
+def _cache_type(needs: Needs, context: int) -> KVType:
+    """float, unless a cache of the model's whole context is more than the memory that is free."""
+    size, free = context * len(needs.layers) * needs.kv_per_token("float", gpu=False), memory.available()
+    if free is None or size <= free:
+        return "float"
+    logger.warning(
+        "the cache is int8: a whole context of %d tokens takes %s, %s are free (--kv float: as it is)",
+        context,
+        memory.readable(size),
+        memory.readable(free),
+    )
+    return "int8"
 
 
 def _free_gpus(device: torch.device | None) -> tuple[int, ...]:
     """Free bytes of the GPUs that may be used, by index."""
-    if not torch.cuda.is_available():
+    if (device is not None and device.type == "cpu") or not torch.cuda.is_available():
         return ()
-    if device is not None and device.index is not None and device.index > 0:
+    if device is not None and device.index:
         raise ConfigError(f"a budget places layers on the first GPU on; use device='auto' instead of {device}")
     count = torch.cuda.device_count() if device is None else 1
     return tuple(torch.cuda.mem_get_info(index)[0] for index in range(count))
