@@ -89,7 +89,7 @@ def download(repo_id: str, progress: Callable[[Progress], None] | None = None) -
         HubError: the repo does not exist, is gated, holds no safetensors, cannot be reached, or does not fit the disk.
     """
     with explained(repo_id):
-        files = listing(repo_id)
+        files = _listing_if_told(repo_id)
         missing = 0
         if files is not None:
             check_files(repo_id, files)
@@ -110,11 +110,16 @@ def explained(repo_id: str) -> Iterator[None]:
         raise HubError(" ".join(message.split())) from None
 
 
-def listing(repo_id: str) -> dict[str, int] | None:
-    """Size of every file at the top of the repo; None where the Hub does not answer (the cache may still have it)."""
+def listing(repo_id: str) -> dict[str, int]:
+    """Size of every file at the top of the repo, as the Hub tells; its client's errors where it does not."""
+    siblings = HfApi().model_info(repo_id, files_metadata=True, timeout=_LISTING_SECONDS).siblings or []
+    return {entry.rfilename: entry.size or 0 for entry in siblings if "/" not in entry.rfilename}
+
+
+def _listing_if_told(repo_id: str) -> dict[str, int] | None:
+    """None where the Hub does not answer (the cache may still have the repo)."""
     try:
-        siblings = HfApi().model_info(repo_id, files_metadata=True, timeout=_LISTING_SECONDS).siblings or []
-        return {entry.rfilename: entry.size or 0 for entry in siblings if "/" not in entry.rfilename}
+        return listing(repo_id)
     except (RepositoryNotFoundError, httpx.HTTPError, OfflineModeIsEnabled, HfHubHTTPError):
         return None  # snapshot_download looks in the cache, and raises the same error if it is not there
 

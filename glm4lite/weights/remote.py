@@ -36,9 +36,7 @@ def remote_headers(repo_id: str) -> Checkpoint:
     if cached is not None:
         return cached
     with explained(repo_id), _without_bars():
-        files = listing(repo_id)
-        if files is not None:
-            check_files(repo_id, files)
+        check_files(repo_id, listing(repo_id))
         config = read_json(Path(hf_hub_download(repo_id, CONFIG)))
         try:
             found = HfApi().get_safetensors_metadata(repo_id).files_metadata
