@@ -52,7 +52,17 @@ Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
 # Read as text, so that what is no number is answered in one line too.
 Threads = Annotated[str | None, typer.Option(metavar="N", help="CPU threads.", show_default="all cores")]
 KV = Annotated[str, typer.Option(help="Cache of keys and values: float, int8, or auto (int8 where it would not fit).")]
-BenchKV = Annotated[str, typer.Option(help="Cache of keys and values: float or int8.")]
+GpuMemory = Annotated[
+    str | None, typer.Option(help="What may be used of each GPU, such as 8GiB.", show_default="what is free")
+]
+Ram = Annotated[
+    str | None,
+    typer.Option(help="What may be held in RAM, such as 3GiB; the rest streams.", show_default="what is free"),
+]
+# Read as text, so that what is no number is answered in one line too.
+Context = Annotated[
+    str | None, typer.Option(metavar="N", help="Tokens to have memory for.", show_default="8192 with a budget")
+]
 JsonObject = Annotated[bool, typer.Option("--json", help="Stdout is one JSON object.")]
 
 
@@ -79,6 +89,9 @@ def chat(
     device: Device = "auto",
     dtype: Dtype = "auto",
     kv: KV = "auto",
+    gpu_memory: GpuMemory = None,
+    ram: Ram = None,
+    context: Context = None,
     threads: Threads = None,
 ) -> None:
     """Chat with a model: interactively, or one answer with -p."""
@@ -98,6 +111,9 @@ def chat(
             dtype=dtype,
             progress=renderer.show,
             kv=kv,
+            gpu_memory=gpu_memory,
+            ram=ram,
+            context=_tokens(context),
             temperature=temperature,
             top_p=top_p,
             seed=seed,
@@ -126,6 +142,9 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     kv: KV = "auto",
+    gpu_memory: GpuMemory = None,
+    ram: Ram = None,
+    context: Context = None,
     threads: Threads = None,
 ) -> None:
     """Continue a text, without a chat template (for base models, or to look at a model's raw output)."""
@@ -138,7 +157,8 @@ def generate(
     SamplingParams.check(**sampling)
     _use_threads(threads)
     with _rendering(as_json) as renderer:
-        completion = Completion(Engine.load(model, quant or "auto", device, dtype, renderer.show, kv=kv))
+        limits: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": _tokens(context), "kv": kv}
+        completion = Completion(Engine.load(model, quant or "auto", device, dtype, renderer.show, **limits))
         with _interrupt_stops(completion):
             renderer.show_all(completion.run(prompt, **sampling))
 
@@ -193,10 +213,10 @@ def info(
 @app.command()
 def plan(
     model: Model,
-    gpu_memory: Annotated[str | None, typer.Option(help="Of each GPU, such as 8GiB.", show_default="free")] = None,
-    ram: Annotated[str | None, typer.Option(help="Such as 16GiB.", show_default="what is free")] = None,
-    context: Annotated[str | None, typer.Option(metavar="N", help="Tokens.", show_default="8192")] = None,
-    kv: BenchKV = "float",
+    gpu_memory: GpuMemory = None,
+    ram: Ram = None,
+    context: Context = None,
+    kv: KV = "auto",
     quant: Quant = None,
     gpu_bandwidth: Annotated[
         str | None, typer.Option(help="In a second, such as 272GB.", show_default="measured, or an RTX 4060's")
@@ -204,12 +224,13 @@ def plan(
     as_json: JsonObject = False,
 ) -> None:
     """Will it fit, and how fast will it be? Of a model that is not here only a few kilobytes are fetched."""
-    from glm4lite.planner import Limits
+    from glm4lite.budget import Budget
     from glm4lite.planner import plan as make_plan
 
-    limits = Limits(_tokens(context), kv, _size(gpu_memory), _size(ram), _size(gpu_bandwidth))
+    budget = Budget.of(gpu_memory, ram, _tokens(context), kv)
+    bandwidth = None if gpu_bandwidth is None else float(_size(gpu_bandwidth))
     _use_threads(None)
-    report = make_plan(model, quant, limits)
+    report = make_plan(model, quant, budget, bandwidth)
     if not as_json:
         from glm4lite.terminal import print_table
 
@@ -222,17 +243,22 @@ def bench(
     model: Model = "nano",
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens generated after it.")] = 32,
-    kv: BenchKV = "float",
+    kv: KV = "float",
+    gpu_memory: GpuMemory = None,
+    ram: Ram = None,
+    device: Device = "cpu",
     threads: Threads = None,
     quant: Quant = None,
     as_json: JsonObject = False,
 ) -> None:
-    """Measure speed and memory of a model on this machine's CPU."""
+    """Measure speed and memory of a model, and how near it comes to what this machine's memory and disk give."""
     from glm4lite.benchmark import benchmark
+    from glm4lite.budget import Budget
 
+    budget = Budget.of(gpu_memory, ram, None, kv)
     _use_threads(threads)
     with _rendering(as_json=False) as renderer:
-        found = benchmark(model, quant, prompt_tokens, new_tokens, renderer.show, kv=kv)
+        found = benchmark(model, quant, prompt_tokens, new_tokens, renderer.show, budget=budget, device=device)
     _print_report(found, as_json)
 
 
@@ -274,10 +300,10 @@ def _use_threads(count: str | None) -> None:
     native.set_threads(number)
 
 
-def _size(text: str | None) -> int | None:
+def _size(text: str) -> int:
     from glm4lite.weights.memory import parse_size
 
-    return None if text is None else parse_size(text)
+    return parse_size(text)
 
 
 def _tokens(text: str | None) -> int | None:

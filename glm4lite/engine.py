@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm4lite.budget import Budget
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, TemplateError
 from glm4lite.events import Done, Progress
@@ -60,7 +61,6 @@ class Engine:
         """
         from glm4lite.hub import resolve
         from glm4lite.loader import check_arguments, load
-        from glm4lite.weights.destinations import Budget
 
         check_arguments(None if quant == "auto" else quant, device, dtype)
         Budget.of(gpu_memory, ram, context, kv)

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, cast, overload
 import torch
 from torch import nn
 
+from glm4lite.budget import Budget
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.hub import resolve
 from glm4lite.weights import memory
 from glm4lite.weights.assembly import Assembly, check_as_stored
 from glm4lite.weights.calibration import layer_bytes
-from glm4lite.weights.destinations import Budget, Destinations, choose
+from glm4lite.weights.destinations import Destinations, choose
 from glm4lite.weights.foreign import Quant, adapt
 from glm4lite.weights.needs import needs_for
 from glm4lite.weights.plan import (

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import mmap
-import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from glm4lite.errors import CheckpointError
 from glm4lite.placement import Machine
 from glm4lite.weights import memory
+from glm4lite.weights.direct import ALIGNMENT, DirectFile, aligned_memory
+from glm4lite.weights.ring import Extent
 from glm4lite_quant import QuantConfig, QuantLinear, QuantTensor
 from glm4lite_quant.kernels import native
 
@@ -27,7 +27,8 @@ PROBE_SIDE, PROBE_TOKENS = 4096, 128  # one q_proj of the 9B, a short prompt
 REPETITIONS = 7
 
 DISK_BLOCK = 8 << 20
-DISK_READERS = 4
+DISK_READERS = 2
+DISK_PIECES = 8
 
 
 def this_machine(quantized: bool = True) -> Machine:
@@ -109,38 +110,39 @@ def _cuda_seconds(work: Callable[[], object]) -> float:
 
 
 def disk_bandwidth(file: Path, most: int = PROBE_BYTES) -> float | None:
-    """Bytes per second read from a file past the page cache, by several readers; None where it is too short.
+    """Bytes per second read from a file past the page cache; None where it is too short to tell, or cannot be read.
 
-    O_DIRECT where the file system has it; else the file's pages are dropped from the cache first.
+    In pieces all over the file: of a file just written or read in part, some of it is quicker than the rest.
     """
     try:
-        blocks = min(most, file.stat().st_size) // DISK_BLOCK
-        if blocks < 2 * DISK_READERS or not hasattr(os, "O_DIRECT"):  # as on macOS and Windows
-            return None
-        descriptor = _opened(file)
-    except OSError:
+        opened = DirectFile(file)
+    except CheckpointError:
         return None
+    step = opened.size // DISK_PIECES // ALIGNMENT * ALIGNMENT
+    size = min(step, most // DISK_PIECES) // DISK_BLOCK * DISK_BLOCK
+    if size == 0:
+        return None
+    return read_rate([Extent(opened, piece * step, size, 0) for piece in range(DISK_PIECES)])
+
+
+def read_rate(extents: Sequence[Extent]) -> float | None:
+    """Bytes per second of parts of files, read one after the other by two threads; None where that fails."""
+    blocks = [
+        (extent.file, at, min(DISK_BLOCK, extent.offset + extent.nbytes - at))
+        for extent in extents
+        for at in range(extent.offset, extent.offset + extent.nbytes, DISK_BLOCK)
+    ]
+    buffers = {reader: aligned_memory(DISK_BLOCK).numpy() for reader in range(DISK_READERS)}
+
+    def read(reader: int) -> None:
+        view = memoryview(buffers[reader])
+        for file, offset, nbytes in blocks[reader::DISK_READERS]:
+            file.read_into(view[:nbytes], offset)
+
+    started = time.perf_counter()
     try:
-        started = time.perf_counter()
         with ThreadPoolExecutor(DISK_READERS) as readers:
-            count = sum(readers.map(lambda reader: _read_blocks(descriptor, reader, blocks), range(DISK_READERS)))
-        return count / (time.perf_counter() - started)
-    except OSError:
+            list(readers.map(read, range(DISK_READERS)))
+    except CheckpointError:
         return None
-    finally:
-        os.close(descriptor)
-
-
-def _opened(file: Path) -> int:
-    """The file to be read past the page cache."""
-    with suppress(OSError):  # a file system without O_DIRECT: a tmpfs, some network shares
-        return os.open(file, os.O_RDONLY | os.O_DIRECT)
-    descriptor = os.open(file, os.O_RDONLY)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    return descriptor
-
-
-def _read_blocks(descriptor: int, reader: int, blocks: int) -> int:
-    """Every DISK_READERS-th block from number `reader` on; the bytes read."""
-    with mmap.mmap(-1, DISK_BLOCK) as buffer:  # aligned to a page
-        return sum(os.preadv(descriptor, [buffer], at * DISK_BLOCK) for at in range(reader, blocks, DISK_READERS))
+    return sum(nbytes for _, _, nbytes in blocks) / (time.perf_counter() - started)

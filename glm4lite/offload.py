@@ -67,11 +67,19 @@ class OnDisk:
             self.ring.release()
 
     def native(self, layer: DecoderLayer) -> bool:
-        if self._native is None:  # shapes and types decide: any buffer will do, whatever it holds
-            self._lend(layer, self.ring.memory())
-            self._native = layer.kernel() is not None
-            _take_back(layer)
+        if self._native is None:
+            with self.shapes_at_hand(layer):
+                self._native = layer.kernel() is not None
         return self._native
+
+    @contextmanager
+    def shapes_at_hand(self, layer: DecoderLayer) -> Iterator[None]:
+        """As `at_hand`, for questions that shapes and types answer: nothing is read, and any values may be there."""
+        self._lend(layer, self.ring.memory())
+        try:
+            yield
+        finally:
+            _take_back(layer)
 
     def _lend(self, layer: DecoderLayer, memory: Tensor) -> None:
         address = memory.data_ptr()

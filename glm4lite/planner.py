@@ -5,34 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from glm4lite import machine as machines
-from glm4lite.cache import KVType
+from glm4lite.budget import Budget, place_within
 from glm4lite.checkpoint import Checkpoint
-from glm4lite.errors import ConfigError
-from glm4lite.placement import Machine, Needs, Placement, Share, place
+from glm4lite.placement import Machine, Needs, Placement, Share
 from glm4lite.weights.memory import readable
 from glm4lite.weights.needs import headers, needs_of
 from glm4lite.weights.plan import parse_quant
-
-DEFAULT_CONTEXT = 8192
-KV_TYPES = ("float", "int8")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What may be used: tokens of context (None: 8192 or the model's, if that is less), bytes of each GPU and of RAM.
-
-    None for bytes: what is free. More than there is (also of a GPU that is not there) is planned for all the same.
-    gpu_bandwidth: bytes per second, instead of what is measured or assumed.
-    """
-
-    context: int | None = None
-    kv: str = "float"
-    gpu_memory: int | None = None
-    ram: int | None = None
-    gpu_bandwidth: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,67 +73,61 @@ class PlacementReport:
             yield "assumed", note
 
 
-def plan(source: str | Path, quant: str | None = None, limits: Limits | None = None) -> PlacementReport:
+def plan(
+    source: str | Path, quant: str | None = None, budget: Budget | None = None, gpu_bandwidth: float | None = None
+) -> PlacementReport:
     """Plan a model that need not be here: of a Hub repo only config.json and the shards' headers are fetched.
 
     Args:
         quant: "int4", "int8", "none", "nf4", "fp4"; None: int4, or as the checkpoint is stored.
+        budget: more than there is (also of a GPU that is not there) is planned for all the same.
+        gpu_bandwidth: bytes per second, instead of what is measured or assumed.
 
     Raises:
         Glm4liteError: an argument cannot be used, the model cannot be found, or `load` would refuse its files.
             What does not fit is no error: `placement.fits` tells it, `placement.advice` what to change.
     """
-    limits = limits or Limits()
-    _check(quant, limits)
+    budget = budget or Budget()
+    parse_quant(quant)  # before a model is looked for
     checkpoint = headers(source)
     if quant is None and checkpoint.config.get("quantization_config") is None:
         quant = "int4"
     needs = needs_of(checkpoint, quant)
-    machine = _machine(limits, quantized=needs.quant not in ("bfloat16", "float32"))
-    placement, needs, notes = _placed(needs, machine, limits)
+    machine = _machine(budget, gpu_bandwidth, quantized=needs.quant not in ("bfloat16", "float32"))
+    placement, needs, notes = _placed(needs, machine, budget)
     if placement.share("disk").layers:
         measured = _disk_bandwidth(checkpoint)
         if measured is None:
             notes += (f"a disk of {machine.disk_bandwidth / 1e9:.1f} GB/s (no shard is here to measure it with)",)
         else:
             machine = replace(machine, disk_bandwidth=measured)
-            placement, needs, _ = _placed(needs, machine, limits)
+            placement, needs, _ = _placed(needs, machine, budget)
     return PlacementReport(str(source), needs, machine, placement, machine.notes + notes)
 
 
-def _check(quant: str | None, limits: Limits) -> None:
-    """What can be refused before a model is looked for."""
-    parse_quant(quant)
-    if limits.kv not in KV_TYPES:
-        raise ConfigError(f"kv is {limits.kv!r}; use {' or '.join(KV_TYPES)}")
-
-
-def _machine(limits: Limits, quantized: bool) -> Machine:
-    """This machine, with what the limits speak of and it has not."""
+def _machine(budget: Budget, gpu_bandwidth: float | None, quantized: bool) -> Machine:
+    """This machine, with what the budget speaks of and it has not."""
     machine = machines.this_machine(quantized)
-    if limits.ram is not None and limits.ram > machine.ram:
-        note = f"{readable(limits.ram)} of RAM ({readable(machine.ram)} are free here now)"
-        machine = replace(machine, ram=limits.ram, notes=(*machine.notes, note))
-    if limits.gpu_memory and not machine.gpus:
-        machine = machines.with_assumed_gpu(machine, limits.gpu_memory)
-    elif limits.gpu_memory and limits.gpu_memory > min(machine.gpus):
-        note = f"{readable(limits.gpu_memory)} of GPU memory ({readable(min(machine.gpus))} are free here now)"
-        gpus = tuple(max(free, limits.gpu_memory) for free in machine.gpus)
+    if budget.ram is not None and budget.ram > machine.ram:
+        note = f"{readable(budget.ram)} of RAM ({readable(machine.ram)} are free here now)"
+        machine = replace(machine, ram=budget.ram, notes=(*machine.notes, note))
+    if budget.gpu_memory and not machine.gpus:
+        machine = machines.with_assumed_gpu(machine, budget.gpu_memory)
+    elif budget.gpu_memory and budget.gpu_memory > min(machine.gpus):
+        note = f"{readable(budget.gpu_memory)} of GPU memory ({readable(min(machine.gpus))} are free here now)"
+        gpus = tuple(max(free, budget.gpu_memory) for free in machine.gpus)
         machine = replace(machine, gpus=gpus, notes=(*machine.notes, note))
-    return machine if limits.gpu_bandwidth is None else replace(machine, gpu_bandwidth=float(limits.gpu_bandwidth))
+    return machine if gpu_bandwidth is None else replace(machine, gpu_bandwidth=gpu_bandwidth)
 
 
-def _placed(needs: Needs, machine: Machine, limits: Limits) -> tuple[Placement, Needs, tuple[str, ...]]:
+def _placed(needs: Needs, machine: Machine, budget: Budget) -> tuple[Placement, Needs, tuple[str, ...]]:
     """The placement, and the needs and the note it rests on: what must lie on disk is to be quantized once before."""
-    context = limits.context or min(DEFAULT_CONTEXT, needs.config.max_position_embeddings)
-    budgets = {"gpu_memory": limits.gpu_memory, "ram": limits.ram}
-    kv = cast(KVType, limits.kv)
-    placement = place(needs, machine, context=context, kv=kv, **budgets)
+    placement = place_within(needs, machine, budget)
     if placement.fits or needs.stored or needs.quant not in ("int4", "int8"):
         return placement, needs, ()
     once = replace(needs, stored=True, loading=0)
     note = "the folder that `glm4lite quantize` writes once: only stored layers can be read as they are needed"
-    return place(once, machine, context=context, kv=kv, **budgets), once, (note,)
+    return place_within(once, machine, budget), once, (note,)
 
 
 def _disk_bandwidth(checkpoint: Checkpoint) -> float | None:

@@ -10,45 +10,17 @@ from typing import cast
 
 import torch
 
+from glm4lite.budget import Budget, place_within
 from glm4lite.cache import KVType
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, ConfigError
-from glm4lite.placement import Machine, Needs, Placement, place
+from glm4lite.placement import Machine, Needs, Placement
 from glm4lite.weights import memory
 from glm4lite.weights.plan import Plan, automatic_dtype
 
 logger = logging.getLogger("glm4lite")
 
-DEFAULT_CONTEXT = 8192
-"""Tokens that a budget has room for where none are asked for."""
-
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a load may use: bytes of each GPU and of RAM (None: what is free), tokens of context, the cache's type.
-
-    Memory in RAM is what the process holds itself; pages of mapped files are not in it.
-    """
-
-    gpu_memory: int | None = None
-    ram: int | None = None
-    context: int | None = None
-    kv: str = "auto"
-
-    @classmethod
-    def of(cls, gpu_memory: int | str | None, ram: int | str | None, context: int | None, kv: str) -> Budget:
-        """Sizes as numbers of bytes or as text ("8GiB"); ConfigError for what is none."""
-        if kv not in ("auto", "float", "int8"):
-            raise ConfigError(f"kv is {kv!r}; use auto, float or int8")
-        gpu, held = (memory.parse_size(size) if isinstance(size, str) else size for size in (gpu_memory, ram))
-        return cls(gpu, held, context, kv)
-
-    @property
-    def limits(self) -> bool:
-        """Whether anything was asked for."""
-        return not (self.gpu_memory is None and self.ram is None and self.context is None)
 
 
 @dataclass(frozen=True)
@@ -116,31 +88,19 @@ def choose(
     needs = replace(needs, stored=needs.stored and plan.quantized and not plan.bitsandbytes)
     if not gpus and not budget.limits and not needs.stored:
         return Destinations(home, types)  # the loader itself sees whether what it makes fits
-    placement = _place(needs, Machine(_free_ram(), gpus), budget)
+    placement = place_within(needs, Machine(_free_ram(), gpus), budget)
     if not placement.fits:
         raise CheckpointError(f"{checkpoint.folder} does not fit: {placement.advice}")
     if not gpus and not budget.limits and not placement.share("disk").layers:
         return Destinations(home, types)
+    if budget.kv == "auto" and placement.kv == "int8":
+        logger.warning("the cache is int8, to leave memory for weights (--kv float: as it is)")
     return Destinations(home, types, placement)
 
 
 def _free_ram() -> int:
     free = memory.available(swap=False)
     return 1 << 62 if free is None else free  # a system that does not tell: nothing is refused
-
-
-def _place(needs: Needs, machine: Machine, budget: Budget) -> Placement:
-    """With a float cache, or an int8 one where that alone keeps layers from the disk or makes them fit."""
-    context = budget.context or min(DEFAULT_CONTEXT, needs.config.max_position_embeddings)
-
-    def with_cache(kv: KVType) -> Placement:
-        return place(needs, machine, context=context, kv=kv, gpu_memory=budget.gpu_memory, ram=budget.ram)
-
-    placement = with_cache("float" if budget.kv == "auto" else cast(KVType, budget.kv))
-    if budget.kv == "auto" and (not placement.fits or placement.share("disk").layers):
-        logger.warning("the cache is int8, to leave memory for weights (--kv float: as it is)")
-        return with_cache("int8")
-    return placement
 
 
 def _cache_type(needs: Needs, context: int) -> KVType:

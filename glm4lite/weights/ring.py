@@ -103,6 +103,11 @@ class WeightRing:
         """What one pass reads."""
         return sum(span.nbytes for span in self._spans)
 
+    @property
+    def extents(self) -> list[Extent]:
+        """What a pass reads, in order."""
+        return [extent for span in self._spans for extent in span.extents]
+
     def memory(self) -> Tensor:
         """A buffer, to lay out shapes before anything was read."""
         return (self._free or list(self._ahead))[0].memory

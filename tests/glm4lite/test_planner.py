@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from glm4lite import machine
+from glm4lite.budget import Budget
 from glm4lite.errors import CheckpointError, ConfigError, Glm4liteError
 from glm4lite.loader import quantize_checkpoint
 from glm4lite.placement import Machine
-from glm4lite.planner import Limits, plan
+from glm4lite.planner import plan
 from glm4lite.weights.memory import enough, parse_size
 from glm4lite.weights.needs import headers, imagined, needs_of
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
@@ -88,7 +89,7 @@ def test_a_folder_of_other_weights_is_refused_as_load_refuses_it(tmp_path: Path)
 
 def test_the_report_of_a_32b_beside_a_gpu_that_is_not_there(tmp_path: Path, here: Machine) -> None:
     folder = bare(tmp_path / "32b", THIRTY_TWO)
-    found = plan(folder, None, Limits(gpu_memory=8 * GIB, ram=16 * GIB)).to_json()
+    found = plan(folder, None, Budget(gpu_memory=8 * GIB, ram=16 * GIB)).to_json()
     assert found["fits"] is True
     assert found["weight_bytes"] == THIRTY_TWO_BYTES
     assert found["kv_bytes"] == sum(device["kv"] for device in found["devices"].values())
@@ -103,7 +104,7 @@ def test_the_report_of_a_32b_beside_a_gpu_that_is_not_there(tmp_path: Path, here
 
 
 def test_what_must_lie_on_disk_is_planned_as_if_it_was_quantized_once(tmp_path: Path, here: Machine) -> None:
-    found = plan(bare(tmp_path / "9b", NINE), None, Limits(context=1024, ram=3 * GIB)).to_json()
+    found = plan(bare(tmp_path / "9b", NINE), None, Budget(context=1024, ram=3 * GIB)).to_json()
     assert found["fits"] is True
     assert len(found["devices"]["disk"]["layers"]) == 27
     assert found["assumed"] == [
@@ -120,9 +121,9 @@ def test_the_disk_is_measured_where_layers_lie_on_it(
     asked: list[Path] = []
     monkeypatch.setattr(machine, "disk_bandwidth", lambda file: asked.append(file) or 5e9)
     monkeypatch.setattr("glm4lite.placement.RING_BUFFERS", 0)  # of two tiny layers, three would be more than both
-    whole = plan(folder, None, Limits(context=64)).placement
+    whole = plan(folder, None, Budget(context=64)).placement
     assert asked == []
-    found = plan(folder, None, Limits(context=64, ram=whole.share("cpu").held - 1))
+    found = plan(folder, None, Budget(context=64, ram=whole.share("cpu").held - 1))
     assert [file.parent for file in asked] == [folder]
     assert found.machine.disk_bandwidth == 5e9
     assert found.placement.share("disk").layers
@@ -130,32 +131,31 @@ def test_the_disk_is_measured_where_layers_lie_on_it(
 
 
 def test_more_ram_than_is_here_is_planned_for_and_said(tmp_path: Path, here: Machine) -> None:
-    found = plan(bare(tmp_path / "9b", NINE), "none", Limits(ram=32 * GIB))
+    found = plan(bare(tmp_path / "9b", NINE), "none", Budget(ram=32 * GIB))
     assert found.placement.fits
     assert found.assumed == ("32.0 GiB of RAM (24.0 GiB are free here now)",)
 
 
 def test_more_gpu_memory_than_is_free_is_planned_for_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "this_machine", lambda quantized=True: Machine(24 * GIB, gpus=(4 * GIB,)))
-    found = plan(bare(tmp_path / "9b", NINE), None, Limits(gpu_memory=8 * GIB, gpu_bandwidth=10**12))
+    found = plan(bare(tmp_path / "9b", NINE), None, Budget(gpu_memory=8 * GIB), 1e12)
     assert found.assumed == ("8.0 GiB of GPU memory (4.0 GiB are free here now)",)
     assert len(found.placement.share("cuda:0").layers) == 40
     assert found.machine.gpu_bandwidth == 1e12
 
 
 @pytest.mark.parametrize(
-    ("quant", "limits", "message"),
+    ("quant", "budget", "message"),
     [
-        ("int3", Limits(), "use int4, int8 or none"),
-        (None, Limits(kv="int4"), "kv is 'int4'; use float or int8"),
-        (None, Limits(context=513), "the context is 513 tokens; this model takes 1 to 512"),
+        ("int3", Budget(), "use int4, int8, nf4, fp4 or none"),
+        (None, Budget(context=513), "the context is 513 tokens; this model takes 1 to 512"),
     ],
 )
 def test_what_cannot_be_planned_is_said(
-    tmp_path: Path, here: Machine, quant: str | None, limits: Limits, message: str
+    tmp_path: Path, here: Machine, quant: str | None, budget: Budget, message: str
 ) -> None:
     with pytest.raises((Glm4liteError, ValueError)) as caught:
-        plan(bare(tmp_path / "tiny", tiny_config()), quant, limits)
+        plan(bare(tmp_path / "tiny", tiny_config()), quant, budget)
     assert message in str(caught.value)
 
 
