@@ -206,7 +206,7 @@ def plan(
     from glm4lite.planner import Limits
     from glm4lite.planner import plan as make_plan
 
-    limits = Limits(_tokens(context), kv, _size(gpu_memory), _size(ram), _size(gpu_bandwidth))
+    limits = Limits.parse(context, kv, gpu_memory, ram, gpu_bandwidth)
     _use_threads(None)
     report = make_plan(model, quant, limits)
     if not as_json:
@@ -271,20 +271,6 @@ def _use_threads(count: str | None) -> None:
     except ValueError:
         raise ConfigError(f"--threads is {count[:100]!r}; use a whole number of at least 1") from None
     native.set_threads(number)
-
-
-def _size(text: str | None) -> int | None:
-    from glm4lite.weights.memory import parse_size
-
-    return None if text is None else parse_size(text)
-
-
-def _tokens(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not text.isascii() or not text.isdigit() or int(text[:20]) < 1:
-        raise ConfigError(f"--context is {text[:100]!r}; use a whole number of tokens of at least 1")
-    return int(text[:20])
 
 
 def _print_report(report: Benchmark | Evaluation | PlacementReport, as_json: bool) -> None:

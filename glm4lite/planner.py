@@ -12,7 +12,7 @@ from glm4lite.cache import KVType
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import ConfigError
 from glm4lite.placement import Machine, Needs, Placement, Share, place
-from glm4lite.weights.memory import readable
+from glm4lite.weights.memory import parse_size, readable
 from glm4lite.weights.needs import FOUR_BIT_BLOCKS, headers, needs_of
 from glm4lite.weights.plan import parse_quant
 
@@ -33,6 +33,14 @@ class Limits:
     gpu_memory: int | None = None
     ram: int | None = None
     gpu_bandwidth: int | None = None
+
+    @classmethod
+    def parse(
+        cls, context: str | None, kv: str, gpu_memory: str | None, ram: str | None, gpu_bandwidth: str | None
+    ) -> Limits:
+        """From texts, as on a command line. Raises ConfigError."""
+        sizes = (None if text is None else parse_size(text) for text in (gpu_memory, ram, gpu_bandwidth))
+        return cls(None if context is None else _tokens(context), kv, *sizes)
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class PlacementReport:
             "decode_tokens_per_s": round(placed.decode_tokens_per_s, 3),
             "prefill_tokens_per_s": round(placed.prefill_tokens_per_s, 3),
             "advice": placed.advice,
+            "measured": list(self.machine.measured),
             "assumed": list(self.assumed),
         }
 
@@ -77,7 +86,7 @@ class PlacementReport:
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """What stands below the table."""
-        placed, machine = self.placement, self.machine
+        placed = self.placement
         yield "model", f"{self.model}, {self.needs.quant}: {readable(placed.weight_bytes)} of weights"
         cache = f"{readable(placed.kv_bytes)} for {placed.context} tokens ({placed.kv})"
         yield "cache", f"{cache}, {readable(placed.kv_bytes * 1024 // placed.context)} for each 1024"
@@ -87,7 +96,8 @@ class PlacementReport:
             yield "fits", f"yes{f'; {placed.advice}' if placed.advice else ''}"
         else:
             yield "fits", f"no: {placed.advice}"
-        yield "measured", f"memory {machine.ram_bandwidth / 1e9:.1f} GB/s, prompts {machine.cpu_rate / 1e12:.2f} TOP/s"
+        if self.machine.measured:
+            yield "measured", ", ".join(self.machine.measured)
         for note in self.assumed:
             yield "assumed", note
 
@@ -115,9 +125,16 @@ def plan(source: str | Path, quant: str | None = None, limits: Limits | None = N
         if measured is None:
             notes += (f"a disk of {machine.disk_bandwidth / 1e9:.1f} GB/s (no shard is here to measure it with)",)
         else:
-            machine = replace(machine, disk_bandwidth=measured)
+            told = (*machine.measured, f"disk {measured / 1e9:.1f} GB/s")
+            machine = replace(machine, disk_bandwidth=measured, measured=told)
             placement, needs, _ = _placed(needs, machine, limits)
-    return PlacementReport(str(source), needs, machine, placement, machine.notes + notes)
+    return PlacementReport(str(source), needs, machine, placement, machine.assumed + notes)
+
+
+def _tokens(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text[:20]) < 1:
+        raise ConfigError(f"the context is {text[:100]!r}; use a whole number of tokens of at least 1")
+    return int(text[:20])
 
 
 def _check(quant: str | None, limits: Limits) -> None:
@@ -126,6 +143,8 @@ def _check(quant: str | None, limits: Limits) -> None:
         parse_quant(quant)
     if limits.kv not in KV_TYPES:
         raise ConfigError(f"kv is {limits.kv!r}; use {' or '.join(KV_TYPES)}")
+    if limits.gpu_bandwidth == 0:
+        raise ConfigError("a GPU bandwidth of 0 moves nothing; give one such as 272GB")
 
 
 def _machine(limits: Limits, quantized: bool) -> Machine:
@@ -133,13 +152,13 @@ def _machine(limits: Limits, quantized: bool) -> Machine:
     machine = machines.this_machine(quantized)
     if limits.ram is not None and limits.ram > machine.ram:
         note = f"{readable(limits.ram)} of RAM ({readable(machine.ram)} are free here now)"
-        machine = replace(machine, ram=limits.ram, notes=(*machine.notes, note))
+        machine = replace(machine, ram=limits.ram, assumed=(*machine.assumed, note))
     if limits.gpu_memory and not machine.gpus:
         machine = machines.with_assumed_gpu(machine, limits.gpu_memory)
     elif limits.gpu_memory and limits.gpu_memory > min(machine.gpus):
         note = f"{readable(limits.gpu_memory)} of GPU memory ({readable(min(machine.gpus))} are free here now)"
         gpus = tuple(max(free, limits.gpu_memory) for free in machine.gpus)
-        machine = replace(machine, gpus=gpus, notes=(*machine.notes, note))
+        machine = replace(machine, gpus=gpus, assumed=(*machine.assumed, note))
     return machine if limits.gpu_bandwidth is None else replace(machine, gpu_bandwidth=float(limits.gpu_bandwidth))
 
 
