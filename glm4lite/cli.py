@@ -310,7 +310,7 @@ def _tokens(text: str | None) -> int | None:
     if text is None:
         return None
     if not text.isascii() or not text.isdigit() or int(text[:20]) < 1:
-        raise ConfigError(f"--context is {text[:100]!r}; use a whole number of tokens of at least 1")
+        raise ConfigError(f"the context is {text[:100]!r}; use a whole number of tokens of at least 1")
     return int(text[:20])
 
 

@@ -32,18 +32,18 @@ DISK_PIECES = 8
 
 
 def this_machine(quantized: bool = True) -> Machine:
-    """Free memory and measured speeds; `notes` name what could not be measured. The disk is not (see `disk_bandwidth`).
+    """Free memory and measured speeds, all but the disk's (see `disk_bandwidth`).
 
     quantized: the CPU's rate in a prompt is that of int4 layers, else that of bfloat16.
     """
-    free, notes = memory.available(swap=False), []
-    if free is None:
-        notes.append(f"{memory.readable(UNKNOWN_RAM)} of RAM (this system does not tell what is free)")
+    free, bandwidth, rate = memory.available(swap=False), ram_bandwidth(), cpu_rate(quantized)
+    unknown = f"{memory.readable(UNKNOWN_RAM)} of RAM (this system does not tell what is free)"
     machine = Machine(
         UNKNOWN_RAM if free is None else int(free * MARGIN),
-        ram_bandwidth=ram_bandwidth(),
-        cpu_rate=cpu_rate(quantized),
-        notes=tuple(notes),
+        ram_bandwidth=bandwidth,
+        cpu_rate=rate,
+        measured=(f"memory {bandwidth / 1e9:.1f} GB/s", f"prompts on the CPU {rate / 1e12:.2f} TOP/s"),
+        assumed=(unknown,) if free is None else (),
     )
     return _with_gpus(machine) if torch.cuda.is_available() else machine
 
@@ -53,7 +53,7 @@ def with_assumed_gpu(machine: Machine, size: int) -> Machine:
     assumed = Machine(0)
     speeds = f"{assumed.gpu_bandwidth / 1e9:.0f} GB/s, {assumed.gpu_rate / 1e12:.0f} TFLOP/s, as an RTX 4060"
     note = f"a GPU of {memory.readable(size)}, {speeds}; its bus {assumed.bus_bandwidth / 1e9:.0f} GB/s"
-    return replace(machine, gpus=(size,), notes=(*machine.notes, note))
+    return replace(machine, gpus=(size,), assumed=(*machine.assumed, note))
 
 
 def ram_bandwidth() -> float:
@@ -97,8 +97,10 @@ def _with_gpus(machine: Machine) -> Machine:
         rate = 2 * PROBE_SIDE**3 / _cuda_seconds(lambda: square @ square)
     except RuntimeError:  # out of memory, no pinned memory: the free bytes are known all the same
         note = "speeds of an RTX 4060 (this GPU could not be measured)"
-        return replace(machine, gpus=free, notes=(*machine.notes, note))
-    return replace(machine, gpus=free, gpu_bandwidth=copied, bus_bandwidth=crossed, gpu_rate=rate)
+        return replace(machine, gpus=free, assumed=(*machine.assumed, note))
+    found = (f"GPU {copied / 1e9:.0f} GB/s", f"{rate / 1e12:.0f} TFLOP/s", f"its bus {crossed / 1e9:.1f} GB/s")
+    measured = (*machine.measured, *found)
+    return replace(machine, gpus=free, gpu_bandwidth=copied, bus_bandwidth=crossed, gpu_rate=rate, measured=measured)
 
 
 def _cuda_seconds(work: Callable[[], object]) -> float:

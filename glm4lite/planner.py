@@ -43,6 +43,7 @@ class PlacementReport:
             "decode_tokens_per_s": round(placed.decode_tokens_per_s, 3),
             "prefill_tokens_per_s": round(placed.prefill_tokens_per_s, 3),
             "advice": placed.advice,
+            "measured": list(self.machine.measured),
             "assumed": list(self.assumed),
         }
 
@@ -58,7 +59,7 @@ class PlacementReport:
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """What stands below the table."""
-        placed, machine = self.placement, self.machine
+        placed = self.placement
         yield "model", f"{self.model}, {self.needs.quant}: {readable(placed.weight_bytes)} of weights"
         cache = f"{readable(placed.kv_bytes)} for {placed.context} tokens ({placed.kv})"
         yield "cache", f"{cache}, {readable(placed.kv_bytes * 1024 // placed.context)} for each 1024"
@@ -68,7 +69,8 @@ class PlacementReport:
             yield "fits", f"yes{f'; {placed.advice}' if placed.advice else ''}"
         else:
             yield "fits", f"no: {placed.advice}"
-        yield "measured", f"memory {machine.ram_bandwidth / 1e9:.1f} GB/s, prompts {machine.cpu_rate / 1e12:.2f} TOP/s"
+        if self.machine.measured:
+            yield "measured", ", ".join(self.machine.measured)
         for note in self.assumed:
             yield "assumed", note
 
@@ -100,9 +102,10 @@ def plan(
         if measured is None:
             notes += (f"a disk of {machine.disk_bandwidth / 1e9:.1f} GB/s (no shard is here to measure it with)",)
         else:
-            machine = replace(machine, disk_bandwidth=measured)
+            told = (*machine.measured, f"disk {measured / 1e9:.1f} GB/s")
+            machine = replace(machine, disk_bandwidth=measured, measured=told)
             placement, needs, _ = _placed(needs, machine, budget)
-    return PlacementReport(str(source), needs, machine, placement, machine.notes + notes)
+    return PlacementReport(str(source), needs, machine, placement, machine.assumed + notes)
 
 
 def _machine(budget: Budget, gpu_bandwidth: float | None, quantized: bool) -> Machine:
@@ -110,13 +113,13 @@ def _machine(budget: Budget, gpu_bandwidth: float | None, quantized: bool) -> Ma
     machine = machines.this_machine(quantized)
     if budget.ram is not None and budget.ram > machine.ram:
         note = f"{readable(budget.ram)} of RAM ({readable(machine.ram)} are free here now)"
-        machine = replace(machine, ram=budget.ram, notes=(*machine.notes, note))
+        machine = replace(machine, ram=budget.ram, assumed=(*machine.assumed, note))
     if budget.gpu_memory and not machine.gpus:
         machine = machines.with_assumed_gpu(machine, budget.gpu_memory)
     elif budget.gpu_memory and budget.gpu_memory > min(machine.gpus):
         note = f"{readable(budget.gpu_memory)} of GPU memory ({readable(min(machine.gpus))} are free here now)"
         gpus = tuple(max(free, budget.gpu_memory) for free in machine.gpus)
-        machine = replace(machine, gpus=gpus, notes=(*machine.notes, note))
+        machine = replace(machine, gpus=gpus, assumed=(*machine.assumed, note))
     return machine if gpu_bandwidth is None else replace(machine, gpu_bandwidth=gpu_bandwidth)
 
 
