@@ -135,8 +135,8 @@ class BnbConfig:
         """Reads what Transformers wrote; QuantError names what cannot be used. Other keys mean nothing to a reader."""
         if d.get("load_in_8bit"):
             raise QuantError(
-                "quantization_config.load_in_8bit (LLM.int8) cannot be run: its activations are float16, and GLM-4's "
-                "reach 68000, above float16's largest number; use the model's BF16 checkpoint with quant='int8'"
+                "quantization_config.load_in_8bit (LLM.int8) is refused: its activations are float16, and GLM-4's "
+                "reach 68000, above float16's largest number (glm4lite's own int8 has no such limit)"
             )
         if d.get("load_in_4bit") is not True:
             raise QuantError(f"quantization_config.load_in_4bit is {d.get('load_in_4bit')!r}; expected true")
