@@ -71,7 +71,7 @@ def find_weight(checkpoint: Checkpoint, name: str) -> BnbWeight | None:
             raise ValueError(f"quant_type is {weight.kind!r} in a {states[0]}")
         _check_tensors(checkpoint, name, weight)
     except ValueError as error:
-        raise _wrong(checkpoint, name, f"has a wrong quant_state: {error}") from None
+        raise _wrong(checkpoint, name, f"is not as bitsandbytes writes it: {error}") from None
     return weight
 
 
@@ -116,7 +116,7 @@ def _described(fields: Mapping[str, Any], parts: tuple[str, ...]) -> BnbWeight:
     def one_of(key: str, choices: tuple[Any, ...]) -> Any:
         value = fields[key]
         if type(value) is not type(choices[0]) or value not in choices:
-            raise ValueError(f"{key} is {reprlib.repr(value)}; expected {' or '.join(map(str, choices))}")
+            raise ValueError(f"{key} is {reprlib.repr(value)}; expected one of {', '.join(map(str, choices))}")
         return value
 
     kind, blocksize = one_of("quant_type", tuple(bnb.QUANT_MAPS)), one_of("blocksize", bnb.BLOCK_SIZES)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.weights.files import CONFIG, some
 from glm4lite.weights.foreign import BnbWeight, Quant, find_weight
 from glm4lite_quant import BnbConfig, BnbTensor, QuantConfig, QuantError, QuantTensor, bnb
+from glm4lite_quant.config import QUANT_METHOD
 from glm4lite_quant.tensor import NAMES
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -286,12 +287,10 @@ def stored_quant(checkpoint: Checkpoint, asked: str | Quant | None = None) -> Qu
                 "get back the config.json that belongs to the weights"
             )
         return None
-    foreign = isinstance(given, dict) and given.get("quant_method") == bnb.QUANT_METHOD
     try:
-        stored = BnbConfig.from_dict(given) if foreign else QuantConfig.from_dict(given)
+        stored = _declared(given)
     except QuantError as error:
-        advice = "" if foreign else "; use the model's BF16 checkpoint"
-        raise ConfigError(f"{path}: {error}{advice}") from None
+        raise ConfigError(f"{path}: {error}; use the model's BF16 checkpoint") from None
     if isinstance(stored, BnbConfig):
         return stored
     wanted = parse_quant(asked)
@@ -304,3 +303,13 @@ def stored_quant(checkpoint: Checkpoint, asked: str | Quant | None = None) -> Qu
         f"{path} is quantized to int{stored.bits} in groups of {stored.group_size} already; load it without quant, "
         f"or {'quantize' if wanted else 'load'} the original checkpoint"
     )
+
+
+def _declared(given: Any) -> Quant:
+    method = given.get("quant_method") if isinstance(given, Mapping) else None
+    if method == bnb.QUANT_METHOD:
+        return BnbConfig.from_dict(given)
+    if isinstance(method, str) and method != QUANT_METHOD:
+        known = f"only {QUANT_METHOD!r} and {bnb.QUANT_METHOD!r} can be read"
+        raise QuantError(f"quantization_config.quant_method is {method!r}; {known}")
+    return QuantConfig.from_dict(given)

@@ -135,8 +135,8 @@ class BnbConfig:
         """Reads what Transformers wrote; QuantError names what cannot be used. Other keys mean nothing to a reader."""
         if d.get("load_in_8bit"):
             raise QuantError(
-                "quantization_config.load_in_8bit (LLM.int8) cannot be run: its activations are float16, and GLM-4's "
-                "reach 68000, above float16's largest number; use the model's BF16 checkpoint with quant='int8'"
+                "quantization_config.load_in_8bit (LLM.int8) is refused: its activations are float16, and GLM-4's "
+                "reach 68000, above float16's largest number (glm4lite's own int8 has no such limit)"
             )
         if d.get("load_in_4bit") is not True:
             raise QuantError(f"quantization_config.load_in_4bit is {d.get('load_in_4bit')!r}; expected true")
@@ -213,14 +213,27 @@ class BnbTensor:
         return BnbTensor(self.kind, self.shape, self.blocksize, self.packed, *nested)
 
     def rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Rows start..stop-1 decoded: [stop - start, K]. Plain torch; only their bytes are read."""
+        """Rows start..stop-1 decoded: [stop - start, K]. Only their bytes are read; scratch stays within 64 MiB."""
+        k = self.shape[1]
+        out = torch.empty(stop - start, k, dtype=dtype, device=self.device)
+        step = max(1, SCRATCH_ELEMENTS // k)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            out[first - start : last - start] = self._decoded(first, last)
+        return out
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The whole weight [N, K]."""
+        return self.rows(0, self.shape[0], dtype)
+
+    def _decoded(self, start: int, stop: int) -> Tensor:
         k, size = self.shape[1], self.blocksize
         first, last = start * k, stop * k
         pairs = self.packed[first // 2 : math.ceil(last / 2)]
         codes = torch.stack((pairs >> 4, pairs & 15), dim=1).flatten()[first % 2 :][: last - first]
         scales = self.scales(first // size, math.ceil(last / size))
         scales = scales.repeat_interleave(size)[first % size :][: last - first]
-        return (self.quant_map.index_select(0, codes.int()) * scales).to(dtype).view(-1, k)
+        return (self.quant_map.index_select(0, codes.int()) * scales).view(-1, k)
 
     def scales(self, first: int, last: int) -> Tensor:
         """float32: absmax of blocks first..last-1."""
@@ -229,16 +242,6 @@ class BnbTensor:
             return stored
         group = torch.arange(first, last, device=self.device) // NESTED_BLOCK_SIZE
         return self.nested_quant_map[stored.int()] * self.nested_absmax[group] + self.nested_offset
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The whole weight [N, K]; scratch stays within a few MiB."""
-        n, k = self.shape
-        out = torch.empty(n, k, dtype=dtype, device=self.device)
-        step = max(1, SCRATCH_ELEMENTS // k)
-        for start in range(0, n, step):
-            stop = min(start + step, n)
-            out[start:stop] = self.rows(start, stop, dtype)
-        return out
 
     def state(self) -> Any:
         """bitsandbytes' own description of this weight, over the same memory."""

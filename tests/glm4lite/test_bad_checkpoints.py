@@ -392,7 +392,7 @@ def test_a_generation_config_that_is_not_json_is_said(folder: Path) -> None:
 def test_another_tools_quantization_is_named(folder: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     assert refused(folder, ConfigError) == (
-        "DIR/config.json: quantization_config.quant_method is 'gptq'; only 'glm4lite' can be read; "
+        "DIR/config.json: quantization_config.quant_method is 'gptq'; only 'glm4lite' and 'bitsandbytes' can be read; "
         "use the model's BF16 checkpoint"
     )
 
