@@ -41,15 +41,27 @@ class Budget:
             raise ConfigError("a memory budget is a number of bytes, or a text such as '8GiB'")
 
     @classmethod
-    def of(cls, gpu_memory: int | str | None, ram: int | str | None, context: int | None, kv: str) -> Budget:
-        """Sizes as numbers of bytes or as text ("8GiB"); ConfigError for what is none."""
+    def of(
+        cls,
+        gpu_memory: int | str | None = None,
+        ram: int | str | None = None,
+        context: int | str | None = None,
+        kv: str = "auto",
+    ) -> Budget:
+        """Sizes as numbers of bytes or as text ("8GiB"), the context too; ConfigError for what is none."""
         gpu, held = (parse_size(size) if isinstance(size, str) else size for size in (gpu_memory, ram))
-        return cls(gpu, held, context, kv)
+        return cls(gpu, held, _tokens(context) if isinstance(context, str) else context, kv)
 
     @property
     def limits(self) -> bool:
         """Whether anything but the cache's type was asked for."""
         return not (self.gpu_memory is None and self.ram is None and self.context is None)
+
+
+def _tokens(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text[:20]) < 1:
+        raise ConfigError(f"the context is {text[:100]!r}; use a whole number of tokens of at least 1")
+    return int(text[:20])
 
 
 def place_within(needs: Needs, machine: Machine, budget: Budget) -> Placement:

@@ -113,7 +113,7 @@ def chat(
             kv=kv,
             gpu_memory=gpu_memory,
             ram=ram,
-            context=_tokens(context),
+            context=context,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
@@ -157,7 +157,7 @@ def generate(
     SamplingParams.check(**sampling)
     _use_threads(threads)
     with _rendering(as_json) as renderer:
-        limits: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": _tokens(context), "kv": kv}
+        limits: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
         completion = Completion(Engine.load(model, quant or "auto", device, dtype, renderer.show, **limits))
         with _interrupt_stops(completion):
             renderer.show_all(completion.run(prompt, **sampling))
@@ -226,9 +226,10 @@ def plan(
     """Will it fit, and how fast will it be? Of a model that is not here only a few kilobytes are fetched."""
     from glm4lite.budget import Budget
     from glm4lite.planner import plan as make_plan
+    from glm4lite.weights.memory import parse_size
 
-    budget = Budget.of(gpu_memory, ram, _tokens(context), kv)
-    bandwidth = None if gpu_bandwidth is None else float(_size(gpu_bandwidth))
+    budget = Budget.of(gpu_memory, ram, context, kv)
+    bandwidth = None if gpu_bandwidth is None else float(parse_size(gpu_bandwidth))
     _use_threads(None)
     report = make_plan(model, quant, budget, bandwidth)
     if not as_json:
@@ -298,20 +299,6 @@ def _use_threads(count: str | None) -> None:
     except ValueError:
         raise ConfigError(f"--threads is {count[:100]!r}; use a whole number of at least 1") from None
     native.set_threads(number)
-
-
-def _size(text: str) -> int:
-    from glm4lite.weights.memory import parse_size
-
-    return parse_size(text)
-
-
-def _tokens(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not text.isascii() or not text.isdigit() or int(text[:20]) < 1:
-        raise ConfigError(f"the context is {text[:100]!r}; use a whole number of tokens of at least 1")
-    return int(text[:20])
 
 
 def _print_report(report: Benchmark | Evaluation | PlacementReport, as_json: bool) -> None:

@@ -52,7 +52,7 @@ class Engine:
         kv: str = "auto",
         gpu_memory: int | str | None = None,
         ram: int | str | None = None,
-        context: int | None = None,
+        context: int | str | None = None,
     ) -> Engine:
         """Arguments as `glm4lite.load`; quant "auto" is int4, or as the checkpoint is stored if that is quantized.
 

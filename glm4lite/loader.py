@@ -74,7 +74,7 @@ def load(
     *,
     gpu_memory: Size = None,
     ram: Size = None,
-    context: int | None = None,
+    context: int | str | None = None,
     kv: str = "auto",
 ) -> Glm4ForCausalLM: ...
 
@@ -91,7 +91,7 @@ def load(
     calibration: str | Path | None = None,
     gpu_memory: Size = None,
     ram: Size = None,
-    context: int | None = None,
+    context: int | str | None = None,
     kv: str = "auto",
 ) -> Model: ...
 
@@ -107,7 +107,7 @@ def load(
     *,
     gpu_memory: Size = None,
     ram: Size = None,
-    context: int | None = None,
+    context: int | str | None = None,
     kv: str = "auto",
 ) -> nn.Module:
     """Load a model from a folder, from "nano", or from a Hub repo id.

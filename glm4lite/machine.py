@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -137,7 +138,7 @@ def read_rate(extents: Sequence[Extent]) -> float | None:
     buffers = {reader: aligned_memory(DISK_BLOCK).numpy() for reader in range(DISK_READERS)}
 
     def read(reader: int) -> None:
-        view = memoryview(buffers[reader])
+        view = memoryview(cast(Any, buffers[reader]))
         for file, offset, nbytes in blocks[reader::DISK_READERS]:
             file.read_into(view[:nbytes], offset)
 

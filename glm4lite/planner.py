@@ -10,6 +10,7 @@ from typing import Any
 from glm4lite import machine as machines
 from glm4lite.budget import Budget, place_within
 from glm4lite.checkpoint import Checkpoint
+from glm4lite.errors import ConfigError
 from glm4lite.placement import Machine, Needs, Placement, Share
 from glm4lite.weights.memory import readable
 from glm4lite.weights.needs import headers, needs_of
@@ -90,6 +91,8 @@ def plan(
             What does not fit is no error: `placement.fits` tells it, `placement.advice` what to change.
     """
     budget = budget or Budget()
+    if gpu_bandwidth == 0:
+        raise ConfigError("a GPU bandwidth of 0 moves nothing; give one such as 272GB")
     parse_quant(quant)  # before a model is looked for
     checkpoint = headers(source)
     if quant is None and checkpoint.config.get("quantization_config") is None:

@@ -76,7 +76,7 @@ class ChatSession:
         kv: str = "auto",
         gpu_memory: int | str | None = None,
         ram: int | str | None = None,
-        context: int | None = None,
+        context: int | str | None = None,
         **sampling: Any,
     ) -> ChatSession:
         """An Engine and a session on it; arguments as in `Engine.load`, `sampling` as in SamplingParams."""

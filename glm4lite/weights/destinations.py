@@ -89,10 +89,10 @@ def choose(
     if not gpus and not budget.limits and not needs.stored:
         return Destinations(home, types)  # the loader itself sees whether what it makes fits
     placement = place_within(needs, Machine(_free_ram(), gpus), budget)
+    if not gpus and not budget.limits and not (placement.fits and placement.share("disk").layers):
+        return Destinations(home, types)  # mapped: takes no memory that others could not have back
     if not placement.fits:
         raise CheckpointError(f"{checkpoint.folder} does not fit: {placement.advice}")
-    if not gpus and not budget.limits and not placement.share("disk").layers:
-        return Destinations(home, types)
     if budget.kv == "auto" and placement.kv == "int8":
         logger.warning("the cache is int8, to leave memory for weights (--kv float: as it is)")
     return Destinations(home, types, placement)

@@ -13,7 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
@@ -168,7 +168,7 @@ class WeightRing:
 
 def _slot(size: int) -> _Slot:
     memory = aligned_memory(size)
-    return _Slot(memory, memoryview(memory.numpy()))  # type: ignore[arg-type]
+    return _Slot(memory, memoryview(cast(Any, memory.numpy())))
 
 
 def _reads(slot: _Slot, extent: Extent) -> list[_Read]:
