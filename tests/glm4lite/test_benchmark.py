@@ -106,7 +106,7 @@ def test_memory_that_the_system_does_not_tell_is_said_so(monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "STATUS", tmp_path / "missing")
     assert memory_now("RssAnon") is None
     one = Spread(1.0, 1.0, 1.0)
-    found = Benchmark("x", 1, 2, 1, {"k": 1}, 1.0, one, one, 10**9, one, None, None, None)
+    found = Benchmark("x", 1, 2, 1, {"k": 1}, 1.0, one, one, 10**9, one, {}, 0, None, None, None, None)
     assert "not available on" in dict(found.lines())["peak memory"]
     assert found.to_json()["peak_anon_bytes"] is None
 

@@ -117,10 +117,11 @@ def test_bfloat16_bytes_are_two_a_parameter(name: str, parameters: int, tmp_path
 
 
 def test_nf4_is_half_a_byte_and_a_float_for_64_weights(tmp_path: Path) -> None:
-    # linears of a 9B layer: 203 948 032 weights of 9/16 byte, norms and biases bfloat16; embedding and head bfloat16
+    # linears of a 9B layer: 203 948 032 weights of 9/16 byte, a table of 16 floats for each of the six; norms and
+    # biases float32; embedding and head int8 with a scale for 32 and a float for each row
     found = needs("GLM-4-9B-0414", tmp_path, "nf4")
-    assert found.layers[0] == 203_948_032 * 9 // 16 + 2 * (4 * 4096 + 4096 + 2 * 256)
-    assert found.embedding == found.head == 2 * 620_756_992
+    assert found.layers[0] == 203_948_032 * 9 // 16 + 6 * 64 + 4 * (4 * 4096 + 4096 + 2 * 256)
+    assert found.embedding == found.head == 620_756_992 * 33 // 32 + 4 * 151_552
 
 
 # Two kinds (keys, values) x layers x heads x 128 numbers x 8192 tokens: float32 beside quantized layers on a CPU,

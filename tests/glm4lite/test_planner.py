@@ -109,7 +109,7 @@ def test_the_report_of_a_32b_beside_a_gpu_that_is_not_there(tmp_path: Path, here
 
 
 def test_what_must_lie_on_disk_is_planned_as_if_it_was_quantized_once(tmp_path: Path, here: Machine) -> None:
-    found = plan(bare(tmp_path / "9b", NINE), None, Budget(context=1024, ram=3 * GIB)).to_json()
+    found = plan(bare(tmp_path / "9b", NINE), None, Budget(context=1024, ram=3 * GIB, kv="float")).to_json()
     assert found["fits"] is True
     assert len(found["devices"]["disk"]["layers"]) == 28
     assert found["assumed"] == [
@@ -126,9 +126,9 @@ def test_the_disk_is_measured_where_layers_lie_on_it(
     asked: list[Path] = []
     monkeypatch.setattr(machine, "disk_bandwidth", lambda file: asked.append(file) or 5e9)
     monkeypatch.setattr("glm4lite.placement.RING_BUFFERS", 0)  # of two tiny layers, three would be more than both
-    whole = plan(folder, None, Budget(context=64)).placement
+    whole = plan(folder, None, Budget(context=64, kv="float")).placement
     assert asked == []
-    found = plan(folder, None, Budget(context=64, ram=whole.share("cpu").held - 1))
+    found = plan(folder, None, Budget(context=64, ram=whole.share("cpu").held - 1, kv="float"))
     assert [file.parent for file in asked] == [folder]
     assert found.machine.disk_bandwidth == 5e9
     assert found.placement.share("disk").layers
@@ -175,7 +175,7 @@ def test_the_table_names_every_device_and_what_to_change(tmp_path: Path) -> None
     assert "head" in done.stdout
     assert "…" not in done.stdout
     assert "tokens/s" in done.stdout
-    refused = run(folder, "--ram", "1GiB", "--json")
+    refused = run(folder, "--ram", "1GiB", "--kv", "float", "--json")
     assert refused.returncode == 0
     found = json.loads(refused.stdout)
     assert found["fits"] is False
