@@ -116,7 +116,10 @@ def _no_cache_command() -> int | None:
 
 def aligned_memory(nbytes: int) -> Tensor:
     """uint8 [nbytes] at an aligned address, in huge pages where there are any; zeros that cost no memory yet."""
-    pages = mmap.mmap(-1, max(nbytes, 1))
+    if hasattr(mmap, "MAP_PRIVATE"):  # shared memory has no huge pages, and is not counted as the process's own
+        pages = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:  # Windows
+        pages = mmap.mmap(-1, max(nbytes, 1))
     if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= 2 << 20:
         with suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
