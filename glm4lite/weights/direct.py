@@ -68,11 +68,12 @@ class DirectFile:
         try:
             while done < wanted:
                 count = self._read(target[done:], offset + done)
-                if count <= 0:
-                    raise CheckpointError(f"{self.path} ended at {offset + done} of {self.size} bytes while in use")
-                done += count
-                if done < wanted and done % ALIGNMENT:  # the next direct read must begin at a whole block
-                    done -= done % ALIGNMENT
+                whole = done + count if done + count >= wanted else (done + count) // ALIGNMENT * ALIGNMENT
+                if whole <= done:  # the next direct read must begin at a whole block: nothing more will come
+                    raise CheckpointError(
+                        f"{self.path} ended at {offset + done + count} of {self.size} bytes while in use"
+                    )
+                done = whole
             if not self.direct and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._fd, offset, len(target), os.POSIX_FADV_DONTNEED)
         except OSError as error:
