@@ -12,29 +12,28 @@ import statistics
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
 
 from glm4lite import __version__
-from glm4lite.cache import KVType, bytes_per_token
+from glm4lite.budget import Budget
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import BenchmarkError, ContextLengthError
 from glm4lite.events import Progress
 from glm4lite.generate import Generation
 from glm4lite.hub import resolve
+from glm4lite.inventory import devices, kernel_names, read_bytes, rings
 from glm4lite.loader import check_arguments, load
+from glm4lite.machine import read_rate
 from glm4lite.model import Glm4ForCausalLM
 from glm4lite.sampling import SamplingParams
 from glm4lite.weights.memory import readable
 from glm4lite.weights.plan import read_config
-from glm4lite_quant import QuantLinear
 from glm4lite_quant.kernels import native
 
 REPETITIONS = 5
@@ -60,6 +59,9 @@ class Spread:
 class Benchmark:
     """What was measured. Rates in tokens and gigabytes (10**9 bytes) per second; memory None where it is not told.
 
+    `devices` says what lies where; `disk_bytes_per_token` streams from disk for each token, and `disk` is how fast it
+    can be read past the page cache, measured between the repetitions.
+
     `read_bytes_per_token` counts the weights of every linear layer, the head included, the embedding not, and the
     keys and values of the middle of the decoded part. `memory_gb_per_s` is the fastest of the interleaved readings.
     """
@@ -74,6 +76,9 @@ class Benchmark:
     decode: Spread
     read_bytes_per_token: int
     memory: Spread
+    devices: dict[str, dict[str, Any]]
+    disk_bytes_per_token: int
+    disk: Spread | None
     peak_rss_bytes: int | None
     peak_anon_bytes: int | None
     anon_before_load_bytes: int | None
@@ -87,6 +92,14 @@ class Benchmark:
         """Achieved over possible bytes per second in decoding."""
         return self.read_gb_per_s / self.memory.max
 
+    @property
+    def disk_read_gb_per_s(self) -> float:
+        return self.decode.median * self.disk_bytes_per_token / 1e9
+
+    @property
+    def disk_bound_fraction(self) -> float | None:
+        return None if self.disk is None else self.disk_read_gb_per_s / self.disk.median
+
     def to_json(self) -> dict[str, Any]:
         """One flat object, as `glm4lite bench --json` prints it."""
         values = asdict(self)
@@ -94,9 +107,12 @@ class Benchmark:
             del values[name]
             values[f"{name}_tokens_per_s"] = spread.median
             values |= {f"{name}_tokens_per_s_min": spread.min, f"{name}_tokens_per_s_max": spread.max}
-        del values["memory"]
+        del values["memory"], values["disk"]
         values |= {"memory_gb_per_s": self.memory.max, "memory_gb_per_s_median": self.memory.median}
         values |= {"read_gb_per_s": self.read_gb_per_s, "bound_fraction": self.bound_fraction}
+        if self.disk is not None:
+            values |= {"disk_gb_per_s": self.disk.median, "disk_read_gb_per_s": self.disk_read_gb_per_s}
+            values |= {"disk_bound_fraction": self.disk_bound_fraction}
         return values | {"versions": versions()}
 
     def lines(self) -> Iterator[tuple[str, str]]:
@@ -111,6 +127,15 @@ class Benchmark:
         yield "decode reads", f"{self.read_gb_per_s:.1f} GB/s ({per_token} for each token)"
         yield "memory gives", f"{self.memory.max:.1f} GB/s (median {self.memory.median:.1f}, min {self.memory.min:.1f})"
         yield "of the bound", f"{self.bound_fraction:.0%}"
+        for name, held in self.devices.items():
+            yield f"on {name}", f"{held['layers']} layers, {readable(held['weights'])} of weights"
+        if self.disk is not None:
+            spread = f"median {self.disk.median:.2f}, {self.disk.min:.2f} to {self.disk.max:.2f}"
+            yield (
+                "disk reads",
+                f"{self.disk_read_gb_per_s:.2f} GB/s ({readable(self.disk_bytes_per_token)} for each token)",
+            )
+            yield "disk gives", f"{spread} GB/s: {self.disk_bound_fraction or 0:.0%} of it is used"
         yield "peak memory", _size(self.peak_rss_bytes)
         before = _size(self.anon_before_load_bytes)
         yield "of it not files", f"{_size(self.peak_anon_bytes)} ({before} before loading)"
@@ -133,19 +158,20 @@ def benchmark(
     new_tokens: int = 32,
     progress: Callable[[Progress], None] | None = None,
     repetitions: int = REPETITIONS,
-    kv: str = "float",
+    budget: Budget | None = None,
+    device: str = "cpu",
 ) -> Benchmark:
-    """Load a model on the CPU and time it with random token ids: one warm-up, then the repetitions.
+    """Load a model and time it with random token ids: one warm-up, then the repetitions.
 
-    `quant` None is int4, or as the checkpoint is stored; `kv` "float" or "int8" is the cache. No tokenizer is needed.
+    `quant` None is int4, or as the checkpoint is stored; `budget` None is whatever there is and a float cache. Its
+    context is that of the trial. No tokenizer is needed.
 
     Raises:
         Glm4liteError: what `load` raises; BenchmarkError for counts that cannot be measured, ContextLengthError where
             prompt and new tokens do not fit the model's context (before the weights are read).
     """
-    check_arguments(quant, "cpu", "auto")
-    if kv not in ("float", "int8"):
-        raise BenchmarkError(f"kv is {kv!r}; use float or int8")
+    check_arguments(quant, device, "auto")
+    budget = budget or Budget(kv="float")
     if prompt_tokens < 1 or new_tokens < 2:
         raise BenchmarkError(
             f"prompt tokens are {prompt_tokens} and new tokens {new_tokens}; at least 1 and 2 are needed to time them"
@@ -159,14 +185,16 @@ def benchmark(
     if quant is None and checkpoint.config.get("quantization_config") is None:
         quant = "int4"
     before = memory_now("RssAnon")
-    with _peak_memory() as peak:
+    peak = _Peak()
+    with peak.watched():
         started = time.perf_counter()
-        model = load(checkpoint.folder, quant=quant, device="cpu", progress=progress)
+        limits = {"gpu_memory": budget.gpu_memory, "ram": budget.ram, "kv": budget.kv}
+        room = prompt_tokens + new_tokens if budget.limits else None
+        model = load(checkpoint.folder, quant, device, progress=progress, context=room, **limits)  # type: ignore[arg-type]
         load_s = time.perf_counter() - started
-        model.model.kv = cast(KVType, kv)
         trial = _Trial(model, prompt_tokens, new_tokens)
         trial.run()
-    prefill, decode, memory = _repeat(trial, repetitions, progress)
+    prefill, decode, memory, disk = _repeat(trial, peak, repetitions, progress)
     return Benchmark(
         str(source),
         prompt_tokens,
@@ -178,32 +206,13 @@ def benchmark(
         decode,
         read_bytes(model, prompt_tokens + new_tokens // 2),
         memory,
-        peak["VmRSS"],
-        peak["RssAnon"],
+        devices(model),
+        sum(ring.layers_bytes for ring in rings(model)),
+        disk,
+        peak.seen["VmRSS"],
+        peak.seen["RssAnon"],
         before,
     )
-
-
-def kernel_names(model: nn.Module) -> dict[str, int]:
-    """Backend and precision -> how many linear layers use it."""
-    names: Counter[str] = Counter()
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            names[f"{module.kernel} int{module.weight_tensor.bits}"] += 1
-        elif isinstance(module, nn.Linear):
-            names[f"torch {str(module.weight.dtype).removeprefix('torch.')}"] += 1
-    return dict(names)
-
-
-def read_bytes(model: Glm4ForCausalLM, positions: int) -> int:
-    """Bytes that decoding one token reads with `positions` tokens in the cache."""
-    total = 0
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            total += module.weight_tensor.nbytes
-        elif isinstance(module, nn.Linear):
-            total += module.weight.nbytes
-    return total + positions * bytes_per_token(model.config, model.model.kv, model.model.dtype.itemsize)
 
 
 class _Trial:
@@ -228,26 +237,34 @@ class _Trial:
 
 
 def _repeat(
-    trial: _Trial, repetitions: int, progress: Callable[[Progress], None] | None
-) -> tuple[Spread, Spread, Spread]:
-    """Prefill, decode and memory bandwidth, interleaved."""
-    prefill, decode, memory = [], [], []
-    buffer = torch.ones(BUFFER_BYTES // 8, dtype=torch.int64)
-    native.read_all(buffer)
+    trial: _Trial, peak: _Peak, repetitions: int, progress: Callable[[Progress], None] | None
+) -> tuple[Spread, Spread, Spread, Spread | None]:
+    """Prefill, decode, memory bandwidth, and the disk's where layers stream from it; interleaved."""
+    prefill, decode, memory, disk = [], [], [], []
+    streamed = [extent for ring in rings(trial.model) for extent in ring.extents]
     for index in range(repetitions):
-        rates = trial.run()
+        with peak.watched():
+            rates = trial.run()
         prefill.append(rates[0])
         decode.append(rates[1])
-        memory += [_read_rate(buffer) for _ in range(3)]
+        memory += _read_rates(3)
+        found = read_rate(streamed) if streamed else None
+        disk += [] if found is None else [found / 1e9]
         if progress is not None:
             progress(Progress("bench", index + 1, repetitions, "repetitions"))
-    return Spread.of(prefill), Spread.of(decode), Spread.of(memory)
+    return Spread.of(prefill), Spread.of(decode), Spread.of(memory), Spread.of(disk) if disk else None
 
 
-def _read_rate(buffer: torch.Tensor) -> float:
-    started = time.perf_counter()
+def _read_rates(count: int) -> list[float]:
+    """Gigabytes per second of passes over a buffer, which is no memory of the model's and is let go."""
+    buffer = torch.ones(BUFFER_BYTES // 8, dtype=torch.int64)
     native.read_all(buffer)
-    return buffer.nbytes / (time.perf_counter() - started) / 1e9
+    rates = []
+    for _ in range(count):
+        started = time.perf_counter()
+        native.read_all(buffer)
+        rates.append(buffer.nbytes / (time.perf_counter() - started) / 1e9)
+    return rates
 
 
 def memory_now(field: str) -> int | None:
@@ -260,25 +277,29 @@ def memory_now(field: str) -> int | None:
     return int(found[0]) * 1024 if found else None
 
 
-@contextmanager
-def _peak_memory() -> Iterator[dict[str, int | None]]:
-    """Largest VmRSS and RssAnon while it is open, looked at every few milliseconds."""
-    peak: dict[str, int | None] = {field: memory_now(field) for field in ("VmRSS", "RssAnon")}
-    ended = threading.Event()
+class _Peak:
+    """Largest VmRSS and RssAnon seen while it watched, every few milliseconds; None where the system does not tell."""
 
-    def sample() -> None:
-        while not ended.wait(SAMPLE_SECONDS):
-            for field, known in peak.items():
-                if known is not None:
-                    peak[field] = max(known, memory_now(field) or 0)
+    def __init__(self) -> None:
+        self.seen: dict[str, int | None] = {field: memory_now(field) for field in ("VmRSS", "RssAnon")}
 
-    sampler = threading.Thread(target=sample, daemon=True)
-    sampler.start()
-    try:
-        yield peak
-    finally:
-        ended.set()
-        sampler.join()
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        ended = threading.Event()
+
+        def sample() -> None:
+            while not ended.wait(SAMPLE_SECONDS):
+                for field, known in self.seen.items():
+                    if known is not None:
+                        self.seen[field] = max(known, memory_now(field) or 0)
+
+        sampler = threading.Thread(target=sample, daemon=True)
+        sampler.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            sampler.join()
 
 
 def _rate(spread: Spread) -> str:

@@ -50,7 +50,11 @@ class Checkpoint:
                 f"{folder} is not a folder; give the one that holds config.json and the safetensors files"
             )
         config = read_json(folder / CONFIG)
-        tensors = _merge(folder, _shard_files(folder))
+        return cls.of(folder, config, _merge(folder, _shard_files(folder)))
+
+    @classmethod
+    def of(cls, folder: Path, config: dict[str, Any], tensors: dict[str, StoredTensor]) -> "Checkpoint":
+        """From the tensors of all headers, under the names the files give them."""
         if config.get("model_type") == "chatglm":
             tensors = legacy.rename(tensors, Glm4Config.from_dict(config, folder / CONFIG))
         kept = {name: tensor for name, tensor in tensors.items() if not legacy.IGNORED.fullmatch(name)}

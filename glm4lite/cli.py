@@ -20,6 +20,7 @@ from glm4lite.errors import ConfigError, Glm4liteError
 if TYPE_CHECKING:
     from glm4lite.benchmark import Benchmark
     from glm4lite.evaluate import Evaluation
+    from glm4lite.planner import PlacementReport
     from glm4lite.session import ChatSession
     from glm4lite.terminal import Renderer
 
@@ -35,7 +36,7 @@ CHAT_HELP = "/reset forgets the conversation, /exit leaves, Ctrl-C stops an answ
 
 Model = Annotated[str, typer.Argument(help="A folder, a Hub repository such as zai-org/GLM-4-9B-0414, or nano.")]
 Quant = Annotated[
-    str | None, typer.Option(help="int4, int8 or none.", show_default="int4, or as the checkpoint is stored")
+    str | None, typer.Option(help="int4, int8, nf4, fp4 or none.", show_default="int4, or as the checkpoint is stored")
 ]
 Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and leave.")]
 Json = Annotated[bool, typer.Option("--json", help="Every line of stdout is one event as JSON.")]
@@ -51,7 +52,17 @@ Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
 # Read as text, so that what is no number is answered in one line too.
 Threads = Annotated[str | None, typer.Option(metavar="N", help="CPU threads.", show_default="all cores")]
 KV = Annotated[str, typer.Option(help="Cache of keys and values: float, int8, or auto (int8 where it would not fit).")]
-BenchKV = Annotated[str, typer.Option(help="Cache of keys and values: float or int8.")]
+GpuMemory = Annotated[
+    str | None, typer.Option(help="What may be used of each GPU, such as 8GiB.", show_default="what is free")
+]
+Ram = Annotated[
+    str | None,
+    typer.Option(help="What may be held in RAM, such as 3GiB; the rest streams.", show_default="what is free"),
+]
+# Read as text, so that what is no number is answered in one line too.
+Context = Annotated[
+    str | None, typer.Option(metavar="N", help="Tokens to have memory for.", show_default="8192 with a budget")
+]
 JsonObject = Annotated[bool, typer.Option("--json", help="Stdout is one JSON object.")]
 
 
@@ -78,6 +89,9 @@ def chat(
     device: Device = "auto",
     dtype: Dtype = "auto",
     kv: KV = "auto",
+    gpu_memory: GpuMemory = None,
+    ram: Ram = None,
+    context: Context = None,
     threads: Threads = None,
 ) -> None:
     """Chat with a model: interactively, or one answer with -p."""
@@ -97,6 +111,9 @@ def chat(
             dtype=dtype,
             progress=renderer.show,
             kv=kv,
+            gpu_memory=gpu_memory,
+            ram=ram,
+            context=context,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
@@ -125,6 +142,9 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     kv: KV = "auto",
+    gpu_memory: GpuMemory = None,
+    ram: Ram = None,
+    context: Context = None,
     threads: Threads = None,
 ) -> None:
     """Continue a text, without a chat template (for base models, or to look at a model's raw output)."""
@@ -137,7 +157,8 @@ def generate(
     SamplingParams.check(**sampling)
     _use_threads(threads)
     with _rendering(as_json) as renderer:
-        completion = Completion(Engine.load(model, quant or "auto", device, dtype, renderer.show, kv=kv))
+        limits: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
+        completion = Completion(Engine.load(model, quant or "auto", device, dtype, renderer.show, **limits))
         with _interrupt_stops(completion):
             renderer.show_all(completion.run(prompt, **sampling))
 
@@ -159,16 +180,17 @@ def quantize(
 ) -> None:
     """Write a pre-quantized checkpoint, which loads at once and needs no conversion."""
     from glm4lite.weights.memory import readable
+    from glm4lite.weights.plan import parse_quant
     from glm4lite.weights.quantized import quantize_checkpoint
     from glm4lite_quant import QuantConfig
 
-    config = QuantConfig.parse(quant)
+    config = parse_quant(quant)
     _use_threads(None)
     if calibration is not None and (fast or no_calibration):
         raise ConfigError(f"--calibration and {'--fast' if fast else '--no-calibration'} contradict each other")
     method = "minmax" if fast else "search" if no_calibration else "calibrated"
     with _rendering(as_json) as renderer:
-        asked = QuantConfig(config.bits, group_size, method=method) if config else "none"
+        asked = QuantConfig(config.bits, group_size, method=method) if isinstance(config, QuantConfig) else quant
         written = quantize_checkpoint(source, destination, asked, renderer.show, calibration=calibration)
         size = sum(file.stat().st_size for file in written.iterdir())
         renderer.remark(f"{written}: {readable(size)}, {quant}. Run it: glm4lite chat {written}")
@@ -189,21 +211,55 @@ def info(
 
 
 @app.command()
+def plan(
+    model: Model,
+    gpu_memory: GpuMemory = None,
+    ram: Ram = None,
+    context: Context = None,
+    kv: KV = "auto",
+    quant: Quant = None,
+    gpu_bandwidth: Annotated[
+        str | None, typer.Option(help="In a second, such as 272GB.", show_default="measured, or an RTX 4060's")
+    ] = None,
+    as_json: JsonObject = False,
+) -> None:
+    """Will it fit, and how fast will it be? Of a model that is not here only a few kilobytes are fetched."""
+    from glm4lite.budget import Budget
+    from glm4lite.planner import plan as make_plan
+    from glm4lite.weights.memory import parse_size
+
+    budget = Budget.of(gpu_memory, ram, context, kv)
+    bandwidth = None if gpu_bandwidth is None else float(parse_size(gpu_bandwidth))
+    _use_threads(None)
+    report = make_plan(model, quant, budget, bandwidth)
+    if not as_json:
+        from glm4lite.terminal import print_table
+
+        print_table(list(report.rows()))
+    _print_report(report, as_json)
+
+
+@app.command()
 def bench(
     model: Model = "nano",
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens generated after it.")] = 32,
-    kv: BenchKV = "float",
+    kv: KV = "float",
+    gpu_memory: GpuMemory = None,
+    ram: Ram = None,
+    device: Device = "cpu",
     threads: Threads = None,
     quant: Quant = None,
     as_json: JsonObject = False,
 ) -> None:
-    """Measure speed and memory of a model on this machine's CPU."""
+    """Measure speed and memory of a model, and how near it comes to what this machine's memory and disk give."""
     from glm4lite.benchmark import benchmark
+    from glm4lite.budget import Budget
 
+    budget = Budget.of(gpu_memory, ram, None, kv)
     _use_threads(threads)
     with _rendering(as_json=False) as renderer:
-        found = benchmark(model, quant, prompt_tokens, new_tokens, renderer.show, kv=kv)
+        found = benchmark(model, quant, prompt_tokens, new_tokens, renderer.show, budget=budget, device=device)
     _print_report(found, as_json)
 
 
@@ -245,7 +301,7 @@ def _use_threads(count: str | None) -> None:
     native.set_threads(number)
 
 
-def _print_report(report: Benchmark | Evaluation, as_json: bool) -> None:
+def _print_report(report: Benchmark | Evaluation | PlacementReport, as_json: bool) -> None:
     """One JSON object, or aligned lines."""
     import json
 

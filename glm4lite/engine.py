@@ -7,22 +7,21 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from glm4lite.cache import KVType, bytes_per_token
+from glm4lite.budget import Budget
 from glm4lite.checkpoint import Checkpoint
-from glm4lite.errors import CheckpointError, ConfigError, TemplateError
+from glm4lite.errors import CheckpointError, TemplateError
 from glm4lite.events import Done, Progress
 from glm4lite.generate import PREFILL_CHUNK, Generation, PrefixCache
 from glm4lite.sampling import SamplingParams
 from glm4lite.stopping import StopStrings, stop_ids
 from glm4lite.template import ChatTemplate
 from glm4lite.tokenizer import StreamingDetokenizer, Tokenizer
-from glm4lite.weights import memory
 
 if TYPE_CHECKING:
     from glm4lite.model import Glm4ForCausalLM
-    from glm4lite_quant import QuantConfig
+    from glm4lite.weights.foreign import Quant
 
 logger = logging.getLogger("glm4lite")
 
@@ -45,17 +44,17 @@ class Engine:
     def load(
         cls,
         source: str | Path = "nano",
-        quant: str | QuantConfig | None = "auto",
+        quant: str | Quant | None = "auto",
         device: str = "auto",
         dtype: str = "auto",
         progress: Callable[[Progress], None] | None = None,
         need_template: bool = False,
         kv: str = "auto",
+        gpu_memory: int | str | None = None,
+        ram: int | str | None = None,
+        context: int | str | None = None,
     ) -> Engine:
         """Arguments as `glm4lite.load`; quant "auto" is int4, or as the checkpoint is stored if that is quantized.
-
-        kv: the cache's type, "float" (the activations' own) or "int8" (a quarter of float32; a scale per head and
-        token); "auto" is int8 where the model's whole context would not fit the memory that is free.
 
         What is cheap to check (tokenizer, template) is read before the weights. Raises TemplateError where a chat
         template is needed and there is none.
@@ -64,8 +63,7 @@ class Engine:
         from glm4lite.loader import check_arguments, load
 
         check_arguments(None if quant == "auto" else quant, device, dtype)
-        if kv not in ("auto", "float", "int8"):
-            raise ConfigError(f"kv is {kv!r}; use auto, float or int8")
+        Budget.of(gpu_memory, ram, context, kv)
         folder = resolve(source, progress)
         tokenizer, template = Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder)
         if need_template:
@@ -76,8 +74,8 @@ class Engine:
             quant = "int4" if checkpoint.config.get("quantization_config") is None else None
         if quant == "int4" and sum(map(checkpoint.nbytes, checkpoint.names())) > LARGE:
             logger.warning("calibrating and quantizing takes minutes at each start; `glm4lite quantize` does it once")
-        model = load(folder, quant=quant, device=device, dtype=dtype, progress=progress)
-        model.model.kv = _kv_type(model) if kv == "auto" else cast(KVType, kv)
+        limits: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
+        model = load(folder, quant=quant, device=device, dtype=dtype, progress=progress, **limits)
         return cls(model, tokenizer, template, checkpoint.generation_config)
 
     def chat_template(self) -> ChatTemplate:
@@ -120,22 +118,6 @@ class Engine:
                 generation.finish_reason = "stop"
                 return
         yield stops.feed(detokenizer.finish()) + stops.finish()
-
-
-def _kv_type(model: Glm4ForCausalLM) -> KVType:
-    """float, unless a cache of the model's whole context is more than the memory that is free."""
-    config, free = model.config, memory.available()
-    needed = config.max_position_embeddings * bytes_per_token(config, "float", model.model.dtype.itemsize)
-    if model.device.type != "cpu" or free is None or needed <= free:
-        return "float"
-    logger.warning(
-        "the cache is int8: a whole context of %d tokens takes %s in %s, %s are free (--kv float: as it is)",
-        config.max_position_embeddings,
-        memory.readable(needed),
-        str(model.model.dtype).removeprefix("torch."),
-        memory.readable(free),
-    )
-    return "int8"
 
 
 def _required(template: ChatTemplate | None) -> ChatTemplate:

@@ -18,6 +18,7 @@ from glm4lite.model import DecoderLayer, Glm4ForCausalLM
 from glm4lite.sampling import Sampler, SamplingParams
 
 PREFILL_CHUNK = 512  # tokens per forward pass of a prompt: bounds the memory of activations
+OFFLOADED_CHUNK = 2048  # where each pass fetches weights: fewer passes
 
 
 class PrefixCache:
@@ -67,7 +68,7 @@ class Generation:
         cancel: threading.Event | None = None,
     ) -> None:
         """`vocab_size`: ids the tokenizer knows; the padded rest of the model's vocabulary is never drawn."""
-        context = model.config.max_position_embeddings
+        context = model.context
         if not prompt:
             raise ContextLengthError("the prompt is empty: there is nothing to go on from")
         if len(prompt) >= context:
@@ -98,8 +99,9 @@ class Generation:
         self._prefilled = True
         start = self.cache.keep_common_prefix(self.prompt)
         todo = self.prompt[start:]
-        for begin in range(0, len(todo), PREFILL_CHUNK):
-            chunk = todo[begin : begin + PREFILL_CHUNK]
+        step = OFFLOADED_CHUNK if self.model.offloaded else PREFILL_CHUNK
+        for begin in range(0, len(todo), step):
+            chunk = todo[begin : begin + step]
             if not self._forward(chunk):
                 return
             self.prefilled_tokens += len(chunk)
@@ -130,7 +132,8 @@ class Generation:
         self._logits = None
         device = self.model.device
         try:
-            with _stoppable(self.model, self.cancel.is_set) if len(ids) > STEP_TOKENS else nullcontext():
+            slow = len(ids) > STEP_TOKENS or self.model.offloaded
+            with _stoppable(self.model, self.cancel.is_set) if slow else nullcontext():
                 output = self.model(
                     torch.tensor([ids], device=device), past_key_values=self.cache.kv, logits_to_keep=1, use_cache=True
                 )

@@ -22,6 +22,20 @@ def resolve(source: str | Path, progress: Callable[[Progress], None] | None = No
     Raises:
         HubError: there is no such folder or repo, or it cannot be downloaded; the message says what to do.
     """
+    found = locate(source)
+    if isinstance(found, Path):
+        return found
+    from glm4lite.weights.download import download  # huggingface_hub takes a while to import
+
+    return download(found, progress)
+
+
+def locate(source: str | Path) -> Path | str:
+    """The folder of a checkpoint, or the id of a Hub repo, which is not looked for yet.
+
+    Raises:
+        HubError: there is no such folder, and it is no repo's id.
+    """
     if source == NANO:
         return nano_folder()
     text = str(source)
@@ -34,9 +48,7 @@ def resolve(source: str | Path, progress: Callable[[Progress], None] | None = No
         raise HubError(f"{_cut(text)} does not exist; {_HOW}")
     if not _is_repo_id(text):
         raise HubError(f"{_cut(text)!r} is neither a folder nor a Hub repo id; {_HOW}")
-    from glm4lite.weights.download import download  # huggingface_hub takes a while to import
-
-    return download(text, progress)
+    return text
 
 
 def _existing(text: str) -> Path | None:

@@ -2,25 +2,30 @@
 
 The skeleton is built on the meta device; each weight is read in blocks of at most 16 MiB, quantized, assigned and
 dropped, so the peak is the quantized model plus a few blocks, never the checkpoint. Weights that lie quantized in the
-checkpoint are mapped in place and not copied.
+checkpoint are mapped in place and not copied; where a budget is given, they are read into memory or streamed from disk.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from glm4lite.budget import Budget
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.hub import resolve
 from glm4lite.weights import memory
+from glm4lite.weights.assembly import Assembly, check_as_stored
 from glm4lite.weights.calibration import layer_bytes
+from glm4lite.weights.destinations import Destinations, choose
+from glm4lite.weights.foreign import Quant, adapt
+from glm4lite.weights.needs import needs_for
 from glm4lite.weights.plan import (
-    Fill,
     Model,
     Plan,
     make_plan,
@@ -35,14 +40,11 @@ from glm4lite.weights.streaming import (
     Meter,
     ProgressCallback,
     begin,
-    blocks,
     calibration_text,
     needs_calibration,
-    quantize_weight,
     recorded,
 )
-from glm4lite_quant import QuantConfig, QuantEmbedding, QuantError, QuantLinear, QuantTensor
-from glm4lite_quant.config import input_parts
+from glm4lite_quant import BnbConfig, QuantConfig, bnb
 from glm4lite_quant.kernels import check_environment
 
 if TYPE_CHECKING:
@@ -50,58 +52,83 @@ if TYPE_CHECKING:
 
 __all__ = ["load", "quantize_checkpoint", "save_quantized"]
 
+logger = logging.getLogger("glm4lite")
+
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+Size = int | str | None
 
 
 @overload
 def load(
     source: str | Path,
-    quant: str | QuantConfig | None = None,
+    quant: str | Quant | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     progress: ProgressCallback | None = None,
     cls: None = None,
     calibration: str | Path | None = None,
+    *,
+    gpu_memory: Size = None,
+    ram: Size = None,
+    context: int | str | None = None,
+    kv: str = "auto",
 ) -> Glm4ForCausalLM: ...
 
 
 @overload
 def load(
     source: str | Path,
-    quant: str | QuantConfig | None = None,
+    quant: str | Quant | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     progress: ProgressCallback | None = None,
     *,
     cls: type[Model],
     calibration: str | Path | None = None,
+    gpu_memory: Size = None,
+    ram: Size = None,
+    context: int | str | None = None,
+    kv: str = "auto",
 ) -> Model: ...
 
 
 def load(
     source: str | Path,
-    quant: str | QuantConfig | None = None,
+    quant: str | Quant | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     progress: ProgressCallback | None = None,
     cls: type[nn.Module] | None = None,
     calibration: str | Path | None = None,
+    *,
+    gpu_memory: Size = None,
+    ram: Size = None,
+    context: int | str | None = None,
+    kv: str = "auto",
 ) -> nn.Module:
     """Load a model from a folder, from "nano", or from a Hub repo id.
 
     Args:
         source: a folder with config.json and safetensors, "nano", or "organisation/name" on the Hub.
-        quant: "int4", "int8", "none", a QuantConfig, or None for what is stored. A checkpoint that is quantized
-            already is loaded as it is; another quant than its own is refused, "none" too. "int4" is calibrated, which
-            runs a short text through the layers; QuantConfig(method="search") is quicker and less exact.
-        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1".
+        quant: "int4", "int8", "nf4", "fp4", "none", a QuantConfig or BnbConfig, or None for what is stored. A
+            checkpoint that is quantized already is loaded as it is; another quant than its own is refused, "none" too.
+            "int4" is calibrated, which runs a short text through the layers; QuantConfig(method="search") is quicker
+            and less exact. "nf4" and "fp4" are bitsandbytes'. A checkpoint of its 4-bit weights is also decoded:
+            to "int4", "int8" or "none" where that is asked for, to int4 where bitsandbytes is not installed.
+        device: "auto" (as this machine's memory suggests), "cpu", "cuda", "cuda:1".
         dtype: of the activations (and of weights that are not quantized): "auto", "float32", "bfloat16".
         progress: called after each block with the bytes read; an exception it raises stops the load.
         cls: Glm4ForCausalLM unless given.
+        gpu_memory, ram: what may be used of each GPU and of RAM, in bytes or as "8GiB" (None: what is free). Layers
+            lie on the GPU, in RAM or on disk as `glm4lite plan` says; RAM is what the process holds, mapped files are
+            not in it. Only layers that are stored quantized can lie on disk.
+        context: tokens the budget has room for, and the longest conversation then (None: 8192, or the model's).
+        kv: type of the cache of keys and values: "float" (the activations' own), "int8" (a quarter of float32), "auto"
+            (int8 where a float cache would not fit or push layers to disk).
         calibration: a UTF-8 text to calibrate with, instead of the one that comes with the package.
 
     Returns:
@@ -111,167 +138,58 @@ def load(
         Glm4liteError: one line saying which file, tensor, key or argument cannot be used, and what to do.
     """
     wanted, target, chosen = check_arguments(quant, device, dtype)
+    budget = Budget.of(gpu_memory, ram, context, kv)
     text = calibration_text(calibration, wanted)
     checkpoint = Checkpoint.open(resolve(source, progress))
-    config = read_config(checkpoint)
     stored = stored_quant(checkpoint, quant)
+    if isinstance(stored, BnbConfig):
+        checkpoint, stored, wanted = adapt(checkpoint, stored, wanted, quant is not None)
+    config = read_config(checkpoint)
     model = skeleton(checkpoint, config, cls)
     plan = make_plan(model, checkpoint, None if stored else wanted)
-    activations = chosen or automatic_dtype(checkpoint, plan, target)
-    _check_memory(checkpoint, plan, wanted, target, activations)
+    needs = needs_for(checkpoint, plan, config, stored or wanted)
+    destinations = choose(checkpoint, plan, needs, target, chosen, budget)
+    _check_memory(checkpoint, plan, wanted, destinations)
     say_notices(model, checkpoint, plan)
+    if plan.bitsandbytes and destinations.home.type == "cpu":
+        logger.warning("on a CPU bitsandbytes unpacks a whole weight at each use: quant='int4' is several times faster")
     meter = Meter("load", _total_bytes(checkpoint, plan), progress)
     calibrator = begin(checkpoint, plan, config, text, meter)
+    assembly = Assembly(model, checkpoint, plan, destinations, meter)
     for fill in plan.fills:
-        if fill.quant is None:
-            _fill(model, checkpoint, plan, fill, target, activations, meter)
-        else:
-            _replace(model, fill, quantize_weight(checkpoint, fill, meter, calibrator), target, activations)
-    if stored is not None:
-        _check_as_stored(model, checkpoint, stored)
-    _initialise(model, plan, target, activations)
-    if plan.tied:
-        _tie(model)
+        assembly.fill(fill, calibrator)
+    if isinstance(stored, QuantConfig):
+        check_as_stored(model, checkpoint, stored)
+    assembly.finish()
     if plan.quantized:
         model.requires_grad_(False)
         made = recorded(stored or wanted or QuantConfig(), calibrator)
         cast(Any, model).config.quantization_config = made.to_dict()
-    _check_complete(model)
+    trunk = cast(Any, getattr(model, "model", model))
+    trunk.kv, trunk.context = destinations.cache(needs, budget)
     return model.eval()
 
 
 def check_arguments(
-    quant: str | QuantConfig | None, device: str | torch.device, dtype: str | torch.dtype
-) -> tuple[QuantConfig | None, torch.device, torch.dtype | None]:
+    quant: str | Quant | None, device: str | torch.device, dtype: str | torch.dtype
+) -> tuple[Quant | None, torch.device | None, torch.dtype | None]:
     """What can be refused before a model is looked for or downloaded: `load`'s arguments (dtype None: "auto").
 
     Raises:
         ConfigError: naming the argument.
-        QuantError: a GLM4LITE_ variable asks for what this machine has not.
+        QuantError: a GLM4LITE_ variable asks for what this machine has not, or bitsandbytes is needed.
     """
     check_environment()
-    return parse_quant(quant), _device(device), _dtype(dtype)
+    found = parse_quant(quant), _device(device), _dtype(dtype)
+    if isinstance(found[0], BnbConfig):
+        bnb.library()
+    return found
 
 
-def _fill(
-    model: nn.Module,
-    checkpoint: Checkpoint,
-    plan: Plan,
-    fill: Fill,
-    device: torch.device,
-    activations: torch.dtype,
-    meter: Meter,
-) -> None:
-    if fill.parts:
-        weight = _mapped_weight(checkpoint, fill)
-        meter.add(sum(checkpoint.nbytes(part) for part in fill.parts))
-        _replace(model, fill, weight, device, activations)
-    else:
-        values = _read_plain(checkpoint, fill, device, plan.plain_dtype(fill, activations), meter)
-        _assign(model.get_submodule(fill.module), fill.parameter, values)
-
-
-def _mapped_weight(checkpoint: Checkpoint, fill: Fill) -> QuantTensor:
-    """A weight that is quantized in the file: its tensors over the map, checked against each other and the model."""
-    file = checkpoint.file(fill.parts[0])
-    try:
-        weight = QuantTensor.from_tensors({part.rpartition(".")[2]: checkpoint.mapped(part) for part in fill.parts})
-    except QuantError as error:
-        raise CheckpointError(f"{fill.source} in {file}: {error}; download it or quantize the original again") from None
-    if weight.shape != fill.shape:
-        raise CheckpointError(
-            f"{fill.source} in {file} has shape {list(weight.shape)}, config.json needs {list(fill.shape)}; "
-            "correct config.json or quantize the original again"
-        )
-    return weight
-
-
-def _replace(model: nn.Module, fill: Fill, weight: QuantTensor, device: torch.device, dtype: torch.dtype) -> None:
-    """Put a quantized module in the place of the skeleton's."""
-    old, config = model.get_submodule(fill.module), QuantConfig(weight.bits, weight.group_size)
-    new: QuantLinear | QuantEmbedding
-    if isinstance(old, nn.Linear):
-        bias, parts = old.bias is not None, input_parts(fill.module)
-        new = QuantLinear(old.in_features, old.out_features, config, bias, device="meta", input_parts=parts)
-    elif isinstance(old, nn.Embedding):
-        new = QuantEmbedding(old.num_embeddings, old.embedding_dim, config, device="meta", dtype=dtype)
-    else:
-        raise CheckpointError(f"{fill.parts[0]} quantizes {fill.module}, which is neither linear nor an embedding")
-    new.load(_moved(weight, device))
-    _set_module(model, fill.module, new)
-
-
-def _moved(weight: QuantTensor, device: torch.device) -> QuantTensor:
-    if weight.device == device:
-        return weight
-    return QuantTensor.from_tensors({name: tensor.to(device) for name, tensor in weight.tensors().items()})
-
-
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
-def _read_plain(checkpoint: Checkpoint, fill: Fill, device: torch.device, dtype: torch.dtype, meter: Meter) -> Tensor:
-    """A tensor straight into its final memory, converted block by block."""
-    values = torch.empty(fill.shape, dtype=dtype, device=device)
-    for start, rows in blocks(checkpoint, fill.source, meter):
-        values[start : start + rows.shape[0]] = rows
-    return values
-
-
-def _assign(module: nn.Module, name: str, values: Tensor) -> None:
-    is_parameter = isinstance(getattr(module, name), nn.Parameter)
-    setattr(module, name, nn.Parameter(values) if is_parameter else values)
-
-
-def _tie(model: nn.Module) -> None:
-    """The head shares the embedding's tensors: one copy under two modules."""
-    embedding = model.get_submodule("model.embed_tokens")
-    if isinstance(embedding, QuantEmbedding):
-        weight = embedding.weight_tensor
-        config = QuantConfig(weight.bits, weight.group_size)
-        shape, parts = (embedding.embedding_dim, embedding.num_embeddings), input_parts("lm_head")
-        head = QuantLinear(*shape, config, bias=False, device="meta", input_parts=parts)
-        head.load(weight)
-        _set_module(model, "lm_head", head)
-    else:
-        cast(Any, model).lm_head.weight = cast(Any, embedding).weight
-
-
-def _check_as_stored(model: nn.Module, checkpoint: Checkpoint, stored: QuantConfig) -> None:
-    """The weights must be what config.json says of them: a config.json of another folder would be believed."""
-    for name, module in model.named_modules():
-        said = stored.for_module(name)
-        if said is None or not isinstance(module, QuantLinear | QuantEmbedding):
-            continue
-        weight = module.weight_tensor
-        if (weight.bits, weight.group_size) != (said.bits, said.group_size):
-            raise CheckpointError(
-                f"{checkpoint.folder}: {name} is stored in int{weight.bits}, groups of {weight.group_size}, but "
-                f"config.json says int{said.bits}, groups of {said.group_size}; get back the config.json that belongs "
-                "to the weights, or quantize the original again"
-            )
-
-
-def _initialise(model: nn.Module, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
-    """Values for a classification head that no file holds: N(0, initializer_range), biases 0, as the reference does."""
-    std = cast(Any, model).config.initializer_range
-    for module, parameter in plan.fresh:
-        layer = model.get_submodule(module)
-        values = torch.zeros(getattr(layer, parameter).shape, dtype=dtype, device=device)
-        _assign(layer, parameter, values if parameter == "bias" else values.normal_(std=std))
-
-
-def _check_complete(model: nn.Module) -> None:
-    left = [name for name, value in model.state_dict().items() if value.is_meta]
-    if left:
-        raise CheckpointError(f"{left[0]} got no values; this is a defect of glm4lite, please report it")
-
-
-def _device(device: str | torch.device) -> torch.device:
+def _device(device: str | torch.device) -> torch.device | None:
+    """None means "auto"."""
     if device == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        return None
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):
@@ -303,31 +221,21 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return found
 
 
-def automatic_dtype(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> torch.dtype:
-    """The type of activations and unquantized weights where none is asked for."""
-    if plan.quantized:
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    embedding = next((fill.source for fill in plan.fills if fill.module.endswith("embed_tokens")), plan.fills[0].source)
-    return torch.bfloat16 if checkpoint.dtype(embedding) == "BF16" else torch.float32
-
-
 def _total_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
     return sum(checkpoint.nbytes(name) for fill in plan.fills for name in (fill.parts or (fill.source,)))
 
 
-def _check_memory(
-    checkpoint: Checkpoint, plan: Plan, wanted: QuantConfig | None, device: torch.device, activations: torch.dtype
-) -> None:
+def _check_memory(checkpoint: Checkpoint, plan: Plan, wanted: Quant | None, destinations: Destinations) -> None:
     """Refuse at once what cannot fit. What is mapped does not count: its pages can be dropped."""
-    needed, free = plan.held_bytes(activations), memory.available()
+    needed, free = plan.held_bytes(destinations.dtype("layers.0")), memory.available()
     if needs_calibration(plan):
         needed += layer_bytes(checkpoint, plan)
-    if device.type != "cpu" or free is None or needed <= free:
+    if destinations.home.type != "cpu" or destinations.placement is not None or free is None or needed <= free:
         return
     advice = "load a folder made by `glm4lite quantize`, which is mapped"
     if wanted is None and not plan.quantized:
         advice = f"quantize it (quant='int4'), or {advice}"
-    elif wanted is not None and wanted.bits == 8:
+    elif isinstance(wanted, QuantConfig) and wanted.bits == 8:
         advice = f"use quant='int4', or {advice}"
     raise CheckpointError(
         f"{checkpoint.folder} needs {memory.readable(needed)} of memory, {memory.readable(free)} are free; {advice}"

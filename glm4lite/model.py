@@ -22,13 +22,14 @@ from glm4lite.cache import KVCache, KVType, LayerCache, PackedLayerCache
 from glm4lite.config import Glm4Config
 from glm4lite.errors import ConfigError
 from glm4lite.fused import FusedLayer
+from glm4lite.offload import AT_HOME, Place
 from glm4lite.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from glm4lite.rotary import RotaryEmbedding, apply_rotary
 from glm4lite_quant.kernels.decoder import DecoderKernel, Heads
 
 if TYPE_CHECKING:
     from glm4lite.events import Progress
-    from glm4lite_quant import QuantConfig
+    from glm4lite.weights.foreign import Quant
 
 
 class RMSNorm(nn.Module):
@@ -110,6 +111,7 @@ class DecoderLayer(nn.Module):
         if self.sandwich:
             self.post_self_attn_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.post_mlp_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.place: Place = AT_HOME
         self._fused = FusedLayer()
 
     def forward(
@@ -122,6 +124,18 @@ class DecoderLayer(nn.Module):
         want_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """x: the residual stream, float32 [B, T, H]; `dtype` is what the linears compute in."""
+        with self.place.at_hand(self):
+            return self._run(x, dtype, rotary, visible, cache, want_weights)
+
+    def _run(
+        self,
+        x: Tensor,
+        dtype: torch.dtype,
+        rotary: tuple[Tensor, Tensor],
+        visible: Visibility,
+        cache: LayerCache | PackedLayerCache | None,
+        want_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         native = None if want_weights else fused.run((self,), x, dtype, rotary, visible, (cache,))
         if native is not None:
             return native, None
@@ -150,7 +164,7 @@ class PreTrainedModel(nn.Module):
     def from_pretrained(
         cls,
         source: str | Path,
-        quant: str | QuantConfig | None = None,
+        quant: str | Quant | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         progress: Callable[[Progress], None] | None = None,
@@ -199,6 +213,7 @@ class Glm4Model(PreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         self.kv: KVType = "float"
+        self.context = config.max_position_embeddings  # tokens a cache may hold; a memory budget allows fewer
         self._init_weights()
 
     @property
@@ -210,13 +225,18 @@ class Glm4Model(PreTrainedModel):
     def _layers(self) -> Iterator[DecoderLayer]:
         return (layer for layer in self.layers if isinstance(layer, DecoderLayer))
 
+    @property
+    def offloaded(self) -> bool:
+        """Whether some layers' weights have to be fetched for each pass."""
+        return any(layer.place is not AT_HOME for layer in self._layers())
+
     def new_cache(self, batch: int = 1) -> KVCache:
         """An empty cache of the kind that `kv` asks for, in the native layout where native layers will read it."""
         native = (
-            batch == 1 and self.dtype == torch.float32 and all(layer.kernel() is not None for layer in self._layers())
+            batch == 1 and self.dtype == torch.float32 and all(layer.place.native(layer) for layer in self._layers())
         )
         if native or self.kv == "int8":
-            return KVCache(len(self.layers), partial(PackedLayerCache, self.kv == "int8"))
+            return KVCache(len(self.layers), partial(PackedLayerCache, self.kv == "int8", self.context))
         return KVCache(len(self.layers))
 
     def forward(
@@ -254,7 +274,8 @@ class Glm4Model(PreTrainedModel):
         x, dtype = embeds.float(), embeds.dtype
         collected.hidden(embeds)
         whole = None
-        if cache is not None and length <= fused.STEP_TOKENS and not collected.wanted and not fused.hooked(self.layers):
+        few = length <= fused.STEP_TOKENS and not self.offloaded
+        if cache is not None and few and not collected.wanted and not fused.hooked(self.layers):
             whole = fused.run(self._layers(), x, dtype, rotary, visible, cache.layers)
         if whole is not None:
             return BaseModelOutputWithPast(self.norm(whole, dtype), cache)
@@ -299,6 +320,16 @@ class Glm4ForCausalLM(PreTrainedModel):
     def new_cache(self) -> KVCache:
         """An empty cache for one sequence; `forward` takes it as past_key_values."""
         return self.model.new_cache()
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest conversation: the model's, or what the memory budget has room for."""
+        return self.model.context
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether some layers' weights have to be fetched for each pass."""
+        return self.model.offloaded
 
     def tie_weights(self) -> None:
         """With tie_word_embeddings the head is the embedding: one tensor under two names."""

@@ -18,7 +18,7 @@ from glm4lite.tool_calls import Call, OutputParser, Segment, Thinking
 from glm4lite.tools import Tool, run_tool
 
 if TYPE_CHECKING:
-    from glm4lite_quant import QuantConfig
+    from glm4lite.weights.foreign import Quant
 
 
 @dataclass
@@ -67,18 +67,22 @@ class ChatSession:
     def load(
         cls,
         source: str | Path = "nano",
-        quant: str | QuantConfig | None = "auto",
+        quant: str | Quant | None = "auto",
         tools: Sequence[Tool] = (),
         system: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
         progress: Callable[[Progress], None] | None = None,
         kv: str = "auto",
+        gpu_memory: int | str | None = None,
+        ram: int | str | None = None,
+        context: int | str | None = None,
         **sampling: Any,
     ) -> ChatSession:
         """An Engine and a session on it; arguments as in `Engine.load`, `sampling` as in SamplingParams."""
         SamplingParams.check(**sampling)
-        engine = Engine.load(source, quant, device, dtype, progress, need_template=True, kv=kv)
+        limits: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
+        engine = Engine.load(source, quant, device, dtype, progress, need_template=True, **limits)
         return cls(engine, tools, system, engine.params(**sampling))
 
     def reset(self) -> None:

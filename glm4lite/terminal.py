@@ -10,10 +10,12 @@ import time
 from collections.abc import Iterable
 from typing import Protocol
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBars
+from rich.table import Table
 
 from glm4lite.errors import one_line
 from glm4lite.events import Done, Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
@@ -175,3 +177,13 @@ _REASONS = {
     "cancelled": "(stopped)",
     "tool_rounds": "(stopped: the model kept calling tools)",
 }
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    """A table on stdout, the first row as its header; as wide as it is, also where stdout is no terminal."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(rows[0]):
+        table.add_column(name, justify="left" if index < 2 else "right", no_wrap=True)
+    for row in rows[1:]:
+        table.add_row(*map(printable_line, row))
+    Console(width=max(Console().width, Console(width=1000).measure(table).maximum)).print(table)

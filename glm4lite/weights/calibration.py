@@ -22,6 +22,7 @@ from glm4lite.config import Glm4Config
 from glm4lite.rotary import RotaryEmbedding
 from glm4lite.weights.calibration_text import CalibrationIds
 from glm4lite.weights.plan import Fill, Plan
+from glm4lite_quant import QuantConfig
 
 logger = logging.getLogger("glm4lite")
 
@@ -98,7 +99,7 @@ class Calibrator:
             if isinstance(module, _RecordingLinear):
                 setattr(module, fill.parameter, values)
                 if fill.quant is not None:
-                    module.recording = fill.quant.bits == 4
+                    module.recording = isinstance(fill.quant, QuantConfig) and fill.quant.bits == 4
                     self._held[fill.source] = module
             else:
                 setattr(module, fill.parameter, nn.Parameter(values.float(), requires_grad=False))

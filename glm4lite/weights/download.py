@@ -88,18 +88,18 @@ def download(repo_id: str, progress: Callable[[Progress], None] | None = None) -
     Raises:
         HubError: the repo does not exist, is gated, holds no safetensors, cannot be reached, or does not fit the disk.
     """
-    with _explained(repo_id):
-        files = _listing(repo_id)
+    with explained(repo_id):
+        files = _listing_if_told(repo_id)
         missing = 0
         if files is not None:
-            _check_files(repo_id, files)
+            check_files(repo_id, files)
             missing = _missing_bytes(repo_id, files)
         _check_disk(repo_id, missing)
     return _fetch(repo_id, missing, progress)
 
 
 @contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
+def explained(repo_id: str) -> Iterator[None]:
     """Around what asks the Hub or the cache, and nothing else: its errors become one line for the user."""
     try:
         yield
@@ -110,16 +110,21 @@ def _explained(repo_id: str) -> Iterator[None]:
         raise HubError(" ".join(message.split())) from None
 
 
-def _listing(repo_id: str) -> dict[str, int] | None:
-    """Size of every file at the top of the repo; None where the Hub does not answer (the cache may still have it)."""
+def listing(repo_id: str) -> dict[str, int]:
+    """Size of every file at the top of the repo, as the Hub tells; its client's errors where it does not."""
+    siblings = HfApi().model_info(repo_id, files_metadata=True, timeout=_LISTING_SECONDS).siblings or []
+    return {entry.rfilename: entry.size or 0 for entry in siblings if "/" not in entry.rfilename}
+
+
+def _listing_if_told(repo_id: str) -> dict[str, int] | None:
+    """None where the Hub does not answer (the cache may still have the repo)."""
     try:
-        siblings = HfApi().model_info(repo_id, files_metadata=True, timeout=_LISTING_SECONDS).siblings or []
-        return {entry.rfilename: entry.size or 0 for entry in siblings if "/" not in entry.rfilename}
+        return listing(repo_id)
     except (RepositoryNotFoundError, httpx.HTTPError, OfflineModeIsEnabled, HfHubHTTPError):
         return None  # snapshot_download looks in the cache, and raises the same error if it is not there
 
 
-def _check_files(repo_id: str, files: dict[str, int]) -> None:
+def check_files(repo_id: str, files: dict[str, int]) -> None:
     if not any(_wanted(file, (SINGLE, SHARDS)) for file in files):
         other = sorted(file for file in files if Path(file).suffix in UNREADABLE)
         if other and UNREADABLE[Path(other[0]).suffix] == "pickle":
@@ -186,7 +191,7 @@ def _fetch(repo_id: str, total: int, progress: Callable[[Progress], None] | None
         raise
     if not outcome:
         raise HubError(f"{repo_id}: the download ended without a result; run it again")
-    with _explained(repo_id):
+    with explained(repo_id):
         if isinstance(outcome[0], Exception):
             raise outcome[0]
         return Path(outcome[0])

@@ -30,6 +30,12 @@ IGNORED = re.compile(r".*rotary.*\.inv_freq|transformer\.rotary_pos_emb\..*")
 
 def rename(tensors: Mapping[str, StoredTensor], config: Glm4Config) -> dict[str, StoredTensor]:
     """The same tensors under our names, fused q, k, v rows as three tensors."""
+    packed = next((name for name in tensors if ".weight.quant_state." in name), None)
+    if packed is not None:
+        raise CheckpointError(
+            f"{packed} in {tensors[packed].path}: bitsandbytes' weights cannot be read from an older chatglm "
+            "checkpoint, where q, k and v are one; use the model's BF16 checkpoint, or a -hf one"
+        )
     renamed: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         fused = FUSED_QKV.fullmatch(name)

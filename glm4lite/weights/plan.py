@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -18,7 +18,9 @@ from glm4lite.checkpoint import Checkpoint
 from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.weights.files import CONFIG, some
-from glm4lite_quant import QuantConfig, QuantError, QuantTensor
+from glm4lite.weights.foreign import BnbWeight, Quant, find_weight
+from glm4lite_quant import BnbConfig, BnbTensor, QuantConfig, QuantError, QuantTensor, bnb
+from glm4lite_quant.config import QUANT_METHOD
 from glm4lite_quant.tensor import NAMES
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,21 +37,24 @@ class Fill:
     """One parameter of the model and how it gets its values.
 
     `quant` set: the weight is quantized while it is read. `parts` not empty: it lies quantized in the checkpoint, under
-    these tensor names. Neither: it is read as it is.
+    these tensor names (`bnb`: as bitsandbytes stores it). Neither: it is read as it is.
     """
 
     module: str
     parameter: str
     source: str
     shape: tuple[int, ...]
-    quant: QuantConfig | None = None
+    quant: Quant | None = None
     parts: tuple[str, ...] = ()
+    bnb: BnbWeight | None = None
 
-    def planned(self) -> QuantTensor:
+    def planned(self) -> QuantTensor | BnbTensor:
         """Shapes and types of the quantized weight (on the meta device)."""
         if self.quant is None:
             raise CheckpointError(f"{self.source} is not to be quantized")
         rows, columns = self.shape
+        if isinstance(self.quant, BnbConfig):
+            return BnbTensor.empty(rows, columns, self.quant, "meta")
         return QuantTensor.empty(rows, columns, self.quant, "meta")
 
 
@@ -70,27 +75,38 @@ class Plan:
     def quantized(self) -> bool:
         return any(fill.quant or fill.parts for fill in self.fills)
 
+    @property
+    def bitsandbytes(self) -> bool:
+        """Whether bitsandbytes multiplies with some of the weights."""
+        return any(fill.bnb or isinstance(fill.quant, BnbConfig) for fill in self.fills)
+
     def plain_dtype(self, fill: Fill, activations: torch.dtype) -> torch.dtype:
         """What an unquantized parameter is held as: norms and biases of a quantized model stay exact."""
         return torch.float32 if self.quantized and len(fill.shape) == 1 else activations
 
     def held_bytes(self, activations: torch.dtype) -> int:
         """Bytes of memory the filled parameters take. What is quantized in the file already is mapped and not held."""
-        return sum(
-            fill.planned().nbytes
-            if fill.quant
-            else math.prod(fill.shape) * self.plain_dtype(fill, activations).itemsize
-            for fill in self.fills
-            if not fill.parts
-        )
+        return sum(self.fill_bytes(fill, activations) for fill in self.fills if not fill.parts)
+
+    def fill_bytes(self, fill: Fill, activations: torch.dtype) -> int:
+        """Bytes of one filled parameter that does not lie quantized in the file."""
+        if fill.quant:
+            return fill.planned().nbytes
+        return math.prod(fill.shape) * self.plain_dtype(fill, activations).itemsize
 
 
-def parse_quant(quant: str | QuantConfig | None) -> QuantConfig | None:
-    """QuantConfig.parse with this package's error."""
+def parse_quant(quant: str | Quant | None) -> Quant | None:
+    """What `quant` stands for: "int4", "int8", "nf4", "fp4", "none", None or a config; ConfigError on anything else."""
+    if isinstance(quant, BnbConfig):
+        return quant
+    if isinstance(quant, str) and quant in bnb.QUANT_MAPS:
+        return BnbConfig(quant)
+    if quant == "llm.int8":
+        raise ConfigError(bnb.INT8_REASON)
     try:
         return QuantConfig.parse(quant)
-    except QuantError as error:
-        raise ConfigError(str(error)) from None
+    except QuantError:
+        raise ConfigError(f"quant is {quant!r}; use int4, int8, nf4, fp4 or none") from None
 
 
 def read_config(checkpoint: Checkpoint) -> Glm4Config:
@@ -128,7 +144,17 @@ def _check_sizes(checkpoint: Checkpoint, config: Glm4Config) -> None:
             raise ConfigError(f"{path}: {key} is {size}, more than the checkpoint can hold; correct config.json")
 
 
-def make_plan(model: nn.Module, checkpoint: Checkpoint, quant: QuantConfig | None) -> Plan:
+def automatic_dtype(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> torch.dtype:
+    """The type of activations and unquantized weights where none is asked for."""
+    if plan.quantized and device.type != "cpu":
+        return torch.bfloat16
+    if plan.quantized and not plan.bitsandbytes:
+        return torch.float32
+    embedding = next((fill.source for fill in plan.fills if fill.module.endswith("embed_tokens")), plan.fills[0].source)
+    return torch.bfloat16 if checkpoint.dtype(embedding) == "BF16" else torch.float32
+
+
+def make_plan(model: nn.Module, checkpoint: Checkpoint, quant: Quant | None) -> Plan:
     """Match a model (on the meta device) with a checkpoint; each thing that does not fit is named.
 
     Raises:
@@ -143,12 +169,13 @@ def make_plan(model: nn.Module, checkpoint: Checkpoint, quant: QuantConfig | Non
         if plan.tied and module == "lm_head":
             continue
         source = f"{prefix}{module}.{parameter}"
-        parts = _stored_parts(checkpoint, f"{prefix}{module}") if parameter == "weight" else ()
+        weight = find_weight(checkpoint, source)
+        parts = weight.parts if weight else _stored_parts(checkpoint, f"{prefix}{module}", parameter)
         if not parts and source not in checkpoint:
             (plan.fresh if module == "score" else missing).append((module, parameter))
             continue
         config = None if parts else _quant_for(model, module, parameter, shape, quant, plan.kept)
-        plan.fills.append(Fill(module, parameter, source, shape, config, parts))
+        plan.fills.append(Fill(module, parameter, source, shape, config, parts, weight))
     if missing:
         raise CheckpointError(_missing(checkpoint, [f"{prefix}{module}.{parameter}" for module, parameter in missing]))
     _check_unexpected(model, checkpoint, plan)
@@ -164,25 +191,27 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         yield module, parameter, tuple(value.shape)
 
 
-def _stored_parts(checkpoint: Checkpoint, module: str) -> tuple[str, ...]:
+def _stored_parts(checkpoint: Checkpoint, module: str, parameter: str) -> tuple[str, ...]:
+    if parameter != "weight":
+        return ()
     parts = tuple(f"{module}.{part}" for part in NAMES if f"{module}.{part}" in checkpoint)
     return parts if f"{module}.qweight" in parts else ()
 
 
 def _quant_for(
-    model: nn.Module, module: str, parameter: str, shape: tuple[int, ...], quant: QuantConfig | None, kept: list[str]
-) -> QuantConfig | None:
-    """The config this parameter is quantized with; `kept` collects the layers whose width no code tile fits."""
+    model: nn.Module, module: str, parameter: str, shape: tuple[int, ...], quant: Quant | None, kept: list[str]
+) -> Quant | None:
+    """The config this parameter is quantized with; `kept` collects the layers whose width no tile or block fits."""
     layer = model.get_submodule(module)
     if quant is None or parameter != "weight" or not isinstance(layer, nn.Linear | nn.Embedding):
         return None
     config, width = quant.for_module(module), shape[1]
     if config is None:
         return None
-    if width % CODE_COLUMNS:
+    if width % (bnb.BLOCK_SIZE if isinstance(config, BnbConfig) else CODE_COLUMNS):
         kept.append(module)
         return None
-    if width % config.group_size:
+    if isinstance(config, QuantConfig) and width % config.group_size:
         fitting = max(size for size in (32, 64, 128) if width % size == 0)
         raise ConfigError(
             f"{module} has {width} input columns, not a multiple of the group size {config.group_size}; "
@@ -211,9 +240,11 @@ def _check_unexpected(model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> N
 
 
 def _check_fill(checkpoint: Checkpoint, fill: Fill) -> None:
-    if fill.parts:
+    if fill.parts and fill.bnb is None:
         return  # checked as a whole when they are mapped
     found, dtype = checkpoint.shape(fill.source), checkpoint.dtype(fill.source)
+    if fill.bnb is not None:
+        found, dtype = fill.bnb.shape, "F32"
     where = f"{fill.source} in {checkpoint.file(fill.source)}"
     if found != fill.shape:
         raise CheckpointError(
@@ -230,7 +261,7 @@ def say_notices(model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> None:
         why = "the config ties the head to the embedding" if plan.tied else f"{type(model).__name__} has no such head"
         logger.warning("%s is not used: %s", some(plan.unused), why)
     if plan.kept:
-        why = f"their input width is not a multiple of {CODE_COLUMNS}"
+        why = f"their input width is not a multiple of {bnb.BLOCK_SIZE if plan.bitsandbytes else CODE_COLUMNS}"
         logger.warning("not quantized, because %s: %s", why, some(plan.kept))
     if plan.fresh:
         names = some([f"{module}.{parameter}" for module, parameter in plan.fresh])
@@ -240,16 +271,16 @@ def say_notices(model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> None:
         logger.warning("%s stores float16: read as float32, because %s", checkpoint.folder, why)
 
 
-def stored_quant(checkpoint: Checkpoint, asked: str | QuantConfig | None = None) -> QuantConfig | None:
+def stored_quant(checkpoint: Checkpoint, asked: str | Quant | None = None) -> Quant | None:
     """How the checkpoint is quantized by its config.json (None: it is not).
 
     Raises:
-        ConfigError: another tool quantized it, config.json does not say how, or it is quantized otherwise than asked:
-            "none" asks for an unquantized one, None for nothing.
+        ConfigError: a tool that is not known quantized it, config.json does not say how, or it is quantized otherwise
+            than asked: "none" asks for an unquantized one, None for nothing. (Of a BnbConfig anything may be asked.)
     """
     given, path = checkpoint.config.get("quantization_config"), checkpoint.folder / CONFIG
     if given is None:
-        codes = [name for name in checkpoint.names() if name.endswith(".qweight")]
+        codes = [name for name in checkpoint.names() if name.endswith((".qweight", ".absmax"))]
         if codes:
             raise ConfigError(
                 f"{path} has no quantization_config, but {codes[0]} is stored; "
@@ -257,14 +288,28 @@ def stored_quant(checkpoint: Checkpoint, asked: str | QuantConfig | None = None)
             )
         return None
     try:
-        stored = QuantConfig.from_dict(given)
+        stored = _declared(given)
     except QuantError as error:
         raise ConfigError(f"{path}: {error}; use the model's BF16 checkpoint") from None
+    if isinstance(stored, BnbConfig):
+        return stored
     wanted = parse_quant(asked)
-    same = wanted is not None and (wanted.bits == stored.bits if isinstance(asked, str) else wanted.same_format(stored))
+    same = isinstance(wanted, QuantConfig) and (
+        wanted.bits == stored.bits if isinstance(asked, str) else wanted.same_format(stored)
+    )
     if asked is None or same:
         return stored
     raise ConfigError(
         f"{path} is quantized to int{stored.bits} in groups of {stored.group_size} already; load it without quant, "
         f"or {'quantize' if wanted else 'load'} the original checkpoint"
     )
+
+
+def _declared(given: Any) -> Quant:
+    method = given.get("quant_method") if isinstance(given, Mapping) else None
+    if method == bnb.QUANT_METHOD:
+        return BnbConfig.from_dict(given)
+    if isinstance(method, str) and method != QUANT_METHOD:
+        known = f"only {QUANT_METHOD!r} and {bnb.QUANT_METHOD!r} can be read"
+        raise QuantError(f"quantization_config.quant_method is {method!r}; {known}")
+    return QuantConfig.from_dict(given)

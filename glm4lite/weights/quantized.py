@@ -18,8 +18,10 @@ from glm4lite.checkpoint import Checkpoint
 from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.hub import resolve
+from glm4lite.offload import AT_HOME
 from glm4lite.weights.calibration import Calibrator
 from glm4lite.weights.files import COMPANIONS, CONFIG
+from glm4lite.weights.foreign import Quant, adapt
 from glm4lite.weights.plan import Fill, make_plan, parse_quant, read_config, say_notices, skeleton, stored_quant
 from glm4lite.weights.shard import DTYPES
 from glm4lite.weights.streaming import (
@@ -32,7 +34,7 @@ from glm4lite.weights.streaming import (
     recorded,
 )
 from glm4lite.weights.writer import SHARD_BYTES, FolderWriter, PlannedTensor, check_destination
-from glm4lite_quant import QuantConfig
+from glm4lite_quant import BnbConfig, QuantConfig, bnb
 
 
 def quantize_checkpoint(
@@ -52,16 +54,23 @@ def quantize_checkpoint(
         The folder written.
 
     Raises:
-        Glm4liteError: the source cannot be loaded, is quantized already, or the destination cannot be written.
+        Glm4liteError: the source cannot be loaded, is quantized already (what bitsandbytes quantized to 4 bits is
+            decoded and quantized again), or the destination cannot be written.
             Nothing is left behind then, nor after Ctrl-C or an exception from `progress`.
     """
     target = _target(destination)
     config = parse_quant(quant)
+    if isinstance(config, BnbConfig):
+        how = f"`glm4lite chat MODEL --quant {config.kind}`"
+        raise ConfigError(f"{config.kind} is made while a model loads ({how}); a quantized folder is int4 or int8")
     if config is None:
         raise ConfigError("quant 'none' leaves nothing to do; use int4 or int8")
     text = calibration_text(calibration, config)
     checkpoint = Checkpoint.open(resolve(source, progress))
-    if stored_quant(checkpoint) is not None:
+    stored = stored_quant(checkpoint)
+    if isinstance(stored, BnbConfig):
+        checkpoint, _, _ = adapt(checkpoint, stored, config, asked=True)
+    elif stored is not None:
         raise ConfigError(f"{checkpoint.folder} is quantized already; quantize the original checkpoint")
     model_config = read_config(checkpoint)
     model = skeleton(checkpoint, model_config, model_class(checkpoint))
@@ -86,12 +95,18 @@ def save_quantized(model: nn.Module, source_folder: str | Path, destination: str
     Raises:
         CheckpointError: the model holds no quantized weights, or the destination cannot be written.
     """
+    from glm4lite.model import DecoderLayer
+
     target = _target(destination)
     checkpoint = Checkpoint.open(resolve(source_folder))
     model_config: Any = model.config
     given = (model_config.model_extra or {}).get("quantization_config")
     if given is None:
         raise CheckpointError("the model is not quantized; load it with quant='int4' or 'int8' first")
+    if given.get("quant_method") == bnb.QUANT_METHOD:
+        raise CheckpointError("the model holds bitsandbytes' weights; only int4 and int8 are written")
+    if any(isinstance(module, DecoderLayer) and module.place is not AT_HOME for module in model.modules()):
+        raise CheckpointError("layers of the model lie on disk: copy the folder it was loaded from")
     tensors = dict(_model_tensors(model, model_config))
     planned = [PlannedTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     with FolderWriter(target, planned) as writer:
@@ -146,7 +161,7 @@ def _write_fill(
         writer.write(_part_name(fill, part), tensor)
 
 
-def _write_rest(writer: FolderWriter, checkpoint: Checkpoint, config: Glm4Config, quant: QuantConfig) -> None:
+def _write_rest(writer: FolderWriter, checkpoint: Checkpoint, config: Glm4Config, quant: Quant) -> None:
     legacy = checkpoint.config.get("model_type") == "chatglm"
     values = config.to_dict() if legacy else dict(checkpoint.config)
     writer.write_json(CONFIG, values | {"quantization_config": quant.to_dict()})

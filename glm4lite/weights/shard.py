@@ -85,8 +85,22 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         CheckpointError: the file is truncated, is not safetensors, or its header contradicts itself.
     """
     entries, data_start, file_size = _header_json(path)
+    tensors = tensors_of(path, entries, data_start)
+    spans = [
+        (tensor.offset - data_start, tensor.offset - data_start + tensor.nbytes, name)
+        for name, tensor in tensors.items()
+    ]
+    _check_spans(path, spans, file_size - data_start)
+    return tensors
+
+
+def tensors_of(path: Path, entries: Mapping[str, Any], data_start: int = 0) -> dict[str, StoredTensor]:
+    """The tensors of a header's entries, each checked on its own; `path` may be of a file that is not here.
+
+    Raises:
+        CheckpointError: an entry is no description of a tensor, or contradicts itself.
+    """
     tensors: dict[str, StoredTensor] = {}
-    spans: list[tuple[int, int, str]] = []
     for name, entry in entries.items():
         dtype, shape, begin, end = _entry_fields(path, name, entry)
         tensor = StoredTensor(name, dtype, shape, path, data_start + begin)
@@ -94,8 +108,6 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             what = f"{name} is {dtype} {list(shape)}, {tensor.nbytes} bytes"
             raise _lies(path, f"{what}, but its offsets span {end - begin}")
         tensors[name] = tensor
-        spans.append((begin, end, name))
-    _check_spans(path, spans, file_size - data_start)
     return tensors
 
 

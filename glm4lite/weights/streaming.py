@@ -15,8 +15,9 @@ from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.events import Progress
 from glm4lite.weights.calibration import Calibrator
 from glm4lite.weights.calibration_text import calibration_ids, read_text
+from glm4lite.weights.foreign import Quant
 from glm4lite.weights.plan import Fill, Plan
-from glm4lite_quant import QuantConfig, QuantError, QuantTensor
+from glm4lite_quant import BnbConfig, BnbTensor, QuantConfig, QuantError, QuantTensor
 from glm4lite_quant.config import CALIBRATED, MINMAX
 
 ProgressCallback = Callable[[Progress], None]
@@ -57,28 +58,31 @@ def begin(checkpoint: Checkpoint, plan: Plan, config: Glm4Config, text: str | No
     return Calibrator(checkpoint, plan, config, calibration_ids(checkpoint, config, text), meter.add)
 
 
-def calibration_text(path: str | Path | None, quant: QuantConfig | None) -> str | None:
+def calibration_text(path: str | Path | None, quant: Quant | None) -> str | None:
     """The text of one's own to calibrate with; ConfigError where it cannot be used or nothing is calibrated."""
     if path is None:
         return None
-    if quant is None or quant.method != CALIBRATED:
-        made = "nothing is quantized" if quant is None else f"the method {quant.method!r} needs none"
+    method = quant.kind if isinstance(quant, BnbConfig) else quant and quant.method
+    if method != CALIBRATED:
+        made = "nothing is quantized" if method is None else f"the method {method!r} needs none"
         raise ConfigError(f"a calibration text is given, but {made}; leave it out or quantize to int4")
     return read_text(Path(path))
 
 
-def recorded(quant: QuantConfig, calibrator: Calibrator | None) -> QuantConfig:
+def recorded(quant: Quant, calibrator: Calibrator | None) -> Quant:
     """The config with what its weights were calibrated with."""
-    return quant if calibrator is None else replace(quant, calibration=calibrator.record)
+    if calibrator is None or isinstance(quant, BnbConfig):
+        return quant
+    return replace(quant, calibration=calibrator.record)
 
 
 def needs_calibration(plan: Plan) -> bool:
-    return any(fill.quant is not None and fill.quant.method == CALIBRATED for fill in plan.fills)
+    return any(isinstance(fill.quant, QuantConfig) and fill.quant.method == CALIBRATED for fill in plan.fills)
 
 
 def quantize_weight(checkpoint: Checkpoint, fill: Fill, meter: Meter, calibrator: Calibrator | None) -> QuantTensor:
     """One weight, quantized block by block; without calibration, never all of it is in memory unquantized."""
-    if fill.quant is None:
+    if not isinstance(fill.quant, QuantConfig):
         raise CheckpointError(f"{fill.source} is not to be quantized")
     held, importance = (None, None) if calibrator is None else calibrator.take(fill)
     weight = QuantTensor.empty(fill.shape[0], fill.shape[1], fill.quant)
@@ -86,6 +90,23 @@ def quantize_weight(checkpoint: Checkpoint, fill: Fill, meter: Meter, calibrator
         for start, rows in blocks(checkpoint, fill.source, meter, held):
             weight.quantize_rows(start, rows, importance, fast=fill.quant.method == MINMAX)
     except QuantError as error:
-        where = f"{fill.source} in {checkpoint.file(fill.source)}"
-        raise CheckpointError(f"{where} cannot be quantized: {error}; download the file again") from None
+        raise _not_quantized(checkpoint, fill, error) from None
     return weight
+
+
+def bnb_weight(checkpoint: Checkpoint, fill: Fill, meter: Meter, device: torch.device) -> BnbTensor:
+    """One weight, quantized by bitsandbytes on `device` block by block; never all of it is in memory unquantized."""
+    if not isinstance(fill.quant, BnbConfig):
+        raise CheckpointError(f"{fill.source} is not to be quantized by bitsandbytes")
+    weight = BnbTensor.empty(fill.shape[0], fill.shape[1], fill.quant, device)
+    try:
+        for start, rows in blocks(checkpoint, fill.source, meter):
+            weight.quantize_rows(start, rows)
+    except QuantError as error:
+        raise _not_quantized(checkpoint, fill, error) from None
+    return weight.double_quantized() if fill.quant.double_quant else weight
+
+
+def _not_quantized(checkpoint: Checkpoint, fill: Fill, error: QuantError) -> CheckpointError:
+    where = f"{fill.source} in {checkpoint.file(fill.source)}"
+    return CheckpointError(f"{where} cannot be quantized: {error}; download the file again")

@@ -15,8 +15,30 @@ from glm4lite_quant.tensor import NAMES, QuantTensor
 FLOAT16 = "float16 is refused: GLM-4 overflows it (activations reach 68000); use bfloat16 or float32"
 
 
-class _QuantModule(nn.Module):
-    """Holds the tensors of one weight as buffers that move between devices but are never cast."""
+class UncastModule(nn.Module):
+    """Its buffers move between devices but are never cast; float16 is refused."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """`.to()`, `.cuda()`, `.bfloat16()` come here: devices change, the types of the stored tensors do not."""
+        if fn(torch.empty(0, dtype=torch.float32)).dtype == torch.float16:
+            raise QuantError(FLOAT16)
+        for name, old in self._buffers.items():
+            if old is not None:
+                new = fn(old)
+                self._buffers[name] = new if new.dtype == old.dtype else old.to(new.device)
+        return self
+
+
+def check_input(x: Tensor, columns: int) -> None:
+    """QuantError where a quantized linear cannot take x: another type than bfloat16 or float32, another width."""
+    if x.dtype not in (torch.bfloat16, torch.float32):
+        raise QuantError(FLOAT16 if x.dtype == torch.float16 else f"the input of a layer is {x.dtype}")
+    if x.shape[-1] != columns:
+        raise QuantError(f"the input of a layer has {x.shape[-1]} columns; expected {columns}")
+
+
+class _QuantModule(UncastModule):
+    """Holds the tensors of one weight."""
 
     qweight: Tensor
     scales: Tensor
@@ -48,15 +70,11 @@ class _QuantModule(nn.Module):
         for name in NAMES:
             self._buffers[name] = getattr(weight, name)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """`.to()`, `.cuda()`, `.bfloat16()` come here: devices change, the types of the stored tensors do not."""
-        if fn(torch.empty(0, dtype=torch.float32)).dtype == torch.float16:
-            raise QuantError(FLOAT16)
-        for name, old in self._buffers.items():
-            if old is not None:
-                new = fn(old)
-                self._buffers[name] = new if new.dtype == old.dtype else old.to(new.device)
-        return self
+    def unload(self) -> None:
+        """Lets go of the weight: only its shapes stay, and multiplying raises QuantError until `load`."""
+        for name in NAMES:
+            old = self._buffers[name]
+            self._buffers[name] = None if old is None else torch.empty_like(old, device="meta")
 
 
 class QuantLinear(_QuantModule):
@@ -103,11 +121,12 @@ class QuantLinear(_QuantModule):
         super().load(weight)
         self._packed = None
 
+    def unload(self) -> None:
+        super().unload()
+        self._packed = None
+
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype not in (torch.bfloat16, torch.float32):
-            raise QuantError(FLOAT16 if x.dtype == torch.float16 else f"the input of a layer is {x.dtype}")
-        if x.shape[-1] != self.in_features:
-            raise QuantError(f"the input of a layer has {x.shape[-1]} columns; expected {self.in_features}")
+        check_input(x, self.in_features)
         rows = x.reshape(-1, self.in_features)
         if torch.is_grad_enabled() and x.requires_grad:  # the native kernels know no gradients
             out = REFERENCE.matmul(rows, self.weight_tensor, self.bias)

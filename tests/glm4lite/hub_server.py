@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class HubServer:
     def __init__(self, repos: dict[str, Repo]) -> None:
         self.repos = repos
         self.requests: list[tuple[str, str]] = []
+        self.ranges: list[tuple[str, int]] = []  # file and bytes of each part that was sent
         hub = self
 
         class Handler(_Handler):
@@ -100,8 +102,13 @@ class _Handler(BaseHTTPRequestHandler):
         if name not in repo.files:
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
         data = repo.files[name]
-        etag = hashlib.sha256(data).hexdigest()
-        return self._send(200, data, {"ETag": f'"{etag}"', "X-Repo-Commit": repo.sha})
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": repo.sha}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if asked is None:
+            return self._send(200, data, headers)
+        first, last = int(asked[1]), min(int(asked[2]), len(data) - 1)
+        self.server_hub.ranges.append((name, last - first + 1))
+        return self._send(206, data[first : last + 1], headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"})
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)

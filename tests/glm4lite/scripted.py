@@ -24,6 +24,8 @@ class ScriptedModel(nn.Module):
         self.device = torch.device("cpu")
         self.replies = [tokenizer.encode(reply, special=True) for reply in replies]
         self.left: list[int] = []
+        self.offloaded = False
+        self.context = context
         self.fed: list[list[int]] = []
 
     def new_cache(self) -> KVCache:

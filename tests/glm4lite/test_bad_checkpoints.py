@@ -392,7 +392,7 @@ def test_a_generation_config_that_is_not_json_is_said(folder: Path) -> None:
 def test_another_tools_quantization_is_named(folder: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     assert refused(folder, ConfigError) == (
-        "DIR/config.json: quantization_config.quant_method is 'gptq'; only 'glm4lite' can be read; "
+        "DIR/config.json: quantization_config.quant_method is 'gptq'; only 'glm4lite' and 'bitsandbytes' can be read; "
         "use the model's BF16 checkpoint"
     )
 
@@ -479,7 +479,7 @@ def test_other_types_and_devices_are_named(folder: Path) -> None:
     assert refused(folder, ConfigError, dtype="int8") == "dtype 'int8' is not supported; use auto, float32 or bfloat16"
     assert refused(folder, ConfigError, device="mps") == "device 'mps' is not supported; use auto, cpu, cuda or cuda:N"
     assert refused(folder, ConfigError, device="gpu") == "device 'gpu' is not known; use auto, cpu, cuda or cuda:N"
-    assert refused(folder, ConfigError, quant="int3") == "quant is 'int3'; use int4, int8 or none"
+    assert refused(folder, ConfigError, quant="int3") == "quant is 'int3'; use int4, int8, nf4, fp4 or none"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

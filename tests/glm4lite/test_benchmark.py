@@ -12,10 +12,11 @@ import torch
 
 from glm4lite import benchmark as module
 from glm4lite import load
-from glm4lite.benchmark import Benchmark, Spread, benchmark, memory_now, read_bytes
+from glm4lite.benchmark import Benchmark, Spread, benchmark, memory_now
 from glm4lite.cli import main
 from glm4lite.errors import BenchmarkError, ContextLengthError
 from glm4lite.events import Progress
+from glm4lite.inventory import read_bytes
 from glm4lite_quant import QuantError
 from glm4lite_quant.kernels import native
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
@@ -105,7 +106,7 @@ def test_memory_that_the_system_does_not_tell_is_said_so(monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "STATUS", tmp_path / "missing")
     assert memory_now("RssAnon") is None
     one = Spread(1.0, 1.0, 1.0)
-    found = Benchmark("x", 1, 2, 1, {"k": 1}, 1.0, one, one, 10**9, one, None, None, None)
+    found = Benchmark("x", 1, 2, 1, {"k": 1}, 1.0, one, one, 10**9, one, {}, 0, None, None, None, None)
     assert "not available on" in dict(found.lines())["peak memory"]
     assert found.to_json()["peak_anon_bytes"] is None
 

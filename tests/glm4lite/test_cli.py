@@ -44,7 +44,7 @@ def test_help_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("quant", ["int4", "int8", "none"])
+@pytest.mark.parametrize("quant", ["int4", "int8", "nf4", "none"])
 def test_the_main_job_calls_the_calculator_and_answers_888(quant: str) -> None:
     result = run("chat", "-p", "What is 37 * 24?", "--json", "--quant", quant)
     assert result.returncode == 0, result.stderr

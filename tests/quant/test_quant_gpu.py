@@ -191,6 +191,10 @@ def test_a_layer_with_packed_codes_can_be_moved_copied_and_loaded(repacked: Quan
     torch.testing.assert_close(repacked(x), want)
     repacked.load(fresh().weight_tensor)
     assert torch.equal(repacked(x), first)
+    repacked.unload()
+    with pytest.raises(QuantError, match="no weight"):
+        repacked(x)
+    repacked.load(fresh().weight_tensor)
     y = torch.randn(1, 128, requires_grad=True)
     repacked(y).sum().backward()
     torch.testing.assert_close(y.grad, repacked.weight_tensor.dequantize().sum(0, keepdim=True))

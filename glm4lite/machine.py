@@ -1,0 +1,151 @@
+"""What this machine gives: free memory, and how fast memory, processor, GPUs and disk are, measured in some 0.3 s."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from glm4lite.errors import CheckpointError
+from glm4lite.placement import Machine
+from glm4lite.weights import memory
+from glm4lite.weights.direct import ALIGNMENT, DirectFile, aligned_memory
+from glm4lite.weights.ring import Extent
+from glm4lite_quant import QuantConfig, QuantLinear, QuantTensor
+from glm4lite_quant.kernels import native
+
+MARGIN = 0.95  # of the RAM that is free: what is left for the rest of the machine
+UNKNOWN_RAM = 16 << 30  # where the system does not tell
+
+PROBE_BYTES = 256 << 20
+PROBE_SIDE, PROBE_TOKENS = 4096, 128  # one q_proj of the 9B, a short prompt
+REPETITIONS = 7
+
+DISK_BLOCK = 8 << 20
+DISK_READERS = 2
+DISK_PIECES = 8
+
+
+def this_machine(quantized: bool = True) -> Machine:
+    """Free memory and measured speeds, all but the disk's (see `disk_bandwidth`).
+
+    quantized: the CPU's rate in a prompt is that of int4 layers, else that of bfloat16.
+    """
+    free, bandwidth, rate = memory.available(swap=False), ram_bandwidth(), cpu_rate(quantized)
+    unknown = f"{memory.readable(UNKNOWN_RAM)} of RAM (this system does not tell what is free)"
+    machine = Machine(
+        UNKNOWN_RAM if free is None else int(free * MARGIN),
+        ram_bandwidth=bandwidth,
+        cpu_rate=rate,
+        measured=(f"memory {bandwidth / 1e9:.1f} GB/s", f"prompts on the CPU {rate / 1e12:.2f} TOP/s"),
+        assumed=(unknown,) if free is None else (),
+    )
+    return _with_gpus(machine) if torch.cuda.is_available() else machine
+
+
+def with_assumed_gpu(machine: Machine, size: int) -> Machine:
+    """The machine with one GPU more than it has: an RTX 4060's speeds, `size` bytes free."""
+    assumed = Machine(0)
+    speeds = f"{assumed.gpu_bandwidth / 1e9:.0f} GB/s, {assumed.gpu_rate / 1e12:.0f} TFLOP/s, as an RTX 4060"
+    note = f"a GPU of {memory.readable(size)}, {speeds}; its bus {assumed.bus_bandwidth / 1e9:.0f} GB/s"
+    return replace(machine, gpus=(size,), assumed=(*machine.assumed, note))
+
+
+def ram_bandwidth() -> float:
+    """Bytes per second that the kernels' threads read, the median of a few passes over more than any cache holds."""
+    buffer = torch.ones(PROBE_BYTES // 8, dtype=torch.int64)
+    return PROBE_BYTES / _median_seconds(lambda: native.read_all(buffer))
+
+
+def cpu_rate(quantized: bool) -> float:
+    """Operations per second of a linear layer in a short prompt, int4 or bfloat16."""
+    if quantized:
+        int4 = QuantLinear(PROBE_SIDE, PROBE_SIDE, QuantConfig(), bias=False, device="meta")
+        int4.load(QuantTensor.empty(PROBE_SIDE, PROBE_SIDE, QuantConfig()))
+        layer: torch.nn.Module = int4
+    else:
+        layer = torch.nn.Linear(PROBE_SIDE, PROBE_SIDE, bias=False, dtype=torch.bfloat16)
+    x = torch.ones(PROBE_TOKENS, PROBE_SIDE, dtype=torch.float32 if quantized else torch.bfloat16)
+    with torch.inference_mode():
+        return 2 * PROBE_TOKENS * PROBE_SIDE**2 / _median_seconds(lambda: layer(x))
+
+
+def _median_seconds(work: Callable[[], object]) -> float:
+    work()
+    seconds = []
+    for _ in range(REPETITIONS):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def _with_gpus(machine: Machine) -> Machine:
+    """Free memory of every GPU; speeds of the first: a copy on it, one to it from pinned memory, a bfloat16 product."""
+    free = tuple(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
+    try:
+        on_gpu = torch.empty(2, PROBE_BYTES // 2, dtype=torch.uint8, device="cuda:0")
+        pinned = torch.empty(PROBE_BYTES // 2, dtype=torch.uint8, pin_memory=True)
+        square = torch.ones(PROBE_SIDE, PROBE_SIDE, dtype=torch.bfloat16, device="cuda:0")
+        copied = PROBE_BYTES / _cuda_seconds(lambda: on_gpu[0].copy_(on_gpu[1]))  # read and written
+        crossed = PROBE_BYTES / 2 / _cuda_seconds(lambda: on_gpu[0].copy_(pinned, non_blocking=True))
+        rate = 2 * PROBE_SIDE**3 / _cuda_seconds(lambda: square @ square)
+    except RuntimeError:  # out of memory, no pinned memory: the free bytes are known all the same
+        note = "speeds of an RTX 4060 (this GPU could not be measured)"
+        return replace(machine, gpus=free, assumed=(*machine.assumed, note))
+    found = (f"GPU {copied / 1e9:.0f} GB/s", f"{rate / 1e12:.0f} TFLOP/s", f"its bus {crossed / 1e9:.1f} GB/s")
+    measured = (*machine.measured, *found)
+    return replace(machine, gpus=free, gpu_bandwidth=copied, bus_bandwidth=crossed, gpu_rate=rate, measured=measured)
+
+
+def _cuda_seconds(work: Callable[[], object]) -> float:
+    def waited() -> None:
+        work()
+        torch.cuda.synchronize()
+
+    return _median_seconds(waited)
+
+
+def disk_bandwidth(file: Path, most: int = PROBE_BYTES) -> float | None:
+    """Bytes per second read from a file past the page cache; None where it is too short to tell, or cannot be read.
+
+    In pieces all over the file: of a file just written or read in part, some of it is quicker than the rest.
+    """
+    try:
+        opened = DirectFile(file)
+    except CheckpointError:
+        return None
+    step = opened.size // DISK_PIECES // ALIGNMENT * ALIGNMENT
+    size = min(step, most // DISK_PIECES) // DISK_BLOCK * DISK_BLOCK
+    if size == 0:
+        return None
+    return read_rate([Extent(opened, piece * step, size, 0) for piece in range(DISK_PIECES)])
+
+
+def read_rate(extents: Sequence[Extent]) -> float | None:
+    """Bytes per second of parts of files, read one after the other by two threads; None where that fails."""
+    blocks = [
+        (extent.file, at, min(DISK_BLOCK, extent.offset + extent.nbytes - at))
+        for extent in extents
+        for at in range(extent.offset, extent.offset + extent.nbytes, DISK_BLOCK)
+    ]
+    buffers = {reader: aligned_memory(DISK_BLOCK).numpy() for reader in range(DISK_READERS)}
+
+    def read(reader: int) -> None:
+        view = memoryview(cast(Any, buffers[reader]))
+        for file, offset, nbytes in blocks[reader::DISK_READERS]:
+            file.read_into(view[:nbytes], offset)
+
+    started = time.perf_counter()
+    try:
+        with ThreadPoolExecutor(DISK_READERS) as readers:
+            list(readers.map(read, range(DISK_READERS)))
+    except CheckpointError:
+        return None
+    return sum(nbytes for _, _, nbytes in blocks) / (time.perf_counter() - started)

@@ -1,0 +1,127 @@
+"""Where a load puts each weight: one device, or what the planner says for the budgets and this machine."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+
+from glm4lite.budget import Budget, place_within
+from glm4lite.cache import KVType
+from glm4lite.checkpoint import Checkpoint
+from glm4lite.errors import CheckpointError, ConfigError
+from glm4lite.placement import Machine, Needs, Placement
+from glm4lite.weights import memory
+from glm4lite.weights.plan import Plan, automatic_dtype
+
+logger = logging.getLogger("glm4lite")
+
+_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Destinations:
+    """The device of each module and the type of its activations, by kind of device.
+
+    Without a placement the device is `home`, and stored weights stay in the file's pages.
+    """
+
+    home: torch.device
+    types: Mapping[str, torch.dtype]
+    placement: Placement | None = None
+
+    def device(self, module: str) -> torch.device:
+        """Where a module's tensors lie; those of layers on disk are computed on the CPU."""
+        if self.placement is None:
+            return self.home
+        layer, leaf = _LAYER.match(module), module.rpartition(".")[2]
+        if layer is not None:
+            name = self.placement.device_of(int(layer[1]))
+        else:
+            name = self.placement.embedding if leaf == "embed_tokens" else self.placement.head
+        return torch.device("cpu" if name == "disk" else name)
+
+    def dtype(self, module: str) -> torch.dtype:
+        """Of the module's activations, and of its weights where they are not quantized."""
+        return self.types[self.device(module).type]
+
+    def on_disk(self, module: str) -> bool:
+        layer = _LAYER.match(module)
+        return self.placement is not None and layer is not None and self.placement.device_of(int(layer[1])) == "disk"
+
+    def cache(self, needs: Needs, budget: Budget) -> tuple[KVType, int]:
+        """The cache's type, and the tokens it has room for: the model's whole context without a placement."""
+        if self.placement is not None:
+            return self.placement.kv, self.placement.context
+        context = needs.config.max_position_embeddings
+        if budget.kv != "auto":
+            return cast(KVType, budget.kv), context
+        return _cache_type(needs, context) if self.home.type == "cpu" else "float", context
+
+    def mapped(self, module: str) -> bool:
+        """Whether a stored weight stays in the file's pages. The embedding does: a token reads one row of it."""
+        return self.placement is None or module.endswith("embed_tokens")
+
+
+def choose(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    needs: Needs,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+    budget: Budget,
+) -> Destinations:
+    """The destinations on `device` (None: what this machine has) for activations of `dtype` (None: as suits them).
+
+    Raises:
+        CheckpointError: it does not fit, with what to change.
+    """
+    home = torch.device("cpu") if device is None else device
+    types = {kind: dtype or automatic_dtype(checkpoint, plan, torch.device(kind)) for kind in ("cpu", "cuda")}
+    if home.type == "cuda" and not budget.limits:
+        return Destinations(home, types)
+    gpus = _free_gpus(device)
+    needs = replace(needs, stored=needs.stored and plan.quantized and not plan.bitsandbytes)
+    if not gpus and not budget.limits and not needs.stored:
+        return Destinations(home, types)  # the loader itself sees whether what it makes fits
+    placement = place_within(needs, Machine(_free_ram(), gpus), budget)
+    if not gpus and not budget.limits and not (placement.fits and placement.share("disk").layers):
+        return Destinations(home, types)  # mapped: takes no memory that others could not have back
+    if not placement.fits:
+        raise CheckpointError(f"{checkpoint.folder} does not fit: {placement.advice}")
+    if budget.kv == "auto" and placement.kv == "int8":
+        logger.warning("the cache is int8, to leave memory for weights (--kv float: as it is)")
+    return Destinations(home, types, placement)
+
+
+def _free_ram() -> int:
+    free = memory.available(swap=False)
+    return 1 << 62 if free is None else free  # a system that does not tell: nothing is refused
+
+
+def _cache_type(needs: Needs, context: int) -> KVType:
+    """float, unless a cache of the model's whole context is more than the memory that is free."""
+    size, free = context * len(needs.layers) * needs.kv_per_token("float", gpu=False), memory.available()
+    if free is None or size <= free:
+        return "float"
+    logger.warning(
+        "the cache is int8: a whole context of %d tokens takes %s, %s are free (--kv float: as it is)",
+        context,
+        memory.readable(size),
+        memory.readable(free),
+    )
+    return "int8"
+
+
+def _free_gpus(device: torch.device | None) -> tuple[int, ...]:
+    """Free bytes of the GPUs that may be used, by index."""
+    if (device is not None and device.type == "cpu") or not torch.cuda.is_available():
+        return ()
+    if device is not None and device.index:
+        raise ConfigError(f"a budget places layers on the first GPU on; use device='auto' instead of {device}")
+    count = torch.cuda.device_count() if device is None else 1
+    return tuple(torch.cuda.mem_get_info(index)[0] for index in range(count))
