@@ -67,9 +67,9 @@ class Toolbox:
 
 def _of_source(source: str | Path) -> list[Tool]:
     if str(source) == "python":
-        from glm4lite.python_tool import python
+        from glm4lite.python_tool import python_tool
 
-        return [python]
+        return [python_tool()]
     from glm4lite.tool_files import load_tools
 
     return load_tools(source)

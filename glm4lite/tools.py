@@ -41,7 +41,7 @@ NeedsApproval: TypeAlias = bool | Callable[[Mapping[str, Any]], bool]
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What a call gave: the text the model observes, and whether the tool failed."""
+    """What a call gave: the text the model observes, and whether the tool failed. A function may return one itself."""
 
     content: str
     error: bool
@@ -191,8 +191,10 @@ class _Run:
             if not allowed or self.over.is_set():
                 return _failure(f"the user did not allow this call of {self.tool.name}; it was not run")
         result = self.tool.function(**keywords)
-        text = asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
-        return ToolResult(_truncate(_result_text(text)), error=False)
+        result = asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+        if isinstance(result, ToolResult):  # a tool that tells its failure in several lines
+            return ToolResult(_truncate(_result_text(result.content)), result.error)
+        return ToolResult(_truncate(_result_text(result)), error=False)
 
 
 def _failure(reason: str) -> ToolResult:
