@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import json
 import re
 import typing
 from collections.abc import Callable, Iterator
@@ -9,6 +10,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.fields import FieldInfo
+
+from glm4lite.errors import ToolError
+
+MAX_CHARACTERS = 16_000  # of a tool's description and schema: about 5k tokens, in every prompt
 
 
 class _Arguments(BaseModel):
@@ -96,3 +101,21 @@ def _entries(block: str) -> Iterator[tuple[str, str]]:
         name, words = entry.group(1), [entry.group(2)]
     if name:
         yield name, " ".join(words).strip()
+
+
+def check_schema(name: str, description: str, schema: object) -> None:
+    """Raises ToolError where `schema` is no JSON schema of an object, or one that no prompt has room for."""
+    where = f"tool {name!r}: its schema"
+    if not isinstance(schema, dict) or schema.get("type") != "object":
+        raise ToolError(f"{where} must be an object with type 'object'")
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    if not isinstance(properties, dict) or not all(isinstance(one, dict | bool) for one in properties.values()):
+        raise ToolError(f"{where}'s properties must be an object of schemas")
+    if not isinstance(required, list) or not all(isinstance(one, str) and one in properties for one in required):
+        raise ToolError(f"{where}'s required must be a list of its properties")
+    try:
+        size = len(description) + len(json.dumps(schema, ensure_ascii=False, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ToolError(f"{where} is not JSON ({error})") from error
+    if size > MAX_CHARACTERS:
+        raise ToolError(f"{where} has {size} characters, more than {MAX_CHARACTERS}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -10,9 +9,9 @@ from pathlib import Path
 from types import TracebackType
 
 from glm4lite.errors import ToolError
+from glm4lite.tool_schema import check_schema
 from glm4lite.tools import BUILTIN_TOOLS, Tool
 
-MAX_SCHEMA_CHARACTERS = 16_000  # about 5k tokens, in every prompt
 APPROVALS = ("ask", "every", "all")
 
 
@@ -85,25 +84,6 @@ def checked(tools: Iterable[Tool]) -> list[Tool]:
     for tool in tools:
         if tool.name in found and found[tool.name] is not tool:
             raise ToolError(f"two tools are called {tool.name!r}; rename one: @tool(name=…)")
-        check_schema(tool)
+        check_schema(tool.name, tool.description, tool.parameters)
         found[tool.name] = tool
     return list(found.values())
-
-
-def check_schema(tool: Tool) -> None:
-    """Raises ToolError where the tool's parameters are no JSON schema of an object that a prompt can hold."""
-    schema = tool.parameters
-    properties = schema.get("properties", {}) if isinstance(schema, dict) else None
-    required = schema.get("required", []) if isinstance(schema, dict) else None
-    if not isinstance(schema, dict) or schema.get("type") != "object":
-        raise ToolError(f"tool {tool.name!r}: its schema must be an object with type 'object'")
-    if not isinstance(properties, dict) or not all(isinstance(one, dict | bool) for one in properties.values()):
-        raise ToolError(f"tool {tool.name!r}: its schema's properties must be an object of schemas")
-    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-        raise ToolError(f"tool {tool.name!r}: its schema's required must be a list of names")
-    try:
-        size = len(json.dumps(tool.schema(), allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ToolError(f"tool {tool.name!r}: its schema is not JSON ({error})") from error
-    if size > MAX_SCHEMA_CHARACTERS:
-        raise ToolError(f"tool {tool.name!r}: its schema has {size} characters, more than {MAX_SCHEMA_CHARACTERS}")

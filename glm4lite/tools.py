@@ -34,6 +34,7 @@ from glm4lite.messages import ToolCall
 from glm4lite.tool_schema import arguments_model, parse_docstring, tidy_schema
 
 MAX_RESULT_CHARACTERS = 16_000  # about 5k tokens; more would crowd the conversation out of the context
+_MOMENT_S = 0.2  # for a tool to end when it is abandoned, so that nothing of it meets the next call
 _NAME = re.compile(r"[\w.-]{1,64}")  # one word: the model's call starts with the name on a line of its own
 
 NeedsApproval: TypeAlias = bool | Callable[[Mapping[str, Any]], bool]
@@ -149,9 +150,10 @@ def run_tool(
     thread.start()
     while thread.is_alive() and not (cancel and cancel.is_set()) and run.seconds() < timeout_s:
         thread.join(max(0.0, min(timeout_s - run.seconds(), 0.1)))
-    run.over.set()
     if run.result:
         return run.result
+    run.over.set()
+    thread.join(_MOMENT_S)
     return _failure(
         f"{tool.name} was stopped by the user"
         if cancel and cancel.is_set()

@@ -155,7 +155,7 @@ def _failure(status: int) -> str:
     if status == 0:
         return ""
     number = -status if status < 0 else status - 128
-    if number in iter(signal.Signals) and number > 0:
+    if number in signal.valid_signals():
         name = signal.Signals(number).name
         return f"ended by {name}" + (f" ({_REASONS[name]})" if name in _REASONS else "")
     return f"ended with status {status}"
