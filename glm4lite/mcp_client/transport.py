@@ -33,9 +33,8 @@ MAX_UNASKED = 10_000  # messages in a row without one of ours: progress and log 
 _GRACE_S = 1.0  # for a server to end when its stdin is closed, before it is killed
 _LAST_WORDS = 2_000  # bytes of stderr kept for an error message
 
-_Streams: TypeAlias = tuple[
-    MemoryObjectReceiveStream[SessionMessage | Exception], MemoryObjectSendStream[SessionMessage]
-]
+_Inbox: TypeAlias = MemoryObjectReceiveStream[SessionMessage | Exception]
+_Streams: TypeAlias = tuple[_Inbox, MemoryObjectSendStream[SessionMessage]]
 
 
 class StdioServer:

@@ -180,11 +180,14 @@ def main() -> NoReturn:
             Path("/proc/self/oom_score_adj").write_text("1000")  # when memory is short, this goes first
     isolated, missing = linux and _namespaces(), list[str]()
     if isolated:
-        _mounts(limits)
+        try:
+            _mounts(limits)
+        except OSError:  # AppArmor may forbid mounts in a namespace
+            missing.append("space on disk")
         _in_child()  # the first process of the new namespace: when it ends, so do all the others
         _in_child()  # signals do not reach a first process as they do others, so the code runs in the second
     else:
-        missing.append("network")
+        missing += ["network", "space on disk"]
     Path(MAIN).write_bytes(code)
     _give_up_root(limits["python"])
     if linux:

@@ -29,7 +29,7 @@ _REASONS = {"SIGXCPU": "too much CPU time", "SIGKILL": "too much CPU time or mem
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run may take; sizes in bytes. `memory` holds for each process, `disk` for all files together."""
+    """What a run may take; sizes in bytes. `memory` and `file` hold for each process and file, `disk` for all files."""
 
     seconds: float = 20.0
     cpu_seconds: int = 20

@@ -124,7 +124,10 @@ def test_a_server_that_dies_is_an_error_of_that_call_and_comes_back(tools: dict[
 
 
 @pytest.mark.parametrize("end", ["timeout", "stop"])
-def test_a_server_that_hangs_does_not_hang_the_chat_and_is_started_anew(tools: dict[str, Tool], end: str) -> None:
+def test_a_server_that_hangs_does_not_hang_the_chat_and_is_started_anew(
+    tools: dict[str, Tool], end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "_CHECK_LIMIT_S", 0.3)
     before = int(use(tools["test__process"]).content)
     cancel = threading.Event()
     if end == "stop":

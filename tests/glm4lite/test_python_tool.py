@@ -175,8 +175,9 @@ def test_the_size_of_files_is_limited() -> None:
     assert "File too large" in outcome.output or "SIGXFSZ" in outcome.failure
 
 
-@pytest.mark.usefixtures("isolated")
-def test_all_files_together_are_limited() -> None:
+def test_all_files_together_are_limited(missing: tuple[str, ...]) -> None:
+    if "space on disk" in missing:
+        pytest.skip("no file system of its own on this system")
     code = "for n in range(20): open(str(n), 'wb').write(bytes(1 << 20))"
     assert "No space left" in run(code, disk=8 << 20).output
 
