@@ -46,9 +46,14 @@ Tools = Annotated[
     typer.Option("--tools", metavar="FILE", help="The @tool functions of a file or folder; `python`: run Python code."),
 ]
 NoTools = Annotated[bool, typer.Option("--no-tools", help="Not calculator, current_time and unit_convert.")]
-Mcp = Annotated[list[Path] | None, typer.Option(help="A file with mcpServers, whose tools are offered.")]
+Mcp = Annotated[
+    list[Path] | None, typer.Option(metavar="FILE", help="A file with mcpServers, whose tools are offered.")
+]
 Approve = Annotated[
-    str, typer.Option(help="ask: before tools that want it; every: before every call; all: nothing is asked.")
+    str,
+    typer.Option(
+        metavar="WHEN", help="ask: before tools that want it; every: before every call; all: nothing is asked."
+    ),
 ]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the checkpoint's")]
 TopP = Annotated[float | None, typer.Option(show_default="the checkpoint's")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -141,3 +143,13 @@ def test_the_policy_wins_over_the_tools_rule(weather: Path, approval: str, expec
 def test_an_unknown_policy_is_named() -> None:
     with pytest.raises(ToolError, match="--approve is 'sometimes'"):
         Toolbox(approval="sometimes")
+
+
+def test_the_command_line_offers_a_file_of_tools(tmp_path: Path) -> None:
+    code = "from glm4lite import tool\n@tool\ndef get_weather(city: str) -> str:\n"
+    code += '    """Current weather in a city.\n\n    Args:\n        city: City name.\n    """\n'
+    (tmp_path / "mine.py").write_text(code + "    return f'18 degrees and sunny in {city}'\n")
+    command = [sys.executable, "-m", "glm4lite", "chat", "-p", "How is the weather in Lisbon?", "--temperature", "0"]
+    command += ["--tools", str(tmp_path / "mine.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "18 degrees and sunny in Lisbon" in done.stderr
