@@ -51,9 +51,7 @@ Mcp = Annotated[
 ]
 Approve = Annotated[
     str,
-    typer.Option(
-        metavar="WHEN", help="ask: before tools that want it; every: before every call; all: nothing is asked."
-    ),
+    typer.Option(metavar="WHEN", help="ask: for tools that want it; every: before every call; all: nothing is asked."),
 ]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the checkpoint's")]
 TopP = Annotated[float | None, typer.Option(show_default="the checkpoint's")]
