@@ -15,7 +15,7 @@ from glm4lite.generate import Generation, PrefixCache
 from glm4lite.messages import Message, ToolCall
 from glm4lite.sampling import SamplingParams
 from glm4lite.tool_calls import Call, OutputParser, Segment, Thinking
-from glm4lite.tools import Tool, run_tool
+from glm4lite.tools import Approve, Tool, nobody_to_ask, run_tool
 
 if TYPE_CHECKING:
     from glm4lite.weights.foreign import Quant
@@ -39,6 +39,8 @@ class ChatSession:
 
     `messages` is the history in OpenAI's form. One turn may call several tools, in at most `max_tool_rounds` rounds;
     a tool that fails is an error observation to the model. Only the part of the prompt that is new is computed.
+    A tool that needs approval runs only when `approve(call, tool)` returns True (`run_tool` says when and in which
+    thread); `allowed` holds the names of tools allowed for the rest of this chat, and `approve` may add to it.
     One session of a model answers at a time: sessions that share an Engine must not run in two threads at once.
     """
 
@@ -50,6 +52,7 @@ class ChatSession:
         params: SamplingParams | None = None,
         max_tool_rounds: int = 8,
         tool_timeout: float = 30.0,
+        approve: Approve = nobody_to_ask,
     ) -> None:
         """`params` default to the checkpoint's. Raises TemplateError for a base model, which has no template."""
         self.engine, self.template = engine, engine.chat_template()
@@ -57,6 +60,8 @@ class ChatSession:
         self.system = system
         self.params = params or engine.params()
         self.max_tool_rounds, self.tool_timeout = max_tool_rounds, tool_timeout
+        self.approve = approve
+        self.allowed = set[str]()
         self._cancel = threading.Event()
         self._cache = PrefixCache(engine.model)
         self._calls_made = 0
@@ -77,16 +82,18 @@ class ChatSession:
         gpu_memory: int | str | None = None,
         ram: int | str | None = None,
         context: int | str | None = None,
+        approve: Approve = nobody_to_ask,
         **sampling: Any,
     ) -> ChatSession:
         """An Engine and a session on it; arguments as in `Engine.load`, `sampling` as in SamplingParams."""
         SamplingParams.check(**sampling)
         limits: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
         engine = Engine.load(source, quant, device, dtype, progress, need_template=True, **limits)
-        return cls(engine, tools, system, engine.params(**sampling))
+        return cls(engine, tools, system, engine.params(**sampling), approve=approve)
 
     def reset(self) -> None:
-        """Forgets the conversation; the system prompt and the tools stay."""
+        """Forgets the conversation and what was allowed in it; the system prompt and the tools stay."""
+        self.allowed.clear()
         self.messages[:] = [Message("system", self.system)] if self.system else []
 
     def stop(self) -> None:
@@ -167,10 +174,15 @@ class ChatSession:
         for place, call in enumerate(calls, first):
             if self._cancel.is_set():
                 return
-            yield ToolCallStarted(call.id, call.name, json.loads(call.arguments))
-            result = run_tool(self.tools.get(call.name), call, self.tool_timeout, self._cancel)
+            tool, arguments = self.tools.get(call.name), json.loads(call.arguments)
+            asks = tool is not None and tool.name not in self.allowed and tool.asks(arguments)
+            yield ToolCallStarted(call.id, call.name, arguments, asks)
+            result = run_tool(tool, call, self.tool_timeout, self._cancel, self._approve)
             self.messages[place] = _observation(call, result.content)
             yield ToolCallFinished(call.id, call.name, result.content, result.error)
+
+    def _approve(self, call: ToolCall, tool: Tool) -> bool:
+        return tool.name in self.allowed or self.approve(call, tool)
 
 
 def _observation(call: ToolCall, content: str) -> Message:

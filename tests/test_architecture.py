@@ -12,7 +12,9 @@ PACKAGES = {"glm4lite": ROOT / "glm4lite", "glm4lite_quant": ROOT / "quant" / "g
 
 # module -> the only places that may import it
 ALLOWED = {
-    "ctypes": {f"quant/glm4lite_quant/kernels/{name}.py" for name in ("native", "decoder")},
+    "ctypes": {f"quant/glm4lite_quant/kernels/{name}.py" for name in ("native", "decoder")}
+    | {"glm4lite/sandbox/jail.py"},
+    "mcp": {f"glm4lite/{name}.py" for name in ("mcp_tools", "mcp_client/connection", "mcp_client/transport")},
     "transformers": set(),
     "bitsandbytes": {"quant/glm4lite_quant/bnb.py"},
     "gradio": set(),

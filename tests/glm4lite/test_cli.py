@@ -162,6 +162,8 @@ def test_info_names_the_kernels_and_what_a_model_needs(endless: Path) -> None:
         (("chat", "-p", "word " * 5000), "context"),
         (("chat", "-p", "Hi", "--top-p", "7"), "top_p"),
         (("generate", "-p", "Hi", "--seed", "99999999999999999999"), "seed"),
+        (("chat", "-p", "Hi", "--tools", "none.py"), "none.py"),
+        (("chat", "-p", "Hi", "--mcp", "none.json"), "none.json"),
         (("quantize", "nano", "out", "--quant", "none"), "nothing to do"),
         (("quantize", "nano", "out", "--group-size", "48"), "48"),
     ],

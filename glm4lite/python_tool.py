@@ -1,0 +1,37 @@
+"""The `python` tool: runs code the model wrote, in a process with limits. Off by default, and always asks."""
+
+import functools
+import logging
+
+from glm4lite.errors import ToolError
+from glm4lite.sandbox.process import Limits, run_python
+from glm4lite.tools import Tool, ToolResult, abandoned, tool
+
+logger = logging.getLogger("glm4lite")
+
+
+@tool(needs_approval=True)
+def python(code: str) -> ToolResult:
+    """Run a Python program without network or access to files, and return what it prints.
+
+    Args:
+        code: The program; it must print what is wanted.
+    """
+    outcome = run_python(code, Limits(), abandoned())
+    lines = [f"Error: {outcome.failure}"] if outcome.failure else []
+    lines += [outcome.output.rstrip("\n") or "(nothing was printed)"]
+    if outcome.missing:
+        lines.append(f"[not limited on this system: {', '.join(outcome.missing)}]")
+    return ToolResult("\n".join(lines), error=bool(outcome.failure))
+
+
+@functools.cache
+def python_tool() -> Tool:
+    """`python`, once it is known that it can run here; a limit that this system cannot hold is a warning."""
+    try:
+        missing = run_python("").missing
+    except ToolError as error:
+        raise ToolError(f"--tools python: {error}") from error
+    if missing:
+        logger.warning("python: this system cannot limit %s: read the code before you allow it", " and ".join(missing))
+    return python

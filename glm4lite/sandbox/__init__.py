@@ -1,0 +1,1 @@
+"""Running a model's Python code in a process with limits."""

@@ -1,0 +1,176 @@
+"""Starts the process that runs a model's code (jail.py), collects what it prints, ends it in time."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from glm4lite.errors import ToolError, one_line
+
+_SCRIPT = Path(__file__).with_name("jail.py")
+_ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    **{f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")},  # threads count as processes
+}
+REFUSED = 125  # jail.py's exit status when the code was not run
+
+_REASONS = {"SIGXCPU": "too much CPU time", "SIGKILL": "too much CPU time or memory", "SIGXFSZ": "too large a file"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a run may take; sizes in bytes. `memory` and `file` hold for each process and file, `disk` for all files."""
+
+    seconds: float = 20.0
+    cpu_seconds: int = 20
+    memory: int = 1 << 30
+    file: int = 16 << 20
+    disk: int = 64 << 20
+    processes: int = 32
+    output: int = 64 << 10
+
+    def to_json(self) -> str:
+        """For jail.py, with the folders of this Python."""
+        python = sorted({os.path.realpath(place) for place in (sys.prefix, sys.base_prefix, sys.base_exec_prefix)})
+        limits = {"cpu": self.cpu_seconds, "memory": self.memory, "file": self.file, "disk": self.disk}
+        return json.dumps({**limits, "processes": self.processes, "python": python})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the code printed, how it ended ("" when well), and what could not be limited here."""
+
+    output: str
+    failure: str
+    missing: tuple[str, ...]
+
+
+def run_python(code: str, limits: Limits | None = None, cancel: threading.Event | None = None) -> Outcome:
+    """Run `code` as a Python program with `limits`, until `cancel`; raises ToolError when that is not possible here.
+
+    It sees no environment variables, no stdin and, where the system allows, no network and no files but Python's own.
+    Its folder is removed, and every process it started has ended, when this returns.
+    """
+    if os.name != "posix":
+        raise ToolError("python: running code needs the resource limits of Linux or macOS; this system has none")
+    with _work_folder() as folder:
+        return _Process(code, folder, limits or Limits()).finish(cancel or threading.Event())
+
+
+class _Process:
+    def __init__(self, code: str, folder: Path, limits: Limits) -> None:
+        self._limits = limits
+        self._printed = bytearray()
+        self._flooded = threading.Event()
+        reading, writing = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_SCRIPT), limits.to_json(), str(writing)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env={**_ENVIRONMENT, "HOME": str(folder), "TMPDIR": str(folder)},
+                pass_fds=[writing],
+                start_new_session=True,
+            )
+        except OSError as error:
+            os.close(reading)
+            raise ToolError(f"python: no process can be started ({one_line(error)})") from error
+        finally:
+            os.close(writing)
+        self._report = os.fdopen(reading, "rb")
+        self._threads = [threading.Thread(target=self._read), threading.Thread(target=self._feed, args=(code,))]
+        for thread in self._threads:
+            thread.daemon = True
+            thread.start()
+
+    def finish(self, cancel: threading.Event) -> Outcome:
+        """Waits for the end, or makes it."""
+        try:
+            stopped = self._wait(cancel)
+        finally:
+            self._end()
+        with self._report:
+            report = self._report.read()
+        status = self._process.returncode
+        output = bytes(self._printed[: self._limits.output]).decode("utf-8", "replace")
+        if not report and not stopped:
+            raise ToolError(f"python: the code was not run: {one_line(output)[-500:] or f'status {status}'}")
+        return Outcome(output, stopped or _failure(status), tuple(json.loads(report or b"[]")))
+
+    def _wait(self, cancel: threading.Event) -> str:
+        """Until it ends; why it must be stopped, if it must."""
+        deadline = time.monotonic() + self._limits.seconds
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(0.02)
+                return ""
+            if self._flooded.is_set():
+                return f"stopped: it printed more than {self._limits.output} bytes"
+            if time.monotonic() > deadline:
+                return f"stopped: it ran longer than {self._limits.seconds:g} s"
+            if cancel.is_set():
+                return "stopped by the user"
+
+    def _end(self) -> None:
+        """Kills the group; with it dies the first process of the namespace, and so all that are in it."""
+        if self._process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for thread in self._threads:
+            thread.join(2.0)
+
+    def _read(self) -> None:
+        pipe = self._process.stdout
+        if pipe is None:
+            return
+        with pipe:
+            while chunk := os.read(pipe.fileno(), 65536):
+                if len(self._printed) <= self._limits.output:
+                    self._printed += chunk
+                else:
+                    self._flooded.set()
+
+    def _feed(self, code: str) -> None:
+        pipe = self._process.stdin
+        if pipe is not None:
+            with suppress(OSError), pipe:
+                pipe.write(code.encode("utf-8", "replace"))
+
+
+def _failure(status: int) -> str:
+    """What an exit status means; 128 + n is how jail.py passes on signal n."""
+    if status == 0:
+        return ""
+    number = -status if status < 0 else status - 128
+    if number in signal.valid_signals():
+        name = signal.Signals(number).name
+        return f"ended by {name}" + (f" ({_REASONS[name]})" if name in _REASONS else "")
+    return f"ended with status {status}"
+
+
+@contextmanager
+def _work_folder() -> Iterator[Path]:
+    """A new folder, removed afterwards whatever is in it and whoever owns it."""
+    folder = Path(tempfile.mkdtemp(prefix="glm4lite-python-"))
+    try:
+        yield folder
+    finally:
+        for parent, names, _ in os.walk(folder):  # a folder without rights cannot be emptied
+            for name in names:
+                if not os.path.islink(place := os.path.join(parent, name)):
+                    with suppress(OSError):
+                        os.chmod(place, 0o700)
+        shutil.rmtree(folder, ignore_errors=True)
