@@ -93,12 +93,13 @@ class ChatSession:
         """Ends the answer that is being given; may be called from another thread or a signal handler."""
         self._cancel.set()
 
-    def send(self, text: str) -> Iterator[Event]:
+    def send(self, text: str, cancel: threading.Event | None = None) -> Iterator[Event]:
         """Adds a user message and yields the events of the answer, the last one Done.
 
-        After an error (ContextLengthError, say) the history is as it was before.
+        `cancel` ends the answer as stop() does; one that is set already ends it at once. After an error
+        (ContextLengthError, say) the history is as it was before.
         """
-        self._cancel.clear()
+        self._cancel = cancel or threading.Event()
         before = list(self.messages)
         self.messages.append(Message("user", text))
         totals = Totals()
