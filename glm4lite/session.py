@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from glm4lite.engine import Engine, Totals
 from glm4lite.events import Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
-from glm4lite.generate import Generation, PrefixCache
+from glm4lite.generate import Generation
 from glm4lite.messages import Message, ToolCall
 from glm4lite.sampling import SamplingParams
 from glm4lite.tool_calls import Call, OutputParser, Segment, Thinking
@@ -38,8 +38,8 @@ class ChatSession:
                 print(event.text, end="")
 
     `messages` is the history in OpenAI's form. One turn may call several tools, in at most `max_tool_rounds` rounds;
-    a tool that fails is an error observation to the model. Only the part of the prompt that is new is computed.
-    One session of a model answers at a time: sessions that share an Engine must not run in two threads at once.
+    a tool that fails is an error observation to the model. Only the part of the prompt that is new is computed, also
+    where several sessions take turns. Sessions that share an Engine must not run in two threads at once (EngineWorker).
     """
 
     def __init__(
@@ -58,7 +58,6 @@ class ChatSession:
         self.params = params or engine.params()
         self.max_tool_rounds, self.tool_timeout = max_tool_rounds, tool_timeout
         self._cancel = threading.Event()
-        self._cache = PrefixCache(engine.model)
         self._calls_made = 0
         self.messages: list[Message] = []
         self.reset()
@@ -131,7 +130,7 @@ class ChatSession:
     def _generation(self) -> Generation:
         schemas = [tool.schema() for tool in self.tools.values()]
         prompt = self.template.encode(self.engine.tokenizer, self.messages, schemas)
-        return self.engine.generate(prompt, self.params, self._cache, self._cancel)
+        return self.engine.generate(prompt, self.params, self._cancel)
 
     def _answer(self, generation: Generation, answer: _Answer) -> Iterator[Event]:
         yield from self.engine.prefill(generation)
