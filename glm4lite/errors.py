@@ -46,6 +46,10 @@ class EvaluationError(Glm4liteError):
     """A text cannot be used to evaluate a model, or two models cannot be compared."""
 
 
+class WorkerClosed(Glm4liteError):
+    """The program is ending: the model answers nothing more."""
+
+
 class QueueFull(Glm4liteError):
     """More questions wait for the model than it takes; `retry_after` is in how many seconds to ask again."""
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 from glm4lite.engine import Engine
-from glm4lite.errors import QueueFull
+from glm4lite.errors import QueueFull, WorkerClosed
 from glm4lite.events import Done
 
 T = TypeVar("T")
@@ -98,6 +98,7 @@ class EngineWorker:
 
         Raises:
             QueueFull: too many jobs wait; nothing was submitted.
+            WorkerClosed: close() was called.
         """
         events: queue.SimpleQueue[T | Ended] = queue.SimpleQueue()
         job = self.submit(make_events, events.put, cancel)
@@ -113,7 +114,7 @@ class EngineWorker:
         job = Job(make_events, cancel or threading.Event(), deliver)
         with self._changed:
             if self._closed:
-                raise RuntimeError("the worker is closed")
+                raise WorkerClosed("the model was closed")
             abandoned = self._take_cancelled()
             full = len(self._waiting) >= self.queue_size
             if full:

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import uvicorn
+from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp
 
 from glm4lite.errors import ConfigError, one_line
 from glm4lite.server.guard import is_loopback
 
-SHUTDOWN_S = 2  # for answers that are being given; then they are cancelled
+SHUTDOWN_S = 2  # for the last words of answers that are being given
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,28 @@ def url_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(app: ASGIApp, listening: socket.socket, started: Callable[[], None] = lambda: None) -> None:
-    """Serves until Ctrl-C; `started` is called when requests are answered."""
-    Server(app, started).run(sockets=[listening])
+def serve(
+    app: ASGIApp, listening: socket.socket, started: Callable[[], None], stopping: Callable[[], None] = lambda: None
+) -> None:
+    """Serves until Ctrl-C. `started` is called when requests are answered, `stopping` before answers are awaited."""
+    Server(app, started, stopping).run(sockets=[listening])
 
 
 class Server(uvicorn.Server):
     """uvicorn as this app needs it; `should_exit` ends it."""
 
-    def __init__(self, app: ASGIApp, started: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, app: ASGIApp, started: Callable[[], None], stopping: Callable[[], None] = lambda: None) -> None:
         super().__init__(_config(app))
-        self._announce = started
+        self._announce, self._stopping = started, stopping
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._announce()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await run_in_threadpool(self._stopping)
+        await super().shutdown(sockets)
 
 
 def _config(app: ASGIApp) -> uvicorn.Config:

@@ -52,7 +52,10 @@ class _Request(BaseModel):
         try:
             return cls.model_validate(body)
         except ValidationError as error:
-            problem = error.errors(include_url=False, include_context=False)[0]
+            problems = error.errors(include_url=False, include_context=False)
+            # Where a field may be a text or a list, each has its complaint; the innermost says most.
+            field = problems[0]["loc"][0]
+            problem = max((one for one in problems if one["loc"][0] == field), key=lambda one: len(one["loc"]))
             param = where(problem["loc"])
             found = "" if problem["type"] == "missing" else f", found {str(problem['input'])[:80]!r}"
             raise ApiError(one_line(f"{param}: {problem['msg']}{found}"), param=param) from None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator
 
 from starlette.requests import Request
 
-from glm4lite.errors import Glm4liteError, QueueFull
-from glm4lite.events import Progress
+from glm4lite.errors import Glm4liteError, QueueFull, WorkerClosed
+from glm4lite.events import Done, Progress
 from glm4lite.server.answer import Piece, answer
 from glm4lite.server.errors import ApiError, encode
 from glm4lite.server.question import Question
@@ -43,27 +44,39 @@ class Stream:
         except QueueFull as error:
             wait = {"Retry-After": str(error.retry_after)}
             raise ApiError(str(error), 429, code="queue_full", headers=wait) from None
+        except WorkerClosed:
+            raise _stopping() from None
 
     async def pieces(self) -> AsyncIterator[Piece | None]:
         """The pieces, Done last; None each time nothing came for a while."""
+        looked, clock = 0.0, time.monotonic
         try:
             while not self.gone:
-                try:
-                    piece = await asyncio.wait_for(self._pieces.get(), POLL_S)
-                except TimeoutError:
-                    self.gone = await self._request.is_disconnected()
-                    yield None
-                    continue
+                piece = await self._next()
+                if clock() - looked > POLL_S:
+                    looked, self.gone = clock(), await self._request.is_disconnected()
                 if isinstance(piece, Ended):
                     _raise(piece.error)
                     return
+                if isinstance(piece, Done) and piece.finish_reason == "cancelled":
+                    raise _stopping()  # or the client left, and nobody reads this
                 yield piece
         finally:
             self.cancel()
 
+    async def _next(self) -> Piece | Ended | None:
+        try:
+            return await asyncio.wait_for(self._pieces.get(), POLL_S)
+        except TimeoutError:
+            return None
+
     def cancel(self) -> None:
         """The answer is not wanted any more; nothing happens when it is complete."""
         self._worker.cancel(self._job)
+
+
+def _stopping() -> ApiError:
+    return ApiError("the server is stopping", 503)
 
 
 def _raise(error: BaseException | None) -> None:

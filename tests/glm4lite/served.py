@@ -34,6 +34,11 @@ class Served:
     worker: EngineWorker
     http: httpx.Client
     client: OpenAI
+    server: Server
+
+    def stop(self) -> None:
+        """As Ctrl-C does."""
+        self.server.should_exit = True
 
     def chat(self, text: str = "Hello", **more: Any) -> Any:
         """One question through the official client."""
@@ -50,7 +55,7 @@ def served(engine: Engine, api_key: str | None = None, queue_size: int = 8) -> I
     worker = EngineWorker(engine, queue_size)
     listening = Address(port=0, api_key=api_key).listen()
     ready = threading.Event()
-    server = Server(create_app(worker, "nano", api_key), ready.set)
+    server = Server(create_app(worker, "nano", api_key), ready.set, worker.close)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     url = url_of(listening)
@@ -58,7 +63,7 @@ def served(engine: Engine, api_key: str | None = None, queue_size: int = 8) -> I
         assert ready.wait(20)
         with httpx.Client(base_url=url, timeout=30) as http:
             client = OpenAI(base_url=f"{url}/v1", api_key=api_key or "none", max_retries=0, timeout=30)
-            yield Served(url, worker, http, client)
+            yield Served(url, worker, http, client, server)
     finally:
         server.should_exit = True
         thread.join(20)

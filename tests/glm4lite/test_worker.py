@@ -12,7 +12,7 @@ import pytest
 
 import glm4lite
 from glm4lite.engine import Engine
-from glm4lite.errors import ContextLengthError, QueueFull
+from glm4lite.errors import ContextLengthError, QueueFull, WorkerClosed
 from glm4lite.events import Done, Event, TextDelta
 from glm4lite.session import ChatSession
 from glm4lite.template import ChatTemplate
@@ -161,5 +161,5 @@ def test_closing_the_worker_ends_what_runs_and_what_waits(worker: EngineWorker) 
     next(running)
     worker.close()
     assert list(waiting) == []
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(WorkerClosed, match="closed"):
         worker.run(Gate())
