@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm4lite.budget import Budget
+from glm4lite.cache import STEP
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, TemplateError
 from glm4lite.events import Done, Progress
@@ -116,9 +117,12 @@ class Engine:
 
     def pieces(self, generation: Generation) -> Iterator[str | None]:
         """The output as text as it comes, cut at stop texts; None where the separator token stood."""
+        steps = 0
         try:
             for piece in self._pieces(generation):
-                self.prefixes.make_room(generation.cache.kv.nbytes)
+                if len(generation.cache.ids) // STEP != steps:  # the cache may have grown
+                    steps = len(generation.cache.ids) // STEP
+                    self.prefixes.make_room(generation.cache.kv.nbytes)
                 yield piece
         finally:
             self.prefixes.give(generation.cache)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import uvicorn
@@ -65,7 +66,8 @@ def serve(
     app: ASGIApp, listening: socket.socket, started: Callable[[], None], stopping: Callable[[], None] = lambda: None
 ) -> None:
     """Serves until Ctrl-C. `started` is called when requests are answered, `stopping` before answers are awaited."""
-    Server(app, started, stopping).run(sockets=[listening])
+    with suppress(KeyboardInterrupt):  # uvicorn raises the one it ended for once more
+        Server(app, started, stopping).run(sockets=[listening])
 
 
 class Server(uvicorn.Server):
