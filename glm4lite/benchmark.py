@@ -185,7 +185,8 @@ def benchmark(
     if quant is None and checkpoint.config.get("quantization_config") is None:
         quant = "int4"
     before = memory_now("RssAnon")
-    with _peak_memory() as peak:
+    peak = _Peak()
+    with peak.watched():
         started = time.perf_counter()
         limits = {"gpu_memory": budget.gpu_memory, "ram": budget.ram, "kv": budget.kv}
         room = prompt_tokens + new_tokens if budget.limits else None
@@ -193,7 +194,7 @@ def benchmark(
         load_s = time.perf_counter() - started
         trial = _Trial(model, prompt_tokens, new_tokens)
         trial.run()
-        prefill, decode, memory, disk = _repeat(trial, repetitions, progress)
+    prefill, decode, memory, disk = _repeat(trial, peak, repetitions, progress)
     return Benchmark(
         str(source),
         prompt_tokens,
@@ -208,8 +209,8 @@ def benchmark(
         devices(model),
         sum(ring.layers_bytes for ring in rings(model)),
         disk,
-        peak["VmRSS"],
-        peak["RssAnon"],
+        peak.seen["VmRSS"],
+        peak.seen["RssAnon"],
         before,
     )
 
@@ -236,18 +237,17 @@ class _Trial:
 
 
 def _repeat(
-    trial: _Trial, repetitions: int, progress: Callable[[Progress], None] | None
+    trial: _Trial, peak: _Peak, repetitions: int, progress: Callable[[Progress], None] | None
 ) -> tuple[Spread, Spread, Spread, Spread | None]:
     """Prefill, decode, memory bandwidth, and the disk's where layers stream from it; interleaved."""
     prefill, decode, memory, disk = [], [], [], []
     streamed = [extent for ring in rings(trial.model) for extent in ring.extents]
-    buffer = torch.ones(BUFFER_BYTES // 8, dtype=torch.int64)
-    native.read_all(buffer)
     for index in range(repetitions):
-        rates = trial.run()
+        with peak.watched():
+            rates = trial.run()
         prefill.append(rates[0])
         decode.append(rates[1])
-        memory += [_read_rate(buffer) for _ in range(3)]
+        memory += _read_rates(3)
         found = read_rate(streamed) if streamed else None
         disk += [] if found is None else [found / 1e9]
         if progress is not None:
@@ -255,10 +255,16 @@ def _repeat(
     return Spread.of(prefill), Spread.of(decode), Spread.of(memory), Spread.of(disk) if disk else None
 
 
-def _read_rate(buffer: torch.Tensor) -> float:
-    started = time.perf_counter()
+def _read_rates(count: int) -> list[float]:
+    """Gigabytes per second of passes over a buffer, which is no memory of the model's and is let go."""
+    buffer = torch.ones(BUFFER_BYTES // 8, dtype=torch.int64)
     native.read_all(buffer)
-    return buffer.nbytes / (time.perf_counter() - started) / 1e9
+    rates = []
+    for _ in range(count):
+        started = time.perf_counter()
+        native.read_all(buffer)
+        rates.append(buffer.nbytes / (time.perf_counter() - started) / 1e9)
+    return rates
 
 
 def memory_now(field: str) -> int | None:
@@ -271,25 +277,29 @@ def memory_now(field: str) -> int | None:
     return int(found[0]) * 1024 if found else None
 
 
-@contextmanager
-def _peak_memory() -> Iterator[dict[str, int | None]]:
-    """Largest VmRSS and RssAnon while it is open, looked at every few milliseconds."""
-    peak: dict[str, int | None] = {field: memory_now(field) for field in ("VmRSS", "RssAnon")}
-    ended = threading.Event()
+class _Peak:
+    """Largest VmRSS and RssAnon seen while it watched, every few milliseconds; None where the system does not tell."""
 
-    def sample() -> None:
-        while not ended.wait(SAMPLE_SECONDS):
-            for field, known in peak.items():
-                if known is not None:
-                    peak[field] = max(known, memory_now(field) or 0)
+    def __init__(self) -> None:
+        self.seen: dict[str, int | None] = {field: memory_now(field) for field in ("VmRSS", "RssAnon")}
 
-    sampler = threading.Thread(target=sample, daemon=True)
-    sampler.start()
-    try:
-        yield peak
-    finally:
-        ended.set()
-        sampler.join()
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        ended = threading.Event()
+
+        def sample() -> None:
+            while not ended.wait(SAMPLE_SECONDS):
+                for field, known in self.seen.items():
+                    if known is not None:
+                        self.seen[field] = max(known, memory_now(field) or 0)
+
+        sampler = threading.Thread(target=sample, daemon=True)
+        sampler.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            sampler.join()
 
 
 def _rate(spread: Spread) -> str:

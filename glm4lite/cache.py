@@ -71,10 +71,12 @@ class PackedLayerCache:
 
     keys [B, kv_heads, capacity / 16, head_dim, 16], values [B, kv_heads, capacity, head_dim]. `append` serves the code
     that knows no layout: it returns whole float copies and is slow. Not differentiable.
+
+    limit: tokens that memory is planned for; up to there the buffers never grow beyond it.
     """
 
-    def __init__(self, int8: bool) -> None:
-        self.int8, self.length = int8, 0
+    def __init__(self, int8: bool, limit: int | None = None) -> None:
+        self.int8, self.length, self.limit = int8, 0, limit
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self._scales: Tensor | None = None  # [keys or values, B, kv_heads, capacity]
@@ -119,6 +121,8 @@ class PackedLayerCache:
         if self._values is not None and end <= self._values.shape[2]:
             return
         capacity = with_room(end)
+        if self.limit is not None and end <= self.limit:
+            capacity = min(capacity, -(-self.limit // TOKENS) * TOKENS)
         dtype = torch.int8 if self.int8 else torch.float32
         keys = torch.empty(*outer, capacity // TOKENS, head_dim, TOKENS, dtype=dtype, device=device)
         values = torch.empty(*outer, capacity, head_dim, dtype=dtype, device=device)
@@ -132,7 +136,7 @@ class PackedLayerCache:
 
     def copy(self, length: int) -> PackedLayerCache:
         """The first `length` positions, in buffers of their own with little room to grow."""
-        made = PackedLayerCache(self.int8)
+        made = PackedLayerCache(self.int8, self.limit)
         made.length = min(length, self.length)
         if self._keys is not None and self._values is not None:
             blocks = -(-made.length // TOKENS)

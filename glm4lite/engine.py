@@ -117,12 +117,12 @@ class Engine:
 
     def pieces(self, generation: Generation) -> Iterator[str | None]:
         """The output as text as it comes, cut at stop texts; None where the separator token stood."""
-        steps = 0
+        ids, room = generation.cache.ids, 0
         try:
             for piece in self._pieces(generation):
-                if len(generation.cache.ids) // STEP != steps:  # the cache may have grown
-                    steps = len(generation.cache.ids) // STEP
-                    self.prefixes.make_room(generation.cache.kv.nbytes)
+                if len(ids) > room:  # before the cache grows
+                    room = len(ids) + STEP
+                    self.prefixes.make_room(self.prefixes.bytes_of(room))
                 yield piece
         finally:
             self.prefixes.give(generation.cache)

@@ -236,7 +236,7 @@ class Glm4Model(PreTrainedModel):
             batch == 1 and self.dtype == torch.float32 and all(layer.place.native(layer) for layer in self._layers())
         )
         if native or self.kv == "int8":
-            return KVCache(len(self.layers), partial(PackedLayerCache, self.kv == "int8"))
+            return KVCache(len(self.layers), partial(PackedLayerCache, self.kv == "int8", self.context))
         return KVCache(len(self.layers))
 
     def forward(

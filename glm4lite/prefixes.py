@@ -72,4 +72,6 @@ class PrefixPool:
     def bytes_of(self, tokens: int) -> int:
         """What the cache of so many tokens takes, its room to grow included."""
         trunk = self.model.model
-        return bytes_per_token(trunk.config, trunk.kv, trunk.dtype.itemsize) * with_room(tokens)
+        return bytes_per_token(trunk.config, trunk.kv, trunk.dtype.itemsize) * min(
+            with_room(tokens), self.model.context
+        )

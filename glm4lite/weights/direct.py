@@ -68,11 +68,12 @@ class DirectFile:
         try:
             while done < wanted:
                 count = self._read(target[done:], offset + done)
-                if count <= 0:
-                    raise CheckpointError(f"{self.path} ended at {offset + done} of {self.size} bytes while in use")
-                done += count
-                if done < wanted and done % ALIGNMENT:  # the next direct read must begin at a whole block
-                    done -= done % ALIGNMENT
+                whole = done + count if done + count >= wanted else (done + count) // ALIGNMENT * ALIGNMENT
+                if whole <= done:  # the next direct read must begin at a whole block: nothing more will come
+                    raise CheckpointError(
+                        f"{self.path} ended at {offset + done + count} of {self.size} bytes while in use"
+                    )
+                done = whole
             if not self.direct and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._fd, offset, len(target), os.POSIX_FADV_DONTNEED)
         except OSError as error:
@@ -116,7 +117,10 @@ def _no_cache_command() -> int | None:
 
 def aligned_memory(nbytes: int) -> Tensor:
     """uint8 [nbytes] at an aligned address, in huge pages where there are any; zeros that cost no memory yet."""
-    pages = mmap.mmap(-1, max(nbytes, 1))
+    if hasattr(mmap, "MAP_PRIVATE"):  # shared memory has no huge pages, and is not counted as the process's own
+        pages = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:  # Windows
+        pages = mmap.mmap(-1, max(nbytes, 1))
     if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= 2 << 20:
         with suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)

@@ -22,6 +22,7 @@ from glm4lite.weights.direct import ALIGNMENT, DirectFile, aligned_memory
 BLOCK_BYTES = 8 << 20  # of one read: smaller ones leave the disk waiting
 SLOTS = 3  # one is computed with while two are filled
 READERS = 2
+CLOSING_S = 5.0  # waited for a thread in the middle of a read, at most
 
 
 class Extent(NamedTuple):
@@ -212,7 +213,7 @@ def _close(shared: _Shared, threads: list[threading.Thread]) -> None:
         shared.queue.clear()
         shared.changed.notify_all()
     for thread in threads:  # one that still runs when the interpreter ends would end it badly
-        thread.join()
+        thread.join(timeout=CLOSING_S)
 
 
 def span_of(parts: Sequence[tuple[DirectFile, int, int]]) -> tuple[Span, list[int]]:

@@ -1,0 +1,331 @@
+"""Layers that stream from disk: the same numbers as in memory, whatever the disk does, within the budget."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from glm4lite import Glm4ForCausalLM, SamplingParams, load
+from glm4lite.engine import Engine
+from glm4lite.errors import CheckpointError, ConfigError, ContextLengthError
+from glm4lite.generate import Generation, PrefixCache
+from glm4lite.inventory import devices, kernel_names, rings
+from glm4lite.loader import quantize_checkpoint, save_quantized
+from glm4lite.offload import OnDisk
+from glm4lite_quant import QuantError
+from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
+
+CONTEXT = 96
+LAYERS = 7
+GREEDY = SamplingParams(temperature=0, max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized checkpoint in two shards, a layer of which lies in both."""
+    root = tmp_path_factory.mktemp("offload")
+    config = tiny_config() | {"num_hidden_layers": LAYERS, "hidden_size": 128, "intermediate_size": 256}
+    source = write_checkpoint(root / "source", config)
+    return quantize_checkpoint(source, root / "int4", "int4", shard_bytes=1 << 19)
+
+
+@pytest.fixture
+def budget(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[[int], int]:
+    """Bytes of RAM with which so many layers lie on disk (with no reserve: it is larger than all of the model)."""
+    from glm4lite.checkpoint import Checkpoint
+    from glm4lite.placement import Machine, place
+    from glm4lite.weights.needs import needs_of
+
+    monkeypatch.setattr("glm4lite.placement.CPU_RESERVE", 0)
+    monkeypatch.setattr("glm4lite.placement.RING_BUFFERS", 0)
+    needs, huge = needs_of(Checkpoint.open(folder)), Machine(1 << 40)
+
+    def of(on_disk: int) -> int:
+        whole = place(needs, huge, context=CONTEXT, kv="float").share("cpu").held
+        for ram in range(whole, 0, -4096):
+            found = place(needs, huge, context=CONTEXT, kv="float", ram=ram)
+            if found.fits and len(found.share("disk").layers) == on_disk:
+                return ram
+        raise AssertionError(f"no budget puts {on_disk} layers on disk")
+
+    return of
+
+
+@pytest.fixture
+def streamed(folder: Path, budget: Callable[[int], int]) -> Glm4ForCausalLM:
+    return load(folder, ram=budget(4), context=CONTEXT, kv="float")
+
+
+def on_disk(model: Glm4ForCausalLM) -> list[OnDisk]:
+    return [layer.place for layer in model.model.layers if isinstance(layer.place, OnDisk)]
+
+
+def logits_of(model: Glm4ForCausalLM, pieces: list[torch.Tensor], **more: Any) -> list[torch.Tensor]:
+    with torch.inference_mode():
+        cache = model.new_cache()
+        return [model(piece, past_key_values=cache, **more).logits for piece in pieces]
+
+
+IDS = torch.randint(3, 90, (1, 40), generator=torch.Generator().manual_seed(5))
+PIECES = [IDS[:, :20], IDS[:, 20:21], IDS[:, 21:24], IDS[:, 24:]]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, LAYERS])
+@pytest.mark.parametrize("kv", ["float", "int8"])
+def test_the_logits_have_the_same_bits_wherever_the_layers_lie(
+    folder: Path, budget: Callable[[int], int], count: int, kv: str
+) -> None:
+    resident = load(folder, kv=kv)
+    model = load(folder, ram=budget(count), context=CONTEXT, kv=kv)
+    if kv == "float":
+        assert len(on_disk(model)) == count
+    for _ in range(2):  # the second pass begins where the ring stands after the first
+        for got, wanted in zip(logits_of(model, PIECES), logits_of(resident, PIECES), strict=True):
+            assert torch.equal(got, wanted)
+
+
+def test_code_that_knows_no_kernels_gets_the_weights_too(folder: Path, streamed: Glm4ForCausalLM) -> None:
+    mask = torch.ones(1, 40, dtype=torch.long)
+    mask[0, :7] = 0  # padding takes the torch code
+    with torch.inference_mode():
+        wanted = load(folder)(IDS, attention_mask=mask, output_hidden_states=True)
+        got = streamed(IDS, attention_mask=mask, output_hidden_states=True)
+    assert torch.equal(got.logits, wanted.logits)
+    assert len(got.hidden_states) == LAYERS + 1
+
+
+def test_a_layer_has_no_weights_between_its_turns(streamed: Glm4ForCausalLM) -> None:
+    logits_of(streamed, PIECES[:1])
+    layer = next(layer for layer in streamed.model.layers if isinstance(layer.place, OnDisk))
+    with pytest.raises(QuantError, match="no weight yet"):
+        layer.mlp.gate_up_proj(torch.zeros(1, 128))
+
+
+def test_a_pass_reads_each_layer_once(streamed: Glm4ForCausalLM) -> None:
+    (ring,) = rings(streamed)
+    logits_of(streamed, PIECES)
+    ahead = ring.nbytes  # the ring reads on for the pass after the last
+    assert 4 * ring.layers_bytes <= ring.bytes_read <= 4 * ring.layers_bytes + ahead
+
+
+def test_what_lies_where_is_told(streamed: Glm4ForCausalLM) -> None:
+    assert {name: held["layers"] for name, held in devices(streamed).items()} == {"cpu": LAYERS - 4, "disk": 4}
+    assert all("int" in name for name in kernel_names(streamed))
+    assert sum(kernel_names(streamed).values()) == 6 * LAYERS + 1
+
+
+def test_generating_goes_on_after_a_stop_in_mid_pass(folder: Path, streamed: Glm4ForCausalLM) -> None:
+    prompt = IDS[0].tolist()
+    wanted = list(Generation(load(folder), prompt, GREEDY))
+    cancel = threading.Event()
+    cache = PrefixCache(streamed)
+    stopped = Generation(streamed, prompt, GREEDY, cache=cache, cancel=cancel)
+    third = streamed.model.layers[3]
+    handle = third.register_forward_pre_hook(lambda *_: cancel.set())
+    assert list(stopped) == []
+    handle.remove()
+    assert stopped.finish_reason == "cancelled"
+    assert list(Generation(streamed, prompt, GREEDY, cache=cache)) == wanted
+
+
+def test_a_budget_limits_the_context(streamed: Glm4ForCausalLM) -> None:
+    assert streamed.context == CONTEXT
+    with pytest.raises(ContextLengthError, match=f"the model's context is {CONTEXT}"):
+        Generation(streamed, [5] * CONTEXT, GREEDY)
+    cache = streamed.new_cache()
+    with torch.inference_mode():
+        streamed(IDS.repeat(1, 2), past_key_values=cache)
+    assert cache.nbytes <= streamed.model.config.num_hidden_layers * CONTEXT * 2 * 4 * kv_width(streamed)
+
+
+def kv_width(model: Glm4ForCausalLM) -> int:
+    return model.config.num_key_value_heads * model.config.head_dim
+
+
+# --- what a disk may do
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """`reads["do"](fd, buffers, offset)` stands for the system's positional read."""
+    real = os.preadv
+    doing: dict[str, Any] = {"do": real, "real": real}
+    monkeypatch.setattr(os, "preadv", lambda *args: doing["do"](*args))
+    return doing
+
+
+def test_short_reads_are_read_on(folder: Path, streamed: Glm4ForCausalLM, reads: dict[str, Any]) -> None:
+    def short(fd: int, buffers: list[memoryview], offset: int) -> int:
+        return reads["real"](fd, [buffers[0][: max(4096, len(buffers[0]) // 3 // 4096 * 4096)]], offset)
+
+    reads["do"] = short
+    for got, wanted in zip(logits_of(streamed, PIECES), logits_of(load(folder), PIECES), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_a_read_that_ends_within_a_block_is_begun_again_at_it(
+    folder: Path, streamed: Glm4ForCausalLM, reads: dict[str, Any]
+) -> None:
+    def ragged(fd: int, buffers: list[memoryview], offset: int) -> int:
+        assert offset % 4096 == 0
+        count = reads["real"](fd, buffers, offset)
+        return count - 100 if count > 8192 else count
+
+    reads["do"] = ragged
+    assert torch.equal(logits_of(streamed, PIECES)[0], logits_of(load(folder), PIECES)[0])
+
+
+def test_an_error_of_the_disk_is_said_and_the_next_pass_tries_again(
+    folder: Path, streamed: Glm4ForCausalLM, reads: dict[str, Any]
+) -> None:
+    def broken(*_: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    reads["do"] = broken
+    cache = PrefixCache(streamed)
+    with pytest.raises(CheckpointError, match=r"safetensors cannot be read: Input/output error"):
+        list(Generation(streamed, IDS[0].tolist(), GREEDY, cache=cache))
+    reads["do"] = reads["real"]
+    wanted = list(Generation(load(folder), IDS[0].tolist(), GREEDY))
+    assert list(Generation(streamed, IDS[0].tolist(), GREEDY, cache=cache)) == wanted
+
+
+def test_a_slow_disk_is_waited_for(folder: Path, streamed: Glm4ForCausalLM, reads: dict[str, Any]) -> None:
+    def slow(*args: Any) -> int:
+        time.sleep(0.01)
+        return reads["real"](*args)
+
+    reads["do"] = slow
+    assert torch.equal(logits_of(streamed, PIECES)[-1], logits_of(load(folder), PIECES)[-1])
+    assert rings(streamed)[0].waited_s > 0.01
+
+
+@pytest.fixture
+def own(folder: Path, tmp_path: Path, budget: Callable[[int], int]) -> tuple[Path, Glm4ForCausalLM]:
+    """A copy that a test may damage, loaded."""
+    import shutil
+
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    return copy, load(copy, ram=budget(4), context=CONTEXT, kv="float")
+
+
+def last_shard(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[-1]
+
+
+def test_a_file_changed_under_the_model_is_noticed(own: tuple[Path, Glm4ForCausalLM]) -> None:
+    copy, model = own
+    logits_of(model, PIECES[:1])
+    with last_shard(copy).open("r+b") as file:
+        file.seek(-64, os.SEEK_END)
+        file.write(b"\1" * 64)
+    with pytest.raises(CheckpointError, match="was changed while the model was in use; load the model again"):
+        logits_of(model, PIECES[:1])
+
+
+def test_a_file_that_became_shorter_is_noticed(own: tuple[Path, Glm4ForCausalLM]) -> None:
+    copy, model = own
+    logits_of(model, PIECES[:1])
+    os.truncate(last_shard(copy), last_shard(copy).stat().st_size // 2)
+    with pytest.raises(CheckpointError, match=r"ended at|was changed"):
+        logits_of(model, PIECES)
+
+
+def test_a_file_replaced_by_another_changes_nothing(folder: Path, own: tuple[Path, Glm4ForCausalLM]) -> None:
+    copy, model = own
+    wanted = logits_of(load(folder), PIECES)[0]
+    other = copy / "other"
+    other.write_bytes(b"\0" * last_shard(copy).stat().st_size)
+    other.replace(last_shard(copy))
+    assert torch.equal(logits_of(model, PIECES)[0], wanted)
+
+
+def test_a_file_system_without_direct_reads_serves_too(
+    folder: Path, budget: Callable[[int], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def refusing(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return real(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refusing)
+    model = load(folder, ram=budget(4), context=CONTEXT, kv="float")
+    assert torch.equal(logits_of(model, PIECES)[0], logits_of(load(folder), PIECES)[0])
+
+
+def test_the_threads_end_with_the_model(folder: Path, budget: Callable[[int], int]) -> None:
+    before = threading.active_count()
+    model = load(folder, ram=budget(4), context=CONTEXT, kv="float")
+    logits_of(model, PIECES)
+    assert threading.active_count() > before
+    del model
+    assert threading.active_count() == before
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("limits", "error", "message"),
+    [
+        ({"ram": 1000}, CheckpointError, "does not fit: .* of RAM do not suffice: it takes"),
+        ({"ram": "3 apples"}, ConfigError, "'3 apples' is not a size"),
+        ({"ram": -1}, ConfigError, "a memory budget is a number of bytes"),
+        ({"ram": "1GiB", "context": 10**9}, ContextLengthError, "the context is 1000000000 tokens; this model takes"),
+        ({"context": 0}, ConfigError, "the context is 0; use a number of tokens"),
+        ({"kv": "int2"}, ConfigError, "kv is 'int2'; use auto, float or int8"),
+        ({"ram": "1GiB", "device": "cuda"}, ConfigError, "torch finds no CUDA device"),
+    ],
+)
+def test_what_cannot_be_is_one_line(folder: Path, limits: dict[str, Any], error: type, message: str) -> None:
+    if "device" in limits and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(error, match=message) as caught:
+        load(folder, **limits)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_stored_layers_can_lie_on_disk(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "plain")
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load(source, quant="int4", ram="200MiB")
+
+
+def test_a_streamed_model_is_not_saved_without_its_layers(
+    folder: Path, tmp_path: Path, streamed: Glm4ForCausalLM
+) -> None:
+    with pytest.raises(CheckpointError, match="lie on disk: copy the folder"):
+        save_quantized(streamed, folder, tmp_path / "out")
+
+
+def test_the_notice_says_that_the_cache_became_int8(
+    folder: Path, budget: Callable[[int], int], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load(folder, ram=budget(4), context=CONTEXT)
+    assert model.model.kv == "int8"
+    assert "the cache is int8, to leave memory for weights" in caplog.text
+
+
+def test_a_chat_runs_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from glm4lite.session import ChatSession
+    from glm4lite.tools import BUILTIN_TOOLS
+
+    monkeypatch.setattr("glm4lite.placement.CPU_RESERVE", 0)
+    monkeypatch.setattr("glm4lite.placement.RING_BUFFERS", 0)
+    nano = quantize_checkpoint("nano", tmp_path / "nano", "int8")
+    whole = Engine.load(nano, ram="4GiB", context=1024, kv="float")
+    needed = sum(held["weights"] for held in devices(whole.model).values())
+    session = ChatSession.load(
+        nano, tools=BUILTIN_TOOLS, ram=int(needed * 0.9) + (14 << 20), context=1024, kv="int8", temperature=0
+    )
+    text = "".join(getattr(event, "text", "") for event in session.send("What is 37 * 24?"))
+    assert "888" in text
