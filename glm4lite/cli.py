@@ -198,9 +198,9 @@ def serve(
             renderer.remark(NANO_REMARK)
         engine = Engine.load(model, quant or "auto", device, dtype, renderer.show, **limits)
         name = model if not Path(model).is_dir() else Path(model).resolve().name
-        worker = EngineWorker(engine, queue)
         ready = f"{name} answers at {url_of(listening)}/v1 (Ctrl-C ends)"
-        serve_app(create_app(worker, name, api_key), listening, lambda: renderer.remark(ready), worker.close)
+        served = create_app(EngineWorker(engine, queue), name, api_key)
+        serve_app(served, listening, lambda: renderer.remark(ready))
 
 
 @app.command()

@@ -37,7 +37,8 @@ SEPARATOR = "<|assistant|>"
 class Engine:
     """A model, its tokenizer, its chat template (None: a base model) and its generation_config.json.
 
-    What was computed for the last prompts is kept in `prefixes`, whoever asked. For one thread at a time.
+    What was computed for the last prompts is kept in `prefixes`, whoever asked; `totals` counts all that was generated.
+    For one thread at a time.
     """
 
     model: Glm4ForCausalLM
@@ -47,6 +48,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.prefixes = PrefixPool(self.model)
+        self.totals = Totals()
 
     @classmethod
     def load(
@@ -126,6 +128,7 @@ class Engine:
                 yield piece
         finally:
             self.prefixes.give(generation.cache)
+            self.totals.add(generation)
 
     def _pieces(self, generation: Generation) -> Iterator[str | None]:
         stops, detokenizer = StopStrings(generation.params.stop), StreamingDetokenizer(self.tokenizer)
@@ -164,9 +167,10 @@ def _check_companions(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
 
 
 class Totals:
-    """Counts over the generations of one turn."""
+    """Counts over the generations of one turn, or of an engine's life."""
 
     def __init__(self) -> None:
+        self.prompt_tokens = 0
         self.new_tokens = 0
         self.prefilled_tokens = 0
         self.seconds = 0.0
@@ -175,6 +179,7 @@ class Totals:
         self.new_tokens += generation.new_tokens
         self.prefilled_tokens += generation.prefilled_tokens
         self.seconds += generation.seconds
+        self.prompt_tokens += len(generation.prompt)
 
     def done(self, last: Generation, finish_reason: str | None = None) -> Done:
         """The turn's last event; prompt_tokens is the length of the last prompt."""

@@ -22,7 +22,6 @@ from typing import Any, Generic, TypeVar
 
 from glm4lite.engine import Engine
 from glm4lite.errors import QueueFull, WorkerClosed
-from glm4lite.events import Done
 
 T = TypeVar("T")
 
@@ -34,7 +33,7 @@ LONGEST_RETRY_S = 120
 
 @dataclass(frozen=True)
 class WorkerState:
-    """What the worker did so far, for a status line or metrics. Tokens are those of jobs that ended with Done.
+    """What the worker and its engine did so far, for a status line or metrics.
 
     `prefilled_tokens` are the prompt tokens that were computed, the rest was found in a kept prefix; `busy_s` is the
     time spent on jobs, `decode_s` the part of it spent on new tokens.
@@ -139,8 +138,17 @@ class EngineWorker:
 
     def state(self) -> WorkerState:
         """A snapshot of the counters."""
+        totals = self.engine.totals
         with self._changed:
-            return replace(self._state, waiting=len(self._waiting), running=int(self._running is not None))
+            return replace(
+                self._state,
+                waiting=len(self._waiting),
+                running=int(self._running is not None),
+                prompt_tokens=totals.prompt_tokens,
+                prefilled_tokens=totals.prefilled_tokens,
+                new_tokens=totals.new_tokens,
+                decode_s=totals.seconds,
+            )
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Cancels everything and ends the thread; jobs that waited end without events."""
@@ -203,24 +211,12 @@ class EngineWorker:
     def _pump(self, job: Job[Any], events: Iterator[Any]) -> None:
         asked: float | None = None  # when it was first seen to be cancelled
         for event in events:
-            if isinstance(event, Done):
-                self._add(event)
             if not _deliver(job, event):
                 job.cancel.set()
             if job.cancel.is_set():
                 asked = asked or time.monotonic()
                 if time.monotonic() - asked > LAST_WORDS_S:
                     return
-
-    def _add(self, done: Done) -> None:
-        seconds = done.new_tokens / done.tokens_per_s if done.tokens_per_s else 0.0
-        with self._changed:
-            self._count(
-                prompt_tokens=done.prompt_tokens,
-                prefilled_tokens=done.prefilled_tokens,
-                new_tokens=done.new_tokens,
-                decode_s=seconds,
-            )
 
 
 def _deliver(job: Job[Any], event: Any) -> bool:

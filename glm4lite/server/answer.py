@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import dropwhile
 from typing import TypeAlias
 
-from glm4lite.engine import SEPARATOR, Engine, Totals
+from glm4lite.engine import SEPARATOR, Engine
 from glm4lite.events import Done, Progress, TextDelta, ThinkingDelta
 from glm4lite.forced_call import ForcedCall
 from glm4lite.generate import Generation, TokenLogprobs
@@ -37,10 +37,9 @@ def answer(engine: Engine, question: Question, cancel: threading.Event) -> Itera
     for piece in _pieces(engine, generation, question) if question.chat else _plain(engine, generation):
         called = called or isinstance(piece, Call)
         yield piece
-    totals = Totals()
-    totals.add(generation)
-    whole = called and generation.finish_reason == "stop"
-    yield totals.done(generation, "tool_calls" if whole else None)
+    reason = "tool_calls" if called and generation.finish_reason == "stop" else generation.finish_reason
+    speed = round(generation.new_tokens / generation.seconds, 2) if generation.seconds else 0.0
+    yield Done(len(generation.prompt), generation.new_tokens, reason, speed, generation.prefilled_tokens)
 
 
 def _pieces(engine: Engine, generation: Generation, question: Question) -> Iterator[Piece]:

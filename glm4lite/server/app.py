@@ -46,6 +46,7 @@ def create_app(
     loopback addresses under which it answers without a key. The worker is closed with the app.
     """
     app = FastAPI(title="glm4lite", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_closing(worker))
+    app.state.worker = worker
     api = Api(worker, model)
     app.add_middleware(Guard, api_key=api_key, hosts=tuple(hosts))
     app.add_middleware(_Counted, metrics=api.metrics)

@@ -8,8 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import uvicorn
+from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.types import ASGIApp
 
 from glm4lite.errors import ConfigError, one_line
 from glm4lite.server.guard import is_loopback
@@ -62,20 +62,18 @@ def url_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(
-    app: ASGIApp, listening: socket.socket, started: Callable[[], None], stopping: Callable[[], None] = lambda: None
-) -> None:
-    """Serves until Ctrl-C. `started` is called when requests are answered, `stopping` before answers are awaited."""
+def serve(app: Starlette, listening: socket.socket, started: Callable[[], None] = lambda: None) -> None:
+    """Serves an app of `create_app` until Ctrl-C; `started` is called when requests are answered."""
     with suppress(KeyboardInterrupt):  # uvicorn raises the one it ended for once more
-        Server(app, started, stopping).run(sockets=[listening])
+        Server(app, started).run(sockets=[listening])
 
 
 class Server(uvicorn.Server):
     """uvicorn as this app needs it; `should_exit` ends it."""
 
-    def __init__(self, app: ASGIApp, started: Callable[[], None], stopping: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, app: Starlette, started: Callable[[], None] = lambda: None) -> None:
         super().__init__(_config(app))
-        self._announce, self._stopping = started, stopping
+        self._announce, self._worker = started, app.state.worker
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -83,11 +81,11 @@ class Server(uvicorn.Server):
             self._announce()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await run_in_threadpool(self._stopping)
+        await run_in_threadpool(self._worker.close)  # uvicorn waits for answers first, and then closes the app
         await super().shutdown(sockets)
 
 
-def _config(app: ASGIApp) -> uvicorn.Config:
+def _config(app: Starlette) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         log_level="warning",  # no access log: requests are counted in /metrics, and nothing of them is written down

@@ -55,7 +55,7 @@ def served(engine: Engine, api_key: str | None = None, queue_size: int = 8) -> I
     worker = EngineWorker(engine, queue_size)
     listening = Address(port=0, api_key=api_key).listen()
     ready = threading.Event()
-    server = Server(create_app(worker, "nano", api_key), ready.set, worker.close)
+    server = Server(create_app(worker, "nano", api_key), ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     url = url_of(listening)

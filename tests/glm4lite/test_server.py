@@ -220,6 +220,16 @@ def test_a_thought_is_reasoning_content() -> None:
         assert (got["thought"], got["content"]) == ("Well, 2 + 2.", "Four.")
 
 
+def test_a_required_call_of_a_thinking_model_comes_without_a_thought() -> None:
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}{{ tools and '' }}<|assistant|>\n<think>"
+    engine = scripted(CALL + "<|observation|>", template=ChatTemplate(source))
+    with served(engine) as server:
+        message = server.chat(tools=TOOLS, tool_choice="required").choices[0].message
+    assert calls_of(message) == [("calculator", {"expression": "37 * 24"})]
+    model: Any = engine.model
+    assert engine.tokenizer.decode(model.fed[0]).endswith("<think>\n</think>\n\n")
+
+
 def test_a_malformed_call_is_text_and_never_an_error() -> None:
     broken = ('calculator\n{"expression": ', 'nosuch\n{"a": 1}', 'calculator\n{"a": 1} and more')
     with served(scripted(*(f"{text}<|user|>" for text in broken))) as server:

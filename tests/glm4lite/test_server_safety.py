@@ -6,14 +6,10 @@ import base64
 import json
 import logging
 import socket
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
@@ -22,7 +18,7 @@ from glm4lite.engine import Engine
 from glm4lite.errors import ConfigError
 from glm4lite.server import Address
 from glm4lite.server.body import BODY_LIMIT
-from tests.glm4lite.served import EndlessModel, Served, endless, scripted, served, wait_for
+from tests.glm4lite.served import Served, scripted, served
 
 KEY = "correct horse battery"
 CHAT = "/v1/chat/completions"
@@ -249,63 +245,6 @@ def test_a_call_in_the_history_cannot_bring_a_line_of_its_own(nano: Served) -> N
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages[1].tool_calls[0].function.name")
 
 
-@pytest.fixture
-def slow() -> Iterator[Served]:
-    with served(endless(), queue_size=2) as server:
-        yield server
-
-
-def is_idle(server: Served) -> bool:
-    state = server.worker.state()
-    return state.running == state.waiting == 0
-
-
-def test_a_client_that_leaves_a_stream_stops_its_answer(slow: Served) -> None:
-    stream = slow.chat(stream=True)
-    for _, chunk in zip(range(4), stream, strict=False):
-        assert chunk.choices
-    assert not is_idle(slow)
-    stream.close()
-    assert wait_for(lambda: is_idle(slow)) < 0.5
-    model: Any = slow.worker.engine.model
-    passes = model.passes
-    time.sleep(0.1)
-    assert model.passes == passes
-    assert slow.worker.state().cancelled == 1
-
-
-def test_a_client_that_leaves_without_a_stream_stops_its_answer(slow: Served) -> None:
-    with pytest.raises(openai.APITimeoutError):
-        slow.client.with_options(timeout=0.3).chat.completions.create(**HELLO)
-    assert wait_for(lambda: is_idle(slow)) < 0.5
-
-
-def test_a_client_that_leaves_while_it_waits_leaves_the_queue(slow: Served) -> None:
-    running = slow.chat(stream=True)
-    next(running)
-    waiting = slow.chat(stream=True)
-    next(waiting)  # the role comes at once
-    wait_for(lambda: slow.worker.state().waiting == 1)
-    waiting.close()
-    assert wait_for(lambda: slow.worker.state().waiting == 0) < 0.5
-    assert slow.worker.state().running == 1
-    running.close()
-
-
-def test_a_full_queue_is_429_with_the_time_to_wait(slow: Served) -> None:
-    streams = [slow.chat(stream=True) for _ in range(3)]
-    for stream in streams:
-        next(stream)
-    wait_for(lambda: slow.worker.state().waiting == 2)
-    with pytest.raises(openai.RateLimitError) as refused:
-        slow.chat()
-    assert int(refused.value.response.headers["retry-after"]) >= 1
-    assert refused.value.code == "queue_full"
-    for stream in streams:
-        stream.close()
-    assert wait_for(lambda: is_idle(slow)) < 1
-
-
 def test_what_fails_within_is_a_500_without_details_and_the_next_is_answered(caplog: pytest.LogCaptureFixture) -> None:
     engine = scripted("\nHi.<|user|>")
     forward = engine.model.forward
@@ -327,37 +266,6 @@ def test_a_base_model_completes_but_does_not_chat() -> None:
         with pytest.raises(openai.BadRequestError, match="no chat template"):
             server.chat()
         assert server.client.completions.create(model="nano", prompt="On").choices[0].text == " and on"
-
-
-def test_an_answer_ends_with_the_server() -> None:
-    with served(endless()) as server:
-        stream = server.chat(stream=True)
-        next(stream)
-        model = server.worker.engine.model
-        assert isinstance(model, EndlessModel)
-        server.stop()
-        with pytest.raises(openai.APIError, match="stopping"):
-            list(stream)
-    passes = model.passes
-    time.sleep(0.1)
-    assert model.passes == passes
-
-
-@pytest.mark.slow
-def test_the_command_serves_and_ends_with_an_interrupt() -> None:
-    command = [sys.executable, "-m", "glm4lite", "serve", "--port", "0", "--quant", "int8"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        lines = list[str]()
-        assert process.stderr is not None
-        threading.Timer(60, process.kill).start()
-        for line in process.stderr:
-            lines.append(line)
-            if "answers at" in line:
-                break
-        url = lines[-1].split("answers at ")[1].split()[0]
-        assert httpx.get(f"{url}/models").json()["data"][0]["id"] == "nano"
-        process.send_signal(2)
-        assert process.wait(20) == 0
 
 
 def long_text(size: int) -> dict[str, Any]:
