@@ -45,7 +45,14 @@ def create_app(
     model: its name in the API. api_key: asked for everywhere but at /health. hosts: names besides localhost and
     loopback addresses under which it answers without a key. The worker is closed with the app.
     """
-    app = FastAPI(title="glm4lite", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_closing(worker))
+    app = FastAPI(
+        title="glm4lite",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        lifespan=_closing(worker),
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+    )
     app.state.worker = worker
     api = Api(worker, model)
     app.add_middleware(Guard, api_key=api_key, hosts=tuple(hosts))

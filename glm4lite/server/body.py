@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from glm4lite.errors import one_line
 from glm4lite.server.errors import ApiError
@@ -39,14 +39,17 @@ def parse(body: bytes) -> dict[str, Any]:
 
 async def _read(request: Request, limit: int) -> bytes:
     chunks, size = list[bytes](), 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= limit:
-            chunks.append(chunk)
-        else:
-            chunks.clear()
-        if size > _DRAINED:
-            break
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size <= limit:
+                chunks.append(chunk)
+            else:
+                chunks.clear()
+            if size > _DRAINED:
+                break
+    except ClientDisconnect:
+        raise ApiError("the body ended early") from None  # nobody reads it
     if size > limit:
         raise ApiError(f"the body is larger than {limit >> 20} MiB", 413, code="request_too_large")
     return b"".join(chunks)

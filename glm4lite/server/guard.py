@@ -16,15 +16,16 @@ from __future__ import annotations
 import base64
 import binascii
 import ipaddress
+import re
 import secrets
 from collections.abc import Iterable
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from glm4lite.server.errors import ApiError
 
+_HOST = re.compile(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 OPEN_PATHS = ("/health",)  # for those who watch over the server; says nothing but that it runs
 
 
@@ -81,12 +82,8 @@ def is_loopback(name: str) -> bool:
 
 def _name(host: str) -> str:
     """The name of a Host header, without its port; empty for one that is malformed."""
-    try:
-        parts = urlsplit(f"//{host}")
-        _ = parts.port
-        return parts.hostname or "" if not (parts.username or parts.path or parts.query or parts.fragment) else ""
-    except ValueError:
-        return ""
+    found = _HOST.fullmatch(host)
+    return found[1] if found else ""
 
 
 def _from_elsewhere(headers: Headers) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
@@ -87,6 +88,16 @@ def test_an_answer_ends_with_the_server() -> None:
     passes = model.passes
     time.sleep(0.1)
     assert model.passes == passes
+
+
+def test_a_client_that_leaves_in_its_own_request_is_no_error(slow: Served, caplog: pytest.LogCaptureFixture) -> None:
+    address = slow.http.base_url
+    with socket.create_connection((address.host, address.port)) as connection:
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f'{head}Content-Length: 1000\r\n\r\n{{"model": '.encode())
+    time.sleep(0.2)
+    assert slow.http.get("/health").status_code == 200
+    assert caplog.records == []
 
 
 @pytest.mark.slow

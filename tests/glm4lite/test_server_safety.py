@@ -51,6 +51,8 @@ def locked() -> Iterator[Served]:
         "[::2]",
         "",
         "127.0.0.1:port",
+        "local\thost",
+        "localhost/path",
         "[",
     ],
 )
