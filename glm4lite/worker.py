@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from glm4lite.engine import Engine
@@ -61,15 +61,14 @@ class Ended:
 
 @dataclass(eq=False)
 class Job(Generic[T]):
-    """One piece of work. `deliver` is called for each event and once with Ended, on the engine's thread.
+    """One piece of work. `deliver` is called on the engine's thread for each event and, last, with Ended.
 
-    A job that is cancelled while it waits delivers Ended alone.
+    A job that is cancelled while it waits delivers Ended alone, on the thread that finds it so.
     """
 
     make_events: Callable[[Engine], Iterator[T]]
     cancel: threading.Event
     deliver: Callable[[T | Ended], None]
-    submitted: float = field(default_factory=time.monotonic)
 
 
 class EngineWorker:
