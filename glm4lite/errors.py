@@ -44,3 +44,15 @@ class BenchmarkError(Glm4liteError):
 
 class EvaluationError(Glm4liteError):
     """A text cannot be used to evaluate a model, or two models cannot be compared."""
+
+
+class WorkerClosed(Glm4liteError):
+    """The program is ending: the model answers nothing more."""
+
+
+class QueueFull(Glm4liteError):
+    """More questions wait for the model than it takes; `retry_after` is in how many seconds to ask again."""
+
+    def __init__(self, waiting: int, retry_after: int) -> None:
+        super().__init__(f"{waiting} requests wait for the model already; try again in {retry_after} s")
+        self.retry_after = retry_after

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from glm4lite.engine import Engine, Totals
 from glm4lite.events import Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
-from glm4lite.generate import Generation, PrefixCache
+from glm4lite.generate import Generation
 from glm4lite.messages import Message, ToolCall
 from glm4lite.sampling import SamplingParams
 from glm4lite.tool_calls import Call, OutputParser, Segment, Thinking
@@ -38,10 +38,10 @@ class ChatSession:
                 print(event.text, end="")
 
     `messages` is the history in OpenAI's form. One turn may call several tools, in at most `max_tool_rounds` rounds;
-    a tool that fails is an error observation to the model. Only the part of the prompt that is new is computed.
+    a tool that fails is an error observation to the model. Only the part of the prompt that is new is computed, also
+    where several sessions take turns. Sessions that share an Engine must not run in two threads at once (EngineWorker).
     A tool that needs approval runs only when `approve(call, tool)` returns True (`run_tool` says when and in which
     thread); `allowed` holds the names of tools allowed for the rest of this chat, and `approve` may add to it.
-    One session of a model answers at a time: sessions that share an Engine must not run in two threads at once.
     """
 
     def __init__(
@@ -63,7 +63,6 @@ class ChatSession:
         self.approve = approve
         self.allowed = set[str]()
         self._cancel = threading.Event()
-        self._cache = PrefixCache(engine.model)
         self._calls_made = 0
         self.messages: list[Message] = []
         self.reset()
@@ -100,12 +99,13 @@ class ChatSession:
         """Ends the answer that is being given; may be called from another thread or a signal handler."""
         self._cancel.set()
 
-    def send(self, text: str) -> Iterator[Event]:
+    def send(self, text: str, cancel: threading.Event | None = None) -> Iterator[Event]:
         """Adds a user message and yields the events of the answer, the last one Done.
 
-        After an error (ContextLengthError, say) the history is as it was before.
+        `cancel` ends the answer as stop() does; one that is set already ends it at once. After an error
+        (ContextLengthError, say) the history is as it was before.
         """
-        self._cancel.clear()
+        self._cancel = cancel or threading.Event()
         before = list(self.messages)
         self.messages.append(Message("user", text))
         totals = Totals()
@@ -137,7 +137,7 @@ class ChatSession:
     def _generation(self) -> Generation:
         schemas = [tool.schema() for tool in self.tools.values()]
         prompt = self.template.encode(self.engine.tokenizer, self.messages, schemas)
-        return self.engine.generate(prompt, self.params, self._cache, self._cancel)
+        return self.engine.generate(prompt, self.params, self._cancel)
 
     def _answer(self, generation: Generation, answer: _Answer) -> Iterator[Event]:
         yield from self.engine.prefill(generation)

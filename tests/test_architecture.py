@@ -19,6 +19,8 @@ ALLOWED = {
     "bitsandbytes": {"quant/glm4lite_quant/bnb.py"},
     "gradio": set(),
     "triton": {f"quant/glm4lite_quant/kernels/triton_{name}.py" for name in ("gpu", "kernels")},
+    "fastapi": {"glm4lite/server/app.py"},
+    "uvicorn": {"glm4lite/server/launch.py"},
     "pickle": set(),
     "huggingface_hub": {"glm4lite/weights/download.py", "glm4lite/weights/remote.py"},
 }

@@ -21,6 +21,7 @@ class ScriptedModel(nn.Module):
     def __init__(self, tokenizer: Tokenizer, replies: list[str], context: int = 4096) -> None:
         super().__init__()
         self.config = Glm4Config(num_hidden_layers=2, vocab_size=tokenizer.size, max_position_embeddings=context)
+        self.model = SimpleNamespace(config=self.config, kv="float", dtype=torch.float32)
         self.device = torch.device("cpu")
         self.replies = [tokenizer.encode(reply, special=True) for reply in replies]
         self.left: list[int] = []
@@ -38,7 +39,7 @@ class ScriptedModel(nn.Module):
         if not self.left:
             self.left = list(self.replies.pop(0))
         logits = torch.zeros(1, 1, self.config.vocab_size)
-        logits[0, 0, self.left.pop(0)] = 1
+        logits[0, 0, self.left.pop(0)] = 100  # certain at any temperature
         return SimpleNamespace(logits=logits)
 
 

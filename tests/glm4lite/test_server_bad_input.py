@@ -1,0 +1,206 @@
+"""Bad requests: a 4xx that names the field, and the server goes on serving."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.glm4lite.served import Served, scripted, served
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+HELLO: dict[str, Any] = {"model": "nano", "messages": [{"role": "user", "content": "Hello"}]}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Served]:
+    with served(scripted(*["\nHi.<|user|>"] * 200)) as running:
+        yield running
+
+
+def tool(**function: Any) -> dict[str, Any]:
+    return {"tools": [{"type": "function", "function": {"name": "a", **function}}]}
+
+
+def parameters(schema: Any) -> dict[str, Any]:
+    return tool(parameters=schema)
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "object"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
+def message(**fields: Any) -> dict[str, Any]:
+    return {"messages": [fields]}
+
+
+FIELDS: list[tuple[dict[str, Any], str]] = [
+    ({"model": None}, "model"),
+    ({"model": 3}, "model"),
+    ({"messages": None}, "messages"),
+    ({"messages": []}, "messages"),
+    ({"messages": "Hello"}, "messages"),
+    ({"messages": ["Hello"]}, "messages[0]"),
+    (message(content="Hello"), "messages[0]"),
+    (message(role="wizard", content="Hello"), "messages[0]"),
+    (message(role="user", content=3), "messages[0]"),
+    (message(role="user", content=[{"type": "image_url", "image_url": {"url": "http://x"}}]), "messages[0]"),
+    (message(role="assistant", tool_calls="a"), "messages[0]"),
+    (message(role="assistant", tool_calls=[{"id": "1"}]), "messages[0]"),
+    (message(role="tool", content="x", tool_call_id=3), "messages[0]"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": "10"}, "max_tokens"),
+    ({"max_tokens": 1.5}, "max_tokens"),
+    ({"max_tokens": True}, "max_tokens"),
+    ({"max_tokens": 10**30}, "max_tokens"),
+    ({"max_completion_tokens": -5}, "max_completion_tokens"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": 2.1}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"top_p": 1.1}, "top_p"),
+    ({"seed": 1.5}, "seed"),
+    ({"seed": 2**64}, "seed"),
+    ({"n": 2}, "n"),
+    ({"n": 0}, "n"),
+    ({"stop": ""}, "stop"),
+    ({"stop": ["a", ""]}, "stop[1]"),
+    ({"stop": 3}, "stop"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": True}, "stream_options"),
+    ({"logprobs": 3}, "logprobs"),
+    ({"top_logprobs": 3}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"presence_penalty": 0.5}, "presence_penalty"),
+    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"response_format": {"type": "json_object"}}, "response_format.type"),
+    ({"functions": [{"name": "a"}]}, "functions"),
+    ({"tools": {}}, "tools"),
+    ({"tools": [3]}, "tools[0]"),
+    ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
+    (tool(name="two\nlines"), "tools[0].function.name"),
+    (tool(name=""), "tools[0].function.name"),
+    (tool(name="<|user|>"), "tools[0].function.name"),
+    (tool(name="a" * 65), "tools[0].function.name"),
+    (tool(description=3), "tools[0].function.description"),
+    (parameters("x"), "tools[0].function.parameters"),
+    (parameters({"type": "string"}), "tools[0].function.parameters"),
+    (parameters({"type": "object", "properties": []}), "tools[0].function.parameters.properties"),
+    (parameters({"properties": {"p": {"type": "text"}}}), "tools[0].function.parameters.properties.p.type"),
+    (parameters({"type": "object", "required": "p"}), "tools[0].function.parameters.required"),
+    (parameters({"properties": {"p": {"items": 3}}}), "tools[0].function.parameters.properties.p.items"),
+    ({"tools": tool()["tools"] * 2}, "tools[1].function.name"),
+    ({"tools": tool()["tools"] * 200}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({**tool(), "tool_choice": "always"}, "tool_choice"),
+    ({**tool(), "tool_choice": {"type": "function", "function": {"name": "b"}}}, "tool_choice"),
+    ({**tool(), "tool_choice": {"type": "function"}}, "tool_choice"),
+    ({**tool(), "tool_choice": 3}, "tool_choice"),
+    ({**tool(), "parallel_tool_calls": "no"}, "parallel_tool_calls"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "field"), FIELDS, ids=lambda value: str(value)[:60])
+def test_a_wrong_field_is_named(server: Served, change: dict[str, Any], field: str) -> None:
+    answer = server.post(CHAT, {**HELLO, **change})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", field)
+    assert field in error["message"]
+    assert len(error["message"]) < 400
+
+
+def test_a_schema_that_is_nested_deeply_is_refused(server: Served) -> None:
+    assert server.post(CHAT, {**HELLO, **parameters(nested(10))}).status_code == 200
+    for depth in (40, 300):
+        answer = server.post(CHAT, {**HELLO, **parameters(nested(depth))})
+        assert answer.status_code == 400
+        assert "nested too deeply" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [5, -1]}, "prompt"),
+        ({"prompt": [10**9]}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"logprobs": 6}, "logprobs"),
+        ({"echo": True}, "echo"),
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 2}, "best_of"),
+        ({"max_tokens": -1}, "max_tokens"),
+    ],
+    ids=str,
+)
+def test_a_wrong_field_of_a_completion_is_named(server: Served, change: dict[str, Any], field: str) -> None:
+    answer = server.post(TEXT, {"model": "nano", "prompt": "Hello", **change})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"].startswith(field)
+
+
+BODIES = {
+    "no JSON": b"{model: nano}",
+    "nothing": b"",
+    "half an object": json.dumps(HELLO).encode()[:-5],
+    "a list": b"[]",
+    "a number": b"3",
+    "NaN": b'{"model": "nano", "messages": [{"role": "user", "content": "a"}], "temperature": NaN}',
+    "no UTF-8": b'{"model": "nano", "messages": [{"role": "user", "content": "\xff\xfe"}]}',
+    "cut UTF-8": b'{"model": "nano", "messages": [{"role": "user", "content": "\xe4\xb8"}]}',
+    "UTF-16": json.dumps(HELLO).encode("utf-16"),
+    "a huge number": b'{"model": "nano", "max_tokens": ' + b"9" * 5000 + b"}",
+    "deep nesting": b'{"model": "nano", "messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES.keys())
+def test_a_body_that_is_no_request_is_a_400(server: Served, body: bytes) -> None:
+    for path in (CHAT, TEXT):
+        answer = server.http.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"]
+
+
+def test_an_unknown_model_and_an_unknown_path_are_404(server: Served) -> None:
+    answer = server.post(CHAT, {**HELLO, "model": "gpt-4"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+    assert server.http.get("/v1/nothing").status_code == 404
+    assert server.http.get(CHAT).status_code == 405
+
+
+def test_halves_of_surrogate_pairs_are_text_like_any_other(server: Served) -> None:
+    body = b'{"model": "nano", "messages": [{"role": "user", "content": "a\\ud800b"}]}'
+    assert server.http.post(CHAT, content=body, headers={"Content-Type": "application/json"}).status_code == 200
+    body = b'{"model": "\\ud800", "messages": [{"role": "user", "content": "a"}]}'
+    assert server.http.post(CHAT, content=body, headers={"Content-Type": "application/json"}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": None, "max_tokens": None, "stop": None, "tools": None, "n": None, "stream": None},
+        {"user": "me", "metadata": {"a": "b"}, "store": False, "reasoning_effort": "low", "unknown": [1]},
+        {
+            "presence_penalty": 0,
+            "frequency_penalty": 0.0,
+            "logit_bias": {},
+            "n": 1,
+            "response_format": {"type": "text"},
+        },
+        {"temperature": 1, "top_p": 1, "top_k": 40, "min_p": 0.1, "repetition_penalty": 1.1, "seed": -1},
+        {"tools": [], "tool_choice": "auto"},
+        {"messages": [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": ""}]},
+        {"max_tokens": 100_000},
+    ],
+    ids=str,
+)
+def test_what_clients_usually_send_is_accepted(server: Served, change: dict[str, Any]) -> None:
+    assert server.post(CHAT, {**HELLO, **change}).status_code == 200
