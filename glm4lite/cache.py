@@ -170,11 +170,18 @@ def bytes_per_token(config: Glm4Config, kv: KVType, float_bytes: int) -> int:
 class KVCache:
     """The `past_key_values` of a model: comes back from forward, can be passed in again.
 
-    `layer_cache` makes one layer's part; `Glm4Model.new_cache` chooses the one that suits the model.
+    `layer_cache` makes one layer's part; `Glm4Model.new_cache` chooses the ones that suit the layers.
     """
 
     def __init__(self, num_layers: int, layer_cache: Callable[[], LayerCache | PackedLayerCache] = LayerCache) -> None:
         self.layers = [layer_cache() for _ in range(num_layers)]
+
+    @classmethod
+    def of(cls, layers: list[LayerCache | PackedLayerCache]) -> KVCache:
+        """Of parts that need not be of one kind."""
+        cache = cls(0)
+        cache.layers = layers
+        return cache
 
     def get_seq_length(self) -> int:
         """Positions held by every layer (a forward stopped half-way leaves some layers longer)."""

@@ -8,9 +8,8 @@ the model's dtype: o_proj and down_proj outputs of GLM-4 pass 65 504, float16's 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +111,7 @@ class DecoderLayer(nn.Module):
             self.post_self_attn_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.post_mlp_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.place: Place = AT_HOME
+        self.dtype: torch.dtype | None = None  # of its linears' inputs, where that is not the embedding's
         self._fused = FusedLayer()
 
     def forward(
@@ -147,6 +147,11 @@ class DecoderLayer(nn.Module):
         if self.sandwich:
             out = self.post_mlp_layernorm(out, dtype)
         return x + out, weights
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is computed."""
+        return self.input_layernorm.weight.device
 
     def kernel(self) -> DecoderKernel | None:
         """The layer as the native library takes it; None where it has no code for this layer as it is."""
@@ -230,14 +235,23 @@ class Glm4Model(PreTrainedModel):
         """Whether some layers' weights have to be fetched for each pass."""
         return any(layer.place is not AT_HOME for layer in self._layers())
 
+    def _runs(self, together: bool) -> Iterator[slice]:
+        """The layers in order: alone, or `together` as many as one native call may take."""
+        layers, begin = list(self._layers()), 0
+        for end in range(1, len(layers) + 1):
+            joins = together and end < len(layers) and _joins(layers[end - 1], layers[end])
+            if not joins:
+                yield slice(begin, end)
+                begin = end
+
     def new_cache(self, batch: int = 1) -> KVCache:
         """An empty cache of the kind that `kv` asks for, in the native layout where native layers will read it."""
-        native = (
-            batch == 1 and self.dtype == torch.float32 and all(layer.place.native(layer) for layer in self._layers())
-        )
-        if native or self.kv == "int8":
-            return KVCache(len(self.layers), partial(PackedLayerCache, self.kv == "int8", self.context))
-        return KVCache(len(self.layers))
+        return KVCache.of([self._layer_cache(layer, batch) for layer in self._layers()])
+
+    def _layer_cache(self, layer: DecoderLayer, batch: int) -> LayerCache | PackedLayerCache:
+        native = batch == 1 and (layer.dtype or self.dtype) == torch.float32 and layer.place.native(layer)
+        int8 = self.kv == "int8"
+        return PackedLayerCache(int8, self.context) if native or int8 else LayerCache()
 
     def forward(
         self,
@@ -268,26 +282,67 @@ class Glm4Model(PreTrainedModel):
                 torch.arange(past, past + length, device=embeds.device) if cache_position is None else cache_position
             )
             position_ids = steps[None]
-        rotary = self.rotary_emb(position_ids, embeds.dtype)
-        visible = Visibility(attention_mask, past, length, embeds.device)
         collected = _Collected(output_hidden_states, output_attentions)
-        x, dtype = embeds.float(), embeds.dtype
+        stages = _Stages(self.rotary_emb, embeds, position_ids, attention_mask, past)
+        caches = [None] * len(self.layers) if cache is None else cache.layers
+        few = cache is not None and length <= fused.STEP_TOKENS and not collected.wanted
+        x, stage = embeds.float(), stages.of(embeds.device, embeds.dtype)
         collected.hidden(embeds)
-        whole = None
-        few = length <= fused.STEP_TOKENS and not self.offloaded
-        if cache is not None and few and not collected.wanted and not fused.hooked(self.layers):
-            whole = fused.run(self._layers(), x, dtype, rotary, visible, cache.layers)
-        if whole is not None:
-            return BaseModelOutputWithPast(self.norm(whole, dtype), cache)
-        for index, layer in enumerate(self.layers):
-            layer_cache = None if cache is None else cache.layers[index]
-            x, weights = layer(x, dtype, rotary, visible, layer_cache, output_attentions)
-            collected.attention(weights)
-            if index + 1 < len(self.layers):
-                collected.hidden(x.to(dtype))
-        x = self.norm(x, dtype)
+        for run in self._runs(few and not fused.hooked(self.layers)):
+            layers = list(self._layers())[run]
+            stage = stages.of(layers[0].device, layers[0].dtype or embeds.dtype)
+            x = x.to(stage.device)
+            whole = fused.run(layers, x, *stage.inputs, caches[run]) if len(layers) > 1 else None
+            if whole is not None:
+                x = whole
+                continue
+            for layer, layer_cache in zip(layers, caches[run], strict=True):
+                x, weights = layer(x, *stage.inputs, layer_cache, output_attentions)
+                collected.attention(weights)
+                if layer is not self.layers[-1]:
+                    collected.hidden(x.to(stage.dtype))
+        x = self.norm(x.to(self.norm.weight.device), stage.dtype)
         collected.hidden(x)
         return BaseModelOutputWithPast(x, cache, collected.hidden_states, collected.attentions)
+
+
+def _joins(layer: DecoderLayer, after: DecoderLayer) -> bool:
+    """Whether one native call may take both: of one type, on the CPU, with their weights at home."""
+    return layer.dtype == after.dtype and all(
+        each.place is AT_HOME and each.device.type == "cpu" for each in (layer, after)
+    )
+
+
+class _Stage(NamedTuple):
+    """What the layers of one device share in a forward pass."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rotary: tuple[Tensor, Tensor]
+    visible: Visibility
+
+    @property
+    def inputs(self) -> tuple[torch.dtype, tuple[Tensor, Tensor], Visibility]:
+        return self.dtype, self.rotary, self.visible
+
+
+class _Stages:
+    """The stages of one forward pass, each made when its first layer comes."""
+
+    def __init__(
+        self, rotary: RotaryEmbedding, embeds: Tensor, positions: Tensor, padding: Tensor | None, past: int
+    ) -> None:
+        self._rotary, self._positions, self._padding = rotary, positions, padding
+        self._past, self._length = past, embeds.shape[1]
+        self._made: dict[tuple[torch.device, torch.dtype], _Stage] = {}
+
+    def of(self, device: torch.device, dtype: torch.dtype) -> _Stage:
+        if (device, dtype) not in self._made:
+            padding = None if self._padding is None else self._padding.to(device)
+            visible = Visibility(padding, self._past, self._length, device)
+            rotary = self._rotary(self._positions.to(device), dtype)
+            self._made[device, dtype] = _Stage(device, dtype, rotary, visible)
+        return self._made[device, dtype]
 
 
 class _Collected:

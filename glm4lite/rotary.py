@@ -18,12 +18,14 @@ class RotaryEmbedding:
 
     def __init__(self, config: Glm4Config) -> None:
         self.inv_freq, self.attention_scaling = inverse_frequencies(config)
+        self._copies: dict[torch.device, Tensor] = {self.inv_freq.device: self.inv_freq}  # layers may lie on several
 
     def __call__(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """position_ids [B, T] -> cos, sin [B, 1, T, rotary_dim / 2]; angles in float32, the result in `dtype`."""
-        if self.inv_freq.device != position_ids.device:
-            self.inv_freq = self.inv_freq.to(position_ids.device)
-        angles = position_ids[:, None, :, None].float() * self.inv_freq
+        device = position_ids.device
+        if device not in self._copies:
+            self._copies[device] = self.inv_freq.to(device)
+        angles = position_ids[:, None, :, None].float() * self._copies[device]
         return (angles.cos() * self.attention_scaling).to(dtype), (angles.sin() * self.attention_scaling).to(dtype)
 
 

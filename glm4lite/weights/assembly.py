@@ -76,6 +76,9 @@ class Assembly:
         if left:
             raise CheckpointError(f"{left[0]} got no values; this is a defect of glm4lite, please report it")
         layers = cast(Any, getattr(self.model, "model", self.model)).layers
+        if self.destinations.placement is not None:
+            for number, layer in enumerate(layers):
+                layer.dtype = self.destinations.dtype(f"layers.{number}")
         if self._streamed:
             put_on_disk({number: layers[number] for number in self._streamed}, self._streamed)
 

@@ -19,6 +19,8 @@ from glm4lite.generate import Generation, PrefixCache
 from glm4lite.inventory import devices, kernel_names, rings
 from glm4lite.loader import quantize_checkpoint, save_quantized
 from glm4lite.offload import OnDisk
+from glm4lite.placement import Placement, Share
+from glm4lite.weights.destinations import Destinations
 from glm4lite_quant import QuantError
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 
@@ -329,3 +331,52 @@ def test_a_chat_runs_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     )
     text = "".join(getattr(event, "text", "") for event in session.send("What is 37 * 24?"))
     assert "888" in text
+
+
+# --- layers of more than one kind in a model
+
+
+def test_layers_compute_in_their_own_type_where_they_have_one(folder: Path) -> None:
+    plain, mixed = load(folder), load(folder)
+    for layer in mixed.model.layers[-3:]:
+        layer.dtype = torch.bfloat16  # as the layers of a GPU do, beside float32 ones on the CPU
+    cache = mixed.new_cache()
+    kinds = [type(part).__name__ for part in cache.layers]
+    assert kinds == ["PackedLayerCache"] * (LAYERS - 3) + ["LayerCache"] * 3
+    with torch.inference_mode():
+        got = torch.cat([mixed(piece, past_key_values=cache).logits for piece in PIECES], 1)
+        at_once = mixed(IDS, use_cache=False).logits
+        wanted = plain(IDS).logits
+    assert {part.keys.dtype for part in cache.layers[-3:]} == {torch.bfloat16}
+    assert not torch.equal(got, wanted)
+    scale = wanted.abs().max()
+    assert (got - wanted).abs().max() < 0.05 * scale
+    assert (got - at_once).abs().max() < 0.05 * scale
+
+
+def test_each_weight_goes_where_the_placement_says() -> None:
+    shares = (
+        Share("cuda:0", (5, 6), 0),
+        Share("cpu", (0, 2, 4), 0),
+        Share("disk", (1, 3), 0),
+    )
+    types = {"cpu": torch.float32, "cuda": torch.bfloat16}
+    placement = Placement(shares, "cuda:0", CONTEXT, "float", 0, 0)
+    found = Destinations(torch.device("cuda:0"), types, placement)
+    names = ["model.embed_tokens", "model.layers.0.mlp.down_proj", "layers.1.self_attn.q_proj", "model.layers.6.mlp"]
+    assert [str(found.device(name)) for name in (*names, "model.norm", "lm_head")] == [
+        "cpu", "cpu", "cpu", "cuda:0", "cuda:0", "cuda:0",
+    ]  # fmt: skip
+    assert [found.on_disk(name) for name in names] == [False, False, True, False]
+    assert [found.mapped(name) for name in names] == [True, False, False, False]
+    assert found.dtype("model.layers.5") == torch.bfloat16
+    assert found.dtype("model.embed_tokens") == torch.float32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_and_the_cpu_share_a_model(folder: Path, budget: Callable[[int], int]) -> None:
+    wanted = logits_of(load(folder, device="cpu"), PIECES)
+    model = load(folder, gpu_memory="700MiB", context=CONTEXT, kv="float")
+    assert "cuda:0" in devices(model)
+    for got, of in zip(logits_of(model, PIECES), wanted, strict=True):
+        assert (got.cpu() - of).abs().max() < 0.05 * of.abs().max()
