@@ -34,6 +34,10 @@ class ContextLengthError(Glm4liteError):
     """A prompt does not fit the model's context; raised before any work."""
 
 
+class DeviceError(Glm4liteError):
+    """A GPU failed, or memory ran out, while the model computed. What was computed before is kept."""
+
+
 class SamplingError(Glm4liteError):
     """A sampling parameter is out of range."""
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from glm4lite.errors import ContextLengthError
+from glm4lite.errors import ContextLengthError, DeviceError
 from glm4lite.fused import STEP_TOKENS
 from glm4lite.model import DecoderLayer, Glm4ForCausalLM
 from glm4lite.sampling import Sampler, SamplingParams
@@ -173,6 +173,9 @@ class Generation:
             self.cache.repair()
             if isinstance(error, Stopped):
                 return False
+            failure = _device_failure(error, len(self.cache.ids) + len(ids))
+            if failure is not None:
+                raise failure from error
             raise
         self.cache.ids += ids
         logits: torch.Tensor = output.logits[0, -1].float()
@@ -184,6 +187,17 @@ def _logprobs(logits: torch.Tensor, token: int, count: int) -> TokenLogprobs:
     logprobs = logits.log_softmax(-1)
     values, ids = logprobs.topk(count)
     return TokenLogprobs(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+def _device_failure(error: BaseException, tokens: int) -> DeviceError | None:
+    """What a user is told where a device gave out; None where the error is another one."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        where = "the GPU's memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+        return DeviceError(f"{where} ran out at {tokens} tokens; shorten the conversation, or load with kv int8")
+    if isinstance(error, getattr(torch, "AcceleratorError", ())):
+        why = str(error).partition("\n")[0][:200]
+        return DeviceError(f"the GPU failed ({why}); start again, or use --device cpu")
+    return None
 
 
 @contextmanager

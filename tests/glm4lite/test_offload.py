@@ -14,7 +14,7 @@ import torch
 
 from glm4lite import Glm4ForCausalLM, SamplingParams, load
 from glm4lite.engine import Engine
-from glm4lite.errors import CheckpointError, ConfigError, ContextLengthError
+from glm4lite.errors import CheckpointError, ConfigError, ContextLengthError, DeviceError
 from glm4lite.generate import Generation, PrefixCache
 from glm4lite.inventory import devices, kernel_names, rings
 from glm4lite.loader import quantize_checkpoint, save_quantized
@@ -380,3 +380,31 @@ def test_a_gpu_and_the_cpu_share_a_model(folder: Path, budget: Callable[[int], i
     assert "cuda:0" in devices(model)
     for got, of in zip(logits_of(model, PIECES), wanted, strict=True):
         assert (got.cpu() - of).abs().max() < 0.05 * of.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "the GPU's memory ran out at 40 tokens"),
+        (MemoryError(), "memory ran out at 40 tokens; shorten the conversation"),
+        (
+            torch.AcceleratorError("CUDA error: unspecified launch failure\nmore"),
+            r"the GPU failed \(CUDA error: unspec",
+        ),
+    ],
+)
+def test_a_device_that_fails_in_a_prompt_is_said_and_the_session_goes_on(
+    folder: Path, failure: Exception, message: str
+) -> None:
+    model = load(folder)
+    cache, prompt = PrefixCache(model), IDS[0].tolist()
+
+    def fail(*_: Any) -> None:
+        raise failure
+
+    handle = model.model.layers[3].register_forward_pre_hook(fail)
+    with pytest.raises(DeviceError, match=message) as caught:
+        list(Generation(model, prompt, GREEDY, cache=cache))
+    assert "\n" not in str(caught.value)
+    handle.remove()
+    assert list(Generation(model, prompt, GREEDY, cache=cache)) == list(Generation(load(folder), prompt, GREEDY))
