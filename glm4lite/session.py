@@ -6,8 +6,9 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from glm4lite.engine import Engine, Totals
 from glm4lite.events import Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
@@ -19,6 +20,10 @@ from glm4lite.tools import Tool, run_tool
 
 if TYPE_CHECKING:
     from glm4lite.weights.foreign import Quant
+
+
+# Where a generation is computed: given what makes its events and what cancels it. EngineWorker.run is one.
+Compute: TypeAlias = Callable[[Callable[[Engine], Iterator[Event]], threading.Event], Iterator[Event]]
 
 
 @dataclass
@@ -50,13 +55,18 @@ class ChatSession:
         params: SamplingParams | None = None,
         max_tool_rounds: int = 8,
         tool_timeout: float = 30.0,
+        compute: Compute | None = None,
     ) -> None:
-        """`params` default to the checkpoint's. Raises TemplateError for a base model, which has no template."""
+        """`params` default to the checkpoint's. Raises TemplateError for a base model, which has no template.
+
+        With `compute` (an EngineWorker's run) only generations run there; tools run in the thread that reads `send`.
+        """
         self.engine, self.template = engine, engine.chat_template()
         self.tools = {tool.name: tool for tool in tools}
         self.system = system
         self.params = params or engine.params()
         self.max_tool_rounds, self.tool_timeout = max_tool_rounds, tool_timeout
+        self._compute: Compute = compute or (lambda make_events, _: make_events(engine))
         self._cancel = threading.Event()
         self._cache = PrefixCache(engine.model)
         self._calls_made = 0
@@ -89,6 +99,15 @@ class ChatSession:
         """Forgets the conversation; the system prompt and the tools stay."""
         self.messages[:] = [Message("system", self.system)] if self.system else []
 
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that the kept keys and values take."""
+        return self._cache.kv.nbytes
+
+    def prompt_tokens(self, messages: Sequence[Message]) -> int:
+        """Length of the prompt that these messages make, with the tools' descriptions."""
+        return len(self._prompt(messages))
+
     def stop(self) -> None:
         """Ends the answer that is being given; may be called from another thread or a signal handler."""
         self._cancel.set()
@@ -107,7 +126,7 @@ class ChatSession:
             for left in range(self.max_tool_rounds, -1, -1):
                 generation, answer = self._generation(), _Answer()
                 try:
-                    yield from self._answer(generation, answer)
+                    yield from self._compute(partial(self._answer, generation, answer), self._cancel)
                 finally:  # what was said stays said, also when the reader goes away
                     self._remember(answer)
                 totals.add(generation)
@@ -129,11 +148,13 @@ class ChatSession:
         return None if rounds_left else "tool_rounds"
 
     def _generation(self) -> Generation:
-        schemas = [tool.schema() for tool in self.tools.values()]
-        prompt = self.template.encode(self.engine.tokenizer, self.messages, schemas)
-        return self.engine.generate(prompt, self.params, self._cache, self._cancel)
+        return self.engine.generate(self._prompt(self.messages), self.params, self._cache, self._cancel)
 
-    def _answer(self, generation: Generation, answer: _Answer) -> Iterator[Event]:
+    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+        schemas = [tool.schema() for tool in self.tools.values()]
+        return self.template.encode(self.engine.tokenizer, messages, schemas)
+
+    def _answer(self, generation: Generation, answer: _Answer, _: Engine) -> Iterator[Event]:
         yield from self.engine.prefill(generation)
         prompt_end = self.engine.tokenizer.decode(generation.prompt[-8:], keep_special=True)
         parser = OutputParser(self.tools, thinking=self.template.starts_thinking(prompt_end))
