@@ -46,12 +46,20 @@ class LayerCache:
     def _written(self, buffer: Tensor | None, new: Tensor, end: int) -> Tensor:
         if buffer is None or buffer.shape[2] < end:
             batch, heads, _, head_dim = new.shape
-            grown = new.new_empty(batch, heads, _with_room(end), head_dim)
+            grown = new.new_empty(batch, heads, with_room(end), head_dim)
             if buffer is not None:
                 grown[:, :, : self.length] = buffer[:, :, : self.length]
             buffer = grown
         buffer[:, :, self.length : end] = new
         return buffer
+
+    def copy(self, length: int) -> LayerCache:
+        """The first `length` positions, in buffers of their own without room to grow."""
+        made = LayerCache()
+        made.length = min(length, self.length)
+        if self.keys is not None and self.values is not None:
+            made.keys, made.values = self.keys[:, :, : made.length].clone(), self.values[:, :, : made.length].clone()
+        return made
 
     @property
     def nbytes(self) -> int:
@@ -110,7 +118,7 @@ class PackedLayerCache:
     def _reserve(self, end: int, outer: tuple[int, int], head_dim: int, device: torch.device) -> None:
         if self._values is not None and end <= self._values.shape[2]:
             return
-        capacity = _with_room(end)
+        capacity = with_room(end)
         dtype = torch.int8 if self.int8 else torch.float32
         keys = torch.empty(*outer, capacity // TOKENS, head_dim, TOKENS, dtype=dtype, device=device)
         values = torch.empty(*outer, capacity, head_dim, dtype=dtype, device=device)
@@ -122,12 +130,22 @@ class PackedLayerCache:
                 scales[..., : self._scales.shape[3]] = self._scales
         self._keys, self._values, self._scales = keys, values, scales
 
+    def copy(self, length: int) -> PackedLayerCache:
+        """The first `length` positions, in buffers of their own with little room to grow."""
+        made = PackedLayerCache(self.int8)
+        made.length = min(length, self.length)
+        if self._keys is not None and self._values is not None:
+            blocks = -(-made.length // TOKENS)
+            made._keys, made._values = self._keys[:, :, :blocks].clone(), self._values[:, :, : blocks * TOKENS].clone()
+            made._scales = None if self._scales is None else self._scales[..., : blocks * TOKENS].clone()
+        return made
+
     @property
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in (self._keys, self._values, self._scales) if buffer is not None)
 
 
-def _with_room(end: int) -> int:
+def with_room(end: int) -> int:
     """Positions to make room for: a long cache grows in larger steps, so that it is copied a few times only."""
     return -(-(end + end // 8) // STEP) * STEP
 
@@ -162,6 +180,12 @@ class KVCache:
         """Forgets everything after the first `length` positions."""
         for layer in self.layers:
             layer.length = min(layer.length, length)
+
+    def copy(self, length: int) -> KVCache:
+        """Another cache with the first `length` positions of this one."""
+        made = KVCache(0)
+        made.layers = [layer.copy(length) for layer in self.layers]
+        return made
 
     @property
     def nbytes(self) -> int:

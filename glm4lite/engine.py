@@ -13,7 +13,8 @@ from glm4lite.budget import Budget
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, TemplateError
 from glm4lite.events import Done, Progress
-from glm4lite.generate import PREFILL_CHUNK, Generation, PrefixCache
+from glm4lite.generate import PREFILL_CHUNK, Generation
+from glm4lite.prefixes import PrefixPool
 from glm4lite.sampling import SamplingParams
 from glm4lite.stopping import StopStrings, stop_ids
 from glm4lite.template import ChatTemplate
@@ -33,12 +34,18 @@ SEPARATOR = "<|assistant|>"
 
 @dataclass
 class Engine:
-    """A model, its tokenizer, its chat template (None: a base model) and its generation_config.json."""
+    """A model, its tokenizer, its chat template (None: a base model) and its generation_config.json.
+
+    What was computed for the last prompts is kept in `prefixes`, whoever asked. For one thread at a time.
+    """
 
     model: Glm4ForCausalLM
     tokenizer: Tokenizer
     template: ChatTemplate | None = None
     generation_config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.prefixes = PrefixPool(self.model)
 
     @classmethod
     def load(
@@ -90,12 +97,16 @@ class Engine:
         self,
         prompt: list[int],
         params: SamplingParams,
-        cache: PrefixCache | None = None,
         cancel: threading.Event | None = None,
     ) -> Generation:
-        """A Generation with this model's stop ids; ids the tokenizer does not know are never drawn."""
+        """A Generation with this model's stop ids, on the kept prefix that suits it; `pieces` gives that back.
+
+        Ids the tokenizer does not know are never drawn. Raises ContextLengthError.
+        """
         stops = stop_ids(self.model.config, self.generation_config, self.tokenizer)
-        return Generation(self.model, prompt, params, stops, self.tokenizer.size, cache, cancel)
+        generation = Generation(self.model, prompt, params, stops, self.tokenizer.size, cancel=cancel)
+        generation.cache = self.prefixes.take(prompt)
+        return generation
 
     def prefill(self, generation: Generation) -> Iterator[Progress]:
         """Computes the prompt; reports progress where it takes more than one chunk."""
@@ -105,6 +116,14 @@ class Engine:
 
     def pieces(self, generation: Generation) -> Iterator[str | None]:
         """The output as text as it comes, cut at stop texts; None where the separator token stood."""
+        try:
+            for piece in self._pieces(generation):
+                self.prefixes.make_room(generation.cache.kv.nbytes)
+                yield piece
+        finally:
+            self.prefixes.give(generation.cache)
+
+    def _pieces(self, generation: Generation) -> Iterator[str | None]:
         stops, detokenizer = StopStrings(generation.params.stop), StreamingDetokenizer(self.tokenizer)
         separator = self.tokenizer.special.get(SEPARATOR)
         for token in generation:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import copy
 
 import torch
 
@@ -28,13 +29,24 @@ class PrefixCache:
         self.kv = model.new_cache()
         self.ids: list[int] = []
 
-    def keep_common_prefix(self, ids: list[int]) -> int:
-        """Cuts back to the longest common prefix with `ids` (short of its last id, which must be computed)."""
+    def common_prefix(self, ids: list[int]) -> int:
+        """Length of the longest common prefix with `ids` (short of its last id, which must be computed)."""
         length, limit = 0, min(len(self.ids), len(ids) - 1)
         while length < limit and self.ids[length] == ids[length]:
             length += 1
+        return length
+
+    def keep_common_prefix(self, ids: list[int]) -> int:
+        """Cuts back to the longest common prefix with `ids`."""
+        length = self.common_prefix(ids)
         self._cut(length)
         return length
+
+    def copy(self, length: int) -> PrefixCache:
+        """Another one with the first `length` ids."""
+        made = copy(self)
+        made.kv, made.ids = self.kv.copy(length), self.ids[:length]
+        return made
 
     def _cut(self, length: int) -> None:
         self.kv.truncate(length)

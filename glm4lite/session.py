@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from glm4lite.engine import Engine, Totals
 from glm4lite.events import Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
-from glm4lite.generate import Generation, PrefixCache
+from glm4lite.generate import Generation
 from glm4lite.messages import Message, ToolCall
 from glm4lite.sampling import SamplingParams
 from glm4lite.tool_calls import Call, OutputParser, Segment, Thinking
@@ -43,8 +43,8 @@ class ChatSession:
                 print(event.text, end="")
 
     `messages` is the history in OpenAI's form. One turn may call several tools, in at most `max_tool_rounds` rounds;
-    a tool that fails is an error observation to the model. Only the part of the prompt that is new is computed.
-    One session of a model answers at a time: sessions that share an Engine must not run in two threads at once.
+    a tool that fails is an error observation to the model. Only the part of the prompt that is new is computed, also
+    where several sessions take turns. Sessions that share an Engine must not run in two threads at once (EngineWorker).
     """
 
     def __init__(
@@ -68,7 +68,6 @@ class ChatSession:
         self.max_tool_rounds, self.tool_timeout = max_tool_rounds, tool_timeout
         self._compute: Compute = compute or (lambda make_events, _: make_events(engine))
         self._cancel = threading.Event()
-        self._cache = PrefixCache(engine.model)
         self._calls_made = 0
         self.messages: list[Message] = []
         self.reset()
@@ -98,11 +97,6 @@ class ChatSession:
     def reset(self) -> None:
         """Forgets the conversation; the system prompt and the tools stay."""
         self.messages[:] = [Message("system", self.system)] if self.system else []
-
-    @property
-    def cache_bytes(self) -> int:
-        """Memory that the kept keys and values take."""
-        return self._cache.kv.nbytes
 
     def prompt_tokens(self, messages: Sequence[Message]) -> int:
         """Length of the prompt that these messages make, with the tools' descriptions."""
@@ -148,7 +142,7 @@ class ChatSession:
         return None if rounds_left else "tool_rounds"
 
     def _generation(self) -> Generation:
-        return self.engine.generate(self._prompt(self.messages), self.params, self._cache, self._cancel)
+        return self.engine.generate(self._prompt(self.messages), self.params, self._cancel)
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
         schemas = [tool.schema() for tool in self.tools.values()]
