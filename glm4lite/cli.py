@@ -42,7 +42,15 @@ Quant = Annotated[
 Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and leave.")]
 Json = Annotated[bool, typer.Option("--json", help="Every line of stdout is one event as JSON.")]
 System = Annotated[str | None, typer.Option(help="System prompt.")]
-Tools = Annotated[bool, typer.Option("--tools/--no-tools", help="Offer calculator, current_time and unit_convert.")]
+Tools = Annotated[
+    list[str] | None,
+    typer.Option("--tools", metavar="FILE", help="The @tool functions of a file or folder; `python`: run Python code."),
+]
+NoTools = Annotated[bool, typer.Option("--no-tools", help="Not calculator, current_time and unit_convert.")]
+Mcp = Annotated[list[Path] | None, typer.Option(help="A file with mcpServers, whose tools are offered.")]
+Approve = Annotated[
+    str, typer.Option(help="ask: before tools that want it; every: before every call; all: nothing is asked.")
+]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the checkpoint's")]
 TopP = Annotated[float | None, typer.Option(show_default="the checkpoint's")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
@@ -81,7 +89,10 @@ def chat(
     quant: Quant = None,
     as_json: Json = False,
     system: System = None,
-    tools: Tools = True,
+    tools: Tools = None,
+    no_tools: NoTools = False,
+    mcp: Mcp = None,
+    approve: Approve = "ask",
     temperature: Temperature = None,
     top_p: TopP = None,
     seed: Seed = None,
@@ -96,17 +107,18 @@ def chat(
     threads: Threads = None,
 ) -> None:
     """Chat with a model: interactively, or one answer with -p."""
+    from glm4lite.approval import TerminalApproval
     from glm4lite.session import ChatSession
-    from glm4lite.tools import BUILTIN_TOOLS
+    from glm4lite.toolbox import Toolbox
 
     _use_threads(threads)
-    with _rendering(as_json) as renderer:
+    with _rendering(as_json) as renderer, Toolbox(tools or (), mcp or (), not no_tools, approve) as box:
         if model == "nano":
             renderer.remark(NANO_REMARK)
         session = ChatSession.load(
             model,
             quant=quant or "auto",
-            tools=BUILTIN_TOOLS if tools else (),
+            tools=box.tools,
             system=system,
             device=device,
             dtype=dtype,
@@ -121,9 +133,11 @@ def chat(
             stop=tuple(stop or ()),
             max_new_tokens=max_new_tokens,
         )
-        if tools and not session.template.takes_tools:
+        if box.tools and not session.template.takes_tools:
             renderer.remark("(this model's chat template has no place for tools: they are not offered)")
         if prompt is None:
+            if not as_json and sys.stdin.isatty() and sys.stderr.isatty():
+                session.approve = TerminalApproval(session, renderer)
             _converse(session, renderer)
         else:
             _answer(session, prompt, renderer)

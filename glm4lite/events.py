@@ -35,11 +35,12 @@ class ThinkingDelta(_Event):
 
 @dataclass(frozen=True)
 class ToolCallStarted(_Event):
-    """The model called a declared tool; it runs now."""
+    """The model called a declared tool; it runs now, or first the user is asked (`needs_approval`)."""
 
     id: str
     name: str
     arguments: dict[str, Any]
+    needs_approval: bool = False
     type: ClassVar[str] = "tool_call"
 
 

@@ -16,7 +16,7 @@ from glm4lite.generate import Generation
 from glm4lite.messages import Message, ToolCall
 from glm4lite.sampling import SamplingParams
 from glm4lite.tool_calls import Call, OutputParser, Segment, Thinking
-from glm4lite.tools import Tool, run_tool
+from glm4lite.tools import Approve, Tool, nobody_to_ask, run_tool
 
 if TYPE_CHECKING:
     from glm4lite.weights.foreign import Quant
@@ -32,6 +32,7 @@ class _Answer:
 
     text: str = ""
     calls: list[ToolCall] = field(default_factory=list)
+    generation: Generation | None = None  # None: cancelled before it began
 
 
 class ChatSession:
@@ -45,6 +46,8 @@ class ChatSession:
     `messages` is the history in OpenAI's form. One turn may call several tools, in at most `max_tool_rounds` rounds;
     a tool that fails is an error observation to the model. Only the part of the prompt that is new is computed, also
     where several sessions take turns. Sessions that share an Engine must not run in two threads at once (EngineWorker).
+    A tool that needs approval runs only when `approve(call, tool)` returns True (`run_tool` says when and in which
+    thread); `allowed` holds the names of tools allowed for the rest of this chat, and `approve` may add to it.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class ChatSession:
         params: SamplingParams | None = None,
         max_tool_rounds: int = 8,
         tool_timeout: float = 30.0,
+        approve: Approve = nobody_to_ask,
         compute: Compute | None = None,
     ) -> None:
         """`params` default to the checkpoint's. Raises TemplateError for a base model, which has no template.
@@ -66,6 +70,8 @@ class ChatSession:
         self.system = system
         self.params = params or engine.params()
         self.max_tool_rounds, self.tool_timeout = max_tool_rounds, tool_timeout
+        self.approve = approve
+        self.allowed = set[str]()
         self._compute: Compute = compute or (lambda make_events, _: make_events(engine))
         self._cancel = threading.Event()
         self._calls_made = 0
@@ -86,16 +92,18 @@ class ChatSession:
         gpu_memory: int | str | None = None,
         ram: int | str | None = None,
         context: int | str | None = None,
+        approve: Approve = nobody_to_ask,
         **sampling: Any,
     ) -> ChatSession:
         """An Engine and a session on it; arguments as in `Engine.load`, `sampling` as in SamplingParams."""
         SamplingParams.check(**sampling)
         limits: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
         engine = Engine.load(source, quant, device, dtype, progress, need_template=True, **limits)
-        return cls(engine, tools, system, engine.params(**sampling))
+        return cls(engine, tools, system, engine.params(**sampling), approve=approve)
 
     def reset(self) -> None:
-        """Forgets the conversation; the system prompt and the tools stay."""
+        """Forgets the conversation and what was allowed in it; the system prompt and the tools stay."""
+        self.allowed.clear()
         self.messages[:] = [Message("system", self.system)] if self.system else []
 
     def prompt_tokens(self, messages: Sequence[Message]) -> int:
@@ -118,37 +126,35 @@ class ChatSession:
         totals = Totals()
         try:
             for left in range(self.max_tool_rounds, -1, -1):
-                generation, answer = self._generation(), _Answer()
+                prompt, answer = self._prompt(self.messages), _Answer()
                 try:
-                    yield from self._compute(partial(self._answer, generation, answer), self._cancel)
+                    yield from self._compute(partial(self._answer, prompt, answer), self._cancel)
                 finally:  # what was said stays said, also when the reader goes away
                     self._remember(answer)
-                totals.add(generation)
+                totals.add(answer.generation)
                 yield from self._run(answer.calls if left else [])
-                reason = self._ending(generation, answer, left)
+                reason = self._ending(answer, left)
                 if reason is not None:
-                    yield totals.done(generation, reason)
+                    yield totals.done(len(prompt), reason)
                     return
         except Exception:
             self.messages[:] = before
             raise
 
-    def _ending(self, generation: Generation, answer: _Answer, rounds_left: int) -> str | None:
+    def _ending(self, answer: _Answer, rounds_left: int) -> str | None:
         """Why the turn ends here, or None when the model gets to see its calls' results."""
-        if self._cancel.is_set():
+        if self._cancel.is_set() or answer.generation is None:
             return "cancelled"
         if not answer.calls:
-            return generation.finish_reason
+            return answer.generation.finish_reason
         return None if rounds_left else "tool_rounds"
-
-    def _generation(self) -> Generation:
-        return self.engine.generate(self._prompt(self.messages), self.params, self._cancel)
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
         schemas = [tool.schema() for tool in self.tools.values()]
         return self.template.encode(self.engine.tokenizer, messages, schemas)
 
-    def _answer(self, generation: Generation, answer: _Answer, _: Engine) -> Iterator[Event]:
+    def _answer(self, prompt: list[int], answer: _Answer, engine: Engine) -> Iterator[Event]:
+        generation = answer.generation = engine.generate(prompt, self.params, self._cancel)
         yield from self.engine.prefill(generation)
         prompt_end = self.engine.tokenizer.decode(generation.prompt[-8:], keep_special=True)
         parser = OutputParser(self.tools, thinking=self.template.starts_thinking(prompt_end))
@@ -183,10 +189,15 @@ class ChatSession:
         for place, call in enumerate(calls, first):
             if self._cancel.is_set():
                 return
-            yield ToolCallStarted(call.id, call.name, json.loads(call.arguments))
-            result = run_tool(self.tools.get(call.name), call, self.tool_timeout, self._cancel)
+            tool, arguments = self.tools.get(call.name), json.loads(call.arguments)
+            asks = tool is not None and tool.name not in self.allowed and tool.asks(arguments)
+            yield ToolCallStarted(call.id, call.name, arguments, asks)
+            result = run_tool(tool, call, self.tool_timeout, self._cancel, self._approve)
             self.messages[place] = _observation(call, result.content)
             yield ToolCallFinished(call.id, call.name, result.content, result.error)
+
+    def _approve(self, call: ToolCall, tool: Tool) -> bool:
+        return tool.name in self.allowed or self.approve(call, tool)
 
 
 def _observation(call: ToolCall, content: str) -> Message:

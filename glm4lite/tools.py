@@ -14,27 +14,29 @@ exception, an unserializable result or a timeout becomes an observation that sta
 """
 
 import asyncio
-import functools
+import contextvars
 import inspect
 import json
 import re
 import threading
 import time
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, overload
+from typing import Any, TypeAlias, overload
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import ValidationError
 from pydantic.errors import PydanticUserError
-from pydantic.fields import FieldInfo
 
 from glm4lite.builtin_tools import arithmetic, clock, units
 from glm4lite.errors import ToolError, one_line
 from glm4lite.messages import ToolCall
+from glm4lite.tool_schema import arguments_model, parse_docstring, tidy_schema
 
 MAX_RESULT_CHARACTERS = 16_000  # about 5k tokens; more would crowd the conversation out of the context
 _NAME = re.compile(r"[\w.-]{1,64}")  # one word: the model's call starts with the name on a line of its own
+
+NeedsApproval: TypeAlias = bool | Callable[[Mapping[str, Any]], bool]
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,16 @@ class ToolResult:
 
 @dataclass(frozen=True)
 class Tool:
-    """A function the model may call. `parameters` is the JSON schema of its arguments."""
+    """A function the model may call. `parameters` is the JSON schema of its arguments.
+
+    Where `needs_approval` is True (or true of the arguments), it runs only when run_tool's `approve` says so.
+    """
 
     name: str
     description: str
     parameters: dict[str, Any]
     function: Callable[..., Any]
+    needs_approval: NeedsApproval = False  # before each call, or by its arguments
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -60,6 +66,15 @@ class Tool:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
+
+    def asks(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether somebody must allow a call with these arguments; a rule that fails asks."""
+        if isinstance(self.needs_approval, bool):
+            return self.needs_approval
+        try:
+            return bool(self.needs_approval(arguments))
+        except Exception:
+            return True
 
     def schema(self) -> dict[str, Any]:
         """OpenAI's form, in the key order GLM-4 was trained on."""
@@ -70,11 +85,17 @@ class Tool:
 @overload
 def tool(function: Callable[..., Any]) -> Tool: ...
 @overload
-def tool(*, name: str | None = None, description: str | None = None) -> Callable[[Callable[..., Any]], Tool]: ...
 def tool(
-    function: Callable[..., Any] | None = None, *, name: str | None = None, description: str | None = None
+    *, name: str | None = None, description: str | None = None, needs_approval: NeedsApproval = False
+) -> Callable[[Callable[..., Any]], Tool]: ...
+def tool(
+    function: Callable[..., Any] | None = None,
+    *,
+    name: str | None = None,
+    description: str | None = None,
+    needs_approval: NeedsApproval = False,
 ) -> Tool | Callable[[Callable[..., Any]], Tool]:
-    """Make a Tool of a function with typed parameters; usable as `@tool` and as `@tool(name=…, description=…)`.
+    """Make a Tool of a function with typed parameters; usable as `@tool` and as `@tool(name=…, needs_approval=True)`.
 
     The description is the docstring's first paragraph; a parameter's is its pydantic `Field(description=…)`, else its
     entry under "Args:". Raises ToolError when a parameter has no type or one that JSON cannot carry.
@@ -83,43 +104,54 @@ def tool(
     def declare(function: Callable[..., Any]) -> Tool:
         tool_name = name or function.__name__
         try:
-            schema = _arguments_model(function).model_json_schema()
+            schema = arguments_model(function).model_json_schema()
         except (PydanticUserError, TypeError, NameError) as error:
             raise ToolError(f"tool {tool_name!r}: {one_line(error)}") from error
-        summary, _ = _parse_docstring(inspect.getdoc(function) or "")
-        return Tool(tool_name, description or summary, _tidy_schema(schema), function)
+        summary, _ = parse_docstring(inspect.getdoc(function) or "")
+        return Tool(tool_name, description or summary, tidy_schema(schema), function, needs_approval)
 
     return declare if function is None else declare(function)
 
 
+Approve: TypeAlias = Callable[[ToolCall, Tool], bool]
+_abandoned: contextvars.ContextVar[threading.Event] = contextvars.ContextVar("_abandoned")
+
+
+def abandoned() -> threading.Event:
+    """For a tool (and for `approve`): set when nobody waits for the running call any more, so that it can end."""
+    return _abandoned.get(threading.Event())
+
+
+def nobody_to_ask(call: ToolCall, tool: Tool) -> bool:
+    """The `approve` where there is no user: refuses, and says why."""
+    raise ToolError(f"{call.name} needs the user's approval, and there is nobody to ask; it was not run")
+
+
 def run_tool(
-    tool: Tool | None, call: ToolCall, timeout_s: float = 30.0, cancel: threading.Event | None = None
+    tool: Tool | None,
+    call: ToolCall,
+    timeout_s: float = 30.0,
+    cancel: threading.Event | None = None,
+    approve: Approve = nobody_to_ask,
 ) -> ToolResult:
     """Run one call in a thread of its own and wait at most `timeout_s` seconds, or until `cancel`; never raises.
 
-    `tool` is None when the model named a tool that was not declared. A call that is too slow is abandoned: Python
-    cannot stop a thread, so the daemon thread goes on until its function returns and its result is dropped.
-    (No SIGALRM: it works in the main thread only.)
+    `tool` is None when the model named a tool that was not declared. Where the tool needs approval, `approve(call,
+    tool)` is asked in that same thread once the arguments are known to be right; it may take its time, which does not
+    count, should return when `abandoned()` is set, and may raise ToolError with a reason the model is to see.
+    A call that is too slow is abandoned: Python cannot stop a thread, so the daemon thread goes on until its function
+    returns and its result is dropped; `abandoned()` lets a function end earlier. (No SIGALRM: main thread only.)
     """
     if tool is None:
         return ToolResult(f"Error: there is no tool named {call.name}", error=True)
-    declared, results = tool, list[ToolResult]()
-
-    def work() -> None:
-        try:
-            results.append(ToolResult(_truncate(_result_text(_invoke(declared, call.arguments))), error=False))
-        except ToolError as error:
-            results.append(_failure(one_line(error)))
-        except BaseException as error:  # also SystemExit: whatever a tool does, the conversation goes on
-            results.append(_failure(one_line(f"{type(error).__name__}: {error}")))
-
-    thread = threading.Thread(target=work, name=f"tool-{tool.name}", daemon=True)
+    run = _Run(tool, call, approve)
+    thread = threading.Thread(target=run, name=f"tool-{tool.name}", daemon=True)
     thread.start()
-    deadline = time.monotonic() + timeout_s
-    while thread.is_alive() and not (cancel and cancel.is_set()) and (left := deadline - time.monotonic()) > 0:
-        thread.join(min(left, 0.1))
-    if results:
-        return results[0]
+    while thread.is_alive() and not (cancel and cancel.is_set()) and run.seconds() < timeout_s:
+        thread.join(max(0.0, min(timeout_s - run.seconds(), 0.1)))
+    run.over.set()
+    if run.result:
+        return run.result
     return _failure(
         f"{tool.name} was stopped by the user"
         if cancel and cancel.is_set()
@@ -127,11 +159,48 @@ def run_tool(
     )
 
 
+class _Run:
+    """What the thread of one call does: check the arguments, ask, run."""
+
+    def __init__(self, tool: Tool, call: ToolCall, approve: Approve) -> None:
+        self.tool, self.call, self.approve = tool, call, approve
+        self.over = threading.Event()
+        self.result: ToolResult | None = None
+        self._started: float | None = time.monotonic()  # None while the user is asked
+
+    def seconds(self) -> float:
+        """How long the tool has been running."""
+        return 0.0 if self._started is None else time.monotonic() - self._started
+
+    def __call__(self) -> None:
+        _abandoned.set(self.over)
+        try:
+            self.result = self._work()
+        except ToolError as error:
+            self.result = _failure(one_line(error))
+        except BaseException as error:  # also SystemExit: whatever a tool does, the conversation goes on
+            self.result = _failure(one_line(f"{type(error).__name__}: {error}"))
+
+    def _work(self) -> ToolResult:
+        values = _values(self.tool, self.call.arguments)
+        keywords = _keywords(self.tool, values)
+        if self.tool.asks(values):
+            self._started = None
+            allowed = self.approve(self.call, self.tool)
+            self._started = time.monotonic()
+            if not allowed or self.over.is_set():
+                return _failure(f"the user did not allow this call of {self.tool.name}; it was not run")
+        result = self.tool.function(**keywords)
+        text = asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+        return ToolResult(_truncate(_result_text(text)), error=False)
+
+
 def _failure(reason: str) -> ToolResult:
     return ToolResult(_truncate(f"Error: {reason}"), error=True)
 
 
-def _invoke(tool: Tool, arguments: str) -> Any:
+def _values(tool: Tool, arguments: str) -> dict[str, Any]:
+    """The call's arguments, whose names are those of the schema the model saw."""
     try:
         values = json.loads(arguments) if arguments.strip() else {}
     except (ValueError, RecursionError) as error:
@@ -139,13 +208,17 @@ def _invoke(tool: Tool, arguments: str) -> Any:
     if not isinstance(values, dict):
         raise ToolError(f"the arguments of {tool.name} must be a JSON object, found {type(values).__name__}")
     _check_names(tool, values)
+    return values
+
+
+def _keywords(tool: Tool, values: dict[str, Any]) -> dict[str, Any]:
+    """The arguments as the function's types want them."""
     try:
-        checked = _arguments_model(tool.function).model_validate(values)
+        checked = arguments_model(tool.function).model_validate(values)
     except ValidationError as error:
         raise ToolError(f"{tool.name}: {_first_problem(error)}") from error
     keywords = {field.alias or key: getattr(checked, key) for key, field in type(checked).model_fields.items()}
-    result = tool.function(**keywords, **(checked.model_extra or {}))
-    return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+    return keywords | (checked.model_extra or {})
 
 
 async def _awaited(result: typing.Awaitable[Any]) -> Any:
@@ -183,93 +256,6 @@ def _truncate(text: str) -> str:
     if len(text) <= MAX_RESULT_CHARACTERS:
         return text
     return f"{text[:MAX_RESULT_CHARACTERS]}\n[truncated: the first {MAX_RESULT_CHARACTERS} of {len(text)} characters]"
-
-
-class _Arguments(BaseModel):
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
-
-
-class _OpenArguments(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-
-@functools.lru_cache(maxsize=256)
-def _arguments_model(function: Callable[..., Any]) -> type[BaseModel]:
-    """A pydantic model of the function's parameters.
-
-    Fields are called arg0, arg1, … with the parameter's name as alias, because names such as "copy" or "_x" are taken
-    or forbidden in a pydantic model.
-    """
-    hints = typing.get_type_hints(function, include_extras=True)
-    _, descriptions = _parse_docstring(inspect.getdoc(function) or "")
-    fields: dict[str, Any] = {}
-    base: type[BaseModel] = _Arguments
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            base = _OpenArguments
-            continue
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
-            raise TypeError(f"parameter {parameter.name!r} cannot be passed by name")
-        if parameter.name not in hints:
-            raise TypeError(f"parameter {parameter.name!r} has no type")
-        hint = hints[parameter.name]
-        description = _own_description(hint, parameter.default) or descriptions.get(parameter.name)
-        default = ... if parameter.default is parameter.empty else parameter.default
-        fields[f"arg{len(fields)}"] = (Annotated[hint, Field(alias=parameter.name, description=description)], default)
-    return create_model(function.__name__ if hasattr(function, "__name__") else "arguments", __base__=base, **fields)
-
-
-def _own_description(hint: object, default: object) -> str | None:
-    """The text of `Annotated[…, Field(description=…)]` or `= Field(description=…)`."""
-    fields = [item for item in (*getattr(hint, "__metadata__", ()), default) if isinstance(item, FieldInfo)]
-    return next((field.description for field in reversed(fields) if field.description), None)
-
-
-def _tidy_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """Pydantic's schema without its titles, keys in the order people write them: type, description, properties, …"""
-    first = [key for key in ("type", "description", "properties", "required") if key in schema]
-    rest = [key for key in schema if key not in first and key not in ("title", "additionalProperties")]
-    if schema.get("additionalProperties") not in (None, False):
-        rest.append("additionalProperties")
-    return {key: _tidy_value(key, schema[key]) for key in first + rest}
-
-
-def _tidy_value(key: str, value: Any) -> Any:
-    if key in ("properties", "$defs"):  # their keys are names, and a parameter may be called "title"
-        return {name: _tidy_schema(inner) for name, inner in value.items()}
-    if key in ("default", "enum", "const", "examples"):
-        return value
-    if isinstance(value, dict):
-        return _tidy_schema(value)
-    if isinstance(value, list):
-        return [_tidy_value("", item) for item in value]
-    return value
-
-
-def _parse_docstring(text: str) -> tuple[str, dict[str, str]]:
-    """The first paragraph as one line, and the entries of a Google-style "Args:" section."""
-    summary = " ".join(text.split("\n\n", 1)[0].split())
-    section = re.search(r"^(?:Args|Arguments|Parameters):[ \t]*\n((?:[ \t]+.*\n?|[ \t]*\n)+)", text, re.MULTILINE)
-    if section is None:
-        return summary, {}
-    return ("" if text.startswith(section.group(0)) else summary), dict(_entries(section.group(1)))
-
-
-def _entries(block: str) -> Iterator[tuple[str, str]]:
-    """`name (type): text`, whose continuation lines are indented deeper."""
-    lines = [line for line in block.splitlines() if line.strip()]
-    margin = min(len(line) - len(line.lstrip()) for line in lines)
-    name, words = "", list[str]()
-    for line in lines:
-        entry = re.match(r"\*{0,2}(\w+)[ \t]*(?:\([^)]*\))?:[ \t]*(.*)", line[margin:])
-        if entry is None:
-            words.append(line.strip())
-            continue
-        if name:
-            yield name, " ".join(words).strip()
-        name, words = entry.group(1), [entry.group(2)]
-    if name:
-        yield name, " ".join(words).strip()
 
 
 @tool

@@ -433,4 +433,4 @@ def test_events_are_json_lines_that_name_their_type() -> None:
         assert event.to_json() == expected
         assert next(iter(event.to_json())) == "type"
     started = ToolCallStarted("1", "f", {"a": 1}).to_json()
-    assert started == {"type": "tool_call", "id": "1", "name": "f", "arguments": {"a": 1}}
+    assert started == {"type": "tool_call", "id": "1", "name": "f", "arguments": {"a": 1}, "needs_approval": False}

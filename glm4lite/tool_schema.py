@@ -1,0 +1,98 @@
+"""From a function's types and docstring to the JSON schema of its arguments, in the form people write such schemas."""
+
+import functools
+import inspect
+import re
+import typing
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic.fields import FieldInfo
+
+
+class _Arguments(BaseModel):
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
+
+
+class _OpenArguments(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+@functools.lru_cache(maxsize=256)
+def arguments_model(function: Callable[..., Any]) -> type[BaseModel]:
+    """A pydantic model of the function's parameters; TypeError where one has no type or cannot be named in a call.
+
+    Fields are called arg0, arg1, … with the parameter's name as alias, because names such as "copy" or "_x" are taken
+    or forbidden in a pydantic model.
+    """
+    hints = typing.get_type_hints(function, include_extras=True)
+    _, descriptions = parse_docstring(inspect.getdoc(function) or "")
+    fields: dict[str, Any] = {}
+    base: type[BaseModel] = _Arguments
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            base = _OpenArguments
+            continue
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
+            raise TypeError(f"parameter {parameter.name!r} cannot be passed by name")
+        if parameter.name not in hints:
+            raise TypeError(f"parameter {parameter.name!r} has no type")
+        hint = hints[parameter.name]
+        description = _own_description(hint, parameter.default) or descriptions.get(parameter.name)
+        default = ... if parameter.default is parameter.empty else parameter.default
+        fields[f"arg{len(fields)}"] = (Annotated[hint, Field(alias=parameter.name, description=description)], default)
+    return create_model(function.__name__ if hasattr(function, "__name__") else "arguments", __base__=base, **fields)
+
+
+def _own_description(hint: object, default: object) -> str | None:
+    """The text of `Annotated[…, Field(description=…)]` or `= Field(description=…)`."""
+    fields = [item for item in (*getattr(hint, "__metadata__", ()), default) if isinstance(item, FieldInfo)]
+    return next((field.description for field in reversed(fields) if field.description), None)
+
+
+def tidy_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """Pydantic's schema without its titles, keys in the order people write them: type, description, properties, …"""
+    first = [key for key in ("type", "description", "properties", "required") if key in schema]
+    rest = [key for key in schema if key not in first and key not in ("title", "additionalProperties")]
+    if schema.get("additionalProperties") not in (None, False):
+        rest.append("additionalProperties")
+    return {key: _tidy_value(key, schema[key]) for key in first + rest}
+
+
+def _tidy_value(key: str, value: Any) -> Any:
+    if key in ("properties", "$defs"):  # their keys are names, and a parameter may be called "title"
+        return {name: tidy_schema(inner) for name, inner in value.items()}
+    if key in ("default", "enum", "const", "examples"):
+        return value
+    if isinstance(value, dict):
+        return tidy_schema(value)
+    if isinstance(value, list):
+        return [_tidy_value("", item) for item in value]
+    return value
+
+
+def parse_docstring(text: str) -> tuple[str, dict[str, str]]:
+    """The first paragraph as one line, and the entries of a Google-style "Args:" section."""
+    summary = " ".join(text.split("\n\n", 1)[0].split())
+    section = re.search(r"^(?:Args|Arguments|Parameters):[ \t]*\n((?:[ \t]+.*\n?|[ \t]*\n)+)", text, re.MULTILINE)
+    if section is None:
+        return summary, {}
+    return ("" if text.startswith(section.group(0)) else summary), dict(_entries(section.group(1)))
+
+
+def _entries(block: str) -> Iterator[tuple[str, str]]:
+    """`name (type): text`, whose continuation lines are indented deeper."""
+    lines = [line for line in block.splitlines() if line.strip()]
+    margin = min(len(line) - len(line.lstrip()) for line in lines)
+    name, words = "", list[str]()
+    for line in lines:
+        entry = re.match(r"\*{0,2}(\w+)[ \t]*(?:\([^)]*\))?:[ \t]*(.*)", line[margin:])
+        if entry is None:
+            words.append(line.strip())
+            continue
+        if name:
+            yield name, " ".join(words).strip()
+        name, words = entry.group(1), [entry.group(2)]
+    if name:
+        yield name, " ".join(words).strip()
