@@ -124,6 +124,7 @@ class Answer:
         self._cancel = threading.Event()
         self._events: queue.SimpleQueue[Event | _Failed | None] = queue.SimpleQueue()
         session.messages[:] = messages(chat, len(chat.turns) - 1)
+        session.approve = self.approve
         self.writer = TurnWriter(self.turn, session.messages)
         self._thread = threading.Thread(target=self._read, name=f"chat-{chat.id}", daemon=True)
 

@@ -159,7 +159,8 @@ class ChatStore:
             raise ChatError(f"{path}: this chat cannot be read: {str(error).splitlines()[0]}") from error
 
     def holds(self, chat_id: str) -> bool:
-        return self._path(chat_id).exists()
+        """Whether a chat is saved under this id, whatever is given as one."""
+        return bool(_ID.fullmatch(chat_id)) and self._path(chat_id).exists()
 
     def delete(self, chat_id: str) -> None:
         self._path(chat_id).unlink(missing_ok=True)

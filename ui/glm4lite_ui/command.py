@@ -14,7 +14,10 @@ def ui(
     model: cli.Model = "nano",
     port: Annotated[int, typer.Option(help="Of http://127.0.0.1; 0 takes a free one.", min=0, max=65535)] = 7860,
     quant: cli.Quant = None,
-    tools: cli.Tools = True,
+    tools: cli.Tools = None,
+    no_tools: cli.NoTools = False,
+    mcp: cli.Mcp = None,
+    approve: cli.Approve = "ask",
     device: cli.Device = "auto",
     dtype: cli.Dtype = "auto",
     kv: cli.KV = "auto",
@@ -26,17 +29,18 @@ def ui(
 ) -> None:
     """Chat with a model in the browser, on this machine only."""
     from glm4lite.engine import Engine
-    from glm4lite.tools import BUILTIN_TOOLS
+    from glm4lite.toolbox import Toolbox
     from glm4lite.worker import EngineWorker
     from glm4lite_ui.chats import ChatStore
     from glm4lite_ui.runtime import Runtime
     from glm4lite_ui.serving import serve
 
     store = ChatStore(chats)
-    with cli._rendering(as_json=False) as renderer:
+    cli._use_threads(threads)
+    with cli._rendering(as_json=False) as renderer, Toolbox(tools or (), mcp or (), not no_tools, approve) as box:
         if model == "nano":
             renderer.remark(cli.NANO_REMARK)
         limits: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
         engine = Engine.load(model, quant or "auto", device, dtype, renderer.show, need_template=True, **limits)
-        runtime = Runtime(EngineWorker(engine), store, BUILTIN_TOOLS if tools else (), source=model)
+        runtime = Runtime(EngineWorker(engine), store, box.tools, source=model)
         serve(runtime, port, renderer.remark)

@@ -1,4 +1,4 @@
-"""Small pieces of HTML beside the conversation: the list of chats, the live line, what is asked. All text is escaped."""
+"""Small pieces of HTML beside the conversation: the list of chats, the live line, questions. All text is escaped."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from glm4lite_ui.answering import Answer, Asking
 from glm4lite_ui.chats import Chat, Turn
 from glm4lite_ui.markup import code_block, safe_markdown, text_html
 from glm4lite_ui.runtime import Runtime
+
+EXPORTS = {"md": "Markdown", "json": "JSON"}
 
 CHAT_LIST_JS = """
 element.addEventListener('click', event => {
@@ -32,9 +34,10 @@ def chat_list(chats: Sequence[Chat], current: str) -> str:
 def _chat_row(chat: Chat, current: bool) -> str:
     title, when = text_html(chat.title), time.strftime("%d %b %Y, %H:%M", time.localtime(chat.updated))
     mark = ' aria-current="true"' if current else ""
+    target = f'data-chat="{chat.id}"'
     return (
-        f'<li><button class="g-open" data-act="open" data-chat="{chat.id}" title="{title}, {when}"{mark}>{title}</button>'
-        f'<button class="g-remove" data-act="remove" data-chat="{chat.id}" aria-label="Delete {title}">✕</button></li>'
+        f'<li><button class="g-open" data-act="open" {target} title="{title}, {when}"{mark}>{title}</button>'
+        f'<button class="g-remove" data-act="remove" {target} aria-label="Delete {title}">×</button></li>'
     )
 
 
@@ -47,7 +50,7 @@ def live_line(runtime: Runtime, chat: Chat, answer: Answer | None = None) -> str
         used, context = counts["prompt_tokens"] + counts["new_tokens"], runtime.engine.model.context
         pieces.append(f"context {used:,} of {context:,}")
     memory = f"weights {readable(runtime.weight_bytes())}"
-    if cache := runtime.cache_bytes(chat):
+    if cache := runtime.engine.prefixes.nbytes:
         memory += f" · KV {readable(cache)}"
     pieces.append(memory)
     return "".join(f"<span>{text_html(piece)}</span>" for piece in pieces)
@@ -88,3 +91,9 @@ def context_full(chat: Chat) -> str:
     """Markdown: what is offered when a chat no longer fits."""
     error = chat.turns[-1].error if chat.turns else None
     return f"**This chat no longer fits the model's context.** {safe_markdown(error or '')}"
+
+
+def export_links(chat: Chat) -> str:
+    """Downloads of the chat as it is saved."""
+    links = (f'<a href="export/{chat.id}.{kind}" download>{name}</a>' for kind, name in EXPORTS.items())
+    return f'<p class="g-export">Export: {" · ".join(links)}</p>'

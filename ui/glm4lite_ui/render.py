@@ -42,7 +42,7 @@ def _placed(chat: Chat, answering: bool) -> Iterator[tuple[Shown, int]]:
 
 def _turn(turn: Turn, under_way: bool) -> Iterator[Shown]:
     for file in turn.files:
-        yield {"role": "user", "content": f"📎 {safe_markdown(file.name)} · {file.tokens:,} tokens"}
+        yield {"role": "user", "content": f"*{safe_markdown(file.name)}* · {file.tokens:,} tokens"}
     yield {"role": "user", "content": safe_markdown(turn.user)}
     for part in turn.parts:
         if part.kind == "text":
@@ -69,7 +69,7 @@ def _call(part: Part, under_way: bool) -> Shown:
         pieces += ["**Error**" if part.error else "**Result**", code_block(part.text)]
     elif not under_way:
         pieces.append("It was not run.")
-    title = f"{'⚠️' if part.error else '🔧'} {part.name}"
+    title = f"`{part.name}`{' failed' if part.error else ''}"
     return _panel(title, "\n\n".join(pieces), part, under_way)
 
 

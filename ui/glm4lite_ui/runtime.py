@@ -1,9 +1,8 @@
-"""What the page works with: the model's worker, the tools, the saved chats, a session per recent chat."""
+"""What the page works with: the model's worker, the tools, the saved chats, the answers under way."""
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,14 +10,13 @@ from dataclasses import dataclass, field
 from glm4lite.engine import Engine
 from glm4lite.errors import Glm4liteError
 from glm4lite.inventory import devices
+from glm4lite.sampling import SamplingParams
 from glm4lite.session import ChatSession
 from glm4lite.tools import Tool
 from glm4lite.worker import EngineWorker
 from glm4lite_ui.answering import Answer
 from glm4lite_ui.chats import Attachment, Chat, ChatStore, Settings
 from glm4lite_ui.history import messages
-
-KEPT_SESSIONS = 2  # each holds the keys and values of a conversation: 80 KB a token for a 9B
 
 
 class BusyError(Glm4liteError):
@@ -34,7 +32,6 @@ class Runtime:
     tools: Sequence[Tool] = ()
     source: str = "nano"
     answers: dict[str, Answer] = field(default_factory=dict)
-    _sessions: OrderedDict[str, ChatSession] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -42,55 +39,59 @@ class Runtime:
         return self.worker.engine
 
     def open(self, chat_id: str) -> Chat:
-        """The saved chat; a new one where none is saved under this id."""
+        """The chat as it is now: being answered, saved, or a new one under this id."""
         answer = self.answers.get(chat_id)
         if answer is not None:
             return answer.chat
         return self.store.load(chat_id) if self.store.holds(chat_id) else Chat(id=chat_id)
 
+    def change(self, chat_id: str) -> Chat:
+        """As `open`, for changing the turns; raises BusyError while they grow."""
+        if chat_id in self.answers:
+            raise BusyError("this chat is being answered; stop that first")
+        return self.open(chat_id)
+
     def session(self, chat: Chat) -> ChatSession:
-        """The chat's session under its settings, with the keys and values of its last answer where those are kept."""
-        with self._lock:
-            session = self._sessions.pop(chat.id, None)
-            if session is None or session.engine is not self.engine:
-                session = ChatSession(self.engine, compute=self.worker.run)
-            self._sessions[chat.id] = session
-            while len(self._sessions) > KEPT_SESSIONS:
-                self._sessions.popitem(last=False)
-        settings = chat.settings
-        session.tools = {tool.name: tool for tool in self.chosen(settings)}
-        session.params = self.engine.params(
+        """A session under the chat's settings. What was computed before is found by the engine."""
+        session = ChatSession(
+            self.engine, self.chosen(chat.settings), params=self.params(chat.settings), compute=self.worker.run
+        )
+        session.allowed.update(chat.settings.always)
+        return session
+
+    def params(self, settings: Settings) -> SamplingParams:
+        """The chat's sampling settings over the checkpoint's; raises SamplingError."""
+        return self.engine.params(
             temperature=settings.temperature,
             top_p=settings.top_p,
             max_new_tokens=settings.max_new_tokens,
             seed=settings.seed,
         )
-        return session
 
     def chosen(self, settings: Settings) -> list[Tool]:
-        """The tools that are on in a chat."""
+        """The tools that are on in a chat; none where the model's template has no place for them."""
         if not self.engine.chat_template().takes_tools:
             return []
         return [tool for tool in self.tools if settings.tools is None or tool.name in settings.tools]
 
     @contextmanager
     def answering(self, chat: Chat) -> Iterator[Answer]:
-        """An Answer to the chat's last turn, known to the other windows; the chat is saved when it ends.
+        """An Answer to the chat's last turn, known to the other windows; the chat is saved before and after it.
 
         Raises:
             BusyError: the chat is being answered already.
         """
         with self._lock:
             if chat.id in self.answers:
-                raise BusyError("this chat is being answered in another window")
-        answer = Answer(chat, self.session(chat))
-        self.answers[chat.id] = answer
+                raise BusyError("this chat is being answered; stop that first")
+            answer = self.answers[chat.id] = Answer(chat, self.session(chat))
         try:
+            chat.name_after_first_turn()
+            self.store.save(chat)
             yield answer
         finally:
             answer.stop()
             self.answers.pop(chat.id, None)
-            chat.name_after_first_turn()
             self.store.save(chat)
 
     def count(self, text: str) -> int:
@@ -122,12 +123,8 @@ class Runtime:
         return dropped
 
     def weight_bytes(self) -> int:
+        """Of all weights, wherever they lie."""
         return sum(place["weights"] for place in devices(self.engine.model).values())
-
-    def cache_bytes(self, chat: Chat) -> int:
-        """Keys and values kept for this chat."""
-        session = self._sessions.get(chat.id)
-        return session.cache_bytes if session is not None else 0
 
     def close(self) -> None:
         """Stops every answer and the engine's thread; what was said is saved."""

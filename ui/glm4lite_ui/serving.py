@@ -6,11 +6,14 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import quote
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
+from fastapi.responses import PlainTextResponse
 
 from glm4lite.errors import Glm4liteError
+from glm4lite_ui.export import KINDS, as_json, as_markdown, file_name
 
 if TYPE_CHECKING:
     from glm4lite_ui.runtime import Runtime
@@ -35,6 +38,7 @@ def mount(app: FastAPI, runtime: Runtime) -> FastAPI:
     from glm4lite_ui.app import build
     from glm4lite_ui.layout import CSS, theme
 
+    _add_exports(app, runtime)
     return gr.mount_gradio_app(
         app,
         build(runtime),
@@ -53,6 +57,21 @@ def mount(app: FastAPI, runtime: Runtime) -> FastAPI:
         theme=theme(),
         css_paths=[CSS],
     )
+
+
+def _add_exports(app: FastAPI, runtime: Runtime) -> None:
+    """GET /export/<chat>.md and .json: a saved chat as a download."""
+
+    def export(chat_id: str, kind: Literal["md", "json"]) -> Response:
+        try:
+            chat = runtime.open(chat_id)
+        except Glm4liteError as error:
+            return PlainTextResponse(str(error), 404)
+        text = as_markdown(chat) if kind == "md" else as_json(chat)
+        headers = {"Content-Disposition": f"attachment; filename*=utf-8''{quote(file_name(chat, kind))}"}
+        return Response(text, media_type=f"{KINDS[kind]}; charset=utf-8", headers=headers)
+
+    app.add_api_route("/export/{chat_id}.{kind}", export, methods=["GET"], response_class=Response)
 
 
 class PortError(Glm4liteError):
