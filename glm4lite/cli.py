@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -176,6 +176,45 @@ def generate(
         completion = Completion(Engine.load(model, quant or "auto", device, dtype, renderer.show, **limits))
         with _interrupt_stops(completion):
             renderer.show_all(completion.run(prompt, **sampling))
+
+
+@app.command()
+def serve(
+    model: Model = "nano",
+    host: Annotated[str, typer.Option(help="Where to listen; anything but this machine needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes any that is free.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="GLM4LITE_API_KEY", help="Asked of every client.", show_default="none")
+    ] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for the one being answered.")] = 8,
+    quant: Quant = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    kv: KV = "auto",
+    gpu_memory: GpuMemory = None,
+    ram: Ram = None,
+    context: Context = None,
+    threads: Threads = None,
+) -> None:
+    """Serve a model to programs that speak OpenAI's API."""
+    from glm4lite.server import Address
+    from glm4lite.server import serve as serve_app
+
+    address = Address(host, port, api_key)
+    _use_threads(threads)
+    limits: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
+    with closing(address.listen()) as listening, _rendering(as_json=False) as renderer:
+        from glm4lite.engine import Engine
+        from glm4lite.server import create_app
+        from glm4lite.server.launch import url_of
+        from glm4lite.worker import EngineWorker
+
+        if model == "nano":
+            renderer.remark(NANO_REMARK)
+        engine = Engine.load(model, quant or "auto", device, dtype, renderer.show, **limits)
+        name = model if not Path(model).is_dir() else Path(model).resolve().name
+        served = create_app(EngineWorker(engine, queue), name, api_key)
+        serve_app(served, listening, lambda: renderer.remark(f"{name} answers at {url_of(listening)}/v1 (Ctrl-C ends)"))
 
 
 @app.command()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
+from dataclasses import dataclass
 
 import torch
 
@@ -57,6 +58,15 @@ class PrefixCache:
         self._cut(min(self.kv.get_seq_length(), len(self.ids)))
 
 
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A new token's log probability as the model gave it (before temperature and the like), and the likeliest ids'."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 class Stopped(Exception):
     """Raised inside a forward pass when generation is cancelled; never leaves this module."""
 
@@ -67,6 +77,9 @@ class Generation:
     After iteration: `finish_reason` is "stop" (a stop id came), "length" or "cancelled"; `new_tokens` counts all ids
     drawn, the stop id included; `stop_id` is the one that came; `prefilled_tokens` were not in the kept prefix.
     Raises ContextLengthError at once when the prompt leaves no room in the model's context.
+
+    May be set before iteration: `force`, which is given each drawn id and its logits and returns the id to take;
+    `top_logprobs`, with which `logprobs` gets an entry for each new id, stop ids left out.
     """
 
     def __init__(
@@ -93,6 +106,9 @@ class Generation:
         self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
         self.cache = cache or PrefixCache(model)
         self.cancel = cancel or threading.Event()
+        self.force: Callable[[int, torch.Tensor], int] | None = None
+        self.top_logprobs: int | None = None
+        self.logprobs: list[TokenLogprobs] = []
         self.limit = min(params.max_new_tokens, context - len(prompt))
         self.ids: list[int] = []
         self.finish_reason = "length"
@@ -126,10 +142,14 @@ class Generation:
         sampler, seen, started = Sampler(self.params), list(self.prompt), time.perf_counter()
         while self._logits is not None and not self.cancel.is_set():
             token = sampler(self._logits, seen)
+            if self.force is not None:
+                token = self.force(token, self._logits)
             self.seconds = time.perf_counter() - started
             if token in self.stop_ids:
                 self.finish_reason, self.stop_id = "stop", token
                 return
+            if self.top_logprobs is not None:
+                self.logprobs.append(_logprobs(self._logits, token, self.top_logprobs))
             self.ids.append(token)
             seen.append(token)
             yield token
@@ -158,6 +178,12 @@ class Generation:
         logits: torch.Tensor = output.logits[0, -1].float()
         self._logits = logits[: self.vocab_size]
         return True
+
+
+def _logprobs(logits: torch.Tensor, token: int, count: int) -> TokenLogprobs:
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(count)
+    return TokenLogprobs(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from glm4lite.messages import ToolCall
 from glm4lite.tool_schema import arguments_model, parse_docstring, tidy_schema
 
 MAX_RESULT_CHARACTERS = 16_000  # about 5k tokens; more would crowd the conversation out of the context
-_NAME = re.compile(r"[\w.-]{1,64}")  # one word: the model's call starts with the name on a line of its own
+TOOL_NAME = re.compile(r"[\w.-]{1,64}")  # one word: the model's call starts with the name on a line of its own
 
 NeedsApproval: TypeAlias = bool | Callable[[Mapping[str, Any]], bool]
 
@@ -61,7 +61,7 @@ class Tool:
     needs_approval: NeedsApproval = False  # before each call, or by its arguments
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
+        if not TOOL_NAME.fullmatch(self.name):
             raise ToolError(f"tool {self.name!r}: a tool's name is 1 to 64 letters, digits, '_', '-' or '.'")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

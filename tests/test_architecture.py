@@ -17,6 +17,8 @@ ALLOWED = {
     "bitsandbytes": {"quant/glm4lite_quant/bnb.py"},
     "gradio": set(),
     "triton": set(),
+    "fastapi": {"glm4lite/server/app.py"},
+    "uvicorn": {"glm4lite/server/launch.py"},
     "pickle": set(),
     "huggingface_hub": {"glm4lite/weights/download.py", "glm4lite/weights/remote.py"},
 }

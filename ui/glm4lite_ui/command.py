@@ -29,18 +29,19 @@ def ui(
 ) -> None:
     """Chat with a model in the browser, on this machine only."""
     from glm4lite.engine import Engine
+    from glm4lite.server import Address
     from glm4lite.toolbox import Toolbox
     from glm4lite.worker import EngineWorker
     from glm4lite_ui.chats import ChatStore
     from glm4lite_ui.runtime import Runtime
-    from glm4lite_ui.serving import serve
+    from glm4lite_ui.serving import serve_page
 
-    store = ChatStore(chats)
     cli._use_threads(threads)
+    store, listening = ChatStore(chats), Address("127.0.0.1", port).listen()
     with cli._rendering(as_json=False) as renderer, Toolbox(tools or (), mcp or (), not no_tools, approve) as box:
         if model == "nano":
             renderer.remark(cli.NANO_REMARK)
         limits: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
         engine = Engine.load(model, quant or "auto", device, dtype, renderer.show, need_template=True, **limits)
         runtime = Runtime(EngineWorker(engine), store, box.tools, source=model)
-        serve(runtime, port, renderer.remark)
+        serve_page(runtime, listening, renderer.remark)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Callable
@@ -11,8 +12,12 @@ from urllib.parse import quote
 
 from fastapi import FastAPI, Response
 from fastapi.responses import PlainTextResponse
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glm4lite.errors import Glm4liteError
+from glm4lite.server import create_app, serve
+from glm4lite.server.launch import url_of
 from glm4lite_ui.export import KINDS, as_json, as_markdown, file_name
 
 if TYPE_CHECKING:
@@ -56,7 +61,48 @@ def mount(app: FastAPI, runtime: Runtime) -> FastAPI:
         mcp_server=False,
         theme=theme(),
         css_paths=[CSS],
+        app_kwargs={"middleware": [Middleware(Gate)], "docs_url": None, "redoc_url": None, "openapi_url": None},
     )
+
+
+# What the page itself asks for. Everything else that Gradio serves (files of this machine, a proxy, API pages, direct
+# calls, run history, monitoring, code from a chat) is not there.
+OPEN = re.compile(
+    r"/(config/?|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(static|assets|svelte)/.*)?"
+    r"|/gradio_api/(queue/(join|data)|upload|upload_progress|heartbeat/\w+|cancel|reset/?|startup-events|theme\.css)"
+)
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' blob: data:; worker-src 'self' blob:; "
+    "frame-src 'none'; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+)
+HEADERS = {
+    b"content-security-policy": POLICY.encode(),
+    b"x-content-type-options": b"nosniff",
+    b"x-frame-options": b"DENY",
+    b"referrer-policy": b"no-referrer",
+    b"cross-origin-opener-policy": b"same-origin",
+    b"cross-origin-resource-policy": b"same-origin",
+}
+
+
+class Gate:
+    """ASGI middleware of the page: only what it needs is served, and its answers may load nothing from elsewhere."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                named = [(name, value) for name, value in message["headers"] if name.lower() not in HEADERS]
+                message = {**message, "headers": [*named, *HEADERS.items()]}
+            await send(message)
+
+        if scope["type"] == "http" and not OPEN.fullmatch(scope["path"]):
+            await PlainTextResponse("not found", 404)(scope, receive, guarded)
+        else:
+            await self.app(scope, receive, guarded if scope["type"] == "http" else send)
 
 
 def _add_exports(app: FastAPI, runtime: Runtime) -> None:
@@ -74,30 +120,10 @@ def _add_exports(app: FastAPI, runtime: Runtime) -> None:
     app.add_api_route("/export/{chat_id}.{kind}", export, methods=["GET"], response_class=Response)
 
 
-class PortError(Glm4liteError):
-    """The port cannot be listened on."""
-
-
-def serve(runtime: Runtime, port: int, say: Callable[[str], None]) -> None:
-    """Serves the page on 127.0.0.1 until Ctrl-C; port 0 takes a free one. Raises PortError."""
-    import uvicorn
-
-    listener = _listen(port)
-    app = mount(FastAPI(openapi_url=None), runtime)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-    say(f"glm4lite: open http://127.0.0.1:{listener.getsockname()[1]} (Ctrl-C ends it)")
+def serve_page(runtime: Runtime, listening: socket.socket, say: Callable[[str], None]) -> None:
+    """The page at "/" and OpenAI's API at "/v1" of one address, until Ctrl-C."""
+    app = mount(create_app(runtime.worker, runtime.source), runtime)
     try:
-        server.run(sockets=[listener])
+        serve(app, listening, lambda: say(f"Open {url_of(listening)} in a browser (Ctrl-C ends)"))
     finally:
         runtime.close()
-
-
-def _listen(port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(("127.0.0.1", port))
-    except OSError as error:
-        listener.close()
-        raise PortError(f"port {port} cannot be used: {error.strerror}; choose another with --port") from None
-    return listener

@@ -1,0 +1,113 @@
+"""What runs on the engine's thread for one request: a Question becomes a stream of pieces, the last one Done."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import dropwhile
+from typing import TypeAlias
+
+from glm4lite.engine import SEPARATOR, Engine, Totals
+from glm4lite.events import Done, Progress, TextDelta, ThinkingDelta
+from glm4lite.forced_call import ForcedCall
+from glm4lite.generate import Generation, TokenLogprobs
+from glm4lite.server.question import Question
+from glm4lite.tool_calls import Call, OutputParser, Segment, Text, Thinking
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Log probabilities of the tokens that the next text is made of."""
+
+    tokens: tuple[TokenLogprobs, ...]
+
+
+Piece: TypeAlias = TextDelta | ThinkingDelta | Call | Scored | Progress | Done
+
+
+def answer(engine: Engine, question: Question, cancel: threading.Event) -> Iterator[Piece]:
+    """The answer to one question. finish_reason is "tool_calls" where the model ended with calls."""
+    generation = engine.generate(question.prompt, question.params, cancel)
+    generation.top_logprobs = question.top_logprobs
+    if question.forced:
+        generation.force = ForcedCall(engine.tokenizer, question.forced, _endings(engine, generation, question))
+    yield from engine.prefill(generation)
+    called = False
+    for piece in _pieces(engine, generation, question) if question.chat else _plain(engine, generation):
+        called = called or isinstance(piece, Call)
+        yield piece
+    totals = Totals()
+    totals.add(generation)
+    whole = called and generation.finish_reason == "stop"
+    yield totals.done(generation, "tool_calls" if whole else None)
+
+
+def _pieces(engine: Engine, generation: Generation, question: Question) -> Iterator[Piece]:
+    parser, scores = OutputParser(question.tools, question.thinking), _Scores(engine, generation)
+    for text in engine.pieces(generation):
+        segments = parser.separator() if text is None else parser.feed(text)
+        for segment in segments:
+            yield from scores.before(segment)
+            yield _piece(segment)
+        if not question.parallel and any(isinstance(segment, Call) for segment in segments):
+            generation.finish_reason = "stop"
+            return
+    for segment in parser.finish():
+        cut = question.forced and generation.finish_reason == "length"
+        found = _cut_call(segment, question.forced) if cut else segment
+        yield from scores.before(found)
+        yield _piece(found)
+
+
+def _plain(engine: Engine, generation: Generation) -> Iterator[Piece]:
+    scores = _Scores(engine, generation)
+    for text in engine.pieces(generation):
+        if text != "":
+            said = Text(SEPARATOR if text is None else text)
+            yield from scores.before(said)
+            yield TextDelta(said.text)
+
+
+def _piece(segment: Segment) -> Piece:
+    if isinstance(segment, Call):
+        return segment
+    return ThinkingDelta(segment.text) if isinstance(segment, Thinking) else TextDelta(segment.text)
+
+
+def _cut_call(segment: Segment, names: tuple[str, ...]) -> Segment:
+    """A forced call that max_tokens cut in its arguments is still a call; the finish reason says that it is cut."""
+    if isinstance(segment, Text):
+        name, newline, arguments = segment.text.partition("\n")
+        if newline and name in names:
+            return Call(name, arguments)
+    return segment
+
+
+def _endings(engine: Engine, generation: Generation, question: Question) -> list[int]:
+    """What may follow a forced call; GLM ends a turn of calls with <|observation|>."""
+    special = engine.tokenizer.special
+    stops = sorted(generation.stop_ids, key=lambda token: token != special.get("<|observation|>"))
+    separator = [special[SEPARATOR]] if question.parallel and SEPARATOR in special else []
+    return stops + separator
+
+
+class _Scores:
+    """Gives each token's log probabilities out once, with its text; calls and thoughts have none."""
+
+    def __init__(self, engine: Engine, generation: Generation) -> None:
+        self._tokenizer, self._generation = engine.tokenizer, generation
+        self._given, self._begun = 0, False
+
+    def before(self, segment: Segment) -> Iterator[Scored]:
+        if self._generation.top_logprobs is None:
+            return
+        tokens = self._generation.logprobs[self._given :]
+        self._given += len(tokens)
+        if not isinstance(segment, Text):
+            return
+        if not self._begun and not segment.text.startswith("\n"):  # the newline that GLM starts every answer with
+            tokens = list(dropwhile(lambda token: self._tokenizer.decode([token.id]) == "\n", tokens))
+        self._begun = True
+        if tokens:
+            yield Scored(tuple(tokens))

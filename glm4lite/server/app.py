@@ -1,0 +1,159 @@
+"""create_app: the endpoints, on FastAPI so that a page can be mounted on the same app."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from fastapi import FastAPI
+from starlette.background import BackgroundTask
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from glm4lite.server.body import read_json
+from glm4lite.server.errors import ApiError, json_response
+from glm4lite.server.guard import Guard
+from glm4lite.server.metrics import Metrics
+from glm4lite.server.question import Question, chat_question, completion_question
+from glm4lite.server.replies import ChatReply, CompletionReply, Reply
+from glm4lite.server.requests import ChatRequest, CompletionRequest
+from glm4lite.server.stream import Stream, events
+from glm4lite.worker import EngineWorker
+
+Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
+ENDPOINTS = {
+    "/v1/models": ("GET", "models"),
+    "/v1/models/{name:path}": ("GET", "model"),
+    "/v1/chat/completions": ("POST", "chat"),
+    "/v1/completions": ("POST", "completion"),
+    "/health": ("GET", "health"),
+    "/metrics": ("GET", "metrics_page"),
+}
+NO_BUFFER = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def create_app(
+    worker: EngineWorker, model: str = "nano", api_key: str | None = None, hosts: Iterable[str] = ()
+) -> FastAPI:
+    """The app of one model.
+
+    model: its name in the API. api_key: asked for everywhere but at /health. hosts: names besides localhost and
+    loopback addresses under which it answers without a key. The worker is closed with the app.
+    """
+    app = FastAPI(title="glm4lite", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_closing(worker))
+    api = Api(worker, model)
+    app.add_middleware(Guard, api_key=api_key, hosts=tuple(hosts))
+    app.add_middleware(_Counted, metrics=api.metrics)
+    app.add_exception_handler(ApiError, _refused)
+    app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(Exception, _failed)
+    for path, (method, endpoint) in ENDPOINTS.items():
+        app.add_api_route(path, getattr(api, endpoint), methods=[method])
+    return app
+
+
+class Api:
+    """The endpoints. Checking and tokenizing happen in threads of their own, the model's work in the worker's."""
+
+    def __init__(self, worker: EngineWorker, model: str) -> None:
+        self._worker, self._model, self._started = worker, model, int(time.time())
+        self.metrics = Metrics(worker)
+
+    async def models(self) -> Response:
+        return json_response({"object": "list", "data": [self._card()]})
+
+    async def model(self, name: str) -> Response:
+        self._check_model(name)
+        return json_response(self._card())
+
+    async def health(self) -> Response:
+        state = self._worker.state()
+        return json_response({"status": "ok", "waiting": state.waiting, "running": state.running})
+
+    async def metrics_page(self) -> Response:
+        return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def chat(self, request: Request) -> Response:
+        asked = await self._asked(request, ChatRequest)
+        question = await run_in_threadpool(chat_question, self._worker.engine, asked)
+        return await self._reply(request, asked, question, ChatReply(self._model, self._worker.engine.tokenizer))
+
+    async def completion(self, request: Request) -> Response:
+        asked = await self._asked(request, CompletionRequest)
+        question = await run_in_threadpool(completion_question, self._worker.engine, asked)
+        return await self._reply(request, asked, question, CompletionReply(self._model, self._worker.engine.tokenizer))
+
+    async def _asked(self, request: Request, form: type[Asked]) -> Asked:
+        asked = form.read(await read_json(request))
+        self._check_model(asked.model)
+        return asked
+
+    async def _reply(
+        self, request: Request, asked: ChatRequest | CompletionRequest, question: Question, reply: Reply
+    ) -> Response:
+        stream = Stream(self._worker, question, request)
+        if asked.stream:
+            body = events(stream, reply, asked.include_usage)
+            # `events` cancels by itself, but is never begun for a client that is gone already.
+            gone = BackgroundTask(stream.cancel)
+            return StreamingResponse(body, media_type="text/event-stream", headers=NO_BUFFER, background=gone)
+        async for piece in stream.pieces():
+            if piece is not None:
+                for _ in reply.chunks(piece):
+                    pass
+        if stream.gone:
+            return Response(status_code=499)  # nobody reads it; nginx' number for that, for the metrics
+        return json_response(reply.whole())
+
+    def _check_model(self, name: str) -> None:
+        if name != self._model:
+            message = f"The model {name[:200]!r} does not exist; this server has {self._model!r}"
+            raise ApiError(message, 404, param="model", code="model_not_found")
+
+    def _card(self) -> dict[str, Any]:
+        context = self._worker.engine.model.context
+        about = {"id": self._model, "object": "model", "created": self._started, "owned_by": "glm4lite"}
+        return {**about, "context_length": context}
+
+
+class _Counted:
+    """Counts answers by endpoint and status; paths nobody declared are one endpoint."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                path = getattr(scope.get("route"), "path", "")
+                self._metrics.count(path if path in ENDPOINTS else "other", message["status"])
+            await send(message)
+
+        await self._app(scope, receive, counting if scope["type"] == "http" else send)
+
+
+def _closing(worker: EngineWorker) -> Any:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(worker.close)
+
+    return lifespan
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """A mistake of this program; uvicorn logs its traceback."""
+    return ApiError(f"the request failed: {type(error).__name__}; the server's log says more", 500).response()
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    if isinstance(error, ApiError):
+        return error.response()
+    if isinstance(error, HTTPException):
+        return ApiError(f"{request.method} {request.url.path}: {error.detail}", error.status_code).response()
+    raise error

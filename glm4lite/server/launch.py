@@ -1,0 +1,90 @@
+"""Serving an app: where it may listen, and uvicorn's settings."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from glm4lite.errors import ConfigError, one_line
+from glm4lite.server.guard import is_loopback
+
+SHUTDOWN_S = 2  # for answers that are being given; then they are cancelled
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where to listen, and the key that is asked for. Raises ConfigError, before anything is loaded.
+
+    Without a key only this machine's own names are possible: whoever reaches the port uses the model.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.api_key is not None and (not self.api_key.strip() or not self.api_key.isprintable()):
+            raise ConfigError("the API key is empty or holds what cannot be typed")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"the port is {self.port}; use a number up to 65535")
+        if self.api_key is None and not is_loopback(self.host):
+            raise ConfigError(
+                f"--host {self.host[:100]} would open the model to other machines: that needs an --api-key"
+            )
+
+    def listen(self) -> socket.socket:
+        """A bound socket, so that a port in use is said before a model loads; ConfigError."""
+        try:
+            family, kind, protocol, _, where = socket.getaddrinfo(
+                self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            listening = socket.socket(family, kind, protocol)
+        except (OSError, UnicodeError) as error:
+            raise ConfigError(f"--host {self.host[:100]}: {one_line(error)}") from None
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(where)
+        except OSError as error:
+            listening.close()
+            raise ConfigError(f"cannot listen on {self.host[:100]} port {self.port}: {one_line(error)}") from None
+        return listening
+
+
+def url_of(listening: socket.socket) -> str:
+    """http://127.0.0.1:8000"""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(app: ASGIApp, listening: socket.socket, started: Callable[[], None] = lambda: None) -> None:
+    """Serves until Ctrl-C; `started` is called when requests are answered."""
+    Server(app, started).run(sockets=[listening])
+
+
+class Server(uvicorn.Server):
+    """uvicorn as this app needs it; `should_exit` ends it."""
+
+    def __init__(self, app: ASGIApp, started: Callable[[], None] = lambda: None) -> None:
+        super().__init__(_config(app))
+        self._announce = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._announce()
+
+
+def _config(app: ASGIApp) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        log_level="warning",  # no access log: requests are counted in /metrics, and nothing of them is written down
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        ws="none",
+        timeout_graceful_shutdown=SHUTDOWN_S,
+    )

@@ -1,0 +1,131 @@
+"""Question: a checked request as the model gets it: token ids, sampling, and what to look for in the output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from glm4lite.engine import Engine
+from glm4lite.errors import Glm4liteError, SamplingError, TemplateError
+from glm4lite.messages import Message
+from glm4lite.sampling import SamplingParams
+from glm4lite.server.declared import check_name, declared_tools, forced_names
+from glm4lite.server.errors import ApiError
+from glm4lite.server.requests import ChatRequest, CompletionRequest
+
+_END_OF_THOUGHT = "\n</think>\n\n"
+
+
+@dataclass(frozen=True)
+class Question:
+    """`forced`: of these tools one must be called first. `chat` false: the output is text as it comes."""
+
+    prompt: list[int]
+    params: SamplingParams
+    chat: bool
+    tools: frozenset[str] = frozenset()
+    forced: tuple[str, ...] = ()
+    parallel: bool = True
+    thinking: bool = False
+    top_logprobs: int | None = None
+
+
+def chat_question(engine: Engine, request: ChatRequest) -> Question:
+    """Renders and tokenizes the conversation. Raises ApiError; over-long conversations are refused here."""
+    messages = in_order([_message(message, place) for place, message in enumerate(request.messages)])
+    tools = declared_tools(request.tools or [])
+    names = [tool["function"]["name"] for tool in tools]
+    forced = forced_names(request.tool_choice, names)
+    if request.tool_choice == "none":  # a tool that the model does not know of is not called
+        tools, names = [], []
+    try:
+        template = engine.chat_template()
+        if tools and not template.takes_tools:
+            raise ApiError("tools: this model's chat template has no place for them", param="tools")
+        prompt = template.encode(engine.tokenizer, messages, tools)
+    except TemplateError as error:
+        raise ApiError(str(error), param="messages") from None
+    thinking = template.starts_thinking(engine.tokenizer.decode(prompt[-8:], keep_special=True))
+    if forced and thinking:  # a call that must come first leaves no room for a thought
+        prompt, thinking = prompt + engine.tokenizer.encode(_END_OF_THOUGHT, special=True), False
+    return Question(
+        _fitting(engine, prompt, "messages"),
+        _params(engine, request, forced=bool(forced)),
+        chat=True,
+        tools=frozenset(names),
+        forced=forced,
+        parallel=request.parallel_tool_calls is not False,
+        thinking=thinking,
+        top_logprobs=request.wanted_logprobs,
+    )
+
+
+def completion_question(engine: Engine, request: CompletionRequest) -> Question:
+    """The prompt's ids, behind the model's prefix where it is text. Raises ApiError."""
+    match request.prompt:
+        case [int(), *_]:
+            prompt = [token for token in request.prompt if isinstance(token, int)]
+            wrong = next((token for token in prompt if not 0 <= token < engine.tokenizer.size), None)
+            if wrong is not None:
+                raise ApiError(f"prompt: {wrong} is no token of this model", param="prompt")
+        case [str(text)] | str(text):
+            prompt = engine.tokenizer.prefix_ids + engine.tokenizer.encode(text)
+        case _:
+            raise ApiError("prompt: must be text or token ids", param="prompt")
+    fitting = _fitting(engine, prompt, "prompt")
+    return Question(fitting, _params(engine, request), chat=False, top_logprobs=request.logprobs)
+
+
+def in_order(messages: list[Message]) -> list[Message]:
+    """Results of one turn's calls in the order of the calls: GLM's observations carry no ids, their order is all."""
+    ordered, ids = list[Message](), list[str]()
+    run: list[Message] = []
+
+    def close() -> None:
+        run.sort(key=lambda result: ids.index(result.tool_call_id) if result.tool_call_id in ids else len(ids))
+        ordered.extend(run)
+        run.clear()
+
+    for message in messages:
+        if message.role == "tool":
+            run.append(message)
+            continue
+        close()
+        ordered.append(message)
+        ids = [call.id for call in message.tool_calls]
+    close()
+    return ordered
+
+
+def _message(data: dict[str, Any], place: int) -> Message:
+    at = f"messages[{place}]"
+    try:
+        message = Message.from_dict(data)
+    except Glm4liteError as error:
+        raise ApiError(f"{at}: {str(error).removeprefix('message: ')}", param=at) from None
+    for number, call in enumerate(message.tool_calls):
+        check_name(call.name, f"{at}.tool_calls[{number}].function.name")
+    return message
+
+
+def _fitting(engine: Engine, prompt: list[int], param: str) -> list[int]:
+    context = engine.model.context
+    if not prompt:
+        raise ApiError(f"{param}: the prompt is empty: there is nothing to go on from", param=param)
+    if len(prompt) >= context:
+        raise ApiError(
+            f"This model's context is {context} tokens, and {param} took {len(prompt)}; nothing was cut. Shorten them.",
+            param=param,
+            code="context_length_exceeded",
+        )
+    return prompt
+
+
+def _params(engine: Engine, request: ChatRequest | CompletionRequest, forced: bool = False) -> SamplingParams:
+    sampling = request.sampling(most=engine.model.context)
+    if forced:  # a stop text must not end a call in its middle
+        sampling["stop"] = ()
+    try:
+        return engine.params(**sampling)
+    except SamplingError as error:
+        raise ApiError(str(error)) from None

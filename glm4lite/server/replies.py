@@ -1,0 +1,166 @@
+"""An answer's pieces as OpenAI's objects: whole, or chunk by chunk as server-sent events carry them."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from glm4lite import __version__
+from glm4lite.events import Done, TextDelta, ThinkingDelta
+from glm4lite.generate import TokenLogprobs
+from glm4lite.server.answer import Piece, Scored
+from glm4lite.tokenizer import Tokenizer
+from glm4lite.tool_calls import Call
+
+JSON = dict[str, Any]
+
+
+class Reply(Protocol):
+    """One endpoint's form. Feed it every piece; it gives the chunks of a stream, and at the end the whole."""
+
+    def first(self) -> Iterator[JSON]:
+        """Chunks before the first piece."""
+        ...
+
+    def chunks(self, piece: Piece) -> Iterator[JSON]:
+        """Chunks that this piece makes; it is remembered for `whole`."""
+        ...
+
+    def whole(self) -> JSON:
+        """The answer in one object."""
+        ...
+
+    def usage_chunk(self) -> JSON:
+        """The stream's last chunk, where the client wants the counts."""
+        ...
+
+
+class _Form:
+    """What both endpoints' objects share."""
+
+    kind, stream_kind, prefix = "", "", ""
+
+    def __init__(self, model: str, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._done, self._text = tokenizer, Done(0, 0, "stop", 0.0, 0), list[str]()
+        self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self._head["system_fingerprint"] = f"glm4lite-{__version__}"
+
+    def usage_chunk(self) -> JSON:
+        return {**self._head, "object": self.stream_kind, "choices": [], "usage": self._usage()}
+
+    def _usage(self) -> JSON:
+        prompt, new = self._done.prompt_tokens, self._done.new_tokens
+        cached = {"cached_tokens": prompt - self._done.prefilled_tokens}
+        counts = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        return {**counts, "prompt_tokens_details": cached}
+
+    def _token(self, token: int) -> tuple[str, list[int]]:
+        """A token's text and bytes; half a character has no text of its own."""
+        written = self._tokenizer.token_bytes(token)
+        return written.decode("utf-8", "replace"), list(written)
+
+
+class ChatReply(_Form):
+    """`chat.completion` and its chunks."""
+
+    kind, stream_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def __init__(self, model: str, tokenizer: Tokenizer) -> None:
+        super().__init__(model, tokenizer)
+        self._thought, self._calls, self._scores = list[str](), list[JSON](), list[JSON]()
+        self._unsent = list[JSON]()  # scores that go out with the next text
+
+    def first(self) -> Iterator[JSON]:
+        yield self._chunk({"role": "assistant", "content": ""})
+
+    def chunks(self, piece: Piece) -> Iterator[JSON]:
+        match piece:
+            case Scored(tokens):
+                self._unsent += map(self._score, tokens)
+            case TextDelta(text):
+                self._text.append(text)
+                self._scores += self._unsent
+                scores, self._unsent = self._unsent, []
+                yield self._chunk({"content": text}, logprobs={"content": scores, "refusal": None} if scores else None)
+            case ThinkingDelta(text):
+                self._thought.append(text)
+                yield self._chunk({"reasoning_content": text})
+            case Call(name, arguments):
+                call = {"id": f"call_{secrets.token_hex(12)}", "type": "function"}
+                place = {"index": len(self._calls)}
+                self._calls.append({**call, "function": {"name": name, "arguments": arguments}})
+                # Two chunks, as OpenAI's own: the name, then the arguments.
+                yield self._chunk({"tool_calls": [{**place, **call, "function": {"name": name, "arguments": ""}}]})
+                yield self._chunk({"tool_calls": [{**place, "function": {"arguments": arguments}}]})
+            case Done():
+                self._done = piece
+                yield self._chunk({}, piece.finish_reason)
+
+    def whole(self) -> JSON:
+        message: JSON = {"role": "assistant", "content": "".join(self._text) or (None if self._calls else "")}
+        if self._thought:
+            message["reasoning_content"] = "".join(self._thought)
+        if self._calls:
+            message["tool_calls"] = self._calls
+        scores = {"content": self._scores, "refusal": None} if self._scores else None
+        choice = {"index": 0, "message": message, "logprobs": scores, "finish_reason": self._done.finish_reason}
+        return {**self._head, "object": self.kind, "choices": [choice], "usage": self._usage()}
+
+    def _chunk(self, delta: JSON, finish_reason: str | None = None, logprobs: JSON | None = None) -> JSON:
+        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {**self._head, "object": self.stream_kind, "choices": [choice]}
+
+    def _score(self, token: TokenLogprobs) -> JSON:
+        return {**self._scored(token.id, token.logprob), "top_logprobs": [self._scored(*other) for other in token.top]}
+
+    def _scored(self, token: int, logprob: float) -> JSON:
+        text, written = self._token(token)
+        return {"token": text, "bytes": written, "logprob": max(logprob, -9999.0)}  # JSON has no infinity
+
+
+class CompletionReply(_Form):
+    """`text_completion`, whole and in chunks of the same name."""
+
+    kind, stream_kind, prefix = "text_completion", "text_completion", "cmpl"
+
+    def __init__(self, model: str, tokenizer: Tokenizer) -> None:
+        super().__init__(model, tokenizer)
+        self._scores, self._unsent, self._length = list[TokenLogprobs](), list[TokenLogprobs](), 0
+
+    def first(self) -> Iterator[JSON]:
+        return iter(())
+
+    def chunks(self, piece: Piece) -> Iterator[JSON]:
+        match piece:
+            case Scored(tokens):
+                self._unsent += tokens
+            case TextDelta(text):
+                offset, self._length = self._length, self._length + len(text)
+                self._text.append(text)
+                self._scores += self._unsent
+                scores, self._unsent = self._unsent, []
+                yield self._chunk(text, self._logprobs(scores, offset))
+            case Done():
+                self._done = piece
+                yield self._chunk("", None, piece.finish_reason)
+
+    def whole(self) -> JSON:
+        chunk = self._chunk("".join(self._text), self._logprobs(self._scores, 0), self._done.finish_reason)
+        return {**chunk, "usage": self._usage()}
+
+    def _chunk(self, text: str, logprobs: JSON | None, finish_reason: str | None = None) -> JSON:
+        choice = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {**self._head, "object": self.kind, "choices": [choice]}
+
+    def _logprobs(self, scores: list[TokenLogprobs], offset: int) -> JSON | None:
+        if not scores:
+            return None
+        texts, offsets = [self._token(score.id)[0] for score in scores], list[int]()
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        top = [{self._token(token)[0]: max(value, -9999.0) for token, value in score.top} for score in scores]
+        logprobs = [max(score.logprob, -9999.0) for score in scores]
+        return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}

@@ -1,0 +1,103 @@
+"""From the engine's thread to the event loop: the pieces of one answer, for as long as the client is there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator
+
+from starlette.requests import Request
+
+from glm4lite.errors import Glm4liteError, QueueFull
+from glm4lite.events import Progress
+from glm4lite.server.answer import Piece, answer
+from glm4lite.server.errors import ApiError, encode
+from glm4lite.server.question import Question
+from glm4lite.server.replies import Reply
+from glm4lite.worker import Ended, EngineWorker, Job
+
+logger = logging.getLogger("glm4lite")
+
+POLL_S = 0.15  # how often a silent answer looks whether its client is still there
+QUIET_S = 10.0  # after which a stream says that it is alive, for proxies in between
+
+
+class Stream:
+    """One question in the worker's queue. Iterate it once; the job is cancelled when the iteration ends early.
+
+    Raises ApiError: 429 at once where the queue is full, 500 for what went wrong within.
+    """
+
+    def __init__(self, worker: EngineWorker, question: Question, request: Request) -> None:
+        self._worker, self._request = worker, request
+        self._pieces: asyncio.Queue[Piece | Ended] = asyncio.Queue()
+        self.gone = False  # the client went away
+        loop, cancel = asyncio.get_running_loop(), threading.Event()
+
+        def deliver(piece: Piece | Ended) -> None:
+            loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+        try:
+            self._job: Job[Piece] = worker.submit(lambda engine: answer(engine, question, cancel), deliver, cancel)
+        except QueueFull as error:
+            wait = {"Retry-After": str(error.retry_after)}
+            raise ApiError(str(error), 429, code="queue_full", headers=wait) from None
+
+    async def pieces(self) -> AsyncIterator[Piece | None]:
+        """The pieces, Done last; None each time nothing came for a while."""
+        try:
+            while not self.gone:
+                try:
+                    piece = await asyncio.wait_for(self._pieces.get(), POLL_S)
+                except TimeoutError:
+                    self.gone = await self._request.is_disconnected()
+                    yield None
+                    continue
+                if isinstance(piece, Ended):
+                    _raise(piece.error)
+                    return
+                yield piece
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """The answer is not wanted any more; nothing happens when it is complete."""
+        self._worker.cancel(self._job)
+
+
+def _raise(error: BaseException | None) -> None:
+    if error is None:
+        return
+    if isinstance(error, Glm4liteError):
+        raise ApiError(str(error))
+    logger.error("an answer failed", exc_info=error)
+    raise ApiError(f"the answer failed: {type(error).__name__}; the server's log says more", 500)
+
+
+async def events(stream: Stream, reply: Reply, include_usage: bool) -> AsyncIterator[bytes]:
+    """The answer as server-sent events. What goes wrong on the way is an event with an error object."""
+    quiet = 0.0
+    for chunk in reply.first():
+        yield _event(encode(chunk))
+    try:
+        async for piece in stream.pieces():
+            quiet = quiet + POLL_S if piece is None else 0.0
+            if piece is None and quiet >= QUIET_S:
+                quiet = 0.0
+                yield b": waiting\n\n"
+            elif isinstance(piece, Progress):
+                yield f": {piece.stage} {piece.done}/{piece.total} {piece.unit}\n\n".encode()
+            elif piece is not None:
+                for chunk in reply.chunks(piece):
+                    yield _event(encode(chunk))
+    except ApiError as error:
+        yield _event(encode(error.body()))
+        return
+    if include_usage:
+        yield _event(encode(reply.usage_chunk()))
+    yield _event(b"[DONE]")
+
+
+def _event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"

@@ -1,0 +1,264 @@
+"""The API as programs use it: OpenAI's official client against a real server with the nano model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from glm4lite.engine import Engine
+from glm4lite.template import ChatTemplate
+from glm4lite.tools import BUILTIN_TOOLS, calculator, run_tool
+from tests.glm4lite.served import Served, scripted, served
+
+TOOLS: Any = [tool.schema() for tool in BUILTIN_TOOLS]
+CALL = 'calculator\n{"expression": "37 * 24"}'
+OTHER = 'unit_convert\n{"value": 5, "from_unit": "km", "to_unit": "m"}'
+ASKED: Any = {"role": "user", "content": "What is 37 * 24?"}
+
+
+@pytest.fixture(scope="module")
+def nano() -> Iterator[Served]:
+    with served(Engine.load("nano", quant="int8", device="cpu")) as server:
+        yield server
+
+
+def calls_of(message: Any) -> list[tuple[str, dict[str, Any]]]:
+    return [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls or []]
+
+
+def merged(stream: Any) -> dict[str, Any]:
+    """A stream's deltas put together as clients do it."""
+    content, thought, calls, reason = "", "", dict[int, dict[str, str]](), None
+    for chunk in stream:
+        for choice in chunk.choices:
+            content += choice.delta.content or ""
+            thought += getattr(choice.delta, "reasoning_content", None) or ""
+            reason = choice.finish_reason or reason
+            for part in choice.delta.tool_calls or []:
+                call = calls.setdefault(part.index, {"id": "", "name": "", "arguments": ""})
+                call["id"] += part.id or ""
+                call["name"] += part.function.name or ""
+                call["arguments"] += part.function.arguments or ""
+    return {"content": content, "thought": thought, "calls": list(calls.values()), "reason": reason}
+
+
+def test_the_model_is_listed_by_its_name(nano: Served) -> None:
+    [model] = nano.client.models.list().data
+    assert model.id == "nano"
+    assert nano.client.models.retrieve("nano").id == "nano"
+    with pytest.raises(openai.NotFoundError, match="other"):
+        nano.client.models.retrieve("other")
+
+
+def test_an_answer_whole_and_streamed_is_the_same(nano: Served) -> None:
+    whole = nano.chat()
+    assert whole.choices[0].finish_reason == "stop"
+    assert whole.choices[0].message.role == "assistant"
+    assert merged(nano.chat(stream=True))["content"] == whole.choices[0].message.content == "Hello! How can I help you?"
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+
+
+def test_usage_is_streamed_where_it_is_asked_for(nano: Served) -> None:
+    chunks = list(nano.chat(stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == nano.chat().usage.completion_tokens
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert all(chunk.usage is None for chunk in nano.chat(stream=True))
+
+
+def test_a_whole_conversation_with_a_tool(nano: Served) -> None:
+    first = nano.chat(messages=[ASKED], tools=TOOLS)
+    assert first.choices[0].finish_reason == "tool_calls"
+    message = first.choices[0].message
+    assert message.content is None
+    assert calls_of(message) == [("calculator", {"expression": "37 * 24"})]
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "888"}
+    second = nano.chat(messages=[ASKED, message, result], tools=TOOLS)
+    assert "888" in second.choices[0].message.content
+    assert second.choices[0].finish_reason == "stop"
+    assert second.usage.prompt_tokens_details.cached_tokens > 0.8 * first.usage.prompt_tokens
+
+
+def test_a_tool_call_is_streamed(nano: Served) -> None:
+    got = merged(nano.chat(messages=[ASKED], tools=TOOLS, stream=True))
+    assert (got["content"], got["reason"]) == ("", "tool_calls")
+    [call] = got["calls"]
+    assert call["id"].startswith("call_")
+    assert (call["name"], json.loads(call["arguments"])) == ("calculator", {"expression": "37 * 24"})
+
+
+def test_the_clients_own_stream_helper_understands_the_stream(nano: Served) -> None:
+    with nano.client.chat.completions.stream(model="nano", messages=[ASKED], tools=TOOLS) as stream:
+        for _ in stream:
+            pass
+        final = stream.get_final_completion()
+    assert calls_of(final.choices[0].message) == [("calculator", {"expression": "37 * 24"})]
+
+
+def test_several_calls_come_in_one_answer(nano: Served) -> None:
+    text = "What is 38 * 25 and what time is it in Paris?"
+    whole = nano.chat(text, tools=TOOLS)
+    assert [name for name, _ in calls_of(whole.choices[0].message)] == ["calculator", "current_time"]
+    assert len({call.id for call in whole.choices[0].message.tool_calls}) == 2
+    assert [call["name"] for call in merged(nano.chat(text, tools=TOOLS, stream=True))["calls"]] == [
+        "calculator",
+        "current_time",
+    ]
+    alone = nano.chat(text, tools=TOOLS, parallel_tool_calls=False)
+    assert [name for name, _ in calls_of(alone.choices[0].message)] == ["calculator"]
+    assert alone.choices[0].finish_reason == "tool_calls"
+
+
+def test_tool_choice_none_calls_nothing(nano: Served) -> None:
+    answer = nano.chat(messages=[ASKED], tools=TOOLS, tool_choice="none").choices[0]
+    assert answer.message.tool_calls is None
+    assert answer.message.content
+    assert answer.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_is_required_is_made_whatever_the_question(nano: Served, stream: bool) -> None:
+    free = nano.chat("Hello", tools=TOOLS).choices[0].message
+    assert free.tool_calls is None
+    for choice in ("required", {"type": "function", "function": {"name": "unit_convert"}}):
+        given = nano.chat("Hello", tools=TOOLS, tool_choice=choice, stream=stream)
+        if stream:
+            got = merged(given)
+            calls = [(call["name"], json.loads(call["arguments"])) for call in got["calls"]]
+            reason = got["reason"]
+        else:
+            calls, reason = calls_of(given.choices[0].message), given.choices[0].finish_reason
+        assert len(calls) >= 1
+        assert reason == "tool_calls"
+        assert choice == "required" or calls[0][0] == "unit_convert"
+
+
+def test_a_named_call_still_gets_the_arguments_of_the_question(nano: Served) -> None:
+    choice: Any = {"type": "function", "function": {"name": "calculator"}}
+    answer = nano.chat(messages=[ASKED], tools=TOOLS, tool_choice=choice, stop=["37"])
+    call = answer.choices[0].message.tool_calls[0]
+    result = run_tool(calculator, type("Call", (), {"name": "calculator", "arguments": call.function.arguments})())
+    assert result.content == "888"
+
+
+def test_a_required_call_that_is_cut_is_a_call_with_its_length_said(nano: Served) -> None:
+    answer = nano.chat(messages=[ASKED], tools=TOOLS, tool_choice="required", max_tokens=5).choices[0]
+    assert answer.finish_reason == "length"
+    assert answer.message.tool_calls[0].function.arguments.startswith("{")
+
+
+def test_the_lengths_limit_is_held_and_said(nano: Served) -> None:
+    for name in ("max_tokens", "max_completion_tokens"):
+        answer = nano.chat(**{name: 3})
+        assert answer.choices[0].finish_reason == "length"
+        assert answer.usage.completion_tokens == 3
+
+
+def test_a_stop_text_ends_the_answer_before_it(nano: Served) -> None:
+    for stop in (" can", [" zzz", " can"]):
+        answer = nano.chat(stop=stop).choices[0]
+        assert (answer.message.content, answer.finish_reason) == ("Hello! How", "stop")
+        assert merged(nano.chat(stop=stop, stream=True))["content"] == "Hello! How"
+
+
+def test_a_seed_makes_sampling_repeatable_and_no_temperature_greedy(nano: Served) -> None:
+    def said(**sampling: Any) -> str:
+        return nano.client.completions.create(model="nano", prompt="The", max_tokens=12, **sampling).choices[0].text
+
+    first = said(temperature=2.0, top_p=1.0, seed=7)
+    assert first == said(temperature=2.0, top_p=1.0, seed=7)
+    assert len({said(temperature=2.0, top_p=1.0, seed=seed) for seed in range(4)}) > 1
+    assert said(temperature=0) == said(temperature=2.0, top_p=0.0)
+
+
+def test_logprobs_belong_to_the_tokens_of_the_answer(nano: Served) -> None:
+    answer = nano.chat(logprobs=True, top_logprobs=3, temperature=0).choices[0]
+    entries = answer.logprobs.content
+    assert "".join(entry.token for entry in entries) == answer.message.content
+    assert b"".join(bytes(entry.bytes) for entry in entries).decode() == answer.message.content
+    for entry in entries:
+        assert len(entry.top_logprobs) == 3
+        assert entry.logprob == entry.top_logprobs[0].logprob <= 0  # greedy: the likeliest was taken
+        assert sum(math.exp(other.logprob) for other in entry.top_logprobs) <= 1.0001
+    chunks = list(nano.chat(logprobs=True, top_logprobs=3, temperature=0, stream=True))
+    streamed = [e for chunk in chunks if chunk.choices[0].logprobs for e in chunk.choices[0].logprobs.content]
+    assert [entry.token for entry in streamed] == [entry.token for entry in entries]
+    assert nano.chat().choices[0].logprobs is None
+
+
+def test_completions_go_on_from_a_text(nano: Served) -> None:
+    create = nano.client.completions.create
+    whole = create(model="nano", prompt="Hello", max_tokens=8, temperature=0, logprobs=2)
+    choice = whole.choices[0]
+    assert choice.finish_reason in ("length", "stop")
+    assert choice.logprobs is not None
+    assert "".join(choice.logprobs.tokens or []) == choice.text
+    assert [len(top) for top in choice.logprobs.top_logprobs or []] == [2] * len(choice.logprobs.tokens or [])
+    chunks = list(create(model="nano", prompt=["Hello"], max_tokens=8, temperature=0, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text
+    tokenizer = nano.worker.engine.tokenizer
+    ids = tokenizer.prefix_ids + tokenizer.encode("Hello")
+    assert create(model="nano", prompt=ids, max_tokens=8, temperature=0).choices[0].text == choice.text
+
+
+def test_a_thought_is_reasoning_content() -> None:
+    source = (
+        "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n<think>{% endif %}"
+    )
+    reply = "\nWell, 2 + 2.</think>\n\nFour.<|user|>"
+    with served(scripted(reply, reply, template=ChatTemplate(source))) as server:
+        message = server.chat("2 + 2?").choices[0].message
+        assert (message.reasoning_content, message.content) == ("Well, 2 + 2.", "Four.")
+        got = merged(server.chat("2 + 2?", stream=True))
+        assert (got["thought"], got["content"]) == ("Well, 2 + 2.", "Four.")
+
+
+def test_a_malformed_call_is_text_and_never_an_error() -> None:
+    broken = ('calculator\n{"expression": ', 'nosuch\n{"a": 1}', 'calculator\n{"a": 1} and more')
+    with served(scripted(*(f"{text}<|user|>" for text in broken))) as server:
+        for text in broken:
+            choice = server.chat(tools=TOOLS).choices[0]
+            assert (choice.message.content, choice.message.tool_calls) == (text, None)
+            assert choice.finish_reason == "stop"
+
+
+def test_text_before_and_after_calls_is_kept() -> None:
+    reply = f"\nLet me see.<|assistant|>{CALL}<|assistant|>{OTHER}<|observation|>"
+    with served(scripted(reply, reply)) as server:
+        message = server.chat(tools=TOOLS).choices[0].message
+        assert message.content == "Let me see."
+        assert [name for name, _ in calls_of(message)] == ["calculator", "unit_convert"]
+        got = merged(server.chat(tools=TOOLS, stream=True))
+        assert (got["content"], len(got["calls"])) == ("Let me see.", 2)
+
+
+def test_results_reach_the_model_in_the_order_of_the_calls() -> None:
+    engine = scripted("\nDone.<|user|>")
+    ids = ("call_a", "call_b")
+    calls = [{"id": at, "type": "function", "function": {"name": "calculator", "arguments": "{}"}} for at in ids]
+    history: Any = [ASKED, {"role": "assistant", "content": None, "tool_calls": calls}]
+    history += [{"role": "tool", "tool_call_id": at, "content": f"result {at}"} for at in reversed(ids)]
+    with served(engine) as server:
+        server.chat(messages=history, tools=TOOLS)
+    prompt = engine.tokenizer.decode(engine.model.fed[0], keep_special=True)  # type: ignore[operator,union-attr]
+    assert prompt.index("result call_a") < prompt.index("result call_b")
+
+
+def test_metrics_and_health_say_what_happened(nano: Served) -> None:
+    nano.chat()
+    lines = nano.http.get("/metrics").text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert int(values['glm4lite_requests_total{endpoint="/v1/chat/completions",status="200"}']) >= 1
+    assert int(values["glm4lite_new_tokens_total"]) > 0
+    assert float(values["glm4lite_tokens_per_second"]) > 0
+    assert int(values['glm4lite_weight_bytes{device="cpu"}']) > 1_000_000
+    assert int(values["glm4lite_resident_bytes"]) > 10_000_000
+    assert (values["glm4lite_queue_waiting"], values["glm4lite_running"]) == ("0", "0")
+    assert nano.http.get("/health").json() == {"status": "ok", "waiting": 0, "running": 0}
