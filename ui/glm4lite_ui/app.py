@@ -16,6 +16,7 @@ from glm4lite_ui.drawing import Drawing
 from glm4lite_ui.layout import lay_out
 from glm4lite_ui.library import LibraryHandlers
 from glm4lite_ui.model_page import ModelHandlers
+from glm4lite_ui.panels import OPEN_LIST_JS
 from glm4lite_ui.runtime import Runtime
 
 logger = logging.getLogger("glm4lite")
@@ -60,6 +61,7 @@ def _wire_library(blocks: gr.Blocks, drawing: Drawing, on: LibraryHandlers) -> N
     library, parts, panel = drawing.components.library, drawing.components.conversation, drawing.components.settings
     outputs, chat = drawing.outputs(), parts.chat_id
     _now(blocks.load, on.start, [], outputs)
+    blocks.load(None, js=OPEN_LIST_JS, api_visibility="private")
     _now(library.new.click, on.new, [], outputs)
     _now(library.chats.open, on.open, [], outputs)
     _now(library.chats.remove, on.remove, [chat, library.search], outputs)

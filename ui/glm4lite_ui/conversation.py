@@ -46,7 +46,7 @@ class ConversationHandlers:
     def edit(self, chat_id: str, event: gr.EditData) -> Iterator[Updates]:
         """Answers the changed message; what followed it is gone."""
         chat = self.runtime.change(chat_id)
-        place, text = turn_at(chat, event.index), original_markdown(_edited_text(event.value)).strip()
+        place, text = turn_at(chat, event.index, question=True), original_markdown(_edited_text(event.value)).strip()
         if place is None or not text:
             yield self.draw.whole(chat)
             return

@@ -107,7 +107,7 @@ def theme() -> gr.themes.Base:
 
 def lay_out(tools: Sequence[Tool]) -> Components:
     """Builds the page inside the current Blocks."""
-    with gr.Sidebar(width=280, elem_id="library"):
+    with gr.Sidebar(width=280, open=False, elem_id="library"):
         library = _library()
     with gr.Sidebar(width=300, position="right", open=False, elem_id="settings"):
         settings = _settings(tools)

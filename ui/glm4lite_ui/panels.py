@@ -18,10 +18,23 @@ element.addEventListener('click', event => {
   const button = event.target.closest('button[data-chat]');
   if (!button) return;
   const chat = button.dataset.chat;
-  if (button.dataset.act === 'open') trigger('open', {chat: chat});
+  if (button.dataset.act === 'open') {
+    trigger('open', {chat: chat});
+    if (innerWidth < 768) document.querySelector('#library .toggle-button')?.click();
+  }
   else if (confirm('Delete this chat? It cannot be brought back.')) trigger('remove', {chat: chat});
 });
+// The address names the chat, so that reloading the page comes back to it.
+watch('value', () => {
+  const address = new URL(location), open = element.querySelector('[aria-current]');
+  if (open) address.searchParams.set('chat', open.dataset.chat);
+  else address.searchParams.delete('chat');
+  history.replaceState(null, '', address);
+});
 """
+
+# The list is open where there is room beside it.
+OPEN_LIST_JS = "() => { if (innerWidth >= 768) document.querySelector('#library .toggle-button')?.click(); }"
 
 
 def chat_list(chats: Sequence[Chat], current: str) -> str:

@@ -23,11 +23,19 @@ def chat_messages(chat: Chat, answering: bool = False) -> list[Shown]:
     return [message for message, _ in _placed(chat, answering)]
 
 
-def turn_at(chat: Chat, index: int | list[int] | tuple[int, ...]) -> int | None:
-    """The turn that the message at the Chatbot's `index` belongs to."""
+def turn_at(chat: Chat, index: int | list[int] | tuple[int, ...], question: bool = False) -> int | None:
+    """The turn that the message at the Chatbot's `index` belongs to; with `question` only if it is the user's text."""
     number = index if isinstance(index, int) else index[0]
-    turns = [turn for _, turn in _placed(chat, False)]
-    return turns[number] if 0 <= number < len(turns) else None
+    shown = list(_placed(chat, False))
+    if not 0 <= number < len(shown) or (question and not _is_question(*shown[number : number + 2])):
+        return None
+    return shown[number][1]
+
+
+def _is_question(message: tuple[Shown, int], following: tuple[Shown, int] | None = None) -> bool:
+    """A turn's files stand before its text, also as the user's messages."""
+    last = following is None or following[0]["role"] != "user" or following[1] != message[1]
+    return message[0]["role"] == "user" and last
 
 
 def _placed(chat: Chat, answering: bool) -> Iterator[tuple[Shown, int]]:

@@ -91,8 +91,10 @@ class Runtime:
             yield answer
         finally:
             answer.stop()
-            self.answers.pop(chat.id, None)
-            self.store.save(chat)
+            try:
+                self.store.save(chat)
+            finally:
+                self.answers.pop(chat.id, None)
 
     def count(self, text: str) -> int:
         """Tokens of a text."""
