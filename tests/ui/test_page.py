@@ -220,11 +220,11 @@ def test_a_file_is_weighed_and_a_full_context_said(serve: Serve, visit: Visit, t
     page = visit(site.url)
     ask(page, "Hi")
     wait_for_end(page)
-    (tmp_path / "notes.txt").write_text("Numbers and more numbers. " * 240, encoding="utf-8")
-    for _ in range(2):
+    for name in ("notes.txt", "more.txt"):
+        (tmp_path / name).write_text("Numbers and more numbers. " * 240, encoding="utf-8")
         page.wait_for_timeout(300)  # Gradio draws the last drawing twice, and loses a file that is added in between
-        page.set_input_files("#message input[type=file]", tmp_path / "notes.txt")
-        page.wait_for_selector("#live >> text=notes.txt")
+        page.set_input_files("#message input[type=file]", tmp_path / name)
+        page.wait_for_selector(f"#live >> text={name}")
         ask(page, "Hi")
         wait_for_end(page)
     page.wait_for_selector("text=no longer fits the model's context")

@@ -54,7 +54,7 @@ def _wire_conversation(drawing: Drawing, on: ConversationHandlers) -> None:
     _now(parts.delete.click, on.delete, [chat, parts.marked_turn], outputs)
     _now(parts.unmark.click, lambda: gr.Column(visible=False), [], [parts.marked])
     known = gr.State([])
-    _now(parts.message.change, on.weigh, [parts.message, known], [parts.live, known])
+    _now(parts.message.change, on.weigh, [parts.message, known, chat], [parts.live, known])
 
 
 def _wire_library(blocks: gr.Blocks, drawing: Drawing, on: LibraryHandlers) -> None:

@@ -13,6 +13,7 @@ from glm4lite_ui.answering import Decision
 from glm4lite_ui.chats import Attachment, Chat, Turn
 from glm4lite_ui.drawing import Drawing, Updates
 from glm4lite_ui.markup import original_markdown, safe_markdown, text_html
+from glm4lite_ui.panels import live_line
 from glm4lite_ui.render import turn_at
 from glm4lite_ui.runtime import Runtime
 
@@ -113,11 +114,13 @@ class ConversationHandlers:
         self.runtime.store.save(chat)
         return self.draw.whole(chat) | self.draw.settings(chat) | {self.parts.message: self.draw.input(False, text)}
 
-    def weigh(self, message: dict[str, Any], known: list[str]) -> tuple[Any, list[str]]:
+    def weigh(self, message: dict[str, Any], known: list[str], chat_id: str) -> tuple[Any, list[str]]:
         """Says how many tokens the attached files take, when they change."""
         paths = message.get("files") or []
-        if paths == known:
-            return gr.skip(), known
+        if paths == known or chat_id in self.runtime.answers:
+            return gr.skip(), paths
+        if not paths:
+            return live_line(self.runtime, self.runtime.open(chat_id)), paths
         files = (self._attachment(path) for path in paths)
         texts = (text_html(f"{file.name}: {file.tokens:,} tokens") for file in files)
         return "".join(f"<span>{text}</span>" for text in texts), paths

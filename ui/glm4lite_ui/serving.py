@@ -7,6 +7,7 @@ import re
 import socket
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote
 
@@ -21,6 +22,8 @@ from glm4lite.server.launch import url_of
 from glm4lite_ui.export import KINDS, as_json, as_markdown, file_name
 
 if TYPE_CHECKING:
+    from gradio import Blocks
+
     from glm4lite_ui.runtime import Runtime
 
 UPLOAD_LIMIT = "2mb"  # of text: more than any context holds
@@ -44,9 +47,11 @@ def mount(app: FastAPI, runtime: Runtime) -> FastAPI:
     from glm4lite_ui.layout import CSS, theme
 
     _add_exports(app, runtime)
+    page = build(runtime)
+    _take_uploads_only(page)
     return gr.mount_gradio_app(
         app,
-        build(runtime),
+        page,
         path="/",
         server_name="127.0.0.1",
         footer_links=[],
@@ -105,14 +110,31 @@ class Gate:
             await self.app(scope, receive, guarded if scope["type"] == "http" else send)
 
 
+def _take_uploads_only(page: Blocks) -> None:
+    """An event may name only files that were uploaded.
+
+    Gradio checks that only where `launch` was called (6.31, `_check_allowed`): mounted, it would read any file of this
+    machine, and fetch any address, that stands in an event's data.
+    """
+    page.has_launched = True
+
+    async def refuse(path: str | Path) -> str:
+        folder = Path(os.environ["GRADIO_TEMP_DIR"]).resolve()
+        if not Path(path).resolve().is_relative_to(folder):
+            raise Glm4liteError("this file was not uploaded")
+        return str(path)
+
+    for block in page.blocks.values():
+        block.async_move_resource_to_block_cache = refuse  # type: ignore[method-assign, assignment]
+
+
 def _add_exports(app: FastAPI, runtime: Runtime) -> None:
     """GET /export/<chat>.md and .json: a saved chat as a download."""
 
     def export(chat_id: str, kind: Literal["md", "json"]) -> Response:
-        try:
-            chat = runtime.open(chat_id)
-        except Glm4liteError as error:
-            return PlainTextResponse(str(error), 404)
+        if not runtime.store.holds(chat_id):
+            return PlainTextResponse("this chat is not there", 404)
+        chat = runtime.open(chat_id)
         text = as_markdown(chat) if kind == "md" else as_json(chat)
         headers = {"Content-Disposition": f"attachment; filename*=utf-8''{quote(file_name(chat, kind))}"}
         return Response(text, media_type=f"{KINDS[kind]}; charset=utf-8", headers=headers)
