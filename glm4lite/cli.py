@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -445,12 +446,19 @@ def _user_errors() -> tuple[type[BaseException], ...]:
     return (Glm4liteError,) if quant is None else (Glm4liteError, quant.QuantError)
 
 
+def _add_commands() -> None:
+    """Commands of other packages, from the entry-point group `glm4lite.commands`: so that nothing here imports them."""
+    for entry in entry_points(group="glm4lite.commands"):
+        app.command(name=entry.name)(entry.load())
+
+
 def main() -> None:
     """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
     # torch's threads would otherwise spin after each of their loops and take the cores from the kernels' own pool:
     # silu(linear(x)) of 64 rows took 8 to 14 ms with it and 5 ms without, on two cores. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _speak_utf8()
+    _add_commands()
     try:
         app()
     except KeyboardInterrupt:

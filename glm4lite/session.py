@@ -6,8 +6,9 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from glm4lite.engine import Engine, Totals
 from glm4lite.events import Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
@@ -21,12 +22,17 @@ if TYPE_CHECKING:
     from glm4lite.weights.foreign import Quant
 
 
+# Where a generation is computed: given what makes its events and what cancels it. EngineWorker.run is one.
+Compute: TypeAlias = Callable[[Callable[[Engine], Iterator[Event]], threading.Event], Iterator[Event]]
+
+
 @dataclass
 class _Answer:
     """What one generation said, as it is put back into the history."""
 
     text: str = ""
     calls: list[ToolCall] = field(default_factory=list)
+    generation: Generation | None = None  # None: cancelled before it began
 
 
 class ChatSession:
@@ -53,8 +59,12 @@ class ChatSession:
         max_tool_rounds: int = 8,
         tool_timeout: float = 30.0,
         approve: Approve = nobody_to_ask,
+        compute: Compute | None = None,
     ) -> None:
-        """`params` default to the checkpoint's. Raises TemplateError for a base model, which has no template."""
+        """`params` default to the checkpoint's. Raises TemplateError for a base model, which has no template.
+
+        With `compute` (an EngineWorker's run) only generations run there; tools run in the thread that reads `send`.
+        """
         self.engine, self.template = engine, engine.chat_template()
         self.tools = {tool.name: tool for tool in tools}
         self.system = system
@@ -62,6 +72,7 @@ class ChatSession:
         self.max_tool_rounds, self.tool_timeout = max_tool_rounds, tool_timeout
         self.approve = approve
         self.allowed = set[str]()
+        self._compute: Compute = compute or (lambda make_events, _: make_events(engine))
         self._cancel = threading.Event()
         self._calls_made = 0
         self.messages: list[Message] = []
@@ -95,6 +106,10 @@ class ChatSession:
         self.allowed.clear()
         self.messages[:] = [Message("system", self.system)] if self.system else []
 
+    def prompt_tokens(self, messages: Sequence[Message]) -> int:
+        """Length of the prompt that these messages make, with the tools' descriptions."""
+        return len(self._prompt(messages))
+
     def stop(self) -> None:
         """Ends the answer that is being given; may be called from another thread or a signal handler."""
         self._cancel.set()
@@ -111,35 +126,35 @@ class ChatSession:
         totals = Totals()
         try:
             for left in range(self.max_tool_rounds, -1, -1):
-                generation, answer = self._generation(), _Answer()
+                prompt, answer = self._prompt(self.messages), _Answer()
                 try:
-                    yield from self._answer(generation, answer)
+                    yield from self._compute(partial(self._answer, prompt, answer), self._cancel)
                 finally:  # what was said stays said, also when the reader goes away
                     self._remember(answer)
-                totals.add(generation)
+                totals.add(answer.generation)
                 yield from self._run(answer.calls if left else [])
-                reason = self._ending(generation, answer, left)
+                reason = self._ending(answer, left)
                 if reason is not None:
-                    yield totals.done(generation, reason)
+                    yield totals.done(len(prompt), reason)
                     return
         except Exception:
             self.messages[:] = before
             raise
 
-    def _ending(self, generation: Generation, answer: _Answer, rounds_left: int) -> str | None:
+    def _ending(self, answer: _Answer, rounds_left: int) -> str | None:
         """Why the turn ends here, or None when the model gets to see its calls' results."""
-        if self._cancel.is_set():
+        if self._cancel.is_set() or answer.generation is None:
             return "cancelled"
         if not answer.calls:
-            return generation.finish_reason
+            return answer.generation.finish_reason
         return None if rounds_left else "tool_rounds"
 
-    def _generation(self) -> Generation:
+    def _prompt(self, messages: Sequence[Message]) -> list[int]:
         schemas = [tool.schema() for tool in self.tools.values()]
-        prompt = self.template.encode(self.engine.tokenizer, self.messages, schemas)
-        return self.engine.generate(prompt, self.params, self._cancel)
+        return self.template.encode(self.engine.tokenizer, messages, schemas)
 
-    def _answer(self, generation: Generation, answer: _Answer) -> Iterator[Event]:
+    def _answer(self, prompt: list[int], answer: _Answer, engine: Engine) -> Iterator[Event]:
+        generation = answer.generation = engine.generate(prompt, self.params, self._cancel)
         yield from self.engine.prefill(generation)
         prompt_end = self.engine.tokenizer.decode(generation.prompt[-8:], keep_special=True)
         parser = OutputParser(self.tools, thinking=self.template.starts_thinking(prompt_end))

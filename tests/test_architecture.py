@@ -8,7 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"glm4lite": ROOT / "glm4lite", "glm4lite_quant": ROOT / "quant" / "glm4lite_quant"}
+PACKAGES = {
+    "glm4lite": ROOT / "glm4lite",
+    "glm4lite_quant": ROOT / "quant" / "glm4lite_quant",
+    "glm4lite_ui": ROOT / "ui" / "glm4lite_ui",
+}
+
+
+# The files of ui/ that draw with Gradio; chats, history and the rest do without.
+PAGE = ("app", "conversation", "drawing", "layout", "library", "model_page", "serving")
 
 # module -> the only places that may import it
 ALLOWED = {
@@ -17,9 +25,9 @@ ALLOWED = {
     "mcp": {f"glm4lite/{name}.py" for name in ("mcp_tools", "mcp_client/connection", "mcp_client/transport")},
     "transformers": set(),
     "bitsandbytes": {"quant/glm4lite_quant/bnb.py"},
-    "gradio": set(),
+    "gradio": {f"ui/glm4lite_ui/{name}.py" for name in PAGE},
     "triton": {f"quant/glm4lite_quant/kernels/triton_{name}.py" for name in ("gpu", "kernels")},
-    "fastapi": {"glm4lite/server/app.py"},
+    "fastapi": {"glm4lite/server/app.py", "ui/glm4lite_ui/serving.py"},
     "uvicorn": {"glm4lite/server/launch.py"},
     "pickle": set(),
     "huggingface_hub": {"glm4lite/weights/download.py", "glm4lite/weights/remote.py"},
@@ -47,6 +55,12 @@ def test_quant_is_usable_without_glm4lite() -> None:
     for package, file, tree in sources():
         if package == "glm4lite_quant":
             assert "glm4lite" not in imported(tree), file
+
+
+def test_glm4lite_does_not_know_its_page() -> None:
+    for package, file, tree in sources():
+        if package != "glm4lite_ui":
+            assert "glm4lite_ui" not in imported(tree), file
 
 
 def test_heavy_and_dangerous_modules_are_imported_only_in_their_own_file() -> None:

@@ -1,0 +1,115 @@
+"""A real browser against a real server: Debian's Chromium, driven by Playwright, on pages served from loopback."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glm4lite.engine import Engine
+from glm4lite.server import create_app
+from glm4lite.server.launch import Address, Server, url_of
+from glm4lite.tools import BUILTIN_TOOLS, Tool
+from glm4lite.worker import EngineWorker
+from glm4lite_ui.chats import ChatStore
+from glm4lite_ui.runtime import Runtime
+from glm4lite_ui.serving import mount
+
+CHROMIUM = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
+# Without these Chromium looks for Google's hosts when it starts; --no-sandbox since CI runs as root.
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync", "--no-first-run", "--disable-quic"]
+
+
+@pytest.fixture(scope="session")
+def nano() -> Engine:
+    return Engine.load("nano")
+
+
+@dataclass
+class Site:
+    """A served page."""
+
+    url: str
+    runtime: Runtime
+    server: Server
+    thread: threading.Thread
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(10)
+
+    def idle_after(self) -> float:
+        """Seconds until the engine computes nothing."""
+        started = time.monotonic()
+        while self.runtime.worker.state().running and time.monotonic() - started < 10:
+            time.sleep(0.01)
+        return time.monotonic() - started
+
+
+Serve = Callable[..., Site]
+
+
+@pytest.fixture
+def serve(nano: Engine, tmp_path: Path) -> Iterator[Serve]:
+    sites: list[Site] = []
+
+    def start(engine: Engine | None = None, tools: Sequence[Tool] = BUILTIN_TOOLS, folder: Path | None = None) -> Site:
+        runtime = Runtime(EngineWorker(engine or nano), ChatStore(folder or tmp_path / "chats"), tools)
+        listening = Address("127.0.0.1", 0).listen()
+        server = Server(mount(create_app(runtime.worker, "nano"), runtime))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        sites.append(Site(url_of(listening), runtime, server, thread))
+        return sites[-1]
+
+    yield start
+    for site in sites:
+        site.close()
+
+
+@pytest.fixture(scope="package")
+def browser() -> Iterator[Any]:
+    """One Chromium for all tests here. Closed with the package: Playwright's loop would stop other tests' asyncio."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no chromium: the page is not tested in a browser (Debian: apt-get install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Opens a page. Afterwards: nothing was logged as an error, and no other host was asked for anything."""
+    contexts, errors, foreign = [], list[str](), list[str]()
+
+    def open_page(url: str, **options: Any) -> Any:
+        context = browser.new_context(**{"viewport": {"width": 1200, "height": 800}} | options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(15_000)
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        own = ("http://127.0.0.1:", "data:", "blob:", "about:")
+        page.on("request", lambda asked: None if asked.url.startswith(own) else foreign.append(asked.url))
+        page.goto(url)
+        page.wait_for_selector("#message textarea")
+        page.wait_for_selector("#live span")
+        return page
+
+    open_page.errors = errors  # type: ignore[attr-defined]  # a test may expect one
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not errors
+    assert not foreign

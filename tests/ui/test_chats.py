@@ -1,0 +1,169 @@
+"""Saved chats, what the model reads of them, how they are shown and exported."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+from glm4lite.events import Done, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
+from glm4lite.messages import Message, ToolCall
+from glm4lite_ui.answering import TurnWriter
+from glm4lite_ui.artifacts import artifacts
+from glm4lite_ui.chats import Attachment, Chat, ChatError, ChatStore, Part, Settings, Turn, read_chat
+from glm4lite_ui.export import as_json, as_markdown, file_name
+from glm4lite_ui.history import messages
+from glm4lite_ui.markup import code_block, original_markdown, safe_markdown, text_html
+from glm4lite_ui.render import chat_messages, turn_at
+
+CALL = Part("call", 0, "888", "calculator", '{"expression": "37 * 24"}', seconds=0.01)
+CHAT = Chat(
+    settings=Settings(system="Be brief."),
+    turns=[
+        Turn("What is 37 * 24?", parts=[CALL, Part("text", 1, "888.", seconds=0.1)]),
+        Turn("And this?", [Attachment("a.txt", "one\n```\ntwo", 5)], [Part("text", 0, "Fine.", seconds=0.1)]),
+    ],
+)
+
+
+def test_a_chat_is_the_same_after_saving(tmp_path: Path) -> None:
+    store = ChatStore(tmp_path)
+    store.save(CHAT)
+    assert store.load(CHAT.id) == CHAT
+    assert [path.name for path in tmp_path.iterdir()] == [f"{CHAT.id}.json"]
+    assert stat.S_IMODE((tmp_path / f"{CHAT.id}.json").stat().st_mode) == 0o600
+
+
+def test_a_damaged_file_is_left_out_and_named_when_opened(tmp_path: Path) -> None:
+    store = ChatStore(tmp_path)
+    store.save(CHAT)
+    for place, content in enumerate(("{", "[]", '{"format": 2}', '{"format": 1, "turns": 5}', "\x00")):
+        (tmp_path / f"{place:016x}.json").write_text(content)
+        with pytest.raises(ChatError, match="cannot be read"):
+            store.load(f"{place:016x}")
+    assert [chat.id for chat in store.find()] == [CHAT.id]
+
+
+@pytest.mark.parametrize("name", ["", "../../etc/passwd", "x", "0123456789abcdef/..", "0123456789ABCDEF"])
+def test_a_strange_id_never_becomes_a_path(tmp_path: Path, name: str) -> None:
+    store = ChatStore(tmp_path)
+    assert not store.holds(name)
+    for use in (store.load, store.delete):
+        with pytest.raises(ChatError, match="not the name of a chat"):
+            use(name)
+
+
+def test_searching_finds_all_words_in_questions_and_answers(tmp_path: Path) -> None:
+    store = ChatStore(tmp_path)
+    store.save(CHAT)
+    assert store.find("37 FINE")
+    assert not store.find("37 absent")
+
+
+def test_the_model_reads_calls_results_and_files_but_not_what_was_dropped() -> None:
+    read = messages(CHAT)
+    assert [message.role for message in read] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+        "user",
+        "assistant",
+    ]
+    assert read[2].tool_calls == (ToolCall("call_1", "calculator", '{"expression": "37 * 24"}'),)
+    assert read[3] == Message("tool", "888", tool_call_id="call_1", name="calculator")
+    assert read[5].content == "And this?\n\nFile a.txt:\n````\none\n```\ntwo\n````"
+    dropped = read_chat(CHAT.to_json())
+    dropped.turns[0].dropped = True
+    assert [message.role for message in messages(dropped)] == ["system", "user", "assistant"]
+
+
+def test_calls_of_one_round_are_one_message_and_of_two_rounds_two() -> None:
+    together = Turn("x", parts=[Part("call", 0, "1", "a", "{}", seconds=0), Part("call", 0, "2", "b", "{}", seconds=0)])
+    apart = Turn("x", parts=[Part("call", 0, "1", "a", "{}", seconds=0), Part("call", 1, "2", "b", "{}", seconds=0)])
+    assert [len(m.tool_calls) for m in messages(Chat(turns=[together])) if m.role == "assistant"] == [2]
+    assert [len(m.tool_calls) for m in messages(Chat(turns=[apart])) if m.role == "assistant"] == [1, 1]
+
+
+def test_events_become_parts_with_rounds_and_durations() -> None:
+    turn, history = Turn("x"), [Message("user", "x")]
+    writer = TurnWriter(turn, history)
+    writer.write(Progress("prefill", 1, 2, "tokens"))
+    for piece in ("Let me ", "think"):
+        writer.write(ThinkingDelta(piece))
+    writer.write(TextDelta("I'll look."))
+    calls = (ToolCall("call_1", "a", '{"b":1}'), ToolCall("call_2", "a", "{}"))
+    history += [Message("assistant", "I'll look.", calls)]
+    for call in calls:
+        writer.write(ToolCallStarted(call.id, call.name, {}))
+        writer.write(ToolCallFinished(call.id, call.name, "", error=True))
+    history += [Message("assistant", "", (ToolCall("call_3", "a", "{}"),))]
+    writer.write(ToolCallStarted("call_3", "a", {}))
+    writer.write(ToolCallFinished("call_3", "a", "3", error=False))
+    writer.write(TextDelta("Done."))
+    writer.write(Done(10, 5, "stop", 7.0, 3))
+    assert [(part.kind, part.round) for part in turn.parts] == [
+        ("thinking", 0), ("text", 0), ("call", 0), ("call", 0), ("call", 1), ("text", 2),
+    ]  # fmt: skip
+    assert turn.parts[0].text == "Let me think"
+    assert turn.parts[2].arguments == '{"b":1}'
+    assert all(part.seconds is not None for part in turn.parts)
+    assert turn.counts == {
+        "prompt_tokens": 10, "new_tokens": 5, "finish_reason": "stop", "tokens_per_s": 7.0, "prefilled_tokens": 3,
+    }  # fmt: skip
+
+
+def test_thoughts_and_calls_are_panels_that_close_when_done() -> None:
+    growing = Chat(turns=[Turn("x", parts=[Part("thinking", 0, "hm")])])
+    assert chat_messages(growing, answering=True)[1]["metadata"] == {"title": "Thinking", "status": "pending"}
+    growing.turns[0].parts[0].seconds = 1.234
+    assert chat_messages(growing)[1]["metadata"] == {"title": "Thought", "status": "done", "duration": 1.23}
+    panel = chat_messages(CHAT)[1]
+    assert panel["metadata"] == {"title": "`calculator`", "status": "done", "duration": 0.01, "log": "888"}
+    assert '"expression": "37 * 24"' in panel["content"]
+
+
+def test_a_clicked_message_belongs_to_its_turn() -> None:
+    shown = chat_messages(CHAT)
+    assert [turn_at(CHAT, place) for place in range(len(shown))] == [0, 0, 0, 1, 1, 1]
+    asked = [place for place in range(len(shown)) if turn_at(CHAT, place, question=True) is not None]
+    assert [shown[place]["content"] for place in asked] == ["What is 37 * 24?", "And this?"]
+    assert turn_at(CHAT, 99) is None
+
+
+HOSTILE = [
+    "<script>alert(1)</script>", "a <b>c</b> `<i>` d", "![x](http://evil/?q)", "1 < 2 && 3 > 2 &lt; &amp;lt;",
+    "```\n<b>\n```\n<b>", "~~~html\n<b>", "``a`b <c>`` <d>", "\\(a<b\\) <e>", "$$x<y$$<f>", "` <g>", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_escaped_markdown_can_be_taken_back(text: str) -> None:
+    assert original_markdown(safe_markdown(text)) == text
+
+
+def test_html_outside_code_is_escaped_and_pictures_are_links() -> None:
+    assert safe_markdown("<b> `<i>` \\(a<b\\)\n```\n<u>\n```\n<p>") == ("&lt;b> `<i>` \\(a<b\\)\n```\n<u>\n```\n&lt;p>")
+    assert safe_markdown("![x](http://evil)") == "\\![x](http://evil)"
+    assert text_html("<{${`\\") == "&lt;&#123;&#36;&#123;&#96;&#92;"
+    assert code_block("a ``` b") == "````\na ``` b\n````"
+
+
+def test_only_fences_called_html_or_svg_are_previewed_and_the_policy_comes_first() -> None:
+    text = "```html\n<p>\n```\n```svg\n<svg></svg>\n```\n```xml\n<a/>\n```\n```python\n<svg>\n```\n```html\nopen"
+    found = artifacts(Turn("x", parts=[Part("text", 0, text)]))
+    assert [(one.kind, one.source) for one in found] == [("HTML", "<p>\n"), ("SVG", "<svg></svg>\n")]
+    assert found[0].document().index("default-src 'none'") < found[0].document().index("<p>")
+
+
+def test_exports_hold_the_conversation() -> None:
+    text = as_markdown(CHAT)
+    assert "## You\n\nWhat is 37 * 24?" in text
+    assert "<summary>calculator</summary>" in text
+    data = json.loads(as_json(CHAT))
+    assert read_chat({key: value for key, value in data.items() if key != "messages"}) == CHAT
+    assert data["messages"][3] == {"role": "tool", "content": "888", "tool_call_id": "call_1", "name": "calculator"}
+    assert file_name(Chat(title="../ä b?"), "md") == "ä-b.md"

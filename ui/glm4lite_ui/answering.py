@@ -1,0 +1,203 @@
+"""One answer: a session's events, read in a thread of their own, grow the chat's last turn."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from glm4lite.errors import ContextLengthError, Glm4liteError, one_line
+from glm4lite.events import Done, Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
+from glm4lite.messages import Message, ToolCall
+from glm4lite.session import ChatSession
+from glm4lite.tools import Tool
+from glm4lite_ui.chats import Chat, Part, Turn
+from glm4lite_ui.history import messages, question
+
+logger = logging.getLogger("glm4lite")
+
+UPDATE_S = 0.1  # the page is drawn at most ten times a second
+Decision = Literal["approve", "deny", "always"]
+
+
+@dataclass
+class Asking:
+    """A call that waits for the user's word."""
+
+    call: ToolCall
+    decided: threading.Event = field(default_factory=threading.Event)
+    decision: Decision = "deny"
+
+
+@dataclass
+class _Failed:
+    error: BaseException
+
+
+class TurnWriter:
+    """Writes events into a turn. `history` is the session's, where a call stands as the model wrote it."""
+
+    def __init__(self, turn: Turn, history: list[Message]) -> None:
+        self.turn, self.history = turn, history
+        self.pieces, self.first_piece = 0, 0.0  # of text, for the speed while it goes on
+        self.progress: Progress | None = None
+        self._round = 0
+        self._batch: int | None = None  # place in the history of the message that made the last call
+        self._since = time.monotonic()
+
+    def write(self, event: Event) -> None:
+        """Adds one event at this moment."""
+        self.progress = event if isinstance(event, Progress) else None
+        match event:
+            case ThinkingDelta():
+                self._say("thinking", event.text)
+            case TextDelta():
+                self._say("text", event.text)
+            case ToolCallStarted():
+                self._start_call(event)
+            case ToolCallFinished():
+                part = self.turn.parts[-1]
+                part.text, part.error, part.seconds = event.content, event.error, self._seconds()
+            case Done():
+                self._close()
+                self.turn.counts = {key: value for key, value in event.to_json().items() if key != "type"}
+
+    def finish(self) -> None:
+        """The answer ended, maybe in the middle: nothing stays open."""
+        self._close()
+
+    def _say(self, kind: Literal["thinking", "text"], text: str) -> None:
+        self.first_piece = self.first_piece or time.monotonic()
+        self.pieces += 1
+        last = self.turn.parts[-1] if self.turn.parts else None
+        if last is not None and last.kind == "call":
+            self._next_round()
+        if last is None or last.kind != kind or last.round != self._round:
+            self._open(Part(kind, self._round))
+        self.turn.parts[-1].text += text
+
+    def _start_call(self, event: ToolCallStarted) -> None:
+        place, call = _find_call(self.history, event.id)
+        if self._batch is not None and place != self._batch:
+            self._next_round()
+        self._batch = place
+        self._open(Part("call", self._round, name=call.name, arguments=call.arguments))
+
+    def _next_round(self) -> None:
+        self._round, self._batch = self._round + 1, None
+
+    def _open(self, part: Part) -> None:
+        self._close()
+        self._since = time.monotonic()
+        self.turn.parts.append(part)
+
+    def _close(self) -> None:
+        last = self.turn.parts[-1] if self.turn.parts else None
+        if last is not None and last.seconds is None and last.kind != "call":
+            last.seconds = self._seconds()
+
+    def _seconds(self) -> float:
+        return round(time.monotonic() - self._since, 3)
+
+
+def _find_call(history: list[Message], call_id: str) -> tuple[int, ToolCall]:
+    for place in range(len(history) - 1, -1, -1):
+        for call in history[place].tool_calls:
+            if call.id == call_id:
+                return place, call
+    raise LookupError(call_id)
+
+
+class Answer:
+    """The answer to a chat's last turn. Iterate `updates()`; `stop` and `decide` may come from other threads."""
+
+    def __init__(self, chat: Chat, session: ChatSession) -> None:
+        self.chat, self.session = chat, session
+        self.turn = chat.turns[-1]
+        self.asking: Asking | None = None
+        self.context_full = False
+        self.started = time.monotonic()
+        self._cancel = threading.Event()
+        self._events: queue.SimpleQueue[Event | _Failed | None] = queue.SimpleQueue()
+        session.messages[:] = messages(chat, len(chat.turns) - 1)
+        session.approve = self.approve
+        self.writer = TurnWriter(self.turn, session.messages)
+        self._thread = threading.Thread(target=self._read, name=f"chat-{chat.id}", daemon=True)
+
+    def updates(self) -> Iterator[None]:
+        """Yields when the page should be drawn again: ten times a second at most, five times where nothing comes.
+
+        Closing it (the reader went away) stops the answer; what was said is in the turn.
+        """
+        self._thread.start()
+        drawn = 0.0
+        try:
+            while self._take(UPDATE_S * 2):
+                if time.monotonic() - drawn >= UPDATE_S:
+                    yield
+                    drawn = time.monotonic()
+        finally:
+            self.stop()
+            self._thread.join(2)
+            self.writer.finish()
+        yield
+
+    def stop(self) -> None:
+        """Ends the answer; a call that waits for the user's word is denied."""
+        self._cancel.set()
+        if self.asking is not None:
+            self.asking.decided.set()
+
+    def decide(self, decision: Decision) -> None:
+        """The user's word on the call that waits."""
+        if self.asking is not None:
+            self.asking.decision = decision
+            self.asking.decided.set()
+
+    def approve(self, call: ToolCall, tool: Tool) -> bool:
+        """Asks the user and waits; called in the thread that runs the tool."""
+        self.asking = asking = Asking(call)
+        if self._cancel.is_set():
+            asking.decided.set()
+        asking.decided.wait()
+        self.asking = None
+        if asking.decision == "always":
+            self.chat.settings.always.append(tool.name)
+            self.session.allowed.add(tool.name)
+        return asking.decision != "deny"
+
+    def _read(self) -> None:
+        try:
+            for event in self.session.send(question(self.turn), self._cancel):
+                self._events.put(event)
+            self._events.put(None)
+        except BaseException as error:  # travels to the page; this thread has nobody to tell
+            self._events.put(_Failed(error))
+
+    def _take(self, timeout: float) -> bool:
+        """Writes what has come, waiting for it at most `timeout` seconds; False when the answer is over."""
+        try:
+            event = self._events.get(timeout=timeout)
+        except queue.Empty:
+            return True
+        while True:
+            if event is None:
+                return False
+            if isinstance(event, _Failed):
+                self._fail(event.error)
+                return False
+            self.writer.write(event)
+            try:
+                event = self._events.get_nowait()
+            except queue.Empty:
+                return True
+
+    def _fail(self, error: BaseException) -> None:
+        self.context_full = isinstance(error, ContextLengthError)
+        if not isinstance(error, Glm4liteError):
+            logger.error("the answer failed", exc_info=error)
+        self.turn.error = one_line(error) or type(error).__name__

@@ -1,0 +1,204 @@
+"""Saved chats: one JSON file each in the user's data folder, written whole or not at all.
+
+A chat is a list of turns; a turn is what the user said and the parts of the answer in their order. Everything else is
+derived from it: what the model reads (history.py), what the page shows (render.py), what is exported (export.py).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import secrets
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from glm4lite.errors import Glm4liteError
+
+logger = logging.getLogger("glm4lite")
+
+TITLE_CHARACTERS = 60
+NEW_TITLE = "New chat"
+_ID = re.compile(r"[0-9a-f]{16}")
+
+
+class ChatError(Glm4liteError):
+    """A saved chat cannot be read, found or written."""
+
+
+@dataclass
+class Part:
+    """A piece of an answer. `text` is the thought, the text, or the call's result; `seconds` None: still under way.
+
+    `round` counts the generations of the turn: calls of one round were made at once.
+    """
+
+    kind: Literal["thinking", "text", "call"]
+    round: int = 0
+    text: str = ""
+    name: str = ""
+    arguments: str = ""  # JSON as the model wrote it
+    error: bool = False
+    seconds: float | None = None
+
+
+@dataclass
+class Attachment:
+    """A text file sent with a message."""
+
+    name: str
+    text: str
+    tokens: int
+
+
+@dataclass
+class Turn:
+    """A question and its answer. `counts` is the turn's Done event; `error` what went wrong instead.
+
+    A `dropped` turn is shown, but the model no longer reads it.
+    """
+
+    user: str
+    files: list[Attachment] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    counts: dict[str, Any] | None = None
+    error: str | None = None
+    dropped: bool = False
+
+
+@dataclass
+class Settings:
+    """Of one chat; None is the checkpoint's own value. `tools` None: all that are on by default."""
+
+    system: str = ""
+    temperature: float | None = None
+    top_p: float | None = None
+    max_new_tokens: int = 1024
+    seed: int | None = None
+    tools: list[str] | None = None
+    always: list[str] = field(default_factory=list)  # tools that need no more asking in this chat
+
+
+@dataclass
+class Chat:
+    """A conversation as it is saved. Times are seconds since 1970."""
+
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    title: str = NEW_TITLE
+    created: float = field(default_factory=time.time)
+    updated: float = field(default_factory=time.time)
+    settings: Settings = field(default_factory=Settings)
+    turns: list[Turn] = field(default_factory=list)
+
+    def name_after_first_turn(self) -> None:
+        """A chat nobody named is called what was asked first."""
+        if self.title == NEW_TITLE and self.turns:
+            words = " ".join(self.turns[0].user.split()) or NEW_TITLE
+            self.title = words if len(words) <= TITLE_CHARACTERS else words[: TITLE_CHARACTERS - 1] + "…"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": 1, **asdict(self)}
+
+
+_CHAT = TypeAdapter(Chat)
+
+
+def data_folder() -> Path:
+    """GLM4LITE_CHATS, or the place where this system keeps a program's data."""
+    if chosen := os.environ.get("GLM4LITE_CHATS"):
+        return Path(chosen)
+    home = Path.home()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        base = home / "Library" / "Application Support"
+    else:
+        base = Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share")
+    return base / "glm4lite" / "chats"
+
+
+class ChatStore:
+    """The saved chats of a folder. Ids are random, so a name from outside never becomes a path."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or data_folder()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise ChatError(f"{self.folder}: chats cannot be kept here: {error.strerror}") from error
+
+    def save(self, chat: Chat) -> None:
+        """Writes beside the file, to the disk, and renames: a crash leaves the old chat or the new one."""
+        chat.updated = time.time()
+        text = json.dumps(chat.to_json(), ensure_ascii=False, indent=1).encode("utf-8", "replace")
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(file.name).replace(self._path(chat.id))
+        except OSError as error:
+            raise ChatError(f"{self.folder}: the chat could not be saved: {error.strerror}") from error
+
+    def load(self, chat_id: str) -> Chat:
+        """Raises ChatError for a chat that is not there or whose file was damaged."""
+        path = self._path(chat_id)
+        try:
+            return read_chat(json.loads(path.read_bytes()), path.stem)
+        except FileNotFoundError:
+            raise ChatError("this chat is not there any more") from None
+        except (OSError, ValueError) as error:
+            raise ChatError(f"{path}: this chat cannot be read: {str(error).splitlines()[0]}") from error
+
+    def holds(self, chat_id: str) -> bool:
+        """Whether a chat is saved under this id, whatever is given as one."""
+        return bool(_ID.fullmatch(chat_id)) and self._path(chat_id).exists()
+
+    def delete(self, chat_id: str) -> None:
+        self._path(chat_id).unlink(missing_ok=True)
+
+    def find(self, query: str = "") -> list[Chat]:
+        """Newest first; with a query those that contain all its words. Damaged files are logged and left out."""
+        words, found = query.casefold().split(), []
+        for path in self.folder.glob("*.json"):
+            try:
+                chat = self.load(path.stem)
+            except ChatError as error:
+                logger.warning("%s", error)
+                continue
+            if not words or all(word in _text(chat) for word in words):
+                found.append(chat)
+        return sorted(found, key=lambda chat: chat.updated, reverse=True)
+
+    def _path(self, chat_id: str) -> Path:
+        if not _ID.fullmatch(chat_id):
+            raise ChatError("this is not the name of a chat")
+        return self.folder / f"{chat_id}.json"
+
+
+def read_chat(data: Mapping[str, Any], chat_id: str | None = None) -> Chat:
+    """A chat from `to_json()`'s form; ValueError names what cannot be read."""
+    if not isinstance(data, Mapping) or data.get("format") != 1:
+        raise ValueError("format must be 1")
+    fields = {name: value for name, value in data.items() if name != "format"}
+    try:
+        chat: Chat = _CHAT.validate_python(fields | ({"id": chat_id} if chat_id else {}))
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise ValueError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+    return chat
+
+
+def _text(chat: Chat) -> str:
+    pieces = [chat.title]
+    for turn in chat.turns:
+        pieces += [turn.user, *(part.text for part in turn.parts if part.kind == "text")]
+    return "\n".join(pieces).casefold()

@@ -1,0 +1,47 @@
+"""`glm4lite ui`. Found by the command line through the entry-point group `glm4lite.commands`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from glm4lite import cli
+
+
+def ui(
+    model: cli.Model = "nano",
+    port: Annotated[int, typer.Option(help="Of http://127.0.0.1; 0 takes a free one.", min=0, max=65535)] = 7860,
+    quant: cli.Quant = None,
+    tools: cli.Tools = None,
+    no_tools: cli.NoTools = False,
+    mcp: cli.Mcp = None,
+    approve: cli.Approve = "ask",
+    device: cli.Device = "auto",
+    dtype: cli.Dtype = "auto",
+    kv: cli.KV = "auto",
+    gpu_memory: cli.GpuMemory = None,
+    ram: cli.Ram = None,
+    context: cli.Context = None,
+    threads: cli.Threads = None,
+    chats: Annotated[Path | None, typer.Option(help="Where chats are kept.", show_default="your data folder")] = None,
+) -> None:
+    """Chat with a model in the browser, on this machine only."""
+    from glm4lite.engine import Engine
+    from glm4lite.server import Address
+    from glm4lite.toolbox import Toolbox
+    from glm4lite.worker import EngineWorker
+    from glm4lite_ui.chats import ChatStore
+    from glm4lite_ui.runtime import Runtime
+    from glm4lite_ui.serving import serve_page
+
+    cli._use_threads(threads)
+    store, listening = ChatStore(chats), Address("127.0.0.1", port).listen()
+    with cli._rendering(as_json=False) as renderer, Toolbox(tools or (), mcp or (), not no_tools, approve) as box:
+        if model == "nano":
+            renderer.remark(cli.NANO_REMARK)
+        limits: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
+        engine = Engine.load(model, quant or "auto", device, dtype, renderer.show, need_template=True, **limits)
+        runtime = Runtime(EngineWorker(engine), store, box.tools, source=model)
+        serve_page(runtime, listening, renderer.remark)

@@ -1,0 +1,136 @@
+"""The handlers of the open chat: what asks for an answer, and what happens to answers and turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from glm4lite.errors import Glm4liteError
+from glm4lite_ui.answering import Decision
+from glm4lite_ui.chats import Attachment, Chat, Turn
+from glm4lite_ui.drawing import Drawing, Updates
+from glm4lite_ui.markup import original_markdown, safe_markdown, text_html
+from glm4lite_ui.panels import live_line
+from glm4lite_ui.render import turn_at
+from glm4lite_ui.runtime import Runtime
+
+
+class ConversationHandlers:
+    """They keep nothing: chats are on disk, answers under way in the Runtime."""
+
+    def __init__(self, runtime: Runtime, drawing: Drawing) -> None:
+        self.runtime, self.draw = runtime, drawing
+        self.parts = drawing.components.conversation
+
+    # Streams: each yields what is drawn while an answer grows
+
+    def send(self, message: dict[str, Any], chat_id: str) -> Iterator[Updates]:
+        text, paths = (message.get("text") or "").strip(), message.get("files") or []
+        if not text and not paths:
+            return
+        chat = self.runtime.change(chat_id)
+        chat.turns.append(Turn(text, [self._attachment(path) for path in paths]))
+        yield from self._answer(chat, clear=True)
+
+    def example(self, chat_id: str, event: gr.SelectData) -> Iterator[Updates]:
+        yield from self.send(event.value, chat_id)
+
+    def regenerate(self, chat_id: str) -> Iterator[Updates]:
+        chat = self.runtime.change(chat_id)
+        if chat.turns:
+            chat.turns[-1] = Turn(chat.turns[-1].user, chat.turns[-1].files)
+            yield from self._answer(chat)
+
+    def edit(self, chat_id: str, event: gr.EditData) -> Iterator[Updates]:
+        """Answers the changed message; what followed it is gone."""
+        chat = self.runtime.change(chat_id)
+        place, text = turn_at(chat, event.index, question=True), original_markdown(_edited_text(event.value)).strip()
+        if place is None or not text:
+            yield self.draw.whole(chat)
+            return
+        chat.turns[place:] = [Turn(text, chat.turns[place].files)]
+        yield from self._answer(chat)
+
+    def drop_oldest(self, chat_id: str) -> Iterator[Updates]:
+        chat = self.runtime.change(chat_id)
+        if not self.runtime.drop_oldest(chat):
+            raise Glm4liteError("The last message alone does not fit the context: shorten it.")
+        chat.turns[-1] = Turn(chat.turns[-1].user, chat.turns[-1].files)
+        yield from self._answer(chat)
+
+    def _answer(self, chat: Chat, clear: bool = False) -> Iterator[Updates]:
+        with self.runtime.answering(chat) as answer:
+            yield self.draw.whole(chat, answer) | (
+                {self.parts.message: self.draw.input(True, text="")} if clear else {}
+            )
+            for _ in answer.updates():
+                yield self.draw.progress(answer)
+        offer = self.draw.offer_to_drop(chat) if answer.context_full else {}
+        yield self.draw.whole(chat) | self.draw.settings(chat) | offer
+
+    # At once
+
+    def stop(self, chat_id: str) -> None:
+        if (answer := self.runtime.answers.get(chat_id)) is not None:
+            answer.stop()
+
+    def decide(self, decision: Decision) -> Callable[[str], None]:
+        """The handler of a button under a call that waits."""
+
+        def handler(chat_id: str) -> None:
+            if (answer := self.runtime.answers.get(chat_id)) is not None:
+                answer.decide(decision)
+
+        return handler
+
+    def mark(self, chat_id: str, event: gr.SelectData) -> Updates:
+        """A message was clicked: offers to delete its turn."""
+        chat = self.runtime.open(chat_id)
+        place = turn_at(chat, event.index)
+        if place is None or chat_id in self.runtime.answers:
+            return {}
+        words = " ".join(chat.turns[place].user.split())
+        text = safe_markdown(words if len(words) <= 80 else words[:79] + "…")
+        return {
+            self.parts.marked: gr.Column(visible=True),
+            self.parts.marked_text: f"Turn {place + 1}: {text}",
+            self.parts.marked_turn: place,
+        }
+
+    def delete(self, chat_id: str, place: int | None) -> Updates:
+        chat = self.runtime.change(chat_id)
+        if place is not None and 0 <= place < len(chat.turns):
+            del chat.turns[place]
+            self.runtime.store.save(chat)
+        return self.draw.whole(chat) | self.draw.settings(chat)
+
+    def undo(self, chat_id: str) -> Updates:
+        """Deletes the last turn and puts its text back into the input."""
+        chat = self.runtime.change(chat_id)
+        text = chat.turns.pop().user if chat.turns else ""
+        self.runtime.store.save(chat)
+        return self.draw.whole(chat) | self.draw.settings(chat) | {self.parts.message: self.draw.input(False, text)}
+
+    def weigh(self, message: dict[str, Any], known: list[str], chat_id: str) -> tuple[Any, list[str]]:
+        """Says how many tokens the attached files take, when they change."""
+        paths = message.get("files") or []
+        if paths == known or chat_id in self.runtime.answers:
+            return gr.skip(), paths
+        if not paths:
+            return live_line(self.runtime, self.runtime.open(chat_id)), paths
+        files = (self._attachment(path) for path in paths)
+        texts = (text_html(f"{file.name}: {file.tokens:,} tokens") for file in files)
+        return "".join(f"<span>{text}</span>" for text in texts), paths
+
+    def _attachment(self, path: str) -> Attachment:
+        return self.runtime.attachment(Path(path).name, Path(path).read_bytes())
+
+
+def _edited_text(value: Any) -> str:
+    """Gradio gives the edited message as text or as its content blocks."""
+    if isinstance(value, list):
+        return "".join(str(block.get("text", "")) if isinstance(block, dict) else str(block) for block in value)
+    return str(value or "")

@@ -1,0 +1,78 @@
+"""The handlers of the saved chats and of a chat's settings."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import gradio as gr
+
+from glm4lite_ui.chats import Chat, Settings
+from glm4lite_ui.drawing import Drawing, Updates
+from glm4lite_ui.runtime import Runtime
+
+
+class LibraryHandlers:
+    """New, open, rename, search, delete; and the panel on the right."""
+
+    def __init__(self, runtime: Runtime, drawing: Drawing) -> None:
+        self.runtime, self.draw = runtime, drawing
+
+    def start(self, request: gr.Request) -> Updates:
+        """The page was opened: the chat that its address names, or a new one."""
+        chat_id = request.query_params.get("chat", "")
+        return self._show(self.runtime.open(chat_id)) if self.runtime.store.holds(chat_id) else self.new()
+
+    def new(self) -> Updates:
+        return self._show(Chat(id=secrets.token_hex(8)))
+
+    def open(self, event: gr.EventData) -> Updates:
+        return self._show(self.runtime.open(str(event.chat)))
+
+    def _show(self, chat: Chat) -> Updates:
+        answer = self.runtime.answers.get(chat.id)
+        return self.draw.whole(chat, answer) | self.draw.settings(chat)
+
+    def remove(self, current: str, query: str, event: gr.EventData) -> Updates:
+        if (answer := self.runtime.answers.get(str(event.chat))) is not None:
+            answer.stop()
+        self.runtime.store.delete(str(event.chat))
+        return (
+            self.new() if event.chat == current else {self.draw.components.library.chats: self.search(query, current)}
+        )
+
+    def search(self, query: str, current: str) -> str:
+        return self.draw.list(current, query)
+
+    def rename(self, title: str, chat_id: str, query: str) -> str:
+        title = " ".join(title.split())
+        if title and self.runtime.store.holds(chat_id):
+            chat = self.runtime.open(chat_id)
+            if chat.title != title:
+                chat.title = title
+                self.runtime.store.save(chat)
+        return self.draw.list(chat_id, query)
+
+    def set(self, chat_id: str, *values: Any) -> None:
+        """Keeps the panel's values with the chat; a value the model would take anyway is left open."""
+        system, temperature, top_p, max_new_tokens, seed, tools = values
+        chat, own = self.runtime.open(chat_id), self.runtime.engine.params()
+        names = [tool.name for tool in self.runtime.tools]
+        chat.settings = Settings(
+            system=system or "",
+            temperature=None if temperature in (None, own.temperature) else float(temperature),
+            top_p=None if top_p in (None, own.top_p) else float(top_p),
+            max_new_tokens=int(max_new_tokens) if max_new_tokens else Settings.max_new_tokens,
+            seed=None if seed is None else int(seed),
+            tools=None if set(tools) == set(names) else list(tools),
+            always=chat.settings.always,
+        )
+        self.runtime.params(chat.settings)  # what cannot be used is said now
+        self.runtime.store.save(chat)
+
+    def ask_again(self, chat_id: str) -> Any:
+        """Forgets which tools were allowed for good in this chat."""
+        chat = self.runtime.open(chat_id)
+        chat.settings.always.clear()
+        self.runtime.store.save(chat)
+        return gr.Button(visible=False)

@@ -1,0 +1,112 @@
+"""Small pieces of HTML beside the conversation: the list of chats, the live line, questions. All text is escaped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from glm4lite.weights.memory import readable
+from glm4lite_ui.answering import Answer, Asking
+from glm4lite_ui.chats import Chat, Turn
+from glm4lite_ui.markup import code_block, safe_markdown, text_html
+from glm4lite_ui.runtime import Runtime
+
+EXPORTS = {"md": "Markdown", "json": "JSON"}
+
+CHAT_LIST_JS = """
+element.addEventListener('click', event => {
+  const button = event.target.closest('button[data-chat]');
+  if (!button) return;
+  const chat = button.dataset.chat;
+  if (button.dataset.act === 'open') {
+    trigger('open', {chat: chat});
+    if (innerWidth < 768) document.querySelector('#library .toggle-button')?.click();
+  }
+  else if (confirm('Delete this chat? It cannot be brought back.')) trigger('remove', {chat: chat});
+});
+// The address names the chat, so that reloading the page comes back to it.
+watch('value', () => {
+  const address = new URL(location), open = element.querySelector('[aria-current]');
+  if (open) address.searchParams.set('chat', open.dataset.chat);
+  else address.searchParams.delete('chat');
+  history.replaceState(null, '', address);
+});
+"""
+
+# The list is open where there is room beside it.
+OPEN_LIST_JS = "() => { if (innerWidth >= 768) document.querySelector('#library .toggle-button')?.click(); }"
+
+
+def chat_list(chats: Sequence[Chat], current: str) -> str:
+    """A button per chat, the open one marked, each with one that deletes it."""
+    if not chats:
+        return '<p class="g-empty">No chats yet.</p>'
+    return f'<ul class="g-chats">{"".join(_chat_row(chat, chat.id == current) for chat in chats)}</ul>'
+
+
+def _chat_row(chat: Chat, current: bool) -> str:
+    title, when = text_html(chat.title), time.strftime("%d %b %Y, %H:%M", time.localtime(chat.updated))
+    mark = ' aria-current="true"' if current else ""
+    target = f'data-chat="{chat.id}"'
+    return (
+        f'<li><button class="g-open" data-act="open" {target} title="{title}, {when}"{mark}>{title}</button>'
+        f'<button class="g-remove" data-act="remove" {target} aria-label="Delete {title}">×</button></li>'
+    )
+
+
+def live_line(runtime: Runtime, chat: Chat, answer: Answer | None = None) -> str:
+    """Speed, prompt tokens (reused and new), context used of total, memory of weights and of the cache."""
+    turn = chat.turns[-1] if chat.turns else None
+    pieces = _under_way(answer) if answer is not None else _finished(turn)
+    counts = (turn.counts if turn else None) or {}
+    if "prompt_tokens" in counts:
+        used, context = counts["prompt_tokens"] + counts["new_tokens"], runtime.engine.model.context
+        pieces.append(f"context {used:,} of {context:,}")
+    memory = f"weights {readable(runtime.weight_bytes())}"
+    if cache := runtime.engine.prefixes.nbytes:
+        memory += f" · KV {readable(cache)}"
+    pieces.append(memory)
+    return "".join(f"<span>{text_html(piece)}</span>" for piece in pieces)
+
+
+def _under_way(answer: Answer) -> list[str]:
+    seconds = time.monotonic() - answer.started
+    writer = answer.writer
+    if answer.asking is not None:
+        return ["waiting for you"]
+    if writer.progress is not None:
+        return [f"{writer.progress.stage} {writer.progress.done:,} of {writer.progress.total:,} {writer.progress.unit}"]
+    if writer.pieces < 2:
+        return [f"reading, {seconds:.1f} s"]
+    return [f"{(writer.pieces - 1) / max(time.monotonic() - writer.first_piece, 1e-3):.1f} tokens/s"]
+
+
+def _finished(turn: Turn | None) -> list[str]:
+    if turn is None or not turn.counts:
+        return []
+    counts = turn.counts
+    prompt, new = counts["prompt_tokens"], counts["prefilled_tokens"]
+    reused = max(prompt - new, 0)
+    return [
+        f"{counts['new_tokens']:,} tokens at {counts['tokens_per_s']:.1f}/s",
+        f"prompt {prompt:,}: {reused:,} reused, {new:,} computed",
+    ]
+
+
+def question_about(asking: Asking | None) -> str:
+    """Markdown: which call waits for the user's word."""
+    if asking is None:
+        return ""
+    return f"**Run `{asking.call.name}`?**\n\n{code_block(asking.call.arguments, 'json')}"
+
+
+def context_full(chat: Chat) -> str:
+    """Markdown: what is offered when a chat no longer fits."""
+    error = chat.turns[-1].error if chat.turns else None
+    return f"**This chat no longer fits the model's context.** {safe_markdown(error or '')}"
+
+
+def export_links(chat: Chat) -> str:
+    """Downloads of the chat as it is saved."""
+    links = (f'<a href="export/{chat.id}.{kind}" download>{name}</a>' for kind, name in EXPORTS.items())
+    return f'<p class="g-export">Export: {" · ".join(links)}</p>'

@@ -1,0 +1,151 @@
+"""The page on a FastAPI app: nothing leaves the machine, and nobody but the user's own browser gets in."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import quote
+
+from fastapi import FastAPI, Response
+from fastapi.responses import PlainTextResponse
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from glm4lite.errors import Glm4liteError
+from glm4lite.server import create_app, serve
+from glm4lite.server.launch import url_of
+from glm4lite_ui.export import KINDS, as_json, as_markdown, file_name
+
+if TYPE_CHECKING:
+    from gradio import Blocks
+
+    from glm4lite_ui.runtime import Runtime
+
+UPLOAD_LIMIT = "2mb"  # of text: more than any context holds
+
+
+def keep_gradio_quiet() -> None:
+    """Before Gradio is imported: no analytics, no share link, no code from a chat, an own folder for uploads."""
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SHARE": "False", "GRADIO_RUN_HISTORY": "False"}
+    os.environ |= {"GRADIO_SSR_MODE": "False", "GRADIO_MCP_SERVER": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    for unwanted in ("GRADIO_VIBE_MODE", "GRADIO_ALLOWED_PATHS", "GRADIO_ROOT_PATH", "GRADIO_HOT_RELOAD"):
+        os.environ.pop(unwanted, None)
+    os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="glm4lite-ui-")
+
+
+def mount(app: FastAPI, runtime: Runtime) -> FastAPI:
+    """Puts the page at "/" of `app`; routes that `app` has already stay."""
+    keep_gradio_quiet()
+    import gradio as gr
+
+    from glm4lite_ui.app import build
+    from glm4lite_ui.layout import CSS, theme
+
+    _add_exports(app, runtime)
+    page = build(runtime)
+    _take_uploads_only(page)
+    return gr.mount_gradio_app(
+        app,
+        page,
+        path="/",
+        server_name="127.0.0.1",
+        footer_links=[],
+        run_history=False,
+        allowed_paths=[],
+        blocked_paths=[str(runtime.store.folder.absolute())],
+        show_error=False,
+        max_file_size=UPLOAD_LIMIT,
+        enable_monitoring=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        theme=theme(),
+        css_paths=[CSS],
+        app_kwargs={"middleware": [Middleware(Gate)], "docs_url": None, "redoc_url": None, "openapi_url": None},
+    )
+
+
+# What the page itself asks for. Everything else that Gradio serves (files of this machine, a proxy, API pages, direct
+# calls, run history, monitoring, code from a chat) is not there.
+OPEN = re.compile(
+    r"/(config/?|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(static|assets|svelte)/.*)?"
+    r"|/gradio_api/(queue/(join|data)|upload|upload_progress|heartbeat/\w+|run/predict|cancel|reset/?|startup-events|theme\.css)"
+)
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' blob: data:; worker-src 'self' blob:; "
+    "frame-src 'none'; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+)
+HEADERS = {
+    b"content-security-policy": POLICY.encode(),
+    b"x-content-type-options": b"nosniff",
+    b"x-frame-options": b"DENY",
+    b"referrer-policy": b"no-referrer",
+    b"cross-origin-opener-policy": b"same-origin",
+    b"cross-origin-resource-policy": b"same-origin",
+}
+
+
+class Gate:
+    """ASGI middleware of the page: only what it needs is served, and its answers may load nothing from elsewhere."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                named = [(name, value) for name, value in message["headers"] if name.lower() not in HEADERS]
+                message = {**message, "headers": [*named, *HEADERS.items()]}
+            await send(message)
+
+        if scope["type"] == "http" and not OPEN.fullmatch(scope["path"]):
+            await PlainTextResponse("not found", 404)(scope, receive, guarded)
+        else:
+            await self.app(scope, receive, guarded if scope["type"] == "http" else send)
+
+
+def _take_uploads_only(page: Blocks) -> None:
+    """An event may name only files that were uploaded.
+
+    Gradio checks that only where `launch` was called (6.31, `_check_allowed`): mounted, it would read any file of this
+    machine, and fetch any address, that stands in an event's data.
+    """
+    page.has_launched = True
+
+    async def refuse(path: str | Path) -> str:
+        folder = Path(os.environ["GRADIO_TEMP_DIR"]).resolve()
+        if not Path(path).resolve().is_relative_to(folder):
+            raise Glm4liteError("this file was not uploaded")
+        return str(path)
+
+    for block in page.blocks.values():
+        block.async_move_resource_to_block_cache = refuse  # type: ignore[method-assign, assignment]
+
+
+def _add_exports(app: FastAPI, runtime: Runtime) -> None:
+    """GET /export/<chat>.md and .json: a saved chat as a download."""
+
+    def export(chat_id: str, kind: Literal["md", "json"]) -> Response:
+        if not runtime.store.holds(chat_id):
+            return PlainTextResponse("this chat is not there", 404)
+        chat = runtime.open(chat_id)
+        text = as_markdown(chat) if kind == "md" else as_json(chat)
+        headers = {"Content-Disposition": f"attachment; filename*=utf-8''{quote(file_name(chat, kind))}"}
+        return Response(text, media_type=f"{KINDS[kind]}; charset=utf-8", headers=headers)
+
+    app.add_api_route("/export/{chat_id}.{kind}", export, methods=["GET"], response_class=Response)
+
+
+def serve_page(runtime: Runtime, listening: socket.socket, say: Callable[[str], None]) -> None:
+    """The page at "/" and OpenAI's API at "/v1" of one address, until Ctrl-C."""
+    app = mount(create_app(runtime.worker, runtime.source), runtime)
+    try:
+        serve(app, listening, lambda: say(f"Open {url_of(listening)} in a browser (Ctrl-C ends)"))
+    finally:
+        runtime.close()
