@@ -7,24 +7,25 @@ from typing import Annotated, Any
 
 import typer
 
-from glm4lite import cli
+from glm4lite.cli import options
+from glm4lite.cli.running import NANO_REMARK, rendering, use_threads
 
 
 def ui(
-    model: cli.Model = "nano",
+    model: options.Model = "nano",
     port: Annotated[int, typer.Option(help="Of http://127.0.0.1; 0 takes a free one.", min=0, max=65535)] = 7860,
-    quant: cli.Quant = None,
-    tools: cli.Tools = None,
-    no_tools: cli.NoTools = False,
-    mcp: cli.Mcp = None,
-    approve: cli.Approve = "ask",
-    device: cli.Device = "auto",
-    dtype: cli.Dtype = "auto",
-    kv: cli.KV = "auto",
-    gpu_memory: cli.GpuMemory = None,
-    ram: cli.Ram = None,
-    context: cli.Context = None,
-    threads: cli.Threads = None,
+    quant: options.Quant = None,
+    tools: options.Tools = None,
+    no_tools: options.NoTools = False,
+    mcp: options.Mcp = None,
+    approve: options.Approve = "ask",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    kv: options.KV = "auto",
+    gpu_memory: options.GpuMemory = None,
+    ram: options.Ram = None,
+    context: options.Context = None,
+    threads: options.Threads = None,
     chats: Annotated[Path | None, typer.Option(help="Where chats are kept.", show_default="your data folder")] = None,
 ) -> None:
     """Chat with a model in the browser, on this machine only."""
@@ -36,11 +37,11 @@ def ui(
     from glm4lite_ui.runtime import Runtime
     from glm4lite_ui.serving import serve_page
 
-    cli._use_threads(threads)
+    use_threads(threads)
     store, listening = ChatStore(chats), Address("127.0.0.1", port).listen()
-    with cli._rendering(as_json=False) as renderer, Toolbox(tools or (), mcp or (), not no_tools, approve) as box:
+    with rendering(as_json=False) as renderer, Toolbox(tools or (), mcp or (), not no_tools, approve) as box:
         if model == "nano":
-            renderer.remark(cli.NANO_REMARK)
+            renderer.remark(NANO_REMARK)
         limits: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
         engine = Engine.load(model, quant or "auto", device, dtype, renderer.show, need_template=True, **limits)
         runtime = Runtime(EngineWorker(engine), store, box.tools, source=model)

@@ -1,0 +1,50 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="A folder, a Hub repository such as zai-org/GLM-4-9B-0414, or nano.")]
+Quant = Annotated[
+    str | None, typer.Option(help="int4, int8, nf4, fp4 or none.", show_default="int4, or as the checkpoint is stored")
+]
+Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and leave.")]
+Json = Annotated[bool, typer.Option("--json", help="Every line of stdout is one event as JSON.")]
+System = Annotated[str | None, typer.Option(help="System prompt.")]
+Tools = Annotated[
+    list[str] | None,
+    typer.Option("--tools", metavar="FILE", help="The @tool functions of a file or folder; `python`: run Python code."),
+]
+NoTools = Annotated[bool, typer.Option("--no-tools", help="Not calculator, current_time and unit_convert.")]
+Mcp = Annotated[
+    list[Path] | None, typer.Option(metavar="FILE", help="A file with mcpServers, whose tools are offered.")
+]
+Approve = Annotated[
+    str,
+    typer.Option(metavar="WHEN", help="ask: for tools that want it; every: before every call; all: nothing is asked."),
+]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the checkpoint's")]
+TopP = Annotated[float | None, typer.Option(show_default="the checkpoint's")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
+# Read as text, so that what is no number is answered in one line too.
+Threads = Annotated[str | None, typer.Option(metavar="N", help="CPU threads.", show_default="all cores")]
+KV = Annotated[str, typer.Option(help="Cache of keys and values: float, int8, or auto (int8 where it would not fit).")]
+GpuMemory = Annotated[
+    str | None, typer.Option(help="What may be used of each GPU, such as 8GiB.", show_default="what is free")
+]
+Ram = Annotated[
+    str | None,
+    typer.Option(help="What may be held in RAM, such as 3GiB; the rest streams.", show_default="what is free"),
+]
+# Read as text, so that what is no number is answered in one line too.
+Context = Annotated[
+    str | None, typer.Option(metavar="N", help="Tokens to have memory for.", show_default="8192 with a budget")
+]
+JsonObject = Annotated[bool, typer.Option("--json", help="Stdout is one JSON object.")]

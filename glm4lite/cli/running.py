@@ -1,0 +1,85 @@
+"""What commands do around their work: where events and reports go, threads, interrupts."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from glm4lite.errors import ConfigError
+
+if TYPE_CHECKING:
+    from glm4lite.benchmark import Benchmark
+    from glm4lite.evaluate import Evaluation
+    from glm4lite.planner import PlacementReport
+    from glm4lite.terminal import Renderer
+
+NANO_REMARK = (
+    "nano is a tiny demonstration model that comes with glm4lite: it calls tools and makes small talk, no more. "
+    "For a 9B: glm4lite chat zai-org/GLM-4-9B-0414"
+)
+
+
+def use_threads(count: str | None) -> None:
+    """Threads of torch and of the kernels; what this machine does not have is refused, also in the environment."""
+    from glm4lite_quant.kernels import check_environment, native
+
+    check_environment()
+    if count is None:
+        return
+    try:
+        number = int(count)
+    except ValueError:
+        raise ConfigError(f"--threads is {count[:100]!r}; use a whole number of at least 1") from None
+    native.set_threads(number)
+
+
+@contextmanager
+def rendering(as_json: bool) -> Iterator[Renderer]:
+    """Where events go; the terminal is left in order whatever happens."""
+    from glm4lite.terminal import JsonLines, Notices, Terminal
+
+    renderer: Renderer = JsonLines() if as_json else Terminal()
+    logging.getLogger("glm4lite").addHandler(notices := Notices())
+    try:
+        yield renderer
+    finally:
+        logging.getLogger("glm4lite").removeHandler(notices)
+        renderer.close()
+
+
+@contextmanager
+def interrupt_stops(answering: Any) -> Iterator[None]:
+    """Ctrl-C ends the answer, not the program; a second one during the same answer interrupts for good."""
+
+    def on_interrupt(*_: object) -> None:
+        signal.signal(signal.SIGINT, previous)
+        answering.stop()
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def print_report(report: Benchmark | Evaluation | PlacementReport, as_json: bool) -> None:
+    """One JSON object, or aligned lines."""
+    import json
+
+    if as_json:
+        typer.echo(json.dumps(report.to_json(), ensure_ascii=False))
+    else:
+        print_facts(list(report.lines()))
+
+
+def print_facts(facts: list[tuple[str, str]]) -> None:
+    from glm4lite.terminal import printable_line
+
+    width = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        typer.echo(f"{name:<{width}}  {printable_line(value)}")
