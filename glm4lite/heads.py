@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from glm4lite.cache import KVCache
 from glm4lite.config import Glm4Config
-from glm4lite.model import Glm4Model, PreTrainedModel
+from glm4lite.model import Glm4Model, PreTrainedModel, draw
 from glm4lite.outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
 
 
@@ -24,7 +24,7 @@ class Glm4ForSequenceClassification(PreTrainedModel):
         super().__init__(config)
         self.model = Glm4Model(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        nn.init.normal_(self.score.weight, std=config.initializer_range)
+        draw(self.score.weight, config.initializer_range)
 
     def forward(
         self,
@@ -98,7 +98,7 @@ class Glm4ForTokenClassification(PreTrainedModel):
         given = (config.classifier_dropout, config.hidden_dropout, 0.1)
         self.dropout = nn.Dropout(next(rate for rate in given if rate is not None))
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=config.token_classification_bias)
-        nn.init.normal_(self.score.weight, std=config.initializer_range)
+        draw(self.score.weight, config.initializer_range)
         if self.score.bias is not None:
             nn.init.zeros_(self.score.bias)
 

@@ -31,6 +31,12 @@ if TYPE_CHECKING:
     from glm4lite.weights.foreign import Quant
 
 
+def draw(weight: Tensor, std: float) -> None:
+    """N(0, std) in place. Nothing on the meta device, where torch would import its compiler for it: a second."""
+    if not weight.is_meta:
+        nn.init.normal_(weight, std=std)
+
+
 class RMSNorm(nn.Module):
     """x * rsqrt(mean(x^2) + eps) in float32, cast to `dtype`, then times the weight (the reference's order)."""
 
@@ -191,11 +197,11 @@ class PreTrainedModel(nn.Module):
         """The reference's initialization: N(0, initializer_range), biases 0, norms 1, the padding row 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
+                draw(module.weight, self.config.initializer_range)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
+                draw(module.weight, self.config.initializer_range)
                 if module.padding_idx is not None:
                     with torch.no_grad():
                         module.weight[module.padding_idx].zero_()
@@ -213,7 +219,8 @@ class Glm4Model(PreTrainedModel):
         padding = config.pad_token_id
         if padding is not None and not 0 <= padding < config.vocab_size:
             padding = None  # a finetune may cut the vocabulary below the pad id
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding)
+        table = torch.empty(config.vocab_size, config.hidden_size)  # torch would draw its values, and these come after
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding, _weight=table)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
@@ -369,7 +376,7 @@ class Glm4ForCausalLM(PreTrainedModel):
         super().__init__(config)
         self.model = Glm4Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        nn.init.normal_(self.lm_head.weight, std=config.initializer_range)
+        draw(self.lm_head.weight, config.initializer_range)
         self.tie_weights()
 
     def new_cache(self) -> KVCache:

@@ -1,6 +1,8 @@
 """Loading: what ends up in the model, in which type, quantized or not, from every kind of checkpoint."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +250,9 @@ def test_a_kernel_that_is_not_known_is_not_taken_for_a_damaged_file(monkeypatch:
     monkeypatch.setenv("GLM4LITE_ISA", "mmx")
     with pytest.raises(QuantError, match="GLM4LITE_ISA is 'mmx'; use one of"):
         load("nano", quant="int4")
+
+
+def test_loading_imports_no_compiler() -> None:
+    code = "import sys; from glm4lite import load; load('nano'); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "False"  # torch takes a second to import it, to draw values of the meta device
