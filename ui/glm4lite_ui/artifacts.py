@@ -1,7 +1,8 @@
 """HTML and SVG that the model wrote, shown in a frame that can do nothing but draw.
 
 The frame has an origin of its own (`sandbox` without allow-same-origin) and a policy without network; leaving to
-another address is refused by the page's own policy (serving.py: frame-src).
+another address is refused by the page's own policy (serving.py: frame-src). One thing remains: before Chromium asks
+the policy about a navigation it may look up the address and connect to it, without sending anything.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ def ui(
     with rendering(as_json=False) as renderer, Toolbox(tools or (), mcp or (), not no_tools, approve) as box:
         if model == "nano":
             renderer.remark(NANO_REMARK)
-        limits: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
-        engine = Engine.load(model, quant or "auto", device, dtype, renderer.show, need_template=True, **limits)
-        runtime = Runtime(EngineWorker(engine), store, box.tools, source=model)
+        limits: dict[str, Any] = {"device": device, "dtype": dtype}
+        limits |= {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
+        engine = Engine.load(model, quant or "auto", progress=renderer.show, need_template=True, **limits)
+        runtime = Runtime(EngineWorker(engine), store, box.tools, model, limits)
         serve_page(runtime, listening, renderer.remark)

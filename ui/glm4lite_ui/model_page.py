@@ -7,9 +7,12 @@ from typing import Any
 
 import gradio as gr
 
+from glm4lite.errors import Glm4liteError
+from glm4lite.events import Progress
 from glm4lite.inventory import devices, kernel_names
 from glm4lite.weights.memory import readable
 from glm4lite_ui.drawing import Drawing
+from glm4lite_ui.loading import Loading
 from glm4lite_ui.markup import text_html
 from glm4lite_ui.runtime import Runtime
 
@@ -39,10 +42,38 @@ class ModelHandlers:
 
     def __init__(self, runtime: Runtime, drawing: Drawing) -> None:
         self.runtime, self.parts = runtime, drawing.components.model
+        self.loading = Loading(runtime)
 
     def facts(self) -> str:
         return fact_table(self.runtime)
 
     def load(self, source: str, quant: str) -> Iterator[dict[Any, Any]]:
-        """Loads another model in place of this one, with a bar."""
-        yield {self.parts.load: gr.Button(interactive=False)}
+        """Loads another model in place of this one, with a bar; leaving the page stops it, and this one stays."""
+        source = source.strip()
+        if not source:
+            raise Glm4liteError("name a model: a folder, or a Hub repository")
+        try:
+            yield {self.parts.load: gr.Button(interactive=False)}
+            for progress in self.loading.load(source, quant):
+                yield {self.parts.progress: bar(progress)}
+        except Glm4liteError as error:
+            yield self._ended(f"{source}: {error}")
+        else:
+            yield self._ended(f"{source} is loaded.")
+
+    def _ended(self, remark: str) -> dict[Any, Any]:
+        return {
+            self.parts.facts: fact_table(self.runtime),
+            self.parts.progress: f"<p>{text_html(remark)}</p>",
+            self.parts.load: gr.Button(interactive=True),
+        }
+
+
+def bar(progress: Progress | None) -> str:
+    """How far a load is; None: it waits for the answer that is being given."""
+    if progress is None:
+        return "<p>Waiting for the engine…</p>"
+    done, total = (readable(n) if progress.unit == "bytes" else f"{n:,}" for n in (progress.done, progress.total))
+    unit = "" if progress.unit == "bytes" else f" {progress.unit}"
+    share = f'<progress max="{progress.total}" value="{progress.done}"></progress>'
+    return f"<p>{text_html(progress.stage)} {share} {text_html(f'{done} of {total}{unit}')}</p>"

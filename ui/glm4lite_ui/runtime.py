@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from glm4lite.engine import Engine
 from glm4lite.errors import Glm4liteError
@@ -31,6 +32,7 @@ class Runtime:
     store: ChatStore
     tools: Sequence[Tool] = ()
     source: str = "nano"
+    load_options: dict[str, Any] = field(default_factory=dict)  # of Engine.load, for the next model too
     answers: dict[str, Answer] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
