@@ -86,7 +86,7 @@ def _panel(title: str, content: str, part: Part, under_way: bool) -> Shown:
     pending = under_way and part.seconds is None
     metadata: dict[str, Any] = {"title": title, "status": "pending" if pending else "done"}
     if part.seconds is not None:
-        metadata["duration"] = round(part.seconds, 2)
+        metadata["duration"] = max(round(part.seconds, 2), 0.01)
     if part.kind == "call" and not pending:
         metadata["log"] = _first_line(part.text)
     return {"role": "assistant", "content": content, "metadata": metadata}
