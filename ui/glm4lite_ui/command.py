@@ -13,7 +13,7 @@ from glm4lite.cli.running import NANO_REMARK, rendering, use_threads
 
 def ui(
     model: options.Model = "nano",
-    port: Annotated[int, typer.Option(help="Of http://127.0.0.1; 0 takes a free one.", min=0, max=65535)] = 7860,
+    port: Annotated[int, typer.Option(help="Of http://127.0.0.1; 0 takes a free one.")] = 7860,
     quant: options.Quant = None,
     tools: options.Tools = None,
     no_tools: options.NoTools = False,
