@@ -38,6 +38,10 @@ class DeviceError(Glm4liteError):
     """A GPU failed, or memory ran out, while the model computed. What was computed before is kept."""
 
 
+class ModelError(Glm4liteError):
+    """A model computes no numbers, so there is no next token."""
+
+
 class SamplingError(Glm4liteError):
     """A sampling parameter is out of range."""
 

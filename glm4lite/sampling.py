@@ -6,10 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from glm4lite.errors import SamplingError
+from glm4lite.errors import ModelError, SamplingError
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
+
+FEW = 1024  # ids among which a CPU looks first
 
 # (name, type, smallest, largest) of every number; None: no bound
 _RANGES: tuple[tuple[str, type, float, float | None], ...] = (
@@ -85,7 +87,11 @@ def _is_number(value: object, kind: type) -> bool:
 
 
 class Sampler:
-    """Draws token ids from logits under SamplingParams; one Sampler per answer, since the seed starts anew."""
+    """Draws token ids from logits under SamplingParams; one Sampler per answer, since the seed starts anew.
+
+    A drawn number picks its place in the cumulative distribution, so that a seed means the same wherever the logits
+    lie; they stay on their device, and one integer comes back.
+    """
 
     def __init__(self, params: SamplingParams) -> None:
         import torch
@@ -98,16 +104,26 @@ class Sampler:
             self.generator.manual_seed(params.seed)
 
     def __call__(self, logits: Tensor, seen: list[int]) -> int:
-        """logits [V] float32 -> one id; `seen` are the ids that repetition_penalty makes less likely."""
+        """logits [V] float32 -> one id; `seen` are the ids that repetition_penalty makes less likely.
+
+        Raises ModelError where the logits are not finite.
+        """
+        import torch
+
         params = self.params
         if params.repetition_penalty != 1.0:
             logits = _penalized(logits, seen, params.repetition_penalty)
+        top = logits.max()
         if params.temperature == 0:
-            return int(logits.argmax())
-        logits = logits.cpu()
-        # The largest is brought to 0 first, so that a tiny temperature makes others impossible and nothing NaN.
-        probs = _filtered((logits - logits.max()) / params.temperature, params).softmax(-1)
-        return int(probs.multinomial(1, generator=self.generator))
+            chosen = logits.argmax()
+        else:
+            # The largest is brought to 0 first, so that a tiny temperature makes others impossible and nothing NaN.
+            drawn = torch.rand((), generator=self.generator, dtype=torch.float64).item()
+            chosen = _pick((logits - top) / params.temperature, params, drawn)
+        token = int(chosen.where(top.isfinite(), -1))  # all that comes back from a GPU
+        if token < 0:
+            raise ModelError("the model's output is not finite: its weights are damaged, or do not fit its config.json")
+        return token
 
 
 def _penalized(logits: Tensor, seen: list[int], penalty: float) -> Tensor:
@@ -121,30 +137,54 @@ def _penalized(logits: Tensor, seen: list[int], penalty: float) -> Tensor:
     return logits
 
 
-def _filtered(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Ids outside top_k, top_p and min_p become impossible; the likeliest one always stays."""
-    impossible = float("-inf")
-    if 0 < params.top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], impossible)
-    if params.top_p < 1:
-        logits = _nucleus(logits, params.top_p)
-    if params.min_p > 0:
-        probs = logits.softmax(-1)
-        logits = logits.masked_fill(probs < params.min_p * probs.max(), impossible)
-    return logits
+def _pick(logits: Tensor, params: SamplingParams, drawn: float) -> Tensor:
+    """The id at `drawn` (0 to 1) of the cumulative distribution of what the filters leave, the likeliest ids first.
 
-
-def _nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """The fewest likeliest ids that together have the probability top_p; at least one.
-
-    They are looked for among the likeliest 1024 first: sorting a vocabulary of 151 552 takes as long as a layer.
+    On a CPU it is looked for among the likeliest 1024: sorting a vocabulary of 151 552 takes as long as a layer. A GPU
+    sorts faster than it could be asked whether they were enough.
     """
-    probs = logits.softmax(-1)
-    for count in (1024, len(probs)):
-        ordered, order = probs.topk(min(count, len(probs)))
-        sums = ordered.cumsum(-1)
-        if sums[-1] > top_p or count >= len(probs):
+    total = len(logits)
+    few = min(max(FEW, params.top_k + 1), total)
+    for count in (few, total) if logits.device.type == "cpu" else (total,):
+        values, ids = logits.topk(count) if count < total else logits.sort(descending=True)
+        probs = (values - _normalizer(logits, values, params)).exp()
+        kept = _kept(probs, params)
+        if count == total or _enough(probs, kept, params, drawn):
             break
-    kept = order[sums - ordered <= top_p]
-    chosen = order[:1] if kept.numel() == 0 else kept
-    return logits.new_full(logits.shape, float("-inf")).index_copy(0, chosen, logits[chosen])
+    sums = (probs * kept).cumsum(-1)
+    place = (sums <= drawn * _mass(sums, params, count == total)).sum()
+    return ids[place.clamp(max=kept.sum() - 1)]
+
+
+def _normalizer(logits: Tensor, values: Tensor, params: SamplingParams) -> Tensor:
+    """log of the sum of what top_k leaves."""
+    among = values[: params.top_k] if 0 < params.top_k <= len(values) else logits
+    return among.logsumexp(-1)
+
+
+def _kept(probs: Tensor, params: SamplingParams) -> Tensor:
+    """Which of the sorted probabilities top_k, top_p and min_p leave: the first ones, and always the first of all."""
+    import torch
+
+    rank = torch.arange(len(probs), device=probs.device)
+    kept = rank < params.top_k if params.top_k else torch.ones_like(rank, dtype=torch.bool)
+    if params.top_p < 1:
+        kept &= probs.cumsum(-1) - probs <= params.top_p
+    if params.min_p > 0:
+        kept &= probs >= params.min_p * probs[0]
+    return kept | (rank == 0)
+
+
+def _enough(probs: Tensor, kept: Tensor, params: SamplingParams, drawn: float) -> bool:
+    """Whether no less likely id can matter: the filters end before the last of these, or the drawn place does."""
+    return not bool(kept[-1]) or (_all(params) and bool(probs.sum() > drawn))
+
+
+def _mass(sums: Tensor, params: SamplingParams, whole: bool) -> Tensor:
+    """The probability of all that is kept; that of the whole vocabulary is 1, known or not."""
+    return sums.new_ones(()) if _all(params) and not whole else sums[-1]
+
+
+def _all(params: SamplingParams) -> bool:
+    """Whether nothing is filtered."""
+    return not params.top_k and params.top_p == 1 and not params.min_p

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from glm4lite.errors import SamplingError
-from glm4lite.sampling import Sampler, SamplingParams, _nucleus
+from glm4lite.errors import ModelError, SamplingError
+from glm4lite.sampling import Sampler, SamplingParams, _pick
 
 LOGITS = torch.tensor([1.0, 4.0, 3.9, -2.0, 0.5, 3.0])
 
@@ -27,14 +27,59 @@ def test_top_p_keeps_the_smallest_set_that_holds_p() -> None:
     assert draws(top_p=0.0) == {1}
 
 
-@pytest.mark.parametrize("top_p", [0.1, 0.9, 0.99, 0.9999])
+def sorted_draw(logits: torch.Tensor, params: SamplingParams, drawn: float) -> int:
+    """The specification: sort everything, apply Transformers' filters one after the other, go along the sums."""
+    probs, ids = (logits.double() / params.temperature).softmax(-1).sort(descending=True)
+    if params.top_k:
+        probs[params.top_k :] = 0
+        probs /= probs.sum()
+    if params.top_p < 1:
+        kept = probs.cumsum(-1) - probs <= params.top_p
+        kept[0] = True
+        probs *= kept
+    probs *= probs >= params.min_p * probs[0]
+    sums = probs.cumsum(-1)
+    return int(ids[min(int((sums <= drawn * sums[-1]).sum()), int((probs > 0).sum()) - 1)])
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {},
+        {"top_p": 0.1},
+        {"top_p": 0.9},
+        {"top_p": 0.9999},
+        {"top_k": 40},
+        {"top_k": 2000},
+        {"min_p": 0.02},
+        {"top_k": 1500, "top_p": 0.9, "min_p": 0.01},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("spread", [0.01, 1.0, 8.0])
-def test_the_nucleus_of_a_large_vocabulary_is_that_of_a_full_sort(spread: float, top_p: float) -> None:
+def test_draws_from_a_large_vocabulary_are_those_of_a_full_sort(spread: float, filters: dict[str, float]) -> None:
     logits = torch.randn(5000, generator=torch.Generator().manual_seed(3)) * spread
-    ordered, order = logits.softmax(-1).sort(descending=True)
-    expected = set(order[ordered.cumsum(-1) - ordered <= top_p].tolist())
-    kept = set(_nucleus(logits, top_p).isfinite().nonzero().flatten().tolist())
-    assert len(kept ^ expected) <= 1 + len(expected) // 1000  # sums over fewer terms round differently at the edge
+    params = SamplingParams(**{"temperature": 0.7, "top_p": 1.0, **filters})  # type: ignore[arg-type]
+    scaled = (logits - logits.max()) / params.temperature
+    rank = logits.argsort(descending=True).argsort()
+    for step in range(64):
+        got, want = int(_pick(scaled, params, step / 64)), sorted_draw(logits, params, step / 64)
+        assert abs(int(rank[got]) - int(rank[want])) <= 1  # sums in float32 round at the border of two ids
+
+
+def test_a_draw_beyond_the_likeliest_ids_finds_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glm4lite.sampling.FEW", 4)
+    logits, params = -torch.arange(4000) / 1000, SamplingParams(temperature=1, top_p=1)
+    for drawn in (0.0, 0.0009, 0.5, 0.9, 0.9999999):
+        assert abs(int(_pick(logits, params, drawn)) - sorted_draw(logits, params, drawn)) <= 1
+
+
+def test_logits_that_are_no_numbers_are_an_error_and_no_token() -> None:
+    for temperature in (0.0, 1.0):
+        sampler = Sampler(SamplingParams(temperature=temperature))
+        for bad in (float("nan"), float("inf")):
+            with pytest.raises(ModelError, match="not finite"):
+                sampler(torch.tensor([1.0, bad, 2.0]), [])
 
 
 def test_min_p_is_relative_to_the_likeliest() -> None:
