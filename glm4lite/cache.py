@@ -8,22 +8,37 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from glm4lite_quant.kernels.decoder import TOKENS, CacheView
+from glm4lite_quant.kernels.decoder import TOKENS, CacheView, Heads
 
 if TYPE_CHECKING:
     from glm4lite.config import Glm4Config
 
 KVType = Literal["float", "int8"]
 STEP = 256  # positions added when a buffer is full: few copies, little slack
+GPU_STEP = 1024  # there a buffer that moves has to be recorded anew (glm4lite.graph)
 
 
 class LayerCache:
-    """Keys and values [B, kv_heads, length, head_dim] of one layer in their own type; any device, differentiable."""
+    """Keys and values [B, kv_heads, length, head_dim] of one layer in their own type; any device, differentiable.
 
-    def __init__(self) -> None:
+    limit: tokens that memory is planned for; up to there the buffers never grow beyond it.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
-        self.length = 0
+        self.length, self.limit = 0, limit
+
+    def view(self, tokens: int, heads: Heads, device: torch.device, dtype: torch.dtype) -> CacheView:
+        """The buffers of a batch of one, with room for `tokens` more, for a kernel that writes them and reads all."""
+        like = torch.empty(1, heads.key_value, 0, heads.dim, device=device, dtype=dtype)
+        self.keys = self._reserved(self.keys, like, self.length + tokens)
+        self.values = self._reserved(self.values, like, self.length + tokens)
+        if self.keys.shape[0] != 1 or self.keys.dtype != dtype or self.keys.device != device:
+            raise ValueError(
+                f"the cache holds {self.keys.shape[0]} sequences in {self.keys.dtype} on {self.keys.device}"
+            )
+        return CacheView(self.keys[0], self.values[0], None, None, self.length)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Adds [B, kv_heads, T, head_dim] and returns all positions so far (views, not copies)."""
@@ -44,18 +59,23 @@ class LayerCache:
         return torch.cat((self.keys[:, :, past], keys), 2), torch.cat((self.values[:, :, past], values), 2)
 
     def _written(self, buffer: Tensor | None, new: Tensor, end: int) -> Tensor:
-        if buffer is None or buffer.shape[2] < end:
-            batch, heads, _, head_dim = new.shape
-            grown = new.new_empty(batch, heads, with_room(end), head_dim)
-            if buffer is not None:
-                grown[:, :, : self.length] = buffer[:, :, : self.length]
-            buffer = grown
+        buffer = self._reserved(buffer, new, end)
         buffer[:, :, self.length : end] = new
         return buffer
 
+    def _reserved(self, buffer: Tensor | None, like: Tensor, end: int) -> Tensor:
+        """The buffer, or a larger one with what it holds, where it has no room for `end` positions."""
+        if buffer is not None and buffer.shape[2] >= end:
+            return buffer
+        batch, heads, _, head_dim = like.shape
+        grown = like.new_empty(batch, heads, _capacity(end, self.limit, like.device), head_dim)
+        if buffer is not None:
+            grown[:, :, : self.length] = buffer[:, :, : self.length]
+        return grown
+
     def copy(self, length: int) -> LayerCache:
         """The first `length` positions, in buffers of their own without room to grow."""
-        made = LayerCache()
+        made = LayerCache(self.limit)
         made.length = min(length, self.length)
         if self.keys is not None and self.values is not None:
             made.keys, made.values = self.keys[:, :, : made.length].clone(), self.values[:, :, : made.length].clone()
@@ -81,9 +101,9 @@ class PackedLayerCache:
         self._values: Tensor | None = None
         self._scales: Tensor | None = None  # [keys or values, B, kv_heads, capacity]
 
-    def view(self, tokens: int, kv_heads: int, head_dim: int) -> CacheView:
-        """The buffers of a batch of one, with room for `tokens` more; the kernel writes them and reads all."""
-        self._reserve(self.length + tokens, (1, kv_heads), head_dim, torch.device("cpu"))
+    def view(self, tokens: int, heads: Heads, device: torch.device, dtype: torch.dtype) -> CacheView:
+        """As LayerCache's; `dtype` is that of the activations, not of the cache."""
+        self._reserve(self.length + tokens, (1, heads.key_value), heads.dim, device)
         keys, values, scales = self._buffers()
         if keys.shape[0] != 1:
             raise ValueError(f"the cache holds a batch of {keys.shape[0]}, not of one")
@@ -120,9 +140,7 @@ class PackedLayerCache:
     def _reserve(self, end: int, outer: tuple[int, int], head_dim: int, device: torch.device) -> None:
         if self._values is not None and end <= self._values.shape[2]:
             return
-        capacity = with_room(end)
-        if self.limit is not None and end <= self.limit:
-            capacity = min(capacity, -(-self.limit // TOKENS) * TOKENS)
+        capacity = _capacity(end, self.limit, device)
         dtype = torch.int8 if self.int8 else torch.float32
         keys = torch.empty(*outer, capacity // TOKENS, head_dim, TOKENS, dtype=dtype, device=device)
         values = torch.empty(*outer, capacity, head_dim, dtype=dtype, device=device)
@@ -149,9 +167,15 @@ class PackedLayerCache:
         return sum(buffer.nbytes for buffer in (self._keys, self._values, self._scales) if buffer is not None)
 
 
-def with_room(end: int) -> int:
+def with_room(end: int, step: int = STEP) -> int:
     """Positions to make room for: a long cache grows in larger steps, so that it is copied a few times only."""
-    return -(-(end + end // 8) // STEP) * STEP
+    return -(-(end + end // 8) // step) * step
+
+
+def _capacity(end: int, limit: int | None, device: torch.device) -> int:
+    """Positions of a buffer that has to hold `end`: up to the limit never more than that, in whole blocks."""
+    capacity = with_room(end, STEP if device.type == "cpu" else GPU_STEP)
+    return capacity if limit is None or end > limit else min(capacity, -(-limit // TOKENS) * TOKENS)
 
 
 def _int8(x: Tensor) -> tuple[Tensor, Tensor]:

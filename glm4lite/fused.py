@@ -62,7 +62,7 @@ def run(
     heads, tokens = kernels[0].heads, x.shape[1]
     out = x.detach().clone(memory_format=torch.contiguous_format)
     cos, sin = (part.expand(1, 1, tokens, -1)[0, 0].contiguous() for part in rotary)
-    decoder.run(kernels, [cache.view(tokens, heads.key_value, heads.dim) for cache in packed], out[0], cos, sin)
+    decoder.run(kernels, [cache.view(tokens, heads, x.device, dtype) for cache in packed], out[0], cos, sin)
     for cache in packed:
         cache.length += tokens
     return out

@@ -44,6 +44,7 @@ def machine_facts() -> list[Fact]:
         ("cuda", _cuda()),
         ("cpu kernels", kernels.status()),
         ("gpu kernels", kernels.gpu_status()),
+        *_gpu_decoding(),
     ]
     return facts + [(name, _installed(name, purpose)) for name, purpose in PACKAGES]
 
@@ -113,6 +114,17 @@ def _cuda() -> str:
         return "none found: everything runs on the CPU"
     cards = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
     return ", ".join(f"{card.name} ({card.total_memory / 2**30:.0f} GiB)" for card in cards)
+
+
+def _gpu_decoding() -> list[Fact]:
+    """How tokens are decoded on the first GPU; nothing where there is none."""
+    import torch
+
+    from glm4lite import graph
+
+    if not torch.cuda.is_available():
+        return []
+    return [("gpu decoding", graph.status(torch.device("cuda", torch.cuda.current_device())))]
 
 
 def _installed(name: str, purpose: str) -> str:

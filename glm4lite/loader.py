@@ -18,6 +18,7 @@ from torch import nn
 from glm4lite.budget import Budget
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, ConfigError
+from glm4lite.graph import eager_by_choice
 from glm4lite.hub import resolve
 from glm4lite.weights import memory
 from glm4lite.weights.assembly import Assembly, check_as_stored
@@ -180,6 +181,7 @@ def check_arguments(
         QuantError: a GLM4LITE_ variable asks for what this machine has not, or bitsandbytes is needed.
     """
     check_environment()
+    eager_by_choice()
     found = parse_quant(quant), _device(device), _dtype(dtype)
     if isinstance(found[0], BnbConfig):
         bnb.library()

@@ -21,6 +21,7 @@ from glm4lite.cache import KVCache, KVType, LayerCache, PackedLayerCache
 from glm4lite.config import Glm4Config
 from glm4lite.errors import ConfigError
 from glm4lite.fused import FusedLayer
+from glm4lite.graph import Caches, StepGraphs
 from glm4lite.offload import AT_HOME, Place
 from glm4lite.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from glm4lite.rotary import RotaryEmbedding, apply_rotary
@@ -226,6 +227,7 @@ class Glm4Model(PreTrainedModel):
         self.rotary_emb = RotaryEmbedding(config)
         self.kv: KVType = "float"
         self.context = config.max_position_embeddings  # tokens a cache may hold; a memory budget allows fewer
+        self.graphs = StepGraphs()
         self._init_weights()
 
     @property
@@ -251,6 +253,15 @@ class Glm4Model(PreTrainedModel):
                 yield slice(begin, end)
                 begin = end
 
+    def _together(self, layers: list[DecoderLayer], x: Tensor, stage: _Stage, caches: Caches) -> Tensor | None:
+        """x after several layers that one native call or one recorded graph takes; None where they go one by one."""
+        run = fused.run if stage.device.type == "cpu" else self.graphs.run
+        return run(layers, x, *stage.inputs, caches)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.graphs.clear()
+        return super()._apply(fn, recurse)
+
     def new_cache(self, batch: int = 1) -> KVCache:
         """An empty cache of the kind that `kv` asks for, in the native layout where native layers will read it."""
         return KVCache.of([self._layer_cache(layer, batch) for layer in self._layers()])
@@ -258,7 +269,7 @@ class Glm4Model(PreTrainedModel):
     def _layer_cache(self, layer: DecoderLayer, batch: int) -> LayerCache | PackedLayerCache:
         native = batch == 1 and (layer.dtype or self.dtype) == torch.float32 and layer.place.native(layer)
         int8 = self.kv == "int8"
-        return PackedLayerCache(int8, self.context) if native or int8 else LayerCache()
+        return PackedLayerCache(int8, self.context) if native or int8 else LayerCache(self.context)
 
     def forward(
         self,
@@ -295,11 +306,11 @@ class Glm4Model(PreTrainedModel):
         few = cache is not None and length <= fused.STEP_TOKENS and not collected.wanted
         x, stage = embeds.float(), stages.of(embeds.device, embeds.dtype)
         collected.hidden(embeds)
-        for run in self._runs(few and not fused.hooked(self.layers)):
+        for run in self._runs(few):
             layers = list(self._layers())[run]
             stage = stages.of(layers[0].device, layers[0].dtype or embeds.dtype)
             x = x.to(stage.device)
-            whole = fused.run(layers, x, *stage.inputs, caches[run]) if len(layers) > 1 else None
+            whole = self._together(layers, x, stage, caches[run]) if len(layers) > 1 else None
             if whole is not None:
                 x = whole
                 continue
@@ -314,10 +325,9 @@ class Glm4Model(PreTrainedModel):
 
 
 def _joins(layer: DecoderLayer, after: DecoderLayer) -> bool:
-    """Whether one native call may take both: of one type, on the CPU, with their weights at home."""
-    return layer.dtype == after.dtype and all(
-        each.place is AT_HOME and each.device.type == "cpu" for each in (layer, after)
-    )
+    """Whether one call may take both: of one type and device, weights at home, nobody waiting for either."""
+    same = layer.dtype == after.dtype and layer.device == after.device
+    return same and layer.place is after.place is AT_HOME and not fused.hooked((layer, after))
 
 
 class _Stage(NamedTuple):

@@ -26,7 +26,7 @@ ALLOWED = {
     "transformers": set(),
     "bitsandbytes": {"quant/glm4lite_quant/bnb.py"},
     "gradio": {f"ui/glm4lite_ui/{name}.py" for name in PAGE},
-    "triton": {f"quant/glm4lite_quant/kernels/triton_{name}.py" for name in ("gpu", "kernels")},
+    "triton": {f"quant/glm4lite_quant/kernels/triton_{name}.py" for name in ("gpu", "kernels", "step", "step_kernels")},
     "fastapi": {"glm4lite/server/app.py", "ui/glm4lite_ui/serving.py"},
     "uvicorn": {"glm4lite/server/launch.py"},
     "pickle": set(),

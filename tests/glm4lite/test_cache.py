@@ -111,7 +111,7 @@ def kernel() -> DecoderKernel:
 def step(layer: DecoderKernel, cache: PackedLayerCache, x: Tensor) -> Tensor:
     """What the native layer makes of x [T, hidden], nothing being rotated."""
     out, flat = x.clone(), torch.zeros(len(x), HEADS.rotary_dim // 2)
-    run([layer], [cache.view(len(x), HEADS.key_value, HEADS.dim)], out, flat + 1, flat)
+    run([layer], [cache.view(len(x), HEADS, x.device, x.dtype)], out, flat + 1, flat)
     cache.length += len(x)
     return out
 
@@ -154,6 +154,6 @@ def test_a_batch_is_not_handed_to_the_native_code() -> None:
     cache = PackedLayerCache(False)
     cache.append(*tokens(3, batch=2))
     with pytest.raises(ValueError, match="holds a batch of 2, not of one"):
-        cache.view(1, 2, 16)
+        cache.view(1, HEADS, torch.device("cpu"), torch.float32)
     with pytest.raises(ValueError, match="the cache is empty"):
         PackedLayerCache(False)._buffers()

@@ -13,27 +13,60 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from glm4lite_quant.kernels import triton_gpu, triton_kernels
+from glm4lite_quant.kernels import triton_gpu, triton_kernels, triton_step, triton_step_kernels
 
 POINTERS = {"qweight": "*i32", "scales": "*u8", "row_scale": "*fp32"}
 AFFINE = {"mins": "*u8", "row_min": "*fp32"}
 NUMBERS = ("tokens", "n", "k", "x_stride", "e4", "e8", "first")
+FLOATS = dict.fromkeys(("x", "post_weight", "weight", "sums", "tops", "weights"), "*fp32")
+FLOATS |= dict.fromkeys(("eps", "scale"), "fp32")
 LIMIT = 99 << 10  # bytes of shared memory a program gets on a consumer's card
 
 
 def compiled(kernel: Any, capability: int, warps: int, stages: int, types: dict[str, str], constants: Any) -> Any:
     """One kernel with aligned pointers and sizes that are multiples of 16, as at every GLM shape."""
-    types = types | dict.fromkeys(constants, "constexpr") | dict.fromkeys(NUMBERS, "i32")
+    types = dict.fromkeys(NUMBERS, "i32") | types | dict.fromkeys(constants, "constexpr")
     signature = {name: types[name] for name in kernel.arg_names}
-    aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in ("n", "k", "x_stride")]
+    aligned = [
+        name
+        for name, kind in signature.items()
+        if kind.startswith("*") or name in ("n", "k", "x_stride", "capacity", "size")
+    ]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+def steps(capability: int) -> dict[str, Any]:
+    """The kernels between the products, at the 32B's shapes, with both kinds of cache."""
+    whole = dict.fromkeys(("q", "k", "v", "cos", "sin", "added", "out", "gate_up"), "*bf16") | FLOATS
+    whole |= {"length": "*i32", "size": "i32", "capacity": "i32"}
+    found: dict[str, Any] = {}
+    for codes in (False, True):
+        kind = "*i8" if codes else "*bf16"
+        types = whole | {"keys": kind, "values": kind}
+        scales = {} if codes else {"key_scale": None, "value_scale": None}
+        types |= {"key_scale": "*fp32", "value_scale": "*fp32"} if codes else {}
+        shape = {"DIM": 128, "CODES": codes} | scales
+        own = shape | {"QUERIES": 48, "HEADS": 2, "ROTARY": 64}
+        found[f"rotate_store {kind}"] = compiled(triton_step_kernels.rotate_store, capability, 1, 2, types, own)
+        own = shape | {"SPLITS": 64, "GROUP": 24, "ROWS": 32, "BLOCK": triton_step.BLOCK, "FACTOR": tl.bfloat16}
+        found[f"attend {kind}"] = compiled(triton_step_kernels.attend, capability, 4, 2, types, own)
+    own = {"SPLITS": 64, "DIM": 128}
+    found["combine"] = compiled(triton_step_kernels.combine, capability, 4, 2, whole, own)
+    found["swiglu"] = compiled(triton_step_kernels.swiglu, capability, 4, 2, whole, {"BLOCK": 1024})
+    for absent in (("post_weight",), ("added", "post_weight"), ("weight",), ()):
+        own = {"BLOCK": 8192, "TYPE": tl.bfloat16} | dict.fromkeys(absent)
+        found[f"add_norm without {absent}"] = compiled(triton_step_kernels.add_norm, capability, 16, 2, whole, own)
+    return found
+
+
 def main() -> None:
     for capability in (80, 89, 90):
+        for name, made in steps(capability).items():
+            row = {"kernel": f"{name}, sm_{capability}", "shared": made.metadata.shared, "whole": 0}
+            print(json.dumps(row | {"fits": made.metadata.shared <= LIMIT}), flush=True)
         for bits in (4, 8):
             types, constants = dict(POINTERS), {"BITS": bits, "GROUP": 32}
             types |= AFFINE if bits == 4 else {}

@@ -37,6 +37,7 @@ class CacheView:
     """One layer's keys and values: float32, or int8 with a scale per head and token. `capacity` is a multiple of 16.
 
     keys [kv_heads, capacity / 16, head_dim, 16], values [kv_heads, capacity, head_dim], scales [kv_heads, capacity].
+    A float cache of a GPU has its keys as its values, in the activations' type.
     """
 
     keys: Tensor

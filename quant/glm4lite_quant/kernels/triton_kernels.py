@@ -1,4 +1,4 @@
-"""The Triton kernels: what `triton_gpu` launches. This file and that one are the only ones that import Triton.
+"""The Triton kernels: what `triton_gpu` launches. Only the files named triton_* import Triton.
 
 They read a `QuantTensor` in place, without a second copy in a layout of their own. A block of 32 columns of 16 rows is
 4 (int8: 8) runs of 64 bytes, one word of 8 (4) codes per row: a thread takes 16 bytes of each, so it holds whole groups
