@@ -52,6 +52,16 @@ class LayerCache:
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def past(self) -> tuple[Tensor, Tensor] | None:
+        """All positions so far, None where there are none."""
+        if self.keys is None or self.values is None or not self.length:
+            return None
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def rounded(self, new: Tensor) -> Tensor:
+        """Keys or values as they read back once they are stored."""
+        return new
+
     def _concatenated(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.keys is None or self.values is None:
             return keys, values
@@ -126,6 +136,20 @@ class PackedLayerCache:
         self.length = end
         return self._read(packed.transpose(3, 4).flatten(2, 3), 0, keys.dtype), self._read(stored, 1, values.dtype)
 
+    def past(self) -> tuple[Tensor, Tensor] | None:
+        """All positions so far as float32, None where there are none."""
+        if not self.length:
+            return None
+        packed, stored, _ = self._buffers()
+        return self._read(packed.transpose(3, 4).flatten(2, 3), 0, torch.float32), self._read(stored, 1, torch.float32)
+
+    def rounded(self, new: Tensor) -> Tensor:
+        """Keys or values as they read back once they are stored."""
+        if not self.int8:
+            return new
+        codes, scale = _int8(new.float())
+        return (codes * scale[..., None]).to(new.dtype)
+
     def _read(self, codes: Tensor, which: int, dtype: torch.dtype) -> Tensor:
         values = codes[:, :, : self.length].float()
         if self._scales is not None:
@@ -165,6 +189,37 @@ class PackedLayerCache:
     @property
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in (self._keys, self._values, self._scales) if buffer is not None)
+
+
+class AwayCache:
+    """One layer's part while the layer is computed away from where that lies: `new` is stored there afterwards.
+
+    What is read has the same bits as if the cache lay here.
+    """
+
+    def __init__(self, home: LayerCache | PackedLayerCache) -> None:
+        self.home, self.length = home, home.length
+        self._new: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def new(self) -> tuple[Tensor, Tensor]:
+        """Keys and values that were appended."""
+        if self._new is None:
+            raise ValueError("nothing was appended")
+        return self._new
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds [B, kv_heads, T, head_dim] and returns all positions so far in that type."""
+        self._new, past = (keys, values), self.home.past()
+        both = [self.home.rounded(new) for new in self.new]
+        if past is not None:
+            both = [torch.cat((old.to(new), new), 2) for old, new in zip(past, both, strict=True)]
+        self.length += keys.shape[2]
+        return both[0], both[1]
+
+
+HomeCache = LayerCache | PackedLayerCache
+Cache = HomeCache | AwayCache
 
 
 def with_room(end: int, step: int = STEP) -> int:

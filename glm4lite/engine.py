@@ -14,7 +14,7 @@ from glm4lite.cache import STEP
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, TemplateError
 from glm4lite.events import Done, Progress
-from glm4lite.generate import PREFILL_CHUNK, Generation
+from glm4lite.generate import Generation
 from glm4lite.prefixes import PrefixPool
 from glm4lite.sampling import SamplingParams
 from glm4lite.stopping import StopStrings, stop_ids
@@ -114,7 +114,7 @@ class Engine:
     def prefill(self, generation: Generation) -> Iterator[Progress]:
         """Computes the prompt; reports progress where it takes more than one chunk."""
         for done, total in generation.prefill():
-            if total > PREFILL_CHUNK:
+            if total > self.model.chunk:
                 yield Progress("prefill", done, total, "tokens")
 
     def pieces(self, generation: Generation) -> Iterator[str | None]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from glm4lite.cache import LayerCache, PackedLayerCache
+from glm4lite.cache import Cache, PackedLayerCache
 from glm4lite_quant import QuantLinear
 from glm4lite_quant.kernels import decoder
 from glm4lite_quant.kernels.decoder import DecoderKernel
@@ -49,7 +49,7 @@ def run(
     dtype: torch.dtype,
     rotary: tuple[Tensor, Tensor],
     visible: Visibility,
-    caches: Sequence[LayerCache | PackedLayerCache | None],
+    caches: Sequence[Cache | None],
 ) -> Tensor | None:
     """x [1, T, H] after the layers; None, with nothing done, where they must run as torch code."""
     fits = x.device.type == "cpu" and dtype == torch.float32 and x.shape[0] == 1 and x.shape[1] > 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 
@@ -18,9 +18,6 @@ from glm4lite.errors import ContextLengthError, DeviceError
 from glm4lite.fused import STEP_TOKENS
 from glm4lite.model import DecoderLayer, Glm4ForCausalLM
 from glm4lite.sampling import Sampler, SamplingParams
-
-PREFILL_CHUNK = 512  # tokens per forward pass of a prompt: bounds the memory of activations
-OFFLOADED_CHUNK = 2048  # where each pass fetches weights: fewer passes
 
 
 class PrefixCache:
@@ -127,7 +124,7 @@ class Generation:
         self._prefilled = True
         start = self.cache.keep_common_prefix(self.prompt)
         todo = self.prompt[start:]
-        step = OFFLOADED_CHUNK if self.model.offloaded else PREFILL_CHUNK
+        step = self.model.chunk
         for begin in range(0, len(todo), step):
             chunk = todo[begin : begin + step]
             if not self._forward(chunk):
@@ -164,8 +161,7 @@ class Generation:
         self._logits = None
         device = self.model.device
         try:
-            slow = len(ids) > STEP_TOKENS or self.model.offloaded
-            with _stoppable(self.model, self.cancel.is_set) if slow else nullcontext():
+            with _stoppable(self.model, len(ids), self.cancel.is_set):
                 output = self.model(
                     torch.tensor([ids], device=device), past_key_values=self.cache.kv, logits_to_keep=1, use_cache=True
                 )
@@ -201,15 +197,16 @@ def _device_failure(error: BaseException, tokens: int) -> DeviceError | None:
 
 
 @contextmanager
-def _stoppable(model: Glm4ForCausalLM, cancelled: Callable[[], bool]) -> Iterator[None]:
-    """Asks before every layer, so that a long chunk on a slow machine stops within one layer's time."""
+def _stoppable(model: Glm4ForCausalLM, tokens: int, cancelled: Callable[[], bool]) -> Iterator[None]:
+    """Asks before every layer that takes long, because of its tokens or because its weights have to be fetched."""
 
     def check(*_: object) -> None:
         if cancelled():
             raise Stopped
 
     layers = (module for module in model.modules() if isinstance(module, DecoderLayer))
-    handles = [layer.register_forward_pre_hook(check) for layer in layers]
+    slow = (layer for layer in layers if tokens > STEP_TOKENS or not layer.place.at_home)
+    handles = [layer.register_forward_pre_hook(check) for layer in slow]
     try:
         yield
     finally:

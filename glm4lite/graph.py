@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from glm4lite.cache import LayerCache, PackedLayerCache
+from glm4lite.cache import HomeCache
 from glm4lite.errors import ConfigError, one_line
 from glm4lite_quant.kernels import gpu
 from glm4lite_quant.kernels.decoder import CacheView
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("glm4lite")
 
 VARIABLE, CHOICES = "GLM4LITE_GPU_DECODE", ("graph", "eager")
-Caches = Sequence[LayerCache | PackedLayerCache | None]
+Caches = Sequence[HomeCache | None]
 
 
 def eager_by_choice() -> bool:
@@ -95,7 +95,7 @@ class StepGraphs:
         x: Tensor,
         dtype: torch.dtype,
         rotary: tuple[Tensor, Tensor],
-        caches: Sequence[LayerCache | PackedLayerCache],
+        caches: Sequence[HomeCache],
     ) -> _Step | None:
         """The recording that suits the layers and the caches, made where there is none."""
         views = [
@@ -166,7 +166,7 @@ class _Step:
         same = dtype == self._dtype and len(layers) == len(self._layers) and all(map(_same, views, self._views))
         return same and (views[0].length == self._expected or _addresses(layers) == self._weights)
 
-    def run(self, x: Tensor, rotary: tuple[Tensor, Tensor], caches: Sequence[LayerCache | PackedLayerCache]) -> Tensor:
+    def run(self, x: Tensor, rotary: tuple[Tensor, Tensor], caches: Sequence[HomeCache]) -> Tensor:
         self._set(x, rotary, caches[0].length)
         self._replay()
         for cache in caches:

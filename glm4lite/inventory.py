@@ -11,7 +11,7 @@ from torch import nn
 
 from glm4lite.cache import bytes_per_token
 from glm4lite.model import DecoderLayer
-from glm4lite.offload import OnDisk
+from glm4lite.offload import OnDisk, streamed
 from glm4lite_quant import BnbLinear, QuantEmbedding, QuantLinear
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def devices(model: Glm4ForCausalLM) -> dict[str, dict[str, Any]]:
         held["weights"] += sum(_weight_bytes(part) for part in module.modules())
 
     for layer in model.model.layers:
-        on_disk = isinstance(layer, DecoderLayer) and isinstance(layer.place, OnDisk)
+        on_disk = isinstance(layer, DecoderLayer) and streamed(layer) is not None
         add("disk" if on_disk else str(next(layer.parameters()).device), layer, 1)
     for module in (model.model.embed_tokens, model.lm_head):
         tensors = (*module.parameters(), *module.buffers())
@@ -76,5 +76,5 @@ def _weight_bytes(module: nn.Module) -> int:
 
 def _streamed(model: nn.Module) -> Iterator[tuple[DecoderLayer, OnDisk]]:
     for module in model.modules():
-        if isinstance(module, DecoderLayer) and isinstance(module.place, OnDisk):
-            yield module, module.place
+        if isinstance(module, DecoderLayer) and (place := streamed(module)) is not None:
+            yield module, place

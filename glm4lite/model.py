@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from glm4lite import fused
 from glm4lite.attention import Visibility, attend, attend_with_weights
-from glm4lite.cache import KVCache, KVType, LayerCache, PackedLayerCache
+from glm4lite.cache import Cache, HomeCache, KVCache, KVType, LayerCache, PackedLayerCache
 from glm4lite.config import Glm4Config
 from glm4lite.errors import ConfigError
 from glm4lite.fused import FusedLayer
@@ -26,6 +26,9 @@ from glm4lite.offload import AT_HOME, Place
 from glm4lite.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from glm4lite.rotary import RotaryEmbedding, apply_rotary
 from glm4lite_quant.kernels.decoder import DecoderKernel, Heads
+
+CPU_CHUNK, GPU_CHUNK = 512, 2048
+"""Tokens of a prompt computed at a time: they bound the memory of activations."""
 
 if TYPE_CHECKING:
     from glm4lite.events import Progress
@@ -74,7 +77,7 @@ class Attention(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         visible: Visibility,
-        cache: LayerCache | PackedLayerCache | None,
+        cache: Cache | None,
         want_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """x [B, T, H] -> [B, T, H] and, where wanted, the attention weights [B, heads, T, S]."""
@@ -127,12 +130,12 @@ class DecoderLayer(nn.Module):
         dtype: torch.dtype,
         rotary: tuple[Tensor, Tensor],
         visible: Visibility,
-        cache: LayerCache | PackedLayerCache | None,
+        cache: HomeCache | None,
         want_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """x: the residual stream, float32 [B, T, H]; `dtype` is what the linears compute in."""
-        with self.place.at_hand(self):
-            return self._run(x, dtype, rotary, visible, cache, want_weights)
+        with self.place.at_hand(self, x.device, cache) as (layer, lent):
+            return layer._run(x, dtype, rotary, visible, lent, want_weights)
 
     def _run(
         self,
@@ -140,7 +143,7 @@ class DecoderLayer(nn.Module):
         dtype: torch.dtype,
         rotary: tuple[Tensor, Tensor],
         visible: Visibility,
-        cache: LayerCache | PackedLayerCache | None,
+        cache: Cache | None,
         want_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         native = None if want_weights else fused.run((self,), x, dtype, rotary, visible, (cache,))
@@ -157,8 +160,12 @@ class DecoderLayer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it is computed."""
+        """Where it is computed token by token."""
         return self.input_layernorm.weight.device
+
+    def where(self, tokens: int, dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
+        """Where and in what so many tokens are computed; `dtype` where the layer has no type of its own."""
+        return self.place.where(tokens) or (self.device, self.dtype or dtype)
 
     def kernel(self) -> DecoderKernel | None:
         """The layer as the native library takes it; None where it has no code for this layer as it is."""
@@ -240,15 +247,16 @@ class Glm4Model(PreTrainedModel):
         return (layer for layer in self.layers if isinstance(layer, DecoderLayer))
 
     @property
-    def offloaded(self) -> bool:
-        """Whether some layers' weights have to be fetched for each pass."""
-        return any(layer.place is not AT_HOME for layer in self._layers())
+    def chunk(self) -> int:
+        """Tokens of a prompt in one forward pass: more where a GPU decodes the weights, or is sent them, for each."""
+        devices = {layer.where(GPU_CHUNK, self.dtype)[0].type for layer in self._layers()}
+        return CPU_CHUNK if "cpu" in devices else GPU_CHUNK
 
-    def _runs(self, together: bool) -> Iterator[slice]:
-        """The layers in order: alone, or `together` as many as one native call may take."""
+    def _runs(self, tokens: int, together: bool) -> Iterator[slice]:
+        """The layers in order: alone, or `together` as many as one call may take."""
         layers, begin = list(self._layers()), 0
         for end in range(1, len(layers) + 1):
-            joins = together and end < len(layers) and _joins(layers[end - 1], layers[end])
+            joins = together and end < len(layers) and _joins(layers[end - 1], layers[end], tokens)
             if not joins:
                 yield slice(begin, end)
                 begin = end
@@ -266,7 +274,7 @@ class Glm4Model(PreTrainedModel):
         """An empty cache of the kind that `kv` asks for, in the native layout where native layers will read it."""
         return KVCache.of([self._layer_cache(layer, batch) for layer in self._layers()])
 
-    def _layer_cache(self, layer: DecoderLayer, batch: int) -> LayerCache | PackedLayerCache:
+    def _layer_cache(self, layer: DecoderLayer, batch: int) -> HomeCache:
         native = batch == 1 and (layer.dtype or self.dtype) == torch.float32 and layer.place.native(layer)
         int8 = self.kv == "int8"
         return PackedLayerCache(int8, self.context) if native or int8 else LayerCache(self.context)
@@ -306,9 +314,9 @@ class Glm4Model(PreTrainedModel):
         few = cache is not None and length <= fused.STEP_TOKENS and not collected.wanted
         x, stage = embeds.float(), stages.of(embeds.device, embeds.dtype)
         collected.hidden(embeds)
-        for run in self._runs(few):
+        for run in self._runs(length, few):
             layers = list(self._layers())[run]
-            stage = stages.of(layers[0].device, layers[0].dtype or embeds.dtype)
+            stage = stages.of(*layers[0].where(length, embeds.dtype))
             x = x.to(stage.device)
             whole = self._together(layers, x, stage, caches[run]) if len(layers) > 1 else None
             if whole is not None:
@@ -324,10 +332,12 @@ class Glm4Model(PreTrainedModel):
         return BaseModelOutputWithPast(x, cache, collected.hidden_states, collected.attentions)
 
 
-def _joins(layer: DecoderLayer, after: DecoderLayer) -> bool:
+def _joins(layer: DecoderLayer, after: DecoderLayer, tokens: int) -> bool:
     """Whether one call may take both: of one type and device, weights at home, nobody waiting for either."""
+    both = (layer, after)
     same = layer.dtype == after.dtype and layer.device == after.device
-    return same and layer.place is after.place is AT_HOME and not fused.hooked((layer, after))
+    staying = all(each.place.at_home and each.place.where(tokens) is None for each in both)
+    return same and staying and not fused.hooked(both)
 
 
 class _Stage(NamedTuple):
@@ -399,9 +409,9 @@ class Glm4ForCausalLM(PreTrainedModel):
         return self.model.context
 
     @property
-    def offloaded(self) -> bool:
-        """Whether some layers' weights have to be fetched for each pass."""
-        return self.model.offloaded
+    def chunk(self) -> int:
+        """Tokens of a prompt in one forward pass."""
+        return self.model.chunk
 
     def tie_weights(self) -> None:
         """With tie_word_embeddings the head is the embedding: one tensor under two names."""

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
+from glm4lite.cache import Cache, HomeCache
 from glm4lite.errors import CheckpointError
 from glm4lite.weights.direct import DirectFile
 from glm4lite.weights.ring import Span, WeightRing, span_of
@@ -28,8 +30,20 @@ Planes = Mapping[str, Mapping[str, StoredTensor]]
 class Place(Protocol):
     """Where a layer's weights are."""
 
-    def at_hand(self, layer: DecoderLayer) -> AbstractContextManager[None]:
-        """While it is open the layer's modules have their weights. Raises CheckpointError where the disk fails."""
+    @property
+    def at_home(self) -> bool:
+        """Whether the layer's modules have their weights at all times."""
+
+    def where(self, tokens: int) -> tuple[torch.device, torch.dtype] | None:
+        """Where and in what so many tokens are computed; None: on the layer's own device, in its own type."""
+
+    def at_hand(
+        self, layer: DecoderLayer, device: torch.device, cache: HomeCache | None
+    ) -> AbstractContextManager[tuple[DecoderLayer, Cache | None]]:
+        """For an input on `device`: the layer that computes, which has its weights while this is open, and its cache.
+
+        Raises CheckpointError where the disk fails.
+        """
 
     def native(self, layer: DecoderLayer) -> bool:
         """Whether the layer runs in the native library once its weights are at hand."""
@@ -38,8 +52,15 @@ class Place(Protocol):
 class AtHome:
     """The weights are in the layer's modules."""
 
-    def at_hand(self, layer: DecoderLayer) -> AbstractContextManager[None]:
-        return nullcontext()
+    at_home = True
+
+    def where(self, tokens: int) -> None:
+        return None
+
+    def at_hand(
+        self, layer: DecoderLayer, device: torch.device, cache: HomeCache | None
+    ) -> AbstractContextManager[tuple[DecoderLayer, Cache | None]]:
+        return nullcontext((layer, cache))
 
     def native(self, layer: DecoderLayer) -> bool:
         return layer.kernel() is not None
@@ -51,17 +72,24 @@ AT_HOME = AtHome()
 class OnDisk:
     """One layer of those that a ring reads."""
 
+    at_home = False
+
     def __init__(self, ring: WeightRing, index: int, layout: _Layout) -> None:
         self.ring, self._index, self._layout = ring, index, layout
         self._weights: dict[int, dict[str, QuantTensor]] = {}  # by the buffer they lie in
         self._native: bool | None = None
 
+    def where(self, tokens: int) -> None:
+        return None
+
     @contextmanager
-    def at_hand(self, layer: DecoderLayer) -> Iterator[None]:
+    def at_hand(
+        self, layer: DecoderLayer, device: torch.device, cache: HomeCache | None
+    ) -> Iterator[tuple[DecoderLayer, Cache | None]]:
         memory = self.ring.acquire(self._index)
         try:
             self._lend(layer, memory)
-            yield
+            yield layer, cache
         finally:
             _take_back(layer)
             self.ring.release()
@@ -118,6 +146,12 @@ class _Layout:
             flat = memory[at : at + tensor.nbytes].view(torch_dtype(tensor))
             planes.setdefault(module, {})[plane] = flat.view(tensor.shape)
         return {module: QuantTensor.from_tensors(tensors) for module, tensors in planes.items()}
+
+
+def streamed(layer: DecoderLayer) -> OnDisk | None:
+    """The layer's place on disk, also where prompts take it on to a GPU; None where it has none."""
+    place = getattr(layer.place, "home", layer.place)
+    return place if isinstance(place, OnDisk) else None
 
 
 def put_on_disk(layers: Mapping[int, DecoderLayer], planes: Mapping[int, Planes]) -> WeightRing:

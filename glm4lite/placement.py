@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING
 from glm4lite import speed
 from glm4lite.cache import KVType, bytes_per_token
 from glm4lite.errors import ConfigError, ContextLengthError
+from glm4lite.model import CPU_CHUNK, GPU_CHUNK
 from glm4lite.weights.memory import enough, readable
 
 if TYPE_CHECKING:
     from glm4lite.config import Glm4Config
-
-CPU_CHUNK, GPU_CHUNK = 512, 2048
-"""Tokens of a prompt computed at a time."""
 
 RING_BUFFERS = 3
 """Layers in RAM at a time of those that are read from disk: computed, just read, being read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,6 +38,12 @@ def prefill(placement: Placement, needs: Needs, machine: Machine) -> float:
     crossing = needs.bytes_of(placement.on_cpu) / machine.bus_bandwidth
     computing = layer * (gpu_layers + cpu_layers) / machine.gpu_rate
     return placement.chunk / min(in_place, max(computing, crossing, _disk_seconds(placement, machine)))
+
+
+def crossing_tokens(layer_bytes: int, needs: Needs, machine: Machine) -> float:
+    """Tokens from which on a layer is sent to the GPU and computed there in less time than on the CPU."""
+    saved = 2 * needs.layer_parameters * (1 / machine.cpu_rate - 1 / machine.gpu_rate)  # seconds for each token
+    return layer_bytes / machine.bus_bandwidth / saved if saved > 0 else math.inf
 
 
 def _disk_seconds(placement: Placement, machine: Machine) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from glm4lite.checkpoint import Checkpoint
+from glm4lite.crossing import put_on_bus
 from glm4lite.errors import CheckpointError
 from glm4lite.offload import put_on_disk
 from glm4lite.weights.calibration import Calibrator
@@ -81,6 +82,9 @@ class Assembly:
                 layer.dtype = self.destinations.dtype(f"layers.{number}")
         if self._streamed:
             put_on_disk({number: layers[number] for number in self._streamed}, self._streamed)
+        bus = self.destinations.bus
+        if bus is not None:
+            put_on_bus([layers[number] for number in bus.layers], bus.device, bus.dtype, bus.threshold)
 
     def _count(self, fill: Fill) -> None:
         self.meter.add(sum(self.checkpoint.nbytes(part) for part in fill.parts))

@@ -10,10 +10,13 @@ from typing import cast
 
 import torch
 
+from glm4lite import speed
 from glm4lite.budget import Budget, place_within
 from glm4lite.cache import KVType
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, ConfigError
+from glm4lite.machine import this_machine
+from glm4lite.model import CPU_CHUNK, GPU_CHUNK
 from glm4lite.placement import Machine, Needs, Placement
 from glm4lite.weights import memory
 from glm4lite.weights.plan import Plan, automatic_dtype
@@ -21,6 +24,16 @@ from glm4lite.weights.plan import Plan, automatic_dtype
 logger = logging.getLogger("glm4lite")
 
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class BusRoute:
+    """The layers that prompts of at least `threshold` tokens find on a GPU, and how they compute there."""
+
+    layers: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+    threshold: float
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,7 @@ class Destinations:
     home: torch.device
     types: Mapping[str, torch.dtype]
     placement: Placement | None = None
+    bus: BusRoute | None = None
 
     def device(self, module: str) -> torch.device:
         """Where a module's tensors lie; those of layers on disk are computed on the CPU."""
@@ -95,7 +109,19 @@ def choose(
         raise CheckpointError(f"{checkpoint.folder} does not fit: {placement.advice}")
     if budget.kv == "auto" and placement.kv == "int8":
         logger.warning("the cache is int8, to leave memory for weights (--kv float: as it is)")
-    return Destinations(home, types, placement)
+    return Destinations(home, types, placement, _bus(needs, placement, types["cuda"]))
+
+
+def _bus(needs: Needs, placement: Placement, dtype: torch.dtype) -> BusRoute | None:
+    """The way of the CPU's layers to the first GPU; None where there is neither, or the CPU is as fast (measured)."""
+    if not placement.gpus or not placement.on_cpu:
+        return None
+    largest = max(needs.layers[layer] for layer in placement.on_cpu)
+    tokens = speed.crossing_tokens(largest, needs, this_machine(needs.quant in ("int4", "int8")))
+    if tokens > GPU_CHUNK:
+        return None
+    device = torch.device(placement.gpus[0].device)
+    return BusRoute(placement.on_cpu, device, dtype, min(tokens, CPU_CHUNK))
 
 
 def _free_ram() -> int:

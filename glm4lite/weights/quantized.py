@@ -18,7 +18,6 @@ from glm4lite.checkpoint import Checkpoint
 from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.hub import resolve
-from glm4lite.offload import AT_HOME
 from glm4lite.weights.calibration import Calibrator
 from glm4lite.weights.files import COMPANIONS, CONFIG
 from glm4lite.weights.foreign import Quant, adapt
@@ -105,7 +104,7 @@ def save_quantized(model: nn.Module, source_folder: str | Path, destination: str
         raise CheckpointError("the model is not quantized; load it with quant='int4' or 'int8' first")
     if given.get("quant_method") == bnb.QUANT_METHOD:
         raise CheckpointError("the model holds bitsandbytes' weights; only int4 and int8 are written")
-    if any(isinstance(module, DecoderLayer) and module.place is not AT_HOME for module in model.modules()):
+    if any(isinstance(module, DecoderLayer) and not module.place.at_home for module in model.modules()):
         raise CheckpointError("layers of the model lie on disk: copy the folder it was loaded from")
     tensors = dict(_model_tensors(model, model_config))
     planned = [PlannedTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]

@@ -25,7 +25,7 @@ class ScriptedModel(nn.Module):
         self.device = torch.device("cpu")
         self.replies = [tokenizer.encode(reply, special=True) for reply in replies]
         self.left: list[int] = []
-        self.offloaded = False
+        self.chunk = 512
         self.context = context
         self.fed: list[list[int]] = []
 

@@ -1,0 +1,226 @@
+"""Layers in RAM and on disk that long prompts find on a GPU: the resident model's bits, and decoding where they lie.
+
+Without a GPU the buffers lie on the CPU and are filled at once; which inputs ask for the GPU's layers is decided by
+their number of tokens instead of their device.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from glm4lite import Glm4ForCausalLM, SamplingParams, crossing, fused, load
+from glm4lite.crossing import Bus, Crossing, put_on_bus
+from glm4lite.generate import Generation, PrefixCache
+from glm4lite.inventory import devices, kernel_names
+from glm4lite.loader import quantize_checkpoint, save_quantized
+from glm4lite.placement import Machine, Placement, Share
+from glm4lite.speed import crossing_tokens
+from glm4lite.weights.destinations import _bus
+from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
+
+LAYERS, THRESHOLD = 6, 4
+IDS = torch.randint(3, 90, (1, 40), generator=torch.Generator().manual_seed(5))
+PIECES = [IDS[:, :20], IDS[:, 20:21], IDS[:, 21:24], IDS[:, 24:]]
+GREEDY = SamplingParams(temperature=0, max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("crossing")
+    source = write_checkpoint(root / "plain", tiny_config() | {"num_hidden_layers": LAYERS})
+    return {"none": source, **{q: quantize_checkpoint(source, root / q, q) for q in ("int4", "int8")}}
+
+
+@pytest.fixture(autouse=True)
+def standing_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU stands for the GPU: torch's code everywhere, and an input crosses by its number of tokens."""
+    state = {"crosses": False}
+    where = Crossing.where
+
+    def noted(place: Crossing, tokens: int) -> Any:
+        found = where(place, tokens)
+        state["crosses"] = found is not None
+        return found
+
+    monkeypatch.setattr(Crossing, "where", noted)
+    monkeypatch.setattr(Bus, "carries", lambda bus, device: state["crosses"])
+    monkeypatch.setattr(fused, "run", lambda *_: None)
+
+
+def crossing_model(folder: Path, layers: slice = slice(0, 4), **options: Any) -> tuple[Glm4ForCausalLM, Bus]:
+    model = load(folder, **options)
+    chosen = list(model.model.layers)[layers]
+    return model, put_on_bus(chosen, torch.device("cpu"), model.model.dtype, THRESHOLD)
+
+
+def logits_of(model: Glm4ForCausalLM, pieces: list[torch.Tensor] = PIECES) -> list[torch.Tensor]:
+    with torch.inference_mode():
+        cache = model.new_cache()
+        return [model(piece, past_key_values=cache).logits for piece in pieces]
+
+
+@pytest.mark.parametrize("kv", ["float", "int8"])
+@pytest.mark.parametrize("quant", ["int4", "int8", "none"])
+def test_the_logits_have_the_resident_models_bits(folders: dict[str, Path], quant: str, kv: str) -> None:
+    model, bus = crossing_model(folders[quant], kv=kv)
+    resident = load(folders[quant], kv=kv)
+    for _ in range(2):
+        for got, want in zip(logits_of(model), logits_of(resident), strict=True):
+            assert torch.equal(got, want)
+    assert bus.bytes_sent > 0
+
+
+def test_only_long_prompts_cross_and_each_layer_once(folders: dict[str, Path]) -> None:
+    model, bus = crossing_model(folders["int4"])
+    logits_of(model, PIECES[:1])
+    once = bus.bytes_sent
+    layer = sum(t.nbytes for t in (*model.model.layers[0].parameters(), *model.model.layers[0].buffers()))
+    assert once == 4 * layer
+    logits_of(model, [IDS[:, :1], IDS[:, 1:4]])
+    assert bus.bytes_sent == once
+    logits_of(model, PIECES)
+    assert bus.bytes_sent == 3 * once
+
+
+def test_every_cache_is_complete_after_a_pass(folders: dict[str, Path]) -> None:
+    model, _ = crossing_model(folders["int4"])
+    cache = model.new_cache()
+    with torch.inference_mode():
+        model(IDS, past_key_values=cache)
+    assert [layer.length for layer in cache.layers] == [40] * LAYERS
+
+
+def test_layers_on_disk_cross_too(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glm4lite.placement.CPU_RESERVE", 0)
+    monkeypatch.setattr("glm4lite.placement.RING_BUFFERS", 0)
+    resident, model = load(folders["int4"]), None
+    whole = sum(held["weights"] for held in devices(resident).values())
+    for ram in range(whole + (1 << 20), 0, -8192):
+        model = load(folders["int4"], ram=ram, context=48, kv="float")
+        if "disk" in devices(model):
+            break
+    assert model is not None
+    before = devices(model), kernel_names(model)
+    put_on_bus(list(model.model.layers), torch.device("cpu"), torch.float32, THRESHOLD)
+    assert (devices(model), kernel_names(model)) == before
+    for _ in range(2):
+        for got, want in zip(logits_of(model), logits_of(resident), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_a_stop_in_mid_pass_leaves_a_cache_to_go_on_from(folders: dict[str, Path]) -> None:
+    model, _ = crossing_model(folders["int4"])
+    prompt, cancel, cache = IDS[0].tolist(), threading.Event(), PrefixCache(model)
+    handle = model.model.layers[2].register_forward_pre_hook(lambda *_: cancel.set())
+    assert list(Generation(model, prompt, GREEDY, cache=cache, cancel=cancel)) == []
+    handle.remove()
+    assert list(Generation(model, prompt, GREEDY, cache=cache)) == list(
+        Generation(load(folders["int4"]), prompt, GREEDY)
+    )
+
+
+def test_a_failure_in_a_layer_is_not_the_end(folders: dict[str, Path]) -> None:
+    model, _ = crossing_model(folders["int4"])
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        logits_of(model, PIECES[:1])
+    handle.remove()
+    for got, want in zip(logits_of(model), logits_of(load(folders["int4"])), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_model_whose_prompts_cross_is_saved_as_any_other(folders: dict[str, Path], tmp_path: Path) -> None:
+    model, _ = crossing_model(folders["int4"])
+    logits_of(model)
+    copy = save_quantized(model, folders["int4"], tmp_path / "copy")
+    assert torch.equal(logits_of(load(copy))[0], logits_of(model)[0])
+
+
+def test_without_pinned_memory_it_goes_on_and_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real: Callable[..., torch.Tensor] = torch.empty
+
+    def empty(*args: Any, pin_memory: bool = False, **more: Any) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of host memory\nmore")
+        return real(*args, **more)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    crossing._say_unpinned.cache_clear()
+    with caplog.at_level(logging.WARNING, "glm4lite"):
+        assert crossing._pinned(16).shape == (16,)
+        crossing._pinned(16)
+    (said,) = caplog.records
+    assert said.message == (
+        "no pinned memory can be had (CUDA error: out of host memory): weights cross the bus more slowly"
+    )
+
+
+# --- which layers, and from how many tokens on
+
+
+@pytest.fixture
+def needs(folders: dict[str, Path]) -> Any:
+    from glm4lite.checkpoint import Checkpoint
+    from glm4lite.weights.needs import needs_of
+
+    return needs_of(Checkpoint.open(folders["int4"]))
+
+
+def test_the_threshold_is_where_the_bus_takes_less_time_than_the_cpu(needs: Any) -> None:
+    """3.2 of performance.md: 4.25 bits at 12 GB/s beside 1 TFLOP/s, some 22 tokens."""
+    nbytes = int(needs.layer_parameters * 4.25 / 8)
+    tokens = crossing_tokens(nbytes, needs, Machine(0, bus_bandwidth=12e9, cpu_rate=1e12, gpu_rate=1e15))
+    assert tokens == pytest.approx(22.1, rel=0.01)
+    assert crossing_tokens(nbytes, needs, Machine(0, cpu_rate=2e12, gpu_rate=1e12)) == float("inf")
+
+
+@pytest.mark.parametrize(("cpu_rate", "crosses"), [(1e12, True), (1e9, True), (1e18, False)])
+def test_the_layers_off_the_gpu_cross_where_that_is_faster(
+    needs: Any, monkeypatch: pytest.MonkeyPatch, cpu_rate: float, crosses: bool
+) -> None:
+    monkeypatch.setattr(
+        "glm4lite.weights.destinations.this_machine", lambda quantized: Machine(0, cpu_rate=cpu_rate, gpu_rate=3e13)
+    )
+    shares = (Share("cuda:0", (4, 5), 0), Share("cpu", (0, 2), 0), Share("disk", (1, 3), 0))
+    route = _bus(needs, Placement(shares, "cuda:0", 64, "float", 0, 0), torch.bfloat16)
+    if not crosses:
+        assert route is None
+        return
+    assert route is not None
+    assert (route.layers, str(route.device), route.dtype) == ((0, 1, 2, 3), "cuda:0", torch.bfloat16)
+    assert 0 < route.threshold <= 512
+    assert _bus(needs, Placement(shares[1:], "cpu", 64, "float", 0, 0), torch.bfloat16) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_real_gpu_computes_a_prompt_of_layers_in_ram(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    resident = load(folders["int4"], device="cuda", dtype=torch.bfloat16)
+    model = load(folders["int4"], device="cuda", dtype=torch.bfloat16)
+    layers = list(model.model.layers)[:4]
+    for layer in layers:
+        layer.to("cpu")
+        layer.dtype = torch.float32
+    for layer in list(model.model.layers)[4:]:
+        layer.dtype = torch.bfloat16
+    put_on_bus(layers, torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, THRESHOLD)
+    ids = IDS.cuda()
+    for _ in range(3):
+        assert torch.equal(
+            logits_of(model, [ids[:, :20], ids[:, 20:]])[1], logits_of(resident, [ids[:, :20], ids[:, 20:]])[1]
+        )
