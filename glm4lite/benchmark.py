@@ -12,25 +12,26 @@ import statistics
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from glm4lite import __version__
+from glm4lite import __version__, graph
 from glm4lite.budget import Budget
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import BenchmarkError, ContextLengthError
 from glm4lite.events import Progress
 from glm4lite.generate import Generation
 from glm4lite.hub import resolve
-from glm4lite.inventory import devices, kernel_names, read_bytes, rings
+from glm4lite.inventory import bus_of, devices, kernel_names, read_bytes, rings
 from glm4lite.loader import check_arguments, load
-from glm4lite.machine import read_rate
-from glm4lite.model import Glm4ForCausalLM
+from glm4lite.machine import bus_bandwidth, gpu_bandwidth, read_rate
+from glm4lite.model import DecoderLayer, Glm4ForCausalLM
 from glm4lite.sampling import SamplingParams
 from glm4lite.weights.memory import readable
 from glm4lite.weights.plan import read_config
@@ -59,11 +60,13 @@ class Spread:
 class Benchmark:
     """What was measured. Rates in tokens and gigabytes (10**9 bytes) per second; memory None where it is not told.
 
-    `devices` says what lies where; `disk_bytes_per_token` streams from disk for each token, and `disk` is how fast it
-    can be read past the page cache, measured between the repetitions.
+    `devices` says what lies where, `decoding` how ("eager: why", or one graph) on each GPU.
 
-    `read_bytes_per_token` counts the weights of every linear layer, the head included, the embedding not, and the
-    keys and values of the middle of the decoded part. `memory_gb_per_s` is the fastest of the interleaved readings.
+    `reads` are the bytes that one token reads on each device: the weights of every linear layer, the head included, the
+    embedding not, and the keys and values of the middle of the decoded part. `memory`, `gpu` (a copy on it), `bus`
+    (from pinned memory to it) and `disk` (past the page cache) are what these give, measured between the repetitions;
+    of memory and GPU the fastest counts. `disk_bytes_per_token` streams from disk for each token,
+    `bus_bytes_per_prompt` crosses the bus for each prompt.
     """
 
     model: str
@@ -74,23 +77,51 @@ class Benchmark:
     load_s: float
     prefill: Spread
     decode: Spread
-    read_bytes_per_token: int
+    reads: dict[str, int]
     memory: Spread
     devices: dict[str, dict[str, Any]]
-    disk_bytes_per_token: int
-    disk: Spread | None
     peak_rss_bytes: int | None
     peak_anon_bytes: int | None
     anon_before_load_bytes: int | None
+    disk_bytes_per_token: int = 0
+    disk: Spread | None = None
+    bus_bytes_per_prompt: int = 0
+    bus: Spread | None = None
+    gpu: Spread | None = None
+    gpu_peak_bytes: dict[str, int] = field(default_factory=dict)
+    decoding: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def read_bytes_per_token(self) -> int:
+        return sum(self.reads.values())
 
     @property
     def read_gb_per_s(self) -> float:
         return self.decode.median * self.read_bytes_per_token / 1e9
 
     @property
+    def least_seconds(self) -> dict[str, float]:
+        """Device -> the least time a token takes there: its bytes over what the device gives.
+
+        Layers on disk are read while others are computed, so the CPU takes what the slower of the two takes.
+        """
+        found = {}
+        for device, nbytes in self.reads.items():
+            gives = self.memory if device == "cpu" or self.gpu is None else self.gpu
+            found[device] = nbytes / gives.max / 1e9
+        if self.disk is not None:
+            found["cpu"] = max(found["cpu"], self.disk_bytes_per_token / self.disk.median / 1e9)
+        return found
+
+    @property
     def bound_fraction(self) -> float:
-        """Achieved over possible bytes per second in decoding."""
-        return self.read_gb_per_s / self.memory.max
+        """The least time of a token, one device after the other, over the time it took."""
+        return sum(self.least_seconds.values()) * self.decode.median
+
+    @property
+    def bus_gb_per_s(self) -> float:
+        """What crosses the bus for a prompt, over the time the prompt took."""
+        return self.bus_bytes_per_prompt * self.prefill.median / self.prompt_tokens / 1e9
 
     @property
     def disk_read_gb_per_s(self) -> float:
@@ -107,9 +138,15 @@ class Benchmark:
             del values[name]
             values[f"{name}_tokens_per_s"] = spread.median
             values |= {f"{name}_tokens_per_s_min": spread.min, f"{name}_tokens_per_s_max": spread.max}
-        del values["memory"], values["disk"]
+        for name in ("memory", "disk", "bus", "gpu"):
+            del values[name]
         values |= {"memory_gb_per_s": self.memory.max, "memory_gb_per_s_median": self.memory.median}
-        values |= {"read_gb_per_s": self.read_gb_per_s, "bound_fraction": self.bound_fraction}
+        values |= {"read_bytes_per_token": self.read_bytes_per_token, "read_gb_per_s": self.read_gb_per_s}
+        values |= {"bound_fraction": self.bound_fraction, "least_seconds": self.least_seconds}
+        if self.gpu is not None:
+            values |= {"gpu_gb_per_s": self.gpu.max}
+        if self.bus is not None:
+            values |= {"bus_gb_per_s": self.bus.median, "bus_used_gb_per_s": self.bus_gb_per_s}
         if self.disk is not None:
             values |= {"disk_gb_per_s": self.disk.median, "disk_read_gb_per_s": self.disk_read_gb_per_s}
             values |= {"disk_bound_fraction": self.disk_bound_fraction}
@@ -126,9 +163,18 @@ class Benchmark:
         per_token = readable(self.read_bytes_per_token)
         yield "decode reads", f"{self.read_gb_per_s:.1f} GB/s ({per_token} for each token)"
         yield "memory gives", f"{self.memory.max:.1f} GB/s (median {self.memory.median:.1f}, min {self.memory.min:.1f})"
-        yield "of the bound", f"{self.bound_fraction:.0%}"
+        if self.gpu is not None:
+            yield "the GPU gives", f"{self.gpu.max:.0f} GB/s (a copy; median {self.gpu.median:.0f})"
+        least = ", ".join(f"{device} {seconds * 1e3:.1f} ms" for device, seconds in self.least_seconds.items())
+        yield "of the bound", f"{self.bound_fraction:.0%} (a token takes at least: {least})"
         for name, held in self.devices.items():
             yield f"on {name}", f"{held['layers']} layers, {readable(held['weights'])} of weights"
+        for name, how in self.decoding.items():
+            yield f"decoding on {name}", how
+        if self.bus is not None:
+            used, gives = self.bus_gb_per_s, self.bus.median
+            carried = readable(self.bus_bytes_per_prompt)
+            yield "bus carries", f"{used:.1f} GB/s in a prompt ({carried}), gives {gives:.1f} GB/s: {used / gives:.0%}"
         if self.disk is not None:
             spread = f"median {self.disk.median:.2f}, {self.disk.min:.2f} to {self.disk.max:.2f}"
             yield (
@@ -139,6 +185,8 @@ class Benchmark:
         yield "peak memory", _size(self.peak_rss_bytes)
         before = _size(self.anon_before_load_bytes)
         yield "of it not files", f"{_size(self.peak_anon_bytes)} ({before} before loading)"
+        for name, size in self.gpu_peak_bytes.items():
+            yield f"peak on {name}", readable(size)
 
 
 def versions() -> dict[str, str]:
@@ -194,7 +242,9 @@ def benchmark(
         load_s = time.perf_counter() - started
         trial = _Trial(model, prompt_tokens, new_tokens)
         trial.run()
-    prefill, decode, memory, disk = _repeat(trial, peak, repetitions, progress)
+    reads = read_bytes(model, prompt_tokens + new_tokens // 2)
+    gpus = [torch.device(name) for name in reads if name != "cpu"]
+    spreads = _repeat(trial, _Probes(model, gpus), peak, repetitions, progress)
     return Benchmark(
         str(source),
         prompt_tokens,
@@ -202,16 +252,21 @@ def benchmark(
         native.thread_count(),
         kernel_names(model),
         load_s,
-        prefill,
-        decode,
-        read_bytes(model, prompt_tokens + new_tokens // 2),
-        memory,
+        spreads["prefill"],
+        spreads["decode"],
+        reads,
+        spreads["memory"],
         devices(model),
-        sum(ring.layers_bytes for ring in rings(model)),
-        disk,
         peak.seen["VmRSS"],
         peak.seen["RssAnon"],
         before,
+        disk_bytes_per_token=sum(ring.layers_bytes for ring in rings(model)),
+        bus_bytes_per_prompt=trial.bus_bytes,
+        gpu_peak_bytes={str(gpu): torch.cuda.max_memory_allocated(gpu) for gpu in gpus},
+        decoding={str(gpu): _decoding(model, gpu) for gpu in gpus},
+        disk=spreads.get("disk"),
+        bus=spreads.get("bus"),
+        gpu=spreads.get("gpu"),
     )
 
 
@@ -223,36 +278,64 @@ class _Trial:
         seeded = torch.Generator().manual_seed(0)
         self.prompt = torch.randint(0, model.config.vocab_size, (prompt_tokens,), generator=seeded).tolist()
         self.params = SamplingParams(temperature=0, max_new_tokens=new_tokens)
+        self._bus, self.bus_bytes = bus_of(model), 0
 
     def run(self) -> tuple[float, float]:
         """(prompt tokens per second, new tokens per second); the first new token belongs to the prompt's pass."""
         generation = Generation(self.model, self.prompt, self.params)
+        before = self._bus.bytes_sent if self._bus else 0
         started = time.perf_counter()
         for _ in generation.prefill():
             pass
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         prefill = len(self.prompt) / (time.perf_counter() - started)
+        self.bus_bytes = self._bus.bytes_sent - before if self._bus else 0
         for _ in generation:
             pass
         return prefill, (generation.new_tokens - 1) / generation.seconds
 
 
+class _Probes:
+    """What the devices of a model give, in gigabytes per second."""
+
+    def __init__(self, model: Glm4ForCausalLM, gpus: list[torch.device]) -> None:
+        self._gpus, self._crossed = gpus, bus_of(model) is not None
+        self._streamed = [extent for ring in rings(model) for extent in ring.extents]
+
+    def measure(self) -> dict[str, list[float]]:
+        """Of everything that the model uses; what cannot be measured is left out."""
+        found = {"memory": _read_rates(3)}
+        disk = read_rate(self._streamed) if self._streamed else None
+        if disk is not None:
+            found["disk"] = [disk / 1e9]
+        if self._gpus:
+            found["gpu"] = [gpu_bandwidth(self._gpus[0]) / 1e9]
+        if self._crossed and self._gpus:
+            found["bus"] = [bus_bandwidth(self._gpus[0]) / 1e9]
+        return found
+
+
 def _repeat(
-    trial: _Trial, peak: _Peak, repetitions: int, progress: Callable[[Progress], None] | None
-) -> tuple[Spread, Spread, Spread, Spread | None]:
-    """Prefill, decode, memory bandwidth, and the disk's where layers stream from it; interleaved."""
-    prefill, decode, memory, disk = [], [], [], []
-    streamed = [extent for ring in rings(trial.model) for extent in ring.extents]
+    trial: _Trial, probes: _Probes, peak: _Peak, repetitions: int, progress: Callable[[Progress], None] | None
+) -> dict[str, Spread]:
+    """prefill, decode, and what the devices give, interleaved."""
+    samples: dict[str, list[float]] = defaultdict(list)
     for index in range(repetitions):
         with peak.watched():
-            rates = trial.run()
-        prefill.append(rates[0])
-        decode.append(rates[1])
-        memory += _read_rates(3)
-        found = read_rate(streamed) if streamed else None
-        disk += [] if found is None else [found / 1e9]
+            prefill, decode = trial.run()
+        for name, values in ({"prefill": [prefill], "decode": [decode]} | probes.measure()).items():
+            samples[name] += values
         if progress is not None:
             progress(Progress("bench", index + 1, repetitions, "repetitions"))
-    return Spread.of(prefill), Spread.of(decode), Spread.of(memory), Spread.of(disk) if disk else None
+    return {name: Spread.of(values) for name, values in samples.items()}
+
+
+def _decoding(model: Glm4ForCausalLM, gpu: torch.device) -> str:
+    """How a GPU's layers decode a token."""
+    first = next(layer for layer in model.model.layers if isinstance(layer, DecoderLayer) and layer.device == gpu)
+    refused = model.model.graphs.reason(first)
+    return f"eager: {refused}" if refused else graph.status(gpu)
 
 
 def _read_rates(count: int) -> list[float]:
@@ -289,9 +372,9 @@ class _Peak:
 
         def sample() -> None:
             while not ended.wait(SAMPLE_SECONDS):
-                for field, known in self.seen.items():
+                for name, known in self.seen.items():
                     if known is not None:
-                        self.seen[field] = max(known, memory_now(field) or 0)
+                        self.seen[name] = max(known, memory_now(name) or 0)
 
         sampler = threading.Thread(target=sample, daemon=True)
         sampler.start()

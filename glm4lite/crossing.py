@@ -51,12 +51,12 @@ class Crossing:
     at_home: bool
 
     def __init__(self, home: Place, bus: Bus, index: int) -> None:
-        self.home, self._bus, self._index = home, bus, index
+        self.home, self.bus, self._index = home, bus, index
         self.at_home = home.at_home
         self._twin: DecoderLayer | None = None
 
     def where(self, tokens: int) -> tuple[torch.device, torch.dtype] | None:
-        return (self._bus.device, self._bus.dtype) if tokens >= self._bus.threshold else None
+        return (self.bus.device, self.bus.dtype) if tokens >= self.bus.threshold else None
 
     def native(self, layer: DecoderLayer) -> bool:
         return self.home.native(layer)
@@ -65,15 +65,15 @@ class Crossing:
     def at_hand(
         self, layer: DecoderLayer, device: torch.device, cache: HomeCache | None
     ) -> Iterator[tuple[DecoderLayer, Cache | None]]:
-        if not self._bus.carries(device):
+        if not self.bus.carries(device):
             with self.home.at_hand(layer, device, cache) as lent:
                 yield lent
             return
         twin = self._twin = self._twin or _twin(layer)
-        _lend(twin, self._bus.arrived(self._index), self._bus.dtype)
+        _lend(twin, self.bus.arrived(self._index), self.bus.dtype)
         away = None if cache is None else AwayCache(cache)
         yield twin, away
-        self._bus.leave(self._index, away)
+        self.bus.leave(self._index, away)
 
 
 class Bus:

@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from glm4lite.cache import bytes_per_token
+from glm4lite.crossing import Crossing
 from glm4lite.model import DecoderLayer
 from glm4lite.offload import OnDisk, streamed
 from glm4lite_quant import BnbLinear, QuantEmbedding, QuantLinear
 
 if TYPE_CHECKING:
+    from glm4lite.crossing import Bus
     from glm4lite.model import Glm4ForCausalLM
     from glm4lite.weights.ring import WeightRing
-
-
-_TABLES = (nn.Embedding, QuantEmbedding)  # of which a token reads one row
 
 
 def kernel_names(model: nn.Module) -> dict[str, int]:
@@ -38,10 +36,25 @@ def kernel_names(model: nn.Module) -> dict[str, int]:
     return dict(names)
 
 
-def read_bytes(model: Glm4ForCausalLM, positions: int) -> int:
-    """Bytes that decoding one token reads with `positions` tokens in the cache, wherever they lie."""
-    total = sum(_weight_bytes(module) for module in model.modules() if not isinstance(module, _TABLES))
-    return total + positions * bytes_per_token(model.config, model.model.kv, model.model.dtype.itemsize)
+def read_bytes(model: Glm4ForCausalLM, positions: int) -> dict[str, int]:
+    """Device that computes -> bytes that decoding one token reads there, with `positions` tokens in the cache."""
+    found: Counter[str] = Counter()
+    trunk = model.model
+    for layer in trunk.layers:
+        device = str(next(layer.parameters()).device)
+        found[device] += _read(layer) + positions * trunk.cache_bytes // len(trunk.layers)
+    found[str(trunk.norm.weight.device)] += _read(model.lm_head)
+    return dict(found)
+
+
+def _read(module: nn.Module) -> int:
+    return sum(_weight_bytes(part) for part in module.modules())
+
+
+def bus_of(model: nn.Module) -> Bus | None:
+    """What carries layers to a GPU for long prompts; None where nothing has to."""
+    places = (module.place for module in model.modules() if isinstance(module, DecoderLayer))
+    return next((place.bus for place in places if isinstance(place, Crossing)), None)
 
 
 def rings(model: nn.Module) -> list[WeightRing]:

@@ -90,13 +90,9 @@ def _median_seconds(work: Callable[[], object]) -> float:
 def _with_gpus(machine: Machine) -> Machine:
     """Free memory of every GPU; speeds of the first: a copy on it, one to it from pinned memory, a bfloat16 product."""
     free = tuple(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
+    gpu = torch.device("cuda", 0)
     try:
-        on_gpu = torch.empty(2, PROBE_BYTES // 2, dtype=torch.uint8, device="cuda:0")
-        pinned = torch.empty(PROBE_BYTES // 2, dtype=torch.uint8, pin_memory=True)
-        square = torch.ones(PROBE_SIDE, PROBE_SIDE, dtype=torch.bfloat16, device="cuda:0")
-        copied = PROBE_BYTES / _cuda_seconds(lambda: on_gpu[0].copy_(on_gpu[1]))  # read and written
-        crossed = PROBE_BYTES / 2 / _cuda_seconds(lambda: on_gpu[0].copy_(pinned, non_blocking=True))
-        rate = 2 * PROBE_SIDE**3 / _cuda_seconds(lambda: square @ square)
+        copied, crossed, rate = gpu_bandwidth(gpu), bus_bandwidth(gpu), gpu_rate(gpu)
     except RuntimeError:  # out of memory, no pinned memory: the free bytes are known all the same
         note = "speeds of an RTX 4060 (this GPU could not be measured)"
         return replace(machine, gpus=free, assumed=(*machine.assumed, note))
@@ -105,10 +101,29 @@ def _with_gpus(machine: Machine) -> Machine:
     return replace(machine, gpus=free, gpu_bandwidth=copied, bus_bandwidth=crossed, gpu_rate=rate, measured=measured)
 
 
-def _cuda_seconds(work: Callable[[], object]) -> float:
+def gpu_bandwidth(device: torch.device) -> float:
+    """Bytes per second of a copy on a GPU, what is read and what is written."""
+    both = torch.empty(2, PROBE_BYTES // 2, dtype=torch.uint8, device=device)
+    return PROBE_BYTES / _gpu_seconds(device, lambda: both[0].copy_(both[1]))
+
+
+def bus_bandwidth(device: torch.device) -> float:
+    """Bytes per second from pinned memory to a GPU."""
+    pinned = torch.empty(PROBE_BYTES // 2, dtype=torch.uint8, pin_memory=True)
+    on_gpu = torch.empty_like(pinned, device=device)
+    return pinned.nbytes / _gpu_seconds(device, lambda: on_gpu.copy_(pinned, non_blocking=True))
+
+
+def gpu_rate(device: torch.device) -> float:
+    """Operations per second of a bfloat16 product."""
+    square = torch.ones(PROBE_SIDE, PROBE_SIDE, dtype=torch.bfloat16, device=device)
+    return 2 * PROBE_SIDE**3 / _gpu_seconds(device, lambda: square @ square)
+
+
+def _gpu_seconds(device: torch.device, work: Callable[[], object]) -> float:
     def waited() -> None:
         work()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
     return _median_seconds(waited)
 

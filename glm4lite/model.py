@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from glm4lite import fused
 from glm4lite.attention import Visibility, attend, attend_with_weights
-from glm4lite.cache import Cache, HomeCache, KVCache, KVType, LayerCache, PackedLayerCache
+from glm4lite.cache import Cache, HomeCache, KVCache, KVType, LayerCache, PackedLayerCache, bytes_per_token
 from glm4lite.config import Glm4Config
 from glm4lite.errors import ConfigError
 from glm4lite.fused import FusedLayer
@@ -270,6 +270,12 @@ class Glm4Model(PreTrainedModel):
         self.graphs.clear()
         return super()._apply(fn, recurse)
 
+    @property
+    def cache_bytes(self) -> int:
+        """What one token adds to the cache, each layer's in its own type."""
+        types = (layer.dtype or self.dtype for layer in self._layers())
+        return sum(bytes_per_token(self.config, self.kv, dtype.itemsize) for dtype in types) // len(self.layers)
+
     def new_cache(self, batch: int = 1) -> KVCache:
         """An empty cache of the kind that `kv` asks for, in the native layout where native layers will read it."""
         return KVCache.of([self._layer_cache(layer, batch) for layer in self._layers()])
@@ -296,9 +302,10 @@ class Glm4Model(PreTrainedModel):
         Positions count on from the cache unless given (`cache_position` [T] serves where `position_ids` is not): with
         left padding the caller derives them from the mask. Raises ValueError unless exactly one input is given.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        given = [given for given in (input_ids, inputs_embeds) if given is not None]
+        if len(given) != 1:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        embeds: Tensor = given[0] if input_ids is None else self.embed_tokens(input_ids.to(self.device))
         cache = past_key_values
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = self.new_cache(embeds.shape[0])

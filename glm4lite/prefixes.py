@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from glm4lite.cache import bytes_per_token, with_room
+from glm4lite.cache import with_room
 from glm4lite.generate import PrefixCache
 
 if TYPE_CHECKING:
@@ -71,7 +71,4 @@ class PrefixPool:
 
     def bytes_of(self, tokens: int) -> int:
         """What the cache of so many tokens takes, its room to grow included."""
-        trunk = self.model.model
-        return bytes_per_token(trunk.config, trunk.kv, trunk.dtype.itemsize) * min(
-            with_room(tokens), self.model.context
-        )
+        return self.model.model.cache_bytes * min(with_room(tokens), self.model.context)

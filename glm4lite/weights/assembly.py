@@ -77,7 +77,7 @@ class Assembly:
         if left:
             raise CheckpointError(f"{left[0]} got no values; this is a defect of glm4lite, please report it")
         layers = cast(Any, getattr(self.model, "model", self.model)).layers
-        if self.destinations.placement is not None:
+        if self.destinations.placement is not None or self.destinations.home.type != "cpu":
             for number, layer in enumerate(layers):
                 layer.dtype = self.destinations.dtype(f"layers.{number}")
         if self._streamed:
@@ -139,17 +139,19 @@ class Assembly:
         return values
 
     def _tie(self) -> None:
-        """The head shares the embedding's tensors: one copy under two modules."""
-        embedding = self.model.get_submodule("model.embed_tokens")
+        """The head shares the embedding's tensors, one copy under two modules, unless it lies on a GPU."""
+        embedding, device = self.model.get_submodule("model.embed_tokens"), self.destinations.device("lm_head")
         if isinstance(embedding, QuantEmbedding):
             weight = embedding.weight_tensor
             config = QuantConfig(weight.bits, weight.group_size)
             shape, parts = (embedding.embedding_dim, embedding.num_embeddings), input_parts("lm_head")
             head = QuantLinear(*shape, config, bias=False, device="meta", input_parts=parts)
-            head.load(_moved(weight, self.destinations.device("lm_head")))
+            head.load(_moved(weight, device))
             self._set_module("lm_head", head)
-        else:
-            cast(Any, self.model).lm_head.weight = cast(Any, embedding).weight
+            return
+        weight = cast(Any, embedding).weight
+        shared = device.type == "cpu"
+        cast(Any, self.model).lm_head.weight = weight if shared else nn.Parameter(weight.detach().to(device))
 
     def _initialise(self) -> None:
         """Values for a classification head that no file holds: N(0, initializer_range), biases 0, as the reference."""

@@ -50,9 +50,9 @@ class Destinations:
 
     def device(self, module: str) -> torch.device:
         """Where a module's tensors lie; those of layers on disk are computed on the CPU."""
-        if self.placement is None:
-            return self.home
         layer, leaf = _LAYER.match(module), module.rpartition(".")[2]
+        if self.placement is None:
+            return torch.device("cpu") if leaf == "embed_tokens" else self.home  # a token reads one row of it
         if layer is not None:
             name = self.placement.device_of(int(layer[1]))
         else:

@@ -74,7 +74,7 @@ def test_read_bytes_are_all_linears_and_the_cache_but_not_the_embedding(quant: s
         if not name.endswith("bias")
     }
     cache = 2 * 5 * 2 * 64 * 4  # keys and values, layers, heads, dimensions, float32
-    assert read_bytes(model, 10) == sum(tensor.nbytes for tensor in weights.values()) + 10 * cache
+    assert read_bytes(model, 10) == {"cpu": sum(tensor.nbytes for tensor in weights.values()) + 10 * cache}
 
 
 def test_progress_counts_the_repetitions() -> None:
@@ -106,7 +106,7 @@ def test_memory_that_the_system_does_not_tell_is_said_so(monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "STATUS", tmp_path / "missing")
     assert memory_now("RssAnon") is None
     one = Spread(1.0, 1.0, 1.0)
-    found = Benchmark("x", 1, 2, 1, {"k": 1}, 1.0, one, one, 10**9, one, {}, 0, None, None, None, None)
+    found = Benchmark("x", 1, 2, 1, {"k": 1}, 1.0, one, one, {"cpu": 10**9}, one, {}, None, None, None)
     assert "not available on" in dict(found.lines())["peak memory"]
     assert found.to_json()["peak_anon_bytes"] is None
 
@@ -133,3 +133,21 @@ def test_threads_are_those_of_torch_and_of_the_kernels(monkeypatch: pytest.Monke
         torch.set_num_threads(before)
     with pytest.raises(QuantError, match="0 threads cannot be used"):
         native.set_threads(0)
+
+
+def test_the_bound_is_the_sum_of_what_each_device_takes_at_least() -> None:
+    gives, rate = Spread(10.0, 10.0, 10.0), Spread(5.0, 5.0, 5.0)
+    reads = {"cpu": 10**9, "cuda:0": 10**9}
+    found = Benchmark(
+        "x", 100, 2, 1, {}, 1.0, rate, rate, reads, gives, {}, None, None, None,
+        disk_bytes_per_token=10**8, disk=Spread(0.5, 0.5, 0.5), bus_bytes_per_prompt=2 * 10**9, bus=gives,
+        gpu=Spread(100.0, 100.0, 100.0), gpu_peak_bytes={"cuda:0": 1 << 30}, decoding={"cuda:0": "one CUDA graph"},
+    )  # fmt: skip
+    assert found.least_seconds == pytest.approx({"cpu": 0.2, "cuda:0": 0.01})  # the disk is slower than memory
+    assert found.bound_fraction == pytest.approx(0.21 * 5)
+    assert found.bus_gb_per_s == pytest.approx(2 * 5 / 100)
+    lines = dict(found.lines())
+    assert lines["of the bound"] == "105% (a token takes at least: cpu 200.0 ms, cuda:0 10.0 ms)"
+    assert lines["decoding on cuda:0"] == "one CUDA graph"
+    assert lines["bus carries"].endswith("gives 10.0 GB/s: 1%")
+    assert found.to_json()["gpu_gb_per_s"] == 100.0

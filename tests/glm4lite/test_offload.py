@@ -408,3 +408,10 @@ def test_a_device_that_fails_in_a_prompt_is_said_and_the_session_goes_on(
     assert "\n" not in str(caught.value)
     handle.remove()
     assert list(Generation(model, prompt, GREEDY, cache=cache)) == list(Generation(load(folder), prompt, GREEDY))
+
+
+def test_the_embedding_stays_on_the_cpu_whatever_computes() -> None:
+    types = {"cpu": torch.float32, "cuda": torch.bfloat16}
+    found = Destinations(torch.device("cuda:1"), types)
+    assert str(found.device("model.embed_tokens")) == "cpu"
+    assert {str(found.device(name)) for name in ("model.layers.3.mlp", "model.norm", "lm_head")} == {"cuda:1"}
