@@ -1,12 +1,15 @@
 """Speed of glm4lite's GPU kernels at GLM-4's shapes, beside other 4-bit kernels and the device's own bounds.
 
 `python bench/gpu.py` needs a CUDA device, torch and triton, and takes some minutes; bitsandbytes is compared if it is
-there. It prints tables and, last, one JSON line. A product is checked against the dequantized weight before it is
-timed. GB/s counts the bytes of the weights, the copy's both reads and writes; what has few tokens runs as a CUDA graph
-over enough copies of a weight that none is in a cache.
+there, and where glm4lite itself is installed whole models are measured too (25 GB of disk). It prints tables and, last,
+one JSON line. A product is checked against the dequantized weight before it is timed. GB/s counts the bytes of the
+weights, the copy's both reads and writes; what has few tokens runs as a CUDA graph over enough copies of a weight that
+none is in a cache.
 
     --sizes 9B,32B   whose shapes
-    --quick          no whole decode steps, no prefill
+    --quick          no whole decode steps, no prefill, no whole models
+    --models         whole models only
+    --layers N       whole models of fewer layers, to see that it works
     --sweep          gate_up at 1 to 2048 tokens through each of the Triton paths: where one should follow the other
     --tune           every setting of the Triton kernels for few tokens; the fastest belong into triton_gpu.GEMV
 """
@@ -38,6 +41,7 @@ from gpu_engines import (
     available,
     check,
 )
+from gpu_models import measure_models
 from gpu_timing import captured, copies, guarded, milliseconds
 from gpu_tune import sweep, tune
 
@@ -191,7 +195,8 @@ def prefill(size: str, engine: Engine, rate: float, device: torch.device) -> dic
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="9B,32B")
-    for flag in ("--quick", "--sweep", "--tune"):
+    parser.add_argument("--layers", type=int)
+    for flag in ("--quick", "--sweep", "--tune", "--models"):
         parser.add_argument(flag, action="store_true")
     options = parser.parse_args(arguments)
     sizes = [size for size in options.sizes.split(",") if size in SIZES]
@@ -206,16 +211,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     engines, missing = available(device)
     print(*missing, sep="\n" if missing else "", flush=True)
     found: dict[str, Any] = {"device": name, "torch": torch.__version__, "copy_GBps": copy, "matmul_TFLOPs": rate}
-    found |= {"missing": missing, "linears": [], "steps": [], "prefill": []}
+    found |= {"missing": missing, "linears": [], "steps": [], "prefill": [], "models": []}
     if options.tune and TRITON4.name in engines:
         shapes = {shape for s in SIZES.values() for shape in (*s.linears().values(), s.head())}
         found["tune"] = [tune(bits, n, k, device) for n, k, bits in sorted(shapes | RUMINATION)]
     if options.sweep and TRITON4.name in engines:
         found["sweep"] = [row for bits in (4, 8) for row in sweep(bits, *SIZES["9B"].linears()["gate_up"][:2], device)]
-    for size in () if options.tune or options.sweep else sizes:
+    for size in () if options.tune or options.sweep or options.models else sizes:
         found["linears"] += linears_table(size, engines, copy, device)
         if not options.quick:
             whole(size, engines, found, copy, rate, device)
+    if not (options.tune or options.sweep or options.quick):
+        with guarded("whole models"):
+            for row in measure_models(rate, device, options.layers):
+                found["models"].append(row)
     print(json.dumps(found))
     return 0
 
