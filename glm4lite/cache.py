@@ -29,6 +29,11 @@ class LayerCache:
         self.values: Tensor | None = None
         self.length, self.limit = 0, limit
 
+    @property
+    def buffer(self) -> Tensor | None:
+        """One of the buffers: while it is the same tensor, views stay true."""
+        return self.values
+
     def view(self, tokens: int, heads: Heads, device: torch.device, dtype: torch.dtype) -> CacheView:
         """The buffers of a batch of one, with room for `tokens` more, for a kernel that writes them and reads all."""
         like = torch.empty(1, heads.key_value, 0, heads.dim, device=device, dtype=dtype)
@@ -110,6 +115,11 @@ class PackedLayerCache:
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self._scales: Tensor | None = None  # [keys or values, B, kv_heads, capacity]
+
+    @property
+    def buffer(self) -> Tensor | None:
+        """As LayerCache's."""
+        return self._values
 
     def view(self, tokens: int, heads: Heads, device: torch.device, dtype: torch.dtype) -> CacheView:
         """As LayerCache's; `dtype` is that of the activations, not of the cache."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -98,19 +99,16 @@ class StepGraphs:
         caches: Sequence[HomeCache],
     ) -> _Step | None:
         """The recording that suits the layers and the caches, made where there is none."""
-        views = [
-            cache.view(1, layer.self_attn.heads, x.device, dtype) for layer, cache in zip(layers, caches, strict=True)
-        ]
         key = id(layers[0])
         known = self._steps.get(key)
-        if known is not None and known.suits(layers, views, dtype):
+        if known is not None and known.suits(layers, caches, dtype):
             return known
         why = problem(x.device) or _unfit(layers, dtype)
         if why:
             self._refuse(layers[0], why)
             return None
         self._steps.pop(key, None)  # its memory is free before the next one takes some
-        made = self._steps[key] = _Step(layers, views, x, dtype, rotary)
+        made = self._steps[key] = _Step(layers, caches, x, dtype, rotary)
         return made
 
     def _refuse(self, first: DecoderLayer, why: str) -> None:
@@ -143,7 +141,7 @@ class _Step:
     def __init__(
         self,
         layers: Sequence[DecoderLayer],
-        views: Sequence[CacheView],
+        caches: Sequence[HomeCache],
         x: Tensor,
         dtype: torch.dtype,
         rotary: tuple[Tensor, Tensor],
@@ -151,20 +149,25 @@ class _Step:
         from glm4lite_quant.kernels import triton_step
 
         self._kernels = triton_step
-        self._layers, self._views, self._dtype = tuple(layers), tuple(views), dtype
+        self._layers, self._dtype, heads = tuple(layers), dtype, layers[0].self_attn.heads
+        views = [cache.view(1, heads, x.device, dtype) for cache in caches]
+        self._capacity = views[0].capacity
+        self._buffers = [weakref.ref(cache.buffer) for cache in caches]  # a forgotten conversation's memory is free
         self._x = torch.empty(x.shape[-1], dtype=torch.float32, device=x.device)
         self._rotary = (torch.empty_like(rotary[0].flatten()), torch.empty_like(rotary[1].flatten()))
         self._length = torch.zeros((), dtype=torch.int32, device=x.device)
-        self._scratch = triton_step.AttentionScratch(layers[0].self_attn.heads, x.device)
+        self._scratch = triton_step.AttentionScratch(heads, x.device)
         self._beside = torch.cuda.Stream(x.device) if x.device.type == "cuda" else None
-        self._set(x, rotary, views[0].length)
-        self._replay = record(self._compute, x.device)
+        self._set(x, rotary, caches[0].length)
+        self._replay = record(lambda: self._compute(views), x.device)
         self._weights, self._expected = _addresses(self._layers), -1
 
-    def suits(self, layers: Sequence[DecoderLayer], views: Sequence[CacheView], dtype: torch.dtype) -> bool:
+    def suits(self, layers: Sequence[DecoderLayer], caches: Sequence[HomeCache], dtype: torch.dtype) -> bool:
         """Whether it was recorded with this memory. Weights are compared where a new stretch of tokens begins."""
-        same = dtype == self._dtype and len(layers) == len(self._layers) and all(map(_same, views, self._views))
-        return same and (views[0].length == self._expected or _addresses(layers) == self._weights)
+        length, alike = caches[0].length, dtype == self._dtype and len(layers) == len(self._layers)
+        held = (cache.buffer is buffer() for cache, buffer in zip(caches, self._buffers, strict=True))
+        same = alike and length < self._capacity and all(held)
+        return same and (length == self._expected or _addresses(layers) == self._weights)
 
     def run(self, x: Tensor, rotary: tuple[Tensor, Tensor], caches: Sequence[HomeCache]) -> Tensor:
         self._set(x, rotary, caches[0].length)
@@ -180,10 +183,10 @@ class _Step:
             own.copy_(given.flatten())
         self._length.fill_(length)
 
-    def _compute(self) -> None:
+    def _compute(self, views: Sequence[CacheView]) -> None:
         """What is recorded: all layers, from `_x` to `_x`."""
         k, eps, added, post = self._kernels, self._layers[0].input_layernorm.eps, None, None
-        for layer, view in zip(self._layers, self._views, strict=True):
+        for layer, view in zip(self._layers, views, strict=True):
             normed = k.add_norm(self._x, added, post, layer.input_layernorm.weight, eps, self._dtype)
             q, key, value = self._projected(layer.self_attn, normed)
             attended = k.attend(q, key, value, self._rotary, view, self._length, self._scratch)
@@ -228,10 +231,6 @@ def _on(stream: torch.cuda.Stream) -> Iterator[None]:
     stream.wait_stream(torch.cuda.current_stream(stream.device))
     with torch.cuda.stream(stream):
         yield
-
-
-def _same(one: CacheView, other: CacheView) -> bool:
-    return one.keys.data_ptr() == other.keys.data_ptr() and one.capacity == other.capacity
 
 
 def _addresses(layers: Sequence[DecoderLayer]) -> tuple[int, ...]:

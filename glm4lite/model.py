@@ -254,9 +254,10 @@ class Glm4Model(PreTrainedModel):
 
     def _runs(self, tokens: int, together: bool) -> Iterator[slice]:
         """The layers in order: alone, or `together` as many as one call may take."""
-        layers, begin = list(self._layers()), 0
-        for end in range(1, len(layers) + 1):
-            joins = together and end < len(layers) and _joins(layers[end - 1], layers[end], tokens)
+        kinds = [_kind(layer, tokens) if together else None for layer in self._layers()]
+        begin = 0
+        for end in range(1, len(kinds) + 1):
+            joins = end < len(kinds) and kinds[end] is not None and kinds[end] == kinds[end - 1]
             if not joins:
                 yield slice(begin, end)
                 begin = end
@@ -339,12 +340,12 @@ class Glm4Model(PreTrainedModel):
         return BaseModelOutputWithPast(x, cache, collected.hidden_states, collected.attentions)
 
 
-def _joins(layer: DecoderLayer, after: DecoderLayer, tokens: int) -> bool:
-    """Whether one call may take both: of one type and device, weights at home, nobody waiting for either."""
-    both = (layer, after)
-    same = layer.dtype == after.dtype and layer.device == after.device
-    staying = all(each.place.at_home and each.place.where(tokens) is None for each in both)
-    return same and staying and not fused.hooked(both)
+def _kind(layer: DecoderLayer, tokens: int) -> tuple[torch.device, torch.dtype | None] | None:
+    """Layers of one kind go together; None: alone, for its weights come and go, or somebody waits for it."""
+    place = layer.place
+    if not place.at_home or place.where(tokens) is not None or fused.hooked((layer,)):
+        return None
+    return layer.device, layer.dtype
 
 
 class _Stage(NamedTuple):
