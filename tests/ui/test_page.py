@@ -15,6 +15,7 @@ import pytest
 import glm4lite
 from glm4lite.engine import Engine
 from glm4lite.tools import BUILTIN_TOOLS
+from glm4lite_ui.chats import Settings
 from tests.ui.conftest import Serve
 from tests.ui.slow_model import slow_engine
 
@@ -116,6 +117,104 @@ def test_a_turn_is_deleted_and_the_last_one_taken_back(serve: Serve, visit: Visi
     page.click("#chatbot button[aria-label=Undo]")
     page.wait_for_function("document.querySelector('#message textarea').value === 'Hi'")
     assert site.runtime.store.find()[0].turns == []
+
+
+def test_an_answer_goes_on_while_the_window_shows_another_chat(serve: Serve, visit: Visit, nano: Engine) -> None:
+    site = serve(slow_engine(nano, "word " * 3000))
+    page = visit(site.url)
+    ask(page, "Write for long")
+    page.wait_for_selector("text=word word word")
+    page.click("#new-chat")
+    page.wait_for_selector("text=Nothing you write leaves it")
+    page.wait_for_timeout(500)
+    assert "word" not in answers(page)
+    assert page.locator("#message .stop-button").count() == 0
+    assert site.runtime.answers
+    ask(page, "And here?")  # waits for the engine
+    page.click("#chats >> text=Write for long")
+    page.wait_for_selector("text=word word word")
+    page.click("#message .stop-button")
+    page.wait_for_selector("text=Stopped.")
+    page.click("#chats >> text=And here?")
+    page.wait_for_selector("text=word word word")
+
+
+def test_two_windows_follow_one_answer(serve: Serve, visit: Visit, nano: Engine) -> None:
+    site = serve(slow_engine(nano, "word " * 3000))
+    first = visit(site.url)
+    ask(first, "Write for long")
+    first.wait_for_selector("text=word word word")
+    second = visit(first.url)
+    second.wait_for_selector("text=word word word")
+    seen = len(answers(second))
+    second.wait_for_function(f"document.querySelector('#chatbot').innerText.length > {seen + 50}")
+    first.context.close()  # the other one still reads
+    second.wait_for_timeout(3000)
+    assert site.runtime.answers
+    ask_refused(second, "More")
+    second.click("#message .stop-button")
+    wait_for_end(second)
+    assert "Stopped." in answers(second)
+
+
+def ask_refused(page: Any, text: str) -> None:
+    """Sends a message that the page does not take: it says why, and covers nothing."""
+    page.fill("#message textarea", text)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("text=this chat is being answered")
+    assert page.input_value("#message textarea") == text
+    assert page.get_by_test_id("status-tracker").locator("visible=true").count() == 0
+
+
+def test_a_page_that_is_loaded_again_finds_its_answer_going_on(serve: Serve, visit: Visit, nano: Engine) -> None:
+    site = serve(slow_engine(nano, "word " * 3000))
+    page = visit(site.url)
+    ask(page, "Write for long")
+    page.wait_for_selector("text=word word word")
+    page.reload()
+    visit.errors.clear()  # type: ignore[attr-defined]  # Gradio logs that its stream was cut
+    page.wait_for_selector("text=word word word")
+    page.wait_for_timeout(3000)
+    assert site.runtime.answers
+    page.click("#message .stop-button")
+    page.wait_for_selector("text=Stopped.")
+
+
+def test_a_chat_deleted_in_mid_answer_stays_deleted(serve: Serve, visit: Visit, nano: Engine) -> None:
+    site = serve(slow_engine(nano, "word " * 3000))
+    page = visit(site.url)
+    ask(page, "Write for long")
+    page.wait_for_selector("text=word word word")
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.click("#chats .g-remove")
+    page.wait_for_selector("text=No chats yet")
+    assert site.idle_after() < 1
+    page.wait_for_timeout(500)
+    assert site.runtime.store.find() == []
+
+
+def test_what_cannot_be_read_or_used_is_said_on_the_page(serve: Serve, visit: Visit, tmp_path: Path) -> None:
+    site = serve()
+    page = visit(site.url)
+    ask(page, "Hi")
+    wait_for_end(page)
+    (tmp_path / "picture.txt").write_bytes(b"\xff\xd8\xff")
+    page.wait_for_timeout(300)
+    page.set_input_files("#message input[type=file]", tmp_path / "picture.txt")
+    page.wait_for_selector("#live >> text=picture.txt is not a UTF-8 text file")
+    page.fill("#message textarea", "Read it")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".toast-body >> text=picture.txt is not a UTF-8 text file")
+    assert page.get_by_test_id("bot").is_visible()
+    assert page.get_by_test_id("status-tracker").locator("visible=true").count() == 0
+    page.click("#settings .toggle-button")
+    wrong = {"Top-p": ("7", "0.8", "top_p"), "Temperature": ("-1", "0", "temperature")}
+    wrong["Max tokens"] = ("0", "1024", "max_new_tokens")
+    for field, (value, right, name) in wrong.items():
+        page.get_by_label(field).fill(value)
+        page.wait_for_selector(f".toast-body >> text={name} must be")
+        page.get_by_label(field).fill(right)
+    assert site.runtime.store.find()[0].settings == Settings()
 
 
 @pytest.mark.parametrize(("button", "result"), [("Approve", "888"), ("Deny", "did not allow")])

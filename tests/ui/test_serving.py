@@ -120,7 +120,9 @@ def weigh(client: httpx.Client, file: dict[str, object]) -> str:
     events = client.get("/config").json()["dependencies"]
     (number,) = [event["id"] for event in events if len(event["inputs"]) == 3 and event["targets"][0][1] == "change"]
     body = {"data": [{"text": "x", "files": [file]}, None, None], "fn_index": number, "session_hash": "s"}
-    return client.post("/gradio_api/run/predict", json=body).text
+    assert client.post("/gradio_api/queue/join", json=body).status_code == 200
+    with client.stream("GET", "/gradio_api/queue/data?session_hash=s") as stream:
+        return next(line for line in stream.iter_lines() if "process_completed" in line)
 
 
 def test_exports_are_downloads_with_a_safe_name(client: httpx.Client, site: Site) -> None:

@@ -183,13 +183,14 @@ def _approval() -> tuple[gr.Column, gr.Markdown, gr.Button, gr.Button, gr.Button
 
 
 def _settings(tools: Sequence[Tool]) -> SettingsPanel:
+    """The numbers have no bounds here: the handler's refusal names the field, Gradio's does not."""
     gr.Markdown("### This chat")
     system = gr.Textbox(label="System prompt", lines=3, max_lines=10, elem_id="system")
     with gr.Row():
-        temperature = gr.Number(label="Temperature", minimum=0, step=0.1, min_width=100)
-        top_p = gr.Number(label="Top-p", minimum=0, maximum=1, step=0.05, min_width=100)
+        temperature = gr.Number(label="Temperature", step=0.1, min_width=100)
+        top_p = gr.Number(label="Top-p", step=0.05, min_width=100)
     with gr.Row():
-        longest = gr.Number(label="Max tokens", minimum=1, precision=0, min_width=100)
+        longest = gr.Number(label="Max tokens", precision=0, min_width=100)
         seed = gr.Number(label="Seed", precision=0, placeholder="random", value=None, min_width=100)
     names = [tool.name for tool in tools]
     chosen = gr.CheckboxGroup(names, value=names, label="Tools", visible=bool(names), elem_id="tools")

@@ -74,7 +74,7 @@ def mount(app: FastAPI, runtime: Runtime) -> FastAPI:
 # calls, run history, monitoring, code from a chat) is not there.
 OPEN = re.compile(
     r"/(config/?|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(static|assets|svelte)/.*)?"
-    r"|/gradio_api/(queue/(join|data)|upload|upload_progress|heartbeat/\w+|run/predict|cancel|reset/?|startup-events|theme\.css)"
+    r"|/gradio_api/(queue/(join|data)|upload|upload_progress|heartbeat/\w+|cancel|reset/?|startup-events|theme\.css)"
 )
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
