@@ -56,8 +56,10 @@ def test_a_first_visitor_asks_and_sees_the_calculator_and_its_answer(serve: Serv
     line = page.inner_text("#live")
     assert "context" in line
     assert "computed" in line
+    assert "nano" in line
     assert "weights" in line
     assert "KV" in line
+    assert page.locator("#settings .toggle-button").get_attribute("aria-label") == "Settings of this chat"
 
 
 def test_stop_ends_the_answer_and_the_engine_within_a_second(serve: Serve, visit: Visit, nano: Engine) -> None:
@@ -70,6 +72,16 @@ def test_stop_ends_the_answer_and_the_engine_within_a_second(serve: Serve, visit
     wait_for_end(page)
     page.wait_for_selector("text=Stopped.")
     assert site.runtime.store.find()[0].turns[0].parts[0].text.startswith("word word")
+
+
+def test_escape_stops_the_answer(serve: Serve, visit: Visit, nano: Engine) -> None:
+    site = serve(slow_engine(nano, "word " * 3000))
+    page = visit(site.url)
+    ask(page, "Write for long")
+    page.wait_for_selector("text=word word word")
+    page.keyboard.press("Escape")
+    assert site.idle_after() < 1
+    page.wait_for_selector("text=Stopped.")
 
 
 def test_leaving_the_page_stops_the_answer_and_keeps_what_was_said(serve: Serve, visit: Visit, nano: Engine) -> None:
@@ -110,7 +122,11 @@ def test_a_turn_is_deleted_and_the_last_one_taken_back(serve: Serve, visit: Visi
     for question in (QUESTION, "Hi"):
         ask(page, question)
         wait_for_end(page)
-    page.get_by_test_id("user").first.click()
+    page.get_by_test_id("user").first.click()  # to copy a word of it, say
+    page.wait_for_timeout(300)
+    assert not page.locator("#marked").is_visible()
+    page.get_by_label("Delete turn").first.click()
+    page.wait_for_selector(f"#marked >> text=Turn 1: {QUESTION}")
     page.get_by_text("Delete this turn").click()
     page.wait_for_selector("text=888", state="detached")
     assert [turn.user for turn in site.runtime.store.find()[0].turns] == ["Hi"]
@@ -412,6 +428,7 @@ def test_the_page_is_usable_at_390_pixels_and_in_the_dark(serve: Serve, visit: V
     page.wait_for_selector("text=37 * 24 = 888.")
     wait_for_end(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.locator("#chat-column").bounding_box()["width"] >= 370
     box = page.locator("#message textarea").bounding_box()
     assert box["y"] + box["height"] <= 800
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")

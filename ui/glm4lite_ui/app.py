@@ -16,7 +16,7 @@ from glm4lite_ui.drawing import Drawing
 from glm4lite_ui.layout import lay_out
 from glm4lite_ui.library import LibraryHandlers
 from glm4lite_ui.model_page import ModelHandlers
-from glm4lite_ui.panels import OPEN_LIST_JS
+from glm4lite_ui.panels import PAGE_JS
 from glm4lite_ui.runtime import Runtime
 
 logger = logging.getLogger("glm4lite")
@@ -50,7 +50,7 @@ def _wire_conversation(drawing: Drawing, on: ConversationHandlers) -> None:
     _now(parts.always.click, on.decide("always"), [chat], [])
     _now(parts.deny.click, on.decide("deny"), [chat], [])
     _now(parts.chatbot.undo, on.undo, [chat], outputs)
-    _now(parts.chatbot.select, on.mark, [chat], [parts.marked, parts.marked_text, parts.marked_turn])
+    _now(parts.turns.mark, on.mark, [chat], [parts.marked, parts.marked_text, parts.marked_turn])
     _now(parts.delete.click, on.delete, [chat, parts.marked_turn], outputs)
     _now(parts.unmark.click, lambda: gr.Column(visible=False), [], [parts.marked])
     known = gr.State([])
@@ -62,7 +62,7 @@ def _wire_library(blocks: gr.Blocks, drawing: Drawing, on: LibraryHandlers) -> N
     outputs, chat = drawing.outputs(), parts.chat_id
     _stream(blocks.load, on.start, [], outputs)
     blocks.unload(on.left)
-    blocks.load(None, js=OPEN_LIST_JS, api_visibility="private")
+    blocks.load(None, js=PAGE_JS, api_visibility="private")
     _stream(library.new.click, on.new, [], outputs)
     _stream(library.chats.open, on.open, [], outputs)
     _stream(library.chats.remove, on.remove, [chat, library.search], outputs)

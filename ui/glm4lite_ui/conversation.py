@@ -81,12 +81,11 @@ class ConversationHandlers:
 
         return handler
 
-    def mark(self, chat_id: str, event: gr.SelectData) -> Updates:
-        """A message was clicked: offers to delete its turn."""
-        chat = self.runtime.open(chat_id)
-        place = turn_at(chat, event.index)
-        if place is None or chat_id in self.runtime.answers:
-            return {}
+    def mark(self, chat_id: str, event: gr.EventData) -> Updates:
+        """Asks whether a turn is to be deleted."""
+        chat, place = self.runtime.change(chat_id), event.turn
+        if not isinstance(place, int) or not 0 <= place < len(chat.turns):
+            raise Glm4liteError("this turn is not there any more")
         words = " ".join(chat.turns[place].user.split())
         text = safe_markdown(words if len(words) <= 80 else words[:79] + "…")
         return {

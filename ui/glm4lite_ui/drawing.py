@@ -39,7 +39,7 @@ class Drawing:
             middle.title: chat.title,
             self.components.library.chats: self.list(chat.id),
             middle.chatbot: chat_messages(chat, answering=answer is not None),
-            middle.previews: "" if answer else previews(chat.turns[-1] if chat.turns else None),
+            middle.previews: previews(chat.turns),
             middle.live: live_line(self.runtime, chat, answer),
             middle.asking: gr.Column(visible=False),
             middle.full: gr.Column(visible=False),

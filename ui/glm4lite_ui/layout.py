@@ -11,7 +11,7 @@ import gradio as gr
 
 from glm4lite.tools import Tool
 from glm4lite_ui.artifacts import PREVIEW_JS
-from glm4lite_ui.panels import CHAT_LIST_JS
+from glm4lite_ui.panels import CHAT_LIST_JS, TURNS_JS
 
 CSS = Path(__file__).with_name("style.css")
 GREETING = "## glm4lite\nA GLM-4 model on your own machine. Nothing you write leaves it."
@@ -40,6 +40,7 @@ class Conversation:
     chat_id: gr.State
     title: gr.Textbox
     chatbot: gr.Chatbot
+    turns: gr.HTML  # empty; the buttons that delete turns speak through it
     previews: gr.HTML
     asking: gr.Column
     asked: gr.Markdown
@@ -130,6 +131,7 @@ def _conversation() -> Conversation:
     with gr.Column(elem_id="chat-column"):
         title = gr.Textbox(show_label=False, container=False, elem_id="chat-title", max_length=120)
         chatbot = _chatbot()
+        turns = gr.HTML("", js_on_load=TURNS_JS, elem_id="turns")
         previews = gr.HTML("", js_on_load=PREVIEW_JS, elem_id="previews")
         asking, asked, approve, always, deny = _approval()
         with gr.Column(visible=False, elem_id="full", elem_classes="g-card") as full:
@@ -152,7 +154,7 @@ def _conversation() -> Conversation:
         )
         live = gr.HTML("", elem_id="live")
     return Conversation(
-        chat_id, title, chatbot, previews, asking, asked, approve, always, deny, full, full_text, drop,
+        chat_id, title, chatbot, turns, previews, asking, asked, approve, always, deny, full, full_text, drop,
         marked, marked_text, marked_turn, delete, unmark, message, live,
     )  # fmt: skip
 

@@ -33,8 +33,39 @@ watch('value', () => {
 });
 """
 
-# The list is open where there is room beside it.
-OPEN_LIST_JS = "() => { if (innerWidth >= 768) document.querySelector('#library .toggle-button')?.click(); }"
+# A button under each question deletes its turn; Gradio's Chatbot has none. It draws messages anew, so they are watched.
+TURNS_JS = """
+const mark = () => document.querySelectorAll('#chatbot .message-buttons-right').forEach((row, turn) => {
+  const buttons = row.querySelector('.icon-button-wrapper');
+  let button = buttons?.querySelector('.g-delete');
+  if (!buttons) return;
+  if (!button) {
+    button = buttons.querySelector('button').cloneNode(false);
+    button.classList.add('g-delete');
+    button.title = button.ariaLabel = 'Delete turn';
+    button.textContent = '×';
+    button.addEventListener('click', () => trigger('mark', {turn: Number(button.dataset.turn)}));
+    buttons.append(button);
+  }
+  if (button.dataset.turn !== String(turn)) button.dataset.turn = turn;
+});
+new MutationObserver(mark).observe(document.querySelector('#chatbot'), {childList: true, subtree: true});
+mark();
+"""
+
+# The list is open where there is room beside it; both panels' buttons have a name; Escape stops the answer.
+PAGE_JS = """
+() => {
+  for (const [panel, name] of [['library', 'Chats'], ['settings', 'Settings of this chat']]) {
+    const button = document.querySelector(`#${panel} .toggle-button`);
+    if (button) button.title = button.ariaLabel = name;
+  }
+  if (innerWidth >= 768) document.querySelector('#library .toggle-button')?.click();
+  document.addEventListener('keydown', event => {
+    if (event.key === 'Escape' && !event.isComposing) document.querySelector('#message .stop-button')?.click();
+  });
+}
+"""
 
 
 def chat_list(chats: Sequence[Chat], current: str) -> str:
@@ -55,18 +86,24 @@ def _chat_row(chat: Chat, current: bool) -> str:
 
 
 def live_line(runtime: Runtime, chat: Chat, answer: Answer | None = None) -> str:
-    """Speed, prompt tokens (reused and new), context used of total, memory of weights and of the cache."""
+    """Speed, prompt tokens (reused and new), context used of total, the model, memory of weights and of the cache."""
     turn = chat.turns[-1] if chat.turns else None
     pieces = _under_way(answer) if answer is not None else _finished(turn)
     counts = (turn.counts if turn else None) or {}
     if "prompt_tokens" in counts:
         used, context = counts["prompt_tokens"] + counts["new_tokens"], runtime.engine.model.context
         pieces.append(f"context {used:,} of {context:,}")
+    pieces.append(model_name(runtime))
     memory = f"weights {readable(runtime.weight_bytes())}"
     if cache := runtime.engine.prefixes.nbytes:
         memory += f" · KV {readable(cache)}"
     pieces.append(memory)
     return "".join(f"<span>{text_html(piece)}</span>" for piece in pieces)
+
+
+def model_name(runtime: Runtime) -> str:
+    """A folder or repository by its last word."""
+    return runtime.source.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
 
 
 def _under_way(answer: Answer) -> list[str]:
