@@ -49,7 +49,7 @@ const mark = () => document.querySelectorAll('#chatbot .message-buttons-right').
   }
   if (button.dataset.turn !== String(turn)) button.dataset.turn = turn;
 });
-new MutationObserver(mark).observe(document.querySelector('#chatbot'), {childList: true, subtree: true});
+new MutationObserver(mark).observe(element.closest('#chat-column') ?? document.body, {childList: true, subtree: true});
 mark();
 """
 
@@ -93,17 +93,12 @@ def live_line(runtime: Runtime, chat: Chat, answer: Answer | None = None) -> str
     if "prompt_tokens" in counts:
         used, context = counts["prompt_tokens"] + counts["new_tokens"], runtime.engine.model.context
         pieces.append(f"context {used:,} of {context:,}")
-    pieces.append(model_name(runtime))
+    pieces.append(runtime.name)
     memory = f"weights {readable(runtime.weight_bytes())}"
     if cache := runtime.engine.prefixes.nbytes:
         memory += f" · KV {readable(cache)}"
     pieces.append(memory)
     return "".join(f"<span>{text_html(piece)}</span>" for piece in pieces)
-
-
-def model_name(runtime: Runtime) -> str:
-    """A folder or repository by its last word."""
-    return runtime.source.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
 
 
 def _under_way(answer: Answer) -> list[str]:

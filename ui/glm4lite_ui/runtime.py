@@ -11,6 +11,7 @@ from glm4lite.engine import Engine
 from glm4lite.errors import Glm4liteError, one_line
 from glm4lite.inventory import devices
 from glm4lite.sampling import SamplingParams
+from glm4lite.server.launch import name_of
 from glm4lite.session import ChatSession
 from glm4lite.tools import Tool
 from glm4lite.worker import EngineWorker
@@ -41,6 +42,11 @@ class Runtime:
     @property
     def engine(self) -> Engine:
         return self.worker.engine
+
+    @property
+    def name(self) -> str:
+        """Of the model, also in the API beside the page."""
+        return name_of(self.source)
 
     def open(self, chat_id: str) -> Chat:
         """The chat as it is now: being answered, saved, or a new one under this id."""
