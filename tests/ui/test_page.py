@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 
 import glm4lite
 from glm4lite.engine import Engine
+from glm4lite.toolbox import Toolbox
 from glm4lite.tools import BUILTIN_TOOLS
 from glm4lite_ui.chats import Settings
 from tests.ui.conftest import Serve
@@ -256,6 +258,34 @@ def test_always_for_this_chat_asks_once_and_can_be_taken_back(serve: Serve, visi
     ask(page, "What is 12 * 12?")
     page.wait_for_selector("text=12 * 12 = 144.")
     assert site.runtime.store.find()[0].settings.always == ["calculator"]
+
+
+def test_a_tool_of_an_mcp_server_is_asked_for_by_its_origin_and_answers(
+    serve: Serve, visit: Visit, tmp_path: Path
+) -> None:
+    program = Path(__file__).parents[1] / "glm4lite" / "mcp_server.py"
+    config = tmp_path / "mcp.json"
+    config.write_text(
+        json.dumps({"mcpServers": {"weather": {"command": sys.executable, "args": [str(program), "stdio"]}}})
+    )
+    with Toolbox(mcp=[config], builtins=False) as box:
+        tools = [tool for tool in box.tools if tool.name == "get_weather"]
+        site = serve(tools=tools)
+        page = visit(site.url)
+        ask(page, "How is the weather in Lisbon?")
+        page.wait_for_selector("#asking >> text=Run get_weather of MCP server weather?")
+        page.click("#asking button:text-is('Always for this chat')")
+        wait_for_end(page)
+        turn = site.runtime.store.find()[0].turns[0]
+        assert [part.text for part in turn.parts if part.kind == "call"] == ["18 degrees and sunny in Lisbon"]
+        assert "18 degrees" in turn.parts[-1].text
+        ask(page, "How is the weather in Oslo?")
+        wait_for_end(page)  # nobody was asked
+        site.runtime.tools = [replace(tools[0], origin="MCP server other")]
+        ask(page, "How is the weather in Rome?")
+        page.wait_for_selector("#asking >> text=of MCP server other")
+        page.click("#message .stop-button")
+        wait_for_end(page)
 
 
 def test_stop_while_a_tool_waits_denies_it(serve: Serve, visit: Visit) -> None:

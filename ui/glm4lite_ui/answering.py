@@ -33,6 +33,7 @@ class Asking:
     """A call that waits for the user's word."""
 
     call: ToolCall
+    tool: Tool
     decided: threading.Event = field(default_factory=threading.Event)
     decision: Decision = "deny"
 
@@ -171,13 +172,13 @@ class Answer:
 
     def approve(self, call: ToolCall, tool: Tool) -> bool:
         """Asks the user and waits; called in the thread that runs the tool."""
-        self.asking = asking = Asking(call)
+        self.asking = asking = Asking(call, tool)
         if self._cancel.is_set():
             asking.decided.set()
         asking.decided.wait()
         self.asking = None
         if asking.decision == "always":
-            self.chat.settings.always.append(tool.name)
+            self.chat.settings.always.append(tool.full_name)
             self.session.allowed.add(tool.name)
         return asking.decision != "deny"
 

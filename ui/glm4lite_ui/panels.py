@@ -129,7 +129,8 @@ def question_about(asking: Asking | None) -> str:
     """Markdown: which call waits for the user's word."""
     if asking is None:
         return ""
-    return f"**Run `{asking.call.name}`?**\n\n{code_block(asking.call.arguments, 'json')}"
+    origin = f" of {safe_markdown(asking.tool.origin)}" if asking.tool.origin else ""
+    return f"**Run `{asking.call.name}`{origin}?**\n\n{code_block(asking.call.arguments, 'json')}"
 
 
 def context_full(chat: Chat) -> str:

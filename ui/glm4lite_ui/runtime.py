@@ -66,7 +66,8 @@ class Runtime:
         session = ChatSession(
             self.engine, self.chosen(chat.settings), params=self.params(chat.settings), compute=self.worker.run
         )
-        session.allowed.update(chat.settings.always)
+        allowed = (tool.name for tool in session.tools.values() if tool.full_name in chat.settings.always)
+        session.allowed.update(allowed)
         return session
 
     def params(self, settings: Settings) -> SamplingParams:
