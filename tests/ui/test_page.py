@@ -328,6 +328,20 @@ def test_chats_survive_a_restart_and_are_found_renamed_and_deleted(serve: Serve,
     assert [path.suffix for path in (tmp_path / "kept").iterdir()] == [".json"]
 
 
+def test_a_page_that_stays_open_goes_on_after_a_restart(serve: Serve, visit: Visit) -> None:
+    first = serve()
+    page = visit(first.url)
+    ask(page, "Hi")
+    wait_for_end(page)
+    first.close()
+    second = serve(port=int(first.url.rpartition(":")[2]))
+    ask(page, QUESTION)
+    page.wait_for_selector("text=37 * 24 = 888.")
+    wait_for_end(page)
+    assert [turn.user for turn in second.runtime.store.find()[0].turns] == ["Hi", QUESTION]
+    visit.errors.clear()  # type: ignore[attr-defined]  # that the server was away for a moment
+
+
 def test_a_chat_is_exported_as_markdown_and_json(serve: Serve, visit: Visit) -> None:
     page = visit(serve().url)
     ask(page, QUESTION)

@@ -37,7 +37,7 @@ class Library:
 class Conversation:
     """The middle: the chat that is open."""
 
-    chat_id: gr.State
+    chat_id: gr.Textbox  # hidden; the page holds it, so that it outlives a restart of the server
     title: gr.Textbox
     chatbot: gr.Chatbot
     turns: gr.HTML  # empty; the buttons that delete turns speak through it
@@ -127,7 +127,7 @@ def _library() -> Library:
 
 
 def _conversation() -> Conversation:
-    chat_id = gr.State("")
+    chat_id = gr.Textbox("", visible="hidden", elem_id="chat-id")
     with gr.Column(elem_id="chat-column"):
         title = gr.Textbox(show_label=False, container=False, elem_id="chat-title", max_length=120)
         chatbot = _chatbot()

@@ -133,6 +133,8 @@ class Gate:
 
         async def noting(message: Message) -> None:
             nonlocal begun, ended
+            if self._closing.is_set():  # Gradio would report its own cancelling as an error
+                return
             begun = True
             ended = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
