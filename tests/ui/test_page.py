@@ -335,6 +335,7 @@ def test_a_page_that_stays_open_goes_on_after_a_restart(serve: Serve, visit: Vis
     wait_for_end(page)
     first.close()
     second = serve(port=int(first.url.rpartition(":")[2]))
+    page.wait_for_timeout(6000)  # until Gradio has looked for the server again
     ask(page, QUESTION)
     page.wait_for_selector("text=37 * 24 = 888.")
     wait_for_end(page)
