@@ -29,7 +29,7 @@ class TerminalApproval:
                 self._renderer.remark(f"{name}:\n    " + value.replace("\n", "\n    "))
         _forget_typed_ahead()
         while True:
-            sys.stderr.write(QUESTION.format(name=tool.name))
+            sys.stderr.write(QUESTION.format(name=tool.full_name))
             sys.stderr.flush()
             answer = _line()
             if answer is None:

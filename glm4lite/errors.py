@@ -58,6 +58,13 @@ class WorkerClosed(Glm4liteError):
     """The program is ending: the model answers nothing more."""
 
 
+class ModelReplaced(Glm4liteError):
+    """Another model was loaded between a prompt's tokens and their turn: they mean nothing to it."""
+
+    def __init__(self) -> None:
+        super().__init__("another model was loaded meanwhile; ask again")
+
+
 class QueueFull(Glm4liteError):
     """More questions wait for the model than it takes; `retry_after` is in how many seconds to ask again."""
 

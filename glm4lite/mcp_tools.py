@@ -8,7 +8,8 @@ import hashlib
 import logging
 import re
 import threading
-from collections.abc import Coroutine, Iterable
+from collections import Counter
+from collections.abc import Collection, Coroutine, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -61,19 +62,27 @@ class McpServers:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def tools(self) -> list[Tool]:
-        """Every server's tools, called `server__tool`; one that cannot be offered is left out with a warning."""
+    def tools(self, taken: Collection[str] = ()) -> list[Tool]:
+        """Every server's tools; one that cannot be offered is left out with a warning.
+
+        A tool keeps its own name, which small models call more surely than a longer one. It is `server__tool` where
+        two servers offer that name, or where it is among the `taken` ones, so that no server takes another's calls.
+        """
+        offers = [(one, self._wait(one.tools())) for one in self._connections]
+        uses = Counter([*taken, *(name for _, tools in offers for name in {tool.name for tool in tools})])
         found = dict[str, Tool]()
-        for connection in self._connections:
-            for offered in self._wait(connection.tools()):
+        for connection, tools in offers:
+            server = connection.config.name
+            for offered in tools:
                 try:
-                    tool = self._tool(connection, offered)
+                    tool = self._tool(connection, offered, f"{server}__" if uses[offered.name] > 1 else "")
                 except ToolError as error:
-                    logger.warning("MCP server %r: a tool is left out: %s", connection.config.name, error)
+                    logger.warning("MCP server %r: a tool is left out: %s", server, error)
                     continue
-                if tool.name in found:
-                    logger.warning("MCP server %r: a second tool %r is left out", connection.config.name, tool.name)
-                found.setdefault(tool.name, tool)
+                if tool.name in found or tool.name in taken:
+                    logger.warning("MCP server %r: a second tool %r is left out", server, tool.name)
+                else:
+                    found[tool.name] = tool
         return list(found.values())
 
     def close(self) -> None:
@@ -102,8 +111,8 @@ class McpServers:
     async def _disconnect(self) -> None:
         await asyncio.gather(*(connection.close() for connection in self._connections), return_exceptions=True)
 
-    def _tool(self, connection: Connection, offered: McpTool) -> Tool:
-        name = _safe_name(connection.config.name, offered.name)
+    def _tool(self, connection: Connection, offered: McpTool, prefix: str) -> Tool:
+        name = _safe_name(prefix, offered.name)
         description = " ".join((offered.description or offered.title or "").split())[:_MAX_DESCRIPTION]
         schema = {key: value for key, value in offered.input_schema.items() if key not in ("$schema", "title")}
         check_schema(name, description, schema)
@@ -112,7 +121,9 @@ class McpServers:
         def call(**arguments: Any) -> ToolResult:
             return self._wait(connection.call(offered.name, arguments), connection)
 
-        return Tool(name, description, schema, call, needs_approval=not reads)
+        return Tool(
+            name, description, schema, call, needs_approval=not reads, origin=f"MCP server {connection.config.name}"
+        )
 
     def _wait(self, work: Coroutine[Any, Any, _Result], connection: Connection | None = None) -> _Result:
         """Runs `work` in the background until nobody waits for the tool call this belongs to."""
@@ -137,9 +148,9 @@ class McpServers:
             future.cancel()
 
 
-def _safe_name(server: str, tool: str) -> str:
-    """`server__tool` in letters that a call can be written with; a long one keeps its start."""
+def _safe_name(prefix: str, tool: str) -> str:
+    """The name in letters that a call can be written with; a long one keeps its start."""
     if not tool or not tool.isprintable():
         raise ToolError(f"the name {tool[:80]!r} cannot be a tool's name")
-    name = re.sub(r"[^\w.-]", "_", f"{server}__{tool}")
+    name = re.sub(r"[^\w.-]", "_", prefix + tool)
     return name if len(name) <= 64 else f"{name[:55]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"

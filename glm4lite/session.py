@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from glm4lite.engine import Engine, Totals
+from glm4lite.errors import ModelReplaced
 from glm4lite.events import Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
 from glm4lite.generate import Generation
 from glm4lite.messages import Message, ToolCall
@@ -157,6 +158,8 @@ class ChatSession:
         return self.template.encode(self.engine.tokenizer, messages, schemas)
 
     def _answer(self, prompt: list[int], answer: _Answer, engine: Engine) -> Iterator[Event]:
+        if engine is not self.engine:
+            raise ModelReplaced
         generation = answer.generation = engine.generate(prompt, self.params, self._cancel)
         yield from self.engine.prefill(generation)
         prompt_end = self.engine.tokenizer.decode(generation.prompt[-8:], keep_special=True)

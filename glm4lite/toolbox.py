@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +40,7 @@ class Toolbox:
         try:
             found = [*(BUILTIN_TOOLS if builtins else ()), *(tool for one in sources for tool in _of_source(one))]
             if mcp:
-                found += self._of_servers(mcp)
+                found += self._of_servers(mcp, {tool.name for tool in found})
             self.tools = tuple(_with_approval(tool, approval) for tool in checked(found))
         except BaseException:
             self.close()
@@ -58,10 +58,10 @@ class Toolbox:
         """Ends the MCP servers; their tools fail from then on."""
         self._open.close()
 
-    def _of_servers(self, files: Sequence[str | Path]) -> list[Tool]:
+    def _of_servers(self, files: Sequence[str | Path], taken: Collection[str]) -> list[Tool]:
         from glm4lite.mcp_tools import McpServers
 
-        return self._open.enter_context(McpServers.from_files(files)).tools()
+        return self._open.enter_context(McpServers.from_files(files)).tools(taken)
 
 
 def _of_source(source: str | Path) -> list[Tool]:

@@ -60,10 +60,16 @@ class Tool:
     parameters: dict[str, Any]
     function: Callable[..., Any]
     needs_approval: NeedsApproval = False  # before each call, or by its arguments
+    origin: str = ""  # where it comes from, for who is asked to approve: "MCP server weather"
 
     def __post_init__(self) -> None:
         if not TOOL_NAME.fullmatch(self.name):
             raise ToolError(f"tool {self.name!r}: a tool's name is 1 to 64 letters, digits, '_', '-' or '.'")
+
+    @property
+    def full_name(self) -> str:
+        """The name with its origin: one that is approved for good is not another server's of the same name."""
+        return f"{self.name} ({self.origin})" if self.origin else self.name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)

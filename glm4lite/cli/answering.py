@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from glm4lite.cli import options
-from glm4lite.cli.running import NANO_REMARK, interrupt_stops, rendering, use_threads
+from glm4lite.cli.running import interrupt_stops, nano_remark, rendering, use_threads
 from glm4lite.errors import Glm4liteError
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def chat(
     use_threads(threads)
     with rendering(as_json) as renderer, Toolbox(tools or (), mcp or (), not no_tools, approve) as box:
         if model == "nano":
-            renderer.remark(NANO_REMARK)
+            renderer.remark(nano_remark("chat"))
         session = ChatSession.load(
             model,
             quant=quant or "auto",
@@ -141,13 +140,13 @@ def serve(
     with closing(address.listen()) as listening, rendering(as_json=False) as renderer:
         from glm4lite.engine import Engine
         from glm4lite.server import create_app
-        from glm4lite.server.launch import url_of
+        from glm4lite.server.launch import name_of, url_of
         from glm4lite.worker import EngineWorker
 
         if model == "nano":
-            renderer.remark(NANO_REMARK)
+            renderer.remark(nano_remark("serve"))
         engine = Engine.load(model, quant or "auto", device, dtype, renderer.show, **limits)
-        name = model if not Path(model).is_dir() else Path(model).resolve().name
+        name = name_of(model)
         ready = f"{name} answers at {url_of(listening)}/v1 (Ctrl-C ends)"
         served = create_app(EngineWorker(engine, queue), name, api_key)
         serve_app(served, listening, lambda: renderer.remark(ready))

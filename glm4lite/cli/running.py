@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from glm4lite.planner import PlacementReport
     from glm4lite.terminal import Renderer
 
-NANO_REMARK = (
-    "nano is a tiny demonstration model that comes with glm4lite: it calls tools and makes small talk, no more. "
-    "For a 9B: glm4lite chat zai-org/GLM-4-9B-0414"
-)
+
+def nano_remark(command: str) -> str:
+    """What a first user should know about the model that comes with the package."""
+    return (
+        "nano is a tiny demonstration model that comes with glm4lite: it calls tools and makes small talk, no more. "
+        f"For a 9B: glm4lite {command} zai-org/GLM-4-9B-0414"
+    )
 
 
 def use_threads(count: str | None) -> None:

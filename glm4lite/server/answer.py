@@ -9,6 +9,7 @@ from itertools import dropwhile
 from typing import TypeAlias
 
 from glm4lite.engine import SEPARATOR, Engine
+from glm4lite.errors import ModelReplaced
 from glm4lite.events import Done, Progress, TextDelta, ThinkingDelta
 from glm4lite.forced_call import ForcedCall
 from glm4lite.generate import Generation, TokenLogprobs
@@ -27,7 +28,12 @@ Piece: TypeAlias = TextDelta | ThinkingDelta | Call | Scored | Progress | Done
 
 
 def answer(engine: Engine, question: Question, cancel: threading.Event) -> Iterator[Piece]:
-    """The answer to one question. finish_reason is "tool_calls" where the model ended with calls."""
+    """The answer to one question. finish_reason is "tool_calls" where the model ended with calls.
+
+    Raises ModelReplaced where `engine` is not the question's any more.
+    """
+    if engine is not question.engine:
+        raise ModelReplaced
     generation = engine.generate(question.prompt, question.params, cancel)
     generation.top_logprobs = question.top_logprobs
     if question.forced:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -38,12 +39,16 @@ NO_BUFFER = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 def create_app(
-    worker: EngineWorker, model: str = "nano", api_key: str | None = None, hosts: Iterable[str] = ()
+    worker: EngineWorker,
+    model: str | Callable[[], str] = "nano",
+    api_key: str | None = None,
+    hosts: Iterable[str] = (),
 ) -> FastAPI:
     """The app of one model.
 
-    model: its name in the API. api_key: asked for everywhere but at /health. hosts: names besides localhost and
-    loopback addresses under which it answers without a key. The worker is closed with the app.
+    model: its name in the API, or a function that tells it where another model may be loaded. api_key: asked for
+    everywhere but at /health. hosts: names besides localhost and loopback addresses under which it answers without a
+    key. The worker is closed with the app.
     """
     app = FastAPI(
         title="glm4lite",
@@ -54,6 +59,7 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.worker = worker
+    app.state.closing = asyncio.Event()  # set when the server stops, for streams that end with the page only
     api = Api(worker, model)
     app.add_middleware(Guard, api_key=api_key, hosts=tuple(hosts))
     app.add_middleware(_Counted, metrics=api.metrics)
@@ -68,9 +74,13 @@ def create_app(
 class Api:
     """The endpoints. Checking and tokenizing happen in threads of their own, the model's work in the worker's."""
 
-    def __init__(self, worker: EngineWorker, model: str) -> None:
-        self._worker, self._model, self._started = worker, model, int(time.time())
+    def __init__(self, worker: EngineWorker, model: str | Callable[[], str]) -> None:
+        self._worker, self._named, self._started = worker, model, int(time.time())
         self.metrics = Metrics(worker)
+
+    @property
+    def _model(self) -> str:
+        return self._named if isinstance(self._named, str) else self._named()
 
     async def models(self) -> Response:
         return json_response({"object": "list", "data": [self._card()]})

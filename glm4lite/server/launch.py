@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
@@ -56,6 +57,11 @@ class Address:
         return listening
 
 
+def name_of(model: str | Path) -> str:
+    """What a model is called in the API: a folder by its last name, anything else as it was asked for."""
+    return Path(model).resolve().name if Path(model).is_dir() else str(model)
+
+
 def url_of(listening: socket.socket) -> str:
     """http://127.0.0.1:8000"""
     host, port = listening.getsockname()[:2]
@@ -73,7 +79,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Starlette, started: Callable[[], None] = lambda: None) -> None:
         super().__init__(_config(app))
-        self._announce, self._worker = started, app.state.worker
+        self._announce, self._state = started, app.state
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -81,7 +87,8 @@ class Server(uvicorn.Server):
             self._announce()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await run_in_threadpool(self._worker.close)  # uvicorn waits for answers first, and then closes the app
+        self._state.closing.set()
+        await run_in_threadpool(self._state.worker.close)  # uvicorn waits for answers first, and then closes the app
         await super().shutdown(sockets)
 
 

@@ -20,6 +20,7 @@ _END_OF_THOUGHT = "\n</think>\n\n"
 class Question:
     """`forced`: of these tools one must be called first. `chat` false: the output is text as it comes."""
 
+    engine: Engine  # whose tokens the prompt is made of
     prompt: list[int]
     params: SamplingParams
     chat: bool
@@ -49,6 +50,7 @@ def chat_question(engine: Engine, request: ChatRequest) -> Question:
     if forced and thinking:  # a call that must come first leaves no room for a thought
         prompt, thinking = prompt + engine.tokenizer.encode(_END_OF_THOUGHT, special=True), False
     return Question(
+        engine,
         _fitting(engine, prompt, "messages"),
         _params(engine, request, forced=bool(forced)),
         chat=True,
@@ -73,7 +75,7 @@ def completion_question(engine: Engine, request: CompletionRequest) -> Question:
         case _:
             raise ApiError("prompt: must be text or token ids", param="prompt")
     fitting = _fitting(engine, prompt, "prompt")
-    return Question(fitting, _params(engine, request), chat=False, top_logprobs=request.logprobs)
+    return Question(engine, fitting, _params(engine, request), chat=False, top_logprobs=request.logprobs)
 
 
 def in_order(messages: list[Message]) -> list[Message]:

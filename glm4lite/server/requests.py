@@ -124,6 +124,14 @@ class CompletionRequest(_Request):
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: Literal[False] | None = None
     suffix: None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _one(cls, value: object) -> object:
+        if isinstance(value, list) and len(value) > 1 and not isinstance(value[0], int):
+            raise ValueError(f"one prompt a request, found {len(value)}")
+        return value
+
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
 
 

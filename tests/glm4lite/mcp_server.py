@@ -74,6 +74,12 @@ def long() -> str:
     return "x" * 1_000_000
 
 
+@server.tool()
+def get_weather(city: str) -> str:
+    """Current weather in a city."""
+    return f"18 degrees and sunny in {city}"
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "stdio":
         server.run("stdio")

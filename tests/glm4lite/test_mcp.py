@@ -75,52 +75,52 @@ def tools() -> Iterator[dict[str, Tool]]:
 
 
 def test_a_tool_is_offered_with_its_servers_name_and_schema(tools: dict[str, Tool]) -> None:
-    schema = tools["test__add"].schema()["function"]
+    schema = tools["add"].schema()["function"]
     assert schema["description"] == "Add two numbers."
     assert schema["parameters"]["type"] == "object"
     assert schema["parameters"]["properties"].keys() == {"a", "b"}
-    assert use(tools["test__add"], a=2, b=3) == ToolResult("5", False)
+    assert use(tools["add"], a=2, b=3) == ToolResult("5", False)
 
 
 def test_only_a_tool_that_says_it_reads_runs_unasked(tools: dict[str, Tool]) -> None:
-    assert tools["test__environment"].needs_approval is True
-    assert tools["test__add"].needs_approval is False
+    assert tools["environment"].needs_approval is True
+    assert tools["add"].needs_approval is False
 
 
 def test_results_that_are_no_text_are_told(tools: dict[str, Tool]) -> None:
-    assert json.loads(use(tools["test__table"]).content) == {"rows": 3}
-    assert use(tools["test__picture"]).content == "[image/png: not text, so it is left out]"
+    assert json.loads(use(tools["table"]).content) == {"rows": 3}
+    assert use(tools["picture"]).content == "[image/png: not text, so it is left out]"
 
 
 def test_a_tool_that_fails_is_an_error_of_that_call(tools: dict[str, Tool]) -> None:
-    result = use(tools["test__fail"], reason="no such city")
+    result = use(tools["fail"], reason="no such city")
     assert result.error
     assert result.content.startswith("Error: ")
-    assert use(tools["test__add"], a=1, b=1).content == "2"
+    assert use(tools["add"], a=1, b=1).content == "2"
 
 
 def test_wrong_arguments_do_not_reach_the_server(tools: dict[str, Tool]) -> None:
-    assert "no argument 'c'" in use(tools["test__add"], a=1, b=1, c=1).content
-    assert "needs the argument 'b'" in use(tools["test__add"], a=1).content
+    assert "no argument 'c'" in use(tools["add"], a=1, b=1, c=1).content
+    assert "needs the argument 'b'" in use(tools["add"], a=1).content
 
 
 def test_a_long_result_is_cut(tools: dict[str, Tool]) -> None:
-    assert len(use(tools["test__long"]).content) < MAX_RESULT_CHARACTERS + 200
+    assert len(use(tools["long"]).content) < MAX_RESULT_CHARACTERS + 200
 
 
 def test_a_server_gets_its_own_environment_only(tools: dict[str, Tool], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert use(tools["test__environment"], name="GIVEN").content == "yes"
+    assert use(tools["environment"], name="GIVEN").content == "yes"
     monkeypatch.setenv("HF_TOKEN", "secret")
     with McpServers([stdio(GOOD, "stdio")]) as servers:
-        assert use(by_name(servers)["test__environment"], name="HF_TOKEN").content == "(not set)"
+        assert use(by_name(servers)["environment"], name="HF_TOKEN").content == "(not set)"
 
 
 def test_a_server_that_dies_is_an_error_of_that_call_and_comes_back(tools: dict[str, Tool]) -> None:
-    result = use(tools["test__die"])
+    result = use(tools["die"])
     assert result.error
     assert "'test'" in result.content
     assert "status 3: Segmentation fault, nearly" in result.content
-    assert use(tools["test__add"], a=1, b=1).content == "2"
+    assert use(tools["add"], a=1, b=1).content == "2"
 
 
 @pytest.mark.parametrize("end", ["timeout", "stop"])
@@ -128,23 +128,23 @@ def test_a_server_that_hangs_does_not_hang_the_chat_and_is_started_anew(
     tools: dict[str, Tool], end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "_CHECK_LIMIT_S", 0.3)
-    before = int(use(tools["test__process"]).content)
+    before = int(use(tools["process"]).content)
     cancel = threading.Event()
     if end == "stop":
         threading.Timer(0.2, cancel.set).start()
     started = time.monotonic()
-    result = use(tools["test__hang"], 0.4, cancel)
+    result = use(tools["hang"], 0.4, cancel)
     assert result.error
     assert time.monotonic() - started < 2
     assert ("stopped by the user" in result.content) == (end == "stop")
-    assert use(tools["test__add"], a=1, b=1).content == "2"
+    assert use(tools["add"], a=1, b=1).content == "2"
     assert ended(before)
 
 
 def test_a_slow_call_that_was_given_up_leaves_the_server_running(tools: dict[str, Tool]) -> None:
-    before = use(tools["test__process"]).content
-    assert use(tools["test__slow"], 0.2).error
-    assert use(tools["test__process"]).content == before
+    before = use(tools["process"]).content
+    assert use(tools["slow"], 0.2).error
+    assert use(tools["process"]).content == before
 
 
 @pytest.mark.parametrize(("mode", "reason"), [("long-line", "16 MiB"), ("notices", "10000 messages")])
@@ -159,8 +159,8 @@ def test_a_server_that_floods_is_ended(mode: str, reason: str) -> None:
 def test_tools_that_cannot_be_offered_are_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "glm4lite"), McpServers([stdio(BAD, "bad-tools")]) as servers:
         found = by_name(servers)
-        long = next(name for name in found if name.startswith("test__nnn"))
-        assert found.keys() == {"test__good", "test__boolean", "test__spaced_out___user__", long}
+        long = next(name for name in found if name.startswith("nnn"))
+        assert found.keys() == {"good", "boolean", "spaced_out___user__", long}
         assert len(long) == 64
         assert json.loads(use(found[long], city="Oslo").content)["name"] == "n" * 100
     left_out = " ".join(record.getMessage() for record in caplog.records if record.name == "glm4lite")
@@ -208,19 +208,19 @@ def test_a_list_that_is_not_mcp_is_one_line() -> None:
 def test_closing_ends_the_servers_and_their_tools_say_so() -> None:
     with McpServers([stdio(GOOD, "stdio")]) as servers:
         found = by_name(servers)
-        pid = int(use(found["test__process"]).content)
-        use(found["test__hang"], 0.1)
+        pid = int(use(found["process"]).content)
+        use(found["hang"], 0.1)
         started = time.monotonic()
     assert time.monotonic() - started < 8
     assert ended(pid)
-    assert "closed" in use(found["test__add"], a=1, b=1).content
+    assert "closed" in use(found["add"], a=1, b=1).content
 
 
 def test_the_end_of_the_program_ends_the_servers() -> None:
     code = (
         "import sys\nfrom tests.glm4lite.test_mcp import *\n"
         "servers = McpServers([stdio(GOOD, 'stdio')])\n"
-        "print(use(by_name(servers)['test__process']).content, flush=True)\n"
+        "print(use(by_name(servers)['process']).content, flush=True)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert ended(int(done.stdout))
@@ -229,9 +229,9 @@ def test_the_end_of_the_program_ends_the_servers() -> None:
 def test_http_works_the_same(http_url: str) -> None:
     with McpServers([ServerConfig("web", url=http_url)]) as servers:
         found = by_name(servers)
-        assert use(found["web__add"], a=2, b=3).content == "5"
-        assert found["web__environment"].needs_approval is True
-        assert use(found["web__fail"], reason="x").error
+        assert use(found["add"], a=2, b=3).content == "5"
+        assert found["environment"].needs_approval is True
+        assert use(found["fail"], reason="x").error
 
 
 def test_several_servers_are_connected_at_once(http_url: str) -> None:
@@ -239,6 +239,14 @@ def test_several_servers_are_connected_at_once(http_url: str) -> None:
     with McpServers(configs) as servers:
         found = by_name(servers)
         assert use(found["one__add"], a=1, b=2).content == use(found["two__add"], a=1, b=2).content == "3"
+
+
+def test_a_name_that_is_taken_gets_the_servers_name_before_it() -> None:
+    with McpServers([stdio(GOOD, "stdio", name="other")]) as servers:
+        found = {tool.name: tool for tool in servers.tools(taken={"add", "calculator"})}
+    assert "add" not in found
+    assert found["other__add"].full_name == "other__add (MCP server other)"
+    assert found["table"].full_name == "table (MCP server other)"
 
 
 def test_http_headers_are_sent_and_an_answer_without_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,5 +316,5 @@ def test_a_file_is_read_as_other_clients_write_it(tmp_path: Path, monkeypatch: p
     with Toolbox(mcp=[file], approval="all") as box:
         found = {tool.name: tool for tool in box.tools}
         assert "calculator" in found
-        tool = found["my_server__environment"]
+        tool = found["environment"]
         assert run_tool(tool, ToolCall("1", tool.name, '{"name": "GIVEN"}')).content == "k!"

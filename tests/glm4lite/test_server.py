@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,10 @@ import openai
 import pytest
 
 from glm4lite.engine import Engine
+from glm4lite.errors import ModelReplaced
+from glm4lite.server.answer import answer
+from glm4lite.server.question import chat_question
+from glm4lite.server.requests import ChatRequest
 from glm4lite.template import ChatTemplate
 from glm4lite.tools import BUILTIN_TOOLS, calculator, run_tool
 from tests.glm4lite.served import Served, scripted, served
@@ -45,6 +50,15 @@ def merged(stream: Any) -> dict[str, Any]:
                 call["name"] += part.function.name or ""
                 call["arguments"] += part.function.arguments or ""
     return {"content": content, "thought": thought, "calls": list(calls.values()), "reason": reason}
+
+
+def test_a_question_never_meets_a_model_that_was_loaded_meanwhile() -> None:
+    engine = scripted("Hi")
+    body = {"model": "nano", "messages": [{"role": "user", "content": "Hi"}]}
+    question = chat_question(engine, ChatRequest.read(body))
+    other = Engine(engine.model, engine.tokenizer, engine.template)
+    with pytest.raises(ModelReplaced):
+        next(answer(other, question, threading.Event()))
 
 
 def test_the_model_is_listed_by_its_name(nano: Served) -> None:

@@ -146,6 +146,11 @@ def test_a_wrong_field_of_a_completion_is_named(server: Served, change: dict[str
     assert answer.json()["error"]["param"].startswith(field)
 
 
+def test_two_prompts_at_once_are_refused_as_such(server: Served) -> None:
+    answer = server.post(TEXT, {"model": "nano", "prompt": ["a", "b"]})
+    assert "one prompt a request, found 2" in answer.json()["error"]["message"]
+
+
 BODIES = {
     "no JSON": b"{model: nano}",
     "nothing": b"",

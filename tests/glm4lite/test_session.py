@@ -11,7 +11,7 @@ import pytest
 
 import glm4lite
 from glm4lite.engine import Engine
-from glm4lite.errors import ContextLengthError, TemplateError
+from glm4lite.errors import ContextLengthError, ModelReplaced, TemplateError
 from glm4lite.events import Done, Event, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
 from glm4lite.messages import Message, ToolCall
 from glm4lite.sampling import SamplingParams
@@ -235,6 +235,14 @@ def test_thinking_is_split_from_the_answer_and_left_out_of_the_history(tokenizer
     assert thought.strip() == "Well, 2 + 2."
     assert text_of(events) == "Four."
     assert session.messages[-1] == Message("assistant", "Four.")
+
+
+def test_a_prompt_never_meets_a_model_that_was_loaded_meanwhile(tokenizer: Tokenizer, template: ChatTemplate) -> None:
+    old, new = (scripted_engine(tokenizer, template, ["Hi"]) for _ in range(2))
+    session = ChatSession(old, compute=lambda make_events, _: make_events(new))
+    with pytest.raises(ModelReplaced, match="ask again"):
+        list(session.send("Hello"))
+    assert session.messages == []
 
 
 def test_a_base_model_is_sent_to_generate(tokenizer: Tokenizer) -> None:

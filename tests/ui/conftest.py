@@ -60,10 +60,15 @@ Serve = Callable[..., Site]
 def serve(nano: Engine, tmp_path: Path) -> Iterator[Serve]:
     sites: list[Site] = []
 
-    def start(engine: Engine | None = None, tools: Sequence[Tool] = BUILTIN_TOOLS, folder: Path | None = None) -> Site:
+    def start(
+        engine: Engine | None = None,
+        tools: Sequence[Tool] = BUILTIN_TOOLS,
+        folder: Path | None = None,
+        port: int = 0,
+    ) -> Site:
         runtime = Runtime(EngineWorker(engine or nano), ChatStore(folder or tmp_path / "chats"), tools)
-        listening = Address("127.0.0.1", 0).listen()
-        server = Server(mount(create_app(runtime.worker, "nano"), runtime))
+        listening = Address("127.0.0.1", port).listen()
+        server = Server(mount(create_app(runtime.worker, lambda: runtime.name), runtime))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         while not server.started and thread.is_alive():

@@ -11,7 +11,7 @@ import pytest
 from glm4lite.events import Done, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
 from glm4lite.messages import Message, ToolCall
 from glm4lite_ui.answering import TurnWriter
-from glm4lite_ui.artifacts import artifacts
+from glm4lite_ui.artifacts import artifacts, previews
 from glm4lite_ui.chats import Attachment, Chat, ChatError, ChatStore, Part, Settings, Turn, read_chat
 from glm4lite_ui.export import as_json, as_markdown, file_name
 from glm4lite_ui.history import messages
@@ -157,6 +157,12 @@ def test_only_fences_called_html_or_svg_are_previewed_and_the_policy_comes_first
     found = artifacts(Turn("x", parts=[Part("text", 0, text)]))
     assert [(one.kind, one.source) for one in found] == [("HTML", "<p>\n"), ("SVG", "<svg></svg>\n")]
     assert found[0].document().index("default-src 'none'") < found[0].document().index("<p>")
+
+
+def test_a_preview_stays_until_another_answer_holds_one() -> None:
+    drawn, plain = Part("text", 0, "```svg\n<svg></svg>\n```"), Part("text", 0, "Glad you like it.")
+    assert "Preview SVG" in previews([Turn("Draw", parts=[drawn]), Turn("Nice", parts=[plain]), Turn("And")])
+    assert previews([Turn("x", parts=[plain])]) == ""
 
 
 def test_exports_hold_the_conversation() -> None:

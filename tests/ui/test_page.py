@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,9 @@ import pytest
 
 import glm4lite
 from glm4lite.engine import Engine
+from glm4lite.toolbox import Toolbox
 from glm4lite.tools import BUILTIN_TOOLS
+from glm4lite_ui.chats import Settings
 from tests.ui.conftest import Serve
 from tests.ui.slow_model import slow_engine
 
@@ -55,8 +58,10 @@ def test_a_first_visitor_asks_and_sees_the_calculator_and_its_answer(serve: Serv
     line = page.inner_text("#live")
     assert "context" in line
     assert "computed" in line
+    assert "nano" in line
     assert "weights" in line
     assert "KV" in line
+    assert page.locator("#settings .toggle-button").get_attribute("aria-label") == "Settings of this chat"
 
 
 def test_stop_ends_the_answer_and_the_engine_within_a_second(serve: Serve, visit: Visit, nano: Engine) -> None:
@@ -69,6 +74,16 @@ def test_stop_ends_the_answer_and_the_engine_within_a_second(serve: Serve, visit
     wait_for_end(page)
     page.wait_for_selector("text=Stopped.")
     assert site.runtime.store.find()[0].turns[0].parts[0].text.startswith("word word")
+
+
+def test_escape_stops_the_answer(serve: Serve, visit: Visit, nano: Engine) -> None:
+    site = serve(slow_engine(nano, "word " * 3000))
+    page = visit(site.url)
+    ask(page, "Write for long")
+    page.wait_for_selector("text=word word word")
+    page.keyboard.press("Escape")
+    assert site.idle_after() < 1
+    page.wait_for_selector("text=Stopped.")
 
 
 def test_leaving_the_page_stops_the_answer_and_keeps_what_was_said(serve: Serve, visit: Visit, nano: Engine) -> None:
@@ -109,13 +124,115 @@ def test_a_turn_is_deleted_and_the_last_one_taken_back(serve: Serve, visit: Visi
     for question in (QUESTION, "Hi"):
         ask(page, question)
         wait_for_end(page)
-    page.get_by_test_id("user").first.click()
+    page.get_by_test_id("user").first.click()  # to copy a word of it, say
+    page.wait_for_timeout(300)
+    assert not page.locator("#marked").is_visible()
+    page.get_by_label("Delete turn").first.click()
+    page.wait_for_selector(f"#marked >> text=Turn 1: {QUESTION}")
     page.get_by_text("Delete this turn").click()
     page.wait_for_selector("text=888", state="detached")
     assert [turn.user for turn in site.runtime.store.find()[0].turns] == ["Hi"]
     page.click("#chatbot button[aria-label=Undo]")
     page.wait_for_function("document.querySelector('#message textarea').value === 'Hi'")
     assert site.runtime.store.find()[0].turns == []
+
+
+def test_an_answer_goes_on_while_the_window_shows_another_chat(serve: Serve, visit: Visit, nano: Engine) -> None:
+    site = serve(slow_engine(nano, "word " * 3000))
+    page = visit(site.url)
+    ask(page, "Write for long")
+    page.wait_for_selector("text=word word word")
+    page.click("#new-chat")
+    page.wait_for_selector("text=Nothing you write leaves it")
+    page.wait_for_timeout(500)
+    assert "word" not in answers(page)
+    assert page.locator("#message .stop-button").count() == 0
+    assert site.runtime.answers
+    ask(page, "And here?")  # waits for the engine
+    page.click("#chats >> text=Write for long")
+    page.wait_for_selector("text=word word word")
+    page.click("#message .stop-button")
+    page.wait_for_selector("text=Stopped.")
+    page.click("#chats >> text=And here?")
+    page.wait_for_selector("text=word word word")
+
+
+def test_two_windows_follow_one_answer(serve: Serve, visit: Visit, nano: Engine) -> None:
+    site = serve(slow_engine(nano, "word " * 3000))
+    first = visit(site.url)
+    ask(first, "Write for long")
+    first.wait_for_selector("text=word word word")
+    second = visit(first.url)
+    second.wait_for_selector("text=word word word")
+    seen = len(answers(second))
+    second.wait_for_function(f"document.querySelector('#chatbot').innerText.length > {seen + 50}")
+    first.context.close()  # the other one still reads
+    second.wait_for_timeout(3000)
+    assert site.runtime.answers
+    ask_refused(second, "More")
+    second.click("#message .stop-button")
+    wait_for_end(second)
+    assert "Stopped." in answers(second)
+
+
+def ask_refused(page: Any, text: str) -> None:
+    """Sends a message that the page does not take: it says why, and covers nothing."""
+    page.fill("#message textarea", text)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("text=this chat is being answered")
+    assert page.input_value("#message textarea") == text
+    assert page.get_by_test_id("status-tracker").locator("visible=true").count() == 0
+
+
+def test_a_page_that_is_loaded_again_finds_its_answer_going_on(serve: Serve, visit: Visit, nano: Engine) -> None:
+    site = serve(slow_engine(nano, "word " * 3000))
+    page = visit(site.url)
+    ask(page, "Write for long")
+    page.wait_for_selector("text=word word word")
+    page.reload()
+    visit.errors.clear()  # type: ignore[attr-defined]  # Gradio logs that its stream was cut
+    page.wait_for_selector("text=word word word")
+    page.wait_for_timeout(3000)
+    assert site.runtime.answers
+    page.click("#message .stop-button")
+    page.wait_for_selector("text=Stopped.")
+
+
+def test_a_chat_deleted_in_mid_answer_stays_deleted(serve: Serve, visit: Visit, nano: Engine) -> None:
+    site = serve(slow_engine(nano, "word " * 3000))
+    page = visit(site.url)
+    ask(page, "Write for long")
+    page.wait_for_selector("text=word word word")
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.click("#chats .g-remove")
+    page.wait_for_selector("text=No chats yet")
+    assert site.idle_after() < 1
+    page.wait_for_timeout(500)
+    assert site.runtime.store.find() == []
+
+
+def test_what_cannot_be_read_or_used_is_said_on_the_page(serve: Serve, visit: Visit, tmp_path: Path) -> None:
+    site = serve()
+    page = visit(site.url)
+    ask(page, "Hi")
+    wait_for_end(page)
+    (tmp_path / "picture.txt").write_bytes(b"\xff\xd8\xff")
+    page.wait_for_timeout(300)
+    page.set_input_files("#message input[type=file]", tmp_path / "picture.txt")
+    page.wait_for_selector("#live >> text=picture.txt is not a UTF-8 text file")
+    page.fill("#message textarea", "Read it")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".toast-body >> text=picture.txt is not a UTF-8 text file")
+    assert page.get_by_test_id("bot").is_visible()
+    assert page.get_by_test_id("status-tracker").locator("visible=true").count() == 0
+    page.click("#settings .toggle-button")
+    wrong = {"Top-p": ("7", "0.8", "top_p"), "Temperature": ("-1", "0", "temperature")}
+    wrong["Max tokens"] = ("0", "1024", "max_new_tokens")
+    for field, (value, right, name) in wrong.items():
+        page.get_by_label(field).fill(value)
+        page.wait_for_selector(f".toast-body >> text={name} must be")
+        page.get_by_label(field).fill(right)
+    assert site.runtime.store.find()[0].settings == Settings()
 
 
 @pytest.mark.parametrize(("button", "result"), [("Approve", "888"), ("Deny", "did not allow")])
@@ -141,6 +258,34 @@ def test_always_for_this_chat_asks_once_and_can_be_taken_back(serve: Serve, visi
     ask(page, "What is 12 * 12?")
     page.wait_for_selector("text=12 * 12 = 144.")
     assert site.runtime.store.find()[0].settings.always == ["calculator"]
+
+
+def test_a_tool_of_an_mcp_server_is_asked_for_by_its_origin_and_answers(
+    serve: Serve, visit: Visit, tmp_path: Path
+) -> None:
+    program = Path(__file__).parents[1] / "glm4lite" / "mcp_server.py"
+    config = tmp_path / "mcp.json"
+    config.write_text(
+        json.dumps({"mcpServers": {"weather": {"command": sys.executable, "args": [str(program), "stdio"]}}})
+    )
+    with Toolbox(mcp=[config], builtins=False) as box:
+        tools = [tool for tool in box.tools if tool.name == "get_weather"]
+        site = serve(tools=tools)
+        page = visit(site.url)
+        ask(page, "How is the weather in Lisbon?")
+        page.wait_for_selector("#asking >> text=Run get_weather of MCP server weather?")
+        page.click("#asking button:text-is('Always for this chat')")
+        wait_for_end(page)
+        turn = site.runtime.store.find()[0].turns[0]
+        assert [part.text for part in turn.parts if part.kind == "call"] == ["18 degrees and sunny in Lisbon"]
+        assert "18 degrees" in turn.parts[-1].text
+        ask(page, "How is the weather in Oslo?")
+        wait_for_end(page)  # nobody was asked
+        site.runtime.tools = [replace(tools[0], origin="MCP server other")]
+        ask(page, "How is the weather in Rome?")
+        page.wait_for_selector("#asking >> text=of MCP server other")
+        page.click("#message .stop-button")
+        wait_for_end(page)
 
 
 def test_stop_while_a_tool_waits_denies_it(serve: Serve, visit: Visit) -> None:
@@ -181,6 +326,21 @@ def test_chats_survive_a_restart_and_are_found_renamed_and_deleted(serve: Serve,
     page.click("#chats li:has-text('Products') .g-remove")
     page.wait_for_selector("#chats >> text=Products", state="detached")
     assert [path.suffix for path in (tmp_path / "kept").iterdir()] == [".json"]
+
+
+def test_a_page_that_stays_open_goes_on_after_a_restart(serve: Serve, visit: Visit) -> None:
+    first = serve()
+    page = visit(first.url)
+    ask(page, "Hi")
+    wait_for_end(page)
+    first.close()
+    second = serve(port=int(first.url.rpartition(":")[2]))
+    page.wait_for_timeout(6000)  # until Gradio has looked for the server again
+    ask(page, QUESTION)
+    page.wait_for_selector("text=37 * 24 = 888.")
+    wait_for_end(page)
+    assert [turn.user for turn in second.runtime.store.find()[0].turns] == ["Hi", QUESTION]
+    visit.errors.clear()  # type: ignore[attr-defined]  # that the server was away for a moment
 
 
 def test_a_chat_is_exported_as_markdown_and_json(serve: Serve, visit: Visit) -> None:
@@ -313,6 +473,7 @@ def test_the_page_is_usable_at_390_pixels_and_in_the_dark(serve: Serve, visit: V
     page.wait_for_selector("text=37 * 24 = 888.")
     wait_for_end(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.locator("#chat-column").bounding_box()["width"] >= 370
     box = page.locator("#message textarea").bounding_box()
     assert box["y"] + box["height"] <= 800
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,7 +121,9 @@ def weigh(client: httpx.Client, file: dict[str, object]) -> str:
     events = client.get("/config").json()["dependencies"]
     (number,) = [event["id"] for event in events if len(event["inputs"]) == 3 and event["targets"][0][1] == "change"]
     body = {"data": [{"text": "x", "files": [file]}, None, None], "fn_index": number, "session_hash": "s"}
-    return client.post("/gradio_api/run/predict", json=body).text
+    assert client.post("/gradio_api/queue/join", json=body).status_code == 200
+    with client.stream("GET", "/gradio_api/queue/data?session_hash=s") as stream:
+        return next(line for line in stream.iter_lines() if "process_completed" in line)
 
 
 def test_exports_are_downloads_with_a_safe_name(client: httpx.Client, site: Site) -> None:
@@ -132,6 +135,21 @@ def test_exports_are_downloads_with_a_safe_name(client: httpx.Client, site: Site
     assert answer.headers["content-type"].startswith("text/markdown")
 
 
-def test_the_api_is_served_beside_the_page(client: httpx.Client) -> None:
+def test_the_api_is_served_beside_the_page(client: httpx.Client, site: Site, tmp_path: Path) -> None:
     assert client.get("/v1/models").json()["data"][0]["id"] == "nano"
     assert client.get("/health").json()["status"] == "ok"
+    assert client.get("/v1/nowhere").json()["error"]["message"] == "GET /v1/nowhere: Not Found"
+    site.runtime.source = str(tmp_path)  # as after another model was loaded
+    assert client.get("/v1/models").json()["data"][0]["id"] == tmp_path.name
+
+
+def test_ending_with_an_open_page_is_quick_and_logs_nothing(
+    client: httpx.Client, site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING")
+    with client.stream("GET", "/gradio_api/heartbeat/x") as stream:
+        assert next(stream.iter_lines()) is not None
+        started = time.monotonic()
+        site.close()
+        assert time.monotonic() - started < 1.5
+    assert not caplog.records

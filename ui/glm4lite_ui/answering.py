@@ -1,12 +1,15 @@
-"""One answer: a session's events, read in a thread of their own, grow the chat's last turn."""
+"""One answer: a session's events, read in a thread of their own, grow the chat's last turn.
+
+Any number of windows may watch it; it goes on while a window looks at another chat, and stops when none is left.
+"""
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,7 +23,8 @@ from glm4lite_ui.history import messages, question
 
 logger = logging.getLogger("glm4lite")
 
-UPDATE_S = 0.1  # the page is drawn at most ten times a second
+UPDATE_S = 0.1  # the page is drawn ten times a second
+LEFT_S = 2.0  # without any window before an answer stops: a page that is loaded again comes back sooner
 Decision = Literal["approve", "deny", "always"]
 
 
@@ -29,13 +33,9 @@ class Asking:
     """A call that waits for the user's word."""
 
     call: ToolCall
+    tool: Tool
     decided: threading.Event = field(default_factory=threading.Event)
     decision: Decision = "deny"
-
-
-@dataclass
-class _Failed:
-    error: BaseException
 
 
 class TurnWriter:
@@ -113,38 +113,50 @@ def _find_call(history: list[Message], call_id: str) -> tuple[int, ToolCall]:
 
 
 class Answer:
-    """The answer to a chat's last turn. Iterate `updates()`; `stop` and `decide` may come from other threads."""
+    """The answer to a chat's last turn, once `start` was called; `stop` and `decide` may come from any thread.
 
-    def __init__(self, chat: Chat, session: ChatSession) -> None:
+    `ended` is called with it when all was said, before `over` is set.
+    """
+
+    def __init__(self, chat: Chat, session: ChatSession, ended: Callable[[Answer], None]) -> None:
         self.chat, self.session = chat, session
         self.turn = chat.turns[-1]
         self.asking: Asking | None = None
         self.context_full = False
         self.started = time.monotonic()
-        self._cancel = threading.Event()
-        self._events: queue.SimpleQueue[Event | _Failed | None] = queue.SimpleQueue()
+        self.over = threading.Event()
+        self._ended, self._cancel = ended, threading.Event()
+        self._windows, self._lock = set[str](), threading.Lock()
         session.messages[:] = messages(chat, len(chat.turns) - 1)
         session.approve = self.approve
         self.writer = TurnWriter(self.turn, session.messages)
         self._thread = threading.Thread(target=self._read, name=f"chat-{chat.id}", daemon=True)
 
-    def updates(self) -> Iterator[None]:
-        """Yields when the page should be drawn again: ten times a second at most, five times where nothing comes.
-
-        Closing it (the reader went away) stops the answer; what was said is in the turn.
-        """
+    def start(self) -> None:
         self._thread.start()
-        drawn = 0.0
+
+    def is_watched_by(self, window: str) -> bool:
+        return window in self._windows
+
+    @contextmanager
+    def watched_by(self, window: str) -> Iterator[None]:
+        """For as long as a window is open. Some seconds after the last one was closed, the answer stops."""
+        with self._lock:
+            self._windows.add(window)
         try:
-            while self._take(UPDATE_S * 2):
-                if time.monotonic() - drawn >= UPDATE_S:
-                    yield
-                    drawn = time.monotonic()
+            yield
         finally:
-            self.stop()
-            self._thread.join(2)
-            self.writer.finish()
-        yield
+            with self._lock:
+                self._windows.discard(window)
+            if not self._windows and not self.over.is_set():
+                leaving = threading.Timer(LEFT_S, self._stop_unwatched)
+                leaving.daemon = True
+                leaving.start()
+
+    def updates(self) -> Iterator[None]:
+        """Yields when the page should be drawn again, until all is said."""
+        while not self.over.wait(UPDATE_S):
+            yield
 
     def stop(self) -> None:
         """Ends the answer; a call that waits for the user's word is denied."""
@@ -160,41 +172,32 @@ class Answer:
 
     def approve(self, call: ToolCall, tool: Tool) -> bool:
         """Asks the user and waits; called in the thread that runs the tool."""
-        self.asking = asking = Asking(call)
+        self.asking = asking = Asking(call, tool)
         if self._cancel.is_set():
             asking.decided.set()
         asking.decided.wait()
         self.asking = None
         if asking.decision == "always":
-            self.chat.settings.always.append(tool.name)
+            self.chat.settings.always.append(tool.full_name)
             self.session.allowed.add(tool.name)
         return asking.decision != "deny"
+
+    def _stop_unwatched(self) -> None:
+        if not self._windows:
+            self.stop()
 
     def _read(self) -> None:
         try:
             for event in self.session.send(question(self.turn), self._cancel):
-                self._events.put(event)
-            self._events.put(None)
-        except BaseException as error:  # travels to the page; this thread has nobody to tell
-            self._events.put(_Failed(error))
-
-    def _take(self, timeout: float) -> bool:
-        """Writes what has come, waiting for it at most `timeout` seconds; False when the answer is over."""
-        try:
-            event = self._events.get(timeout=timeout)
-        except queue.Empty:
-            return True
-        while True:
-            if event is None:
-                return False
-            if isinstance(event, _Failed):
-                self._fail(event.error)
-                return False
-            self.writer.write(event)
+                self.writer.write(event)
+        except BaseException as error:  # is shown on the page; this thread has nobody to tell
+            self._fail(error)
+        finally:
+            self.writer.finish()
             try:
-                event = self._events.get_nowait()
-            except queue.Empty:
-                return True
+                self._ended(self)
+            finally:
+                self.over.set()
 
     def _fail(self, error: BaseException) -> None:
         self.context_full = isinstance(error, ContextLengthError)

@@ -16,12 +16,12 @@ from glm4lite_ui.drawing import Drawing
 from glm4lite_ui.layout import lay_out
 from glm4lite_ui.library import LibraryHandlers
 from glm4lite_ui.model_page import ModelHandlers
-from glm4lite_ui.panels import OPEN_LIST_JS
+from glm4lite_ui.panels import PAGE_JS
 from glm4lite_ui.runtime import Runtime
 
 logger = logging.getLogger("glm4lite")
 
-ANSWERS_AT_ONCE = 8  # they queue for the engine; more windows than that wait here
+ANSWERS_AT_ONCE = 32  # that are watched; they queue for the engine
 
 Handler = Callable[..., Any]
 
@@ -50,7 +50,7 @@ def _wire_conversation(drawing: Drawing, on: ConversationHandlers) -> None:
     _now(parts.always.click, on.decide("always"), [chat], [])
     _now(parts.deny.click, on.decide("deny"), [chat], [])
     _now(parts.chatbot.undo, on.undo, [chat], outputs)
-    _now(parts.chatbot.select, on.mark, [chat], [parts.marked, parts.marked_text, parts.marked_turn])
+    _now(parts.turns.mark, on.mark, [chat], [parts.marked, parts.marked_text, parts.marked_turn])
     _now(parts.delete.click, on.delete, [chat, parts.marked_turn], outputs)
     _now(parts.unmark.click, lambda: gr.Column(visible=False), [], [parts.marked])
     known = gr.State([])
@@ -60,11 +60,12 @@ def _wire_conversation(drawing: Drawing, on: ConversationHandlers) -> None:
 def _wire_library(blocks: gr.Blocks, drawing: Drawing, on: LibraryHandlers) -> None:
     library, parts, panel = drawing.components.library, drawing.components.conversation, drawing.components.settings
     outputs, chat = drawing.outputs(), parts.chat_id
-    _now(blocks.load, on.start, [], outputs)
-    blocks.load(None, js=OPEN_LIST_JS, api_visibility="private")
-    _now(library.new.click, on.new, [], outputs)
-    _now(library.chats.open, on.open, [], outputs)
-    _now(library.chats.remove, on.remove, [chat, library.search], outputs)
+    _stream(blocks.load, on.start, [], outputs)
+    blocks.unload(on.left)
+    blocks.load(None, js=PAGE_JS, api_visibility="private")
+    _stream(library.new.click, on.new, [], outputs)
+    _stream(library.chats.open, on.open, [], outputs)
+    _stream(library.chats.remove, on.remove, [chat, library.search], outputs)
     _now(library.search.input, on.search, [library.search, chat], [library.chats])
     for event in (parts.title.blur, parts.title.submit):
         _now(event, on.rename, [parts.title, chat, library.search], [library.chats])
@@ -83,7 +84,7 @@ def _wire_model(blocks: gr.Blocks, drawing: Drawing, on: ModelHandlers) -> None:
 
 
 def _stream(event: Handler, handler: Handler, inputs: list[Any], outputs: list[Any]) -> None:
-    """An event answered by many drawings."""
+    """An event answered by many drawings; it may come again before they end, in another chat."""
     event(
         _told(handler),
         inputs,
@@ -92,12 +93,16 @@ def _stream(event: Handler, handler: Handler, inputs: list[Any], outputs: list[A
         api_visibility="private",
         concurrency_limit=ANSWERS_AT_ONCE,
         concurrency_id="answers",
+        trigger_mode="multiple",
     )
 
 
 def _now(event: Handler, handler: Handler, inputs: list[Any], outputs: list[Any]) -> None:
-    """An event answered at once, past the queue: also while answers are under way."""
-    event(_told(handler), inputs, outputs, show_progress="hidden", api_visibility="private", queue=False)
+    """An event answered at once, also while answers are under way.
+
+    It passes Gradio's queue too: only there an error becomes a message on the page.
+    """
+    event(_told(handler), inputs, outputs, show_progress="hidden", api_visibility="private", concurrency_limit=None)
 
 
 def _told(handler: Handler) -> Handler:

@@ -8,6 +8,7 @@ the policy about a navigation it may look up the address and connect to it, with
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from glm4lite_ui.chats import Turn
@@ -50,9 +51,9 @@ class Artifact:
         return f'<!doctype html><meta charset="utf-8">{policy}{body}'
 
 
-def artifacts(turn: Turn | None) -> list[Artifact]:
+def artifacts(turn: Turn) -> list[Artifact]:
     """What an answer holds in fences called html or svg (or xml with an <svg> in it)."""
-    text = "".join(part.text for part in turn.parts if part.kind == "text") if turn else ""
+    text = "".join(part.text for part in turn.parts if part.kind == "text")
     found = []
     for language, source in _FENCE.findall(text):
         is_svg = "<svg" in source[:500].lower() and "<html" not in source[:500].lower()
@@ -61,9 +62,9 @@ def artifacts(turn: Turn | None) -> list[Artifact]:
     return found
 
 
-def previews(turn: Turn | None) -> str:
-    """A closed preview per artifact."""
-    return "".join(_preview(artifact) for artifact in artifacts(turn))
+def previews(turns: Sequence[Turn]) -> str:
+    """A closed preview per artifact of the last answer that holds any."""
+    return "".join(map(_preview, next(filter(None, map(artifacts, reversed(turns))), [])))
 
 
 def _preview(artifact: Artifact) -> str:

@@ -84,7 +84,7 @@ class Settings:
     max_new_tokens: int = 1024
     seed: int | None = None
     tools: list[str] | None = None
-    always: list[str] = field(default_factory=list)  # tools that need no more asking in this chat
+    always: list[str] = field(default_factory=list)  # full names of tools that need no more asking in this chat
 
 
 @dataclass

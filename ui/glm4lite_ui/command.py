@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from glm4lite.cli import options
-from glm4lite.cli.running import NANO_REMARK, rendering, use_threads
+from glm4lite.cli.running import nano_remark, rendering, use_threads
 
 
 def ui(
@@ -41,7 +41,7 @@ def ui(
     store, listening = ChatStore(chats), Address("127.0.0.1", port).listen()
     with rendering(as_json=False) as renderer, Toolbox(tools or (), mcp or (), not no_tools, approve) as box:
         if model == "nano":
-            renderer.remark(NANO_REMARK)
+            renderer.remark(nano_remark("ui"))
         limits: dict[str, Any] = {"device": device, "dtype": dtype}
         limits |= {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
         engine = Engine.load(model, quant or "auto", progress=renderer.show, need_template=True, **limits)

@@ -27,24 +27,24 @@ class ConversationHandlers:
 
     # Streams: each yields what is drawn while an answer grows
 
-    def send(self, message: dict[str, Any], chat_id: str) -> Iterator[Updates]:
+    def send(self, message: dict[str, Any], chat_id: str, request: gr.Request) -> Iterator[Updates]:
         text, paths = (message.get("text") or "").strip(), message.get("files") or []
         if not text and not paths:
             return
         chat = self.runtime.change(chat_id)
         chat.turns.append(Turn(text, [self._attachment(path) for path in paths]))
-        yield from self._answer(chat, clear=True)
+        yield from self._answer(chat, request, {self.parts.message: self.draw.input(True, text="")})
 
-    def example(self, chat_id: str, event: gr.SelectData) -> Iterator[Updates]:
-        yield from self.send(event.value, chat_id)
+    def example(self, chat_id: str, event: gr.SelectData, request: gr.Request) -> Iterator[Updates]:
+        yield from self.send(event.value, chat_id, request)
 
-    def regenerate(self, chat_id: str) -> Iterator[Updates]:
+    def regenerate(self, chat_id: str, request: gr.Request) -> Iterator[Updates]:
         chat = self.runtime.change(chat_id)
         if chat.turns:
             chat.turns[-1] = Turn(chat.turns[-1].user, chat.turns[-1].files)
-            yield from self._answer(chat)
+            yield from self._answer(chat, request)
 
-    def edit(self, chat_id: str, event: gr.EditData) -> Iterator[Updates]:
+    def edit(self, chat_id: str, event: gr.EditData, request: gr.Request) -> Iterator[Updates]:
         """Answers the changed message; what followed it is gone."""
         chat = self.runtime.change(chat_id)
         place, text = turn_at(chat, event.index, question=True), original_markdown(_edited_text(event.value)).strip()
@@ -52,24 +52,19 @@ class ConversationHandlers:
             yield self.draw.whole(chat)
             return
         chat.turns[place:] = [Turn(text, chat.turns[place].files)]
-        yield from self._answer(chat)
+        yield from self._answer(chat, request)
 
-    def drop_oldest(self, chat_id: str) -> Iterator[Updates]:
+    def drop_oldest(self, chat_id: str, request: gr.Request) -> Iterator[Updates]:
         chat = self.runtime.change(chat_id)
         if not self.runtime.drop_oldest(chat):
             raise Glm4liteError("The last message alone does not fit the context: shorten it.")
         chat.turns[-1] = Turn(chat.turns[-1].user, chat.turns[-1].files)
-        yield from self._answer(chat)
+        yield from self._answer(chat, request)
 
-    def _answer(self, chat: Chat, clear: bool = False) -> Iterator[Updates]:
-        with self.runtime.answering(chat) as answer:
-            yield self.draw.whole(chat, answer) | (
-                {self.parts.message: self.draw.input(True, text="")} if clear else {}
-            )
-            for _ in answer.updates():
-                yield self.draw.progress(answer)
-        offer = self.draw.offer_to_drop(chat) if answer.context_full else {}
-        yield self.draw.whole(chat) | self.draw.settings(chat) | offer
+    def _answer(self, chat: Chat, request: gr.Request, also: Updates | None = None) -> Iterator[Updates]:
+        answer, window = self.runtime.answer(chat), str(request.session_hash)
+        self.runtime.shown[window] = chat.id
+        yield from self.draw.followed(answer, window, also)
 
     # At once
 
@@ -86,12 +81,11 @@ class ConversationHandlers:
 
         return handler
 
-    def mark(self, chat_id: str, event: gr.SelectData) -> Updates:
-        """A message was clicked: offers to delete its turn."""
-        chat = self.runtime.open(chat_id)
-        place = turn_at(chat, event.index)
-        if place is None or chat_id in self.runtime.answers:
-            return {}
+    def mark(self, chat_id: str, event: gr.EventData) -> Updates:
+        """Asks whether a turn is to be deleted."""
+        chat, place = self.runtime.change(chat_id), event.turn
+        if not isinstance(place, int) or not 0 <= place < len(chat.turns):
+            raise Glm4liteError("this turn is not there any more")
         words = " ".join(chat.turns[place].user.split())
         text = safe_markdown(words if len(words) <= 80 else words[:79] + "…")
         return {
@@ -121,9 +115,14 @@ class ConversationHandlers:
             return gr.skip(), paths
         if not paths:
             return live_line(self.runtime, self.runtime.open(chat_id)), paths
-        files = (self._attachment(path) for path in paths)
-        texts = (text_html(f"{file.name}: {file.tokens:,} tokens") for file in files)
-        return "".join(f"<span>{text}</span>" for text in texts), paths
+        return "".join(f"<span>{text_html(self._weight(path))}</span>" for path in paths), paths
+
+    def _weight(self, path: str) -> str:
+        try:
+            file = self._attachment(path)
+        except Glm4liteError as error:
+            return str(error)
+        return f"{file.name}: {file.tokens:,} tokens"
 
     def _attachment(self, path: str) -> Attachment:
         return self.runtime.attachment(Path(path).name, Path(path).read_bytes())

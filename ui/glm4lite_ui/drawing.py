@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
@@ -38,7 +39,7 @@ class Drawing:
             middle.title: chat.title,
             self.components.library.chats: self.list(chat.id),
             middle.chatbot: chat_messages(chat, answering=answer is not None),
-            middle.previews: "" if answer else previews(chat.turns[-1] if chat.turns else None),
+            middle.previews: previews(chat.turns),
             middle.live: live_line(self.runtime, chat, answer),
             middle.asking: gr.Column(visible=False),
             middle.full: gr.Column(visible=False),
@@ -55,6 +56,25 @@ class Drawing:
             middle.asking: gr.Column(visible=asking is not None),
             middle.asked: question_about(asking),
         }
+
+    def followed(self, answer: Answer, window: str, also: Updates | None = None) -> Iterator[Updates]:
+        """An answer as it grows, in one window; nothing is drawn while that shows another chat. `also` comes first."""
+        with answer.watched_by(window):
+            yield self.whole(answer.chat, answer) | (also or {})
+            for _ in answer.updates():
+                yield self.progress(answer) if self._shows(window, answer.chat) else self._nothing()
+        if not self._shows(window, answer.chat):
+            yield self._nothing()
+            return
+        offer = self.offer_to_drop(answer.chat) if answer.context_full else {}
+        yield self.whole(answer.chat) | self.settings(answer.chat) | offer
+
+    def _shows(self, window: str, chat: Chat) -> bool:
+        return self.runtime.shown.get(window) == chat.id
+
+    def _nothing(self) -> Updates:
+        """Gradio wants a value for something; that of a component that it is to skip."""
+        return {self.components.conversation.live: gr.skip()}
 
     def offer_to_drop(self, chat: Chat) -> Updates:
         """The context is full: what can be done."""

@@ -11,7 +11,7 @@ import gradio as gr
 
 from glm4lite.tools import Tool
 from glm4lite_ui.artifacts import PREVIEW_JS
-from glm4lite_ui.panels import CHAT_LIST_JS
+from glm4lite_ui.panels import CHAT_LIST_JS, TURNS_JS
 
 CSS = Path(__file__).with_name("style.css")
 GREETING = "## glm4lite\nA GLM-4 model on your own machine. Nothing you write leaves it."
@@ -37,9 +37,10 @@ class Library:
 class Conversation:
     """The middle: the chat that is open."""
 
-    chat_id: gr.State
+    chat_id: gr.Textbox  # hidden; the page holds it, so that it outlives a restart of the server
     title: gr.Textbox
     chatbot: gr.Chatbot
+    turns: gr.HTML  # empty; the buttons that delete turns speak through it
     previews: gr.HTML
     asking: gr.Column
     asked: gr.Markdown
@@ -126,10 +127,11 @@ def _library() -> Library:
 
 
 def _conversation() -> Conversation:
-    chat_id = gr.State("")
+    chat_id = gr.Textbox("", visible="hidden", elem_id="chat-id")
     with gr.Column(elem_id="chat-column"):
         title = gr.Textbox(show_label=False, container=False, elem_id="chat-title", max_length=120)
         chatbot = _chatbot()
+        turns = gr.HTML("", js_on_load=TURNS_JS, elem_id="turns")
         previews = gr.HTML("", js_on_load=PREVIEW_JS, elem_id="previews")
         asking, asked, approve, always, deny = _approval()
         with gr.Column(visible=False, elem_id="full", elem_classes="g-card") as full:
@@ -152,7 +154,7 @@ def _conversation() -> Conversation:
         )
         live = gr.HTML("", elem_id="live")
     return Conversation(
-        chat_id, title, chatbot, previews, asking, asked, approve, always, deny, full, full_text, drop,
+        chat_id, title, chatbot, turns, previews, asking, asked, approve, always, deny, full, full_text, drop,
         marked, marked_text, marked_turn, delete, unmark, message, live,
     )  # fmt: skip
 
@@ -183,13 +185,14 @@ def _approval() -> tuple[gr.Column, gr.Markdown, gr.Button, gr.Button, gr.Button
 
 
 def _settings(tools: Sequence[Tool]) -> SettingsPanel:
+    """The numbers have no bounds here: the handler's refusal names the field, Gradio's does not."""
     gr.Markdown("### This chat")
     system = gr.Textbox(label="System prompt", lines=3, max_lines=10, elem_id="system")
     with gr.Row():
-        temperature = gr.Number(label="Temperature", minimum=0, step=0.1, min_width=100)
-        top_p = gr.Number(label="Top-p", minimum=0, maximum=1, step=0.05, min_width=100)
+        temperature = gr.Number(label="Temperature", step=0.1, min_width=100)
+        top_p = gr.Number(label="Top-p", step=0.05, min_width=100)
     with gr.Row():
-        longest = gr.Number(label="Max tokens", minimum=1, precision=0, min_width=100)
+        longest = gr.Number(label="Max tokens", precision=0, min_width=100)
         seed = gr.Number(label="Seed", precision=0, placeholder="random", value=None, min_width=100)
     names = [tool.name for tool in tools]
     chosen = gr.CheckboxGroup(names, value=names, label="Tools", visible=bool(names), elem_id="tools")

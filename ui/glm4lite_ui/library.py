@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
@@ -12,34 +13,48 @@ from glm4lite_ui.drawing import Drawing, Updates
 from glm4lite_ui.runtime import Runtime
 
 
+def _new_chat() -> Chat:
+    """Ids are made here, so that each page that is opened gets its own."""
+    return Chat(id=secrets.token_hex(8))
+
+
 class LibraryHandlers:
     """New, open, rename, search, delete; and the panel on the right."""
 
     def __init__(self, runtime: Runtime, drawing: Drawing) -> None:
         self.runtime, self.draw = runtime, drawing
 
-    def start(self, request: gr.Request) -> Updates:
+    def start(self, request: gr.Request) -> Iterator[Updates]:
         """The page was opened: the chat that its address names, or a new one."""
         chat_id = request.query_params.get("chat", "")
-        return self._show(self.runtime.open(chat_id)) if self.runtime.store.holds(chat_id) else self.new()
+        chat = self.runtime.open(chat_id) if self.runtime.store.holds(chat_id) else _new_chat()
+        yield from self._show(chat, request)
 
-    def new(self) -> Updates:
-        return self._show(Chat(id=secrets.token_hex(8)))
+    def left(self, request: gr.Request) -> None:
+        """The page was closed."""
+        self.runtime.shown.pop(str(request.session_hash), None)
 
-    def open(self, event: gr.EventData) -> Updates:
-        return self._show(self.runtime.open(str(event.chat)))
+    def new(self, request: gr.Request) -> Iterator[Updates]:
+        yield from self._show(_new_chat(), request)
 
-    def _show(self, chat: Chat) -> Updates:
-        answer = self.runtime.answers.get(chat.id)
-        return self.draw.whole(chat, answer) | self.draw.settings(chat)
+    def open(self, event: gr.EventData, request: gr.Request) -> Iterator[Updates]:
+        yield from self._show(self.runtime.open(str(event.chat)), request)
 
-    def remove(self, current: str, query: str, event: gr.EventData) -> Updates:
-        if (answer := self.runtime.answers.get(str(event.chat))) is not None:
-            answer.stop()
-        self.runtime.store.delete(str(event.chat))
-        return (
-            self.new() if event.chat == current else {self.draw.components.library.chats: self.search(query, current)}
-        )
+    def _show(self, chat: Chat, request: gr.Request) -> Iterator[Updates]:
+        """Draws the chat, and goes on while it is being answered, unless this window follows that answer already."""
+        answer, window = self.runtime.answers.get(chat.id), str(request.session_hash)
+        self.runtime.shown[window] = chat.id
+        if answer is None or answer.is_watched_by(window):
+            yield self.draw.whole(chat, answer) | self.draw.settings(chat)
+        else:
+            yield from self.draw.followed(answer, window, self.draw.settings(chat))
+
+    def remove(self, current: str, query: str, event: gr.EventData, request: gr.Request) -> Iterator[Updates]:
+        self.runtime.delete(str(event.chat))
+        if event.chat == current:
+            yield from self._show(_new_chat(), request)
+        else:
+            yield {self.draw.components.library.chats: self.search(query, current)}
 
     def search(self, query: str, current: str) -> str:
         return self.draw.list(current, query)
@@ -58,16 +73,17 @@ class LibraryHandlers:
         system, temperature, top_p, max_new_tokens, seed, tools = values
         chat, own = self.runtime.open(chat_id), self.runtime.engine.params()
         names = [tool.name for tool in self.runtime.tools]
-        chat.settings = Settings(
+        settings = Settings(
             system=system or "",
             temperature=None if temperature in (None, own.temperature) else float(temperature),
             top_p=None if top_p in (None, own.top_p) else float(top_p),
-            max_new_tokens=int(max_new_tokens) if max_new_tokens else Settings.max_new_tokens,
+            max_new_tokens=Settings.max_new_tokens if max_new_tokens is None else int(max_new_tokens),
             seed=None if seed is None else int(seed),
             tools=None if set(tools) == set(names) else list(tools),
             always=chat.settings.always,
         )
-        self.runtime.params(chat.settings)  # what cannot be used is said now
+        self.runtime.params(settings)  # what cannot be used is said now, and not kept
+        chat.settings = settings
         self.runtime.store.save(chat)
 
     def ask_again(self, chat_id: str) -> Any:

@@ -33,8 +33,39 @@ watch('value', () => {
 });
 """
 
-# The list is open where there is room beside it.
-OPEN_LIST_JS = "() => { if (innerWidth >= 768) document.querySelector('#library .toggle-button')?.click(); }"
+# A button under each question deletes its turn; Gradio's Chatbot has none. It draws messages anew, so they are watched.
+TURNS_JS = """
+const mark = () => document.querySelectorAll('#chatbot .message-buttons-right').forEach((row, turn) => {
+  const buttons = row.querySelector('.icon-button-wrapper');
+  let button = buttons?.querySelector('.g-delete');
+  if (!buttons) return;
+  if (!button) {
+    button = buttons.querySelector('button').cloneNode(false);
+    button.classList.add('g-delete');
+    button.title = button.ariaLabel = 'Delete turn';
+    button.textContent = '×';
+    button.addEventListener('click', () => trigger('mark', {turn: Number(button.dataset.turn)}));
+    buttons.append(button);
+  }
+  if (button.dataset.turn !== String(turn)) button.dataset.turn = turn;
+});
+new MutationObserver(mark).observe(element.closest('#chat-column') ?? document.body, {childList: true, subtree: true});
+mark();
+"""
+
+# The list is open where there is room beside it; both panels' buttons have a name; Escape stops the answer.
+PAGE_JS = """
+() => {
+  for (const [panel, name] of [['library', 'Chats'], ['settings', 'Settings of this chat']]) {
+    const button = document.querySelector(`#${panel} .toggle-button`);
+    if (button) button.title = button.ariaLabel = name;
+  }
+  if (innerWidth >= 768) document.querySelector('#library .toggle-button')?.click();
+  document.addEventListener('keydown', event => {
+    if (event.key === 'Escape' && !event.isComposing) document.querySelector('#message .stop-button')?.click();
+  });
+}
+"""
 
 
 def chat_list(chats: Sequence[Chat], current: str) -> str:
@@ -55,13 +86,14 @@ def _chat_row(chat: Chat, current: bool) -> str:
 
 
 def live_line(runtime: Runtime, chat: Chat, answer: Answer | None = None) -> str:
-    """Speed, prompt tokens (reused and new), context used of total, memory of weights and of the cache."""
+    """Speed, prompt tokens (reused and new), context used of total, the model, memory of weights and of the cache."""
     turn = chat.turns[-1] if chat.turns else None
     pieces = _under_way(answer) if answer is not None else _finished(turn)
     counts = (turn.counts if turn else None) or {}
     if "prompt_tokens" in counts:
         used, context = counts["prompt_tokens"] + counts["new_tokens"], runtime.engine.model.context
         pieces.append(f"context {used:,} of {context:,}")
+    pieces.append(runtime.name)
     memory = f"weights {readable(runtime.weight_bytes())}"
     if cache := runtime.engine.prefixes.nbytes:
         memory += f" · KV {readable(cache)}"
@@ -97,7 +129,8 @@ def question_about(asking: Asking | None) -> str:
     """Markdown: which call waits for the user's word."""
     if asking is None:
         return ""
-    return f"**Run `{asking.call.name}`?**\n\n{code_block(asking.call.arguments, 'json')}"
+    origin = f" of {safe_markdown(asking.tool.origin)}" if asking.tool.origin else ""
+    return f"**Run `{asking.call.name}`{origin}?**\n\n{code_block(asking.call.arguments, 'json')}"
 
 
 def context_full(chat: Chat) -> str:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from glm4lite.engine import Engine
-from glm4lite.errors import Glm4liteError
+from glm4lite.errors import Glm4liteError, one_line
 from glm4lite.inventory import devices
 from glm4lite.sampling import SamplingParams
+from glm4lite.server.launch import name_of
 from glm4lite.session import ChatSession
 from glm4lite.tools import Tool
 from glm4lite.worker import EngineWorker
 from glm4lite_ui.answering import Answer
-from glm4lite_ui.chats import Attachment, Chat, ChatStore, Settings
+from glm4lite_ui.chats import Attachment, Chat, ChatError, ChatStore, Settings
 from glm4lite_ui.history import messages
+
+LAST_WORDS_S = 2.0  # for an answer that is stopped with the program to be saved
 
 
 class BusyError(Glm4liteError):
@@ -34,11 +36,17 @@ class Runtime:
     source: str = "nano"
     load_options: dict[str, Any] = field(default_factory=dict)  # of Engine.load, for the next model too
     answers: dict[str, Answer] = field(default_factory=dict)
+    shown: dict[str, str] = field(default_factory=dict)  # the chat that each window shows
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def engine(self) -> Engine:
         return self.worker.engine
+
+    @property
+    def name(self) -> str:
+        """Of the model, also in the API beside the page."""
+        return name_of(self.source)
 
     def open(self, chat_id: str) -> Chat:
         """The chat as it is now: being answered, saved, or a new one under this id."""
@@ -58,7 +66,8 @@ class Runtime:
         session = ChatSession(
             self.engine, self.chosen(chat.settings), params=self.params(chat.settings), compute=self.worker.run
         )
-        session.allowed.update(chat.settings.always)
+        allowed = (tool.name for tool in session.tools.values() if tool.full_name in chat.settings.always)
+        session.allowed.update(allowed)
         return session
 
     def params(self, settings: Settings) -> SamplingParams:
@@ -76,9 +85,8 @@ class Runtime:
             return []
         return [tool for tool in self.tools if settings.tools is None or tool.name in settings.tools]
 
-    @contextmanager
-    def answering(self, chat: Chat) -> Iterator[Answer]:
-        """An Answer to the chat's last turn, known to the other windows; the chat is saved before and after it.
+    def answer(self, chat: Chat) -> Answer:
+        """Begins the answer to the chat's last turn, known to all windows; the chat is saved before and after it.
 
         Raises:
             BusyError: the chat is being answered already.
@@ -86,17 +94,31 @@ class Runtime:
         with self._lock:
             if chat.id in self.answers:
                 raise BusyError("this chat is being answered; stop that first")
-            answer = self.answers[chat.id] = Answer(chat, self.session(chat))
-        try:
             chat.name_after_first_turn()
+            answer = Answer(chat, self.session(chat), self._keep)
             self.store.save(chat)
-            yield answer
-        finally:
+            self.answers[chat.id] = answer
+        answer.start()
+        return answer
+
+    def delete(self, chat_id: str) -> None:
+        """Deletes a chat, whatever is being said in it."""
+        with self._lock:
+            answer = self.answers.pop(chat_id, None)
+            self.store.delete(chat_id)
+        if answer is not None:
             answer.stop()
+
+    def _keep(self, answer: Answer) -> None:
+        """An answer is over: it is saved, unless its chat was deleted meanwhile."""
+        with self._lock:
+            if self.answers.get(answer.chat.id) is not answer:
+                return
             try:
-                self.store.save(chat)
-            finally:
-                self.answers.pop(chat.id, None)
+                self.store.save(answer.chat)
+            except ChatError as error:  # nobody waits for this thread: it is said in the chat
+                answer.turn.error = one_line(error)
+            del self.answers[answer.chat.id]
 
     def count(self, text: str) -> int:
         """Tokens of a text."""
@@ -132,6 +154,9 @@ class Runtime:
 
     def close(self) -> None:
         """Stops every answer and the engine's thread; what was said is saved."""
-        for answer in list(self.answers.values()):
+        answers = list(self.answers.values())
+        for answer in answers:
             answer.stop()
         self.worker.close()
+        for answer in answers:
+            answer.over.wait(LAST_WORDS_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import socket
@@ -18,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glm4lite.errors import Glm4liteError
 from glm4lite.server import create_app, serve
+from glm4lite.server.errors import ApiError
 from glm4lite.server.launch import url_of
 from glm4lite_ui.export import KINDS, as_json, as_markdown, file_name
 
@@ -46,6 +48,7 @@ def mount(app: FastAPI, runtime: Runtime) -> FastAPI:
     from glm4lite_ui.app import build
     from glm4lite_ui.layout import CSS, theme
 
+    gate = Middleware(Gate, closing=app.state.closing)
     _add_exports(app, runtime)
     page = build(runtime)
     _take_uploads_only(page)
@@ -66,7 +69,12 @@ def mount(app: FastAPI, runtime: Runtime) -> FastAPI:
         mcp_server=False,
         theme=theme(),
         css_paths=[CSS],
-        app_kwargs={"middleware": [Middleware(Gate)], "docs_url": None, "redoc_url": None, "openapi_url": None},
+        app_kwargs={
+            "middleware": [gate],
+            "docs_url": None,
+            "redoc_url": None,
+            "openapi_url": None,
+        },
     )
 
 
@@ -74,8 +82,9 @@ def mount(app: FastAPI, runtime: Runtime) -> FastAPI:
 # calls, run history, monitoring, code from a chat) is not there.
 OPEN = re.compile(
     r"/(config/?|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(static|assets|svelte)/.*)?"
-    r"|/gradio_api/(queue/(join|data)|upload|upload_progress|heartbeat/\w+|run/predict|cancel|reset/?|startup-events|theme\.css)"
+    r"|/gradio_api/(queue/(join|data)|upload|upload_progress|heartbeat/\w+|cancel|reset/?|startup-events|theme\.css)"
 )
+STREAMS = re.compile(r"/gradio_api/(queue/data|heartbeat/)")
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' blob: data:; worker-src 'self' blob:; "
@@ -92,10 +101,13 @@ HEADERS = {
 
 
 class Gate:
-    """ASGI middleware of the page: only what it needs is served, and its answers may load nothing from elsewhere."""
+    """ASGI middleware of the page: only what it needs is served, and its answers may load nothing from elsewhere.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    When `closing` is set its event streams end, which otherwise last as long as the page is open.
+    """
+
+    def __init__(self, app: ASGIApp, closing: asyncio.Event) -> None:
+        self.app, self._closing = app, closing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def guarded(message: Message) -> None:
@@ -104,10 +116,41 @@ class Gate:
                 message = {**message, "headers": [*named, *HEADERS.items()]}
             await send(message)
 
-        if scope["type"] == "http" and not OPEN.fullmatch(scope["path"]):
+        path = scope["path"] if scope["type"] == "http" else None
+        if path is None:
+            await self.app(scope, receive, send)
+        elif path.startswith("/v1/"):
+            await ApiError(f"{scope['method']} {path}: Not Found", 404).response()(scope, receive, send)
+        elif not OPEN.fullmatch(path):
             await PlainTextResponse("not found", 404)(scope, receive, guarded)
+        elif STREAMS.match(path):
+            await self._until_closing(scope, receive, guarded)
         else:
-            await self.app(scope, receive, guarded if scope["type"] == "http" else send)
+            await self.app(scope, receive, guarded)
+
+    async def _until_closing(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = ended = False
+
+        async def noting(message: Message) -> None:
+            nonlocal begun, ended
+            if self._closing.is_set():  # Gradio would report its own cancelling as an error
+                return
+            begun = True
+            ended = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        stream = asyncio.ensure_future(self.app(scope, receive, noting))
+        closing = asyncio.ensure_future(self._closing.wait())
+        try:
+            await asyncio.wait({stream, closing}, return_when=asyncio.FIRST_COMPLETED)
+            if stream.done():
+                return stream.result()
+        finally:
+            closing.cancel()
+            stream.cancel()
+        await asyncio.wait({stream})
+        if begun and not ended:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _take_uploads_only(page: Blocks) -> None:
@@ -144,7 +187,7 @@ def _add_exports(app: FastAPI, runtime: Runtime) -> None:
 
 def serve_page(runtime: Runtime, listening: socket.socket, say: Callable[[str], None]) -> None:
     """The page at "/" and OpenAI's API at "/v1" of one address, until Ctrl-C."""
-    app = mount(create_app(runtime.worker, runtime.source), runtime)
+    app = mount(create_app(runtime.worker, lambda: runtime.name), runtime)
     try:
         serve(app, listening, lambda: say(f"Open {url_of(listening)} in a browser (Ctrl-C ends)"))
     finally:
