@@ -25,10 +25,14 @@ UNKNOWN_RAM = 16 << 30  # where the system does not tell
 
 PROBE_BYTES = 256 << 20
 PROBE_SIDE, PROBE_TOKENS = 4096, 128  # one q_proj of the 9B, a short prompt
+PROBE_ROWS = 27392  # and its gate_up_proj
 REPETITIONS = 7
 
 DISK_BLOCK = 8 << 20
 DISK_READERS = 2
+DISK_BUFFER = (
+    64 << 20
+)  # of each reader: weights end up in memory, and a buffer that stays in a cache is read faster into
 DISK_PIECES = 8
 DISK_PROBE_BYTES = 1 << 30
 
@@ -36,15 +40,16 @@ DISK_PROBE_BYTES = 1 << 30
 def this_machine(quantized: bool = True) -> Machine:
     """Free memory and measured speeds, all but the disk's (see `disk_bandwidth`).
 
-    quantized: the CPU's rate in a prompt is that of int4 layers, else that of bfloat16.
+    quantized: the CPU's speeds are those of int4 layers, else of bfloat16.
     """
-    free, bandwidth, rate = memory.available(swap=False), ram_bandwidth(), cpu_rate(quantized)
+    free, bandwidth, rate = memory.available(swap=False), ram_bandwidth(quantized), cpu_rate(quantized)
     unknown = f"{memory.readable(UNKNOWN_RAM)} of RAM (this system does not tell what is free)"
+    what, rates = "int4 layers" if quantized else "memory", (bandwidth / 1e9, rate / 1e12)
     machine = Machine(
         UNKNOWN_RAM if free is None else int(free * MARGIN),
         ram_bandwidth=bandwidth,
         cpu_rate=rate,
-        measured=(f"memory {bandwidth / 1e9:.1f} GB/s", f"prompts on the CPU {rate / 1e12:.2f} TOP/s"),
+        measured=(f"{what} {rates[0]:.1f} GB/s", f"prompts on the CPU {rates[1]:.2f} TOP/s"),
         assumed=(unknown,) if free is None else (),
     )
     return _with_gpus(machine) if torch.cuda.is_available() else machine
@@ -58,18 +63,39 @@ def with_assumed_gpu(machine: Machine, size: int) -> Machine:
     return replace(machine, gpus=(size,), assumed=(*machine.assumed, note))
 
 
-def ram_bandwidth() -> float:
-    """Bytes per second that the kernels' threads read, the median of a few passes over more than any cache holds."""
-    buffer = torch.ones(PROBE_BYTES // 8, dtype=torch.int64)
-    return PROBE_BYTES / _median_seconds(lambda: native.read_all(buffer))
+def ram_bandwidth(quantized: bool) -> float:
+    """Bytes of weights per second that one token is multiplied with, over more of them than any cache holds.
+
+    int4 as the kernels read them, which on some processors is less than memory gives; else all that memory gives.
+    """
+    if not quantized:
+        buffer = torch.ones(PROBE_BYTES // 8, dtype=torch.int64)
+        return PROBE_BYTES / _median_seconds(lambda: native.read_all(buffer))
+    layers = [_int4_layer(PROBE_ROWS) for _ in range(PROBE_BYTES // _int4_layer(PROBE_ROWS).weight_tensor.nbytes)]
+    x = torch.ones(1, PROBE_SIDE)
+
+    def one_token() -> None:
+        for layer in layers:
+            layer(x)
+
+    with torch.inference_mode():
+        return sum(layer.weight_tensor.nbytes for layer in layers) / _median_seconds(one_token)
+
+
+def _int4_layer(rows: int) -> QuantLinear:
+    """[rows, PROBE_SIDE] of codes that are written, for memory that is only promised is not read."""
+    weight = QuantTensor.empty(rows, PROBE_SIDE, QuantConfig())
+    for tensor in weight.tensors().values():
+        tensor.fill_(1)
+    layer = QuantLinear(PROBE_SIDE, rows, QuantConfig(), bias=False, device="meta")
+    layer.load(weight)
+    return layer
 
 
 def cpu_rate(quantized: bool) -> float:
     """Operations per second of a linear layer in a short prompt, int4 or bfloat16."""
     if quantized:
-        int4 = QuantLinear(PROBE_SIDE, PROBE_SIDE, QuantConfig(), bias=False, device="meta")
-        int4.load(QuantTensor.empty(PROBE_SIDE, PROBE_SIDE, QuantConfig()))
-        layer: torch.nn.Module = int4
+        layer: torch.nn.Module = _int4_layer(PROBE_SIDE)
     else:
         layer = torch.nn.Linear(PROBE_SIDE, PROBE_SIDE, bias=False, dtype=torch.bfloat16)
     x = torch.ones(PROBE_TOKENS, PROBE_SIDE, dtype=torch.float32 if quantized else torch.bfloat16)
@@ -154,12 +180,13 @@ def read_rate(extents: Sequence[Extent]) -> float | None:
         for extent in extents
         for at in range(extent.offset, extent.offset + extent.nbytes, DISK_BLOCK)
     ]
-    buffers = {reader: aligned_memory(DISK_BLOCK).numpy() for reader in range(DISK_READERS)}
+    buffers = [aligned_memory(DISK_BUFFER).fill_(0) for _ in range(DISK_READERS)]
 
     def read(reader: int) -> None:
-        view = memoryview(cast(Any, buffers[reader]))
-        for file, offset, nbytes in blocks[reader::DISK_READERS]:
-            file.read_into(view[:nbytes], offset)
+        view = memoryview(cast(Any, buffers[reader].numpy()))
+        for turn, (file, offset, nbytes) in enumerate(blocks[reader::DISK_READERS]):
+            at = turn * DISK_BLOCK % DISK_BUFFER
+            file.read_into(view[at : at + nbytes], offset)
 
     started = time.perf_counter()
     try:
