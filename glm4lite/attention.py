@@ -52,6 +52,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, d
             mask = mask.view(mask.shape[0], kv_heads, heads // kv_heads, -1)
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
         return out.view(batch, heads, 1, head_dim)
+    if mask is not None and q.device.type == "cuda":
+        # With a mask torch shares key/value heads in its slowest way only, which writes all scores in float32.
+        k, v = (part.repeat_interleave(heads // kv_heads, 1) for part in (k, v))
+        kv_heads = heads
     return F.scaled_dot_product_attention(
         q,
         k,

@@ -36,9 +36,8 @@ class LayerCache:
 
     def view(self, tokens: int, heads: Heads, device: torch.device, dtype: torch.dtype) -> CacheView:
         """The buffers of a batch of one, with room for `tokens` more, for a kernel that writes them and reads all."""
-        like = torch.empty(1, heads.key_value, 0, heads.dim, device=device, dtype=dtype)
-        self.keys = self._reserved(self.keys, like, self.length + tokens)
-        self.values = self._reserved(self.values, like, self.length + tokens)
+        like, end = torch.empty(1, heads.key_value, 0, heads.dim, device=device, dtype=dtype), self.length + tokens
+        self.keys, self.values = self._reserved(self.keys, like, end), self._reserved(self.values, like, end)
         if self.keys.shape[0] != 1 or self.keys.dtype != dtype or self.keys.device != device:
             raise ValueError(
                 f"the cache holds {self.keys.shape[0]} sequences in {self.keys.dtype} on {self.keys.device}"
@@ -52,8 +51,10 @@ class LayerCache:
             keys, values = self._concatenated(keys, values)
             self.keys, self.values, self.length = keys, values, end
             return keys, values
-        self.keys = self._written(self.keys, keys, end)
-        self.values = self._written(self.values, values, end)
+        # Both grow or none does: memory may run out between them.
+        self.keys, self.values = self._reserved(self.keys, keys, end), self._reserved(self.values, values, end)
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
@@ -73,17 +74,13 @@ class LayerCache:
         past = slice(0, self.length)
         return torch.cat((self.keys[:, :, past], keys), 2), torch.cat((self.values[:, :, past], values), 2)
 
-    def _written(self, buffer: Tensor | None, new: Tensor, end: int) -> Tensor:
-        buffer = self._reserved(buffer, new, end)
-        buffer[:, :, self.length : end] = new
-        return buffer
-
     def _reserved(self, buffer: Tensor | None, like: Tensor, end: int) -> Tensor:
         """The buffer, or a larger one with what it holds, where it has no room for `end` positions."""
         if buffer is not None and buffer.shape[2] >= end:
             return buffer
         batch, heads, _, head_dim = like.shape
-        grown = like.new_empty(batch, heads, _capacity(end, self.limit, like.device), head_dim)
+        with torch.inference_mode(False):  # else a script could not go on under no_grad
+            grown = like.new_empty(batch, heads, _capacity(end, self.limit, like.device), head_dim)
         if buffer is not None:
             grown[:, :, : self.length] = buffer[:, :, : self.length]
         return grown
@@ -176,9 +173,10 @@ class PackedLayerCache:
             return
         capacity = _capacity(end, self.limit, device)
         dtype = torch.int8 if self.int8 else torch.float32
-        keys = torch.empty(*outer, capacity // TOKENS, head_dim, TOKENS, dtype=dtype, device=device)
-        values = torch.empty(*outer, capacity, head_dim, dtype=dtype, device=device)
-        scales = torch.empty(2, *outer, capacity, device=device) if self.int8 else None
+        with torch.inference_mode(False):
+            keys = torch.empty(*outer, capacity // TOKENS, head_dim, TOKENS, dtype=dtype, device=device)
+            values = torch.empty(*outer, capacity, head_dim, dtype=dtype, device=device)
+            scales = torch.empty(2, *outer, capacity, device=device) if self.int8 else None
         if self._keys is not None and self._values is not None:
             keys[:, :, : self._keys.shape[2]] = self._keys
             values[:, :, : self._values.shape[2]] = self._values

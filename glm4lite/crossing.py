@@ -1,7 +1,7 @@
 """Layers that a CPU computes token by token and a GPU in long prompts: for those their weights cross the bus.
 
 A token reads each weight once, so it is multiplied where it lies. A prompt of hundreds of tokens reads it once too, but
-computes with it hundreds of times: sending it to the GPU takes less time. It goes through two pinned buffers and a
+computes with it hundreds of times: sending it to the GPU takes less time. It goes through two pinned blocks and a
 stream of its own, while the GPU computes the layer before; its keys and values follow to RAM a layer later.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from glm4lite.cache import AwayCache, Cache, HomeCache
 from glm4lite.fused import FusedLayer
-from glm4lite.offload import Place
+from glm4lite.offload import AT_HOME, Place
 from glm4lite_quant import QuantLinear, QuantTensor
 from glm4lite_quant.tensor import NAMES
 
@@ -30,9 +31,10 @@ logger = logging.getLogger("glm4lite")
 
 M = TypeVar("M", bound=nn.Module)
 
-BUFFERS = 2  # one is computed with while the other is filled
+BUFFERS = 2  # layers on the GPU: one is computed with while the other is filled
 ALIGNMENT = 256  # bytes: what a GPU's allocator gives
-BLOCK_BYTES = 16 << 20  # copied into pinned memory at a time, so that the bus begins while the rest is copied
+BLOCK_BYTES = 16 << 20  # of pinned memory, a power of two as torch rounds it up to one
+BLOCKS = 2  # one is written while the other crosses
 
 
 class _Part(NamedTuple):
@@ -73,7 +75,7 @@ class Crossing:
         _lend(twin, self.bus.arrived(self._index), self.bus.dtype)
         away = None if cache is None else AwayCache(cache)
         yield twin, away
-        self.bus.leave(self._index, away)
+        self.bus.leave(self._index, None if away is None else _Following(away, self.bus.device, layer.dtype))
 
 
 class Bus:
@@ -86,9 +88,11 @@ class Bus:
         self, layers: Sequence[DecoderLayer], device: torch.device, dtype: torch.dtype, threshold: float
     ) -> None:
         self.device, self.dtype, self.threshold = device, dtype, threshold
-        self._layers, self._homes = list(layers), [layer.place for layer in layers]
+        self._layers = [weakref.ref(layer) for layer in layers]  # which hold the bus: a cycle would keep their memory
+        self._homes = [layer.place for layer in layers]
         self._parts: dict[int, list[_Part]] = {}
         self._slots: list[_Slot] = []
+        self._staging: _Staging | None = None
         self._at = -1  # the layer computed last
         self._sent = -1  # the layer sent last, while a pass goes on
         self._following: list[_Following] = []  # keys and values on their way to RAM
@@ -112,23 +116,23 @@ class Bus:
             for part in self._parts[index]
         }
 
-    def leave(self, index: int, cache: AwayCache | None) -> None:
+    def leave(self, index: int, following: _Following | None) -> None:
         """The layer's kernels are launched: the next layer is sent, the keys and values of the one before stored."""
         self._slots[index % BUFFERS].free()
         self._at = index
-        new = [] if cache is None else [_Following(cache, self.device)]
+        new = [] if following is None else [following]
         last = index + 1 == len(self._layers)
         if last:
             self._following += new
             self._at = self._sent = -1
         else:
             self._send(index + 1)
-        for following in self._following:
-            following.store()
+        for arriving in self._following:
+            arriving.store()
         self._following = [] if last else new
 
     def _send(self, index: int) -> None:
-        layer = self._layers[index]
+        layer = self._layer(index)
         with self._homes[index].at_hand(layer, torch.device("cpu"), None):
             tensors = {
                 name: tensor
@@ -137,70 +141,101 @@ class Bus:
                 if not tensor.is_meta
             }
             parts = self._parts.setdefault(index, _parts(tensors))
-            self._slot(index).fill([(part, tensors[part.name]) for part in parts])
+            slot, staging = self._ready(index)
+            slot.before_filling()
+            for part in parts:
+                source = tensors[part.name].detach().contiguous().view(-1).view(torch.uint8)
+                staging.send(source, slot.memory[part.at : part.at + part.nbytes])
+            slot.filled()
         self._sent = index
         self.bytes_sent += sum(part.nbytes for part in parts)
 
-    def _slot(self, index: int) -> _Slot:
-        if not self._slots:
-            size = max(_size(layer) for layer in self._layers)
-            stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-            self._slots = [_Slot(size, self.device, stream) for _ in range(BUFFERS)]
-        return self._slots[index % BUFFERS]
+    def _layer(self, index: int) -> DecoderLayer:
+        layer = self._layers[index]()
+        if layer is None:
+            raise RuntimeError("a bus carries layers of a model that is gone")
+        return layer
+
+    def _ready(self, index: int) -> tuple[_Slot, _Staging]:
+        """The buffer of a layer and what sends into it; taken from memory when the first prompt crosses."""
+        if self._staging is None:
+            size = max(_size(self._layer(at)) for at in range(len(self._layers)))
+            with torch.inference_mode(False):  # else a script could not go on under no_grad
+                stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+                self._slots = [_Slot(size, self.device, stream) for _ in range(BUFFERS)]
+                self._staging = _Staging(stream)
+        return self._slots[index % BUFFERS], self._staging
 
 
 class _Slot:
-    """A buffer in pinned memory, one on the GPU, and the events that say when either may be written again.
+    """A buffer on the GPU, and the events that say when it is full and when it may be filled again.
 
-    On a CPU, which stands for a GPU in tests, everything happens at once.
+    On a CPU, which stands for a GPU in tests, everything happens at once and there are no events.
     """
 
     def __init__(self, size: int, device: torch.device, stream: torch.cuda.Stream | None) -> None:
-        self.memory = torch.empty(size, dtype=torch.uint8, device=device)
-        self._staging = torch.empty(size, dtype=torch.uint8) if stream is None else _pinned(size)
-        self._stream = stream
+        self.memory, self._stream = torch.empty(size, dtype=torch.uint8, device=device), stream
         self._there: torch.cuda.Event | None = None
         self._free: torch.cuda.Event | None = None
+        if stream is not None:  # the memory may have been another tensor's, of a stream that still uses it
+            stream.wait_stream(torch.cuda.current_stream(device))
+            self.memory.record_stream(stream)
 
-    def fill(self, tensors: Sequence[tuple[_Part, Tensor]]) -> None:
-        """Sends tensors to the buffer on the GPU, once what computes with its old contents is done."""
-        if self._there is not None:
-            self._there.synchronize()  # the pinned buffer is still being read
+    def before_filling(self) -> None:
+        """What is sent from here on waits for what computes with the old contents."""
         if self._stream is not None and self._free is not None:
             self._stream.wait_event(self._free)
-        for part, tensor in tensors:
-            source = tensor.detach().contiguous().view(-1).view(torch.uint8)
-            for start in range(0, part.nbytes, BLOCK_BYTES):
-                stop = min(start + BLOCK_BYTES, part.nbytes)
-                self._copy(part.at + start, source[start:stop])
+
+    def filled(self) -> None:
+        """All that was sent up to here is the contents."""
         if self._stream is not None:
             self._there = self._stream.record_event(self._there or torch.cuda.Event())
 
-    def _copy(self, at: int, source: Tensor) -> None:
-        here = slice(at, at + source.numel())
-        self._staging[here].copy_(source)
-        if self._stream is None:
-            self.memory[here].copy_(self._staging[here])
-            return
-        with torch.cuda.stream(self._stream):
-            self.memory[here].copy_(self._staging[here], non_blocking=True)
-
     def wait(self) -> None:
-        """What is launched from here on runs when the tensors are there."""
+        """What is launched from here on runs when the contents are there."""
         if self._there is not None:
             torch.cuda.current_stream(self.memory.device).wait_event(self._there)
 
     def free(self) -> None:
-        """What was launched up to here needs the buffer; after that it may be filled."""
+        """What was launched up to here needs the contents; after that others may come."""
         if self._stream is not None:
             self._free = torch.cuda.current_stream(self.memory.device).record_event(self._free or torch.cuda.Event())
+
+
+class _Staging:
+    """Blocks of pinned memory that bytes go through in turn: the bus reads one while the CPU writes the other."""
+
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self._stream, self._turn = stream, 0
+        self._blocks = [_pinned(BLOCK_BYTES) if stream is not None else None for _ in range(BLOCKS)]
+        self._crossed: list[torch.cuda.Event | None] = [None] * BLOCKS
+
+    def send(self, source: Tensor, target: Tensor) -> None:
+        """uint8 on the CPU -> uint8 of the same size on the GPU, where it arrives on the bus's stream."""
+        for start in range(0, source.numel(), BLOCK_BYTES):
+            piece = slice(start, start + BLOCK_BYTES)
+            self._send_block(source[piece], target[piece])
+
+    def _send_block(self, source: Tensor, target: Tensor) -> None:
+        block, crossed = self._blocks[self._turn], self._crossed[self._turn]
+        if self._stream is None or block is None:
+            target.copy_(source)
+            return
+        if crossed is not None:
+            crossed.synchronize()
+        staged = block[: source.numel()].copy_(source)
+        with torch.cuda.stream(self._stream):
+            target.copy_(staged, non_blocking=True)
+        self._crossed[self._turn] = self._stream.record_event(crossed or torch.cuda.Event())
+        self._turn = (self._turn + 1) % BLOCKS
 
 
 class _Following:
     """Keys and values of a layer on their way into its cache in RAM."""
 
-    def __init__(self, cache: AwayCache, device: torch.device) -> None:
-        self._home, self._length = cache.home, cache.home.length
+    def __init__(self, cache: AwayCache, device: torch.device, dtype: torch.dtype | None) -> None:
+        """`dtype`: of the layer's activations at home; None: what is stored stays as it is."""
+        self._home, self._length, self._dtype = cache.home, cache.home.length, dtype
         self._done: torch.cuda.Event | None = None
         self._keys, self._values = cache.new
         if device.type == "cuda":
@@ -211,7 +246,7 @@ class _Following:
         if self._done is not None:
             self._done.synchronize()
         if self._home.length == self._length:
-            self._home.append(self._keys, self._values)
+            self._home.append(*(new.to(self._dtype or new.dtype) for new in (self._keys, self._values)))
 
 
 def _pinned(size: int) -> Tensor:
@@ -251,7 +286,7 @@ def _parts(tensors: Mapping[str, Tensor]) -> list[_Part]:
 def _twin(layer: DecoderLayer) -> DecoderLayer:
     """The same layer for tensors that lie elsewhere."""
     twin = _shell(layer)
-    twin._fused = FusedLayer()
+    twin._fused, twin.place = FusedLayer(), AT_HOME
     return twin
 
 

@@ -13,6 +13,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -76,7 +77,8 @@ class StepGraphs:
         plain = x.shape[:2] == (1, 1) and visible.causal_only and not torch.is_grad_enabled()
         if not plain or len(held) != len(layers) or id(layers[0]) in self._refused:
             return None
-        with torch.inference_mode():
+        # A script may go on under no_grad: tensors made in inference mode could not be written there.
+        with torch.inference_mode(False), torch.no_grad():
             try:
                 step = self._step(layers, x, dtype, rotary, held)
             except torch.OutOfMemoryError:
@@ -151,13 +153,13 @@ class _Step:
         self._kernels = triton_step
         self._layers, self._dtype, heads = tuple(layers), dtype, layers[0].self_attn.heads
         views = [cache.view(1, heads, x.device, dtype) for cache in caches]
-        self._capacity = views[0].capacity
+        self._capacity = min(view.capacity for view in views)  # a prompt stopped in mid pass grows the first ones only
         self._buffers = [weakref.ref(cache.buffer) for cache in caches]  # a forgotten conversation's memory is free
         self._x = torch.empty(x.shape[-1], dtype=torch.float32, device=x.device)
         self._rotary = (torch.empty_like(rotary[0].flatten()), torch.empty_like(rotary[1].flatten()))
         self._length = torch.zeros((), dtype=torch.int32, device=x.device)
         self._scratch = triton_step.AttentionScratch(heads, x.device)
-        self._beside = torch.cuda.Stream(x.device) if x.device.type == "cuda" else None
+        self._beside = _stream(x.device, "beside") if x.device.type == "cuda" else None
         self._set(x, rotary, caches[0].length)
         self._replay = record(lambda: self._compute(views), x.device)
         self._weights, self._expected = _addresses(self._layers), -1
@@ -165,8 +167,9 @@ class _Step:
     def suits(self, layers: Sequence[DecoderLayer], caches: Sequence[HomeCache], dtype: torch.dtype) -> bool:
         """Whether it was recorded with this memory. Weights are compared where a new stretch of tokens begins."""
         length, alike = caches[0].length, dtype == self._dtype and len(layers) == len(self._layers)
-        held = (cache.buffer is buffer() for cache, buffer in zip(caches, self._buffers, strict=True))
-        same = alike and length < self._capacity and all(held)
+        held = (cache.buffer for cache in caches)
+        same = alike and length < self._capacity
+        same = same and all(own is not None and own is ref() for own, ref in zip(held, self._buffers, strict=True))
         return same and (length == self._expected or _addresses(layers) == self._weights)
 
     def run(self, x: Tensor, rotary: tuple[Tensor, Tensor], caches: Sequence[HomeCache]) -> Tensor:
@@ -208,17 +211,26 @@ class _Step:
 
 
 def record(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """`work` once for real, which compiles its kernels, then recorded; calling the result does it again."""
-    with torch.cuda.device(device):
-        warm_up = torch.cuda.Stream(device)
-        warm_up.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(warm_up):
+    """`work` once for real, which compiles its kernels, then recorded; calling the result does it again.
+
+    Both on a stream of this device's own: torch's stream for captures belongs to the device that used it first.
+    """
+    current, own = torch.cuda.current_stream(device), _stream(device, "record")
+    with torch.cuda.device(device), torch.cuda.stream(current):  # whose exit restores it where a capture fails
+        own.wait_stream(current)
+        with torch.cuda.stream(own):
             work()
-        torch.cuda.current_stream(device).wait_stream(warm_up)
+        current.wait_stream(own)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
+        with torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):  # other threads may use the GPU
             work()
     return graph.replay
+
+
+@lru_cache
+def _stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
+    """One for each purpose, whatever is recorded: libraries keep memory for every stream they have seen."""
+    return torch.cuda.Stream(device)
 
 
 def _fork(stream: torch.cuda.Stream | None) -> AbstractContextManager[None]:

@@ -27,6 +27,7 @@ PROBE_BYTES = 256 << 20
 PROBE_SIDE, PROBE_TOKENS = 4096, 128  # one q_proj of the 9B, a short prompt
 PROBE_ROWS = 27392  # and its gate_up_proj
 REPETITIONS = 7
+GPU_CALLS = 16
 
 DISK_BLOCK = 8 << 20
 DISK_READERS = 2
@@ -147,11 +148,14 @@ def gpu_rate(device: torch.device) -> float:
 
 
 def _gpu_seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """Of one call among several, so that launching and waiting do not count."""
+
     def waited() -> None:
-        work()
+        for _ in range(GPU_CALLS):
+            work()
         torch.cuda.synchronize(device)
 
-    return _median_seconds(waited)
+    return _median_seconds(waited) / GPU_CALLS
 
 
 def disk_bandwidth(file: Path, most: int = DISK_PROBE_BYTES) -> float | None:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from glm4lite import speed
 from glm4lite.cache import KVType, bytes_per_token
+from glm4lite.crossing import BLOCK_BYTES, BLOCKS
+from glm4lite.crossing import BUFFERS as BUS_BUFFERS
 from glm4lite.errors import ConfigError, ContextLengthError
 from glm4lite.model import CPU_CHUNK, GPU_CHUNK
 from glm4lite.weights.memory import enough, readable
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
 RING_BUFFERS = 3
 """Layers in RAM at a time of those that are read from disk: computed, just read, being read."""
 
-STAGING_BUFFERS = 2
-"""Layers on their way over the bus while a prompt is computed, on both of its sides."""
 
 # Measured: 225 MiB after torch's import and the load of a mapped model, 165 MiB for the tokenizer of 151 552 tokens,
 # some 40 MiB that malloc keeps between the chunks of a prompt.
@@ -82,14 +82,14 @@ class Needs:
     def activations(self, context: int, gpu: bool) -> int:
         """Bytes for the largest chunk of a prompt: the residual stream, one layer's values, the last token's logits.
 
-        On a GPU also the mask [chunk, context], as bool and as numbers.
+        On a GPU also the mask [chunk, context], as bool and as numbers, and keys and values for every query head.
         """
         config, item_bytes = self.config, GPU_ITEM_BYTES if gpu else self.item_bytes
         chunk = min(context, GPU_CHUNK if gpu else CPU_CHUNK)
         queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
         values = 2 * config.hidden_size + 3 * queries + 2 * keys + 3 * config.intermediate_size
-        mask = context * (1 + item_bytes) if gpu else 0
-        return chunk * (3 * 4 * config.hidden_size + item_bytes * values + mask) + 5 * 4 * config.vocab_size
+        mask, expanded = (context * (1 + item_bytes), 2 * context * queries * item_bytes) if gpu else (0, 0)
+        return chunk * (3 * 4 * config.hidden_size + item_bytes * values + mask) + expanded + 5 * 4 * config.vocab_size
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def _on_gpus(request: _Request) -> tuple[Share, ...]:
     whole = _filled(request, 0)
     if sum(len(share.layers) for share in whole) == len(request.needs.layers):
         return whole
-    return _filled(request, STAGING_BUFFERS * max(request.needs.layers))
+    return _filled(request, BUS_BUFFERS * max(request.needs.layers))
 
 
 def _filled(request: _Request, buffers: int) -> tuple[Share, ...]:
@@ -308,7 +308,7 @@ def _cpu_share(request: _Request, layers: tuple[int, ...], disk: tuple[int, ...]
     held = tuple(layer for layer in layers if layer not in set(disk))
     own = 0 if gpus else needs.head + needs.rest
     read_in_place = needs.stored and (needs.head > 0 or bool(gpus))  # a tied head reads all of the embedding
-    staging = STAGING_BUFFERS * max(needs.layers) if gpus and layers else 0
+    staging = BLOCKS * BLOCK_BYTES if gpus and layers else 0
     ring = RING_BUFFERS * max(needs.layers[layer] for layer in disk) if disk else 0
     return Share(
         "cpu",
@@ -325,7 +325,7 @@ def _cpu_share(request: _Request, layers: tuple[int, ...], disk: tuple[int, ...]
 def _least_gpu(request: _Request) -> int:
     """Bytes of GPU memory with which it is used at all: the head, one layer and its cache, and what goes with them."""
     needs = request.needs
-    buffers = STAGING_BUFFERS * max(needs.layers) if len(needs.layers) > 1 else 0
+    buffers = BUS_BUFFERS * max(needs.layers) if len(needs.layers) > 1 else 0
     fixed = GPU_RESERVE + needs.activations(request.context, gpu=True) + needs.head_read + needs.rest
     return fixed + buffers + needs.layers[-1] + request.kv_bytes(1, gpu=True)
 

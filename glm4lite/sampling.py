@@ -153,7 +153,7 @@ def _pick(logits: Tensor, params: SamplingParams, drawn: float) -> Tensor:
             break
     sums = (probs * kept).cumsum(-1)
     place = (sums <= drawn * _mass(sums, params, count == total)).sum()
-    return ids[place.clamp(max=kept.sum() - 1)]
+    return ids.take(place.clamp(max=kept.sum() - 1))  # indexing would ask a GPU for the place
 
 
 def _normalizer(logits: Tensor, values: Tensor, params: SamplingParams) -> Tensor:
@@ -172,7 +172,7 @@ def _kept(probs: Tensor, params: SamplingParams) -> Tensor:
         kept &= probs.cumsum(-1) - probs <= params.top_p
     if params.min_p > 0:
         kept &= probs >= params.min_p * probs[0]
-    return kept | (rank == 0)
+    return (kept & (probs > 0)) | (rank == 0)
 
 
 def _enough(probs: Tensor, kept: Tensor, params: SamplingParams, drawn: float) -> bool:

@@ -6,8 +6,10 @@ their number of tokens instead of their device.
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +168,41 @@ def test_without_pinned_memory_it_goes_on_and_says_so(
     assert said.message == (
         "no pinned memory can be had (CUDA error: out of host memory): weights cross the bus more slowly"
     )
+
+
+def test_a_script_may_change_between_inference_mode_and_no_grad(folders: dict[str, Path]) -> None:
+    model, _ = crossing_model(folders["int4"])
+    want = logits_of(model)
+    with torch.no_grad():
+        cache = model.new_cache()
+        got = [model(piece, past_key_values=cache).logits for piece in PIECES]
+    assert all(map(torch.equal, got, want))
+
+
+def test_what_a_gpu_computed_in_bfloat16_is_stored_in_the_layers_own_type(folders: dict[str, Path]) -> None:
+    model = load(folders["int4"])
+    layers = list(model.model.layers)
+    for layer in layers:
+        layer.dtype = torch.float32
+    put_on_bus(layers, torch.device("cpu"), torch.bfloat16, THRESHOLD)
+    both = IDS.view(2, 20)
+    with torch.inference_mode():
+        cache = model.model.new_cache(batch=2)
+        model(both[:, :10], past_key_values=cache)
+        model(both[:, 10:11], past_key_values=cache)  # by the CPU, in float32
+    assert {layer.keys.dtype for layer in cache.layers} == {torch.float32}
+
+
+def test_a_model_that_is_let_go_is_gone_at_once(folders: dict[str, Path]) -> None:
+    model, _ = crossing_model(folders["int4"])
+    logits_of(model)
+    gone = weakref.ref(model.model.layers[1].mlp.down_proj)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 # --- which layers, and from how many tokens on

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from glm4lite import Glm4ForCausalLM, SamplingParams, graph, load
+from glm4lite.cache import LayerCache
 from glm4lite.errors import ConfigError
 from glm4lite.generate import Generation, PrefixCache
 from glm4lite.graph import StepGraphs
@@ -225,3 +227,75 @@ def test_gradients_hooks_and_hidden_states_take_the_torch_code(folders: dict[str
         model(IDS[:, 5:6].to(DEVICE), past_key_values=cache)
         handle.remove()
     assert recorder.recordings == 0
+
+
+def stopped_in_mid_pass(model: Glm4ForCausalLM, cache: PrefixCache, prompt: list[int]) -> None:
+    cancel = threading.Event()
+    handle = model.model.layers[0].register_forward_hook(lambda *_: cancel.set())
+    assert list(Generation(model, prompt, SamplingParams(temperature=0), cache=cache, cancel=cancel)) == []
+    handle.remove()
+
+
+def test_layers_whose_caches_have_grown_unequally_are_not_written_beyond_their_end(
+    folders: dict[str, Path], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, params = model_of(folders["9B"], torch.float32), SamplingParams(temperature=0, max_new_tokens=24)
+
+    def after_a_stop() -> list[int]:
+        cache = PrefixCache(model)
+        stopped_in_mid_pass(
+            model, cache, IDS[0].tolist()
+        )  # the first layer's cache has 48 positions, the second's none
+        return list(Generation(model, IDS[0, :3].tolist(), params, cache=cache))
+
+    assert after_a_stop() == eagerly(monkeypatch, after_a_stop)
+
+
+def test_a_new_conversation_of_one_token_does_not_take_a_forgotten_ones_memory(
+    folders: dict[str, Path], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(folders["9B"], torch.float32)
+    logits_of(model, [4, 1, 1])
+    before = recorder.recordings
+    got = logits_of(model, [1] * 6)
+    assert CUDA or recorder.recordings == before + 1
+    assert distance(got, eagerly(monkeypatch, lambda: logits_of(model, [1] * 6))) < TOLERANCE[torch.float32]
+
+
+def test_memory_that_runs_out_while_a_cache_grows_leaves_it_as_it_was(
+    folders: dict[str, Path], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, cache = model_of(folders["9B"], torch.float32), LayerCache()
+    for new in (torch.ones(1, 2, 9, 16), torch.ones(1, 2, 1, 16)):
+        cache.append(new, new)
+    real, calls = LayerCache._reserved, []
+
+    def reserved(cache: LayerCache, buffer: Tensor | None, like: Tensor, end: int) -> Tensor:
+        calls.append(end)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(cache, buffer, like, end)
+
+    keys, values = cache.keys, cache.values
+    with monkeypatch.context() as patched:
+        patched.setattr(LayerCache, "_reserved", reserved)
+        with pytest.raises(torch.OutOfMemoryError):
+            cache.view(30, model.model.layers[0].self_attn.heads, torch.device("cpu"), torch.float32)
+    assert cache.keys is keys
+    assert cache.values is values
+
+
+def test_a_script_may_change_between_inference_mode_and_no_grad(folders: dict[str, Path], recorder: Recorder) -> None:
+    model = model_of(folders["9B"], torch.float32)
+    cache = model.new_cache()
+    ids = IDS.to(DEVICE)
+    with torch.inference_mode():
+        model(ids[:, :6], past_key_values=cache)
+        model(ids[:, 6:7], past_key_values=cache)
+    with torch.no_grad():
+        model(ids[:, 7:8], past_key_values=cache)
+        model(ids[:, 8:30], past_key_values=cache)
+        model(ids[:, 30:31], past_key_values=cache)
+    with torch.inference_mode():
+        last = model(ids[:, 31:32], past_key_values=cache).logits
+        assert distance(last[:, -1], model(ids[:, :32], use_cache=False).logits[:, -1]) < 1e-5

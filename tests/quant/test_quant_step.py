@@ -102,8 +102,8 @@ def test_an_int8_cache_is_written_and_read_as_the_others_do(length: int) -> None
         twin.append(*past)
     keys, values = twin.append(k.view(1, heads.key_value, 1, -1), v.view(1, heads.key_value, 1, -1))
     own = cache.append(k.new_zeros(1, heads.key_value, 1, heads.dim), k.new_zeros(1, heads.key_value, 1, heads.dim))
-    assert torch.equal(own[0][:, :, :-1], keys)
-    assert torch.equal(own[1][:, :, :-1], values)
+    for got, stored in ((own[0], keys), (own[1], values)):  # a GPU divides otherwise than torch: a code may differ
+        assert torch.equal(got[:, :, :-1], stored) if not CUDA else error(got[:, :, :-1], stored) < 1.01 / 127
     want = attended(q.view(heads.key_value, -1, heads.dim).double(), keys[0].double(), values[0].double())
     assert error(out, want) < 1e-5
 
