@@ -243,9 +243,7 @@ def test_layers_whose_caches_have_grown_unequally_are_not_written_beyond_their_e
 
     def after_a_stop() -> list[int]:
         cache = PrefixCache(model)
-        stopped_in_mid_pass(
-            model, cache, IDS[0].tolist()
-        )  # the first layer's cache has 48 positions, the second's none
+        stopped_in_mid_pass(model, cache, IDS[0].tolist())  # the first layer's cache has grown, the second's has not
         return list(Generation(model, IDS[0, :3].tolist(), params, cache=cache))
 
     assert after_a_stop() == eagerly(monkeypatch, after_a_stop)
