@@ -178,24 +178,25 @@ def disk_bandwidth(file: Path, most: int = DISK_PROBE_BYTES) -> float | None:
 
 
 def read_rate(extents: Sequence[Extent]) -> float | None:
-    """Bytes per second of parts of files, read one after the other by two threads; None where that fails."""
+    """Bytes per second of parts of files, read one after the other by two threads; None where that fails.
+
+    They go into more memory than a processor's cache holds, as a model's weights do.
+    """
     blocks = [
         (extent.file, at, min(DISK_BLOCK, extent.offset + extent.nbytes - at))
         for extent in extents
         for at in range(extent.offset, extent.offset + extent.nbytes, DISK_BLOCK)
     ]
-    buffers = [aligned_memory(DISK_BUFFER).fill_(0) for _ in range(DISK_READERS)]
+    memory = memoryview(cast(Any, aligned_memory(DISK_BUFFER).fill_(0).numpy()))
 
-    def read(reader: int) -> None:
-        view = memoryview(cast(Any, buffers[reader].numpy()))
-        for turn, (file, offset, nbytes) in enumerate(blocks[reader::DISK_READERS]):
-            at = turn * DISK_BLOCK % DISK_BUFFER
-            file.read_into(view[at : at + nbytes], offset)
+    def read(number: int) -> None:
+        (file, offset, nbytes), at = blocks[number], number * DISK_BLOCK % DISK_BUFFER
+        file.read_into(memory[at : at + nbytes], offset)
 
     started = time.perf_counter()
     try:
         with ThreadPoolExecutor(DISK_READERS) as readers:
-            list(readers.map(read, range(DISK_READERS)))
+            list(readers.map(read, range(len(blocks))))
     except CheckpointError:
         return None
     return sum(nbytes for _, _, nbytes in blocks) / (time.perf_counter() - started)
