@@ -30,7 +30,7 @@ from glm4lite.generate import Generation, PrefixCache
 from glm4lite.hub import resolve
 from glm4lite.inventory import bus_of, devices, kernel_names, read_bytes, rings
 from glm4lite.loader import check_arguments, load
-from glm4lite.machine import bus_bandwidth, gpu_bandwidth, read_rate
+from glm4lite.machine import beyond_caches, bus_bandwidth, gpu_bandwidth, read_rate
 from glm4lite.model import DecoderLayer, Glm4ForCausalLM
 from glm4lite.sampling import SamplingParams
 from glm4lite.weights.memory import readable
@@ -38,7 +38,6 @@ from glm4lite.weights.plan import read_config
 from glm4lite_quant.kernels import native
 
 REPETITIONS = 5
-BUFFER_BYTES = 512 << 20  # read to measure the bandwidth: far more than any cache holds
 STATUS = Path("/proc/self/status")
 SAMPLE_SECONDS = 0.005
 
@@ -344,7 +343,7 @@ def _decoding(model: Glm4ForCausalLM, gpu: torch.device) -> str:
 
 def _read_rates(count: int) -> list[float]:
     """Gigabytes per second of passes over a buffer, which is no memory of the model's and is let go."""
-    buffer = torch.ones(BUFFER_BYTES // 8, dtype=torch.int64)
+    buffer = torch.ones(beyond_caches() // 8, dtype=torch.int64)
     native.read_all(buffer)
     rates = []
     for _ in range(count):

@@ -24,6 +24,7 @@ MARGIN = 0.95  # of the RAM that is free: what is left for the rest of the machi
 UNKNOWN_RAM = 16 << 30  # where the system does not tell
 
 PROBE_BYTES = 256 << 20
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 PROBE_SIDE, PROBE_TOKENS = 4096, 128  # one q_proj of the 9B, a short prompt
 PROBE_ROWS = 27392  # and its gate_up_proj
 REPETITIONS = 7
@@ -69,10 +70,12 @@ def ram_bandwidth(quantized: bool) -> float:
 
     int4 as the kernels read them, which on some processors is less than memory gives; else all that memory gives.
     """
+    size = beyond_caches()
     if not quantized:
-        buffer = torch.ones(PROBE_BYTES // 8, dtype=torch.int64)
-        return PROBE_BYTES / _median_seconds(lambda: native.read_all(buffer))
-    layers = [_int4_layer(PROBE_ROWS) for _ in range(PROBE_BYTES // _int4_layer(PROBE_ROWS).weight_tensor.nbytes)]
+        buffer = torch.ones(size // 8, dtype=torch.int64)
+        return buffer.nbytes / _median_seconds(lambda: native.read_all(buffer))
+    first = _int4_layer(PROBE_ROWS)
+    layers = [first, *(_int4_layer(PROBE_ROWS) for _ in range(size // first.weight_tensor.nbytes))]
     x = torch.ones(1, PROBE_SIDE)
 
     def one_token() -> None:
@@ -81,6 +84,16 @@ def ram_bandwidth(quantized: bool) -> float:
 
     with torch.inference_mode():
         return sum(layer.weight_tensor.nbytes for layer in layers) / _median_seconds(one_token)
+
+
+def beyond_caches() -> int:
+    """Bytes that no cache of the processor holds: twice the largest one, if the system tells; 256 MiB to 1 GiB."""
+    try:
+        sizes = [file.read_text(encoding="ascii").strip() for file in CACHES.glob("index*/size")]
+        largest = max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=0)
+    except (OSError, ValueError):
+        largest = 0
+    return min(max(PROBE_BYTES, 2 * largest), 1 << 30)
 
 
 def _int4_layer(rows: int) -> QuantLinear:

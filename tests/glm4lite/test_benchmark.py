@@ -30,7 +30,7 @@ KEYS = {
 
 @pytest.fixture(autouse=True)
 def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BUFFER_BYTES", 8 << 20)
+    monkeypatch.setattr(module, "beyond_caches", lambda: 8 << 20)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> object:

@@ -298,6 +298,19 @@ def test_an_advised_size_suffices(size: int) -> None:
     assert size <= parse_size(enough(size)) <= size * 1.1 + (1 << 20)
 
 
+def test_what_is_read_to_measure_memory_is_more_than_the_caches_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "CACHES", tmp_path)
+    assert machine.beyond_caches() == 256 << 20
+    for index, size in enumerate(("48K", "2048K", "491520K", "odd")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    assert machine.beyond_caches() == 2 * 480 << 20
+    (tmp_path / "index3" / "size").write_text("4000000K")
+    assert machine.beyond_caches() == 1 << 30
+
+
 def test_speeds_are_measured() -> None:
     assert all(1e8 < machine.ram_bandwidth(quantized) < 1e13 for quantized in (True, False))
     assert 1e8 < machine.cpu_rate(True) < 1e15
