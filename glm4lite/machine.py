@@ -1,8 +1,7 @@
-"""What this machine gives: free memory, and how fast memory, processor, GPUs and disk are, measured in some 0.3 s."""
+"""What this machine gives: free memory, and how fast memory, processor, GPUs and disk are, measured in 1 to 2 s."""
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +14,9 @@ import torch
 from glm4lite.errors import CheckpointError
 from glm4lite.placement import Machine
 from glm4lite.weights import memory
-from glm4lite.weights.direct import ALIGNMENT, DirectFile, aligned_memory
+from glm4lite.weights.direct import ALIGNMENT, DirectFile
 from glm4lite.weights.ring import Extent
-from glm4lite_quant import QuantConfig, QuantLinear, QuantTensor
+from glm4lite_quant import QuantConfig, QuantLinear, QuantTensor, pages
 from glm4lite_quant.kernels import native
 
 MARGIN = 0.95  # of the RAM that is free: what is left for the rest of the machine
@@ -27,14 +26,12 @@ PROBE_BYTES = 256 << 20
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 PROBE_SIDE, PROBE_TOKENS = 4096, 128  # one q_proj of the 9B, a short prompt
 PROBE_ROWS = 27392  # and its gate_up_proj
-REPETITIONS = 7
+PROBE_SECONDS, LEAST_CALLS = 0.5, 3
 GPU_CALLS = 16
 
 DISK_BLOCK = 8 << 20
 DISK_READERS = 2
-DISK_BUFFER = (
-    64 << 20
-)  # of each reader: weights end up in memory, and a buffer that stays in a cache is read faster into
+DISK_BUFFER = 64 << 20  # of each reader; what stays in a cache is read faster into, and weights do not
 DISK_PIECES = 8
 DISK_PROBE_BYTES = 1 << 30
 
@@ -73,7 +70,7 @@ def ram_bandwidth(quantized: bool) -> float:
     size = beyond_caches()
     if not quantized:
         buffer = torch.ones(size // 8, dtype=torch.int64)
-        return buffer.nbytes / _median_seconds(lambda: native.read_all(buffer))
+        return buffer.nbytes / _mean_seconds(lambda: native.read_all(buffer))
     first = _int4_layer(PROBE_ROWS)
     layers = [first, *(_int4_layer(PROBE_ROWS) for _ in range(size // first.weight_tensor.nbytes))]
     x = torch.ones(1, PROBE_SIDE)
@@ -83,7 +80,7 @@ def ram_bandwidth(quantized: bool) -> float:
             layer(x)
 
     with torch.inference_mode():
-        return sum(layer.weight_tensor.nbytes for layer in layers) / _median_seconds(one_token)
+        return sum(layer.weight_tensor.nbytes for layer in layers) / _mean_seconds(one_token)
 
 
 def beyond_caches() -> int:
@@ -114,17 +111,17 @@ def cpu_rate(quantized: bool) -> float:
         layer = torch.nn.Linear(PROBE_SIDE, PROBE_SIDE, bias=False, dtype=torch.bfloat16)
     x = torch.ones(PROBE_TOKENS, PROBE_SIDE, dtype=torch.float32 if quantized else torch.bfloat16)
     with torch.inference_mode():
-        return 2 * PROBE_TOKENS * PROBE_SIDE**2 / _median_seconds(lambda: layer(x))
+        return 2 * PROBE_TOKENS * PROBE_SIDE**2 / _mean_seconds(lambda: layer(x))
 
 
-def _median_seconds(work: Callable[[], object]) -> float:
+def _mean_seconds(work: Callable[[], object]) -> float:
+    """Of one call among as many as take PROBE_SECONDS: the mean, for what others do meanwhile slows tokens too."""
     work()
-    seconds = []
-    for _ in range(REPETITIONS):
-        started = time.perf_counter()
+    count, started = 0, time.perf_counter()
+    while (passed := time.perf_counter() - started) < PROBE_SECONDS or count < LEAST_CALLS:
         work()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+        count += 1
+    return passed / count
 
 
 def _with_gpus(machine: Machine) -> Machine:
@@ -168,7 +165,7 @@ def _gpu_seconds(device: torch.device, work: Callable[[], object]) -> float:
             work()
         torch.cuda.synchronize(device)
 
-    return _median_seconds(waited) / GPU_CALLS
+    return _mean_seconds(waited) / GPU_CALLS
 
 
 def disk_bandwidth(file: Path, most: int = DISK_PROBE_BYTES) -> float | None:
@@ -200,7 +197,7 @@ def read_rate(extents: Sequence[Extent]) -> float | None:
         for extent in extents
         for at in range(extent.offset, extent.offset + extent.nbytes, DISK_BLOCK)
     ]
-    memory = memoryview(cast(Any, aligned_memory(DISK_BUFFER).fill_(0).numpy()))
+    memory = memoryview(cast(Any, pages.zeros(DISK_BUFFER).fill_(0).numpy()))
 
     def read(number: int) -> None:
         (file, offset, nbytes), at = blocks[number], number * DISK_BLOCK % DISK_BUFFER

@@ -50,7 +50,7 @@ class PlacementReport:
 
     def rows(self) -> Iterator[tuple[str, ...]]:
         """A table's rows, the header first."""
-        yield "device", "layers", "weights", "cache", "activations", "buffers", "reserve", "all of it"
+        yield "device", "layers", "weights", "cache", "activations", "buffers", "reserve", "held"
         for share in self.placement.devices:
             sizes = (share.weights, share.kv, share.activations, share.buffers, share.reserve)
             total = share.weights if share.device == "disk" else share.held
@@ -62,6 +62,8 @@ class PlacementReport:
         """What stands below the table."""
         placed = self.placement
         yield "model", f"{self.model}, {self.needs.quant}: {readable(placed.weight_bytes)} of weights"
+        if mapped := placed.share("cpu").mapped:
+            yield "mapped", f"{readable(mapped)} of the weights stay in the file's pages: not held, outside a budget"
         cache = f"{readable(placed.kv_bytes)} for {placed.context} tokens ({placed.kv})"
         yield "cache", f"{cache}, {readable(placed.kv_bytes * 1024 // placed.context)} for each 1024"
         if self.placement.fits:

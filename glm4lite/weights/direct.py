@@ -8,14 +8,9 @@ F_NOCACHE on macOS); where a file system refuses that, they go through the cache
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import threading
-from contextlib import suppress
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from glm4lite.errors import CheckpointError
 
@@ -113,15 +108,3 @@ def _no_cache_command() -> int | None:
     except ImportError:  # Windows
         return None
     return getattr(fcntl, "F_NOCACHE", None)
-
-
-def aligned_memory(nbytes: int) -> Tensor:
-    """uint8 [nbytes] at an aligned address, in huge pages where there are any; zeros that cost no memory yet."""
-    if hasattr(mmap, "MAP_PRIVATE"):  # shared memory has no huge pages, and is not counted as the process's own
-        pages = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    else:  # Windows
-        pages = mmap.mmap(-1, max(nbytes, 1))
-    if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= 2 << 20:
-        with suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8, count=nbytes)

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
-from glm4lite.weights.direct import ALIGNMENT, DirectFile, aligned_memory
+from glm4lite.weights.direct import ALIGNMENT, DirectFile
+from glm4lite_quant import pages
 
 BLOCK_BYTES = 8 << 20  # of one read: smaller ones leave the disk waiting
 SLOTS = 3  # one is computed with while two are filled
@@ -168,7 +169,7 @@ class WeightRing:
 
 
 def _slot(size: int) -> _Slot:
-    memory = aligned_memory(size)
+    memory = pages.zeros(size)
     return _Slot(memory, memoryview(cast(Any, memory.numpy())))
 
 

@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 
 from glm4lite.errors import CheckpointError
+from glm4lite_quant import pages
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
@@ -212,7 +213,7 @@ def read(tensor: StoredTensor) -> torch.Tensor:
     dtype = torch_dtype(tensor)
     if tensor.nbytes == 0:
         return torch.empty(tensor.shape, dtype=dtype)
-    buffer = torch.empty(tensor.nbytes, dtype=torch.uint8)
+    buffer = pages.zeros(tensor.nbytes)
     view, done = memoryview(cast(Any, buffer.numpy())), 0
     try:
         with tensor.path.open("rb", buffering=0) as file:

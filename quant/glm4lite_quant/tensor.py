@@ -6,12 +6,14 @@ Tiles of 16 rows x 32 columns lie one after another along K; scales and mins are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from glm4lite_quant import pages
 from glm4lite_quant.config import GROUP_SIZES, MINMAX, QuantConfig, QuantError
 from glm4lite_quant.kernels import calibrated, native, reference
 from glm4lite_quant.kernels.reference import COLS, ROWS, SCRATCH_ELEMENTS
@@ -55,9 +57,9 @@ class QuantTensor:
         if n < 1 or k < 1 or k % config.group_size:
             raise QuantError(f"a weight of {n} x {k} cannot be quantized in groups of {config.group_size} columns")
         tiles, affine = -(-n // ROWS), config.bits == 4
-        planes = [torch.zeros(tiles, k // config.group_size, ROWS, dtype=torch.uint8, device=device) for _ in range(2)]
+        planes = [_plane((tiles, k // config.group_size, ROWS), device) for _ in range(2)]
         rows = [torch.zeros(n, dtype=torch.float32, device=device) for _ in range(2)]
-        codes = torch.zeros(tiles, k // COLS, 64 * config.bits, dtype=torch.uint8, device=device)
+        codes = _plane((tiles, k // COLS, 64 * config.bits), device)
         return cls(codes, planes[0], planes[1] if affine else None, rows[0], rows[1] if affine else None)
 
     @classmethod
@@ -178,6 +180,14 @@ class QuantTensor:
         for name, t in self.tensors().items():
             if name in planes and tuple(t.shape) != planes[name]:
                 raise QuantError(f"{name} has shape {list(t.shape)}; expected {list(planes[name])}")
+
+
+def _plane(shape: tuple[int, int, int], device: str | torch.device) -> Tensor:
+    """uint8 zeros; large ones of a CPU in huge pages."""
+    nbytes = math.prod(shape)
+    if torch.device(device).type == "cpu" and nbytes >= pages.HUGE:
+        return pages.zeros(nbytes).view(shape)
+    return torch.zeros(shape, dtype=torch.uint8, device=device)
 
 
 def not_finite(row: int, col: int, value: float) -> str:

@@ -1,0 +1,27 @@
+"""Memory for weights: at an aligned address, and in huge pages where the system has them.
+
+A token reads every weight once, so with small pages the processor looks up an address for each 4 KiB; many systems give
+huge pages only to those who ask.
+"""
+
+from __future__ import annotations
+
+import mmap
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+HUGE = 2 << 20
+
+
+def zeros(nbytes: int) -> Tensor:
+    """uint8 [nbytes] in memory of its own, aligned to a page; it costs nothing until it is written."""
+    if hasattr(mmap, "MAP_PRIVATE"):  # shared memory has no huge pages, and is not counted as the process's own
+        pages = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:  # Windows
+        pages = mmap.mmap(-1, max(nbytes, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= HUGE:
+        with suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8, count=nbytes)

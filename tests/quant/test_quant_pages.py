@@ -1,0 +1,41 @@
+"""Memory for weights: aligned, and asked for in huge pages."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from glm4lite_quant import QuantConfig, QuantTensor, pages
+
+
+def flags_of(tensor: torch.Tensor) -> set[str]:
+    """The flags of the mapping that holds a tensor, as the kernel tells them."""
+    address, inside = tensor.data_ptr(), False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            start, end = (int(part, 16) for part in first.split("-"))
+            inside = start <= address < end
+        elif inside and first == "VmFlags:":
+            return set(line.split()[1:])
+    raise AssertionError(f"no mapping at {address:#x}")
+
+
+@pytest.mark.parametrize("nbytes", [1, 5000, pages.HUGE + 1])
+def test_memory_is_aligned_zero_and_can_be_written(nbytes: int) -> None:
+    memory = pages.zeros(nbytes)
+    assert memory.shape == (nbytes,)
+    assert memory.data_ptr() % 4096 == 0
+    assert not memory.any()
+    assert memory.fill_(3).sum() == 3 * nbytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how memory is mapped")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages")
+def test_the_codes_of_a_large_weight_lie_in_huge_pages() -> None:
+    large = QuantTensor.empty(4096, 4096, QuantConfig())
+    assert "hg" in flags_of(large.qweight)
+    assert "hg" not in flags_of(QuantTensor.empty(16, 64, QuantConfig()).qweight)
