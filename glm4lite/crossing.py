@@ -7,20 +7,18 @@ stream of its own, while the GPU computes the layer before; its keys and values 
 
 from __future__ import annotations
 
-import copy
 import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from glm4lite.cache import AwayCache, Cache, HomeCache
-from glm4lite.fused import FusedLayer
-from glm4lite.offload import AT_HOME, Place
+from glm4lite.offload import Place, twin_of
 from glm4lite_quant import QuantLinear, QuantTensor
 from glm4lite_quant.tensor import NAMES
 
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
     from glm4lite.model import DecoderLayer
 
 logger = logging.getLogger("glm4lite")
-
-M = TypeVar("M", bound=nn.Module)
 
 BUFFERS = 2  # layers on the GPU: one is computed with while the other is filled
 ALIGNMENT = 256  # bytes: what a GPU's allocator gives
@@ -71,7 +67,7 @@ class Crossing:
             with self.home.at_hand(layer, device, cache) as lent:
                 yield lent
             return
-        twin = self._twin = self._twin or _twin(layer)
+        twin = self._twin = self._twin or twin_of(layer)
         _lend(twin, self.bus.arrived(self._index), self.bus.dtype)
         away = None if cache is None else AwayCache(cache)
         yield twin, away
@@ -281,21 +277,6 @@ def _parts(tensors: Mapping[str, Tensor]) -> list[_Part]:
         parts.append(_Part(name, tensor.dtype, tensor.shape, at, tensor.nbytes))
         at = -(-(at + tensor.nbytes) // ALIGNMENT) * ALIGNMENT
     return parts
-
-
-def _twin(layer: DecoderLayer) -> DecoderLayer:
-    """The same layer for tensors that lie elsewhere."""
-    twin = _shell(layer)
-    twin._fused, twin.place = FusedLayer(), AT_HOME
-    return twin
-
-
-def _shell(module: M) -> M:
-    """A module of the same kind and settings with places of its own for tensors: they are set anew each time."""
-    twin = copy.copy(module)
-    twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)
-    twin._modules = {name: None if child is None else _shell(child) for name, child in module._modules.items()}
-    return twin
 
 
 def _lend(twin: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -23,17 +22,23 @@ if TYPE_CHECKING:
 def kernel_names(model: nn.Module) -> dict[str, int]:
     """Backend and precision -> how many linear layers use it."""
     names: Counter[str] = Counter()
-    with ExitStack() as stack:
-        for layer, place in _streamed(model):
-            stack.enter_context(place.shapes_at_hand(layer))
-        for module in model.modules():
-            if isinstance(module, QuantLinear):
-                names[f"{module.kernel} int{module.weight_tensor.bits}"] += 1
-            elif isinstance(module, BnbLinear):
-                names[f"{module.kernel} {module.kind}"] += 1
-            elif isinstance(module, nn.Linear):
-                names[f"torch {str(module.weight.dtype).removeprefix('torch.')}"] += 1
+    for module in _with_shapes(model):
+        if isinstance(module, QuantLinear):
+            names[f"{module.kernel} int{module.weight_tensor.bits}"] += 1
+        elif isinstance(module, BnbLinear):
+            names[f"{module.kernel} {module.kind}"] += 1
+        elif isinstance(module, nn.Linear):
+            names[f"torch {str(module.weight.dtype).removeprefix('torch.')}"] += 1
     return dict(names)
+
+
+def _with_shapes(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules; for a layer on disk those of a twin, since another thread may be computing with its own."""
+    streaming = dict(_streamed(model))
+    theirs = {module for layer in streaming for module in layer.modules()}
+    yield from (module for module in model.modules() if module not in theirs)
+    for layer, place in streaming.items():
+        yield from place.shaped(layer).modules()
 
 
 def read_bytes(model: Glm4ForCausalLM, positions: int) -> dict[str, int]:

@@ -6,23 +6,26 @@ layer's modules only while the layer runs, and nowhere in between: whoever looks
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from glm4lite.cache import Cache, HomeCache
 from glm4lite.errors import CheckpointError
+from glm4lite.fused import FusedLayer
 from glm4lite.weights.direct import DirectFile
 from glm4lite.weights.ring import Span, WeightRing, span_of
 from glm4lite.weights.shard import StoredTensor, torch_dtype
-from glm4lite_quant import QuantLinear, QuantTensor
+from glm4lite_quant import QuantLinear, QuantTensor, pages
 
 if TYPE_CHECKING:
     from glm4lite.model import DecoderLayer
 
+M = TypeVar("M", bound=nn.Module)
 Planes = Mapping[str, Mapping[str, StoredTensor]]
 """A layer's quantized weights: module -> plane (qweight, scales, ...) -> where it lies."""
 
@@ -88,7 +91,7 @@ class OnDisk:
     ) -> Iterator[tuple[DecoderLayer, Cache | None]]:
         memory = self.ring.acquire(self._index)
         try:
-            self._lend(layer, memory)
+            _lend(layer, self._over(memory))
             yield layer, cache
         finally:
             _take_back(layer)
@@ -96,31 +99,46 @@ class OnDisk:
 
     def native(self, layer: DecoderLayer) -> bool:
         if self._native is None:
-            with self.shapes_at_hand(layer):
-                self._native = layer.kernel() is not None
+            self._native = self.shaped(layer).kernel() is not None
         return self._native
 
-    @contextmanager
-    def shapes_at_hand(self, layer: DecoderLayer) -> Iterator[None]:
-        """As `at_hand`, for questions that shapes and types answer: nothing is read, and any values may be there."""
-        self._lend(layer, self.ring.memory())
-        try:
-            yield
-        finally:
-            _take_back(layer)
+    def shaped(self, layer: DecoderLayer) -> DecoderLayer:
+        """A twin with weights of the same shapes, for questions that those answer, in any thread: no value is there."""
+        twin = twin_of(layer)
+        _lend(twin, self._layout.weights(pages.zeros(self._layout.span.nbytes)))
+        return twin
 
-    def _lend(self, layer: DecoderLayer, memory: Tensor) -> None:
+    def _over(self, memory: Tensor) -> Mapping[str, QuantTensor]:
         address = memory.data_ptr()
         if address not in self._weights:
             self._weights[address] = self._layout.weights(memory)
-        for name, weight in self._weights[address].items():
-            cast(QuantLinear, layer.get_submodule(name)).load(weight)
+        return self._weights[address]
+
+
+def _lend(layer: nn.Module, weights: Mapping[str, QuantTensor]) -> None:
+    for name, weight in weights.items():
+        cast(QuantLinear, layer.get_submodule(name)).load(weight)
 
 
 def _take_back(layer: nn.Module) -> None:
     for module in layer.modules():
         if isinstance(module, QuantLinear):
             module.unload()
+
+
+def twin_of(layer: DecoderLayer) -> DecoderLayer:
+    """The same layer for tensors that lie elsewhere."""
+    twin = _shell(layer)
+    twin._fused, twin.place = FusedLayer(), AT_HOME
+    return twin
+
+
+def _shell(module: M) -> M:
+    """A module of the same kind and settings with places of its own for tensors: they are set anew each time."""
+    twin = copy.copy(module)
+    twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)
+    twin._modules = {name: None if child is None else _shell(child) for name, child in module._modules.items()}
+    return twin
 
 
 class _Layout:

@@ -110,10 +110,6 @@ class WeightRing:
         """What a pass reads, in order."""
         return [extent for span in self._spans for extent in span.extents]
 
-    def memory(self) -> Tensor:
-        """A buffer, to lay out shapes before anything was read."""
-        return (self._free or list(self._ahead))[0].memory
-
     def acquire(self, index: int) -> Tensor:
         """uint8: the buffer with span `index` at its beginning; it stays as it is until `release`.
 

@@ -103,6 +103,26 @@ def test_code_that_knows_no_kernels_gets_the_weights_too(folder: Path, streamed:
     assert len(got.hidden_states) == LAYERS + 1
 
 
+def test_whoever_looks_at_the_model_meanwhile_changes_nothing(folder: Path, streamed: Glm4ForCausalLM) -> None:
+    wanted, over = logits_of(load(folder), PIECES), threading.Event()
+    names, failed = kernel_names(streamed), []
+
+    def look() -> None:
+        while not over.is_set():
+            if kernel_names(streamed) != names or devices(streamed)["disk"]["layers"] != 4:
+                failed.append("other facts")
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for _ in range(25):
+            assert all(map(torch.equal, logits_of(streamed, PIECES), wanted))
+    finally:
+        over.set()
+        looking.join()
+    assert not failed
+
+
 def test_a_layer_has_no_weights_between_its_turns(streamed: Glm4ForCausalLM) -> None:
     logits_of(streamed, PIECES[:1])
     layer = next(layer for layer in streamed.model.layers if isinstance(layer.place, OnDisk))
