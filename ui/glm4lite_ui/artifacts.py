@@ -3,6 +3,9 @@
 The frame has an origin of its own (`sandbox` without allow-same-origin) and a policy without network; leaving to
 another address is refused by the page's own policy (serving.py: frame-src). One thing remains: before Chromium asks
 the policy about a navigation it may look up the address and connect to it, without sending anything.
+
+Scripts run only after a click that says what they can do: no policy that browsers know stops WebRTC, over which a
+script may send what the preview holds.
 """
 
 from __future__ import annotations
@@ -20,20 +23,32 @@ POLICY = (
 )
 _FENCE = re.compile(r"^```[ \t]*(html|svg|xml)[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE | re.IGNORECASE)
 
+_SCRIPT = re.compile(r"<script|\bon\w+\s*=|javascript:", re.IGNORECASE)
+RUN_SCRIPTS = (
+    '<p class="g-scripts"><button type="button" class="g-run">Run its scripts</button> '
+    "They see nothing of this page, but may send over WebRTC what the preview holds.</p>"
+)
+
 # A frame exists only while its preview is open, and is made anew each time.
 PREVIEW_JS = """
 element.addEventListener('toggle', event => {
   const details = event.target, box = details.querySelector('.g-frame');
   if (!box) return;
   box.replaceChildren();
-  if (!details.open) return;
+  if (details.open) draw(box, '');
+}, true);
+element.addEventListener('click', event => {
+  const button = event.target.closest('.g-run');
+  if (button) draw(button.closest('.g-preview').querySelector('.g-frame'), 'allow-scripts');
+});
+function draw(box, allowed) {
   const frame = document.createElement('iframe');
-  frame.setAttribute('sandbox', 'allow-scripts');
+  frame.setAttribute('sandbox', allowed);
   frame.setAttribute('referrerpolicy', 'no-referrer');
   frame.title = 'Preview';
   frame.srcdoc = box.dataset.document;
-  box.append(frame);
-}, true);
+  box.replaceChildren(frame);
+}
 """
 
 
@@ -69,7 +84,8 @@ def previews(turns: Sequence[Turn]) -> str:
 
 def _preview(artifact: Artifact) -> str:
     size = f"{len(artifact.source):,} characters"
+    run = RUN_SCRIPTS if _SCRIPT.search(artifact.source) else ""
     return (
-        f'<details class="g-preview"><summary>Preview {artifact.kind} ({size})</summary>'
+        f'<details class="g-preview"><summary>Preview {artifact.kind} ({size})</summary>{run}'
         f'<div class="g-frame" data-document="{text_html(artifact.document())}"></div></details>'
     )

@@ -6,6 +6,7 @@ derived from it: what the model reads (history.py), what the page shows (render.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -103,6 +104,11 @@ class Chat:
         if self.title == NEW_TITLE and self.turns:
             words = " ".join(self.turns[0].user.split()) or NEW_TITLE
             self.title = words if len(words) <= TITLE_CHARACTERS else words[: TITLE_CHARACTERS - 1] + "…"
+
+    def state(self) -> str:
+        """Another text for other turns: what a window shows is compared by it with what there is."""
+        turns = json.dumps([asdict(turn) for turn in self.turns])
+        return hashlib.sha256(turns.encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
         return {"format": 1, **asdict(self)}

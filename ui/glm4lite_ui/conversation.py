@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -16,6 +15,7 @@ from glm4lite_ui.markup import original_markdown, safe_markdown, text_html
 from glm4lite_ui.panels import live_line
 from glm4lite_ui.render import turn_at
 from glm4lite_ui.runtime import Runtime
+from glm4lite_ui.uploads import uploaded
 
 
 class ConversationHandlers:
@@ -36,19 +36,21 @@ class ConversationHandlers:
         yield from self._answer(chat, request, {self.parts.message: self.draw.input(True, text="")})
 
     def example(self, chat_id: str, event: gr.SelectData, request: gr.Request) -> Iterator[Updates]:
-        yield from self.send(event.value, chat_id, request)
+        yield from self.send({"text": str(event.value.get("text", ""))}, chat_id, request)
 
-    def regenerate(self, chat_id: str, request: gr.Request) -> Iterator[Updates]:
+    def regenerate(self, chat_id: str, seen: str, request: gr.Request) -> Iterator[Updates]:
         chat = self.runtime.change(chat_id)
-        if chat.turns:
+        if _changed_meanwhile(chat, seen):
+            yield self.draw.whole(chat)
+        elif chat.turns:
             chat.turns[-1] = Turn(chat.turns[-1].user, chat.turns[-1].files)
             yield from self._answer(chat, request)
 
-    def edit(self, chat_id: str, event: gr.EditData, request: gr.Request) -> Iterator[Updates]:
+    def edit(self, chat_id: str, seen: str, event: gr.EditData, request: gr.Request) -> Iterator[Updates]:
         """Answers the changed message; what followed it is gone."""
         chat = self.runtime.change(chat_id)
         place, text = turn_at(chat, event.index, question=True), original_markdown(_edited_text(event.value)).strip()
-        if place is None or not text:
+        if _changed_meanwhile(chat, seen) or place is None or not text:
             yield self.draw.whole(chat)
             return
         chat.turns[place:] = [Turn(text, chat.turns[place].files)]
@@ -72,18 +74,20 @@ class ConversationHandlers:
         if (answer := self.runtime.answers.get(chat_id)) is not None:
             answer.stop()
 
-    def decide(self, decision: Decision) -> Callable[[str], None]:
+    def decide(self, decision: Decision) -> Callable[[str, str], None]:
         """The handler of a button under a call that waits."""
 
-        def handler(chat_id: str) -> None:
+        def handler(chat_id: str, asked: str) -> None:
             if (answer := self.runtime.answers.get(chat_id)) is not None:
-                answer.decide(decision)
+                answer.decide(asked, decision)
 
         return handler
 
-    def mark(self, chat_id: str, event: gr.EventData) -> Updates:
+    def mark(self, chat_id: str, seen: str, event: gr.EventData) -> Updates:
         """Asks whether a turn is to be deleted."""
         chat, place = self.runtime.change(chat_id), event.turn
+        if _changed_meanwhile(chat, seen):
+            return self.draw.whole(chat)
         if not isinstance(place, int) or not 0 <= place < len(chat.turns):
             raise Glm4liteError("this turn is not there any more")
         words = " ".join(chat.turns[place].user.split())
@@ -94,16 +98,18 @@ class ConversationHandlers:
             self.parts.marked_turn: place,
         }
 
-    def delete(self, chat_id: str, place: int | None) -> Updates:
+    def delete(self, chat_id: str, seen: str, place: int | None) -> Updates:
         chat = self.runtime.change(chat_id)
-        if place is not None and 0 <= place < len(chat.turns):
+        if not _changed_meanwhile(chat, seen) and place is not None and 0 <= place < len(chat.turns):
             del chat.turns[place]
             self.runtime.store.save(chat)
         return self.draw.whole(chat) | self.draw.settings(chat)
 
-    def undo(self, chat_id: str) -> Updates:
+    def undo(self, chat_id: str, seen: str) -> Updates:
         """Deletes the last turn and puts its text back into the input."""
         chat = self.runtime.change(chat_id)
+        if _changed_meanwhile(chat, seen):
+            return self.draw.whole(chat)
         text = chat.turns.pop().user if chat.turns else ""
         self.runtime.store.save(chat)
         return self.draw.whole(chat) | self.draw.settings(chat) | {self.parts.message: self.draw.input(False, text)}
@@ -125,7 +131,16 @@ class ConversationHandlers:
         return f"{file.name}: {file.tokens:,} tokens"
 
     def _attachment(self, path: str) -> Attachment:
-        return self.runtime.attachment(Path(path).name, Path(path).read_bytes())
+        file = uploaded(path)
+        return self.runtime.attachment(file.name, file.read_bytes())
+
+
+def _changed_meanwhile(chat: Chat, seen: str) -> bool:
+    """Whether a window shows another state of the chat than there is now: a turn's place would mean another turn."""
+    if seen == chat.state():
+        return False
+    gr.Warning("This chat was changed in another window. Here it is as it is now.", title="glm4lite")
+    return True
 
 
 def _edited_text(value: Any) -> str:

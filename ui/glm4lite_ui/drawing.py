@@ -28,7 +28,15 @@ class Drawing:
         """Every component that `whole` may change."""
         middle, settings = self.components.conversation, self.components.settings
         shown: list[Any] = [middle.chat_id, middle.title, middle.chatbot, middle.previews, middle.live, middle.message]
-        shown += [middle.asking, middle.asked, middle.full, middle.full_text, middle.marked]
+        shown += [
+            middle.asking,
+            middle.asked,
+            middle.asked_id,
+            middle.seen,
+            middle.full,
+            middle.full_text,
+            middle.marked,
+        ]
         return [*shown, self.components.library.chats, *settings.inputs(), settings.ask_again, settings.export]
 
     def whole(self, chat: Chat, answer: Answer | None = None) -> Updates:
@@ -36,6 +44,7 @@ class Drawing:
         middle = self.components.conversation
         return {
             middle.chat_id: chat.id,
+            middle.seen: chat.state(),
             middle.title: chat.title,
             self.components.library.chats: self.list(chat.id),
             middle.chatbot: chat_messages(chat, answering=answer is not None),
@@ -55,6 +64,7 @@ class Drawing:
             middle.live: live_line(self.runtime, answer.chat, answer),
             middle.asking: gr.Column(visible=asking is not None),
             middle.asked: question_about(asking),
+            middle.asked_id: "" if asking is None else asking.id,
         }
 
     def followed(self, answer: Answer, window: str, also: Updates | None = None) -> Iterator[Updates]:

@@ -38,12 +38,14 @@ class Conversation:
     """The middle: the chat that is open."""
 
     chat_id: gr.Textbox  # hidden; the page holds it, so that it outlives a restart of the server
+    seen: gr.Textbox  # hidden; the state of the chat that this window shows
     title: gr.Textbox
     chatbot: gr.Chatbot
     turns: gr.HTML  # empty; the buttons that delete turns speak through it
     previews: gr.HTML
     asking: gr.Column
     asked: gr.Markdown
+    asked_id: gr.Textbox  # hidden; which call the buttons are about
     approve: gr.Button
     always: gr.Button
     deny: gr.Button
@@ -128,12 +130,13 @@ def _library() -> Library:
 
 def _conversation() -> Conversation:
     chat_id = gr.Textbox("", visible="hidden", elem_id="chat-id")
+    seen = gr.Textbox("", visible="hidden", elem_id="seen")
     with gr.Column(elem_id="chat-column"):
         title = gr.Textbox(show_label=False, container=False, elem_id="chat-title", max_length=120)
         chatbot = _chatbot()
         turns = gr.HTML("", js_on_load=TURNS_JS, elem_id="turns")
         previews = gr.HTML("", js_on_load=PREVIEW_JS, elem_id="previews")
-        asking, asked, approve, always, deny = _approval()
+        asking, asked, asked_id, approve, always, deny = _approval()
         with gr.Column(visible=False, elem_id="full", elem_classes="g-card") as full:
             full_text = gr.Markdown()
             drop = gr.Button("Drop the oldest turns and answer", variant="primary", size="sm")
@@ -154,8 +157,8 @@ def _conversation() -> Conversation:
         )
         live = gr.HTML("", elem_id="live")
     return Conversation(
-        chat_id, title, chatbot, turns, previews, asking, asked, approve, always, deny, full, full_text, drop,
-        marked, marked_text, marked_turn, delete, unmark, message, live,
+        chat_id, seen, title, chatbot, turns, previews, asking, asked, asked_id, approve, always, deny, full, full_text,
+        drop, marked, marked_text, marked_turn, delete, unmark, message, live,
     )  # fmt: skip
 
 
@@ -174,14 +177,14 @@ def _chatbot() -> gr.Chatbot:
     )
 
 
-def _approval() -> tuple[gr.Column, gr.Markdown, gr.Button, gr.Button, gr.Button]:
+def _approval() -> tuple[gr.Column, gr.Markdown, gr.Textbox, gr.Button, gr.Button, gr.Button]:
     with gr.Column(visible=False, elem_id="asking", elem_classes="g-card") as column:
-        asked = gr.Markdown()
+        asked, asked_id = gr.Markdown(), gr.Textbox("", visible="hidden", elem_id="asked-id")
         with gr.Row():
             approve = gr.Button("Approve", variant="primary", size="sm", min_width=80)
             always = gr.Button("Always for this chat", size="sm", min_width=120)
             deny = gr.Button("Deny", variant="stop", size="sm", min_width=80)
-    return column, asked, approve, always, deny
+    return column, asked, asked_id, approve, always, deny
 
 
 def _settings(tools: Sequence[Tool]) -> SettingsPanel:

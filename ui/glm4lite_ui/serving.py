@@ -17,11 +17,11 @@ from fastapi.responses import PlainTextResponse
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from glm4lite.errors import Glm4liteError
 from glm4lite.server import create_app, serve
 from glm4lite.server.errors import ApiError
 from glm4lite.server.launch import url_of
 from glm4lite_ui.export import KINDS, as_json, as_markdown, file_name
+from glm4lite_ui.uploads import uploaded
 
 if TYPE_CHECKING:
     from gradio import Blocks
@@ -162,10 +162,7 @@ def _take_uploads_only(page: Blocks) -> None:
     page.has_launched = True
 
     async def refuse(path: str | Path) -> str:
-        folder = Path(os.environ["GRADIO_TEMP_DIR"]).resolve()
-        if not Path(path).resolve().is_relative_to(folder):
-            raise Glm4liteError("this file was not uploaded")
-        return str(path)
+        return str(uploaded(path))
 
     for block in page.blocks.values():
         block.async_move_resource_to_block_cache = refuse  # type: ignore[method-assign, assignment]
