@@ -76,6 +76,9 @@ def place_within(needs: Needs, machine: Machine, budget: Budget) -> Placement:
         return place(needs, machine, context=context, kv=kv, gpu_memory=budget.gpu_memory, ram=budget.ram)
 
     placement = with_cache("float" if budget.kv == "auto" else cast(KVType, budget.kv))
-    if budget.kv == "auto" and (not placement.fits or placement.share("disk").layers):
-        return with_cache("int8")
+    on_disk = placement.share("disk").layers
+    if budget.kv == "auto" and (not placement.fits or on_disk):
+        smaller = with_cache("int8")
+        if not placement.fits or len(smaller.share("disk").layers) < len(on_disk):
+            return smaller
     return placement

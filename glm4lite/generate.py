@@ -17,6 +17,7 @@ import torch
 from glm4lite.errors import ContextLengthError, DeviceError
 from glm4lite.fused import STEP_TOKENS
 from glm4lite.model import DecoderLayer, Glm4ForCausalLM
+from glm4lite.out_of_memory import ran_out
 from glm4lite.sampling import Sampler, SamplingParams
 
 
@@ -187,8 +188,7 @@ def _logprobs(logits: torch.Tensor, token: int, count: int) -> TokenLogprobs:
 
 def _device_failure(error: BaseException, tokens: int) -> DeviceError | None:
     """What a user is told where a device gave out; None where the error is another one."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        where = "the GPU's memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+    if where := ran_out(error):
         return DeviceError(f"{where} ran out at {tokens} tokens; shorten the conversation, or load with kv int8")
     if isinstance(error, getattr(torch, "AcceleratorError", ())):
         why = str(error).partition("\n")[0][:200]

@@ -20,6 +20,7 @@ from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.graph import eager_by_choice
 from glm4lite.hub import resolve
+from glm4lite.out_of_memory import enough_for
 from glm4lite.weights import memory
 from glm4lite.weights.assembly import Assembly, check_as_stored
 from glm4lite.weights.calibration import layer_bytes
@@ -157,11 +158,12 @@ def load(
     meter = Meter("load", _total_bytes(checkpoint, plan), progress)
     calibrator = begin(checkpoint, plan, config, text, meter)
     assembly = Assembly(model, checkpoint, plan, destinations, meter)
-    for fill in plan.fills:
-        assembly.fill(fill, calibrator)
-    if isinstance(stored, QuantConfig):
-        check_as_stored(model, checkpoint, stored)
-    assembly.finish()
+    with enough_for(checkpoint.folder):
+        for fill in plan.fills:
+            assembly.fill(fill, calibrator)
+        if isinstance(stored, QuantConfig):
+            check_as_stored(model, checkpoint, stored)
+        assembly.finish()
     if plan.quantized:
         model.requires_grad_(False)
         made = recorded(stored or wanted or QuantConfig(), calibrator)

@@ -41,17 +41,33 @@ def this_machine(quantized: bool = True) -> Machine:
 
     quantized: the CPU's speeds are those of int4 layers, else of bfloat16.
     """
-    free, bandwidth, rate = memory.available(swap=False), ram_bandwidth(quantized), cpu_rate(quantized)
+    free, bandwidth, rate = free_ram(), ram_bandwidth(quantized), cpu_rate(quantized)
     unknown = f"{memory.readable(UNKNOWN_RAM)} of RAM (this system does not tell what is free)"
     what, rates = "int4 layers" if quantized else "memory", (bandwidth / 1e9, rate / 1e12)
     machine = Machine(
-        UNKNOWN_RAM if free is None else int(free * MARGIN),
+        UNKNOWN_RAM if free is None else free,
         ram_bandwidth=bandwidth,
         cpu_rate=rate,
         measured=(f"{what} {rates[0]:.1f} GB/s", f"prompts on the CPU {rates[1]:.2f} TOP/s"),
         assumed=(unknown,) if free is None else (),
     )
     return _with_gpus(machine) if torch.cuda.is_available() else machine
+
+
+def free_ram() -> int | None:
+    """Bytes of RAM that a model may take where no budget says so; None where the system does not tell."""
+    free = memory.available(swap=False)
+    return None if free is None else int(free * MARGIN)
+
+
+def crossing_speeds(quantized: bool) -> Machine:
+    """The measured speeds that decide which prompts cross the bus to a GPU; assumed where that fails."""
+    gpu = torch.device("cuda", 0)
+    try:
+        speeds = Machine(0, bus_bandwidth=bus_bandwidth(gpu), gpu_rate=gpu_rate(gpu))
+    except RuntimeError:  # out of memory, no pinned memory
+        speeds = Machine(0)
+    return replace(speeds, cpu_rate=cpu_rate(quantized))
 
 
 def with_assumed_gpu(machine: Machine, size: int) -> Machine:

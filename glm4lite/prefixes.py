@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from glm4lite.cache import with_room
+from glm4lite.cache import GPU_STEP, STEP, with_room
 from glm4lite.generate import PrefixCache
 
 if TYPE_CHECKING:
@@ -34,13 +34,14 @@ class PrefixPool:
         """The cache that has most of `ids`. It is the caller's until it is given back; dropping it is no harm."""
         best = max(self._kept, key=lambda cache: cache.common_prefix(ids), default=None)
         shared, needed = best.common_prefix(ids) if best else 0, self.bytes_of(len(ids))
-        if best is not None and shared:
-            if shared < COPIED * len(best.ids) and best.kv.nbytes + needed <= self.memory:
-                best = best.copy(shared)
-            else:
-                self._kept.remove(best)
-        else:
-            best = PrefixCache(self.model)
+        if best is None or not shared:
+            self.make_room(needed)
+            return PrefixCache(self.model)
+        self._kept.remove(best)
+        if shared < COPIED * len(best.ids) and best.kv.nbytes + needed <= self.memory:
+            self.make_room(best.kv.nbytes + needed)
+            self._kept.append(best)
+            return best.copy(shared)
         self.make_room(needed)
         return best
 
@@ -71,4 +72,6 @@ class PrefixPool:
 
     def bytes_of(self, tokens: int) -> int:
         """What the cache of so many tokens takes, its room to grow included."""
-        return self.model.model.cache_bytes * min(with_room(tokens), self.model.context)
+        trunk = self.model.model
+        step = STEP if trunk.norm.weight.device.type == "cpu" else GPU_STEP
+        return trunk.cache_bytes * min(with_room(tokens, step), self.model.context)

@@ -15,7 +15,7 @@ from glm4lite.budget import Budget, place_within
 from glm4lite.cache import KVType
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, ConfigError
-from glm4lite.machine import this_machine
+from glm4lite.machine import crossing_speeds, free_ram
 from glm4lite.model import CPU_CHUNK, GPU_CHUNK
 from glm4lite.placement import Machine, Needs, Placement
 from glm4lite.weights import memory
@@ -77,8 +77,8 @@ class Destinations:
         return _cache_type(needs, context) if self.home.type == "cpu" else "float", context
 
     def mapped(self, module: str) -> bool:
-        """Whether a stored weight stays in the file's pages. The embedding does: a token reads one row of it."""
-        return self.placement is None or module.endswith("embed_tokens")
+        """Whether a stored weight stays in the file's pages. An embedding of which a token reads one row does."""
+        return self.placement is None or (module.endswith("embed_tokens") and self.placement.share("cpu").mapped > 0)
 
 
 def choose(
@@ -102,7 +102,9 @@ def choose(
     needs = replace(needs, stored=needs.stored and plan.quantized and not plan.bitsandbytes)
     if not gpus and not budget.limits and not needs.stored:
         return Destinations(home, types)  # the loader itself sees whether what it makes fits
-    placement = place_within(needs, Machine(_free_ram(), gpus), budget)
+    if budget.gpu_memory and not gpus:
+        logger.warning("gpu_memory is of no use: there is no GPU that may be used")
+    placement = place_within(needs, Machine(free_ram() or 1 << 62, gpus), budget)  # not told: nothing is refused
     if not gpus and not budget.limits and not (placement.fits and placement.share("disk").layers):
         return Destinations(home, types)  # mapped: takes no memory that others could not have back
     if not placement.fits:
@@ -117,16 +119,11 @@ def _bus(needs: Needs, placement: Placement, dtype: torch.dtype) -> BusRoute | N
     if not placement.gpus or not placement.on_cpu:
         return None
     largest = max(needs.layers[layer] for layer in placement.on_cpu)
-    tokens = speed.crossing_tokens(largest, needs, this_machine(needs.quant in ("int4", "int8")))
+    tokens = speed.crossing_tokens(largest, needs, crossing_speeds(needs.quant in ("int4", "int8")))
     if tokens > GPU_CHUNK:
         return None
     device = torch.device(placement.gpus[0].device)
     return BusRoute(placement.on_cpu, device, dtype, min(tokens, CPU_CHUNK))
-
-
-def _free_ram() -> int:
-    free = memory.available(swap=False)
-    return 1 << 62 if free is None else free  # a system that does not tell: nothing is refused
 
 
 def _cache_type(needs: Needs, context: int) -> KVType:

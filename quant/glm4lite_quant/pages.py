@@ -16,11 +16,17 @@ HUGE = 2 << 20
 
 
 def zeros(nbytes: int) -> Tensor:
-    """uint8 [nbytes] in memory of its own, aligned to a page; it costs nothing until it is written."""
-    if hasattr(mmap, "MAP_PRIVATE"):  # shared memory has no huge pages, and is not counted as the process's own
-        pages = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    else:  # Windows
-        pages = mmap.mmap(-1, max(nbytes, 1))
+    """uint8 [nbytes] in memory of its own, aligned to a page; it costs nothing until it is written.
+
+    Raises:
+        MemoryError: there is not so much.
+    """
+    # Shared memory has no huge pages, and is not counted as the process's own. Windows has no such flags.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    try:
+        pages = mmap.mmap(-1, max(nbytes, 1), **private)
+    except OSError as error:
+        raise MemoryError(f"{nbytes} bytes of memory cannot be had: {error.strerror}") from None
     if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= HUGE:
         with suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)

@@ -229,7 +229,7 @@ def test_the_layers_off_the_gpu_cross_where_that_is_faster(
     needs: Any, monkeypatch: pytest.MonkeyPatch, cpu_rate: float, crosses: bool
 ) -> None:
     monkeypatch.setattr(
-        "glm4lite.weights.destinations.this_machine", lambda quantized: Machine(0, cpu_rate=cpu_rate, gpu_rate=3e13)
+        "glm4lite.weights.destinations.crossing_speeds", lambda quantized: Machine(0, cpu_rate=cpu_rate, gpu_rate=3e13)
     )
     shares = (Share("cuda:0", (4, 5), 0), Share("cpu", (0, 2), 0), Share("disk", (1, 3), 0))
     route = _bus(needs, Placement(shares, "cuda:0", 64, "float", 0, 0), torch.bfloat16)

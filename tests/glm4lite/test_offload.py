@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ import pytest
 import torch
 
 from glm4lite import Glm4ForCausalLM, SamplingParams, load
+from glm4lite.budget import Budget, place_within
+from glm4lite.checkpoint import Checkpoint
 from glm4lite.engine import Engine
 from glm4lite.errors import CheckpointError, ConfigError, ContextLengthError, DeviceError
 from glm4lite.generate import Generation, PrefixCache
 from glm4lite.inventory import devices, kernel_names, rings
 from glm4lite.loader import quantize_checkpoint, save_quantized
 from glm4lite.offload import OnDisk
-from glm4lite.placement import Placement, Share
+from glm4lite.placement import Machine, Placement, Share, place
 from glm4lite.weights.destinations import Destinations
+from glm4lite.weights.needs import needs_of
 from glm4lite_quant import QuantError
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 
@@ -41,10 +45,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def budget(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[[int], int]:
     """Bytes of RAM with which so many layers lie on disk (with no reserve: it is larger than all of the model)."""
-    from glm4lite.checkpoint import Checkpoint
-    from glm4lite.placement import Machine, place
-    from glm4lite.weights.needs import needs_of
-
     monkeypatch.setattr("glm4lite.placement.CPU_RESERVE", 0)
     monkeypatch.setattr("glm4lite.placement.RING_BUFFERS", 0)
     needs, huge = needs_of(Checkpoint.open(folder)), Machine(1 << 40)
@@ -337,6 +337,35 @@ def test_the_notice_says_that_the_cache_became_int8(
     assert "the cache is int8, to leave memory for weights" in caplog.text
 
 
+@pytest.mark.usefixtures("budget")
+def test_the_cache_stays_as_it_is_where_int8_keeps_no_layer_from_the_disk(folder: Path) -> None:
+    needs, machine, alike = needs_of(Checkpoint.open(folder)), Machine(1 << 40), 0
+    whole = place(needs, machine, context=4, kv="float").share("cpu").held
+    for ram in range(whole - sum(needs.layers), whole, 4096):
+        float_, int8, auto = (
+            place_within(needs, machine, Budget(ram=ram, context=4, kv=kv)) for kv in ("float", "int8", "auto")
+        )
+        if float_.fits:
+            layers = [len(found.share("disk").layers) for found in (float_, int8)]
+            alike += layers[0] == layers[1] > 0
+            assert auto.kv == ("int8" if layers[1] < layers[0] else "float")
+    assert alike
+
+
+def test_memory_that_runs_out_while_loading_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("glm4lite.weights.assembly.Assembly.fill", fail)
+    with pytest.raises(CheckpointError, match=r"memory ran out while .* was loaded; free some"):
+        load(folder)
+
+
+def test_a_budget_for_a_gpu_that_may_not_be_used_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load(folder, device="cpu", gpu_memory="8GiB", context=CONTEXT)
+    assert "gpu_memory is of no use" in caplog.text
+
+
 def test_a_chat_runs_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from glm4lite.session import ChatSession
     from glm4lite.tools import BUILTIN_TOOLS
@@ -377,7 +406,7 @@ def test_layers_compute_in_their_own_type_where_they_have_one(folder: Path) -> N
 def test_each_weight_goes_where_the_placement_says() -> None:
     shares = (
         Share("cuda:0", (5, 6), 0),
-        Share("cpu", (0, 2, 4), 0),
+        Share("cpu", (0, 2, 4), 2, mapped=1),
         Share("disk", (1, 3), 0),
     )
     types = {"cpu": torch.float32, "cuda": torch.bfloat16}
@@ -391,6 +420,8 @@ def test_each_weight_goes_where_the_placement_says() -> None:
     assert [found.mapped(name) for name in names] == [True, False, False, False]
     assert found.dtype("model.layers.5") == torch.bfloat16
     assert found.dtype("model.embed_tokens") == torch.float32
+    tied = replace(placement, devices=(shares[0], replace(shares[1], mapped=0), shares[2]))
+    assert not replace(found, placement=tied).mapped("model.embed_tokens")  # a head that reads all of it
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -407,6 +438,10 @@ def test_a_gpu_and_the_cpu_share_a_model(folder: Path, budget: Callable[[int], i
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "the GPU's memory ran out at 40 tokens"),
         (MemoryError(), "memory ran out at 40 tokens; shorten the conversation"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
+            "memory ran out at 40 tokens",
+        ),
         (
             torch.AcceleratorError("CUDA error: unspecified launch failure\nmore"),
             r"the GPU failed \(CUDA error: unspec",

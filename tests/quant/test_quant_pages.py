@@ -33,6 +33,11 @@ def test_memory_is_aligned_zero_and_can_be_written(nbytes: int) -> None:
     assert memory.fill_(3).sum() == 3 * nbytes
 
 
+def test_memory_that_cannot_be_had_is_a_memory_error() -> None:
+    with pytest.raises(MemoryError, match="cannot be had"):
+        pages.zeros(1 << 60)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how memory is mapped")
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages")
 def test_the_codes_of_a_large_weight_lie_in_huge_pages() -> None:
