@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -341,6 +343,45 @@ def test_a_page_that_stays_open_goes_on_after_a_restart(serve: Serve, visit: Vis
     wait_for_end(page)
     assert [turn.user for turn in second.runtime.store.find()[0].turns] == ["Hi", QUESTION]
     visit.errors.clear()  # type: ignore[attr-defined]  # that the server was away for a moment
+
+
+def test_a_page_whose_server_was_killed_in_mid_answer_comes_back_by_itself(visit: Visit, tmp_path: Path) -> None:
+    port = free_port()
+    with running_page(port, tmp_path) as server:
+        page = visit(f"http://127.0.0.1:{port}")
+        ask(page, "Write for long")
+        page.wait_for_selector("text=word word word")
+        server.kill()
+        page.wait_for_selector("text=Connection to the server was lost")
+        assert page.locator("#message .stop-button").count() == 1
+    with running_page(port, tmp_path):
+        wait_for_end(page)
+        page.wait_for_selector("text=Connection to the server was lost", state="detached")
+        page.get_by_test_id("user").get_by_text("Write for long").wait_for()  # what was asked is not lost
+        ask(page, "And more?")
+        page.wait_for_selector("text=word word word")
+        page.click("#message .stop-button")
+        wait_for_end(page)
+        page.context.close()
+    visit.errors.clear()  # type: ignore[attr-defined]  # that the server was away
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@contextmanager
+def running_page(port: int, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """The page of a slow model in a process of its own."""
+    command = [sys.executable, "-m", "tests.ui.slow_model", str(port), str(folder)]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "Open http" in process.stdout.readline()
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_a_chat_is_exported_as_markdown_and_json(serve: Serve, visit: Visit) -> None:

@@ -83,6 +83,7 @@ def mount(app: FastAPI, runtime: Runtime) -> FastAPI:
 OPEN = re.compile(
     r"/(config/?|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(static|assets|svelte)/.*)?"
     r"|/gradio_api/(queue/(join|data)|upload|upload_progress|heartbeat/\w+|cancel|reset/?|startup-events|theme\.css)"
+    r"|/gradio_api/app_id"  # a random number, asked for until a lost server is back
 )
 STREAMS = re.compile(r"/gradio_api/(queue/data|heartbeat/)")
 POLICY = (
