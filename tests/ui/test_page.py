@@ -330,6 +330,22 @@ def test_chats_survive_a_restart_and_are_found_renamed_and_deleted(serve: Serve,
     assert [path.suffix for path in (tmp_path / "kept").iterdir()] == [".json"]
 
 
+def test_a_search_that_hides_the_open_chat_does_not_forget_it(serve: Serve, visit: Visit, nano: Engine) -> None:
+    site = serve(slow_engine(nano, "word " * 3000))
+    page = visit(site.url)
+    ask(page, "Write for long")
+    page.wait_for_selector("text=word word word")
+    chat = site.runtime.store.find()[0].id
+    page.locator("#search textarea").press_sequentially("nothing like it")
+    page.wait_for_selector("#chats >> text=No chat matches.")
+    assert page.url.endswith(f"?chat={chat}")
+    page.reload()
+    visit.errors.clear()  # type: ignore[attr-defined]  # Gradio logs that its stream was cut
+    page.wait_for_selector("text=word word word")
+    page.click("#message .stop-button")
+    page.wait_for_selector("text=Stopped.")
+
+
 def test_a_page_that_stays_open_goes_on_after_a_restart(serve: Serve, visit: Visit) -> None:
     first = serve()
     page = visit(first.url)
