@@ -17,9 +17,13 @@ import pytest
 
 import glm4lite
 from glm4lite.engine import Engine
+from glm4lite.errors import Glm4liteError
 from glm4lite.toolbox import Toolbox
 from glm4lite.tools import BUILTIN_TOOLS
-from glm4lite_ui.chats import Settings
+from glm4lite.worker import EngineWorker
+from glm4lite_ui.chats import ChatStore, Settings
+from glm4lite_ui.loading import Loading
+from glm4lite_ui.runtime import Runtime
 from tests.ui.conftest import Serve
 from tests.ui.slow_model import slow_engine
 
@@ -558,6 +562,28 @@ def test_another_model_is_loaded_and_a_wrong_one_leaves_the_old(serve: Serve, vi
     page.get_by_role("tab", name="Chat").click()
     ask(page, QUESTION)
     page.wait_for_selector("text=37 * 24 = 888.")
+
+
+def test_a_model_that_is_not_there_is_refused_while_an_answer_goes_on(serve: Serve, visit: Visit, nano: Engine) -> None:
+    site = serve(slow_engine(nano, "word " * 3000))
+    page = visit(site.url)
+    ask(page, "Write for long")
+    page.wait_for_selector("text=word word word")
+    page.get_by_role("tab", name="Model").click()
+    page.locator("#model-column textarea").fill("/nowhere")
+    page.get_by_role("button", name="Load", exact=True).click()
+    page.wait_for_selector("#load-progress >> text=does not exist")
+    assert page.inner_text("#load-progress").count("/nowhere") == 1
+    assert site.runtime.answers
+
+
+@pytest.mark.parametrize("budget", ["ram", "gpu_memory"])
+def test_a_memory_budget_never_holds_two_models(nano: Engine, tmp_path: Path, budget: str) -> None:
+    runtime = Runtime(EngineWorker(nano), ChatStore(tmp_path), load_options={budget: "1GiB", "context": None})
+    with pytest.raises(Glm4liteError, match="no room for two models"):
+        list(Loading(runtime).load("nano", "auto"))
+    assert runtime.engine is nano
+    runtime.close()
 
 
 def test_the_model_page_says_what_is_loaded(serve: Serve, visit: Visit) -> None:
