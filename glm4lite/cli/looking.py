@@ -10,6 +10,7 @@ import typer
 from glm4lite.cli import options
 from glm4lite.cli.running import print_facts, print_report, rendering, use_threads
 from glm4lite.errors import ConfigError
+from glm4lite.hub import NANO
 
 
 def quantize(
@@ -41,7 +42,13 @@ def quantize(
         asked = QuantConfig(config.bits, group_size, method=method) if isinstance(config, QuantConfig) else quant
         written = quantize_checkpoint(source, destination, asked, renderer.show, calibration=calibration)
         size = sum(file.stat().st_size for file in written.iterdir())
-        renderer.remark(f"{written}: {readable(size)}, {quant}. Run it: glm4lite chat {written}")
+        renderer.remark(f"{written}: {readable(size)}, {quant}. Run it: glm4lite chat {_as_model(written)}")
+
+
+def _as_model(folder: Path) -> str:
+    """The folder as a model's name: a bare one may be the embedded model's, a user's home or an option."""
+    bare = str(folder)
+    return f"./{bare}" if bare == NANO or bare.startswith(("~", "-")) else bare
 
 
 def info(

@@ -144,6 +144,15 @@ def test_a_quantized_folder_answers_as_the_quantized_original(endless: Path, tmp
     assert run("chat", tmp_path / "small", *options).stdout == run("chat", endless, "--quant", "int8", *options).stdout
 
 
+def test_the_hint_after_quantizing_names_the_folder_not_the_embedded_model(
+    endless: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.chdir(tmp_path)
+    assert "Run it: glm4lite chat ./nano\n" in run("quantize", endless, "nano", "--quant", "int8").stderr
+    assert "Run it: glm4lite chat other\n" in run("quantize", endless, "other", "--quant", "int8").stderr
+
+
 def test_info_names_the_kernels_and_what_a_model_needs(endless: Path) -> None:
     result = run("info", endless)
     assert result.returncode == 0, result.stderr

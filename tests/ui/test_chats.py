@@ -46,6 +46,29 @@ def test_a_damaged_file_is_left_out_and_named_when_opened(tmp_path: Path) -> Non
     assert [chat.id for chat in store.find()] == [CHAT.id]
 
 
+def test_a_file_nested_too_deeply_is_damaged_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = ChatStore(tmp_path)
+    store.save(CHAT)
+    (tmp_path / f"{1:016x}.json").write_text("[" * 200_000)
+    assert [chat.id for chat in store.find()] == [CHAT.id]
+    assert "0000000000000001.json: this chat cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.replace"])
+def test_a_chat_that_could_not_be_written_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    store = ChatStore(tmp_path)
+    store.save(CHAT)
+    monkeypatch.setattr(step, full)
+    with pytest.raises(ChatError, match="No space left"):
+        store.save(CHAT)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{CHAT.id}.json"]
+
+
 @pytest.mark.parametrize("name", ["", "../../etc/passwd", "x", "0123456789abcdef/..", "0123456789ABCDEF"])
 def test_a_strange_id_never_becomes_a_path(tmp_path: Path, name: str) -> None:
     store = ChatStore(tmp_path)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,13 @@ import pytest
 
 import glm4lite
 from glm4lite.engine import Engine
+from glm4lite.errors import Glm4liteError
 from glm4lite.toolbox import Toolbox
 from glm4lite.tools import BUILTIN_TOOLS
-from glm4lite_ui.chats import Settings
+from glm4lite.worker import EngineWorker
+from glm4lite_ui.chats import ChatStore, Settings
+from glm4lite_ui.loading import Loading
+from glm4lite_ui.runtime import Runtime
 from tests.ui.conftest import Serve
 from tests.ui.slow_model import slow_engine
 
@@ -361,6 +367,22 @@ def test_chats_survive_a_restart_and_are_found_renamed_and_deleted(serve: Serve,
     assert [path.suffix for path in (tmp_path / "kept").iterdir()] == [".json"]
 
 
+def test_a_search_that_hides_the_open_chat_does_not_forget_it(serve: Serve, visit: Visit, nano: Engine) -> None:
+    site = serve(slow_engine(nano, "word " * 3000))
+    page = visit(site.url)
+    ask(page, "Write for long")
+    page.wait_for_selector("text=word word word")
+    chat = site.runtime.store.find()[0].id
+    page.locator("#search textarea").press_sequentially("nothing like it")
+    page.wait_for_selector("#chats >> text=No chat matches.")
+    assert page.url.endswith(f"?chat={chat}")
+    page.reload()
+    visit.errors.clear()  # type: ignore[attr-defined]  # Gradio logs that its stream was cut
+    page.wait_for_selector("text=word word word")
+    page.click("#message .stop-button")
+    page.wait_for_selector("text=Stopped.")
+
+
 def test_a_page_that_stays_open_goes_on_after_a_restart(serve: Serve, visit: Visit) -> None:
     first = serve()
     page = visit(first.url)
@@ -374,6 +396,45 @@ def test_a_page_that_stays_open_goes_on_after_a_restart(serve: Serve, visit: Vis
     wait_for_end(page)
     assert [turn.user for turn in second.runtime.store.find()[0].turns] == ["Hi", QUESTION]
     visit.errors.clear()  # type: ignore[attr-defined]  # that the server was away for a moment
+
+
+def test_a_page_whose_server_was_killed_in_mid_answer_comes_back_by_itself(visit: Visit, tmp_path: Path) -> None:
+    port = free_port()
+    with running_page(port, tmp_path) as server:
+        page = visit(f"http://127.0.0.1:{port}")
+        ask(page, "Write for long")
+        page.wait_for_selector("text=word word word")
+        server.kill()
+        page.wait_for_selector("text=Connection to the server was lost")
+        assert page.locator("#message .stop-button").count() == 1
+    with running_page(port, tmp_path):
+        wait_for_end(page)
+        page.wait_for_selector("text=Connection to the server was lost", state="detached")
+        page.get_by_test_id("user").get_by_text("Write for long").wait_for()  # what was asked is not lost
+        ask(page, "And more?")
+        page.wait_for_selector("text=word word word")
+        page.click("#message .stop-button")
+        wait_for_end(page)
+        page.context.close()
+    visit.errors.clear()  # type: ignore[attr-defined]  # that the server was away
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@contextmanager
+def running_page(port: int, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """The page of a slow model in a process of its own."""
+    command = [sys.executable, "-m", "tests.ui.slow_model", str(port), str(folder)]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "Open http" in process.stdout.readline()
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_a_chat_is_exported_as_markdown_and_json(serve: Serve, visit: Visit) -> None:
@@ -561,6 +622,28 @@ def test_another_model_is_loaded_and_a_wrong_one_leaves_the_old(serve: Serve, vi
     page.get_by_role("tab", name="Chat").click()
     ask(page, QUESTION)
     page.wait_for_selector("text=37 * 24 = 888.")
+
+
+def test_a_model_that_is_not_there_is_refused_while_an_answer_goes_on(serve: Serve, visit: Visit, nano: Engine) -> None:
+    site = serve(slow_engine(nano, "word " * 3000))
+    page = visit(site.url)
+    ask(page, "Write for long")
+    page.wait_for_selector("text=word word word")
+    page.get_by_role("tab", name="Model").click()
+    page.locator("#model-column textarea").fill("/nowhere")
+    page.get_by_role("button", name="Load", exact=True).click()
+    page.wait_for_selector("#load-progress >> text=does not exist")
+    assert page.inner_text("#load-progress").count("/nowhere") == 1
+    assert site.runtime.answers
+
+
+@pytest.mark.parametrize("budget", ["ram", "gpu_memory"])
+def test_a_memory_budget_never_holds_two_models(nano: Engine, tmp_path: Path, budget: str) -> None:
+    runtime = Runtime(EngineWorker(nano), ChatStore(tmp_path), load_options={budget: "1GiB", "context": None})
+    with pytest.raises(Glm4liteError, match="no room for two models"):
+        list(Loading(runtime).load("nano", "auto"))
+    assert runtime.engine is nano
+    runtime.close()
 
 
 def test_the_model_page_says_what_is_loaded(serve: Serve, visit: Visit) -> None:

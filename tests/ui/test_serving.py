@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,6 +155,15 @@ def test_the_api_is_served_beside_the_page(client: httpx.Client, site: Site, tmp
     assert client.get("/v1/nowhere").json()["error"]["message"] == "GET /v1/nowhere: Not Found"
     site.runtime.source = str(tmp_path)  # as after another model was loaded
     assert client.get("/v1/models").json()["data"][0]["id"] == tmp_path.name
+
+
+def test_the_folder_of_uploads_is_gone_after_the_end(client: httpx.Client, site: Site) -> None:
+    kept = Path(client.post("/gradio_api/upload", files={"files": ("a.txt", b"text")}).json()[0])
+    assert kept.read_bytes() == b"text"
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    assert kept.is_relative_to(folder)
+    site.close()
+    assert not folder.exists()
 
 
 def test_ending_with_an_open_page_is_quick_and_logs_nothing(

@@ -145,13 +145,17 @@ class ChatStore:
         """Writes beside the file, to the disk, and renames: a crash leaves the old chat or the new one."""
         chat.updated = time.time()
         text = json.dumps(chat.to_json(), ensure_ascii=False, indent=1).encode("utf-8", "replace")
+        path, part = self._path(chat.id), None
         try:
             with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as file:
+                part = Path(file.name)
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(file.name).replace(self._path(chat.id))
+            part.replace(path)
         except OSError as error:
+            if part is not None:
+                part.unlink(missing_ok=True)
             raise ChatError(f"{self.folder}: the chat could not be saved: {error.strerror}") from error
 
     def load(self, chat_id: str) -> Chat:
@@ -161,7 +165,7 @@ class ChatStore:
             return read_chat(json.loads(path.read_bytes()), path.stem)
         except FileNotFoundError:
             raise ChatError("this chat is not there any more") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ChatError(f"{path}: this chat cannot be read: {str(error).splitlines()[0]}") from error
 
     def holds(self, chat_id: str) -> bool:

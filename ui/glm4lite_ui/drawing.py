@@ -109,7 +109,7 @@ class Drawing:
         return {**dict(zip(panel.inputs(), values, strict=True)), panel.ask_again: always, panel.export: links}
 
     def list(self, current: str, query: str = "") -> str:
-        return chat_list(self.runtime.store.find(query), current)
+        return chat_list(self.runtime.store.find(query), current, searched=bool(query.strip()))
 
     def input(self, answering: bool, text: str | None = None) -> gr.MultimodalTextbox:
         """The input: a stop button while an answer is under way, a send button otherwise."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from glm4lite.engine import Engine
 from glm4lite.errors import Glm4liteError
 from glm4lite.events import Progress
+from glm4lite.hub import locate
 from glm4lite_ui.runtime import BusyError, Runtime
 
 UPDATE_S = 0.2
@@ -26,8 +27,15 @@ class Loading:
 
         Raises:
             BusyError: another window loads a model.
-            Glm4liteError: the model cannot be loaded; the old one is still there.
+            Glm4liteError: the model cannot be loaded; the old one is still there. What can be known at once is said
+                before the engine is waited for.
         """
+        if any(self.runtime.load_options.get(name) is not None for name in ("ram", "gpu_memory")):
+            raise Glm4liteError(
+                "under a memory budget (--ram, --gpu-memory) there is no room for two models at once; "
+                "end glm4lite and start it with the other model"
+            )
+        locate(source)
         if not self._busy.acquire(blocking=False):
             raise BusyError("another window is loading a model")
         try:

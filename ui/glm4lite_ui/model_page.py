@@ -57,7 +57,7 @@ class ModelHandlers:
             for progress in self.loading.load(source, quant):
                 yield {self.parts.progress: bar(progress)}
         except Glm4liteError as error:
-            yield self._ended(f"{source}: {error}")
+            yield self._ended(str(error) if source in str(error) else f"{source}: {error}")
         else:
             yield self._ended(f"{source} is loaded.")
 

@@ -24,11 +24,10 @@ element.addEventListener('click', event => {
   }
   else if (confirm('Delete this chat? It cannot be brought back.')) trigger('remove', {chat: chat});
 });
-// The address names the chat, so that reloading the page comes back to it.
+// The address names the open chat, also where a search hides it, so that reloading the page comes back to it.
 watch('value', () => {
-  const address = new URL(location), open = element.querySelector('[aria-current]');
-  if (open) address.searchParams.set('chat', open.dataset.chat);
-  else address.searchParams.delete('chat');
+  const address = new URL(location), open = element.querySelector('[data-current]')?.dataset.current;
+  if (open) address.searchParams.set('chat', open);
   history.replaceState(null, '', address);
 });
 """
@@ -68,11 +67,12 @@ PAGE_JS = """
 """
 
 
-def chat_list(chats: Sequence[Chat], current: str) -> str:
+def chat_list(chats: Sequence[Chat], current: str, searched: bool = False) -> str:
     """A button per chat, the open one marked, each with one that deletes it."""
+    named = f'data-current="{text_html(current)}"'
     if not chats:
-        return '<p class="g-empty">No chats yet.</p>'
-    return f'<ul class="g-chats">{"".join(_chat_row(chat, chat.id == current) for chat in chats)}</ul>'
+        return f'<p class="g-empty" {named}>{"No chat matches." if searched else "No chats yet."}</p>'
+    return f'<ul class="g-chats" {named}>{"".join(_chat_row(chat, chat.id == current) for chat in chats)}</ul>'
 
 
 def _chat_row(chat: Chat, current: bool) -> str:

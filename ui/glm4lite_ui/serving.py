@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shutil
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 from fastapi import FastAPI, Response
@@ -40,6 +42,21 @@ def keep_gradio_quiet() -> None:
     os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="glm4lite-ui-")
 
 
+def _remove_at_the_end(app: FastAPI, folder: str) -> None:
+    """When the server ends, also by a signal."""
+    inner = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(running: FastAPI) -> AsyncIterator[Any]:
+        try:
+            async with inner(running) as state:
+                yield state
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    app.router.lifespan_context = lifespan
+
+
 def mount(app: FastAPI, runtime: Runtime) -> FastAPI:
     """Puts the page at "/" of `app`; routes that `app` has already stay."""
     keep_gradio_quiet()
@@ -52,7 +69,7 @@ def mount(app: FastAPI, runtime: Runtime) -> FastAPI:
     _add_exports(app, runtime)
     page = build(runtime)
     _take_uploads_only(page)
-    return gr.mount_gradio_app(
+    mounted = gr.mount_gradio_app(
         app,
         page,
         path="/",
@@ -76,6 +93,8 @@ def mount(app: FastAPI, runtime: Runtime) -> FastAPI:
             "openapi_url": None,
         },
     )
+    _remove_at_the_end(mounted, os.environ["GRADIO_TEMP_DIR"])
+    return mounted
 
 
 # What the page itself asks for. Everything else that Gradio serves (files of this machine, a proxy, API pages, direct
@@ -83,6 +102,7 @@ def mount(app: FastAPI, runtime: Runtime) -> FastAPI:
 OPEN = re.compile(
     r"/(config/?|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(static|assets|svelte)/.*)?"
     r"|/gradio_api/(queue/(join|data)|upload|upload_progress|heartbeat/\w+|cancel|reset/?|startup-events|theme\.css)"
+    r"|/gradio_api/app_id"  # a random number, asked for until a lost server is back
 )
 STREAMS = re.compile(r"/gradio_api/(queue/data|heartbeat/)")
 POLICY = (
