@@ -512,6 +512,9 @@ def test_what_a_model_writes_is_text_code_and_formulas_but_no_html(serve: Serve,
     assert page.locator("#chatbot .message img, #chatbot .message script").count() == 0
     page.click("#previews summary")
     frame = page.frame_locator("#previews iframe")
+    frame.get_by_text("Made").wait_for()
+    assert page.locator("#previews iframe").get_attribute("sandbox") == ""
+    page.click("#previews .g-run")
     frame.locator("text=ran alone").wait_for()
     assert page.locator("#previews iframe").get_attribute("sandbox") == "allow-scripts"
     visit.errors.clear()  # type: ignore[attr-defined]  # the policy's refusals, which Chromium logs
