@@ -104,7 +104,9 @@ def choose(
         return Destinations(home, types)  # the loader itself sees whether what it makes fits
     if budget.gpu_memory and not gpus:
         logger.warning("gpu_memory is of no use: there is no GPU that may be used")
-    placement = place_within(needs, Machine(free_ram() or 1 << 62, gpus), budget)  # not told: nothing is refused
+    free = free_ram()
+    machine = Machine(1 << 62 if free is None else free, gpus)  # a system that does not tell: nothing is refused
+    placement = place_within(needs, machine, budget)
     if not gpus and not budget.limits and not (placement.fits and placement.share("disk").layers):
         return Destinations(home, types)  # mapped: takes no memory that others could not have back
     if not placement.fits:
