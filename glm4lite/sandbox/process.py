@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -40,10 +41,19 @@ class Limits:
     output: int = 64 << 10
 
     def to_json(self) -> str:
-        """For jail.py, with the folders of this Python."""
-        python = sorted({os.path.realpath(place) for place in (sys.prefix, sys.base_prefix, sys.base_exec_prefix)})
+        """For jail.py, with the places of this Python."""
+        python = _python_places()
         limits = {"cpu": self.cpu_seconds, "memory": self.memory, "file": self.file, "disk": self.disk}
         return json.dumps({**limits, "processes": self.processes, "python": python})
+
+
+def _python_places() -> list[str]:
+    """Where this Python lies. Not its whole prefix: an environment may be made in a folder that holds more."""
+    prefixes = dict.fromkeys((sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix))
+    names = ("bin", "lib", "lib64", "pyvenv.cfg", "share/zoneinfo", "ssl")
+    places = [os.path.join(prefix, name) for prefix in prefixes for name in names]
+    places += [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return [sys.executable, *(place for place in places if os.path.exists(place))]
 
 
 @dataclass(frozen=True)
@@ -164,7 +174,7 @@ def _failure(status: int) -> str:
 @contextmanager
 def _work_folder() -> Iterator[Path]:
     """A new folder, removed afterwards whatever is in it and whoever owns it."""
-    folder = Path(tempfile.mkdtemp(prefix="glm4lite-python-"))
+    folder = Path(os.path.realpath(tempfile.mkdtemp(prefix="glm4lite-python-")))
     try:
         yield folder
     finally:
