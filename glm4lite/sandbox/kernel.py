@@ -1,4 +1,4 @@
-"""Calls of the kernel that Python's library lacks. Needs nothing of glm4lite: jail.py imports it without site-packages."""
+"""Calls of the kernel that Python's library lacks. jail.py imports it without site-packages."""
 
 import ctypes
 import os

@@ -1,7 +1,8 @@
 """A file system of its own for the process: what Python reads, read-only, and a work folder in memory.
 
-Nothing else of the machine has a path there, so no file can be looked at or changed and no UNIX socket reached, whatever
-call is used. There is no /proc either: a Python program needs none. man pages: pivot_root(2), mount_setattr(2).
+Nothing else of the machine has a path there, so no file can be looked at or changed and no UNIX socket reached,
+whatever call is used. There is no /proc either: a Python program needs none. man pages: pivot_root(2),
+mount_setattr(2).
 """
 
 import os
@@ -22,7 +23,7 @@ _MS_REC, _MS_PRIVATE, _MNT_DETACH = 16384, 1 << 18, 2
 
 
 def hide_all_but(readable: Iterable[str], devices: Iterable[str], size: int, owner: int) -> None:
-    """Puts this mount namespace into a new root, in which the current folder is empty, `owner`'s and `size` bytes large.
+    """Puts this mount namespace into a new root, where the current folder is empty, `owner`'s, and holds `size` bytes.
 
     /dev/shm, which the locks of multiprocessing need, shares that size. OSError where the system does not allow it;
     the old root is then as it was.

@@ -1,8 +1,8 @@
 """Starts the process that runs a model's code (jail.py), collects what it prints, ends it in time."""
 
 import json
+import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm4lite.errors import ToolError, one_line
+
+logger = logging.getLogger("glm4lite")
 
 _SCRIPT = Path(__file__).with_name("jail.py")
 _ENVIRONMENT = {
@@ -178,9 +180,38 @@ def _work_folder() -> Iterator[Path]:
     try:
         yield folder
     finally:
-        for parent, names, _ in os.walk(folder):  # a folder without rights cannot be emptied
-            for name in names:
-                if not os.path.islink(place := os.path.join(parent, name)):
-                    with suppress(OSError):
-                        os.chmod(place, 0o700)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Whatever is in it; nothing runs there any more.
+
+    Steps down and up again one folder at a time: shutil.rmtree fails on a few thousand folders in each other.
+    """
+    here, way = os.open(folder, os.O_RDONLY), list[str]()
+    try:
+        while (below := _first_folder(here)) is not None or way:
+            if below is not None:
+                os.chmod(below, 0o700, dir_fd=here)  # one without rights could not be emptied
+            there = os.open(below or "..", os.O_RDONLY | os.O_NOFOLLOW, dir_fd=here)
+            os.close(here)
+            here = there
+            if below is None:
+                os.rmdir(way.pop(), dir_fd=here)
+            else:
+                way.append(below)
+        folder.rmdir()
+    except OSError as error:
+        logger.warning("python: %s could not be removed (%s)", folder, one_line(error))
+    finally:
+        os.close(here)
+
+
+def _first_folder(here: int) -> str | None:
+    """Of an open folder; what comes before it is removed."""
+    with os.scandir(here) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                return entry.name
+            os.unlink(entry.name, dir_fd=here)
+    return None

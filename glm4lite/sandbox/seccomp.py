@@ -1,4 +1,4 @@
-"""Which calls the kernel takes from the process: seccomp(2), a program of classic BPF over a call's number and arguments.
+"""Which calls the kernel takes from the process: seccomp(2), classic BPF over a call's number and arguments.
 
 Refused is what neither Landlock nor a namespace limits, what only an administrator needs, and what is newer than this
 list. Where the file system is not hidden, also all that changes a file by its path or reaches another process.
