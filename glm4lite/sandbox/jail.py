@@ -192,6 +192,7 @@ def main() -> NoReturn:
     if linux:
         _confine(walls, limits)
     os.write(report, json.dumps(walls.missing()).encode())
+    os.close(report)
     os.closerange(3, open_files)
     os.execv(sys.executable, [sys.executable, "-I", "-X", "utf8", MAIN])
 
@@ -199,6 +200,6 @@ def main() -> NoReturn:
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError) as error:  # nothing of the code has run
+    except (OSError, ValueError, RuntimeError) as error:  # nothing of the code has run
         sys.stderr.write(f"the sandbox could not be set up: {error}\n")
         os._exit(REFUSED)

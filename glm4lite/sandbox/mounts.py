@@ -26,7 +26,7 @@ def hide_all_but(readable: Iterable[str], devices: Iterable[str], size: int, own
     """Puts this mount namespace into a new root, where the current folder is empty, `owner`'s, and holds `size` bytes.
 
     /dev/shm, which the locks of multiprocessing need, shares that size. OSError where the system does not allow it;
-    the old root is then as it was.
+    the old root is then as it was. RuntimeError where nothing may run.
     """
     folder, places = os.getcwd(), [place for place in readable if os.path.exists(place)]
     call("mount", b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
@@ -43,8 +43,11 @@ def hide_all_but(readable: Iterable[str], devices: Iterable[str], size: int, own
         call("umount2", os.fsencode(folder), _MNT_DETACH)
         os.chdir(folder)
         raise
-    call("umount2", b".", _MNT_DETACH)  # the old root, which lies on the new one
-    os.chdir(folder)
+    try:
+        call("umount2", b".", _MNT_DETACH)  # the old root, which lies on the new one
+        os.chdir(folder)
+    except OSError as error:
+        raise RuntimeError(f"the old root cannot be left: {error}") from error
 
 
 def _build(folder: str, places: list[str], trees: dict[str, int], owner: int) -> str:
@@ -54,7 +57,7 @@ def _build(folder: str, places: list[str], trees: dict[str, int], owner: int) ->
     _attach(_tree(root, 0), root)
     for place, tree in trees.items():
         _attach(tree, _target(root, place))
-    for place, name in ((folder, "work"), (SHARED_MEMORY, "shared")):
+    for place, name in ((SHARED_MEMORY, "shared"), (folder, "work")):  # the work folder may lie in /dev/shm
         own = os.path.join(folder, name)
         os.mkdir(own, 0o700)
         os.chown(own, owner, -1)
