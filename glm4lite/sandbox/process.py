@@ -32,11 +32,15 @@ _REASONS = {"SIGXCPU": "too much CPU time", "SIGKILL": "too much CPU time or mem
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run may take; sizes in bytes. `memory` and `file` hold for each process and file, `disk` for all files."""
+    """What a run may take; sizes in bytes. `memory` and `file` hold for each process and file, `disk` for all files.
+
+    `total_memory` is that of all processes; where they share memory, each counts it.
+    """
 
     seconds: float = 20.0
     cpu_seconds: int = 20
     memory: int = 1 << 30
+    total_memory: int = 3 << 30
     file: int = 16 << 20
     disk: int = 64 << 20
     processes: int = 32
@@ -132,6 +136,8 @@ class _Process:
                 return f"stopped: it printed more than {self._limits.output} bytes"
             if time.monotonic() > deadline:
                 return f"stopped: it ran longer than {self._limits.seconds:g} s"
+            if _memory_of(self._process.pid) > self._limits.total_memory:
+                return f"stopped: its processes together took more than {self._limits.total_memory >> 20} MiB of memory"
             if cancel.is_set():
                 return "stopped by the user"
 
@@ -160,6 +166,18 @@ class _Process:
         if pipe is not None:
             with suppress(OSError), pipe:
                 pipe.write(code.encode("utf-8", "replace"))
+
+
+def _memory_of(process: int) -> int:
+    """Bytes in RAM of a process and all that it started; 0 where there is no /proc to ask."""
+    held, waiting = 0, [str(process)]
+    while waiting:
+        entry = Path("/proc", waiting.pop())
+        with suppress(OSError, ValueError, IndexError):  # it may have ended meanwhile
+            held += int((entry / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            for thread in os.listdir(entry / "task"):
+                waiting += (entry / "task" / thread / "children").read_text().split()
+    return held
 
 
 def _failure(status: int) -> str:
