@@ -168,7 +168,8 @@ def test_memory_is_limited() -> None:
 @pytest.mark.parametrize("memory", ["bytearray(30 << 20)", "mmap.mmap(-1, 30 << 20)"])
 def test_the_memory_of_all_processes_together_is_limited(memory: str) -> None:
     """Each of them stays below its own limit; also memory that is shared, and of children of children."""
-    code = f"import mmap, os, time\nos.fork(); os.fork(); os.fork()\nkept = {memory}\nkept[:] = bytes(30 << 20)\ntime.sleep(20)"
+    fork = "import mmap, os, time\nos.fork(); os.fork(); os.fork()\n"
+    code = f"{fork}kept = {memory}\nkept[:] = bytes(30 << 20)\ntime.sleep(20)"
     outcome = run(code, total_memory=150 << 20)
     assert "together took more than 150 MiB" in outcome.failure
 
