@@ -27,6 +27,8 @@ class TerminalApproval:
         for name, value in json.loads(call.arguments).items():
             if isinstance(value, str) and "\n" in value:  # code is read in lines, not in JSON
                 self._renderer.remark(f"{name}:\n    " + value.replace("\n", "\n    "))
+        if tool.caution:
+            self._renderer.remark(tool.caution)
         _forget_typed_ahead()
         while True:
             sys.stderr.write(QUESTION.format(name=tool.full_name))

@@ -61,6 +61,7 @@ class Tool:
     function: Callable[..., Any]
     needs_approval: NeedsApproval = False  # before each call, or by its arguments
     origin: str = ""  # where it comes from, for who is asked to approve: "MCP server weather"
+    caution: str = ""  # what who is asked must know before: what this system cannot limit
 
     def __post_init__(self) -> None:
         if not TOOL_NAME.fullmatch(self.name):

@@ -14,11 +14,14 @@ from pathlib import Path
 import pytest
 
 import glm4lite
+from glm4lite import approval, python_tool
 from glm4lite.errors import ToolError
 from glm4lite.events import Done, Event, ToolCallFinished, ToolCallStarted
 from glm4lite.messages import ToolCall
+from glm4lite.sandbox.process import Outcome
 from glm4lite.session import ChatSession
 from glm4lite.template import ChatTemplate
+from glm4lite.terminal import JsonLines
 from glm4lite.tokenizer import Tokenizer
 from glm4lite.tools import Approve, Tool, abandoned, run_tool, tool
 from tests.glm4lite.scripted import scripted_engine
@@ -202,3 +205,20 @@ def test_without_a_terminal_what_asks_is_denied(policy: str, content: str) -> No
     results = [event for line in done.stdout.splitlines() if (event := json.loads(line))["type"] == "tool_result"]
     assert content in results[0]["content"]
     assert results[0]["error"] == (policy == "every")
+
+
+def test_what_the_system_cannot_limit_is_said_before_the_question(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also in the tool that a front end offers: a system without namespaces, say."""
+    lacking = Outcome("", "", ("network", "space on disk"))
+    monkeypatch.setattr(python_tool, "run_python", lambda *_: lacking)
+    python_tool.python_tool.cache_clear()
+    tool = python_tool.python_tool()
+    python_tool.python_tool.cache_clear()
+    assert "cannot limit: network, space on disk" in tool.caution
+    monkeypatch.setattr(approval, "_line", lambda: "n")
+    ask = approval.TerminalApproval(session(), JsonLines())
+    assert not ask(ToolCall("1", "python", '{"code": "1"}'), tool)
+    said = capsys.readouterr().err
+    assert said.index("cannot limit: network, space on disk") < said.index("run python?")

@@ -10,12 +10,14 @@ import pytest
 
 from glm4lite.events import Done, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
 from glm4lite.messages import Message, ToolCall
-from glm4lite_ui.answering import TurnWriter
+from glm4lite.tools import Tool
+from glm4lite_ui.answering import Asking, TurnWriter
 from glm4lite_ui.artifacts import artifacts, previews
 from glm4lite_ui.chats import Attachment, Chat, ChatError, ChatStore, Part, Settings, Turn, read_chat
 from glm4lite_ui.export import as_json, as_markdown, file_name
 from glm4lite_ui.history import messages
 from glm4lite_ui.markup import code_block, original_markdown, safe_markdown, text_html
+from glm4lite_ui.panels import question_about
 from glm4lite_ui.render import chat_messages, turn_at
 
 CALL = Part("call", 0, "888", "calculator", '{"expression": "37 * 24"}', seconds=0.01)
@@ -196,3 +198,10 @@ def test_exports_hold_the_conversation() -> None:
     assert read_chat({key: value for key, value in data.items() if key != "messages"}) == CHAT
     assert data["messages"][3] == {"role": "tool", "content": "888", "tool_call_id": "call_1", "name": "calculator"}
     assert file_name(Chat(title="../ä b?"), "md") == "ä-b.md"
+
+
+def test_a_question_says_what_the_system_cannot_limit() -> None:
+    tool = Tool("python", "Runs code.", {}, print, needs_approval=True, caution="This system cannot limit: network.")
+    question = question_about(Asking(ToolCall("1", "python", "{}"), tool))
+    assert "Run `python`" in question
+    assert "This system cannot limit: network." in question

@@ -130,7 +130,8 @@ def question_about(asking: Asking | None) -> str:
     if asking is None:
         return ""
     origin = f" of {safe_markdown(asking.tool.origin)}" if asking.tool.origin else ""
-    return f"**Run `{asking.call.name}`{origin}?**\n\n{code_block(asking.call.arguments, 'json')}"
+    caution = f"\n\n{safe_markdown(asking.tool.caution)}" if asking.tool.caution else ""
+    return f"**Run `{asking.call.name}`{origin}?**\n\n{code_block(asking.call.arguments, 'json')}{caution}"
 
 
 def context_full(chat: Chat) -> str:
