@@ -19,11 +19,11 @@ if os.environ.get("HF_ENDPOINT") and "huggingface_hub" not in sys.modules:
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 
 from huggingface_hub import constants, get_token, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.utils import (
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported when asked for
     build_hf_headers,
     get_session,
     hf_raise_for_status,
-    httpx,  # type: ignore[attr-defined]  # the client it uses, under its lasting name
+    httpx,  # the client it uses, under its lasting name
 )
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
