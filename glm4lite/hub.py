@@ -55,11 +55,15 @@ def locate(source: str | Path) -> Path | str:
 
 
 def _check_environment() -> None:
-    """huggingface_hub reads these when it is imported, and fails there without a word about which it was."""
+    """huggingface_hub and its client fail over these without a word about which it was, some when they are imported."""
     for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
         value = os.environ.get(name)
         if value is not None and not value.strip().isdecimal():
             raise HubError(f"{name} is {value[:100]!r}; use a whole number of seconds")
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        value = os.environ.get(name)
+        if value and not os.access(value, os.R_OK):
+            raise HubError(f"{name} is {value[:100]!r}, which cannot be read; correct it or unset it")
     endpoint = os.environ.get("HF_ENDPOINT")
     if endpoint is not None and not _is_url(endpoint):
         raise HubError(f"HF_ENDPOINT is {endpoint[:100]!r}; use a URL such as https://huggingface.co, or unset it")

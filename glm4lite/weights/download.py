@@ -28,6 +28,7 @@ from glm4lite.weights.hub_client import (
     listing,
 )
 from glm4lite.weights.memory import readable
+from glm4lite.weights.partial import is_abandoned
 from glm4lite.weights.verified import Damage, Verifier
 
 logger = logging.getLogger("glm4lite")
@@ -82,6 +83,7 @@ class Snapshot:
             folder = fetch(repo_id, CONFIG, None, lambda _: None).parent  # so that the cache knows the newest commit
             if repo.commit not in (None, folder.name):  # something was committed just now
                 repo = listing(repo_id, folder.name)
+            _remove_unfinished(repo_id, folder.parents[1])
         return cls(replace(repo, commit=folder.name), folder, progress)
 
     def weights(self) -> list[str]:
@@ -92,7 +94,10 @@ class Snapshot:
         """
         if SINGLE in self.repo.files:
             return [SINGLE]
-        names = _indexed(self.folder)
+        try:
+            names = _indexed(self.folder)
+        except CheckpointError as error:
+            raise HubError(f"{self.repo.repo_id} is damaged where it comes from: {error}") from None
         lacking = [name for name in names if name not in self.repo.files]
         if lacking:
             raise HubError(f"{self.repo.repo_id} lacks {some(lacking)}, named by its {INDEX}; choose another repo")
@@ -241,6 +246,19 @@ def _check_disk(repo_id: str, needed: int) -> None:
             f"{repo_id} needs {readable(needed)} of disk, {readable(free)} are free in {cache()}; "
             "free some space, or set HF_HOME to a folder on another disk"
         )
+
+
+def _remove_unfinished(repo_id: str, kept: Path) -> None:
+    """What killed downloads left: huggingface_hub goes on with none of it. It holds a lock on what it is writing."""
+    left = []
+    for part in (kept / "blobs").glob("*.*.incomplete"):
+        name = part.name.removesuffix(".incomplete").rpartition(".")[0]
+        if is_abandoned(cache() / ".locks" / kept.name / f"{name}.lock"):
+            left.append(part.stat().st_size)
+            part.unlink()
+    if left:
+        what = f"{len(left)} unfinished files of {repo_id} ({readable(sum(left))})"
+        logger.warning("removed %s, which downloads that were killed had left in the cache", what)
 
 
 class _Stopped(Exception):

@@ -193,8 +193,9 @@ def _headers() -> dict[str, str]:
     try:
         token = get_token()
     except (OSError, UnicodeError) as error:
+        where, why = constants.HF_TOKEN_PATH, getattr(error, "strerror", None) or error
         raise HubError(
-            f"the Hub's token in {constants.HF_TOKEN_PATH} cannot be read ({error}); run `hf auth login`"
+            f"the Hub's token in {where} cannot be read ({why}); run `hf auth login`, or set HF_HOME to your folder"
         ) from None
     if token is not None and not _TOKEN.fullmatch(token):
         raise HubError(

@@ -48,6 +48,8 @@ def in_words(repo_id: str, error: BaseException) -> str | None:
         return _absent(repo_id, error)
     if isinstance(error, httpx.HTTPError | httpx.InvalidURL | httpx.StreamError):
         return _unreached(repo_id, error)
+    if isinstance(error, ssl.SSLError):  # before anything was asked
+        return f"this machine's certificates cannot be used ({_reason(error)}); check SSL_CERT_FILE and SSL_CERT_DIR"
     if isinstance(error, OSError):
         return _of_the_system(repo_id, error)
     return _misconfigured(error)
