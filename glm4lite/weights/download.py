@@ -95,7 +95,7 @@ class Snapshot:
         if SINGLE in self.repo.files:
             return [SINGLE]
         try:
-            names = _indexed(self.folder)
+            names = list(read_index(self.folder / INDEX))
         except CheckpointError as error:
             raise HubError(f"{self.repo.repo_id} is damaged where it comes from: {error}") from None
         lacking = [name for name in names if name not in self.repo.files]
@@ -158,7 +158,7 @@ class Snapshot:
             forget(self.folder / name)
         name, damage = next(iter(damaged.items()))
         return HubError(
-            f"{self.repo.repo_id}: {name} arrived damaged {_REPEATS + 1} times from {endpoint()} "
+            f"{self.repo.repo_id}: {name} arrives damaged from {endpoint()} each time "
             f"({_compared(damage)}); run it again later, or set HF_ENDPOINT to another mirror"
         )
 
@@ -175,10 +175,9 @@ def whole_in_cache(repo_id: str) -> Path | None:
     if folder is None:
         return None
     try:
-        names = [SINGLE] if (folder / SINGLE).exists() else _indexed(folder)
+        return folder if all((folder / name).exists() for name in _weights_in(folder)) else None
     except CheckpointError:
         return None
-    return folder if all((folder / name).exists() for name in names) else None
 
 
 def _from_cache(repo_id: str, error: HubError, progress: ProgressCallback | None) -> Path:
@@ -189,7 +188,8 @@ def _from_cache(repo_id: str, error: HubError, progress: ProgressCallback | None
         raise error
     verifier = Verifier(folder)
     if verifier.can_remember():
-        expected = {path.name: cached_as(path) for path in sorted(folder.iterdir()) if path.is_file()}
+        names = (CONFIG, *COMPANIONS, INDEX, *_weights_in(folder))
+        expected = {name: cached_as(folder / name) for name in names if (folder / name).exists()}
         for name, damage in verifier.damaged(expected, _verifying(progress)).items():
             raise HubError(
                 f"{name} of {repo_id} lies in the cache damaged ({_compared(damage)}); "
@@ -198,8 +198,9 @@ def _from_cache(repo_id: str, error: HubError, progress: ProgressCallback | None
     return folder
 
 
-def _indexed(folder: Path) -> list[str]:
-    return list(read_index(folder / INDEX))
+def _weights_in(folder: Path) -> list[str]:
+    """The files that a folder's weights are in, whether or not they are there."""
+    return [SINGLE] if (folder / SINGLE).exists() else list(read_index(folder / INDEX))
 
 
 def _verifying(progress: ProgressCallback | None) -> Callable[[int, int], None]:

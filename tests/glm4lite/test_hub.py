@@ -332,17 +332,18 @@ def test_a_single_file_is_taken_before_an_index(hub: HubServer, tiny: Path, tmp_
 NO_NAMES = ["../../x", "/etc/x", "a\\b", "nul", "a\x00b", "x:y", "a/b", "../.."]
 
 
-@pytest.mark.parametrize("name", NO_NAMES)
-def test_an_index_names_only_files_of_its_folder(name: str, hub: HubServer, tiny: Path, tmp_path: Path) -> None:
-    file = f"{name}.safetensors"
-    index = {"weight_map": {"lm_head.weight": file}}
-    hub.repos["org/tiny"].files |= {"model.safetensors.index.json": json.dumps(index).encode(), file: b"bad"}
-    before = sorted(tmp_path.rglob("*"))
-    found, _ = find(hub.url, tmp_path / "home", "org/tiny")
-    assert "puts lm_head.weight in " in found["error"]
-    assert "only .safetensors files of the same folder are read" in found["error"]
+def test_an_index_names_only_files_of_its_folder(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    for number, name in enumerate(NO_NAMES):
+        file = f"{name}.safetensors"
+        index = json.dumps({"weight_map": {"lm_head.weight": file}}).encode()
+        hub.repos[f"org/bad{number}"] = Repo(
+            Repo.of(tiny).files | {"model.safetensors.index.json": index, file: b"bad"}
+        )
+    *found, _ = find(hub.url, tmp_path, *(f"org/bad{number}" for number in range(len(NO_NAMES))))
+    for result in found:
+        assert "puts lm_head.weight in " in result["error"]
+        assert "only .safetensors files of the same folder are read" in result["error"]
     assert not list(tmp_path.rglob("*.safetensors"))
-    assert before == []
 
 
 def test_an_index_that_names_what_the_repo_lacks_is_said_before_the_shards(hub: HubServer, tmp_path: Path) -> None:
@@ -373,15 +374,15 @@ def flipped(data: bytes, count: int = 400) -> bytes:
     return data[:middle] + bytes(byte ^ 255 for byte in data[middle : middle + count]) + data[middle + count :]
 
 
-@pytest.mark.parametrize("name", [SHARD, "config.json", "tokenizer.json", "model.safetensors.index.json"])
-def test_a_file_that_arrives_damaged_is_downloaded_again(name: str, hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+def test_files_that_arrive_damaged_are_downloaded_again(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
     repo = hub.repos["org/tiny"]
-    repo.sent[name] = [flipped(repo.files[name])]
+    names = [SHARD, "config.json", "tokenizer.json", "model.safetensors.index.json"]
+    repo.sent = {name: [flipped(repo.files[name])] for name in names}
     found, _ = find(hub.url, tmp_path, "org/tiny")
-    assert Path(found["folder"], name).read_bytes() == repo.files[name]
-    (said,) = found["said"]
-    assert said.startswith(f"{name} of org/tiny ")
-    assert said.endswith("; it is downloaded again")
+    for name in names:
+        assert Path(found["folder"], name).read_bytes() == repo.files[name]
+    assert sorted(line.partition(" of org/tiny ")[0] for line in found["said"]) == sorted(names)
+    assert all(line.endswith("; it is downloaded again") for line in found["said"])
 
 
 def test_a_file_that_is_damaged_each_time_is_an_error_and_leaves_the_cache(hub: HubServer, tmp_path: Path) -> None:
@@ -391,7 +392,7 @@ def test_a_file_that_is_damaged_each_time_is_an_error_and_leaves_the_cache(hub: 
     found, again, _ = find(hub.url, tmp_path, "org/tiny", "org/tiny")
     digests = [hashlib.sha256(data).hexdigest() for data in (wrong, right)]
     assert found["error"] == (
-        f"org/tiny: {SHARD} arrived damaged 3 times from {hub.url} "
+        f"org/tiny: {SHARD} arrives damaged from {hub.url} each time "
         f"(sha256:{digests[0]} instead of sha256:{digests[1]}); "
         "run it again later, or set HF_ENDPOINT to another mirror"
     )
@@ -484,7 +485,7 @@ def test_what_killed_downloads_left_is_removed_and_what_is_written_stays(hub: Hu
         found, _ = find(hub.url, tmp_path, "org/tiny")
     assert leftovers(tmp_path) == [living]
     assert found["said"] == [
-        "removed 1 unfinished files of org/tiny (1000 B), which downloads that were killed had left in the cache"
+        "removed 1 unfinished files of org/tiny (1 KiB), which downloads that were killed had left in the cache"
     ]
 
 

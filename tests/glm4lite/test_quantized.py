@@ -373,7 +373,7 @@ def test_what_is_still_written_or_not_known_is_left_alone(
     assert (living.path / "shard").read_bytes() == b"half"
     assert old.exists()
     assert (folder / "config.json").exists()
-    assert f"{old} (0 B) may be left of an earlier run; remove it if none writes it" in caplog.messages
+    assert f"{old} (0 KiB) may be left of an earlier run; remove it if none writes it" in caplog.messages
     living.discard()
     assert not living.path.exists()
 
