@@ -31,6 +31,8 @@ from glm4lite.errors import HubError
 from glm4lite.weights.files import CONFIG
 from glm4lite.weights.hub_errors import in_words
 
+constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, 1 << 20)  # between two, a download can be stopped
+
 _SECONDS = 20.0
 _TOKEN = re.compile(r"[!-~]+")  # what a header can carry
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -6,6 +6,7 @@ import ssl
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -73,6 +74,8 @@ def _absent(repo_id: str, error: BaseException) -> str:
     cause = error.__cause__ or error
     if isinstance(cause, HfHubHTTPError):
         return _refused(repo_id, cause)
+    if isinstance(cause, FileMetadataError):
+        return f"{repo_id}: {constants.ENDPOINT} does not answer as the Hub does ({cause}); check HF_ENDPOINT"
     return _unreached(repo_id, cause)
 
 

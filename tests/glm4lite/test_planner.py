@@ -250,6 +250,16 @@ def test_a_header_longer_than_usual_is_read_whole(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["weight_bytes"] == needs_of(headers(source), "int4").weight_bytes
 
 
+def test_a_token_is_not_sent_where_shards_are_stored(tmp_path: Path) -> None:
+    files = Repo.of(write_checkpoint(tmp_path / "tiny")).files
+    with HubServer({"org/gated": Repo(files)}) as storage:
+        elsewhere = storage.url.replace("127.0.0.1", "localhost")
+        with HubServer({"org/gated": Repo(files, token="hf_secret", elsewhere=elsewhere)}) as hub:
+            done = run("org/gated", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"), HF_TOKEN="hf_secret")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [sent for _, sent in storage.authorizations] == [None, None]
+
+
 def test_repos_that_cannot_be_planned_are_named_in_one_line(tmp_path: Path) -> None:
     repos = {
         "org/pickle": Repo({"config.json": b"{}", "pytorch_model.bin": bytes(100)}),
