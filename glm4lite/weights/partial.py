@@ -71,7 +71,7 @@ def remove_abandoned(destination: Path) -> None:
     """Removes, with a word, what runs that were killed left beside a destination; what is still written stays."""
     for folder in _partial_folders(destination.parent):
         size = _size(folder)
-        if not (folder / LOCK).exists():
+        if not os.path.lexists(folder / LOCK):  # also where another user's folder may not be looked into
             if folder.name.startswith(f".{destination.name}.partial-"):
                 logger.warning(
                     "%s (%s) may be left of an earlier run; remove it if none writes it", folder, readable(size)
