@@ -5,7 +5,6 @@ would leave the folder), so what is read later is there and has the shape it cla
 loading one runs whatever code it holds.
 """
 
-import reprlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError
 from glm4lite.weights import legacy
-from glm4lite.weights.files import CONFIG, INDEX, SINGLE, UNREADABLE, read_json, some
+from glm4lite.weights.files import CONFIG, INDEX, SINGLE, UNREADABLE, read_index, read_json, some
 from glm4lite.weights.shard import ShardMaps, StoredTensor, read, read_header
 
 
@@ -129,7 +128,7 @@ def _shard_files(folder: Path) -> dict[str, frozenset[str]]:
     if (folder / SINGLE).exists():
         return {SINGLE: frozenset()}
     if (folder / INDEX).exists():
-        return _read_index(folder)
+        return read_index(folder / INDEX)
     raise CheckpointError(_no_weights(folder))
 
 
@@ -143,22 +142,6 @@ def _no_weights(folder: Path) -> str:
             "or convert it with transformers' save_pretrained on a machine where you trust it"
         )
     return f"{folder} has neither {SINGLE} nor {INDEX}; download the checkpoint again"
-
-
-def _read_index(folder: Path) -> dict[str, frozenset[str]]:
-    path = folder / INDEX
-    weight_map = read_json(path, CheckpointError).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} has no weight_map (tensor name -> file name); download it again")
-    expected: dict[str, set[str]] = {}
-    for tensor, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{path} puts {some([tensor])} in {reprlib.repr(file)}; only .safetensors files of the same folder "
-                "are read, download the index again"
-            )
-        expected.setdefault(file, set()).add(tensor)
-    return {file: frozenset(names) for file, names in sorted(expected.items())}
 
 
 def _merge(folder: Path, files: Mapping[str, frozenset[str]]) -> dict[str, StoredTensor]:

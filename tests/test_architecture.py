@@ -30,7 +30,7 @@ ALLOWED = {
     "fastapi": {"glm4lite/server/app.py", "ui/glm4lite_ui/serving.py"},
     "uvicorn": {"glm4lite/server/launch.py"},
     "pickle": set(),
-    "huggingface_hub": {"glm4lite/weights/download.py", "glm4lite/weights/remote.py"},
+    "huggingface_hub": {"glm4lite/weights/hub_client.py", "glm4lite/weights/hub_errors.py"},
 }
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 

@@ -12,6 +12,7 @@ import typer
 
 from glm4lite import __version__
 from glm4lite.cli import answering, looking
+from glm4lite.cli.running import leaving_on_signals
 from glm4lite.errors import Glm4liteError
 
 app = typer.Typer(
@@ -54,7 +55,8 @@ def main() -> None:
     _speak_utf8()
     _add_commands()
     try:
-        app()
+        with leaving_on_signals():
+            app()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,34 @@ def rendering(as_json: bool) -> Iterator[Renderer]:
     finally:
         logging.getLogger("glm4lite").removeHandler(notices)
         renderer.close()
+
+
+@contextmanager
+def leaving_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP (a closed terminal) end the program as Ctrl-C does: what is half written is removed.
+
+    Those that are ignored (`nohup`) stay so. A server has its own way to end on SIGTERM, which a closed terminal takes.
+    """
+
+    def leave(number: int, _: object) -> None:
+        if signal.getsignal(signal.SIGTERM) not in (leave, signal.SIG_IGN):
+            signal.raise_signal(signal.SIGTERM)
+            return
+        for ours in numbers:
+            signal.signal(ours, signal.SIG_IGN)  # a shell and a terminal may both say so, while we tidy up
+        sys.exit(128 + number)
+
+    names = ("SIGTERM", "SIGHUP")
+    known = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = [number for number in known if signal.getsignal(number) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            if signal.getsignal(number) is leave:
+                signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager

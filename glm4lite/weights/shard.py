@@ -118,16 +118,27 @@ def _header_json(path: Path) -> tuple[dict[str, Any], int, int]:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
-            if len(prefix) < 8:
-                raise CheckpointError(f"{path} is truncated: {size} bytes are too few for safetensors; {_AGAIN}")
-            (length,) = struct.unpack("<Q", prefix)
-            if not 2 <= length <= _MAX_HEADER_BYTES:
-                raise CheckpointError(f"{path} is not a safetensors file: its header size reads {length}; {_AGAIN}")
+            length = header_length(path, prefix)
             if 8 + length > size:
                 raise _truncated(path, "header", 8 + length, size)
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    return header_entries(path, text), 8 + length, size
+
+
+def header_length(path: Path, prefix: bytes) -> int:
+    """The header's size by the first eight bytes of a file, which may be one that is not here."""
+    if len(prefix) < 8:
+        raise CheckpointError(f"{path} is truncated: {len(prefix)} bytes are too few for safetensors; {_AGAIN}")
+    (length,) = struct.unpack("<Q", prefix[:8])
+    if not 2 <= length <= _MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path} is not a safetensors file: its header size reads {length}; {_AGAIN}")
+    return int(length)
+
+
+def header_entries(path: Path, text: bytes) -> dict[str, Any]:
+    """The tensors' entries of a header."""
     try:
         entries = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -135,7 +146,7 @@ def _header_json(path: Path) -> tuple[dict[str, Any], int, int]:
     if not isinstance(entries, dict):
         raise _lies(path, "it is not a JSON object")
     entries.pop("__metadata__", None)
-    return entries, 8 + length, size
+    return entries
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
