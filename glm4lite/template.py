@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from glm4lite.errors import CheckpointError, TemplateError
+from glm4lite.errors import CheckpointError, ContextLengthError, TemplateError
 from glm4lite.messages import Message, ToolCall
 from glm4lite.templating.process import TemplateProcess
 from glm4lite.tokenizer import Tokenizer, token_text
@@ -96,10 +96,16 @@ class ChatTemplate:
         messages: Sequence[Message],
         tools: Sequence[SchemaSource | Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
+        context: int | None = None,
     ) -> list[int]:
-        """The prompt as ids: special tokens only where the template wrote them. Raises TemplateError."""
+        """The prompt as ids: special tokens only where the template wrote them. Raises TemplateError.
+
+        context: raises ContextLengthError for a text that cannot fit, without the time it takes to tokenize it.
+        """
         markers = _Markers(tokenizer.special)
         rendered = self._render(messages, tools, add_generation_prompt, markers)
+        if context is not None:
+            check_length(tokenizer, markers.restore(rendered), context)
         ids: list[int] = []
         for piece, token_id in tokenizer.split_special(rendered):
             ids.extend(tokenizer.encode(markers.restore(piece)) if token_id is None else [token_id])
@@ -139,6 +145,16 @@ class ChatTemplate:
             **self._special_names,
         }
         return self._process.render(name, variables)
+
+
+def check_length(tokenizer: Tokenizer, text: str, context: int) -> None:
+    """Raises ContextLengthError where `text` is so long that it needs no counting: it cannot fit."""
+    least = tokenizer.least_tokens(text)
+    if least >= context:
+        raise ContextLengthError(
+            f"the prompt has {len(text)} characters, at least {least} tokens, and the model's context is {context}; "
+            "shorten the conversation or start a new one"
+        )
 
 
 class _Markers:

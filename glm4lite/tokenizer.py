@@ -8,13 +8,14 @@ Special tokens (`<|user|>`, `[gMASK]`, …) are recognized only where the caller
 
 import codecs
 import functools
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders
+from tokenizers import decoders, models
 
 from glm4lite.errors import CheckpointError, one_line
 from glm4lite.weights.files import read_json
@@ -110,6 +111,26 @@ class Tokenizer:
             return bytes(table[character] for character in token)
         return token.encode("utf-8", "replace")
 
+    def least_tokens(self, text: str) -> int:
+        """No encoding of `text` has fewer ids, special strings in it counted as one id or more.
+
+        Its bytes over those of the longest token; 0 where a tokenizer may drop or shorten text before it looks ids up.
+        """
+        longest = self._longest_token
+        return -(-len(text.encode("utf-8", "replace")) // longest) if longest else 0
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        """Bytes of the longest token; 0 where ids say nothing about a text's length."""
+        vocabulary = self._backend.get_vocab(with_added_tokens=False)
+        added = self._backend.get_added_tokens_decoder().values()
+        whole = isinstance(self._backend.model, models.BPE) and _byte_of_character().keys() <= vocabulary.keys()
+        swallows = any(token.lstrip or token.rstrip for token in added)  # white space of any length beside them
+        if not whole or swallows or self._backend.normalizer is not None or not _keeps_bytes(self._backend):
+            return 0
+        # A character of a byte-level vocabulary is a byte.
+        return max([*map(len, vocabulary), *(len(token.content.encode("utf-8", "replace")) for token in added)])
+
     def is_special(self, token_id: int) -> bool:
         """True for the ids in `self.special`."""
         return token_id in self._specials
@@ -179,6 +200,16 @@ def token_text(token: Any) -> str | None:
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
+
+
+def _keeps_bytes(backend: tokenizers.Tokenizer) -> bool:
+    """Whether the pre-tokenizer ends in bytes and drops nothing on the way."""
+    steps = [] if backend.pre_tokenizer is None else [json.loads(backend.pre_tokenizer.__getstate__())]
+    kinds = list[str]()
+    for step in steps:  # grows by what a Sequence holds
+        kinds.append(step["type"] if step.get("behavior") != "Removed" else "Removed")
+        steps.extend(step.get("pretokenizers", ()))
+    return "ByteLevel" in kinds and set(kinds) <= {"ByteLevel", "Sequence", "Split", "Digits"}
 
 
 def _special_pattern(tokens: Iterable[tokenizers.AddedToken]) -> "re.Pattern[str] | None":
