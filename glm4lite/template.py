@@ -162,17 +162,16 @@ class _Markers:
     (tojson's escapes, strip, split) changes them, and random, so that no text can contain them by intent."""
 
     def __init__(self, specials: Sequence[str] | Mapping[str, int]) -> None:
-        self._specials = sorted(specials, key=len, reverse=True)
+        self._specials = sorted(filter(None, specials), key=len, reverse=True)
         self._nonce = f"q{secrets.token_hex(8)}q"
-        self._find = re.compile("|".join(map(re.escape, self._specials))) if self._specials else None
         self._restore = re.compile(self._nonce + r"(\d+)z")
 
     def mark(self, value: Any) -> Any:
         """`value` (JSON data) with the special strings in it replaced, in keys too."""
-        if self._find is None:
-            return value
         if isinstance(value, str):
-            return self._find.sub(lambda found: f"{self._nonce}{self._specials.index(found.group())}z", value)
+            for index, special in enumerate(self._specials):  # longest first
+                value = value.replace(special, f"{self._nonce}{index}z")
+            return value
         if isinstance(value, Mapping):
             return {self.mark(key): self.mark(item) for key, item in value.items()}
         return [self.mark(item) for item in value] if isinstance(value, list | tuple) else value

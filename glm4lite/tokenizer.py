@@ -9,10 +9,9 @@ Special tokens (`<|user|>`, `[gMASK]`, …) are recognized only where the caller
 import codecs
 import functools
 import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import tokenizers
 from tokenizers import decoders, models
@@ -22,6 +21,7 @@ from glm4lite.weights.files import read_json
 
 GLM_STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 _PREFIX_TOKENS = ("[gMASK]", "<sop>")
+_Piece: TypeAlias = tuple[str, int | None]
 _ALWAYS_SPECIAL = {*GLM_STOP_TOKENS, *_PREFIX_TOKENS, "<|system|>", "<|assistant|>"}
 
 
@@ -48,7 +48,9 @@ class Tokenizer:
         backend.encode_special_tokens = True
         self._backend = backend
         self._specials = {i: token for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        self._split = _special_pattern(self._specials.values())
+        # Cut at one after the other, longest first: a pattern of all of them takes seconds for a text full of "<|".
+        found = (token for token in self._specials.values() if token.content)
+        self._by_length = sorted(found, key=lambda token: -len(token.content))
         self.special: dict[str, int] = {token.content: i for i, token in sorted(self._specials.items())}
         self.size: int = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
         self.eos_ids = frozenset(self._ids_of(token_text(config.get("eos_token"))))
@@ -85,16 +87,26 @@ class Tokenizer:
             ids.extend(self._encode_plain(piece) if token_id is None else [token_id])
         return ids
 
-    def split_special(self, text: str) -> list[tuple[str, int | None]]:
+    def split_special(self, text: str) -> list[_Piece]:
         """Pieces of `text` in order: special strings with their id, the text between them with None."""
-        if self._split is None:
-            return [(text, None)]
-        split: list[tuple[str, int | None]] = []
-        for index, piece in enumerate(self._split.split(text)):  # plain, special, plain, …
-            token_id = self.special.get(piece, self.special.get(piece.strip())) if index % 2 else None
-            if piece:
-                split.append((piece, token_id))
-        return split
+        split: list[_Piece] = [(text, None)]
+        for token in self._by_length:
+            if token.content in text:
+                split = [part for piece in split for part in self._split_at(token, piece)]
+        return [part for part in split if part[0]]
+
+    def _split_at(self, token: tokenizers.AddedToken, piece: _Piece) -> Iterator[_Piece]:
+        """The piece cut at one special string; lstrip and rstrip tokens swallow the white space beside them."""
+        text, token_id = piece
+        if token_id is not None:
+            yield piece
+            return
+        parts = text.split(token.content)
+        for place, part in enumerate(parts):
+            if place:
+                yield token.content, self.special[token.content]
+            part = part.lstrip() if token.rstrip and place else part
+            yield (part.rstrip() if token.lstrip and place < len(parts) - 1 else part), None
 
     def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
         """Text of `ids`. Special tokens are left out or kept as their strings; ids not in use are left out."""
@@ -210,16 +222,6 @@ def _keeps_bytes(backend: tokenizers.Tokenizer) -> bool:
         kinds.append(step["type"] if step.get("behavior") != "Removed" else "Removed")
         steps.extend(step.get("pretokenizers", ()))
     return "ByteLevel" in kinds and set(kinds) <= {"ByteLevel", "Sequence", "Split", "Digits"}
-
-
-def _special_pattern(tokens: Iterable[tokenizers.AddedToken]) -> "re.Pattern[str] | None":
-    """Longest special string first; lstrip and rstrip tokens swallow the white space beside them."""
-    alternatives = [
-        (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
-        for token in sorted(tokens, key=lambda token: -len(token.content))
-        if token.content
-    ]
-    return re.compile(f"({'|'.join(alternatives)})") if alternatives else None
 
 
 @functools.cache

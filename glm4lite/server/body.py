@@ -22,7 +22,9 @@ BODY_LIMIT = 8 << 20  # bytes; a million tokens of English are half of it
 HELD_LIMIT = 64 << 20  # bytes of all bodies that are read or wait to be parsed
 _DRAINED = 256 << 20  # read and dropped behind the limit, because most clients read no answer before they sent all
 
-MOST_CONTAINERS = 100_000  # objects and lists: more than 16 000 messages in parts and 128 tools make
+# More than 16 000 messages and 128 tools consist of.
+MOST_CONTAINERS = 100_000  # lists and objects
+MOST_MEMBERS = 100_000  # of objects
 MOST_VALUES = 200_000  # of all kinds, besides the token ids of a prompt
 DEEPEST = 100
 _PIECE = 64 << 10
@@ -31,14 +33,15 @@ _DEPTH_STEP[list(b"[{")], _DEPTH_STEP[list(b"]}")] = 1, -1
 
 
 class Structure:
-    """Counts the containers, values and depth of JSON that is fed in pieces; ApiError where there are too many.
+    """Counts what JSON that is fed in pieces consists of (`found`) and how deep it is; ApiError where it is too much.
 
     Text that is no JSON is counted in some way: right up to where a parser would give up.
     """
 
     def __init__(self, context: int) -> None:
-        self._most_values = MOST_VALUES + context  # a prompt may be a list of token ids
-        self._containers = self._values = 0
+        # A prompt may be a list of token ids.
+        self._most = {"lists and objects": MOST_CONTAINERS, "members": MOST_MEMBERS, "values": MOST_VALUES + context}
+        self.found = dict.fromkeys(self._most, 0)
         self.end()
 
     def feed(self, data: bytes) -> None:
@@ -63,17 +66,16 @@ class Structure:
 
     def _count(self, text: bytes) -> None:
         opened = text.count(b"[") + text.count(b"{")
-        self._containers += opened
-        self._values += opened + text.count(b",")
+        counts = {"lists and objects": opened, "members": text.count(b":"), "values": opened + text.count(b",")}
+        for what, count in counts.items():
+            self.found[what] += count
+            if self.found[what] > self._most[what]:
+                raise ApiError(f"the body holds more than {self._most[what]} {what}")
         depths = _DEPTH_STEP[np.frombuffer(text, np.uint8)].cumsum(dtype=np.int64)
         if depths.size:
             deepest, self._depth = self._depth + int(depths.max()), self._depth + int(depths[-1])
             if deepest > DEEPEST:
                 raise ApiError(f"the body is nested too deeply: more than {DEEPEST} lists and objects in each other")
-        if self._containers > MOST_CONTAINERS:
-            raise ApiError(f"the body holds more than {MOST_CONTAINERS} lists and objects")
-        if self._values > self._most_values:
-            raise ApiError(f"the body holds more than {self._most_values} values")
 
 
 class Bodies:
