@@ -16,6 +16,7 @@ from glm4lite.server.requests import ChatRequest, CompletionRequest
 from glm4lite.server.unsupported import refuse_in_message
 from glm4lite.template import ChatTemplate, check_length
 
+MOST_ITEMS = 4096  # parts or calls of one message
 _END_OF_THOUGHT = "\n</think>\n\n"
 
 
@@ -113,6 +114,10 @@ def in_order(messages: list[Message]) -> list[Message]:
 def _message(data: dict[str, Any], place: int, structure: Structure) -> Message:
     at = f"messages[{place}]"
     refuse_in_message(data, at)
+    for name in ("content", "tool_calls"):
+        items = data.get(name)
+        if isinstance(items, list) and len(items) > MOST_ITEMS:
+            raise ApiError(f"{at}.{name}: at most {MOST_ITEMS} can be read, found {len(items)}", param=f"{at}.{name}")
     try:
         message = Message.from_dict(data)
     except Glm4liteError as error:

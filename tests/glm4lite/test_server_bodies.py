@@ -17,7 +17,7 @@ from starlette.requests import Request
 from glm4lite.messages import Message, ToolCall
 from glm4lite.server.body import DEEPEST, MOST_CONTAINERS, MOST_VALUES, Bodies, Structure
 from glm4lite.server.errors import ApiError
-from glm4lite.server.question import in_order
+from glm4lite.server.question import MOST_ITEMS, in_order
 from glm4lite.server.requests import MOST_MESSAGES
 from tests.glm4lite.served import Served, scripted, served
 
@@ -162,6 +162,13 @@ def test_what_a_long_conversation_needs_is_within_the_bounds(server: Served) -> 
 def test_the_number_of_messages_is_bounded_by_name(server: Served) -> None:
     answer = post(server, chat(",".join([user("")] * (MOST_MESSAGES + 1))))
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
+
+
+def test_the_number_of_parts_and_calls_of_a_message_is_bounded_by_name(server: Served) -> None:
+    part, call = '{"type":"text","text":"a"}', '{"id":"c","function":{"name":"a"}}'
+    for name, item in (("content", part), ("tool_calls", call)):
+        answer = post(server, chat(f'{{"role":"assistant","{name}":[{",".join([item] * (MOST_ITEMS + 1))}]}}'))
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, f"messages[0].{name}")
 
 
 def test_a_text_that_cannot_fit_is_refused_before_its_tokens_are_counted(server: Served) -> None:
