@@ -9,6 +9,7 @@ Special tokens (`<|user|>`, `[gMASK]`, …) are recognized only where the caller
 import codecs
 import functools
 import json
+import string
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,6 +23,13 @@ from glm4lite.weights.files import read_json
 GLM_STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 _PREFIX_TOKENS = ("[gMASK]", "<sop>")
 _Piece: TypeAlias = tuple[str, int | None]
+_ALL, _LETTERS, _DIGITS, _NO_ASCII = (
+    bytes(range(256)),
+    string.ascii_letters.encode(),
+    b"0123456789",
+    bytes(range(128, 256)),
+)
+_OTHER_KINDS = [_ALL.translate(None, kind) for kind in (_ALL, _LETTERS, _DIGITS, _NO_ASCII)]  # what is not of a kind
 _ALWAYS_SPECIAL = {*GLM_STOP_TOKENS, *_PREFIX_TOKENS, "<|system|>", "<|assistant|>"}
 
 
@@ -126,22 +134,25 @@ class Tokenizer:
     def least_tokens(self, text: str) -> int:
         """No encoding of `text` has fewer ids, special strings in it counted as one id or more.
 
-        Its bytes over those of the longest token; 0 where a tokenizer may drop or shorten text before it looks ids up.
+        Its bytes over the most that one token holds, for each kind of bytes by itself, since the longest tokens are
+        runs of spaces. 0 where a tokenizer may drop or shorten text before it looks ids up.
         """
-        longest = self._longest_token
-        return -(-len(text.encode("utf-8", "replace")) // longest) if longest else 0
+        most = self._most_bytes
+        return max(-(-count // most[kind]) for kind, count in enumerate(_kinds_of(text)) if most[kind]) if most else 0
 
     @functools.cached_property
-    def _longest_token(self) -> int:
-        """Bytes of the longest token; 0 where ids say nothing about a text's length."""
-        vocabulary = self._backend.get_vocab(with_added_tokens=False)
+    def _most_bytes(self) -> list[int]:
+        """How many bytes of each kind one token holds at most; empty where ids say nothing about a text's length."""
+        vocabulary, table = self._backend.get_vocab(with_added_tokens=False), _byte_of_character()
         added = self._backend.get_added_tokens_decoder().values()
-        whole = isinstance(self._backend.model, models.BPE) and _byte_of_character().keys() <= vocabulary.keys()
+        whole = isinstance(self._backend.model, models.BPE) and table.keys() <= vocabulary.keys()
         swallows = any(token.lstrip or token.rstrip for token in added)  # white space of any length beside them
         if not whole or swallows or self._backend.normalizer is not None or not _keeps_bytes(self._backend):
-            return 0
+            return []
         # A character of a byte-level vocabulary is a byte.
-        return max([*map(len, vocabulary), *(len(token.content.encode("utf-8", "replace")) for token in added)])
+        tokens = [bytes(table.get(character, 0) for character in token) for token in vocabulary]
+        tokens += [token.content.encode("utf-8", "replace") for token in added]
+        return [max(len(token.translate(None, others)) for token in tokens) for others in _OTHER_KINDS]
 
     def is_special(self, token_id: int) -> bool:
         """True for the ids in `self.special`."""
@@ -212,6 +223,12 @@ def token_text(token: Any) -> str | None:
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
+
+
+def _kinds_of(text: str) -> list[int]:
+    """How many bytes of each kind a text has."""
+    data = text.encode("utf-8", "replace")
+    return [len(data.translate(None, others)) for others in _OTHER_KINDS]
 
 
 def _keeps_bytes(backend: tokenizers.Tokenizer) -> bool:

@@ -212,8 +212,9 @@ def test_no_text_has_fewer_ids_than_its_length_tells(tokenizer: Tokenizer) -> No
 @needs_shared
 def test_the_length_of_a_text_tells_of_glm4s_vocabulary_too() -> None:
     tokenizer = glm_tokenizer()
-    for text in (" " * 100_000, "a" * 10_000, "你好" * 5_000):
+    for text in (" " * 100_000, "a" * 10_000, "你好" * 5_000, "0123456789" * 500, "one two " * 1000):
         assert 0 < tokenizer.least_tokens(text) <= len(tokenizer.encode(text))
+    assert tokenizer.least_tokens("one two " * 900_000) > 131_072
 
 
 def shortening() -> dict[str, tokenizers.Tokenizer]:
