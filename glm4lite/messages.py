@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from glm4lite.errors import Glm4liteError
+from glm4lite.errors import Glm4liteError, shown
 
 # Other spellings of OpenAI's roles that clients and GLM's own examples use.
 _ROLE_ALIASES = {"developer": "system", "observation": "tool", "function": "tool"}
@@ -31,7 +31,7 @@ class ToolCall:
         """Read OpenAI's `{"id", "type": "function", "function": {"name", "arguments"}}`; raises Glm4liteError."""
         function = data.get("function") if isinstance(data, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise Glm4liteError(f"tool_calls: expected an object with function.name, found {_short(data)}")
+            raise Glm4liteError(f"tool_calls: expected an object with function.name, found {shown(data)}")
         arguments = function.get("arguments", "{}")
         if not isinstance(arguments, str):  # some clients send the object itself
             arguments = json.dumps(arguments, ensure_ascii=False)
@@ -56,14 +56,14 @@ class Message:
     def from_dict(cls, data: Mapping[str, Any]) -> "Message":
         """Read one message of OpenAI's form; raises Glm4liteError naming the key that cannot be used."""
         if not isinstance(data, Mapping):
-            raise Glm4liteError(f"message: expected an object with role and content, found {_short(data)}")
+            raise Glm4liteError(f"message: expected an object with role and content, found {shown(data)}")
         role = data.get("role")
         role = _ROLE_ALIASES.get(role, role) if isinstance(role, str) else role
         if role not in _ROLES:
-            raise Glm4liteError(f"message: role must be one of {', '.join(_ROLES)}; found {_short(data.get('role'))}")
+            raise Glm4liteError(f"message: role must be one of {', '.join(_ROLES)}; found {shown(data.get('role'))}")
         calls = data.get("tool_calls") or ()
         if not isinstance(calls, Sequence) or isinstance(calls, str):
-            raise Glm4liteError(f"message: tool_calls must be a list, found {_short(calls)}")
+            raise Glm4liteError(f"message: tool_calls must be a list, found {shown(calls)}")
         return cls(
             role=role,
             content=_content_text(data.get("content")),
@@ -91,11 +91,11 @@ def _content_text(content: object) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence):
-        raise Glm4liteError(f"message: content must be text, found {_short(content)}")
+        raise Glm4liteError(f"message: content must be text, found {shown(content)}")
     pieces = []
     for part in content:
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise Glm4liteError(f"message: only text parts can be read, found {_short(part)}")
+            raise Glm4liteError(f"message: only text parts can be read, found {shown(part)}")
         pieces.append(part["text"])
     return "".join(pieces)
 
@@ -103,10 +103,5 @@ def _content_text(content: object) -> str:
 def _optional_text(data: Mapping[str, Any], key: str) -> str | None:
     value = data.get(key)
     if value is not None and not isinstance(value, str):
-        raise Glm4liteError(f"message: {key} must be text, found {_short(value)}")
+        raise Glm4liteError(f"message: {key} must be text, found {shown(value)}")
     return value
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

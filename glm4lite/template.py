@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from glm4lite.errors import CheckpointError, TemplateError
+from glm4lite.errors import CheckpointError, ContextLengthError, TemplateError
 from glm4lite.messages import Message, ToolCall
 from glm4lite.templating.process import TemplateProcess
 from glm4lite.tokenizer import Tokenizer, token_text
@@ -96,10 +96,16 @@ class ChatTemplate:
         messages: Sequence[Message],
         tools: Sequence[SchemaSource | Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
+        context: int | None = None,
     ) -> list[int]:
-        """The prompt as ids: special tokens only where the template wrote them. Raises TemplateError."""
+        """The prompt as ids: special tokens only where the template wrote them. Raises TemplateError.
+
+        context: raises ContextLengthError for a text that cannot fit, without the time it takes to tokenize it.
+        """
         markers = _Markers(tokenizer.special)
         rendered = self._render(messages, tools, add_generation_prompt, markers)
+        if context is not None:
+            check_length(tokenizer, markers.restore(rendered), context)
         ids: list[int] = []
         for piece, token_id in tokenizer.split_special(rendered):
             ids.extend(tokenizer.encode(markers.restore(piece)) if token_id is None else [token_id])
@@ -141,22 +147,31 @@ class ChatTemplate:
         return self._process.render(name, variables)
 
 
+def check_length(tokenizer: Tokenizer, text: str, context: int) -> None:
+    """Raises ContextLengthError where `text` is so long that it needs no counting: it cannot fit."""
+    least = tokenizer.least_tokens(text)
+    if least >= context:
+        raise ContextLengthError(
+            f"the prompt has {len(text)} characters, at least {least} tokens, and the model's context is {context}; "
+            "shorten the conversation or start a new one"
+        )
+
+
 class _Markers:
     """Stand-ins for special strings in text that the template did not write: letters and digits, so that no filter
     (tojson's escapes, strip, split) changes them, and random, so that no text can contain them by intent."""
 
     def __init__(self, specials: Sequence[str] | Mapping[str, int]) -> None:
-        self._specials = sorted(specials, key=len, reverse=True)
+        self._specials = sorted(filter(None, specials), key=len, reverse=True)
         self._nonce = f"q{secrets.token_hex(8)}q"
-        self._find = re.compile("|".join(map(re.escape, self._specials))) if self._specials else None
         self._restore = re.compile(self._nonce + r"(\d+)z")
 
     def mark(self, value: Any) -> Any:
         """`value` (JSON data) with the special strings in it replaced, in keys too."""
-        if self._find is None:
-            return value
         if isinstance(value, str):
-            return self._find.sub(lambda found: f"{self._nonce}{self._specials.index(found.group())}z", value)
+            for index, special in enumerate(self._specials):  # longest first
+                value = value.replace(special, f"{self._nonce}{index}z")
+            return value
         if isinstance(value, Mapping):
             return {self.mark(key): self.mark(item) for key, item in value.items()}
         return [self.mark(item) for item in value] if isinstance(value, list | tuple) else value

@@ -8,19 +8,28 @@ Special tokens (`<|user|>`, `[gMASK]`, …) are recognized only where the caller
 
 import codecs
 import functools
-import re
-from collections.abc import Iterable, Sequence
+import json
+import string
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import tokenizers
-from tokenizers import decoders
+from tokenizers import decoders, models
 
 from glm4lite.errors import CheckpointError, one_line
 from glm4lite.weights.files import read_json
 
 GLM_STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 _PREFIX_TOKENS = ("[gMASK]", "<sop>")
+_Piece: TypeAlias = tuple[str, int | None]
+_ALL, _LETTERS, _DIGITS, _NO_ASCII = (
+    bytes(range(256)),
+    string.ascii_letters.encode(),
+    b"0123456789",
+    bytes(range(128, 256)),
+)
+_OTHER_KINDS = [_ALL.translate(None, kind) for kind in (_ALL, _LETTERS, _DIGITS, _NO_ASCII)]  # what is not of a kind
 _ALWAYS_SPECIAL = {*GLM_STOP_TOKENS, *_PREFIX_TOKENS, "<|system|>", "<|assistant|>"}
 
 
@@ -47,7 +56,9 @@ class Tokenizer:
         backend.encode_special_tokens = True
         self._backend = backend
         self._specials = {i: token for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        self._split = _special_pattern(self._specials.values())
+        # Cut at one after the other, longest first: a pattern of all of them takes seconds for a text full of "<|".
+        found = (token for token in self._specials.values() if token.content)
+        self._by_length = sorted(found, key=lambda token: -len(token.content))
         self.special: dict[str, int] = {token.content: i for i, token in sorted(self._specials.items())}
         self.size: int = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
         self.eos_ids = frozenset(self._ids_of(token_text(config.get("eos_token"))))
@@ -84,16 +95,26 @@ class Tokenizer:
             ids.extend(self._encode_plain(piece) if token_id is None else [token_id])
         return ids
 
-    def split_special(self, text: str) -> list[tuple[str, int | None]]:
+    def split_special(self, text: str) -> list[_Piece]:
         """Pieces of `text` in order: special strings with their id, the text between them with None."""
-        if self._split is None:
-            return [(text, None)]
-        split: list[tuple[str, int | None]] = []
-        for index, piece in enumerate(self._split.split(text)):  # plain, special, plain, …
-            token_id = self.special.get(piece, self.special.get(piece.strip())) if index % 2 else None
-            if piece:
-                split.append((piece, token_id))
-        return split
+        split: list[_Piece] = [(text, None)]
+        for token in self._by_length:
+            if token.content in text:
+                split = [part for piece in split for part in self._split_at(token, piece)]
+        return [part for part in split if part[0]]
+
+    def _split_at(self, token: tokenizers.AddedToken, piece: _Piece) -> Iterator[_Piece]:
+        """The piece cut at one special string; lstrip and rstrip tokens swallow the white space beside them."""
+        text, token_id = piece
+        if token_id is not None:
+            yield piece
+            return
+        parts = text.split(token.content)
+        for place, part in enumerate(parts):
+            if place:
+                yield token.content, self.special[token.content]
+            part = part.lstrip() if token.rstrip and place else part
+            yield (part.rstrip() if token.lstrip and place < len(parts) - 1 else part), None
 
     def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
         """Text of `ids`. Special tokens are left out or kept as their strings; ids not in use are left out."""
@@ -109,6 +130,29 @@ class Tokenizer:
         if token_id not in self._specials and all(character in table for character in token):
             return bytes(table[character] for character in token)
         return token.encode("utf-8", "replace")
+
+    def least_tokens(self, text: str) -> int:
+        """No encoding of `text` has fewer ids, special strings in it counted as one id or more.
+
+        Its bytes over the most that one token holds, for each kind of bytes by itself, since the longest tokens are
+        runs of spaces. 0 where a tokenizer may drop or shorten text before it looks ids up.
+        """
+        most = self._most_bytes
+        return max(-(-count // most[kind]) for kind, count in enumerate(_kinds_of(text)) if most[kind]) if most else 0
+
+    @functools.cached_property
+    def _most_bytes(self) -> list[int]:
+        """How many bytes of each kind one token holds at most; empty where ids say nothing about a text's length."""
+        vocabulary, table = self._backend.get_vocab(with_added_tokens=False), _byte_of_character()
+        added = self._backend.get_added_tokens_decoder().values()
+        whole = isinstance(self._backend.model, models.BPE) and table.keys() <= vocabulary.keys()
+        swallows = any(token.lstrip or token.rstrip for token in added)  # white space of any length beside them
+        if not whole or swallows or self._backend.normalizer is not None or not _keeps_bytes(self._backend):
+            return []
+        # A character of a byte-level vocabulary is a byte.
+        tokens = [bytes(table.get(character, 0) for character in token) for token in vocabulary]
+        tokens += [token.content.encode("utf-8", "replace") for token in added]
+        return [max(len(token.translate(None, others)) for token in tokens) for others in _OTHER_KINDS]
 
     def is_special(self, token_id: int) -> bool:
         """True for the ids in `self.special`."""
@@ -181,14 +225,20 @@ def token_text(token: Any) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _special_pattern(tokens: Iterable[tokenizers.AddedToken]) -> "re.Pattern[str] | None":
-    """Longest special string first; lstrip and rstrip tokens swallow the white space beside them."""
-    alternatives = [
-        (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
-        for token in sorted(tokens, key=lambda token: -len(token.content))
-        if token.content
-    ]
-    return re.compile(f"({'|'.join(alternatives)})") if alternatives else None
+def _kinds_of(text: str) -> list[int]:
+    """How many bytes of each kind a text has."""
+    data = text.encode("utf-8", "replace")
+    return [len(data.translate(None, others)) for others in _OTHER_KINDS]
+
+
+def _keeps_bytes(backend: tokenizers.Tokenizer) -> bool:
+    """Whether the pre-tokenizer ends in bytes and drops nothing on the way."""
+    steps = [] if backend.pre_tokenizer is None else [json.loads(backend.pre_tokenizer.__getstate__())]
+    kinds = list[str]()
+    for step in steps:  # grows by what a Sequence holds
+        kinds.append(step["type"] if step.get("behavior") != "Removed" else "Removed")
+        steps.extend(step.get("pretokenizers", ()))
+    return "ByteLevel" in kinds and set(kinds) <= {"ByteLevel", "Sequence", "Split", "Digits"}
 
 
 @functools.cache

@@ -113,6 +113,12 @@ def check_schema(name: str, description: str, schema: object) -> None:
         raise ToolError(f"{where}'s properties must be an object of schemas")
     if not isinstance(required, list) or not all(isinstance(one, str) and one in properties for one in required):
         raise ToolError(f"{where}'s required must be a list of its properties")
+    check_size(name, description, schema)
+
+
+def check_size(name: str, description: str, schema: object) -> None:
+    """Raises ToolError for a schema that no prompt has room for, or that is not JSON."""
+    where = f"tool {name!r}: its schema"
     try:
         size = len(description) + len(json.dumps(schema, ensure_ascii=False, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:

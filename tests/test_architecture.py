@@ -28,7 +28,7 @@ ALLOWED = {
     "gradio": {f"ui/glm4lite_ui/{name}.py" for name in PAGE},
     "triton": {f"quant/glm4lite_quant/kernels/triton_{name}.py" for name in ("gpu", "kernels", "step", "step_kernels")},
     "fastapi": {"glm4lite/server/app.py", "ui/glm4lite_ui/serving.py"},
-    "uvicorn": {"glm4lite/server/launch.py"},
+    "uvicorn": {"glm4lite/server/launch.py", "glm4lite/server/connection.py"},
     "pickle": set(),
     "huggingface_hub": {"glm4lite/weights/hub_client.py", "glm4lite/weights/hub_errors.py"},
 }

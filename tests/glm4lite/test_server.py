@@ -286,3 +286,11 @@ def test_metrics_and_health_say_what_happened(nano: Served) -> None:
     assert int(values["glm4lite_resident_bytes"]) > 10_000_000
     assert (values["glm4lite_queue_waiting"], values["glm4lite_running"]) == ("0", "0")
     assert nano.http.get("/health").json() == {"status": "ok", "waiting": 0, "running": 0}
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/v1/models/nano", "/metrics"])
+def test_head_says_what_get_says_without_a_body(nano: Served, path: str) -> None:
+    head, get = nano.http.head(path), nano.http.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+    assert nano.http.head("/v1/models/other").status_code == 404

@@ -199,7 +199,7 @@ def _add_exports(app: FastAPI, runtime: Runtime) -> None:
         headers = {"Content-Disposition": f"attachment; filename*=utf-8''{quote(file_name(chat, kind))}"}
         return Response(text, media_type=f"{KINDS[kind]}; charset=utf-8", headers=headers)
 
-    app.add_api_route("/export/{chat_id}.{kind}", export, methods=["GET"], response_class=Response)
+    app.add_api_route("/export/{chat_id}.{kind}", export, methods=["GET", "HEAD"], response_class=Response)
 
 
 def serve_page(runtime: Runtime, listening: socket.socket, say: Callable[[str], None]) -> None:
