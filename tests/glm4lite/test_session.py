@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from glm4lite.messages import Message, ToolCall
 from glm4lite.sampling import SamplingParams
 from glm4lite.session import ChatSession
 from glm4lite.template import ChatTemplate
+from glm4lite.terminal import Terminal
 from glm4lite.tokenizer import Tokenizer
 from glm4lite.tools import BUILTIN_TOOLS, tool
 from tests.glm4lite.scripted import scripted_engine
@@ -97,6 +99,22 @@ def test_several_calls_of_one_turn_run_in_order(start: Start) -> None:
     results = [(event.name, event.content) for event in events if isinstance(event, ToolCallFinished)]
     assert results == [("calculator", "888"), ("unit_convert", "5000 m")]
     assert [message.role for message in session.messages] == ["user", "assistant", "tool", "tool", "assistant"]
+
+
+def test_a_call_behind_a_sentence_runs_and_is_drawn_behind_it(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = start(f"\nLet me see.\n{CALL}<|observation|>", "\nIt is 888.<|user|>")
+    events = list(session.send("37 * 24?"))
+    call = ToolCall("call_1", "calculator", '{"expression": "37 * 24"}')
+    assert session.messages[1:3] == [
+        Message("assistant", "Let me see.", (call,)),
+        Message("tool", "888", tool_call_id="call_1", name="calculator"),
+    ]
+    monkeypatch.setattr("sys.stdout", drawn := io.StringIO())
+    monkeypatch.setattr("sys.stderr", drawn)
+    Terminal().show_all(events)
+    assert drawn.getvalue().splitlines() == [
+        *("Let me see.", 'calculator({"expression": "37 * 24"})', "  -> 888", "It is 888."),
+    ]
 
 
 def test_a_tool_that_raises_becomes_an_error_observation(start: Start) -> None:
