@@ -20,7 +20,7 @@ from glm4lite.session import ChatSession
 from glm4lite.template import ChatTemplate
 from glm4lite.terminal import Terminal
 from glm4lite.tokenizer import Tokenizer
-from glm4lite.tools import BUILTIN_TOOLS, tool
+from glm4lite.tools import BUILTIN_TOOLS, Tool, tool
 from tests.glm4lite.scripted import scripted_engine
 
 NANO = Path(glm4lite.__file__).parent / "nano"
@@ -232,6 +232,19 @@ def test_a_prompt_that_does_not_fit_leaves_the_history_as_it_was(start: Start) -
     with pytest.raises(ContextLengthError, match="context is 600"):
         list(session.send("word " * 600))
     assert session.messages == before
+
+
+@pytest.mark.parametrize("text", ["word " * 5000, "北京🙂" * 5000, "\0" * 20000])
+def test_a_result_takes_half_of_the_context_that_is_left_and_the_model_still_answers(start: Start, text: str) -> None:
+    reading = Tool("read", "Reads.", {"type": "object", "properties": {}}, lambda: text)
+    session = start("read\n{}<|assistant|>read\n{}<|observation|>", "\nMuch.<|user|>", context=600, tools=[reading])
+    events = list(session.send("Read it"))
+    first, second = (event.content for event in events if isinstance(event, ToolCallFinished))
+    assert text.startswith(first.partition("\n[cut: ")[0])
+    assert first.endswith("more characters]")
+    assert 10 < len(second) < len(first)
+    assert text_of(events) == "Much."
+    assert session.messages[2].content == first
 
 
 def test_reset_forgets_all_but_the_system_prompt(start: Start) -> None:
