@@ -199,17 +199,22 @@ class ChatSession:
             tool, arguments = self.tools.get(call.name), json.loads(call.arguments)
             asks = tool is not None and tool.name not in self.allowed and tool.asks(arguments)
             yield ToolCallStarted(call.id, call.name, arguments, asks)
-            result = run_tool(tool, call, self.tool_timeout, self._cancel, self._approve, self._fits)
+            result = run_tool(tool, call, self.tool_timeout, self._cancel, self._approve, self._fitting())
             self.messages[place] = _observation(call, result.content)
             yield ToolCallFinished(call.id, call.name, result.content, result.error)
 
-    def _fits(self, result: str) -> int:
-        """How many characters of a tool's result may stand in the context: half of what is left is for the answer."""
+    def _fitting(self) -> Callable[[str], int]:
+        """Says how many characters of a tool's result to keep: half of the context that is left is for the answer."""
         tokenizer, left = self.engine.tokenizer, self.engine.model.context - self.prompt_tokens(self.messages)
-        tokens = tokenizer.encode(result)
-        if len(tokens) <= left // 2:
-            return len(result)
-        return len(tokenizer.decode(tokens[: max(left // 2, 0)]).rstrip("\ufffd"))  # half a character does not count
+        most = max(left // 2, 0)
+
+        def fits(result: str) -> int:
+            tokens = tokenizer.encode(result)
+            if len(tokens) <= most:
+                return len(result)
+            return len(tokenizer.decode(tokens[:most]).rstrip("\ufffd"))  # half a character does not count
+
+        return fits
 
     def _approve(self, call: ToolCall, tool: Tool) -> bool:
         return tool.name in self.allowed or self.approve(call, tool)

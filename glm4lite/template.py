@@ -30,6 +30,7 @@ TIME_LIMIT_S = 5.0  # a real template takes a millisecond; this much, that a bus
 _MAX_SOURCE = 1_000_000  # characters; real templates have a few thousand
 _ROLES = ("system", "user", "assistant", "tool")
 _PRIVATE, _PRIVATE_SIZE = 0xF0000, 0xFFFE  # Unicode's private use plane: no filter changes its characters
+_ESCAPED = re.compile(r"\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}")  # such a character in ASCII JSON
 _SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -166,8 +167,7 @@ class _StandIns:
         every = sorted((first | set(openers)) - {'"', "\\"})  # tojson must find these two, to escape them
         self._stand_ins = dict(zip(every, _unused(given, len(every)), strict=True))
         self._tags = {letter: self._stand_ins[letter] for letter in every if letter in first | {"<", "["}}
-        escaped = {json.dumps(stand_in)[1:-1]: letter for letter, stand_in in self._stand_ins.items()}
-        self._back = {stand_in: letter for letter, stand_in in self._stand_ins.items()} | escaped
+        self._letters = {stand_in: letter for letter, stand_in in self._stand_ins.items()}
         self._special = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or "(?!)")
 
     def in_text(self, value: Any) -> Any:
@@ -184,13 +184,15 @@ class _StandIns:
 
     def restore(self, text: str) -> str:
         """Text with the characters back, also where `tojson(ensure_ascii=True)` escaped their stand-ins."""
-        return _replaced(text, self._back)
+        text = _ESCAPED.sub(lambda found: self._letters.get(json.loads(f'"{found.group()}"'), found.group()), text)
+        return _replaced(text, self._letters)
 
 
 def _replaced(text: str, table: Mapping[str, str]) -> str:
-    for found, instead in table.items():
-        text = text.replace(found, instead)
-    return text
+    """`text` with each character of `table` replaced, in one pass however many there are."""
+    if not table:
+        return text
+    return re.sub(f"[{re.escape(''.join(table))}]", lambda found: table[found.group()], text)
 
 
 def _changed(value: Any, change: Callable[[str], str]) -> Any:

@@ -277,12 +277,13 @@ def _result_text(result: object) -> tuple[str, int | None]:
     try:
         if isinstance(result, str):
             whole = str.__str__(result)
-            text, size = whole[:MAX_RESULT_CHARACTERS], len(whole)
+            found: tuple[str, int | None] = whole[:MAX_RESULT_CHARACTERS], len(whole)
         else:
-            text, size = _beginning_of_json(result)
+            found = _beginning_of_json(result)
     except (TypeError, ValueError, RecursionError) as error:
         reason = f"the tool's result ({type(result).__name__}) is not JSON: {one_line(error, _MAX_REASON)}"
         raise ToolError(reason) from error
+    text, size = found
     return text.encode("utf-8", "replace").decode("utf-8"), size
 
 
