@@ -189,10 +189,9 @@ class _StandIns:
 
 
 def _replaced(text: str, table: Mapping[str, str]) -> str:
-    """`text` with each character of `table` replaced, in one pass however many there are."""
-    if not table:
-        return text
-    return re.sub(f"[{re.escape(''.join(table))}]", lambda found: table[found.group()], text)
+    for found, instead in table.items():  # few; a pass for each is much faster than one through a table
+        text = text.replace(found, instead)
+    return text
 
 
 def _changed(value: Any, change: Callable[[str], str]) -> Any:

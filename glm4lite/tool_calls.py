@@ -34,9 +34,10 @@ __all__ = ["Call", "OutputParser", "Segment", "Text", "Thinking", "parse_argumen
 _OPEN, _CLOSE = "<think>", "</think>"
 _MAX_CALL = 100_000  # characters held back for one call; a longer one is text
 _MAX_BLANK = 64  # characters of white space held back before and behind what may be a tag, a name or a call
-_MAX_INDENT = 3  # spaces before a name; more make a code block
+_MAX_INDENT = 3  # of white space before a call; more makes a code block
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _SPACE = " \t\r\n"
+_COMPACT = str.maketrans("'", '"', _SPACE)
 _FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})")
 _FENCE_LINE = 200  # characters of a line that are looked at for a fence
 
@@ -354,9 +355,9 @@ class _Answer:
 
 
 def _indent(line: str) -> int:
-    return len(line) - len(line.lstrip(" "))
+    return len(line) - len(line.lstrip(_SPACE))
 
 
 def _compact(text: str) -> str:
-    """Without white space, and with JSON's quotes."""
-    return "".join(text.split()).replace("'", '"')
+    """Without JSON's white space, and with its quotes."""
+    return text.translate(_COMPACT)

@@ -25,6 +25,7 @@ import jinja2.sandbox
 import jinja2.utils
 
 MEMORY_LIMIT = 1 << 30  # bytes of address space; Python and jinja2 take about 60 MB of it
+OPENERS_LIMIT = 200  # different ones, each of which takes a pass through the conversation; GLM's templates have one
 ERROR_LIMIT = 1000  # characters of a template's own words about what it refuses
 ORPHAN_LIMIT_S = 30  # this process ends itself if the parent is gone and cannot
 
@@ -154,7 +155,10 @@ class Renderer:
             if "source" in request:
                 tree = self._environment.parse(request["source"])
                 self._templates[request["name"]] = self._environment.from_string(tree)
-                return {"openers": openers(tree)}
+                found = openers(tree)
+                if len(found) > OPENERS_LIMIT:
+                    return {"error": f"looks for strings with {len(found)} first characters, more than {OPENERS_LIMIT}"}
+                return {"openers": found}
             return self._render(self._templates[request["name"]], request["limit"], request["variables"])
         except jinja2.exceptions.TemplateSyntaxError as error:
             return {"error": f"is not valid Jinja: {_short(error)}", "line": error.lineno}

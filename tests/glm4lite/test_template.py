@@ -1,5 +1,6 @@
 import functools
 import json
+import random
 import subprocess
 import sys
 import threading
@@ -10,12 +11,15 @@ from typing import Any
 
 import pytest
 
+import glm4lite
 from glm4lite.errors import Glm4liteError, TemplateError
 from glm4lite.messages import Message, ToolCall
 from glm4lite.template import ChatTemplate
+from glm4lite.tokenizer import Tokenizer
 from glm4lite.tools import BUILTIN_TOOLS
 from tests.glm4lite.small_tokenizer import SHARED, SPECIALS, byte_tokenizer, glm_tokenizer, needs_shared
 
+NANO = Path(glm4lite.__file__).parent / "nano"
 TEMPLATES = sorted((SHARED / "templates").glob("*.jinja"))
 needs_templates = pytest.mark.skipif(not TEMPLATES, reason=f"no chat templates at {SHARED / 'templates'}")
 
@@ -238,6 +242,42 @@ def test_what_a_template_looks_for_is_text_in_what_others_say(name: str) -> None
         assert sum(tokenizer.is_special(token) for token in template.encode(tokenizer, [call])) == 3
 
 
+def test_random_texts_reach_the_model_letter_by_letter_and_bring_no_special_token() -> None:
+    template, tokenizer = ChatTemplate.from_folder(NANO), Tokenizer.from_folder(NANO)
+    assert template is not None
+    source = random.Random(11)
+    pieces = [
+        *SPECIALS,
+        "</think>",
+        "/nothink",
+        "{{ x }}",
+        "{% y %}",
+        "<",
+        "|",
+        "[",
+        "user",
+        '"',
+        "\\",
+        "\n",
+        "é",
+        "🙂",
+        " ",
+    ]
+
+    def conversation(text: str) -> tuple[list[Message], list[dict[str, Any]]]:
+        call = ToolCall("1", "f", json.dumps({text: text}, ensure_ascii=False))
+        messages = [Message("system", text), Message("user", text), Message("assistant", "", (call,))]
+        return [*messages, Message("tool", text)], [{"name": "f", "description": text, "parameters": {text: [text]}}]
+
+    specials = [token for token in template.encode(tokenizer, *conversation("a")) if tokenizer.is_special(token)]
+    for _ in range(100):
+        text = f"x{''.join(source.choices(pieces, k=source.randint(1, 12)))}x"
+        rendered, ids = template.render(*conversation(text)), template.encode(tokenizer, *conversation(text))
+        assert rendered.count(text) >= 3
+        assert tokenizer.decode(ids, keep_special=True) == rendered
+        assert [token for token in ids if tokenizer.is_special(token)] == specials
+
+
 def test_the_assistants_earlier_thoughts_are_cut_and_its_special_strings_are_text() -> None:
     tokenizer, template = byte_tokenizer(), ChatTemplate(TURNS.replace("%s", LOOKING["split"][0]))
     messages = [Message("assistant", "<think>secret</think>So <|user|> it is")]
@@ -355,6 +395,7 @@ HOSTILE = {
     "{{ cycler.__init__.__globals__ }}": "may not",
     "{% include '/etc/hostname' %}": "no loader",
     "{% import 'os' as os %}": "no loader",
+    "".join(f"{{{{ '{chr(0x2200 + number)}' }}}}" for number in range(201)): "strings with 201 first characters",
 }
 
 

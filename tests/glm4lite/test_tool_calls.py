@@ -156,6 +156,8 @@ def test_random_outputs_lose_nothing_and_do_not_depend_on_the_chunks() -> None:
         "    ",
         " " * 70,
         "\r",
+        "\t" * 65,
+        "\u2028",
         ",",
         "\n",
         " ",
