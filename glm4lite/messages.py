@@ -20,11 +20,19 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One call the model made. `arguments` is JSON text as the model wrote it, as in OpenAI's API."""
+    """One call the model made. `arguments` is JSON text as the model wrote it, as in OpenAI's API.
+
+    GLM's calls always hold an object: what clients send back for a call without arguments ("", null) is `{}`. Other
+    text that is no object stays, so that the model sees what it wrote.
+    """
 
     id: str
     name: str
     arguments: str
+
+    def __post_init__(self) -> None:
+        if self.arguments.strip() in ("", "null"):
+            object.__setattr__(self, "arguments", "{}")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ToolCall":
@@ -32,9 +40,12 @@ class ToolCall:
         function = data.get("function") if isinstance(data, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise Glm4liteError(f"tool_calls: expected an object with function.name, found {shown(data)}")
-        arguments = function.get("arguments", "{}")
+        arguments = function.get("arguments")
         if not isinstance(arguments, str):  # some clients send the object itself
-            arguments = json.dumps(arguments, ensure_ascii=False)
+            try:
+                arguments = json.dumps(arguments, ensure_ascii=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise Glm4liteError(f"tool_calls: the arguments of {shown(function['name'])} are not JSON") from error
         return cls(id=str(data.get("id") or ""), name=function["name"], arguments=arguments)
 
     def to_dict(self) -> dict[str, Any]:

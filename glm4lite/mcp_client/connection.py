@@ -13,12 +13,13 @@ from pydantic import ValidationError
 from glm4lite.errors import ToolError, one_line
 from glm4lite.mcp_client.config import ServerConfig
 from glm4lite.mcp_client.transport import HttpServer, StdioServer
-from glm4lite.tools import MAX_RESULT_CHARACTERS, ToolResult
+from glm4lite.tools import ToolResult
 
 START_LIMIT_S = 60.0  # npx and uvx download a server before they start it
 CALL_LIMIT_S = 600.0  # the session's own limit is shorter; this ends what nobody waits for
 MAX_TOOLS = 200
 _MAX_PAGES = 50
+_MAX_BLOCKS = 1000  # of one result
 _CHECK_LIMIT_S = 2.0  # for an answer to something simple, after a call that got none
 
 
@@ -153,10 +154,12 @@ def _is_closed(error: BaseException) -> bool:
 
 def _text(result: CallToolResult) -> str:
     """What a model can read of a result; other blocks are named."""
-    blocks = [_block(block) for block in result.content[:1000]]
+    blocks = [_block(block) for block in result.content[:_MAX_BLOCKS]]
+    if len(result.content) > _MAX_BLOCKS:
+        blocks.append(f"[{len(result.content) - _MAX_BLOCKS} more parts are left out]")
     if not blocks and result.structured_content is not None:
         blocks = [json.dumps(result.structured_content, ensure_ascii=False)]
-    return "\n".join(blocks)[: MAX_RESULT_CHARACTERS + 1] if blocks else "(no result)"
+    return "\n".join(blocks) if blocks else "(no result)"
 
 
 def _block(block: Any) -> str:

@@ -105,7 +105,8 @@ def test_wrong_arguments_do_not_reach_the_server(tools: dict[str, Tool]) -> None
 
 
 def test_a_long_result_is_cut(tools: dict[str, Tool]) -> None:
-    assert len(use(tools["long"]).content) < MAX_RESULT_CHARACTERS + 200
+    assert use(tools["long"]).content == "x" * MAX_RESULT_CHARACTERS + "\n[cut: 984000 more characters]"
+    assert use(tools["parts"]).content == "x\n" * 1000 + "[500 more parts are left out]"
 
 
 def test_a_server_gets_its_own_environment_only(tools: dict[str, Tool], monkeypatch: pytest.MonkeyPatch) -> None:
