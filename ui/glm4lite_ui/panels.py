@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from glm4lite.weights.memory import readable
 from glm4lite_ui.answering import Answer, Asking
 from glm4lite_ui.chats import Chat, Turn
-from glm4lite_ui.markup import code_block, safe_markdown, text_html
+from glm4lite_ui.markup import code_block, literal, text_html
 from glm4lite_ui.runtime import Runtime
 
 EXPORTS = {"md": "Markdown", "json": "JSON"}
@@ -52,9 +52,24 @@ new MutationObserver(mark).observe(element.closest('#chat-column') ?? document.b
 mark();
 """
 
+# What is copied or edited is what was said, not how it is written for the page (markup.with_original).
+ORIGINAL_JS = """
+const shown = /\\[\ufdd4\\]: #(\\S*)\\n\\n[^\ufdd5]*\\[\ufdd5\\]: #/g;
+const said = (_, data) => new TextDecoder().decode(Uint8Array.from(atob(data), sign => sign.charCodeAt(0)));
+const clipboard = navigator.clipboard, write = clipboard?.writeText.bind(clipboard);
+if (clipboard) clipboard.writeText = text => write(text.replace(shown, said));
+new MutationObserver(() => requestAnimationFrame(() => {
+  for (const box of document.querySelectorAll('#chatbot textarea')) {
+    const text = box.value.replace(shown, said);
+    if (text === box.value) continue;
+    box.value = text;
+    box.dispatchEvent(new Event('input', {bubbles: true}));
+  }
+})).observe(document.querySelector('#chatbot'), {childList: true, subtree: true});
+"""
+
 # The list is open where there is room beside it; both panels' buttons have a name; Escape stops the answer.
-PAGE_JS = """
-() => {
+PAGE_JS = "() => {" + ORIGINAL_JS + """
   for (const [panel, name] of [['library', 'Chats'], ['settings', 'Settings of this chat']]) {
     const button = document.querySelector(`#${panel} .toggle-button`);
     if (button) button.title = button.ariaLabel = name;
@@ -129,14 +144,14 @@ def question_about(asking: Asking | None) -> str:
     """Markdown: which call waits for the user's word."""
     if asking is None:
         return ""
-    origin = f" of {safe_markdown(asking.tool.origin)}" if asking.tool.origin else ""
-    return f"**Run `{asking.call.name}`{origin}?**\n\n{code_block(asking.call.arguments, 'json')}"
+    origin = f" of {literal(asking.tool.origin)}" if asking.tool.origin else ""
+    return f"**Run {literal(asking.call.name)}{origin}?**\n\n{code_block(asking.call.arguments, 'json')}"
 
 
 def context_full(chat: Chat) -> str:
     """Markdown: what is offered when a chat no longer fits."""
     error = chat.turns[-1].error if chat.turns else None
-    return f"**This chat no longer fits the model's context.** {safe_markdown(error or '')}"
+    return f"**This chat no longer fits the model's context.** {literal(error or '')}"
 
 
 def export_links(chat: Chat) -> str:
