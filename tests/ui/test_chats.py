@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from glm4lite.events import Done, Progress, TextDelta, ThinkingDelta, ToolCallFi
 from glm4lite.messages import Message, ToolCall
 from glm4lite_ui.answering import TurnWriter
 from glm4lite_ui.artifacts import artifacts, previews
-from glm4lite_ui.chats import Attachment, Chat, ChatError, ChatStore, Part, Settings, Turn, read_chat
+from glm4lite_ui.chats import Attachment, Chat, ChatError, ChatStore, Counts, Part, Settings, Turn, read_chat
 from glm4lite_ui.export import as_json, as_markdown, file_name
 from glm4lite_ui.history import messages
 from glm4lite_ui.render import chat_messages, turn_at
@@ -43,6 +44,56 @@ def test_a_damaged_file_is_left_out_and_named_when_opened(tmp_path: Path) -> Non
         with pytest.raises(ChatError, match="cannot be read"):
             store.load(f"{place:016x}")
     assert [chat.id for chat in store.find()] == [CHAT.id]
+
+
+ODD = [
+    {"updated": float("inf")}, {"created": 1e20}, {"updated": -1}, {"title": "half \ud800 a sign"}, {"turns": {}},
+    {"turns": [{"user": "x", "counts": {"new_tokens": 1}}]}, {"turns": [{"user": "x", "parts": [{"kind": "image"}]}]},
+    {"turns": [{"user": "x", "parts": [{"kind": "text", "seconds": float("nan")}]}]}, {"settings": {"seed": 10**400}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", ODD)
+def test_what_the_page_could_not_show_is_no_chat(tmp_path: Path, changes: dict[str, object]) -> None:
+    store = ChatStore(tmp_path)
+    store.save(CHAT)
+    (tmp_path / f"{1:016x}.json").write_text(json.dumps(CHAT.to_json() | changes))
+    assert [chat.id for chat in store.find()] == [CHAT.id]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+def test_a_pipe_a_folder_and_a_huge_file_are_left_out_and_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = ChatStore(tmp_path)
+    store.save(CHAT)
+    os.mkfifo(tmp_path / f"{1:016x}.json")
+    (tmp_path / f"{2:016x}.json").mkdir()
+    with (tmp_path / f"{3:016x}.json").open("wb") as huge:
+        huge.truncate(1 << 40)
+    (tmp_path / "notes.json").write_text("{}")
+    for _ in range(2):
+        assert [chat.id for chat in store.find()] == [CHAT.id]
+    assert len(caplog.records) == 4
+    assert "notes is not the name of a chat" in caplog.text
+    assert "0000000000000003.json: this chat cannot be read: it is no file of at most 64 MiB" in caplog.text
+
+
+def test_a_folder_that_takes_no_files_is_said_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/self/fd")):
+        with pytest.raises(ChatError, match=r"cannot be kept here: .*; name another folder with --chats"):
+            ChatStore(folder)
+
+
+def test_a_user_without_a_home_is_told_to_name_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("GLM4LITE_CHATS", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(ChatError, match="no home folder; name another folder with --chats or GLM4LITE_CHATS"):
+        ChatStore()
 
 
 def test_a_file_nested_too_deeply_is_damaged_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -133,9 +184,7 @@ def test_events_become_parts_with_rounds_and_durations() -> None:
     assert turn.parts[0].text == "Let me think"
     assert turn.parts[2].arguments == '{"b":1}'
     assert all(part.seconds is not None for part in turn.parts)
-    assert turn.counts == {
-        "prompt_tokens": 10, "new_tokens": 5, "finish_reason": "stop", "tokens_per_s": 7.0, "prefilled_tokens": 3,
-    }  # fmt: skip
+    assert turn.counts == Counts(10, 5, "stop", 7.0, 3)
 
 
 def test_thoughts_and_calls_are_panels_that_close_when_done() -> None:

@@ -19,7 +19,7 @@ from glm4lite.events import Done, Event, Progress, TextDelta, ThinkingDelta, Too
 from glm4lite.messages import Message, ToolCall
 from glm4lite.session import ChatSession
 from glm4lite.tools import Tool
-from glm4lite_ui.chats import Chat, Part, Turn
+from glm4lite_ui.chats import Chat, Counts, Part, Turn
 from glm4lite_ui.history import messages, question
 
 logger = logging.getLogger("glm4lite")
@@ -66,7 +66,7 @@ class TurnWriter:
                 part.text, part.error, part.seconds = event.content, event.error, self._seconds()
             case Done():
                 self._close()
-                self.turn.counts = {key: value for key, value in event.to_json().items() if key != "type"}
+                self.turn.counts = Counts(**vars(event))
 
     def finish(self) -> None:
         """The answer ended, maybe in the middle: nothing stays open."""

@@ -19,8 +19,7 @@ def parser() -> MarkdownIt:
     parser.inline.ruler.before("escape", "formula", _formula_in_line)
     parser.inline.ruler.at("link", _link)
     parser.inline.ruler.at("image", _image)
-    interrupts = {"alt": ["paragraph", "reference", "blockquote", "list"]}
-    parser.block.ruler.before("fence", "formula", _formula_block, interrupts)
+    parser.block.ruler.before("fence", "formula", _formula_block, {"alt": ["paragraph", "blockquote", "list"]})
     return parser
 
 

@@ -69,7 +69,10 @@ new MutationObserver(() => requestAnimationFrame(() => {
 """
 
 # The list is open where there is room beside it; both panels' buttons have a name; Escape stops the answer.
-PAGE_JS = "() => {" + ORIGINAL_JS + """
+PAGE_JS = (
+    "() => {"
+    + ORIGINAL_JS
+    + """
   for (const [panel, name] of [['library', 'Chats'], ['settings', 'Settings of this chat']]) {
     const button = document.querySelector(`#${panel} .toggle-button`);
     if (button) button.title = button.ariaLabel = name;
@@ -80,6 +83,7 @@ PAGE_JS = "() => {" + ORIGINAL_JS + """
   });
 }
 """
+)
 
 
 def chat_list(chats: Sequence[Chat], current: str, searched: bool = False) -> str:
@@ -104,9 +108,8 @@ def live_line(runtime: Runtime, chat: Chat, answer: Answer | None = None) -> str
     """Speed, prompt tokens (reused and new), context used of total, the model, memory of weights and of the cache."""
     turn = chat.turns[-1] if chat.turns else None
     pieces = _under_way(answer) if answer is not None else _finished(turn)
-    counts = (turn.counts if turn else None) or {}
-    if "prompt_tokens" in counts:
-        used, context = counts["prompt_tokens"] + counts["new_tokens"], runtime.engine.model.context
+    if (counts := turn.counts if turn else None) is not None:
+        used, context = counts.prompt_tokens + counts.new_tokens, runtime.engine.model.context
         pieces.append(f"context {used:,} of {context:,}")
     pieces.append(runtime.name)
     memory = f"weights {readable(runtime.weight_bytes())}"
@@ -132,10 +135,10 @@ def _finished(turn: Turn | None) -> list[str]:
     if turn is None or not turn.counts:
         return []
     counts = turn.counts
-    prompt, new = counts["prompt_tokens"], counts["prefilled_tokens"]
+    prompt, new = counts.prompt_tokens, counts.prefilled_tokens
     reused = max(prompt - new, 0)
     return [
-        f"{counts['new_tokens']:,} tokens at {counts['tokens_per_s']:.1f}/s",
+        f"{counts.new_tokens:,} tokens at {counts.tokens_per_s:.1f}/s",
         f"prompt {prompt:,}: {reused:,} reused, {new:,} computed",
     ]
 

@@ -63,7 +63,7 @@ def _turn(turn: Turn, under_way: bool) -> Iterator[Shown]:
         return
     if turn.error:
         yield _note(turn.error)
-    elif turn.counts and (ending := ENDINGS.get(turn.counts.get("finish_reason", ""))):
+    elif turn.counts and (ending := ENDINGS.get(turn.counts.finish_reason)):
         yield _note(ending)
 
 
