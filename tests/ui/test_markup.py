@@ -15,6 +15,7 @@ from markdown_it import MarkdownIt
 
 from glm4lite.engine import Engine
 from glm4lite_ui.chats import Chat, Part, Turn
+from glm4lite_ui.export import as_markdown
 from glm4lite_ui.formulas import DISPLAY, INLINE, parser
 from glm4lite_ui.markup import code_block, literal, safe_markdown, text_html
 from tests.ui.conftest import Serve
@@ -184,6 +185,22 @@ def test_no_text_takes_long_and_none_is_left_out(text: str) -> None:
     assert time.monotonic() - began < 4
     assert ("deep" in shown) == ("deep" in text)
     assert "<b" not in shown
+
+
+@pytest.mark.parametrize("text", KNOWN)
+def test_an_exported_chat_draws_nothing_but_its_own_folds(text: str) -> None:
+    thought, call = Part("thinking", 0, f"{text}\n</details>"), Part("call", 0, text, text, text, seconds=1)
+    parts = [thought, call, Part("text", 0, text), Part("text", 1, "![a] ![b]\n\n[b]: http://127.0.0.1:9/x")]
+    shown = as_markdown(Chat(title=text, turns=[Turn(text, parts=parts, error=text)]))
+    folds = ("<details><summary>", "</details>", "<details>", "<summary>", "</summary>")
+    assert not [one for one in drawn(COMMONMARK, shown) if not one.startswith(folds)]
+
+
+def test_an_export_without_html_is_as_it_was_said() -> None:
+    said = "1 < 2 & $$a<b$$, `<form>` *and* [so](http://a.example) on"
+    assert said in as_markdown(Chat(turns=[Turn("Hi", parts=[Part("text", 0, said)])]))
+    safe = as_markdown(Chat(turns=[Turn("<b>", parts=[Part("text", 0, "so $$a$$ and \\(b\\)")])]))
+    assert "so $$a$$ and \\(b\\)" in safe
 
 
 # In a browser
