@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
 
+from glm4lite.engine import Engine
 from glm4lite.events import Done, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
 from glm4lite.messages import Message, ToolCall
-from glm4lite_ui.answering import TurnWriter
+from glm4lite.worker import EngineWorker
+from glm4lite_ui.answering import Answer, TurnWriter
 from glm4lite_ui.artifacts import artifacts, previews
 from glm4lite_ui.chats import Attachment, Chat, ChatError, ChatStore, Counts, Part, Settings, Turn, read_chat
 from glm4lite_ui.export import as_json, as_markdown, file_name
 from glm4lite_ui.history import messages
 from glm4lite_ui.render import chat_messages, turn_at
+from glm4lite_ui.runtime import Runtime
 
 CALL = Part("call", 0, "888", "calculator", '{"expression": "37 * 24"}', seconds=0.01)
 CHAT = Chat(
@@ -226,3 +230,14 @@ def test_exports_hold_the_conversation() -> None:
     assert read_chat({key: value for key, value in data.items() if key != "messages"}) == CHAT
     assert data["messages"][3] == {"role": "tool", "content": "888", "tool_call_id": "call_1", "name": "calculator"}
     assert file_name(Chat(title="../ä b?"), "md") == "ä-b.md"
+
+
+def test_an_answer_that_takes_long_to_draw_is_drawn_less_often(nano: Engine, tmp_path: Path) -> None:
+    runtime, chat = Runtime(EngineWorker(nano), ChatStore(tmp_path)), Chat(turns=[Turn("Hi")])
+    updates = Answer(chat, runtime.session(chat), lambda _: None).updates()
+    next(updates)
+    time.sleep(0.2)
+    began = time.monotonic()
+    next(updates)
+    assert time.monotonic() - began > 0.7
+    runtime.close()

@@ -104,6 +104,7 @@ def test_what_is_no_markdown_is_drawn_sign_by_sign() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_nor_of_a_hundred_thousand_others() -> None:
     chance = random.Random(2)
     for _ in range(100_000):
@@ -128,7 +129,7 @@ def test_no_word_of_a_text_is_lost() -> None:
     [
         "# Title\n\nSome **bold**, *it*, ~~struck~~ `a<b>`\\\nand **`<form>`**.\n\n***\n\nUnder\n-----",
         "1. one\n   ```python\n   def f():\n\n       pass\n   ```\n2. two\n   - a\n     - b\n\n     c\n\n3) d\n4) e",
-        "> quote\n> > inner\n>\n> - a\n> - b\n\n1986\\. A year\n\n- \n- b",
+        "> quote\n> > inner\n>\n> ```\n>   \n> ```\n>\n> - a\n> - b\n\n1986\\. A year\n\n- \n- b",
         "| a | b | c |\n|:-|:-:|-:|\n| `x` | **y** | 1 |\n| \\| | | |",
         "你好，**世界**。\n\n* 一\n* 二\n\n&#12288;&#12288;段落",
         "[name](https://a.example/b_(c)?d=e&f=*g*) and ![picture](https://a.example/p.png)",

@@ -48,8 +48,10 @@ def text_html(text: object) -> str:
 
 
 def with_original(shown: str, original: str) -> str:
-    """`shown` between two link definitions, which are not drawn: from the first the page's copy button and edit box
-    have what was said (panels.ORIGINAL_JS)."""
+    """`shown` between two link definitions, which are not drawn.
+
+    From the first the page's copy button and edit box have what was said (panels.ORIGINAL_JS).
+    """
     data = base64.b64encode(original.encode("utf-8", "replace")).decode()
     return f"[{ORIGINAL}]: #{data}\n\n{shown}\n\n[{ORIGINAL_END}]: #"
 
@@ -93,7 +95,7 @@ def _block(node: SyntaxTreeNode) -> list[str]:
             title = " ".join(_inline(node).replace("\\\n", "\n").split("\n"))
             return [f"{'#' * int(node.tag[1])} {re.sub('#$', '&#35;', title)}"]
         case "blockquote":
-            return [f"> {line}".rstrip(" ") for line in _blocks(node.children)]
+            return [f"> {line}" if line else ">" for line in _blocks(node.children)]
         case "bullet_list" | "ordered_list":
             return _list(node)
         case "fence" | "code_block":
@@ -115,7 +117,7 @@ def _list(node: SyntaxTreeNode) -> list[str]:
         if lines and not tight:
             lines.append("")
         first, *others = item or [""]
-        lines.append(f"{marker} {first}".rstrip(" "))
+        lines.append(f"{marker} {first}" if first else marker)
         lines += [" " * (len(marker) + 1) + line if line else "" for line in others]
     return lines
 
