@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import stat
@@ -238,7 +239,7 @@ def test_a_question_says_what_the_system_cannot_limit() -> None:
     tool = Tool("python", "Runs code.", {}, print, needs_approval=True, caution="This system cannot limit: network.")
     question = question_about(Asking(ToolCall("1", "python", "{}"), tool))
     assert "Run python" in question
-    assert "This system cannot limit: network." in question
+    assert "This system cannot limit: network." in html.unescape(question)
 
 
 def test_an_answer_that_takes_long_to_draw_is_drawn_less_often(nano: Engine, tmp_path: Path) -> None:
