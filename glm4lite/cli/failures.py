@@ -35,9 +35,8 @@ def _say(line: str) -> None:
 def _cause(error: Exception) -> str | None:
     """What a user can read and change; None where there is nothing."""
     quant = sys.modules.get("glm4lite_quant")  # its own error is known only once it (and torch) is imported
-    if isinstance(
-        error, (Glm4liteError, OutputError) if quant is None else (Glm4liteError, OutputError, quant.QuantError)
-    ):
+    ours = (Glm4liteError, OutputError)
+    if isinstance(error, ours if quant is None else (*ours, quant.QuantError)):
         return str(error)
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""

@@ -44,9 +44,8 @@ def quantize(
         asked = QuantConfig(config.bits, group_size, method=method) if isinstance(config, QuantConfig) else quant
         written = quantize_checkpoint(source, destination, asked, renderer.show, calibration=calibration)
         size = sum(file.stat().st_size for file in written.iterdir())
-        renderer.remark(
-            f"{written}: {readable(size)}, {quant}. Run it: glm4lite chat {shlex.quote(_as_model(written))}"
-        )
+        command = f"glm4lite chat {shlex.quote(_as_model(written))}"
+        renderer.remark(f"{written}: {readable(size)}, {quant}. Run it: {command}")
 
 
 def _as_model(folder: Path) -> str:

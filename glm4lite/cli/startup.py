@@ -24,9 +24,8 @@ def settle() -> None:
         try:
             argument.encode()
         except UnicodeEncodeError:
-            raise ConfigError(
-                f"the argument {one_line(argument)[:100]!r} is not UTF-8; glm4lite takes no other text"
-            ) from None
+            shown = one_line(argument)[:100]
+            raise ConfigError(f"the argument {shown!r} is not UTF-8; glm4lite takes no other text") from None
 
 
 def _speak_utf8() -> None:

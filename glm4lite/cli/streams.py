@@ -58,7 +58,7 @@ def streams() -> Streams:
 def settle_streams() -> None:
     """To be called before anything is opened: a file must not get a closed stream's number, and be written to by it.
 
-    From then on all is UTF-8, whatever the locale; stderr drops what it cannot take, and stdout raises OutputError once.
+    From then on all is UTF-8, whatever the locale; stderr drops what it cannot take, stdout raises OutputError once.
     """
     global _own
     for number in (0, 1, 2):
