@@ -14,10 +14,11 @@ MIN_COLUMNS = 20  # less is no screen but a container's or a build's idea of one
 
 
 def settle() -> None:
-    """Called before any work. Raises ConfigError for an argument that is not UTF-8."""
+    """Called before any work. Raises ConfigError where nothing can work, and for an argument that is not UTF-8."""
     _speak_utf8()
     settle_streams()
     _settle_width()
+    _check_folder()
     if "error" in "".join(sys.warnoptions):  # PYTHONWARNINGS=error: other packages' warnings end no chat
         warnings.simplefilter("default")
     for argument in sys.argv[1:]:
@@ -26,6 +27,14 @@ def settle() -> None:
         except UnicodeEncodeError:
             shown = one_line(argument)[:100]
             raise ConfigError(f"the argument {shown!r} is not UTF-8; glm4lite takes no other text") from None
+
+
+def _check_folder() -> None:
+    """Libraries fail in words of their own where the current folder was deleted."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(f"the current folder cannot be used ({error.strerror}); change to another (cd)") from error
 
 
 def _speak_utf8() -> None:
