@@ -40,9 +40,7 @@ class Toolbox:
         if approval not in APPROVALS:
             raise ToolError(f"--approve is {approval[:100]!r}; use {', '.join(APPROVALS)}")
         if sys.flags.optimize > 1:
-            logger.warning(
-                "python -OO removed the docstrings that describe the tools: the model sees their names alone"
-            )
+            logger.warning("python -OO removed the docstrings that describe tools: the model sees their names alone")
         self._open = ExitStack()
         try:
             found = [*(BUILTIN_TOOLS if builtins else ()), *(tool for one in sources for tool in _of_source(one))]

@@ -1,4 +1,4 @@
-"""Whose the streams are: stdout the answer's alone, closed and full ones no failure of Python's, odd systems one line."""
+"""Whose the streams are: stdout is the answer's alone, closed and full ones are told, an odd system is one line."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def get_weather(city: str) -> str:
 '''
 SAID = ("IMPORTED", "BYTES", "FETCHING \x1b[31m Lisbon", "AGAIN", "CHILD", "LIBRARY")
 HI = '"$@" chat --no-tools -p Hi --max-new-tokens 3'
+Capture = pytest.CaptureFixture[str]
 posix = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
 
 
@@ -204,7 +205,7 @@ def test_a_folder_that_was_deleted_is_one_line(verb: str, tmp_path: Path) -> Non
 
 
 @posix
-@pytest.mark.parametrize("columns", ["0", "1", "-1", "abc", "99999999999", "³"])
+@pytest.mark.parametrize("columns", ["0", "-1", "³"])
 def test_help_is_drawn_at_a_width_that_is_none(columns: str) -> None:
     done = shell('"$@" chat --help', COLUMNS=columns, TERMINAL_WIDTH=columns, LINES=columns)
     check(done, 0)
@@ -245,7 +246,7 @@ def test_a_failure_is_one_line(
     said: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert failures.told(error) == code

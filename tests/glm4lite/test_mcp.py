@@ -174,9 +174,16 @@ def test_lines_that_are_no_messages_are_passed_over() -> None:
         assert not use(tool, city="Oslo").error
 
 
-def test_a_list_of_tools_has_an_end() -> None:
-    with McpServers([stdio(BAD, "endless-list")]) as servers:
+def test_a_list_of_tools_has_an_end_which_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "glm4lite"), McpServers([stdio(BAD, "endless-list")]) as servers:
         assert len(servers.tools()) == 1
+    assert "of its tools only 50 are offered" in caplog.text
+
+
+def test_an_answer_too_deep_to_be_read_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "START_LIMIT_S", 3.0)
+    with McpServers([stdio(BAD, "deep-list")]) as servers, pytest.raises(ToolError, match="recursion limit"):
+        servers.tools()
 
 
 @pytest.mark.parametrize(
