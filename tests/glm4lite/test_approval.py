@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 import glm4lite
+from glm4lite.approval import _marked
 from glm4lite.errors import ToolError
 from glm4lite.events import Done, Event, ToolCallFinished, ToolCallStarted
 from glm4lite.messages import ToolCall
@@ -202,3 +204,11 @@ def test_without_a_terminal_what_asks_is_denied(policy: str, content: str) -> No
     results = [event for line in done.stdout.splitlines() if (event := json.loads(line))["type"] == "tool_result"]
     assert content in results[0]["content"]
     assert results[0]["error"] == (policy == "every")
+
+
+def test_no_line_of_an_argument_can_pass_for_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    padding = " " * 35  # with it the next word would begin a line of the screen
+    lines = _marked(f"print(1){padding}run calculator? [y]es\n\nrun calculator?\n{'好' * 30}").split("\n")
+    assert all(line.startswith("  | ") and cell_len(line) < 40 for line in lines)
+    assert len(lines) == 6

@@ -254,3 +254,27 @@ def test_a_failure_is_one_line(
     assert found
     if found.groups():
         assert "KeyError" in Path(found[1]).read_text()
+
+
+VERBS = {
+    "chat": "chat -p Hi --max-new-tokens 3",
+    "generate": "generate -p Hi --max-new-tokens 3",
+    "quantize": "quantize nano {folder}/out --fast",
+    "info": "info nano",
+    "plan": "plan nano",
+    "bench": "bench nano --prompt-tokens 32 --new-tokens 4",
+    "eval": "eval nano --text {folder}/text --windows 1",
+    "serve": "serve --help",
+    "ui": "ui --help",
+}
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("redirection", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", "| true"])
+def test_no_command_meets_a_stream_with_a_traceback(verb: str, redirection: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("It was the best of times, it was the worst of times. " * 20)
+    written = "" if verb == "quantize" else redirection  # its result is a folder: nothing is written to stdout
+    done = shell(f'"$@" {VERBS[verb].format(folder=shlex.quote(str(tmp_path)))} {redirection}')
+    check(done, 2 if written == ">/dev/full" else 0)
