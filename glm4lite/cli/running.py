@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import typer
-
+from glm4lite.cli.streams import streams
 from glm4lite.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,12 +46,13 @@ def rendering(as_json: bool) -> Iterator[Renderer]:
     """Where events go; the terminal is left in order whatever happens."""
     from glm4lite.terminal import JsonLines, Notices, Terminal
 
-    renderer: Renderer = JsonLines() if as_json else Terminal()
-    logging.getLogger("glm4lite").addHandler(notices := Notices())
+    own = streams()
+    renderer: Renderer = JsonLines(own.out, own.err) if as_json else Terminal(own.out, own.err)
+    logging.getLogger().addHandler(notices := Notices(own.err))
     try:
         yield renderer
     finally:
-        logging.getLogger("glm4lite").removeHandler(notices)
+        logging.getLogger().removeHandler(notices)
         renderer.close()
 
 
@@ -101,10 +101,10 @@ def interrupt_stops(answering: Any) -> Iterator[None]:
 
 def print_report(report: Benchmark | Evaluation | PlacementReport, as_json: bool) -> None:
     """One JSON object, or aligned lines."""
-    import json
+    from glm4lite.terminal import json_line
 
     if as_json:
-        typer.echo(json.dumps(report.to_json(), ensure_ascii=False))
+        streams().out.write(json_line(report.to_json()))
     else:
         print_facts(list(report.lines()))
 
@@ -113,5 +113,4 @@ def print_facts(facts: list[tuple[str, str]]) -> None:
     from glm4lite.terminal import printable_line
 
     width = max(len(name) for name, _ in facts)
-    for name, value in facts:
-        typer.echo(f"{name:<{width}}  {printable_line(value)}")
+    streams().out.writelines(f"{name:<{width}}  {printable_line(value)}\n" for name, value in facts)

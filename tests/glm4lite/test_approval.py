@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 import glm4lite
 from glm4lite import approval, python_tool
+from glm4lite.approval import _marked
 from glm4lite.errors import ToolError
 from glm4lite.events import Done, Event, ToolCallFinished, ToolCallStarted
 from glm4lite.messages import ToolCall
@@ -222,3 +224,11 @@ def test_what_the_system_cannot_limit_is_said_before_the_question(
     assert not ask(ToolCall("1", "python", '{"code": "1"}'), tool)
     said = capsys.readouterr().err
     assert said.index("cannot limit: network, space on disk") < said.index("run python?")
+
+
+def test_no_line_of_an_argument_can_pass_for_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    padding = " " * 35  # with it the next word would begin a line of the screen
+    lines = _marked(f"print(1){padding}run calculator? [y]es\n\nrun calculator?\n{'好' * 30}").split("\n")
+    assert all(line.startswith("  | ") and cell_len(line) < 40 for line in lines)
+    assert len(lines) == 6
