@@ -86,16 +86,15 @@ def test_a_shard_cut_within_its_header_is_named(folder: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("size", [0, 7])
-def test_an_empty_shard_is_named(folder: Path, size: int) -> None:
-    (folder / SHARD).write_bytes(b"x" * size)
+def test_a_shard_of_a_few_bytes_is_named(folder: Path) -> None:
+    (folder / SHARD).write_bytes(b"x" * 7)
     assert refused(folder) == (
-        f"DIR/{SHARD} is truncated: {size} bytes are too few for safetensors; download or copy the file again"
+        f"DIR/{SHARD} is truncated: 7 bytes are too few for safetensors; download or copy the file again"
     )
 
 
 def test_a_file_that_is_not_safetensors_is_named(folder: Path) -> None:
-    (folder / SHARD).write_bytes(b"<!DOCTYPE html><html>not found</html>")
+    (folder / SHARD).write_bytes(b"something else" * 9)
     message = refused(folder)
     assert re.fullmatch(
         rf"DIR/{SHARD} is not a safetensors file: its header size reads \d+; download or copy the file again", message
@@ -143,7 +142,7 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
     "shape of text": ({"shape": "400,64"}, f"{EMBED} has the shape '400,64'"),
     "huge shape": (
         {"shape": [2**62, 2**62]},
-        f"{EMBED} is BF16 [{2**62}, {2**62}], {2**125} bytes, but its offsets span 51200",
+        f"{EMBED} has the shape [{2**62}, {2**62}], which no tensor can have",
     ),
     "many dimensions": ({"shape": [2**62] * 300}, f"{EMBED} has 300 dimensions, more than 8"),
     "long text": ({"shape": "7" * 10_000}, f"{EMBED} has the shape '777777777777...7777777777777'"),
@@ -326,7 +325,7 @@ def test_a_config_that_is_not_json_is_said(folder: Path) -> None:
     (folder / "config.json").write_text('{"hidden_size": 64,')
     message = refused(folder, ConfigError)
     assert message.startswith("DIR/config.json is not valid JSON (")
-    assert message.endswith("; download it again")
+    assert message.endswith("; correct it or download it again")
 
 
 def test_a_config_that_is_not_text_is_said(folder: Path) -> None:
@@ -362,9 +361,9 @@ def test_a_wrong_type_is_named(folder: Path) -> None:
 )
 def test_an_absurd_size_is_refused_before_the_model_is_built(folder: Path, key: str, size: int) -> None:
     edit_config(folder, **{key: size})
-    assert refused(folder, ConfigError) == (
-        f"DIR/config.json: {key} is {size}, more than the checkpoint can hold; correct config.json"
-    )
+    message = refused(folder, ConfigError)
+    assert message.startswith(f"DIR/config.json: {key}: Input should be less than or equal to ")
+    assert message.endswith(f", found {size}")
 
 
 def test_quantized_weights_that_the_config_does_not_declare_are_said(folder: Path, tmp_path: Path) -> None:
@@ -385,7 +384,7 @@ def test_a_quantization_config_of_any_other_form_is_said(folder: Path, given: ob
 
 def test_a_generation_config_that_is_not_json_is_said(folder: Path) -> None:
     (folder / "generation_config.json").write_text("eos")
-    with pytest.raises(ConfigError, match=r"generation_config.json is not valid JSON \(.*\); download it again"):
+    with pytest.raises(ConfigError, match=r"generation_config.json is not valid JSON \(.*\); correct it or download"):
         _ = Checkpoint.open(folder).generation_config
 
 
