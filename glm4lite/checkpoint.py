@@ -111,8 +111,9 @@ class Checkpoint:
         """The element type by its safetensors name: "BF16", "F32", "F16", "U8", ..."""
         return self.stored(name).dtype
 
-    def torch_dtype(self, name: str) -> torch.dtype:
-        return torch_dtype(self.stored(name))
+    def outline(self, name: str) -> torch.Tensor:
+        """The tensor's shape and type, without values (on the meta device)."""
+        return torch.empty(self.shape(name), dtype=torch_dtype(self.stored(name)), device="meta")
 
     def nbytes(self, name: str) -> int:
         return self.stored(name).nbytes

@@ -89,9 +89,8 @@ def _above(folder: Path) -> str | None:
         copies = f", or {inside[0]}" if inside else ""
         return f"{folder} is the Hub cache's folder of {_repo_id(folder.name)}; give that id{copies}"
     if inside:
-        return (
-            f"{folder} is no checkpoint itself, but {some([str(path) for path in inside])} may be; give such a folder"
-        )
+        found = some([str(path) for path in inside])
+        return f"{folder} is no checkpoint itself, but {found} may be; give such a folder"
     return None
 
 

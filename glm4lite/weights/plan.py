@@ -72,8 +72,8 @@ class Fill:
 class Plan:
     """All fills in the model's order; `fresh` parameters are in no file and start from their initial values.
 
-    `kept` are the layers that were to be quantized, but whose width no code tile fits; `other_parts` the tensors of what
-    is no part of the language model.
+    `kept` are the layers that were to be quantized, but whose width no code tile fits; `other_parts` are tensors of
+    what is no part of the language model.
     """
 
     fills: list[Fill] = field(default_factory=list)
@@ -264,12 +264,7 @@ def _check_parts(checkpoint: Checkpoint, fill: Fill) -> None:
     """A weight that is stored quantized: types and shapes of its planes, by each other and by the model."""
     file = checkpoint.file(fill.parts[0])
     try:
-        planes = {
-            part.rpartition(".")[2]: torch.empty(
-                checkpoint.shape(part), dtype=checkpoint.torch_dtype(part), device="meta"
-            )
-            for part in fill.parts
-        }
+        planes = {part.rpartition(".")[2]: checkpoint.outline(part) for part in fill.parts}
         found = QuantTensor.from_tensors(planes).shape
     except QuantError as error:
         raise CheckpointError(f"{fill.source} in {file}: {error}; download it or quantize the original again") from None

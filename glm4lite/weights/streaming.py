@@ -52,7 +52,7 @@ def blocks(checkpoint: Checkpoint, name: str, meter: Meter, held: Tensor | None 
 
 
 def finite_blocks(checkpoint: Checkpoint, name: str, meter: Meter) -> Iterator[tuple[int, Tensor]]:
-    """`blocks` of a tensor that is not quantized (which would check its values); CheckpointError for NaN or infinity."""
+    """`blocks` of a tensor that stays as it is (quantizing would check it); CheckpointError for NaN or infinity."""
     for start, rows in blocks(checkpoint, name, meter):
         checkpoint.check_finite(name, rows, start)
         yield start, rows
