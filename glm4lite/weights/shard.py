@@ -136,17 +136,17 @@ def _header_json(path: Path) -> tuple[dict[str, Any], int, int]:
 
 def _header_length(path: Path, start: bytes, size: int) -> int:
     """Bytes of JSON that the file's first 8 announce; what such a file is instead is named."""
-    length = int.from_bytes(start[:8], "little")
-    if size >= 8 and 2 <= length <= MAX_JSON_BYTES:
-        if 8 + length > size:
-            raise _truncated(path, "header", 8 + length, size)
-        return length
-    what = mistaken_for(start)
+    what = None if start[8:9] == b"{" else mistaken_for(start)
     if what is not None:
         raise CheckpointError(f"{path} is {what}")
     if size < 8:
         raise CheckpointError(f"{path} is truncated: {size} bytes are too few for safetensors; {_AGAIN}")
-    raise CheckpointError(f"{path} is not a safetensors file: its header size reads {length}; {_AGAIN}")
+    length = int.from_bytes(start[:8], "little")
+    if not 2 <= length <= MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} is not a safetensors file: its header size reads {length}; {_AGAIN}")
+    if 8 + length > size:
+        raise _truncated(path, "header", 8 + length, size)
+    return length
 
 
 def _unreadable(path: Path, error: OSError) -> str:
