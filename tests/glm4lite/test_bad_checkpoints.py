@@ -493,7 +493,9 @@ def test_a_name_in_the_index_cannot_write_to_the_terminal(folder: Path) -> None:
     values = json.loads(index.read_text())
     values["weight_map"]["a\x1b[2J\nerror: b"] = "/model-0"
     index.write_text(json.dumps(values))
-    assert refused(folder).startswith("DIR/model.safetensors.index.json puts a\ufffd[2J\ufffderror: b in '/model-0'; only")
+    assert refused(folder).startswith(
+        "DIR/model.safetensors.index.json puts a\ufffd[2J\ufffderror: b in '/model-0'; only"
+    )
 
 
 def test_biases_that_the_config_denies_are_named(folder: Path) -> None:
