@@ -17,7 +17,7 @@ from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingE
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from glm4lite.checkpoint import Checkpoint
-from glm4lite.errors import CheckpointError, HubError
+from glm4lite.errors import CheckpointError, HubError, one_line
 from glm4lite.weights.download import check_files, explained, listing
 from glm4lite.weights.files import CONFIG, read_json
 from glm4lite.weights.shard import StoredTensor, tensors_of
@@ -40,12 +40,13 @@ def remote_headers(repo_id: str) -> Checkpoint:
         config = read_json(Path(hf_hub_download(repo_id, CONFIG)))
         try:
             found = HfApi().get_safetensors_metadata(repo_id).files_metadata
-        except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
-            raise HubError(f"{repo_id} has no usable safetensors headers ({error})") from None
+        except (NotASafetensorsRepoError, SafetensorsParsingError, TypeError, ValueError, AttributeError) as error:
+            # the last three: its parser checks no types
+            raise HubError(f"{repo_id} has no usable safetensors headers ({one_line(error)[:200]})") from None
     tensors: dict[str, StoredTensor] = {}
     for file, metadata in sorted(found.items()):
         entries = {
-            name: {"dtype": str(info.dtype), "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+            name: {"dtype": str(info.dtype), "shape": info.shape, "data_offsets": list(info.data_offsets)}
             for name, info in metadata.tensors.items()
         }
         tensors |= tensors_of(Path(repo_id, file), entries)
