@@ -127,7 +127,7 @@ def _described(fields: Mapping[str, Any], parts: tuple[str, ...]) -> BnbWeight:
         one_of("nested_blocksize", (bnb.NESTED_BLOCK_SIZE,))
         one_of("nested_dtype", ("float32",))
         offset = fields["nested_offset"]
-        if not isinstance(offset, float) or not math.isfinite(offset):
+        if not isinstance(offset, float):
             raise ValueError(f"nested_offset is {reprlib.repr(offset)}; expected a finite number")
     return BnbWeight(kind, blocksize, (shape[0], shape[1]), one_of("dtype", tuple(_DTYPES)), offset, parts)
 
