@@ -233,7 +233,7 @@ class Glm4Model(PreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         self.kv: KVType = "float"
-        self.context = config.max_position_embeddings  # tokens a cache may hold; a memory budget allows fewer
+        self.context = config.context_length  # tokens a cache may hold; a memory budget allows fewer
         self.graphs = StepGraphs()
         self._init_weights()
 

@@ -77,7 +77,7 @@ class ChatTemplate:
         file = folder / "chat_template.jinja"
         if file.is_file():
             try:
-                return cls(file.read_text(encoding="utf-8"), str(file), names)
+                return cls(file.read_text(encoding="utf-8-sig"), str(file), names)
             except (OSError, UnicodeDecodeError) as error:
                 raise TemplateError(f"{file}: cannot be read as UTF-8 text ({error})") from error
         origin = str(folder / "tokenizer_config.json")

@@ -18,7 +18,9 @@ import tokenizers
 from tokenizers import decoders, models
 
 from glm4lite.errors import CheckpointError, one_line
-from glm4lite.weights.files import read_json
+from glm4lite.rust import named_errors, panic_reports_hidden
+from glm4lite.weights.files import TOKENIZER, open_file, read_json
+from glm4lite.weights.magic import START_BYTES, dangling, mistaken_for
 
 GLM_STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 _PREFIX_TOKENS = ("[gMASK]", "<sop>")
@@ -30,6 +32,8 @@ _ALL, _LETTERS, _DIGITS, _NO_ASCII = (
     bytes(range(128, 256)),
 )
 _OTHER_KINDS = [_ALL.translate(None, kind) for kind in (_ALL, _LETTERS, _DIGITS, _NO_ASCII)]  # what is not of a kind
+_PROBE = "The answer to 37 * 24 (= 888)?\r\n\t- \u00e9\u4f60\u597d \U0001f642 <|x|>"
+_MAX_BYTES = 256 << 20  # the largest known have 30 MB
 _ALWAYS_SPECIAL = {*GLM_STOP_TOKENS, *_PREFIX_TOKENS, "<|system|>", "<|assistant|>"}
 
 
@@ -42,26 +46,29 @@ class Tokenizer:
     it themselves; put it before raw completions).
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None, origin: str = TOKENIZER
+    ) -> None:
+        """origin: the file that the backend was read from, for messages."""
         config = config or {}
-        backend.no_truncation()
-        backend.no_padding()
-        added = backend.get_added_tokens_decoder()
-        declared = _declared_special(config)
+        self._backend, self._origin = backend, origin
+        declared, eos = _declared_special(config), token_text(config.get("eos_token"))
+        self._call("no_truncation")
+        self._call("no_padding")
+        added = self._call("get_added_tokens_decoder")
         # A token that only tokenizer_config.json (or the GLM family) knows to be special must be one for the backend.
-        backend.add_special_tokens(
-            [token.content for token in added.values() if not token.special and token.content in declared]
-        )
+        also = [token.content for token in added.values() if not token.special and token.content in declared]
+        self._call("add_special_tokens", also)
         # Plain text never yields special tokens: encode() finds them itself, where it is told to.
         backend.encode_special_tokens = True
-        self._backend = backend
-        self._specials = {i: token for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        specials = self._call("get_added_tokens_decoder").items()
+        self._specials: dict[int, tokenizers.AddedToken] = {i: token for i, token in specials if token.special}
         # Cut at one after the other, longest first: a pattern of all of them takes seconds for a text full of "<|".
         found = (token for token in self._specials.values() if token.content)
         self._by_length = sorted(found, key=lambda token: -len(token.content))
         self.special: dict[str, int] = {token.content: i for i, token in sorted(self._specials.items())}
-        self.size: int = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
-        self.eos_ids = frozenset(self._ids_of(token_text(config.get("eos_token"))))
+        self.size: int = max(self._call("get_vocab", with_added_tokens=True).values(), default=-1) + 1
+        self.eos_ids = frozenset(self._ids_of(eos))
         self.stop_ids = self.eos_ids | {self.special[name] for name in GLM_STOP_TOKENS if name in self.special}
         has_prefix = all(name in self.special for name in _PREFIX_TOKENS)
         self.prefix_ids: list[int] = [self.special[name] for name in _PREFIX_TOKENS] if has_prefix else []
@@ -69,22 +76,29 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
-        """Read tokenizer.json and, when there is one, tokenizer_config.json; raises CheckpointError naming the file."""
-        file = Path(path) / "tokenizer.json"
-        if not file.is_file():
-            hint = ""
-            if file.with_name("tokenizer.model").exists():
-                hint = " (its tokenizer.model is of the older remote-code form; use the '-hf' conversion)"
-            raise CheckpointError(f"{file}: not found{hint}; a checkpoint folder needs its tokenizer.json")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
-            raise CheckpointError(f"{file}: cannot be read as a tokenizer ({one_line(error)[:200]})") from error
-        config = read_json(file.with_name("tokenizer_config.json"), CheckpointError, optional=True)
-        try:
-            return cls(backend, config)
-        except (TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path}/tokenizer_config.json: unexpected form ({one_line(error)[:200]})") from error
+        """Read tokenizer.json and, when there is one, tokenizer_config.json; raises CheckpointError naming the file.
+
+        A tokenizer that cannot encode a few words of many kinds is refused here, not when a model was loaded for it.
+        """
+        file = Path(path) / TOKENIZER
+        data = _read(file)
+        with panic_reports_hidden():
+            try:
+                backend = named_errors(str(file), tokenizers.Tokenizer.from_buffer, data)
+            except CheckpointError as error:
+                what = mistaken_for(data[:START_BYTES])
+                raise error if what is None else CheckpointError(f"{file} is {what}") from None
+            config = read_json(file.with_name("tokenizer_config.json"), CheckpointError, optional=True)
+            try:
+                tokenizer = cls(backend, config, str(file))
+            except (TypeError, ValueError, AttributeError) as error:
+                what = f"unexpected form ({one_line(error)[:200]})"
+                raise CheckpointError(f"{path}/tokenizer_config.json: {what}") from error
+            tokenizer.decode(tokenizer.encode(_PROBE))
+        return tokenizer
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        return named_errors(self._origin, getattr(self._backend, method), *arguments, **options)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of `text`; with `special`, the strings in `self.special` become their single ids. Adds no prefix."""
@@ -119,11 +133,12 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
         """Text of `ids`. Special tokens are left out or kept as their strings; ids not in use are left out."""
         kept = [i for i in ids if keep_special or i not in self._specials]
-        return self._backend.decode(kept, skip_special_tokens=False)
+        text: str = self._call("decode", kept, skip_special_tokens=False)
+        return text
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token of a byte-level vocabulary; empty for an id that is not in use."""
-        token = self._backend.id_to_token(token_id)
+        token: str | None = self._call("id_to_token", token_id)
         if token is None:
             return b""
         table = _byte_of_character()
@@ -161,11 +176,11 @@ class Tokenizer:
     def _encode_plain(self, text: str) -> list[int]:
         # Lone surrogates (JSON can carry them, UTF-8 cannot) become "?".
         clean = text.encode("utf-8", "replace").decode("utf-8")
-        ids: list[int] = self._backend.encode(clean, add_special_tokens=False).ids
+        ids: list[int] = self._call("encode", clean, add_special_tokens=False).ids
         return ids
 
     def _ids_of(self, text: str | None) -> list[int]:
-        token_id = self._backend.token_to_id(text) if text else None
+        token_id = self._call("token_to_id", text) if text else None
         return [] if token_id is None else [token_id]
 
 
@@ -210,6 +225,26 @@ class StreamingDetokenizer:
         self._read = len(self._window)
         self._shown = len(self._tokenizer.decode(self._window, keep_special=True))
         return piece
+
+
+def _read(file: Path) -> bytes:
+    """A tokenizer.json without a byte order mark."""
+    try:
+        with open_file(file) as opened:
+            data = opened.read(_MAX_BYTES + 1)
+    except FileNotFoundError:
+        link = dangling(file)
+        if link is not None:
+            raise CheckpointError(f"{file} is {link}") from None
+        hint = ""
+        if file.with_name("tokenizer.model").exists():
+            hint = " (its tokenizer.model is of the older remote-code form; use the '-hf' conversion)"
+        raise CheckpointError(f"{file}: not found{hint}; a checkpoint folder needs its tokenizer.json") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
+    if len(data) > _MAX_BYTES:
+        raise CheckpointError(f"{file} has more than {_MAX_BYTES} bytes, as no tokenizer has; download it again")
+    return data.removeprefix(codecs.BOM_UTF8)
 
 
 def _declared_special(config: dict[str, Any]) -> set[str]:

@@ -18,6 +18,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glm4lite.engine import Engine
+from glm4lite.errors import CheckpointError
 from glm4lite.server.body import Bodies, parse
 from glm4lite.server.errors import ApiError, json_response
 from glm4lite.server.guard import Guard
@@ -69,6 +70,7 @@ def create_app(
     app.add_middleware(_Counted, metrics=api.metrics)
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(CheckpointError, _unusable)
     app.add_exception_handler(Exception, _failed)
     for path, (methods, endpoint) in ENDPOINTS.items():
         app.add_api_route(path, getattr(api, endpoint), methods=methods)
@@ -181,6 +183,11 @@ def _closing(worker: EngineWorker, preparing: Preparing) -> Any:
 async def _failed(request: Request, error: Exception) -> Response:
     """A mistake of this program; uvicorn logs its traceback."""
     return ApiError(f"the request failed: {type(error).__name__}; the server's log says more", 500).response()
+
+
+async def _unusable(request: Request, error: Exception) -> Response:
+    """A file of the model fails at this text: its tokenizer, say."""
+    return ApiError(str(error), 500).response()
 
 
 async def _refused(request: Request, error: Exception) -> Response:

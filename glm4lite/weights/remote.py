@@ -44,7 +44,7 @@ def _header(snapshot: Snapshot, file: str) -> dict[str, StoredTensor]:
     with explained(repo_id):
         try:
             data = beginning(snapshot.repo, file, _USUALLY_ENOUGH)
-            end = 8 + header_length(path, data[:8])
+            end = 8 + header_length(path, data)
             if end > len(data):
                 data = beginning(snapshot.repo, file, end)
             return tensors_of(path, header_entries(path, data[8:end]))

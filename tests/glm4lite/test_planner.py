@@ -78,7 +78,7 @@ def test_a_quantized_folder_needs_what_it_stores_and_can_be_read_in_place(tmp_pa
 
 @pytest.mark.parametrize("changes", [{"num_hidden_layers": 10**9}, {"hidden_size": 10**15}, {"vocab_size": 2**40}])
 def test_absurd_sizes_of_a_lone_config_are_refused_at_once(tmp_path: Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="absurd sizes, and there are no weights beside it"):
+    with pytest.raises(ConfigError, match=r"config.json: .*: Input should be less than or equal to"):
         headers(bare(tmp_path / "bare", tiny_config(**changes)))
 
 

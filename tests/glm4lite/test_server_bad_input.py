@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tokenizers import Regex, pre_tokenizers
 
 from tests.glm4lite.served import Served, scripted, served
 
@@ -308,3 +309,20 @@ def test_halves_of_surrogate_pairs_are_text_like_any_other(server: Served) -> No
 )
 def test_what_clients_usually_send_is_accepted(server: Served, change: dict[str, Any]) -> None:
     assert server.post(CHAT, {**HELLO, **change}).status_code == 200
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_a_text_at_which_the_models_tokenizer_fails_is_answered_with_its_words(path: str) -> None:
+    engine = scripted("\nHi.<|user|>")
+    backend = engine.tokenizer._backend
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex("(x+x+)+y"), "isolated"), backend.pre_tokenizer]
+    )
+    text = "x" * 30
+    asked = {"model": "nano", "messages": [{"role": "user", "content": text}], "prompt": text}
+    del asked["prompt" if path == CHAT else "messages"]
+    with served(engine) as running:
+        answer = running.http.post(path, json=asked)
+        assert answer.status_code == 500
+        assert "tokenizer.json: cannot be read as a tokenizer, or not used as one" in answer.json()["error"]["message"]
+        assert running.http.get("/health").status_code == 200

@@ -1,4 +1,5 @@
 import json
+import os
 import random
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from glm4lite.errors import CheckpointError
+from glm4lite.rust import named_errors, panic_reports_hidden
 from glm4lite.tokenizer import StreamingDetokenizer, Tokenizer
 from tests.glm4lite.served import NANO
 from tests.glm4lite.small_tokenizer import SPECIALS, byte_backend, byte_tokenizer, glm_tokenizer, needs_shared
@@ -165,7 +167,7 @@ def test_a_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
         Tokenizer.from_folder(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"version": "1.0"}', b"\xff\xfe\x00"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"version": "1.0"}', b"\xff\xfe\x00"])
 def test_a_corrupt_tokenizer_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read") as caught:
@@ -249,3 +251,60 @@ def backend_ids(backend: tokenizers.Tokenizer, text: str) -> list[int]:
     ids: list[int] = backend.encode(text, add_special_tokens=False).ids
     backend.encode_special_tokens = True
     return ids
+
+
+# What makes the tokenizers library fail or panic: key -> value of tokenizer.json, and a text to encode.
+PANICS: dict[str, tuple[str, object, str]] = {
+    "while it is read": ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, "a"),
+    "in a pattern": (
+        "pre_tokenizer",
+        {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False},
+        "x" * 30,
+    ),
+    "in a division": ("pre_tokenizer", {"type": "FixedLength", "length": 0}, "a"),
+    "without an unknown token": ("model", {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "zz"}, "b"),
+    "in a decoder": ("decoder", {"type": "Strip", "content": "a", "start": 2**40, "stop": 2**40}, "a"),
+}
+
+
+@pytest.mark.parametrize("how", PANICS)
+def test_a_failure_of_the_library_is_an_error_of_ours(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], how: str
+) -> None:
+    key, value, text = PANICS[how]
+    byte_backend().save(str(tmp_path / "tokenizer.json"))
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | {key: value}))
+
+    def use() -> None:
+        tokenizer = Tokenizer.from_folder(tmp_path)
+        tokenizer.decode(tokenizer.encode(text))
+
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read as a tokenizer, or") as caught:
+        use()
+    assert "\n" not in str(caught.value)
+    if how not in ("in a pattern", "in a decoder"):  # only that text brings these about, when nothing hides the report
+        assert "panicked" not in capfd.readouterr().err
+
+
+def test_only_failures_of_the_library_are_renamed() -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        named_errors("tokenizer.json", interrupted)
+
+
+def test_what_others_write_while_a_tokenizer_is_read_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    with panic_reports_hidden():
+        os.write(2, b"a word of another thread")
+    assert capfd.readouterr().err == "a word of another thread"
+
+
+def test_the_size_counts_ids_that_the_vocabulary_skips(tmp_path: Path) -> None:
+    byte_backend().save(str(tmp_path / "tokenizer.json"))
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[next(iter(vocabulary))] = 7_000_000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert Tokenizer.from_folder(tmp_path).size == 7_000_001
