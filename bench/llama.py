@@ -49,7 +49,7 @@ def write_gguf(source: Path, destination: Path) -> None:
 
 
 def _write_keys(writer: Any, config: Glm4Config) -> None:
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)

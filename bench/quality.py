@@ -73,7 +73,7 @@ def importance_of(folder: Path, random: bool = False) -> dict[str, Tensor]:
     checkpoint = Checkpoint.open(folder)
     config = read_config(checkpoint)
     every = QuantConfig(4, exceptions=(("embed_tokens", None), ("lm_head", None), ("*norm*", None)))
-    plan = make_plan(skeleton(checkpoint, config, Glm4ForCausalLM), checkpoint, every)
+    plan = make_plan(skeleton(config, Glm4ForCausalLM), checkpoint, every)
     source = calibration_ids(checkpoint, config, None)
     if random:
         generator = torch.Generator().manual_seed(0)

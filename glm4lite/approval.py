@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,9 @@ class TerminalApproval:
     def __call__(self, call: ToolCall, tool: Tool) -> bool:
         for name, value in json.loads(call.arguments).items():
             if isinstance(value, str) and "\n" in value:  # code is read in lines, not in JSON
-                self._renderer.remark(f"{name}:\n    " + value.replace("\n", "\n    "))
+                self._renderer.remark(f"{name}:\n" + _marked(value))
+        if tool.caution:
+            self._renderer.remark(tool.caution)
         _forget_typed_ahead()
         while True:
             sys.stderr.write(QUESTION.format(name=tool.full_name))
@@ -38,6 +41,15 @@ class TerminalApproval:
                 self._session.allowed.add(tool.name)
             if answer in ("y", "yes", "n", "no", "a", "always"):
                 return answer[0] != "n"
+
+
+def _marked(text: str) -> str:
+    """`text` with a bar before each line on the screen, so that none of it can pass for the question below it."""
+    from rich.cells import chop_cells
+
+    width = max(shutil.get_terminal_size().columns - 5, 20)
+    lines = (line.expandtabs(4) for line in text.split("\n"))
+    return "\n".join(f"  | {piece}" for line in lines for piece in chop_cells(line, width) or [""])
 
 
 def _line() -> str | None:

@@ -224,7 +224,7 @@ def benchmark(
             f"prompt tokens are {prompt_tokens} and new tokens {new_tokens}; at least 1 and 2 are needed to time them"
         )
     checkpoint = Checkpoint.open(resolve(source, progress))
-    context = read_config(checkpoint).max_position_embeddings
+    context = read_config(checkpoint).context_length
     if prompt_tokens + new_tokens > context:
         raise ContextLengthError(
             f"{prompt_tokens} prompt tokens and {new_tokens} new ones do not fit the model's context of {context}"

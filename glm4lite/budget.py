@@ -70,7 +70,7 @@ def place_within(needs: Needs, machine: Machine, budget: Budget) -> Placement:
     Raises:
         ContextLengthError: the model's context is shorter than what is asked for.
     """
-    context = budget.context or min(DEFAULT_CONTEXT, needs.config.max_position_embeddings)
+    context = budget.context or min(DEFAULT_CONTEXT, needs.config.context_length)
 
     def with_cache(kv: KVType) -> Placement:
         return place(needs, machine, context=context, kv=kv, gpu_memory=budget.gpu_memory, ram=budget.ram)

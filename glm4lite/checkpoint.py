@@ -1,11 +1,12 @@
 """A checkpoint: a folder with config.json and safetensors shards, under the Hugging Face tensor names.
 
-Everything is checked when the folder is opened (each shard's header, the index against the shards, file names that
-would leave the folder), so what is read later is there and has the shape it claims. Pickle files are never opened:
+Everything is checked when the folder is opened (each shard's header, the files that the index names, names that would
+leave the folder), so what is read later is there and has the shape it claims. Pickle files are never opened:
 loading one runs whatever code it holds.
 """
 
-import reprlib
+import math
+import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +17,9 @@ import torch
 from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError
 from glm4lite.weights import legacy
-from glm4lite.weights.files import CONFIG, INDEX, SINGLE, UNREADABLE, read_json, some
-from glm4lite.weights.shard import ShardMaps, StoredTensor, read, read_header
+from glm4lite.weights.files import CONFIG, INDEX, SINGLE, read_index, read_json, some
+from glm4lite.weights.folders import described, unfinished
+from glm4lite.weights.shard import ShardMaps, StoredTensor, read, read_header, torch_dtype
 
 
 class Checkpoint:
@@ -30,9 +32,17 @@ class Checkpoint:
         checkpoint.rows("lm_head.weight", 0, 16)       # tensor [16, 4096], only these rows are read
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], tensors: dict[str, StoredTensor]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        tensors: dict[str, StoredTensor],
+        absent: Mapping[str, str] | None = None,
+    ) -> None:
+        """absent: tensors that the index lists but no shard holds -> the shard that should; not all are needed."""
         self.folder = folder
         self.config = config
+        self.absent = absent or {}
         self._tensors = tensors
         self._maps = ShardMaps()
 
@@ -49,16 +59,32 @@ class Checkpoint:
             raise CheckpointError(
                 f"{folder} is not a folder; give the one that holds config.json and the safetensors files"
             )
+        what = None if os.path.lexists(folder / CONFIG) else described(folder)
+        if what is not None:
+            raise CheckpointError(what)
         config = read_json(folder / CONFIG)
-        return cls.of(folder, config, _merge(folder, _shard_files(folder)))
+        files = _present(folder, _shard_files(folder), config)
+        tensors = _merge(folder, files)
+        absent = {name: file for file, names in files.items() for name in names if name not in tensors}
+        return cls.of(folder, config, tensors, absent)
 
     @classmethod
-    def of(cls, folder: Path, config: dict[str, Any], tensors: dict[str, StoredTensor]) -> "Checkpoint":
+    def of(
+        cls,
+        folder: Path,
+        config: dict[str, Any],
+        tensors: dict[str, StoredTensor],
+        absent: Mapping[str, str] | None = None,
+    ) -> "Checkpoint":
         """From the tensors of all headers, under the names the files give them."""
         if config.get("model_type") == "chatglm":
             tensors = legacy.rename(tensors, Glm4Config.from_dict(config, folder / CONFIG))
         kept = {name: tensor for name, tensor in tensors.items() if not legacy.IGNORED.fullmatch(name)}
-        return cls(folder, config, kept)
+        if config.get("tie_word_embeddings") is True and _HEAD in kept:
+            kept.setdefault(_EMBEDDING, kept[_HEAD])  # of two names of one tensor a file may keep either
+            if kept[_EMBEDDING] is kept[_HEAD]:
+                del kept[_HEAD]
+        return cls(folder, config, kept, absent)
 
     def names(self) -> list[str]:
         """Every tensor's name, in file order."""
@@ -83,6 +109,10 @@ class Checkpoint:
     def dtype(self, name: str) -> str:
         """The element type by its safetensors name: "BF16", "F32", "F16", "U8", ..."""
         return self.stored(name).dtype
+
+    def outline(self, name: str) -> torch.Tensor:
+        """The tensor's shape and type, without values (on the meta device)."""
+        return torch.empty(self.shape(name), dtype=torch_dtype(self.stored(name)), device="meta")
 
     def nbytes(self, name: str) -> int:
         return self.stored(name).nbytes
@@ -114,6 +144,16 @@ class Checkpoint:
             stop = min(start + step, count)
             yield start, self.rows(name, start, stop) if held is None else held[start:stop]
 
+    def check_finite(self, name: str, values: torch.Tensor, first_row: int = 0) -> None:
+        """Raises CheckpointError where what was read of a tensor (rows from `first_row` on) holds NaN or infinity."""
+        if math.isfinite(float(values.sum())):  # at the memory's speed; isfinite takes 40 times as long
+            return
+        bad = (~values.isfinite()).nonzero()
+        if len(bad):  # else the sum was too large
+            place = [int(index) for index in bad[0]]
+            value, place[0] = float(values[tuple(place)]), place[0] + first_row
+            raise CheckpointError(f"{name} in {self.file(name)} holds {value} at {place}; download the file again")
+
     def mapped(self, name: str) -> torch.Tensor:
         """The whole tensor over the memory-mapped shard: no copy, and a write to it stays private to this process."""
         return self._maps.mapped(self.stored(name))
@@ -124,64 +164,44 @@ class Checkpoint:
         return read_json(self.folder / "generation_config.json", optional=True)
 
 
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
 def _shard_files(folder: Path) -> dict[str, frozenset[str]]:
     """File name -> names the index expects in it (empty for a single file)."""
-    if (folder / SINGLE).exists():
+    if os.path.lexists(folder / SINGLE):
         return {SINGLE: frozenset()}
-    if (folder / INDEX).exists():
-        return _read_index(folder)
-    raise CheckpointError(_no_weights(folder))
+    if os.path.lexists(folder / INDEX):
+        return read_index(folder / INDEX)
+    neither = f"{folder} has neither {SINGLE} nor {INDEX}; download the checkpoint again"
+    raise CheckpointError(described(folder) or neither)
 
 
-def _no_weights(folder: Path) -> str:
-    other = sorted(path.name for path in folder.iterdir() if path.suffix in UNREADABLE)
-    if other:
-        kind = UNREADABLE[Path(other[0]).suffix]
-        why = " (which can run code when opened)" if kind == "pickle" else ""
-        return (
-            f"{folder} holds only {kind} weights{why}: {other[0]}; use the model's safetensors version, "
-            "or convert it with transformers' save_pretrained on a machine where you trust it"
-        )
-    return f"{folder} has neither {SINGLE} nor {INDEX}; download the checkpoint again"
-
-
-def _read_index(folder: Path) -> dict[str, frozenset[str]]:
-    path = folder / INDEX
-    weight_map = read_json(path, CheckpointError).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} has no weight_map (tensor name -> file name); download it again")
-    expected: dict[str, set[str]] = {}
-    for tensor, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{path} puts {some([tensor])} in {reprlib.repr(file)}; only .safetensors files of the same folder "
-                "are read, download the index again"
-            )
-        expected.setdefault(file, set()).add(tensor)
-    return {file: frozenset(names) for file, names in sorted(expected.items())}
+def _present(
+    folder: Path, files: Mapping[str, frozenset[str]], config: Mapping[str, Any]
+) -> Mapping[str, frozenset[str]]:
+    """The shards that are there; one may be missing where all it should hold is a tied head or computed."""
+    tied = config.get("tie_word_embeddings") is True
+    absent = {file: names for file, names in files.items() if not os.path.lexists(folder / file)}
+    needed = [
+        file
+        for file, names in absent.items()
+        if not all(legacy.IGNORED.fullmatch(name) or (tied and name == _HEAD) for name in names) or not names
+    ]
+    if needed:
+        partial = unfinished(folder)
+        why = f" (its download was not finished: {some([partial])})" if partial else ""
+        raise CheckpointError(f"{folder} lacks {some(needed)}, named by {INDEX}{why}; download the checkpoint again")
+    return {file: names for file, names in files.items() if file not in absent}
 
 
 def _merge(folder: Path, files: Mapping[str, frozenset[str]]) -> dict[str, StoredTensor]:
-    """The tensors of all shards; the index and the shards must agree, and each tensor is in one shard."""
-    absent = [file for file in files if not _exists(folder / file)]
-    if absent:
-        raise CheckpointError(f"{folder} lacks {some(absent)}, named by {INDEX}; download the checkpoint again")
+    """The tensors of all shards; each is in one. What the index expects and no shard holds, a model may not need."""
     merged: dict[str, StoredTensor] = {}
-    for file, expected in files.items():
-        found = read_header(folder / file)
-        gone = sorted(expected - found.keys())
-        if gone:
-            raise CheckpointError(f"{folder / INDEX} puts {some(gone)} in {file}, which lacks it; download both again")
-        for name, tensor in found.items():
+    for file in files:
+        for name, tensor in read_header(folder / file).items():
             if name in merged:
                 both = f"{merged[name].path.name} and {file}"
                 raise CheckpointError(f"{folder} holds {some([name])} twice, in {both}; download it again")
             merged[name] = tensor
     return merged
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that no file can have
-        return False

@@ -6,15 +6,15 @@ the values of the released checkpoints, so a config.json must name its own sizes
 
 from __future__ import annotations
 
-import math
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from glm4lite.errors import ConfigError
+from glm4lite.weights.files import check_values
 
 MODEL_TYPES = ("glm4", "glm")
 ROPE_TYPES = ("default", "yarn")
@@ -51,8 +51,14 @@ YARN_OPTIONAL_BOUNDS: dict[str, tuple[str, float]] = {
 LARGEST = 1e12
 """No rope number is larger: below it, none of the formulas overflows."""
 
-MAX_DEPTH = 50
-"""How deeply lists and objects of a config.json may lie in each other."""
+SCALING_KEYS: Mapping[str, frozenset[str]] = {
+    "default": frozenset(),
+    "yarn": frozenset((*YARN_BOUNDS, *YARN_OPTIONAL_BOUNDS, "truncate")),
+}
+"""The keys of each rope type beside those that all have."""
+
+LONGEST = 2**31 - 1
+"""Tokens of a context, as positions are counted on a GPU."""
 
 # Token ids that are null in config.json are told apart from those that are left out, which get the default.
 NULLABLE = ("pad_token_id", "eos_token_id")
@@ -60,7 +66,8 @@ NULLABLE = ("pad_token_id", "eos_token_id")
 # What forward returns where the call does not say; written only where somebody changed it.
 SWITCHES = ("output_hidden_states", "output_attentions", "return_dict")
 
-Size = Annotated[int, Field(gt=0, lt=2**63)]
+# Far above the largest GLM-4 (61 layers, 151552 wide), and small enough that every product of two is a tensor's size.
+Size = Annotated[int, Field(gt=0, le=1 << 24)]
 TokenId = Annotated[int, Field(gt=-(2**63), lt=2**63)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
@@ -69,7 +76,8 @@ class Glm4Config(BaseModel):
     """Configuration of a `glm4` (four norms per layer) or `glm` (two norms per layer) model.
 
     `rope_parameters` holds `rope_type`, `rope_theta` and `partial_rotary_factor` (and YaRN's own keys); the older keys
-    `rope_theta`, `rope_scaling` and `partial_rotary_factor` are folded into it, as Transformers does.
+    `rope_theta`, `rope_scaling` and `partial_rotary_factor` are folded into it, as Transformers does: a `rope_scaling`
+    that says something is taken instead of `rope_parameters`, of which the other two are kept.
     Keys that are not known are kept and written back by `to_dict`. Raises ConfigError for a value that cannot be used.
     """
 
@@ -81,13 +89,13 @@ class Glm4Config(BaseModel):
     vocab_size: Size = 151552
     hidden_size: Size = 4096
     intermediate_size: Size = 13696
-    num_hidden_layers: Size = 40
+    num_hidden_layers: int = Field(default=40, gt=0, le=512)
     num_attention_heads: Size = 32
     num_key_value_heads: Size = 2
     head_dim: Size = 128
     hidden_act: str = "silu"
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
-    max_position_embeddings: Size = 131072
+    max_position_embeddings: int = Field(default=131072, gt=0, le=LONGEST)
     initializer_range: float = Field(default=0.02, ge=0)
     rms_norm_eps: float = Field(default=0.00000015625, gt=0)
     use_cache: bool = True
@@ -98,7 +106,7 @@ class Glm4Config(BaseModel):
     bos_token_id: TokenId | None = None
     attention_bias: bool = True
     dtype: str | None = None
-    num_labels: Size = 2
+    num_labels: int = Field(default=2, gt=0, le=1 << 16)
     problem_type: str | None = None
     classifier_dropout: Rate | None = None
     hidden_dropout: Rate | None = None
@@ -117,8 +125,11 @@ class Glm4Config(BaseModel):
     @classmethod
     def _fold_older_keys(cls, values: dict[str, Any]) -> dict[str, Any]:
         values = dict(values)
-        for key, value in values.items():
-            _check_finite(key, value)
+        try:
+            for key, value in values.items():
+                check_values(key, value)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         torch_dtype = values.pop("torch_dtype", None)
         values["dtype"] = str(values.get("dtype") or torch_dtype or "").removeprefix("torch.") or None
         labels = values.get("id2label")
@@ -141,8 +152,21 @@ class Glm4Config(BaseModel):
             )
         if self.hidden_act not in ("silu", "swish"):
             raise ConfigError(f"hidden_act {self.hidden_act!r} is not supported; GLM-4 uses 'silu'")
+        if self.num_attention_heads * self.head_dim > 1 << 24:
+            raise ConfigError(f"num_attention_heads x head_dim is {self.num_attention_heads * self.head_dim}, too wide")
         _check_rope(self.rope_parameters, self.head_dim)
         return self
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens the model takes: YaRN's factor times the original length, or max_position_embeddings if more.
+
+        The model card's YaRN is an added `rope_scaling`; max_position_embeddings stays that of the unscaled model.
+        """
+        if self.rope_parameters["rope_type"] != "yarn":
+            return self.max_position_embeddings
+        scaled = self.rope_parameters["factor"] * self.rope_parameters["original_max_position_embeddings"]
+        return max(self.max_position_embeddings, min(round(scaled), LONGEST))
 
     @property
     def rope_theta(self) -> float:
@@ -196,32 +220,58 @@ class Glm4Config(BaseModel):
 
 
 def _rope_parameters(values: dict[str, Any]) -> dict[str, Any]:
-    """Both dialects as one dict; the newer `rope_parameters` wins over the older keys."""
-    rope: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        given = values.get(key)
-        if given is None:
-            continue
-        if not isinstance(given, dict):
-            raise ConfigError(f"{key} must be an object, found {_shown(given)}")
-        rope.update(given)
-    if "type" in rope:
-        rope.setdefault("rope_type", rope.pop("type"))
-    rope.setdefault("rope_type", "default")
+    """Both dialects as one dict. ConfigError where they say two things of which no reader could tell the meant one."""
+    scaling, parameters = _rope_dict(values, "rope_scaling"), _rope_dict(values, "rope_parameters")
+    rope = dict(scaling or parameters)
+    rope["rope_type"] = _agreed("rope_type", [rope[key] for key in ("type", "rope_type") if key in rope], "default")
+    rope.pop("type", None)
     for key, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 0.5)):
-        older = values.get(key)
-        rope.setdefault(key, default if older is None else older)
+        if key not in scaling:
+            rope[key] = _agreed(key, [place[key] for place in (parameters, values) if key in place], default)
     if rope["rope_type"] == "yarn":
-        rope.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
+        key = "original_max_position_embeddings"
+        longest = values.get("max_position_embeddings")
+        rope[key] = _agreed(key, [place[key] for place in (rope, values) if key in place], longest)
+        if "factor" in rope and rope["factor"] is None:
+            rope["factor"] = _implied_factor(longest, rope[key])
     return rope
 
 
+def _rope_dict(values: dict[str, Any], key: str) -> dict[str, Any]:
+    given = values.get(key)
+    if given is not None and not isinstance(given, dict):
+        raise ConfigError(f"{key} must be an object, found {_shown(given)}")
+    return given or {}
+
+
+def _agreed(key: str, said: list[Any], default: Any) -> Any:
+    """What is said of a key in several places, the default where it is in none; null says nothing beside a value."""
+    found = [value for value in said if value is not None]
+    if any(value != found[0] for value in found):
+        raise ConfigError(f"{key} is both {_shown(found[0])} and {_shown(found[1])}; remove the one that is not meant")
+    if found:
+        return found[0]
+    return None if said else default
+
+
+def _implied_factor(longest: Any, original: Any) -> float | None:
+    """A null factor is how many times the original length max_position_embeddings is, as in Transformers."""
+    numbers = all(isinstance(value, int | float) and value > 0 for value in (longest, original))
+    return float(longest / original) if numbers else None
+
+
 def _check_rope(rope: dict[str, Any], head_dim: int) -> None:
-    if rope["rope_type"] not in ROPE_TYPES:
+    kind = rope["rope_type"]
+    if kind not in ROPE_TYPES:
         known = ", ".join(ROPE_TYPES)
-        raise ConfigError(f"rope_type {_shown(rope['rope_type'])} is not supported; known: {known}")
+        raise ConfigError(f"rope_type {_shown(kind)} is not supported; known: {known}")
+    allowed = {"rope_type", *ROPE_BOUNDS, *SCALING_KEYS[kind]}
+    unknown = sorted(key for key, value in rope.items() if value is not None and key not in allowed)
+    if unknown:
+        what = f"{_shown(unknown[0])} is not known of rope_type {kind!r}"
+        raise ConfigError(f"rope_parameters: {what}; remove it, or correct the type")
     bounds = dict(ROPE_BOUNDS)
-    if rope["rope_type"] == "yarn":
+    if kind == "yarn":
         optional = {key: bound for key, bound in YARN_OPTIONAL_BOUNDS.items() if rope.get(key) is not None}
         bounds |= YARN_BOUNDS | optional
         if not isinstance(rope.get("truncate", True), bool):
@@ -243,28 +293,6 @@ def _check_number(what: str, value: Any, relation: str, bound: float) -> None:
         if value > bound or (value == bound and relation != "above"):
             return
     raise ConfigError(f"{what} must be a number {relation} {bound}, found {_shown(value)}")
-
-
-def _check_finite(key: str, value: Any) -> None:
-    """JSON as Python reads it knows NaN and Infinity; no key of a config can be one."""
-    for path, item in _leaves(key, value):
-        if isinstance(item, float) and not math.isfinite(item):
-            raise ConfigError(f"{path} must be a finite number, found {item}")
-
-
-def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of everything below a key; without recursion, because the nesting is the file's."""
-    waiting = [(key, value, 0)]
-    while waiting:
-        path, item, depth = waiting.pop()
-        if depth > MAX_DEPTH:
-            raise ConfigError(f"{key} is nested too deeply: more than {MAX_DEPTH} lists or objects in each other")
-        if isinstance(item, dict):
-            waiting += [(f"{path}.{name}", inner, depth + 1) for name, inner in item.items()]
-        elif isinstance(item, list):
-            waiting += [(f"{path}.{i}", inner, depth + 1) for i, inner in enumerate(item)]
-        else:
-            yield path, item
 
 
 def _from_chatglm(values: dict[str, Any]) -> dict[str, Any]:

@@ -75,10 +75,10 @@ class Engine:
         check_arguments(None if quant == "auto" else quant, device, dtype)
         Budget.of(gpu_memory, ram, context, kv)
         folder = resolve(source, progress)
+        checkpoint = Checkpoint.open(folder)
         tokenizer, template = Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder)
         if need_template:
             _required(template)
-        checkpoint = Checkpoint.open(folder)
         _check_companions(tokenizer, checkpoint)
         if quant == "auto":
             quant = "int4" if checkpoint.config.get("quantization_config") is None else None

@@ -1,13 +1,29 @@
 """What a user did or has that cannot work. The command line prints the message on one line and exits with 2."""
 
+import reprlib
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 76
+
 
 class Glm4liteError(Exception):
     """Base of every error a user can cause: one line naming the thing, what was found and what to do."""
 
 
-def one_line(text: object) -> str:
-    """Any text (another library's error, say) as one line that UTF-8 can carry, for a message."""
-    return " ".join(str(text).encode("utf-8", "replace").decode("utf-8").split())
+def one_line(text: object, most: int | None = None) -> str:
+    """Any text (another library's error, say) as one printable line, for a message; of a long one the first `most`."""
+    try:
+        written = str(text)
+    except Exception:  # an error of somebody's code may not even tell itself
+        written = f"({type(text).__name__} without text)"
+    line = " ".join(written[:most].encode("utf-8", "replace").decode("utf-8").split())
+    return line if line.isprintable() else "".join(letter if letter.isprintable() else "\ufffd" for letter in line)
+
+
+def shown(value: object) -> str:
+    """A value of any size for a message: one line of 80 characters, for which only its beginning is read."""
+    text = one_line(_SHORT.repr(value))
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 class ConfigError(Glm4liteError):

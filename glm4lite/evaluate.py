@@ -115,7 +115,7 @@ class Choice:
 def read_text(path: Path) -> str:
     """A UTF-8 text; EvaluationError where it cannot be read or is empty."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise EvaluationError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
     except OSError as error:
@@ -196,7 +196,7 @@ def cut_windows(engine: Engine, text: str) -> list[list[int]]:
     A text shorter than a window is one shorter window. Raises EvaluationError where even that is too little.
     """
     prefix, ids = engine.tokenizer.prefix_ids, engine.tokenizer.encode(text)
-    window = min(WINDOW, engine.model.config.max_position_embeddings)
+    window = min(WINDOW, engine.model.config.context_length)
     body = window - len(prefix)
     if len(ids) < min(SHORTEST, body):
         raise EvaluationError(f"the text has {len(ids)} tokens; at least {min(SHORTEST, body)} are needed")

@@ -1,9 +1,11 @@
 """Where a model's folder is: the embedded one, a folder of the user's, or one downloaded from the Hub."""
 
+import os
 import re
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from glm4lite.errors import HubError
 from glm4lite.events import Progress
@@ -34,7 +36,7 @@ def locate(source: str | Path) -> Path | str:
     """The folder of a checkpoint, or the id of a Hub repo, which is not looked for yet.
 
     Raises:
-        HubError: there is no such folder, and it is no repo's id.
+        HubError: there is no such folder, and it is no repo's id; or the environment says nonsense about the Hub.
     """
     if source == NANO:
         return nano_folder()
@@ -48,7 +50,31 @@ def locate(source: str | Path) -> Path | str:
         raise HubError(f"{_cut(text)} does not exist; {_HOW}")
     if not _is_repo_id(text):
         raise HubError(f"{_cut(text)!r} is neither a folder nor a Hub repo id; {_HOW}")
+    _check_environment()
     return text
+
+
+def _check_environment() -> None:
+    """huggingface_hub and its client fail over these without a word about which it was, some when they are imported."""
+    for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
+        value = os.environ.get(name)
+        if value is not None and not value.strip().isdecimal():
+            raise HubError(f"{name} is {value[:100]!r}; use a whole number of seconds")
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        value = os.environ.get(name)
+        if value and not os.access(value, os.R_OK):
+            raise HubError(f"{name} is {value[:100]!r}, which cannot be read; correct it or unset it")
+    endpoint = os.environ.get("HF_ENDPOINT")
+    if endpoint is not None and not _is_url(endpoint):
+        raise HubError(f"HF_ENDPOINT is {endpoint[:100]!r}; use a URL such as https://huggingface.co, or unset it")
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        return False
 
 
 def _existing(text: str) -> Path | None:

@@ -14,6 +14,7 @@ from glm4lite.weights.memory import readable
 if TYPE_CHECKING:
     import torch
 
+    from glm4lite.config import Glm4Config
     from glm4lite.events import Progress
     from glm4lite.weights.foreign import Quant
     from glm4lite.weights.plan import Plan
@@ -66,7 +67,7 @@ def model_facts(source: str, progress: Callable[[Progress], None] | None = None)
     checkpoint = Checkpoint.open(resolve(source, progress))
     config = read_config(checkpoint)
     stored = stored_quant(checkpoint)
-    model = skeleton(checkpoint, config, model_class(checkpoint))
+    model = skeleton(config, model_class(checkpoint))
     heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads"
     kv_bytes = bytes_per_token(config, "float", torch.bfloat16.itemsize)
     weights = [needs_of(checkpoint, quant) for quant in _ways(stored)]
@@ -76,9 +77,16 @@ def model_facts(source: str, progress: Callable[[Progress], None] | None = None)
         ("architecture", f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}, {heads}"),
         ("parameters", f"{_parameters(model):,}"),
         ("stored as", named),
-        ("context", f"{config.max_position_embeddings:,} tokens, {kv_bytes:,} bytes of bfloat16 cache each"),
+        ("context", f"{config.context_length:,} tokens{_scaled(config)}, {kv_bytes:,} bytes of bfloat16 cache each"),
         *((f"weights, {needs.quant}", readable(needs.weight_bytes)) for needs in weights),
     ]
+
+
+def _scaled(config: Glm4Config) -> str:
+    rope = config.rope_parameters
+    if rope["rope_type"] != "yarn":
+        return ""
+    return f" (YaRN, {rope['factor']:g} x {rope['original_max_position_embeddings']:,}, in short texts too)"
 
 
 def _stored_as(plan: Plan, stored: Quant) -> str:

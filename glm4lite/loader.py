@@ -147,7 +147,7 @@ def load(
     if isinstance(stored, BnbConfig):
         checkpoint, stored, wanted = adapt(checkpoint, stored, wanted, quant is not None)
     config = read_config(checkpoint)
-    model = skeleton(checkpoint, config, cls)
+    model = skeleton(config, cls)
     plan = make_plan(model, checkpoint, None if stored else wanted)
     needs = needs_for(checkpoint, plan, config, stored or wanted)
     destinations = choose(checkpoint, plan, needs, target, chosen, budget)

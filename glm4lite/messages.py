@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from glm4lite.errors import Glm4liteError
+from glm4lite.errors import Glm4liteError, shown
 
 # Other spellings of OpenAI's roles that clients and GLM's own examples use.
 _ROLE_ALIASES = {"developer": "system", "observation": "tool", "function": "tool"}
@@ -20,21 +20,32 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One call the model made. `arguments` is JSON text as the model wrote it, as in OpenAI's API."""
+    """One call the model made. `arguments` is JSON text as the model wrote it, as in OpenAI's API.
+
+    GLM's calls always hold an object: what clients send back for a call without arguments ("", null) is `{}`. Other
+    text that is no object stays, so that the model sees what it wrote.
+    """
 
     id: str
     name: str
     arguments: str
+
+    def __post_init__(self) -> None:
+        if self.arguments.strip() in ("", "null"):
+            object.__setattr__(self, "arguments", "{}")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ToolCall":
         """Read OpenAI's `{"id", "type": "function", "function": {"name", "arguments"}}`; raises Glm4liteError."""
         function = data.get("function") if isinstance(data, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise Glm4liteError(f"tool_calls: expected an object with function.name, found {_short(data)}")
-        arguments = function.get("arguments", "{}")
+            raise Glm4liteError(f"tool_calls: expected an object with function.name, found {shown(data)}")
+        arguments = function.get("arguments")
         if not isinstance(arguments, str):  # some clients send the object itself
-            arguments = json.dumps(arguments, ensure_ascii=False)
+            try:
+                arguments = json.dumps(arguments, ensure_ascii=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise Glm4liteError(f"tool_calls: the arguments of {shown(function['name'])} are not JSON") from error
         return cls(id=str(data.get("id") or ""), name=function["name"], arguments=arguments)
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,14 +67,14 @@ class Message:
     def from_dict(cls, data: Mapping[str, Any]) -> "Message":
         """Read one message of OpenAI's form; raises Glm4liteError naming the key that cannot be used."""
         if not isinstance(data, Mapping):
-            raise Glm4liteError(f"message: expected an object with role and content, found {_short(data)}")
+            raise Glm4liteError(f"message: expected an object with role and content, found {shown(data)}")
         role = data.get("role")
         role = _ROLE_ALIASES.get(role, role) if isinstance(role, str) else role
         if role not in _ROLES:
-            raise Glm4liteError(f"message: role must be one of {', '.join(_ROLES)}; found {_short(data.get('role'))}")
+            raise Glm4liteError(f"message: role must be one of {', '.join(_ROLES)}; found {shown(data.get('role'))}")
         calls = data.get("tool_calls") or ()
         if not isinstance(calls, Sequence) or isinstance(calls, str):
-            raise Glm4liteError(f"message: tool_calls must be a list, found {_short(calls)}")
+            raise Glm4liteError(f"message: tool_calls must be a list, found {shown(calls)}")
         return cls(
             role=role,
             content=_content_text(data.get("content")),
@@ -91,11 +102,11 @@ def _content_text(content: object) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence):
-        raise Glm4liteError(f"message: content must be text, found {_short(content)}")
+        raise Glm4liteError(f"message: content must be text, found {shown(content)}")
     pieces = []
     for part in content:
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise Glm4liteError(f"message: only text parts can be read, found {_short(part)}")
+            raise Glm4liteError(f"message: only text parts can be read, found {shown(part)}")
         pieces.append(part["text"])
     return "".join(pieces)
 
@@ -103,10 +114,5 @@ def _content_text(content: object) -> str:
 def _optional_text(data: Mapping[str, Any], key: str) -> str | None:
     value = data.get(key)
     if value is not None and not isinstance(value, str):
-        raise Glm4liteError(f"message: {key} must be text, found {_short(value)}")
+        raise Glm4liteError(f"message: {key} must be text, found {shown(value)}")
     return value
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -186,7 +186,7 @@ class Glm4Model(Glm4PreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         self.kv: KVType = "float"
-        self.context = config.max_position_embeddings  # tokens a cache may hold; a memory budget allows fewer
+        self.context = config.context_length  # tokens a cache may hold; a memory budget allows fewer
         self.graphs = StepGraphs()
         self.checkpointed: Callable[..., Any] | None = None  # calls a layer so that it is computed again for gradients
         self._init_weights()

@@ -212,7 +212,7 @@ def place(
         ContextLengthError: the model's context is shorter.
         ConfigError: a size is negative.
     """
-    limit = needs.config.max_position_embeddings
+    limit = needs.config.context_length
     if not 0 < context <= limit:
         raise ContextLengthError(f"the context is {context} tokens; this model takes 1 to {limit}")
     if min(gpu_memory or 0, ram or 0) < 0:

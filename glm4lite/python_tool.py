@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from dataclasses import replace
 
 from glm4lite.errors import ToolError
 from glm4lite.sandbox.process import Limits, run_python
@@ -27,11 +28,13 @@ def python(code: str) -> ToolResult:
 
 @functools.cache
 def python_tool() -> Tool:
-    """`python`, once it is known that it can run here; a limit that this system cannot hold is a warning."""
+    """`python`, once it is known that it can run here; a limit that this system lacks is said with each question."""
     try:
         missing = run_python("").missing
     except ToolError as error:
         raise ToolError(f"--tools python: {error}") from error
-    if missing:
-        logger.warning("python: this system cannot limit %s: read the code before you allow it", " and ".join(missing))
-    return python
+    if not missing:
+        return python
+    caution = f"python: this system cannot limit: {', '.join(missing)}. Read the code before you allow it."
+    logger.warning(caution)
+    return replace(python, caution=caution)

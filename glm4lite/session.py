@@ -45,8 +45,9 @@ class ChatSession:
                 print(event.text, end="")
 
     `messages` is the history in OpenAI's form. One turn may call several tools, in at most `max_tool_rounds` rounds;
-    a tool that fails is an error observation to the model. Only the part of the prompt that is new is computed, also
-    where several sessions take turns. Sessions that share an Engine must not run in two threads at once (EngineWorker).
+    a tool that fails is an error observation to the model, and a result takes at most half of the context that is left.
+    Only the part of the prompt that is new is computed, also where several sessions take turns. Sessions that share an
+    Engine must not run in two threads at once (EngineWorker).
     A tool that needs approval runs only when `approve(call, tool)` returns True (`run_tool` says when and in which
     thread); `allowed` holds the names of tools allowed for the rest of this chat, and `approve` may add to it.
     """
@@ -198,9 +199,22 @@ class ChatSession:
             tool, arguments = self.tools.get(call.name), json.loads(call.arguments)
             asks = tool is not None and tool.name not in self.allowed and tool.asks(arguments)
             yield ToolCallStarted(call.id, call.name, arguments, asks)
-            result = run_tool(tool, call, self.tool_timeout, self._cancel, self._approve)
+            result = run_tool(tool, call, self.tool_timeout, self._cancel, self._approve, self._fitting())
             self.messages[place] = _observation(call, result.content)
             yield ToolCallFinished(call.id, call.name, result.content, result.error)
+
+    def _fitting(self) -> Callable[[str], int]:
+        """Says how many characters of a tool's result to keep: half of the context that is left is for the answer."""
+        tokenizer, left = self.engine.tokenizer, self.engine.model.context - self.prompt_tokens(self.messages)
+        most = max(left // 2, 0)
+
+        def fits(result: str) -> int:
+            tokens = tokenizer.encode(result)
+            if len(tokens) <= most:
+                return len(result)
+            return len(tokenizer.decode(tokens[:most]).rstrip("\ufffd"))  # half a character does not count
+
+        return fits
 
     def _approve(self, call: ToolCall, tool: Tool) -> bool:
         return tool.name in self.allowed or self.approve(call, tool)

@@ -45,10 +45,10 @@ class StopStrings:
         if self.found or not self._stops:
             return "" if self.found else text
         self._held += text
-        places = [place for place in map(self._held.find, self._stops) if place >= 0]
-        if places:
+        ends = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if ends:  # the stop text that is whole first, so that the cut does not depend on how the text came
             self.found = True
-            return self._held[: min(places)]
+            return self._held[: min(ends)[1]]
         kept = max((partial_end(self._held, stop) for stop in self._stops), key=len)
         given, self._held = self._held.removesuffix(kept), kept
         return given

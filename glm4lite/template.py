@@ -3,21 +3,24 @@
 Messages have OpenAI's form; this file alone knows GLM's: a call is an assistant message whose `metadata` is the tool's
 name and whose content is the arguments, a result has the role `observation`.
 
-Template text is tokenized with special tokens, the user's without. Before rendering, each special string inside a
-message or a tool is replaced by a random marker; afterwards the special strings that are there were written by the
-template, and the markers between them turn back into plain text. (A template that cuts words out of the middle of a
-message could still join a special string from what is left; none of the known ones does.)
+Template text is tokenized with special tokens, the user's without. Templates also look for words in what they are
+given (Z1's cuts each message behind its last `</think>`), which in a user's, a file's or a tool's text are text. Before
+rendering, each character that a special string or such a word begins with is replaced by one that occurs nowhere else;
+afterwards the special strings that are there were written by the template, and the stand-ins turn back. Nothing else
+changes, not even a length, and whatever a template cuts out, no control word can be joined from what is left. Of the
+assistant's own answers only special strings are replaced, as templates drop the thoughts of earlier turns.
 """
 
 import functools
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from glm4lite.errors import CheckpointError, TemplateError
+from glm4lite.errors import CheckpointError, ContextLengthError, TemplateError
 from glm4lite.messages import Message, ToolCall
 from glm4lite.templating.process import TemplateProcess
 from glm4lite.tokenizer import Tokenizer, token_text
@@ -26,6 +29,8 @@ from glm4lite.weights.files import read_json
 TIME_LIMIT_S = 5.0  # a real template takes a millisecond; this much, that a busy machine fails none
 _MAX_SOURCE = 1_000_000  # characters; real templates have a few thousand
 _ROLES = ("system", "user", "assistant", "tool")
+_PRIVATE, _PRIVATE_SIZE = 0xF0000, 0xFFFE  # Unicode's private use plane: no filter changes its characters
+_ESCAPED = re.compile(r"\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}")  # such a character in ASCII JSON
 _SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -53,6 +58,7 @@ class ChatTemplate:
         time_limit_s: float = TIME_LIMIT_S,
     ) -> None:
         self.sources = {"default": sources} if isinstance(sources, str) else dict(sources)
+        self._origin = origin
         self._special_names = dict(special_names or {})
         for source in self.sources.values():
             if len(source) > _MAX_SOURCE:
@@ -71,7 +77,7 @@ class ChatTemplate:
         file = folder / "chat_template.jinja"
         if file.is_file():
             try:
-                return cls(file.read_text(encoding="utf-8"), str(file), names)
+                return cls(file.read_text(encoding="utf-8-sig"), str(file), names)
             except (OSError, UnicodeDecodeError) as error:
                 raise TemplateError(f"{file}: cannot be read as UTF-8 text ({error})") from error
         origin = str(folder / "tokenizer_config.json")
@@ -88,7 +94,8 @@ class ChatTemplate:
 
         For reading only: tokenized as a whole, a `<|user|>` that a user typed would become a special token.
         """
-        return self._render(messages, tools, add_generation_prompt, _Markers(()))
+        rendered, restore = self._render(messages, tools, add_generation_prompt, ())
+        return restore(rendered)
 
     def encode(
         self,
@@ -96,13 +103,18 @@ class ChatTemplate:
         messages: Sequence[Message],
         tools: Sequence[SchemaSource | Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
+        context: int | None = None,
     ) -> list[int]:
-        """The prompt as ids: special tokens only where the template wrote them. Raises TemplateError."""
-        markers = _Markers(tokenizer.special)
-        rendered = self._render(messages, tools, add_generation_prompt, markers)
+        """The prompt as ids: special tokens only where the template wrote them. Raises TemplateError.
+
+        context: raises ContextLengthError for a text that cannot fit, without the time it takes to tokenize it.
+        """
+        rendered, restore = self._render(messages, tools, add_generation_prompt, tokenizer.special)
+        if context is not None:
+            check_length(tokenizer, restore(rendered), context)
         ids: list[int] = []
         for piece, token_id in tokenizer.split_special(rendered):
-            ids.extend(tokenizer.encode(markers.restore(piece)) if token_id is None else [token_id])
+            ids.extend(tokenizer.encode(restore(piece)) if token_id is None else [token_id])
         return ids
 
     @staticmethod
@@ -125,53 +137,109 @@ class ChatTemplate:
         messages: Sequence[Message],
         tools: Sequence[SchemaSource | Mapping[str, Any]],
         add_generation_prompt: bool,
-        markers: "_Markers",
-    ) -> str:
+        specials: Collection[str],
+    ) -> tuple[str, Callable[[str], str]]:
+        """The prompt with stand-ins, and what turns them back."""
         schemas = [dict(tool) if isinstance(tool, Mapping) else tool.schema() for tool in tools]
         name = "tool_use" if schemas and "tool_use" in self.sources else "default"
         if name not in self.sources:
             name = next(iter(self.sources))
-        variables = {
-            "messages": markers.mark(_template_messages(self.sources[name], messages, schemas)),
-            "tools": markers.mark(schemas) or None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            **self._special_names,
-        }
-        return self._process.render(name, variables)
+        specials = {*specials, *self._special_names.values()}
+        try:
+            given = json.dumps([[message.to_dict() for message in messages], schemas], ensure_ascii=False)
+            stand_ins = _StandIns(specials, self._process.openers[name], given + self.sources[name])
+            schemas = stand_ins.in_schema(schemas)
+            variables = {
+                "messages": _template_messages(self.sources[name], messages, schemas, stand_ins),
+                "tools": schemas or None,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+                **self._special_names,
+            }
+            return self._process.render(name, variables), stand_ins.restore
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TemplateError(f"{self._origin}: messages and tools must be JSON data ({error})") from error
 
 
-class _Markers:
-    """Stand-ins for special strings in text that the template did not write: letters and digits, so that no filter
-    (tojson's escapes, strip, split) changes them, and random, so that no text can contain them by intent."""
+def check_length(tokenizer: Tokenizer, text: str, context: int) -> None:
+    """Raises ContextLengthError where `text` is so long that it needs no counting: it cannot fit."""
+    least = tokenizer.least_tokens(text)
+    if least >= context:
+        raise ContextLengthError(
+            f"the prompt has {len(text)} characters, at least {least} tokens, and the model's context is {context}; "
+            "shorten the conversation or start a new one"
+        )
 
-    def __init__(self, specials: Sequence[str] | Mapping[str, int]) -> None:
-        self._specials = sorted(specials, key=len, reverse=True)
-        self._nonce = f"q{secrets.token_hex(8)}q"
-        self._find = re.compile("|".join(map(re.escape, self._specials))) if self._specials else None
-        self._restore = re.compile(self._nonce + r"(\d+)z")
 
-    def mark(self, value: Any) -> Any:
-        """`value` (JSON data) with the special strings in it replaced, in keys too."""
-        if self._find is None:
-            return value
-        if isinstance(value, str):
-            return self._find.sub(lambda found: f"{self._nonce}{self._specials.index(found.group())}z", value)
-        if isinstance(value, Mapping):
-            return {self.mark(key): self.mark(item) for key, item in value.items()}
-        return [self.mark(item) for item in value] if isinstance(value, list | tuple) else value
+class _StandIns:
+    """Characters that take the place of those which control words begin with, in text the template did not write.
+
+    specials: the special strings; openers: first characters of what the template looks for; given: all text there is,
+    of which no stand-in may be a part.
+    """
+
+    def __init__(self, specials: Collection[str], openers: str, given: str) -> None:
+        first = {text.lstrip()[:1] for text in specials} - {""}
+        every = sorted((first | set(openers)) - {'"', "\\"})  # tojson must find these two, to escape them
+        self._stand_ins = dict(zip(every, _unused(given, len(every)), strict=True))
+        self._tags = {letter: self._stand_ins[letter] for letter in every if letter in first | {"<", "["}}
+        self._letters = {stand_in: letter for letter, stand_in in self._stand_ins.items()}
+        self._specials = {text: _replaced(text, self._stand_ins) for text in sorted(specials, key=len, reverse=True)}
+
+    def in_text(self, value: Any) -> Any:
+        """`value` (JSON data) for what users, files and tools say: no control word is left in its strings and keys."""
+        return _changed(value, lambda text: _replaced(text, self._stand_ins))
+
+    def in_schema(self, value: Any) -> Any:
+        """The same for names and schemas, where templates do look for keys and values: only tags are hidden."""
+        return _changed(value, lambda text: _replaced(text, self._tags))
+
+    def in_answer(self, text: str) -> str:
+        """The same for what the assistant said: only special strings are hidden."""
+        return _replaced(text, self._specials)
 
     def restore(self, text: str) -> str:
-        """Text with the special strings back."""
-        return self._restore.sub(lambda found: self._specials[int(found.group(1))], text)
+        """Text with the characters back, also where `tojson(ensure_ascii=True)` escaped their stand-ins."""
+        text = _ESCAPED.sub(lambda found: self._letters.get(json.loads(f'"{found.group()}"'), found.group()), text)
+        return _replaced(text, self._letters)
+
+
+def _replaced(text: str, table: Mapping[str, str]) -> str:
+    for found, instead in table.items():  # few; a pass for each is much faster than one through a table
+        text = text.replace(found, instead)
+    return text
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    """JSON data with every string, key or value, changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_changed(key, change): _changed(item, change) for key, item in value.items()}
+    return [_changed(item, change) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _unused(given: str, count: int) -> list[str]:
+    """Private characters that `given` does not hold; at random, so that no text can be made to meet them."""
+    used = set(re.findall(f"[{chr(_PRIVATE)}-{chr(_PRIVATE + _PRIVATE_SIZE - 1)}]", given))
+    start = secrets.randbelow(_PRIVATE_SIZE)
+    all_of_them = (chr(_PRIVATE + (start + step) % _PRIVATE_SIZE) for step in range(_PRIVATE_SIZE))
+    found = list(islice((letter for letter in all_of_them if letter not in used), count))
+    if len(found) < count:
+        raise TemplateError("the messages hold every private character of Unicode; leave some out")
+    return found
 
 
 def _template_messages(
-    source: str, messages: Sequence[Message], schemas: Sequence[dict[str, Any]]
+    source: str, messages: Sequence[Message], schemas: Sequence[dict[str, Any]], stand_ins: _StandIns
 ) -> list[dict[str, Any]]:
     """The messages in the form this template reads: GLM's, or OpenAI's as most other families do."""
     glm = "metadata" in source or "observation" in source
-    turns = [turn for message in messages for turn in (_glm_turns(source, message) if glm else [_openai_turn(message)])]
+    turns: list[dict[str, Any]] = []
+    for message in messages:
+        if message.role not in _ROLES:  # some templates write it into a special token
+            raise TemplateError(f"message: role must be one of {', '.join(_ROLES)}; found {message.role!r}")
+        turns += _glm_turns(source, message, stand_ins) if glm else [_openai_turn(message, stand_ins)]
     # glm-4-9b-chat and its like read the tools from a system message.
     if schemas and re.search(r"\w\s*\[\s*['\"]tools['\"]\s*\]|\b(?:item|message|msg)\.tools\b", source):
         if not turns or turns[0]["role"] != "system":
@@ -180,13 +248,17 @@ def _template_messages(
     return turns
 
 
-def _glm_turns(source: str, message: Message) -> list[dict[str, Any]]:
+def _content(message: Message, stand_ins: _StandIns) -> Any:
+    answered = message.role == "assistant"
+    return stand_ins.in_answer(message.content) if answered else stand_ins.in_text(message.content)
+
+
+def _glm_turns(source: str, message: Message, stand_ins: _StandIns) -> list[dict[str, Any]]:
     """One message per call, with the tool's name as metadata; a tool's result is an observation."""
-    if message.role not in _ROLES:  # some templates write it into a special token
-        raise TemplateError(f"message: role must be one of {', '.join(_ROLES)}; found {message.role!r}")
+    content = _content(message, stand_ins)
     if message.role == "tool":
-        return [{"role": "observation", "content": message.content}]
-    turns: list[dict[str, Any]] = [{"role": message.role, "content": message.content}]
+        return [{"role": "observation", "content": content}]
+    turns: list[dict[str, Any]] = [{"role": message.role, "content": content}]
     if message.tool_calls and not message.content:
         turns = []
     # Rumination was trained on calls in the text, as its own list of tools in the template shows.
@@ -194,17 +266,18 @@ def _glm_turns(source: str, message: Message) -> list[dict[str, Any]]:
     for call in message.tool_calls:
         if as_json:
             text = json.dumps({"name": call.name, "arguments": _parsed(call)}, ensure_ascii=False)
-            turns.append({"role": "assistant", "content": text})
+            turns.append({"role": "assistant", "content": stand_ins.in_text(text)})
         else:
-            turns.append({"role": "assistant", "metadata": call.name, "content": call.arguments})
+            name, arguments = stand_ins.in_schema(call.name), stand_ins.in_text(call.arguments)
+            turns.append({"role": "assistant", "metadata": name, "content": arguments})
     return turns
 
 
-def _openai_turn(message: Message) -> dict[str, Any]:
+def _openai_turn(message: Message, stand_ins: _StandIns) -> dict[str, Any]:
     """OpenAI's form, with the arguments as an object, which is what Hugging Face's templates expect."""
-    turn = message.to_dict()
+    turn = stand_ins.in_schema(message.to_dict()) | {"content": _content(message, stand_ins)}
     for written, call in zip(turn.get("tool_calls", ()), message.tool_calls, strict=True):
-        written["function"]["arguments"] = _parsed(call)
+        written["function"]["arguments"] = stand_ins.in_text(_parsed(call))
     return turn
 
 

@@ -8,20 +8,20 @@ import re
 import sys
 import time
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBars
 from rich.table import Table
+from rich.text import Text
 
 from glm4lite.errors import one_line
 from glm4lite.events import Done, Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
 
 # What a model or a tool says must not move the cursor, change the title or answer for the user.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
@@ -34,11 +34,26 @@ def printable_line(text: object) -> str:
     return printable(one_line(text))
 
 
+def json_line(value: object) -> str:
+    """`value` as one line of JSON, whatever its reader or a terminal takes for a line's end or a command."""
+    text = json.dumps(value, ensure_ascii=False)
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
+
+
 class Notices(logging.Handler):
-    """The package's warnings (a type converted, a head left out) as lines on stderr."""
+    """Warnings (a type converted, a head left out), other packages' too, as lines on stderr; never a traceback."""
+
+    def __init__(self, err: TextIO) -> None:
+        super().__init__(logging.WARNING)
+        self._err = err
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(printable_line(record.getMessage()) + "\n")
+        try:
+            message = record.getMessage()
+        except Exception:  # another package's arguments do not fit its format
+            message = str(record.msg)
+        self._err.write(printable_line(message)[:2000] + "\n")
+        self._err.flush()
 
 
 class Renderer(Protocol):
@@ -62,7 +77,8 @@ class Renderer(Protocol):
 class JsonLines(Renderer):
     """Every line of stdout is one event; remarks go to stderr. Of progress, ten lines a second and each stage's end."""
 
-    def __init__(self) -> None:
+    def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
+        self._out, self._err = out or sys.stdout, err or sys.stderr
         self._next_progress = 0.0
 
     def show(self, event: Event) -> None:
@@ -70,11 +86,12 @@ class JsonLines(Renderer):
             if time.monotonic() < self._next_progress:
                 return
             self._next_progress = time.monotonic() + 0.1
-        sys.stdout.write(json.dumps(event.to_json(), ensure_ascii=False) + "\n")
-        sys.stdout.flush()
+        self._out.write(json_line(event.to_json()))
+        self._out.flush()
 
     def remark(self, text: str) -> None:
-        sys.stderr.write(printable(text) + "\n")
+        self._err.write(printable(text) + "\n")
+        self._err.flush()
 
     def close(self) -> None:
         """Nothing is held back."""
@@ -83,8 +100,9 @@ class JsonLines(Renderer):
 class Terminal(Renderer):
     """The answer on stdout as it comes; thoughts, tool calls, progress and remarks on stderr: pipes stay clean."""
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, emoji=False)
+    def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
+        self._out = out or sys.stdout
+        self._console = Console(file=err or sys.stderr, highlight=False, emoji=False)
         self._bars: ProgressBars | None = None
         self._tasks: dict[str, TaskID] = {}
         self._line_open: str | None = None  # the stream whose last line has no end yet
@@ -99,15 +117,15 @@ class Terminal(Renderer):
         elif isinstance(event, ThinkingDelta):
             self._write("thinking", event.text)
         elif isinstance(event, ToolCallStarted):
-            self._note(f"[cyan]{_safe(event.name)}[/]({_safe(json.dumps(event.arguments, ensure_ascii=False))})")
+            self._note((event.name, "cyan"), f"({json.dumps(event.arguments, ensure_ascii=False)})")
         elif isinstance(event, ToolCallFinished):
-            self._note(f"  [{'red' if event.error else 'green'}]->[/] {_safe(event.content)}")
+            self._note("  ", ("->", "red" if event.error else "green"), f" {event.content}")
         elif isinstance(event, Done):
             self._done(event)
 
     def remark(self, text: str) -> None:
         self._close_bars()
-        self._note(f"[dim]{_safe(text)}[/]")
+        self._note((text, "dim"))
 
     def close(self) -> None:
         self._close_bars()
@@ -117,33 +135,36 @@ class Terminal(Renderer):
         if self._line_open not in (None, stream):
             self._end_line()
         if stream == "text":
-            sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
-            sys.stdout.flush()
+            self._out.write(printable(text) if self._out.isatty() else text)
+            self._out.flush()
         else:
-            self._console.print(f"[dim]{_safe(text)}[/]", end="", soft_wrap=True)
+            self._console.print(_text((text, "dim")), end="", soft_wrap=True)
         if text:
             self._line_open = None if text.endswith("\n") else stream
 
     def _end_line(self) -> None:
         if self._line_open == "text":
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            self._out.write("\n")
+            self._out.flush()
         elif self._line_open == "thinking":
             self._console.print()
         self._line_open = None
 
-    def _note(self, markup: str) -> None:
+    def _note(self, *parts: str | tuple[str, str]) -> None:
         self._end_line()
-        self._console.print(markup, soft_wrap=True)
+        self._console.print(_text(*parts), soft_wrap=True)
 
     def _done(self, event: Done) -> None:
         self._end_line()
         if event.finish_reason != "stop":
-            self._note(f"[yellow]{escape(_REASONS.get(event.finish_reason, event.finish_reason))}[/]")
+            self._note((_REASONS.get(event.finish_reason, event.finish_reason), "yellow"))
         if self._console.is_terminal:
             self._note(
-                f"[dim]{event.new_tokens} tokens, {event.tokens_per_s} tok/s; prompt {event.prompt_tokens} tokens, "
-                f"{event.prefilled_tokens} computed[/]"
+                (
+                    f"{event.new_tokens} tokens, {event.tokens_per_s} tok/s; prompt {event.prompt_tokens} tokens, "
+                    f"{event.prefilled_tokens} computed",
+                    "dim",
+                )
             )
 
     def _progress(self, event: Progress) -> None:
@@ -167,9 +188,10 @@ class Terminal(Renderer):
         self._tasks.clear()
 
 
-def _safe(text: str) -> str:
-    """For rich: no control characters, no markup."""
-    return escape(printable(text))
+def _text(*parts: str | tuple[str, str]) -> Text:
+    """For rich: texts, some with a style. Not its markup, which no escaping keeps out after a backslash."""
+    pairs = ((part, "") if isinstance(part, str) else part for part in parts)
+    return Text.assemble(*((printable(text), style) for text, style in pairs))
 
 
 _REASONS = {
@@ -179,11 +201,12 @@ _REASONS = {
 }
 
 
-def print_table(rows: list[tuple[str, ...]]) -> None:
-    """A table on stdout, the first row as its header; as wide as it is, also where stdout is no terminal."""
+def print_table(rows: list[tuple[str, ...]], out: TextIO) -> None:
+    """A table, the first row as its header; as wide as it is, also where `out` is no terminal."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(rows[0]):
         table.add_column(name, justify="left" if index < 2 else "right", no_wrap=True)
     for row in rows[1:]:
-        table.add_row(*map(printable_line, row))
-    Console(width=max(Console().width, Console(width=1000).measure(table).maximum)).print(table)
+        table.add_row(*(Text(printable_line(cell)) for cell in row))
+    width = max(Console(file=out).width, Console(width=1000).measure(table).maximum)
+    Console(file=out, width=width).print(table)

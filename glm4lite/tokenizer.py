@@ -8,19 +8,32 @@ Special tokens (`<|user|>`, `[gMASK]`, …) are recognized only where the caller
 
 import codecs
 import functools
-import re
-from collections.abc import Iterable, Sequence
+import json
+import string
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import tokenizers
-from tokenizers import decoders
+from tokenizers import decoders, models
 
 from glm4lite.errors import CheckpointError, one_line
-from glm4lite.weights.files import read_json
+from glm4lite.rust import named_errors, panic_reports_hidden
+from glm4lite.weights.files import TOKENIZER, open_file, read_json
+from glm4lite.weights.magic import START_BYTES, dangling, mistaken_for
 
 GLM_STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 _PREFIX_TOKENS = ("[gMASK]", "<sop>")
+_Piece: TypeAlias = tuple[str, int | None]
+_ALL, _LETTERS, _DIGITS, _NO_ASCII = (
+    bytes(range(256)),
+    string.ascii_letters.encode(),
+    b"0123456789",
+    bytes(range(128, 256)),
+)
+_OTHER_KINDS = [_ALL.translate(None, kind) for kind in (_ALL, _LETTERS, _DIGITS, _NO_ASCII)]  # what is not of a kind
+_PROBE = "The answer to 37 * 24 (= 888)?\r\n\t- \u00e9\u4f60\u597d \U0001f642 <|x|>"
+_MAX_BYTES = 256 << 20  # the largest known have 30 MB
 _ALWAYS_SPECIAL = {*GLM_STOP_TOKENS, *_PREFIX_TOKENS, "<|system|>", "<|assistant|>"}
 
 
@@ -33,24 +46,29 @@ class Tokenizer:
     it themselves; put it before raw completions).
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None, origin: str = TOKENIZER
+    ) -> None:
+        """origin: the file that the backend was read from, for messages."""
         config = config or {}
-        backend.no_truncation()
-        backend.no_padding()
-        added = backend.get_added_tokens_decoder()
-        declared = _declared_special(config)
+        self._backend, self._origin = backend, origin
+        declared, eos = _declared_special(config), token_text(config.get("eos_token"))
+        self._call("no_truncation")
+        self._call("no_padding")
+        added = self._call("get_added_tokens_decoder")
         # A token that only tokenizer_config.json (or the GLM family) knows to be special must be one for the backend.
-        backend.add_special_tokens(
-            [token.content for token in added.values() if not token.special and token.content in declared]
-        )
+        also = [token.content for token in added.values() if not token.special and token.content in declared]
+        self._call("add_special_tokens", also)
         # Plain text never yields special tokens: encode() finds them itself, where it is told to.
         backend.encode_special_tokens = True
-        self._backend = backend
-        self._specials = {i: token for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        self._split = _special_pattern(self._specials.values())
+        specials = self._call("get_added_tokens_decoder").items()
+        self._specials: dict[int, tokenizers.AddedToken] = {i: token for i, token in specials if token.special}
+        # Cut at one after the other, longest first: a pattern of all of them takes seconds for a text full of "<|".
+        found = (token for token in self._specials.values() if token.content)
+        self._by_length = sorted(found, key=lambda token: -len(token.content))
         self.special: dict[str, int] = {token.content: i for i, token in sorted(self._specials.items())}
-        self.size: int = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
-        self.eos_ids = frozenset(self._ids_of(token_text(config.get("eos_token"))))
+        self.size: int = max(self._call("get_vocab", with_added_tokens=True).values(), default=-1) + 1
+        self.eos_ids = frozenset(self._ids_of(eos))
         self.stop_ids = self.eos_ids | {self.special[name] for name in GLM_STOP_TOKENS if name in self.special}
         has_prefix = all(name in self.special for name in _PREFIX_TOKENS)
         self.prefix_ids: list[int] = [self.special[name] for name in _PREFIX_TOKENS] if has_prefix else []
@@ -58,22 +76,29 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
-        """Read tokenizer.json and, when there is one, tokenizer_config.json; raises CheckpointError naming the file."""
-        file = Path(path) / "tokenizer.json"
-        if not file.is_file():
-            hint = ""
-            if file.with_name("tokenizer.model").exists():
-                hint = " (its tokenizer.model is of the older remote-code form; use the '-hf' conversion)"
-            raise CheckpointError(f"{file}: not found{hint}; a checkpoint folder needs its tokenizer.json")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
-            raise CheckpointError(f"{file}: cannot be read as a tokenizer ({one_line(error)[:200]})") from error
-        config = read_json(file.with_name("tokenizer_config.json"), CheckpointError, optional=True)
-        try:
-            return cls(backend, config)
-        except (TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path}/tokenizer_config.json: unexpected form ({one_line(error)[:200]})") from error
+        """Read tokenizer.json and, when there is one, tokenizer_config.json; raises CheckpointError naming the file.
+
+        A tokenizer that cannot encode a few words of many kinds is refused here, not when a model was loaded for it.
+        """
+        file = Path(path) / TOKENIZER
+        data = _read(file)
+        with panic_reports_hidden():
+            try:
+                backend = named_errors(str(file), tokenizers.Tokenizer.from_buffer, data)
+            except CheckpointError as error:
+                what = mistaken_for(data[:START_BYTES])
+                raise error if what is None else CheckpointError(f"{file} is {what}") from None
+            config = read_json(file.with_name("tokenizer_config.json"), CheckpointError, optional=True)
+            try:
+                tokenizer = cls(backend, config, str(file))
+            except (TypeError, ValueError, AttributeError) as error:
+                what = f"unexpected form ({one_line(error)[:200]})"
+                raise CheckpointError(f"{path}/tokenizer_config.json: {what}") from error
+            tokenizer.decode(tokenizer.encode(_PROBE))
+        return tokenizer
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        return named_errors(self._origin, getattr(self._backend, method), *arguments, **options)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of `text`; with `special`, the strings in `self.special` become their single ids. Adds no prefix."""
@@ -84,31 +109,65 @@ class Tokenizer:
             ids.extend(self._encode_plain(piece) if token_id is None else [token_id])
         return ids
 
-    def split_special(self, text: str) -> list[tuple[str, int | None]]:
+    def split_special(self, text: str) -> list[_Piece]:
         """Pieces of `text` in order: special strings with their id, the text between them with None."""
-        if self._split is None:
-            return [(text, None)]
-        split: list[tuple[str, int | None]] = []
-        for index, piece in enumerate(self._split.split(text)):  # plain, special, plain, …
-            token_id = self.special.get(piece, self.special.get(piece.strip())) if index % 2 else None
-            if piece:
-                split.append((piece, token_id))
-        return split
+        split: list[_Piece] = [(text, None)]
+        for token in self._by_length:
+            if token.content in text:
+                split = [part for piece in split for part in self._split_at(token, piece)]
+        return [part for part in split if part[0]]
+
+    def _split_at(self, token: tokenizers.AddedToken, piece: _Piece) -> Iterator[_Piece]:
+        """The piece cut at one special string; lstrip and rstrip tokens swallow the white space beside them."""
+        text, token_id = piece
+        if token_id is not None:
+            yield piece
+            return
+        parts = text.split(token.content)
+        for place, part in enumerate(parts):
+            if place:
+                yield token.content, self.special[token.content]
+            part = part.lstrip() if token.rstrip and place else part
+            yield (part.rstrip() if token.lstrip and place < len(parts) - 1 else part), None
 
     def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
         """Text of `ids`. Special tokens are left out or kept as their strings; ids not in use are left out."""
         kept = [i for i in ids if keep_special or i not in self._specials]
-        return self._backend.decode(kept, skip_special_tokens=False)
+        text: str = self._call("decode", kept, skip_special_tokens=False)
+        return text
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token of a byte-level vocabulary; empty for an id that is not in use."""
-        token = self._backend.id_to_token(token_id)
+        token: str | None = self._call("id_to_token", token_id)
         if token is None:
             return b""
         table = _byte_of_character()
         if token_id not in self._specials and all(character in table for character in token):
             return bytes(table[character] for character in token)
         return token.encode("utf-8", "replace")
+
+    def least_tokens(self, text: str) -> int:
+        """No encoding of `text` has fewer ids, special strings in it counted as one id or more.
+
+        Its bytes over the most that one token holds, for each kind of bytes by itself, since the longest tokens are
+        runs of spaces. 0 where a tokenizer may drop or shorten text before it looks ids up.
+        """
+        most = self._most_bytes
+        return max(-(-count // most[kind]) for kind, count in enumerate(_kinds_of(text)) if most[kind]) if most else 0
+
+    @functools.cached_property
+    def _most_bytes(self) -> list[int]:
+        """How many bytes of each kind one token holds at most; empty where ids say nothing about a text's length."""
+        vocabulary, table = self._backend.get_vocab(with_added_tokens=False), _byte_of_character()
+        added = self._backend.get_added_tokens_decoder().values()
+        whole = isinstance(self._backend.model, models.BPE) and table.keys() <= vocabulary.keys()
+        swallows = any(token.lstrip or token.rstrip for token in added)  # white space of any length beside them
+        if not whole or swallows or self._backend.normalizer is not None or not _keeps_bytes(self._backend):
+            return []
+        # A character of a byte-level vocabulary is a byte.
+        tokens = [bytes(table.get(character, 0) for character in token) for token in vocabulary]
+        tokens += [token.content.encode("utf-8", "replace") for token in added]
+        return [max(len(token.translate(None, others)) for token in tokens) for others in _OTHER_KINDS]
 
     def is_special(self, token_id: int) -> bool:
         """True for the ids in `self.special`."""
@@ -117,11 +176,11 @@ class Tokenizer:
     def _encode_plain(self, text: str) -> list[int]:
         # Lone surrogates (JSON can carry them, UTF-8 cannot) become "?".
         clean = text.encode("utf-8", "replace").decode("utf-8")
-        ids: list[int] = self._backend.encode(clean, add_special_tokens=False).ids
+        ids: list[int] = self._call("encode", clean, add_special_tokens=False).ids
         return ids
 
     def _ids_of(self, text: str | None) -> list[int]:
-        token_id = self._backend.token_to_id(text) if text else None
+        token_id = self._call("token_to_id", text) if text else None
         return [] if token_id is None else [token_id]
 
 
@@ -168,6 +227,26 @@ class StreamingDetokenizer:
         return piece
 
 
+def _read(file: Path) -> bytes:
+    """A tokenizer.json without a byte order mark."""
+    try:
+        with open_file(file) as opened:
+            data = opened.read(_MAX_BYTES + 1)
+    except FileNotFoundError:
+        link = dangling(file)
+        if link is not None:
+            raise CheckpointError(f"{file} is {link}") from None
+        hint = ""
+        if file.with_name("tokenizer.model").exists():
+            hint = " (its tokenizer.model is of the older remote-code form; use the '-hf' conversion)"
+        raise CheckpointError(f"{file}: not found{hint}; a checkpoint folder needs its tokenizer.json") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
+    if len(data) > _MAX_BYTES:
+        raise CheckpointError(f"{file} has more than {_MAX_BYTES} bytes, as no tokenizer has; download it again")
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
 def _declared_special(config: dict[str, Any]) -> set[str]:
     listed = config.get("added_tokens_decoder") or {}
     declared = {token_text(token) for token in listed.values() if isinstance(token, dict) and token.get("special")}
@@ -181,14 +260,20 @@ def token_text(token: Any) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _special_pattern(tokens: Iterable[tokenizers.AddedToken]) -> "re.Pattern[str] | None":
-    """Longest special string first; lstrip and rstrip tokens swallow the white space beside them."""
-    alternatives = [
-        (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
-        for token in sorted(tokens, key=lambda token: -len(token.content))
-        if token.content
-    ]
-    return re.compile(f"({'|'.join(alternatives)})") if alternatives else None
+def _kinds_of(text: str) -> list[int]:
+    """How many bytes of each kind a text has."""
+    data = text.encode("utf-8", "replace")
+    return [len(data.translate(None, others)) for others in _OTHER_KINDS]
+
+
+def _keeps_bytes(backend: tokenizers.Tokenizer) -> bool:
+    """Whether the pre-tokenizer ends in bytes and drops nothing on the way."""
+    steps = [] if backend.pre_tokenizer is None else [json.loads(backend.pre_tokenizer.__getstate__())]
+    kinds = list[str]()
+    for step in steps:  # grows by what a Sequence holds
+        kinds.append(step["type"] if step.get("behavior") != "Removed" else "Removed")
+        steps.extend(step.get("pretokenizers", ()))
+    return "ByteLevel" in kinds and set(kinds) <= {"ByteLevel", "Sequence", "Split", "Digits"}
 
 
 @functools.cache

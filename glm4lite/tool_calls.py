@@ -1,31 +1,45 @@
 """The model's text, as it arrives, split into answer, thought and tool calls.
 
-GLM-4-0414 calls a tool by writing `name\\n{json arguments}` as a whole part of its output; parts are separated by the
-token `<|assistant|>`. Ordinary answers can start with a line and a brace too, so a part is a call only when its first
-line is the name of a declared tool and all the rest is one object; everything else is text, shown in full. Rumination's
-form, one object `{"name": …, "arguments": {…}}`, is accepted on the same terms.
+GLM-4-0414 calls a tool by writing a line with its name and then a JSON object, as a whole part of its output (parts are
+separated by the token `<|assistant|>`) or behind a sentence of its answer:
 
     >>> parser = OutputParser({"add"})
-    >>> parser.feed("add\\n{"), parser.feed('"a": 1}'), parser.separator(), parser.feed("\\nDone")
-    ([], [], [Call(name='add', arguments='{"a": 1}')], [Text(text='Done')])
+    >>> parser.feed("Let me add.\\nadd\\n{"), parser.feed('"a": 1}'), parser.feed("\\n"), parser.feed("Done")
+    ([Text(text='Let me add.')], [], [Call(name='add', arguments='{"a": 1}')], [Text(text='Done')])
 
-Source: the parser of GLM-4's model card (split on `<|assistant|>`, a name, an object in JSON or Python syntax) and
-`process_response` of its older glm_server.py, which also asks that the name be a declared tool.
+Answers hold lines and braces too, so a call is only what cannot be told from one: a whole line that is the name of a
+declared tool, an object, and nothing else on the line where the object ends but the name of the next call. Rumination's
+form, one object `{"name": …, "arguments": {…}}`, is accepted on the same terms. Everything else is text and shown in
+full; so is all that stands in a fenced code block, where a model shows how its tool is called rather than calls it.
+White space around a call belongs to the call.
+
+Source: the parser of GLM-4's model card (split on `<|assistant|>`, a name, an object in JSON or Python syntax, the next
+name maybe right behind it) and `process_response` of its older glm_server.py, which also asks that the name be a
+declared tool.
 """
 
-import ast
 import json
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, TypeAlias
+from itertools import groupby
+from typing import TypeAlias
 
+from glm4lite.call_arguments import ObjectScanner, parse_arguments
 from glm4lite.stopping import partial_end
 
+__all__ = ["Call", "OutputParser", "Segment", "Text", "Thinking", "parse_arguments"]
+
 _OPEN, _CLOSE = "<think>", "</think>"
-_MAX_CALL = 100_000  # characters held back for one call; a longer part is text
-_MAX_LITERAL = 20_000  # characters of Python syntax given to ast.literal_eval
-_MAX_DEPTH = 64  # of nested objects and lists in arguments
+_MAX_CALL = 100_000  # characters held back for one call; a longer one is text
+_MAX_BLANK = 64  # characters of white space held back before and behind what may be a tag, a name or a call
+_MAX_INDENT = 3  # of white space before a call; more makes a code block
+_LINE = re.compile(r"[^\n]*\n|[^\n]+")
+_SPACE = " \t\r\n"
+_COMPACT = str.maketrans("'", '"', _SPACE)
+_FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})")
+_FENCE_LINE = 200  # characters of a line that are looked at for a fence
 
 
 @dataclass(frozen=True)
@@ -57,218 +71,293 @@ class _State(Enum):
     START = auto()  # nothing but white space and perhaps a part of "<think>" so far
     THINKING = auto()
     AFTER = auto()  # behind "</think>", before the answer's first character
-    HEAD = auto()  # the first line may still become the name of a tool
-    ARGUMENTS = auto()  # a name was read, an object follows
-    TEXT = auto()  # no call is possible any more
+    ANSWER = auto()
 
 
 class OutputParser:
-    """Splits one generation; the segments are the same however the text is cut into `feed`s.
+    """Splits one generation; the segments are the same however the text is cut into `feed`s, the time is linear.
 
     tool_names: the declared tools. thinking: the prompt ended in `<think>`, so the output starts inside the thought.
     """
 
     def __init__(self, tool_names: Collection[str], thinking: bool = False) -> None:
         self._names = frozenset(tool_names)
-        self._json_heads = tuple(f'{{"name":{json.dumps(name, ensure_ascii=False)}' for name in sorted(self._names))
+        self._segments: list[Segment] = []  # that are certain and were not given out yet
         self._reset(_State.THINKING if thinking else _State.START)
         self._may_reopen = thinking  # some models write the "<think>" that the prompt already has
 
     def feed(self, text: str) -> list[Segment]:
-        """Segments that `text` makes certain. Calls come from separator() and finish() only."""
-        self._held += text
-        segments: list[Segment] = []
-        while self._held and self._advance(segments):
-            pass
-        return segments
+        """Segments that `text` makes certain."""
+        waiting = _LINE.findall(text)[::-1]
+        while waiting:
+            rest = self._read(waiting.pop())
+            waiting += _LINE.findall(rest)[::-1]
+        return self._given()
 
     def separator(self) -> list[Segment]:
         """The model emitted `<|assistant|>`: the part is over, another one starts."""
-        segments = self._end_part()
+        match self._state:
+            case _State.THINKING:
+                self._segments.append(Thinking(self._held))
+            case _State.START:
+                self._segments.append(Text(self._held.removeprefix("\n")))
+            case _State.ANSWER:
+                self._answer.end()
         self._reset(_State.START)
-        return segments
+        return self._given()
 
     def finish(self) -> list[Segment]:
         """The generation is over; nothing is held back any more."""
         return self.separator()
 
+    def _given(self) -> list[Segment]:
+        """The certain segments, with neighbours of one kind joined."""
+        given: list[Segment] = []
+        for kind, group in groupby(self._segments, type):
+            if kind is Call:
+                given += group
+            elif text := "".join(segment.text for segment in group if not isinstance(segment, Call)):
+                given.append(Thinking(text) if kind is Thinking else Text(text))
+        self._segments.clear()
+        return given
+
     def _reset(self, state: _State) -> None:
         self._state = state
-        self._held = ""  # text not given out yet; in ARGUMENTS the part after the first line
-        self._first_line = ""  # in ARGUMENTS: the line with the name, as it was written
-        self._scanner = _ObjectScanner()
+        self._held = ""  # text not given out yet, before and in the thought
+        self._answer = _Answer(self._names, self._segments)
         self._trim = True  # newlines before the thought's first character are dropped
         self._may_reopen = False
 
-    def _advance(self, segments: list[Segment]) -> bool:
-        """One step on the held text; True when another may follow, False when more text is needed."""
+    def _read(self, piece: str) -> str:
+        """One step with `piece`, at most one line; what is left of it for the next step."""
         match self._state:
             case _State.START:
-                return self._start()
+                return self._start(piece)
             case _State.THINKING:
-                return self._think(segments)
+                return self._think(piece)
             case _State.AFTER:
-                self._held = self._held.lstrip("\n")
-                self._state = _State.HEAD if self._held else _State.AFTER
-                return bool(self._held)
-            case _State.HEAD:
-                return self._head()
-            case _State.ARGUMENTS:
-                if self._scanner.read(self._held) and len(self._held) <= _MAX_CALL:
-                    return False
-                self._held, self._first_line = self._first_line + self._held, ""
-                self._state = _State.TEXT
-                return True
-            case _State.TEXT:
-                segments.append(Text(self._held))
-                self._held = ""
-                return False
+                rest = piece.lstrip("\n")
+                self._state = _State.ANSWER if rest else _State.AFTER
+                return rest
+            case _State.ANSWER:
+                return self._answer.read(piece)
 
-    def _start(self) -> bool:
-        body = self._held.lstrip()
-        if body.startswith(_OPEN):
-            self._held = body.removeprefix(_OPEN)
-            self._state = _State.THINKING
-            return True
-        if _OPEN.startswith(body):
-            return False
-        self._held = self._held.removeprefix("\n")  # GLM starts every answer with one
-        self._state = _State.HEAD
-        return True
+    def _start(self, piece: str) -> str:
+        held, self._held = self._held + piece, ""
+        body = held.lstrip()
+        if len(held) - len(body) <= _MAX_BLANK:
+            if body.startswith(_OPEN):
+                self._state = _State.THINKING
+                return body.removeprefix(_OPEN)
+            if _OPEN.startswith(body):
+                self._held = held
+                return ""
+        self._state = _State.ANSWER
+        return held.removeprefix("\n")  # GLM starts every answer with one
 
-    def _think(self, segments: list[Segment]) -> bool:
+    def _think(self, piece: str) -> str:
+        held, self._held = self._held + piece, ""
         if self._may_reopen:
-            body = self._held.lstrip()
-            if _OPEN.startswith(body) and body != _OPEN:
-                return False
-            self._held = body.removeprefix(_OPEN) if body.startswith(_OPEN) else self._held
+            body = held.lstrip()
+            if len(held) - len(body) <= _MAX_BLANK:
+                if _OPEN.startswith(body) and body != _OPEN:
+                    self._held = held
+                    return ""
+                held = body.removeprefix(_OPEN) if body.startswith(_OPEN) else held
             self._may_reopen = False
         if self._trim:
-            self._held = self._held.lstrip("\n")
-            self._trim = not self._held
-        thought, closed, rest = self._held.partition(_CLOSE)
-        kept = "" if closed else partial_end(thought, _CLOSE)
-        if thought := thought.removesuffix(kept):
-            segments.append(Thinking(thought))
-        self._held = rest if closed else kept
+            held = held.lstrip("\n")
+            self._trim = not held
+        thought, closed, rest = held.partition(_CLOSE)
+        self._held = "" if closed else partial_end(thought, _CLOSE)
+        self._segments.append(Thinking(thought.removesuffix(self._held)))
         self._state = _State.AFTER if closed else _State.THINKING
-        return bool(closed)
+        return rest
 
-    def _head(self) -> bool:
-        """Decide whether the part can still be a call."""
-        if self._held.startswith("{"):
-            compact = "".join(self._held.split())
-            if any(compact.startswith(head) for head in self._json_heads):
-                self._state = _State.ARGUMENTS
-                return True
-            possible = any(head.startswith(compact) for head in self._json_heads)
+
+class _Place(Enum):
+    LINE = auto()  # at the beginning of a line, or in one that may still become a call's first
+    TEXT = auto()  # in a line of text
+    OBJECT = auto()  # a name was read, its object is awaited or goes on
+    BEHIND = auto()  # in the line where a call's object ended
+
+
+class _Answer:
+    """One part of the answer, read a line or a piece of a line at a time; what is certain goes to `segments`."""
+
+    def __init__(self, names: frozenset[str], segments: list[Segment]) -> None:
+        self._names, self._segments = names, segments
+        self._longest = max(map(len, names), default=0) + _MAX_BLANK  # of a line with a name
+        self._heads = {f'{{"name":{json.dumps(name, ensure_ascii=False)}': name for name in sorted(names)}
+        self._longest_head = max(map(len, self._heads), default=0) + _MAX_BLANK
+        self._place = _Place.LINE
+        self._blank = ""  # line ends and blank lines that a call behind them would take along
+        self._held = ""  # of a line that may become a call's first, or behind a call's object
+        self._fence = ""  # of the code block that is open
+        self._line = ""  # the beginning of the line of text
+        self._behind_call = False  # nothing but white space was read since the last call
+        self._name = ""  # of the call that is being read
+        self._written: list[str] = []  # the call as it was written
+        self._object_from = 0  # where its object begins in _written: 1, or 0 where the object holds the name
+        self._size = 0
+        self._scanner = ObjectScanner()
+        self._call: Call | None = None
+
+    def read(self, piece: str) -> str:
+        """One step with `piece`, at most one line; what is left of it for the next step."""
+        match self._place:
+            case _Place.LINE:
+                return self._begin(piece)
+            case _Place.TEXT:
+                self._say(piece)
+                return ""
+            case _Place.OBJECT:
+                return self._read_object(piece)
+            case _Place.BEHIND:
+                return self._read_behind(piece)
+
+    def end(self) -> None:
+        """Nothing more comes: what is held back is text, or a call that is whole."""
+        if self._place is _Place.BEHIND and self._call and not self._held.strip(_SPACE):
+            self._segments.append(self._call)
+        elif self._written:
+            self._segments.append(Text(self._blank + "".join(self._written) + self._held))
+        elif not self._behind_call or self._held.strip(_SPACE):
+            self._segments.append(Text(self._blank + self._held))
+
+    def _begin(self, piece: str) -> str:
+        line, self._held = self._held + piece, ""
+        if self._fence:
+            self._say(line)
+        elif name := self._named(line):
+            self._start_call(name, [line])
+        elif name := self._named_in_object(line):
+            self._start_call(name, [])
+            return line
+        elif line.endswith("\n") and not line.strip(_SPACE) and len(line) <= _MAX_BLANK:
+            self._skip(line)
+        elif self._may_become_call(line):
+            self._held = line
         else:
-            line, newline, rest = self._held.partition("\n")
-            name = line.rstrip(" \r")
-            if newline and name in self._names:
-                self._first_line, self._held = line + newline, rest
-                self._state = _State.ARGUMENTS
-                return True
-            possible = not newline and (name in self._names or any(known.startswith(line) for known in self._names))
-        if not possible or len(self._held) > _MAX_CALL:
-            self._state = _State.TEXT
-        return self._state is _State.TEXT
+            first, newline, rest = line.partition("\n")
+            self._say(first + newline)
+            return rest
+        return ""
 
-    def _end_part(self) -> list[Segment]:
-        text = self._first_line + self._held
-        match self._state:
-            case _State.THINKING:
-                segments: list[Segment] = [Thinking(text)]
-            case _State.ARGUMENTS:
-                segments = [self._call() or Text(text)]
-            case _State.START:
-                segments = [Text(text.removeprefix("\n"))]
-            case _:
-                segments = [Text(text)]
-        return [segment for segment in segments if isinstance(segment, Call) or segment.text]
+    def _named(self, line: str) -> str | None:
+        """The tool whose name is this whole line."""
+        name = line.strip(_SPACE)
+        whole = line.endswith("\n") and len(line) <= self._longest + 1
+        return name if whole and name in self._names and _indent(line) <= _MAX_INDENT else None
 
-    def _call(self) -> Call | None:
-        if self._first_line:
-            arguments = parse_arguments(self._held)
-            return None if arguments is None else Call(self._first_line.rstrip(" \r\n"), arguments)
-        text = parse_arguments(self._held)
-        whole = {} if text is None else json.loads(text)
-        if set(whole) != {"name", "arguments"} or whole["name"] not in self._names:
+    def _named_in_object(self, line: str) -> str | None:
+        """The tool of Rumination's form, once its name is there."""
+        written = _compact(line[: self._longest_head])
+        if not written.startswith("{") or _indent(line) > _MAX_INDENT:
+            return None
+        return next((name for head, name in self._heads.items() if written.startswith(head)), None)
+
+    def _may_become_call(self, line: str) -> bool:
+        word = line.strip(_SPACE)
+        if not word:
+            return len(line) <= _MAX_BLANK
+        if _indent(line) > _MAX_INDENT:
+            return False
+        if word.startswith("{"):
+            written = _compact(line)
+            return len(line) < self._longest_head and any(head.startswith(written) for head in self._heads)
+        return len(line) <= self._longest and "\n" not in line and any(name.startswith(word) for name in self._names)
+
+    def _skip(self, blank: str) -> None:
+        if not self._behind_call:
+            self._blank += blank
+        if len(self._blank) > _MAX_BLANK:
+            self._segments.append(Text(self._blank))
+            self._blank = ""
+
+    def _say(self, text: str) -> None:
+        """Text, at most to the end of a line; the line's end waits, as it belongs to a call that may follow."""
+        self._line = (self._line + text)[:_FENCE_LINE]
+        said = text.removesuffix("\n")
+        self._segments.append(Text(self._blank + said))
+        self._blank, self._behind_call, self._place = "", False, _Place.TEXT
+        if said != text:
+            self._end_line()
+            self._blank, self._place = "\n", _Place.LINE
+
+    def _end_line(self) -> None:
+        line, self._line = self._line, ""
+        found = _FENCE.match(line)
+        if found is None:
+            return
+        fence, rest = found.group(1), line[found.end() :]
+        if not self._fence:
+            self._fence = "" if fence[0] == "`" and "`" in rest else fence
+        elif fence.startswith(self._fence) and not rest.strip():
+            self._fence = ""
+
+    def _start_call(self, name: str, written: list[str]) -> None:
+        self._name, self._written, self._object_from = name, written, len(written)
+        self._size, self._scanner, self._place = 0, ObjectScanner(), _Place.OBJECT
+
+    def _read_object(self, piece: str) -> str:
+        used = self._scanner.read(piece)
+        too_long = self._size + used > _MAX_CALL
+        if too_long:
+            used = _MAX_CALL - self._size
+        self._size += used
+        self._written.append(piece[:used])
+        if self._scanner.failed or too_long:
+            return self._give_up(again=bool(self._object_from)) + piece[used:]
+        if self._scanner.closed:
+            self._call = self._parsed()
+            if self._call is None:
+                self._give_up()
+            else:
+                self._place = _Place.BEHIND
+        return piece[used:]
+
+    def _parsed(self) -> Call | None:
+        arguments = parse_arguments("".join(self._written[self._object_from :]))
+        if arguments is None:
+            return None
+        if self._object_from:
+            return Call(self._name, arguments)
+        whole = json.loads(arguments)
+        if set(whole) != {"name", "arguments"} or whole["name"] != self._name:
             return None
         if not isinstance(whole["arguments"], dict):
             return None
-        return Call(whole["name"], json.dumps(whole["arguments"], ensure_ascii=False))
+        return Call(self._name, json.dumps(whole["arguments"], ensure_ascii=False))
+
+    def _read_behind(self, piece: str) -> str:
+        rest = self._held = self._held + piece
+        word = rest.strip(_SPACE)
+        next_name = not word or self._named(rest)
+        if rest.endswith("\n") and next_name and self._call and len(rest) <= self._longest + 1:
+            self._segments.append(self._call)
+            self._written, self._held, self._blank = [], "", ""
+            self._behind_call, self._place = True, _Place.LINE
+            return rest if word else ""
+        if not rest.endswith("\n") and len(rest) <= self._longest and any(one.startswith(word) for one in self._names):
+            return ""
+        self._held = ""
+        self._give_up()
+        return rest
+
+    def _give_up(self, again: bool = False) -> str:
+        """What was written is text; with `again` its last line is given back, as it may begin another call."""
+        lines, self._written = _LINE.findall("".join(self._written)), []
+        last = lines.pop() if again and not lines[-1].endswith("\n") else ""
+        for line in lines:
+            self._say(line)
+        return last
 
 
-def parse_arguments(text: str) -> str | None:
-    """The arguments of a call as the text of a JSON object, or None when `text` is not one object.
-
-    JSON is kept as the model wrote it; Python's dict syntax, which GLM-4 writes at times, becomes JSON.
-    """
-    text = text.strip()
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # half a surrogate pair, or 1e999
-        return text if isinstance(value, dict) else None
-    except (ValueError, RecursionError):
-        pass  # not JSON; perhaps Python
-    if len(text) > _MAX_LITERAL:
-        return None
-    try:
-        literal = ast.literal_eval(text)
-        if not isinstance(literal, dict) or not all(isinstance(key, str) for key in literal):
-            return None
-        written = json.dumps(literal, ensure_ascii=False, allow_nan=False)
-        return written.encode().decode()  # refuses what JSON's branch refuses
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return None
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip(_SPACE))
 
 
-class _ObjectScanner:
-    """Follows the brackets and quotes of one object, in JSON or Python syntax, to see early that text is not one."""
-
-    def __init__(self) -> None:
-        self._position = 0
-        self._depth = 0
-        self._quote = ""
-        self._escaped = False
-        self._before_key = False  # just behind the first "{"
-        self._closed = False
-
-    def read(self, text: str) -> bool:
-        """Look at what was added to `text` since the last call; False when it cannot be one object any more."""
-        while self._position < len(text):
-            character = text[self._position]
-            self._position += 1
-            if not self._accept(character):
-                return False
-        return True
-
-    def _accept(self, character: str) -> bool:
-        if self._quote:
-            if self._escaped:
-                self._escaped = False
-            elif character == "\\":
-                self._escaped = True
-            elif character == self._quote:
-                self._quote = ""
-            return True
-        if character.isspace():
-            return True
-        if self._closed or (self._depth == 0 and character != "{"):
-            return False
-        if self._before_key and character not in "\"'}":
-            return False
-        self._before_key = self._depth == 0
-        if character in "\"'":
-            self._quote = character
-        elif character in "{[":
-            self._depth += 1
-        elif character in "}]":
-            self._depth -= 1
-            self._closed = self._depth == 0
-        return self._depth <= _MAX_DEPTH
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+def _compact(text: str) -> str:
+    """Without JSON's white space, and with its quotes."""
+    return text.translate(_COMPACT)

@@ -5,7 +5,7 @@ import inspect
 import json
 import re
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from glm4lite.errors import ToolError
 
+MAX_DEPTH = 64  # of a schema's objects and lists; templates print each level
 MAX_CHARACTERS = 16_000  # of a tool's description and schema: about 5k tokens, in every prompt
 
 
@@ -113,9 +114,31 @@ def check_schema(name: str, description: str, schema: object) -> None:
         raise ToolError(f"{where}'s properties must be an object of schemas")
     if not isinstance(required, list) or not all(isinstance(one, str) and one in properties for one in required):
         raise ToolError(f"{where}'s required must be a list of its properties")
+    check_size(name, description, schema)
+
+
+def check_size(name: str, description: str, schema: object) -> None:
+    """Raises ToolError for a schema that no prompt has room for, or that is not JSON."""
+    where = f"tool {name!r}: its schema"
     try:
-        size = len(description) + len(json.dumps(schema, ensure_ascii=False, allow_nan=False))
+        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ToolError(f"{where} is not JSON ({error})") from error
+    if _depth(schema) > MAX_DEPTH:
+        raise ToolError(f"{where} is nested more than {MAX_DEPTH} levels deep")
+    size = len(description) + len(text)
     if size > MAX_CHARACTERS:
         raise ToolError(f"{where} has {size} characters, more than {MAX_CHARACTERS}")
+
+
+def _depth(value: Any) -> int:
+    """Levels of JSON data, counted without recursion."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        level = [inner for one in level for inner in _inner(one) if isinstance(inner, dict | list)]
+    return depth
+
+
+def _inner(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value

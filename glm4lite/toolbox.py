@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,6 +14,7 @@ from glm4lite.errors import ToolError
 from glm4lite.tool_schema import check_schema
 from glm4lite.tools import BUILTIN_TOOLS, Tool
 
+logger = logging.getLogger("glm4lite")
 APPROVALS = ("ask", "every", "all")
 
 
@@ -36,6 +39,8 @@ class Toolbox:
         """
         if approval not in APPROVALS:
             raise ToolError(f"--approve is {approval[:100]!r}; use {', '.join(APPROVALS)}")
+        if sys.flags.optimize > 1:
+            logger.warning("python -OO removed the docstrings that describe tools: the model sees their names alone")
         self._open = ExitStack()
         try:
             found = [*(BUILTIN_TOOLS if builtins else ()), *(tool for one in sources for tool in _of_source(one))]

@@ -10,7 +10,8 @@
         '''
 
 `weather.schema()` is what the template shows the model; `run_tool(weather, call)` never raises: a bad argument, an
-exception, an unserializable result or a timeout becomes an observation that starts with "Error: ".
+exception, an unserializable result or a timeout becomes an observation that starts with "Error: ", and a result that is
+too long is cut with a word.
 """
 
 import asyncio
@@ -26,14 +27,14 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, overload
 
 from pydantic import ValidationError
-from pydantic.errors import PydanticUserError
 
 from glm4lite.builtin_tools import arithmetic, clock, units
 from glm4lite.errors import ToolError, one_line
 from glm4lite.messages import ToolCall
-from glm4lite.tool_schema import arguments_model, parse_docstring, tidy_schema
+from glm4lite.tool_schema import arguments_model, check_schema, parse_docstring, tidy_schema
 
 MAX_RESULT_CHARACTERS = 16_000  # about 5k tokens; more would crowd the conversation out of the context
+_MAX_REASON = 500  # characters of another's words about what went wrong
 _MOMENT_S = 0.2  # for a tool to end when it is abandoned, so that nothing of it meets the next call
 TOOL_NAME = re.compile(r"[\w.-]{1,64}")  # one word: the model's call starts with the name on a line of its own
 
@@ -61,6 +62,7 @@ class Tool:
     function: Callable[..., Any]
     needs_approval: NeedsApproval = False  # before each call, or by its arguments
     origin: str = ""  # where it comes from, for who is asked to approve: "MCP server weather"
+    caution: str = ""  # what who is asked must know before: what this system cannot limit
 
     def __post_init__(self) -> None:
         if not TOOL_NAME.fullmatch(self.name):
@@ -80,7 +82,7 @@ class Tool:
             return self.needs_approval
         try:
             return bool(self.needs_approval(arguments))
-        except Exception:
+        except (Exception, SystemExit):
             return True
 
     def schema(self) -> dict[str, Any]:
@@ -111,11 +113,13 @@ def tool(
     def declare(function: Callable[..., Any]) -> Tool:
         tool_name = name or function.__name__
         try:
-            schema = arguments_model(function).model_json_schema()
-        except (PydanticUserError, TypeError, NameError) as error:
-            raise ToolError(f"tool {tool_name!r}: {one_line(error)}") from error
+            schema = tidy_schema(arguments_model(function).model_json_schema())
+        except Exception as error:  # evaluating and describing types runs the code of whoever wrote them
+            raise ToolError(f"tool {one_line(tool_name)[:80]!r}: {one_line(error)[:_MAX_REASON]}") from error
         summary, _ = parse_docstring(inspect.getdoc(function) or "")
-        return Tool(tool_name, description or summary, tidy_schema(schema), function, needs_approval)
+        made = Tool(tool_name, description or summary, schema, function, needs_approval)
+        check_schema(tool_name, made.description, schema)
+        return made
 
     return declare if function is None else declare(function)
 
@@ -140,6 +144,7 @@ def run_tool(
     timeout_s: float = 30.0,
     cancel: threading.Event | None = None,
     approve: Approve = nobody_to_ask,
+    fits: Callable[[str], int] = len,
 ) -> ToolResult:
     """Run one call in a thread of its own and wait at most `timeout_s` seconds, or until `cancel`; never raises.
 
@@ -148,10 +153,12 @@ def run_tool(
     count, should return when `abandoned()` is set, and may raise ToolError with a reason the model is to see.
     A call that is too slow is abandoned: Python cannot stop a thread, so the daemon thread goes on until its function
     returns and its result is dropped; `abandoned()` lets a function end earlier. (No SIGALRM: main thread only.)
+    `fits` says how many characters of a text there is room for; a longer result, or one of more than
+    MAX_RESULT_CHARACTERS, is cut, and says so.
     """
     if tool is None:
         return ToolResult(f"Error: there is no tool named {call.name}", error=True)
-    run = _Run(tool, call, approve)
+    run = _Run(tool, call, approve, fits)
     thread = threading.Thread(target=run, name=f"tool-{tool.name}", daemon=True)
     thread.start()
     while thread.is_alive() and not (cancel and cancel.is_set()) and run.seconds() < timeout_s:
@@ -170,8 +177,8 @@ def run_tool(
 class _Run:
     """What the thread of one call does: check the arguments, ask, run."""
 
-    def __init__(self, tool: Tool, call: ToolCall, approve: Approve) -> None:
-        self.tool, self.call, self.approve = tool, call, approve
+    def __init__(self, tool: Tool, call: ToolCall, approve: Approve, fits: Callable[[str], int]) -> None:
+        self.tool, self.call, self.approve, self.fits = tool, call, approve, fits
         self.over = threading.Event()
         self.result: ToolResult | None = None
         self._started: float | None = time.monotonic()  # None while the user is asked
@@ -185,9 +192,10 @@ class _Run:
         try:
             self.result = self._work()
         except ToolError as error:
-            self.result = _failure(one_line(error))
+            self.result = self._observed(f"Error: {one_line(error, MAX_RESULT_CHARACTERS)}", error=True)
         except BaseException as error:  # also SystemExit: whatever a tool does, the conversation goes on
-            self.result = _failure(one_line(f"{type(error).__name__}: {error}"))
+            said = one_line(error, MAX_RESULT_CHARACTERS)
+            self.result = self._observed(one_line(f"Error: {type(error).__name__}: {said}"), error=True)
 
     def _work(self) -> ToolResult:
         values = _values(self.tool, self.call.arguments)
@@ -201,18 +209,27 @@ class _Run:
         result = self.tool.function(**keywords)
         result = asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
         if isinstance(result, ToolResult):  # a tool that tells its failure in several lines
-            return ToolResult(_truncate(_result_text(result.content)), result.error)
-        return ToolResult(_truncate(_result_text(result)), error=False)
+            return self._observed(result.content, bool(result.error))
+        return self._observed(result, error=False)
+
+    def _observed(self, result: object, error: bool) -> ToolResult:
+        """What the model gets to see of a result, with a word where that is not all."""
+        text, size = _result_text(result)
+        kept = min(len(text), self.fits(text))
+        if kept == size:
+            return ToolResult(text, error)
+        missing = "the rest" if size is None else f"{size - kept} more characters"
+        return ToolResult(f"{text[:kept]}\n[cut: {missing}]", error)
 
 
 def _failure(reason: str) -> ToolResult:
-    return ToolResult(_truncate(f"Error: {reason}"), error=True)
+    return ToolResult(f"Error: {reason}", error=True)
 
 
 def _values(tool: Tool, arguments: str) -> dict[str, Any]:
     """The call's arguments, whose names are those of the schema the model saw."""
     try:
-        values = json.loads(arguments) if arguments.strip() else {}
+        values = json.loads(arguments)
     except (ValueError, RecursionError) as error:
         raise ToolError(f"the arguments of {tool.name} are not JSON: {one_line(error)}") from error
     if not isinstance(values, dict):
@@ -253,19 +270,32 @@ def _first_problem(error: ValidationError) -> str:
     return one_line(f"{where}: {problem['msg']}, found {str(problem['input'])[:80]!r}")
 
 
-def _result_text(result: object) -> str:
-    """Text as it is, everything else as JSON. Lone surrogates, which UTF-8 cannot carry, become "?"."""
+def _result_text(result: object) -> tuple[str, int | None]:
+    """The beginning of a result, text as it is and everything else as JSON, and its whole length (None: not counted).
+
+    Lone surrogates, which UTF-8 cannot carry, become "?".
+    """
     try:
-        text = str(result) if isinstance(result, str) else json.dumps(result, ensure_ascii=False, allow_nan=False)
+        if isinstance(result, str):
+            whole = str.__str__(result)
+            found: tuple[str, int | None] = whole[:MAX_RESULT_CHARACTERS], len(whole)
+        else:
+            found = _beginning_of_json(result)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ToolError(f"the tool's result ({type(result).__name__}) is not JSON: {one_line(error)}") from error
-    return text.encode("utf-8", "replace").decode("utf-8")
+        reason = f"the tool's result ({type(result).__name__}) is not JSON: {one_line(error, _MAX_REASON)}"
+        raise ToolError(reason) from error
+    text, size = found
+    return text.encode("utf-8", "replace").decode("utf-8"), size
 
 
-def _truncate(text: str) -> str:
-    if len(text) <= MAX_RESULT_CHARACTERS:
-        return text
-    return f"{text[:MAX_RESULT_CHARACTERS]}\n[truncated: the first {MAX_RESULT_CHARACTERS} of {len(text)} characters]"
+def _beginning_of_json(result: object) -> tuple[str, int | None]:
+    pieces, size = list[str](), 0
+    for piece in json.JSONEncoder(ensure_ascii=False, allow_nan=False).iterencode(result):
+        pieces.append(piece)
+        size += len(piece)
+        if size > MAX_RESULT_CHARACTERS:  # the rest is not even written
+            return "".join(pieces)[:MAX_RESULT_CHARACTERS], None
+    return "".join(pieces), size
 
 
 @tool

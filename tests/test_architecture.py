@@ -21,16 +21,16 @@ PAGE = ("app", "conversation", "drawing", "layout", "library", "model_page", "se
 # module -> the only places that may import it
 ALLOWED = {
     "ctypes": {f"quant/glm4lite_quant/kernels/{name}.py" for name in ("native", "decoder")}
-    | {"glm4lite/sandbox/jail.py"},
+    | {"glm4lite/sandbox/kernel.py"},
     "mcp": {f"glm4lite/{name}.py" for name in ("mcp_tools", "mcp_client/connection", "mcp_client/transport")},
     "transformers": set(),
     "bitsandbytes": {"quant/glm4lite_quant/bnb.py"},
     "gradio": {f"ui/glm4lite_ui/{name}.py" for name in PAGE},
     "triton": {f"quant/glm4lite_quant/kernels/triton_{name}.py" for name in ("gpu", "kernels", "step", "step_kernels")},
     "fastapi": {"glm4lite/server/app.py", "ui/glm4lite_ui/serving.py"},
-    "uvicorn": {"glm4lite/server/launch.py"},
+    "uvicorn": {"glm4lite/server/launch.py", "glm4lite/server/connection.py"},
     "pickle": set(),
-    "huggingface_hub": {"glm4lite/weights/download.py", "glm4lite/weights/remote.py"},
+    "huggingface_hub": {"glm4lite/weights/hub_client.py", "glm4lite/weights/hub_errors.py"},
 }
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-import io
+import functools
 import os
 import sys
+from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from glm4lite import __version__
 from glm4lite.cli import answering, looking
-from glm4lite.errors import Glm4liteError
+from glm4lite.cli.failures import told
+from glm4lite.cli.running import leaving_on_signals
+from glm4lite.cli.startup import settle
+from glm4lite.cli.streams import owned_stdout
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Runs GLM-4 models locally."
 )
-app.command()(answering.chat)
-app.command()(answering.generate)
-app.command()(answering.serve)
-app.command()(looking.quantize)
-app.command()(looking.info)
-app.command()(looking.plan)
-app.command()(looking.bench)
-app.command(name="eval")(looking.evaluate_text)
+
+
+def _add(command: Callable[..., Any], name: str | None = None) -> None:
+    """A command of the program: stdout is its result's alone."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> Any:
+        with owned_stdout():
+            return command(*arguments, **options)
+
+    app.command(name=name)(run)
+
+
+for _command in (answering.chat, answering.generate, answering.serve, looking.quantize, looking.info, looking.plan):
+    _add(_command)
+_add(looking.bench)
+_add(looking.evaluate_text, "eval")
 
 
 @app.callback(invoke_without_command=True)
@@ -34,42 +47,23 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-def _user_errors() -> tuple[type[BaseException], ...]:
-    """Errors shown as one line. The quant package's own is known only once it (and torch) is imported."""
-    quant = sys.modules.get("glm4lite_quant")
-    return (Glm4liteError,) if quant is None else (Glm4liteError, quant.QuantError)
-
-
 def _add_commands() -> None:
     """Commands of other packages, from the entry-point group `glm4lite.commands`: so that nothing here imports them."""
     for entry in entry_points(group="glm4lite.commands"):
-        app.command(name=entry.name)(entry.load())
+        _add(entry.load(), entry.name)
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
+    """Runs the command line; what a user or the system caused is one line on stderr and exit code 2."""
     # torch's threads would otherwise spin after each of their loops and take the cores from the kernels' own pool:
     # silu(linear(x)) of 64 rows took 8 to 14 ms with it and 5 ms without, on two cores. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _speak_utf8()
-    _add_commands()
     try:
-        app()
+        settle()
+        _add_commands()
+        with leaving_on_signals():
+            app()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if not isinstance(error, _user_errors()):
-            raise
-        from glm4lite.terminal import printable_line
-
-        sys.stderr.write(f"error: {printable_line(error)}\n")
-        sys.exit(2)
-
-
-def _speak_utf8() -> None:
-    """Answers are in any language, whatever the terminal's code page; bytes that are no text do not end a chat."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="replace")
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
+        sys.exit(told(error))

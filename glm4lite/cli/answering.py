@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import closing, suppress
+import difflib
+import re
+from contextlib import ExitStack, closing, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from glm4lite.cli import options
 from glm4lite.cli.running import interrupt_stops, nano_remark, rendering, use_threads
-from glm4lite.errors import Glm4liteError
+from glm4lite.cli.streams import InputError, is_interactive, lent_terminal, piped_line, piped_lines, piped_text, streams
+from glm4lite.errors import ConfigError, Glm4liteError, one_line
 
 if TYPE_CHECKING:
     from glm4lite.session import ChatSession
     from glm4lite.terminal import Renderer
 
 CHAT_HELP = "/reset forgets the conversation, /exit leaves, Ctrl-C stops an answer."
+COMMANDS = {"/reset": "reset", "/clear": "reset", "/exit": "exit", "/quit": "exit", "/help": "help", "/?": "help"}
 
 
 def chat(
     model: options.Model = "nano",
     prompt: options.Prompt = None,
+    lines: options.Lines = False,
     quant: options.Quant = None,
     as_json: options.Json = False,
     system: options.System = None,
@@ -42,13 +47,17 @@ def chat(
     context: options.Context = None,
     threads: options.Threads = None,
 ) -> None:
-    """Chat with a model: interactively, or one answer with -p."""
+    """Chat with a model: at a terminal, or one answer to -p, to what is piped, or to both."""
     from glm4lite.approval import TerminalApproval
     from glm4lite.session import ChatSession
     from glm4lite.toolbox import Toolbox
 
+    if lines and prompt is not None:
+        raise ConfigError("--lines and -p contradict each other: each line is a turn, or all is one message")
     use_threads(threads)
-    with rendering(as_json) as renderer, Toolbox(tools or (), mcp or (), not no_tools, approve) as box:
+    with rendering(as_json) as renderer, ExitStack() as open_tools:
+        message = None if lines or (prompt is None and is_interactive()) else _message(prompt, renderer)
+        box = open_tools.enter_context(Toolbox(tools or (), mcp or (), not no_tools, approve))
         if model == "nano":
             renderer.remark(nano_remark("chat"))
         session = ChatSession.load(
@@ -71,17 +80,19 @@ def chat(
         )
         if box.tools and not session.template.takes_tools:
             renderer.remark("(this model's chat template has no place for tools: they are not offered)")
-        if prompt is None:
-            if not as_json and sys.stdin.isatty() and sys.stderr.isatty():
+        if message is None:
+            if not as_json and is_interactive() and streams().err.isatty():
                 session.approve = TerminalApproval(session, renderer)
             _converse(session, renderer)
         else:
-            _answer(session, prompt, renderer)
+            _answer(session, message, renderer)
 
 
 def generate(
     model: options.Model = "nano",
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to go on from.")] = "",
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Text to go on from; what stdin holds comes below it.")
+    ] = None,
     quant: options.Quant = None,
     as_json: options.Json = False,
     temperature: options.Temperature = None,
@@ -107,10 +118,11 @@ def generate(
     SamplingParams.check(**sampling)
     use_threads(threads)
     with rendering(as_json) as renderer:
+        text = "" if prompt is None and is_interactive() else _piped(prompt, renderer)
         limits: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
         completion = Completion(Engine.load(model, quant or "auto", device, dtype, renderer.show, **limits))
         with interrupt_stops(completion):
-            renderer.show_all(completion.run(prompt, **sampling))
+            renderer.show_all(completion.run(text, **sampling))
 
 
 def serve(
@@ -152,6 +164,21 @@ def serve(
         serve_app(served, listening, lambda: renderer.remark(ready))
 
 
+def _message(prompt: str | None, renderer: Renderer) -> str:
+    message = _piped(prompt, renderer)
+    if not message.strip():
+        raise InputError("-p is empty: there is nothing to answer")
+    return message
+
+
+def _piped(prompt: str | None, renderer: Renderer) -> str:
+    """The prompt, and below it what stdin holds; the line end that files and echo have is none of the text's."""
+    piped = piped_text(optional=prompt is not None, remark=renderer.remark).rstrip("\n")
+    if prompt is None and not piped.strip():
+        raise InputError("stdin is empty: give a text there, or with -p")
+    return "\n\n".join(text for text in (prompt, piped) if text)
+
+
 def _answer(session: ChatSession, text: str, renderer: Renderer) -> None:
     with interrupt_stops(session):
         renderer.show_all(session.send(text))
@@ -161,26 +188,50 @@ def _converse(session: ChatSession, renderer: Renderer) -> None:
     """Reads lines until /exit or end of input. An error of one turn does not end the conversation."""
     with suppress(ImportError):  # Windows has its own line editing
         import readline  # noqa: F401  # gives input() editing and history
+    read = _typed_line if is_interactive() else partial(piped_line, piped_lines())
     renderer.remark(CHAT_HELP)
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "").strip()
-        except EOFError:
-            return
+            line = read()
         except KeyboardInterrupt:
             renderer.remark("\n" + CHAT_HELP)
             continue
-        if line == "/exit":
+        text = line.strip()
+        command = COMMANDS.get(text)
+        if not line or command == "exit":
             return
-        if line == "/reset":
+        if command == "reset":
             session.reset()
             renderer.remark("(the conversation is forgotten)")
-        elif line.startswith("/"):
-            renderer.remark(f"{line.split()[0]} is not a command. {CHAT_HELP}")
-        elif line:
-            try:
-                _answer(session, line, renderer)
-            except Glm4liteError as error:
-                renderer.remark(f"error: {error}")
-            except KeyboardInterrupt:
-                renderer.remark("(interrupted)")
+        elif command == "help":
+            renderer.remark(CHAT_HELP)
+        elif text and not _is_misspelt_command(text, renderer):
+            _turn(session, text, renderer)
+
+
+def _typed_line() -> str:
+    """The next line with its end; "" at the end of input."""
+    try:
+        with lent_terminal():
+            return input("> " if streams().out.isatty() else "") + "\n"
+    except EOFError:
+        return ""
+
+
+def _is_misspelt_command(text: str, renderer: Renderer) -> bool:
+    """A lone word that is nearly a command is worth a hint; all else is a message, such as a path or a comment."""
+    if not re.fullmatch(r"/\w+", text):
+        return False
+    near = difflib.get_close_matches(text, COMMANDS, 1, 0.8)
+    said = f"{text} is not a command"
+    renderer.remark(f"({said} and was not sent; is it {near[0]}?)" if near else f"({said}: it is sent as a message)")
+    return bool(near)
+
+
+def _turn(session: ChatSession, text: str, renderer: Renderer) -> None:
+    try:
+        _answer(session, text, renderer)
+    except Glm4liteError as error:
+        renderer.remark(f"error: {one_line(error)}")
+    except KeyboardInterrupt:
+        renderer.remark("(interrupted)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from glm4lite.cli import options
 from glm4lite.cli.running import print_facts, print_report, rendering, use_threads
+from glm4lite.cli.streams import streams
 from glm4lite.errors import ConfigError
 from glm4lite.hub import NANO
 
@@ -42,7 +44,8 @@ def quantize(
         asked = QuantConfig(config.bits, group_size, method=method) if isinstance(config, QuantConfig) else quant
         written = quantize_checkpoint(source, destination, asked, renderer.show, calibration=calibration)
         size = sum(file.stat().st_size for file in written.iterdir())
-        renderer.remark(f"{written}: {readable(size)}, {quant}. Run it: glm4lite chat {_as_model(written)}")
+        command = f"glm4lite chat {shlex.quote(_as_model(written))}"
+        renderer.remark(f"{written}: {readable(size)}, {quant}. Run it: {command}")
 
 
 def _as_model(folder: Path) -> str:
@@ -88,7 +91,7 @@ def plan(
     if not as_json:
         from glm4lite.terminal import print_table
 
-        print_table(list(report.rows()))
+        print_table(list(report.rows()), streams().out)
     print_report(report, as_json)
 
 

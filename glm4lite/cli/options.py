@@ -11,7 +11,10 @@ Model = Annotated[str, typer.Argument(help="A folder, a Hub repository such as z
 Quant = Annotated[
     str | None, typer.Option(help="int4, int8, nf4, fp4 or none.", show_default="int4, or as the checkpoint is stored")
 ]
-Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and leave.")]
+Prompt = Annotated[
+    str | None, typer.Option("--prompt", "-p", help="Answer this, with what stdin holds below it, and leave.")
+]
+Lines = Annotated[bool, typer.Option("--lines", help="Each line of stdin is a turn, not all of it one message.")]
 Json = Annotated[bool, typer.Option("--json", help="Every line of stdout is one event as JSON.")]
 System = Annotated[str | None, typer.Option(help="System prompt.")]
 Tools = Annotated[

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import typer
-
+from glm4lite.cli.streams import streams
 from glm4lite.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,13 +46,42 @@ def rendering(as_json: bool) -> Iterator[Renderer]:
     """Where events go; the terminal is left in order whatever happens."""
     from glm4lite.terminal import JsonLines, Notices, Terminal
 
-    renderer: Renderer = JsonLines() if as_json else Terminal()
-    logging.getLogger("glm4lite").addHandler(notices := Notices())
+    own = streams()
+    renderer: Renderer = JsonLines(own.out, own.err) if as_json else Terminal(own.out, own.err)
+    logging.getLogger().addHandler(notices := Notices(own.err))
     try:
         yield renderer
     finally:
-        logging.getLogger("glm4lite").removeHandler(notices)
+        logging.getLogger().removeHandler(notices)
         renderer.close()
+
+
+@contextmanager
+def leaving_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP (a closed terminal) end the program as Ctrl-C does: what is half written is removed.
+
+    Those that are ignored (`nohup`) stay so. A server has its own way to end on SIGTERM, which a closed terminal takes.
+    """
+
+    def leave(number: int, _: object) -> None:
+        if signal.getsignal(signal.SIGTERM) not in (leave, signal.SIG_IGN):
+            signal.raise_signal(signal.SIGTERM)
+            return
+        for ours in numbers:
+            signal.signal(ours, signal.SIG_IGN)  # a shell and a terminal may both say so, while we tidy up
+        sys.exit(128 + number)
+
+    names = ("SIGTERM", "SIGHUP")
+    known = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = [number for number in known if signal.getsignal(number) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            if signal.getsignal(number) is leave:
+                signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager
@@ -72,10 +101,10 @@ def interrupt_stops(answering: Any) -> Iterator[None]:
 
 def print_report(report: Benchmark | Evaluation | PlacementReport, as_json: bool) -> None:
     """One JSON object, or aligned lines."""
-    import json
+    from glm4lite.terminal import json_line
 
     if as_json:
-        typer.echo(json.dumps(report.to_json(), ensure_ascii=False))
+        streams().out.write(json_line(report.to_json()))
     else:
         print_facts(list(report.lines()))
 
@@ -84,5 +113,4 @@ def print_facts(facts: list[tuple[str, str]]) -> None:
     from glm4lite.terminal import printable_line
 
     width = max(len(name) for name, _ in facts)
-    for name, value in facts:
-        typer.echo(f"{name:<{width}}  {printable_line(value)}")
+    streams().out.writelines(f"{name:<{width}}  {printable_line(value)}\n" for name, value in facts)

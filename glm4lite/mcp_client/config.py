@@ -1,6 +1,8 @@
 """`{"mcpServers": {name: {"command", "args", "env"} or {"url", "headers"}}}`, the file that MCP clients share."""
 
+import difflib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -10,8 +12,14 @@ from typing import Any
 
 from glm4lite.errors import ToolError, one_line
 
+logger = logging.getLogger("glm4lite")
+
+MAX_FILE = 1 << 20  # bytes
 _NAME = re.compile(r"[\w.\- ]{1,48}")
-_KEYS = {"command", "args", "env", "cwd", "url", "headers", "type", "disabled"}
+_ROOTS = ("mcpServers", "servers", "context_servers")  # of most clients, of VS Code, of Zed
+_KEYS = {"command", "args", "env", "cwd", "url", "headers", "type", "transport", "disabled", "enabled"}
+_BY_COMMAND = {"stdio", "local"}
+_BY_URL = {"http", "streamable-http", "streamable_http", "streamableHttp", "remote"}
 
 
 @dataclass(frozen=True)
@@ -28,32 +36,54 @@ class ServerConfig:
 
 
 def read_config(paths: Iterable[str | Path]) -> list[ServerConfig]:
-    """The servers of all files, in order; those with `"disabled": true` are left out.
+    """The servers of all files, in order; those with `"disabled": true` or `"enabled": false` are left out.
 
-    `${NAME}` in env and headers is that environment variable, so that a secret need not stand in the file. Raises
-    ToolError naming file, server and key.
+    `${NAME}` in env and headers is that environment variable, so that a secret need not stand in the file. Keys of
+    other clients are passed over with one warning a file: what they approve, and what they limit, does not hold here.
+    Raises ToolError naming file, server and key.
     """
     found = dict[str, ServerConfig]()
     for path in paths:
+        foreign = set[str]()
         for name, entry in _entries(Path(path).expanduser()).items():
             if name in found:
                 raise ToolError(f"{path}: there are two MCP servers called {name!r}")
-            if not (isinstance(entry, dict) and entry.get("disabled") is True):
-                found[name] = _server(f"{path}: mcpServers[{name!r}]", name, entry)
+            if isinstance(entry, dict) and (entry.get("disabled") is True or entry.get("enabled") is False):
+                continue
+            found[name] = _server(f"{path}: the server {name!r}", name, entry)
+            foreign |= entry.keys() - _KEYS
+        if foreign:
+            named = one_line(", ".join(sorted(foreign)))[:300]
+            logger.warning("%s: keys of other clients are passed over, also what they allow or limit: %s", path, named)
     return list(found.values())
 
 
 def _entries(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ToolError(f"--mcp: {path} cannot be read ({error.strerror})") from error
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE + 1)
+    except (OSError, ValueError) as error:
+        raise ToolError(f"--mcp: {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if len(content) > MAX_FILE:
+        raise ToolError(f"--mcp: {path} has more than {MAX_FILE >> 20} MiB; it is no list of MCP servers")
+    try:
+        data = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
-        raise ToolError(f"--mcp: {path} is not JSON: {one_line(error)}") from error
-    servers = data.get("mcpServers") if isinstance(data, dict) else None
-    if not isinstance(servers, dict):
+        comments = "; comments and trailing commas are not JSON" if re.search(rb"//|/\*|,\s*[}\]]", content) else ""
+        raise ToolError(f"--mcp: {path} is not JSON: {one_line(error)}{comments}") from error
+    roots = [root for root in _ROOTS if isinstance(data, dict) and isinstance(data.get(root), dict)]
+    if not roots:
         raise ToolError(f"--mcp: {path} has no object 'mcpServers'")
-    return servers
+    return data[roots[0]]
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:100]!r} stands twice in one object")
+    return found
 
 
 def _server(where: str, name: str, entry: object) -> ServerConfig:
@@ -61,39 +91,66 @@ def _server(where: str, name: str, entry: object) -> ServerConfig:
         raise ToolError(f"{where}: a server's name is 1 to 48 letters, digits, spaces, '_', '-' or '.'")
     if not isinstance(entry, dict):
         raise ToolError(f"{where} must be an object with 'command' or 'url'")
-    if unknown := entry.keys() - _KEYS:
-        raise ToolError(f"{where}: unknown key {min(unknown)!r} (known: {', '.join(sorted(_KEYS))})")
+    _refuse_misspelt(where, entry)
     command, url = _text(where, entry, "command"), _text(where, entry, "url")
     if (command is None) == (url is None):
-        raise ToolError(f"{where} needs either 'command' or 'url'")
+        keys = one_line(", ".join(sorted(entry)))[:200] or "none"
+        raise ToolError(f"{where} needs either 'command' or 'url' (its keys: {keys})")
+    _check_transport(where, entry, by_url=url is not None)
     if url is not None and not url.startswith(("http://", "https://")):
-        raise ToolError(f"{where}.url is {url[:100]!r}; it starts with http:// or https://")
+        raise ToolError(f"{where}: url is {url[:100]!r}; it starts with http:// or https://")
     args = entry.get("args", [])
-    if not isinstance(args, list) or not all(isinstance(arg, str) for arg in args):
-        raise ToolError(f"{where}.args must be a list of texts")
+    if not isinstance(args, list) or not all(_is_text(arg) for arg in args):
+        raise ToolError(f"{where}: args must be a list of texts")
     env, headers = _texts(where, entry, "env"), _texts(where, entry, "headers")
     return ServerConfig(name, command, tuple(args), env, _text(where, entry, "cwd"), url, headers)
 
 
+def _refuse_misspelt(where: str, entry: Mapping[str, Any]) -> None:
+    """A key that is nearly one of ours is a slip of the hand; any other is another client's."""
+    for key in sorted(entry.keys() - _KEYS):
+        near = difflib.get_close_matches(key.lower(), _KEYS, 1, 0.8)
+        if near:
+            raise ToolError(f"{where}: unknown key {key[:100]!r}; is it {near[0]!r}?")
+
+
+def _check_transport(where: str, entry: Mapping[str, Any], by_url: bool) -> None:
+    has, fitting, kinds = ("url", "http", _BY_URL) if by_url else ("command", "stdio", _BY_COMMAND)
+    for key in ("type", "transport"):
+        kind = _text(where, entry, key)
+        if kind is not None and kind not in kinds:
+            raise ToolError(f"{where}: {key} is {kind[:100]!r}; with a {has} it is {fitting!r}")
+
+
+def _is_text(value: object) -> bool:
+    """A text that a program can be started with: no NUL, and no half of a character, which JSON can escape."""
+    return isinstance(value, str) and "\0" not in value and value.encode("utf-8", "replace").decode() == value
+
+
 def _text(where: str, entry: Mapping[str, Any], key: str) -> str | None:
     value = entry.get(key)
-    if value is not None and (not isinstance(value, str) or not value or "\0" in value):
-        raise ToolError(f"{where}.{key} must be a text")
+    if value is not None and (not value or not _is_text(value)):
+        raise ToolError(f"{where}: {key} must be a text")
     return value
 
 
 def _texts(where: str, entry: Mapping[str, Any], key: str) -> dict[str, str]:
     values = entry.get(key, {})
-    if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
-        raise ToolError(f"{where}.{key} must be an object of texts")
-    return {name: _expanded(f"{where}.{key}.{name}", value) for name, value in values.items()}
+    if not isinstance(values, dict) or not all(map(_is_text, [*values, *values.values()])):
+        raise ToolError(f"{where}: {key} must be an object of texts")
+    return {name: _expanded(f"{where}: {key}.{name}", value) for name, value in values.items()}
 
 
 def _expanded(where: str, text: str) -> str:
+    """`${NAME}`, `${env:NAME}` and `${NAME:-default}` as other clients read them."""
+
     def variable(match: re.Match[str]) -> str:
-        value = os.environ.get(match[1])
+        found = re.fullmatch(r"(?:env:)?(\w+)(?::-(.*))?", match[1])
+        if found is None:
+            raise ToolError(f"{where} holds {match[0][:100]!r}; only environment variables are filled in: ${{NAME}}")
+        value = os.environ.get(found[1], found[2])
         if value is None:
-            raise ToolError(f"{where} names the environment variable {match[1]}, which is not set")
+            raise ToolError(f"{where} names the environment variable {found[1]}, which is not set")
         return value
 
-    return re.sub(r"\$\{(\w+)\}", variable, text)
+    return re.sub(r"\$\{([^}]*)\}", variable, text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from typing import Any
 
 from mcp import Client, MCPError
@@ -13,12 +14,14 @@ from pydantic import ValidationError
 from glm4lite.errors import ToolError, one_line
 from glm4lite.mcp_client.config import ServerConfig
 from glm4lite.mcp_client.transport import HttpServer, StdioServer
-from glm4lite.tools import MAX_RESULT_CHARACTERS, ToolResult
+from glm4lite.tools import ToolResult
 
+logger = logging.getLogger("glm4lite")
 START_LIMIT_S = 60.0  # npx and uvx download a server before they start it
 CALL_LIMIT_S = 600.0  # the session's own limit is shorter; this ends what nobody waits for
 MAX_TOOLS = 200
 _MAX_PAGES = 50
+_MAX_BLOCKS = 1000  # of one result
 _CHECK_LIMIT_S = 2.0  # for an answer to something simple, after a call that got none
 
 
@@ -49,7 +52,7 @@ class Connection:
                 self._client = await asyncio.wait_for(ready, START_LIMIT_S)
             except TimeoutError:
                 await self.close()
-                raise self._error(f"did not answer within {START_LIMIT_S:g} s") from None
+                raise self._late(START_LIMIT_S) from None
             except asyncio.CancelledError:
                 await self.close()
                 raise
@@ -77,6 +80,8 @@ class Connection:
             cursor = page.next_cursor
             if cursor is None or len(found) >= MAX_TOOLS:
                 break
+        if cursor is not None or len(found) > MAX_TOOLS:
+            logger.warning("MCP server %r: of its tools only %d are offered", self.config.name, len(found[:MAX_TOOLS]))
         return found[:MAX_TOOLS]
 
     async def call(self, name: str, arguments: dict[str, Any]) -> ToolResult:
@@ -123,7 +128,7 @@ class Connection:
             async with asyncio.timeout(limit_s):
                 return await request(client)
         except TimeoutError as error:
-            raise self._error(f"did not answer within {limit_s:g} s") from error
+            raise self._late(limit_s) from error
         except Exception as error:
             if _is_closed(error) and self._client is client:
                 await self.close()  # the next call starts it anew
@@ -143,6 +148,12 @@ class Connection:
             return self._error(reason)
         return self._error(f"{type(error).__name__}: {reason}")
 
+    def _late(self, limit_s: float) -> ToolError:
+        """No answer; what came instead may have been meant as one."""
+        unreadable = self._server.unreadable if self._server else ""
+        instead = f"; it sent what cannot be read: {unreadable}" if unreadable else ""
+        return self._error(f"did not answer within {limit_s:g} s{instead}")
+
     def _error(self, reason: str) -> ToolError:
         return ToolError(f"the MCP server {self.config.name!r}: {reason}")
 
@@ -153,10 +164,12 @@ def _is_closed(error: BaseException) -> bool:
 
 def _text(result: CallToolResult) -> str:
     """What a model can read of a result; other blocks are named."""
-    blocks = [_block(block) for block in result.content[:1000]]
+    blocks = [_block(block) for block in result.content[:_MAX_BLOCKS]]
+    if len(result.content) > _MAX_BLOCKS:
+        blocks.append(f"[{len(result.content) - _MAX_BLOCKS} more parts are left out]")
     if not blocks and result.structured_content is not None:
         blocks = [json.dumps(result.structured_content, ensure_ascii=False)]
-    return "\n".join(blocks)[: MAX_RESULT_CHARACTERS + 1] if blocks else "(no result)"
+    return "\n".join(blocks) if blocks else "(no result)"
 
 
 def _block(block: Any) -> str:

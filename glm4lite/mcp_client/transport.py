@@ -45,6 +45,7 @@ class StdioServer:
         self._unasked = 0
         self._stderr = deque[bytes](maxlen=4)
         self._flood = ""
+        self.unreadable = ""  # why the last line that was no message was none
         self._ended = False
         self._process: anyio.abc.Process | None = None
 
@@ -98,7 +99,10 @@ class StdioServer:
                         self._flood = f"sent more than {MAX_UNASKED} messages nobody asked for"
                         return
                     if line.strip():
-                        await inbox.send(_message(line))
+                        message = _message(line)
+                        if isinstance(message, Exception):
+                            self.unreadable = one_line(message)[:200]
+                        await inbox.send(message)
 
     async def _write(self, process: anyio.abc.Process, outbox: MemoryObjectReceiveStream[SessionMessage]) -> None:
         if process.stdin is None:
@@ -152,6 +156,8 @@ class StdioServer:
 
 class HttpServer:
     """A server that is called by streamable HTTP."""
+
+    unreadable = ""  # the SDK tells of it itself
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config

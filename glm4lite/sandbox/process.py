@@ -1,11 +1,12 @@
 """Starts the process that runs a model's code (jail.py), collects what it prints, ends it in time."""
 
 import json
+import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm4lite.errors import ToolError, one_line
+
+logger = logging.getLogger("glm4lite")
 
 _SCRIPT = Path(__file__).with_name("jail.py")
 _ENVIRONMENT = {
@@ -29,21 +32,34 @@ _REASONS = {"SIGXCPU": "too much CPU time", "SIGKILL": "too much CPU time or mem
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run may take; sizes in bytes. `memory` and `file` hold for each process and file, `disk` for all files."""
+    """What a run may take; sizes in bytes. `memory` and `file` hold for each process and file, `disk` for all files.
+
+    `total_memory` is that of all processes; where they share memory, each counts it.
+    """
 
     seconds: float = 20.0
     cpu_seconds: int = 20
     memory: int = 1 << 30
+    total_memory: int = 3 << 30
     file: int = 16 << 20
     disk: int = 64 << 20
     processes: int = 32
     output: int = 64 << 10
 
     def to_json(self) -> str:
-        """For jail.py, with the folders of this Python."""
-        python = sorted({os.path.realpath(place) for place in (sys.prefix, sys.base_prefix, sys.base_exec_prefix)})
+        """For jail.py, with the places of this Python."""
+        python = _python_places()
         limits = {"cpu": self.cpu_seconds, "memory": self.memory, "file": self.file, "disk": self.disk}
         return json.dumps({**limits, "processes": self.processes, "python": python})
+
+
+def _python_places() -> list[str]:
+    """Where this Python lies. Not its whole prefix: an environment may be made in a folder that holds more."""
+    prefixes = dict.fromkeys((sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix))
+    names = ("bin", "lib", "lib64", "pyvenv.cfg", "share/zoneinfo", "ssl")
+    places = [os.path.join(prefix, name) for prefix in prefixes for name in names]
+    places += [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return [sys.executable, *(place for place in places if os.path.exists(place))]
 
 
 @dataclass(frozen=True)
@@ -120,6 +136,8 @@ class _Process:
                 return f"stopped: it printed more than {self._limits.output} bytes"
             if time.monotonic() > deadline:
                 return f"stopped: it ran longer than {self._limits.seconds:g} s"
+            if _memory_of(self._process.pid) > self._limits.total_memory:
+                return f"stopped: its processes together took more than {self._limits.total_memory >> 20} MiB of memory"
             if cancel.is_set():
                 return "stopped by the user"
 
@@ -150,6 +168,18 @@ class _Process:
                 pipe.write(code.encode("utf-8", "replace"))
 
 
+def _memory_of(process: int) -> int:
+    """Bytes in RAM of a process and all that it started; 0 where there is no /proc to ask."""
+    held, waiting = 0, [str(process)]
+    while waiting:
+        entry = Path("/proc", waiting.pop())
+        with suppress(OSError, ValueError, IndexError):  # it may have ended meanwhile
+            held += int((entry / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            for thread in os.listdir(entry / "task"):
+                waiting += (entry / "task" / thread / "children").read_text().split()
+    return held
+
+
 def _failure(status: int) -> str:
     """What an exit status means; 128 + n is how jail.py passes on signal n."""
     if status == 0:
@@ -164,13 +194,42 @@ def _failure(status: int) -> str:
 @contextmanager
 def _work_folder() -> Iterator[Path]:
     """A new folder, removed afterwards whatever is in it and whoever owns it."""
-    folder = Path(tempfile.mkdtemp(prefix="glm4lite-python-"))
+    folder = Path(os.path.realpath(tempfile.mkdtemp(prefix="glm4lite-python-")))
     try:
         yield folder
     finally:
-        for parent, names, _ in os.walk(folder):  # a folder without rights cannot be emptied
-            for name in names:
-                if not os.path.islink(place := os.path.join(parent, name)):
-                    with suppress(OSError):
-                        os.chmod(place, 0o700)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Whatever is in it; nothing runs there any more.
+
+    Steps down and up again one folder at a time: shutil.rmtree fails on a few thousand folders in each other.
+    """
+    here, way = os.open(folder, os.O_RDONLY), list[str]()
+    try:
+        while (below := _first_folder(here)) is not None or way:
+            if below is not None:
+                os.chmod(below, 0o700, dir_fd=here)  # one without rights could not be emptied
+            there = os.open(below or "..", os.O_RDONLY | os.O_NOFOLLOW, dir_fd=here)
+            os.close(here)
+            here = there
+            if below is None:
+                os.rmdir(way.pop(), dir_fd=here)
+            else:
+                way.append(below)
+        folder.rmdir()
+    except OSError as error:
+        logger.warning("python: %s could not be removed (%s)", folder, one_line(error))
+    finally:
+        os.close(here)
+
+
+def _first_folder(here: int) -> str | None:
+    """Of an open folder; what comes before it is removed."""
+    with os.scandir(here) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                return entry.name
+            os.unlink(entry.name, dir_fd=here)
+    return None

@@ -55,14 +55,16 @@ def _pieces(engine: Engine, generation: Generation, question: Question) -> Itera
         for segment in segments:
             yield from scores.before(segment)
             yield _piece(segment)
-        if not question.parallel and any(isinstance(segment, Call) for segment in segments):
-            generation.finish_reason = "stop"
-            return
+            if isinstance(segment, Call) and not question.parallel:
+                generation.finish_reason = "stop"
+                return
     for segment in parser.finish():
         cut = question.forced and generation.finish_reason == "length"
         found = _cut_call(segment, question.forced) if cut else segment
         yield from scores.before(found)
         yield _piece(found)
+        if isinstance(found, Call) and not question.parallel:
+            return
 
 
 def _plain(engine: Engine, generation: Generation) -> Iterator[Piece]:

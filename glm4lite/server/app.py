@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -16,10 +17,13 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from glm4lite.server.body import read_json
+from glm4lite.engine import Engine
+from glm4lite.errors import CheckpointError
+from glm4lite.server.body import Bodies, parse
 from glm4lite.server.errors import ApiError, json_response
 from glm4lite.server.guard import Guard
 from glm4lite.server.metrics import Metrics
+from glm4lite.server.preparing import Preparing
 from glm4lite.server.question import Question, chat_question, completion_question
 from glm4lite.server.replies import ChatReply, CompletionReply, Reply
 from glm4lite.server.requests import ChatRequest, CompletionRequest
@@ -27,13 +31,14 @@ from glm4lite.server.stream import Stream, events
 from glm4lite.worker import EngineWorker
 
 Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
+LOOKING = ["GET", "HEAD"]  # HEAD is what the health checks of containers send
 ENDPOINTS = {
-    "/v1/models": ("GET", "models"),
-    "/v1/models/{name:path}": ("GET", "model"),
-    "/v1/chat/completions": ("POST", "chat"),
-    "/v1/completions": ("POST", "completion"),
-    "/health": ("GET", "health"),
-    "/metrics": ("GET", "metrics_page"),
+    "/v1/models": (LOOKING, "models"),
+    "/v1/models/{name:path}": (LOOKING, "model"),
+    "/v1/chat/completions": (["POST"], "chat"),
+    "/v1/completions": (["POST"], "completion"),
+    "/health": (LOOKING, "health"),
+    "/metrics": (LOOKING, "metrics_page"),
 }
 NO_BUFFER = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -50,33 +55,34 @@ def create_app(
     everywhere but at /health. hosts: names besides localhost and loopback addresses under which it answers without a
     key. The worker is closed with the app.
     """
+    api = Api(worker, model)
     app = FastAPI(
         title="glm4lite",
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
-        lifespan=_closing(worker),
+        lifespan=_closing(worker, api.preparing),
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.worker = worker
     app.state.closing = asyncio.Event()  # set when the server stops, for streams that end with the page only
-    api = Api(worker, model)
     app.add_middleware(Guard, api_key=api_key, hosts=tuple(hosts))
     app.add_middleware(_Counted, metrics=api.metrics)
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(CheckpointError, _unusable)
     app.add_exception_handler(Exception, _failed)
-    for path, (method, endpoint) in ENDPOINTS.items():
-        app.add_api_route(path, getattr(api, endpoint), methods=[method])
+    for path, (methods, endpoint) in ENDPOINTS.items():
+        app.add_api_route(path, getattr(api, endpoint), methods=methods)
     return app
 
 
 class Api:
-    """The endpoints. Checking and tokenizing happen in threads of their own, the model's work in the worker's."""
+    """The endpoints. What comes before the model happens in Preparing's thread, the model's work in the worker's."""
 
     def __init__(self, worker: EngineWorker, model: str | Callable[[], str]) -> None:
         self._worker, self._named, self._started = worker, model, int(time.time())
-        self.metrics = Metrics(worker)
+        self.metrics, self._bodies, self.preparing = Metrics(worker), Bodies(), Preparing()
 
     @property
     def _model(self) -> str:
@@ -97,36 +103,39 @@ class Api:
         return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def chat(self, request: Request) -> Response:
-        asked = await self._asked(request, ChatRequest)
-        question = await run_in_threadpool(chat_question, self._worker.engine, asked)
-        return await self._reply(request, asked, question, ChatReply(self._model, self._worker.engine.tokenizer))
+        asked, question = await self._prepared(request, ChatRequest, chat_question)
+        return await self._reply(request, asked, question, ChatReply(self._model, question.engine.tokenizer))
 
     async def completion(self, request: Request) -> Response:
-        asked = await self._asked(request, CompletionRequest)
-        question = await run_in_threadpool(completion_question, self._worker.engine, asked)
-        return await self._reply(request, asked, question, CompletionReply(self._model, self._worker.engine.tokenizer))
+        asked, question = await self._prepared(request, CompletionRequest, completion_question)
+        return await self._reply(request, asked, question, CompletionReply(self._model, question.engine.tokenizer))
 
-    async def _asked(self, request: Request, form: type[Asked]) -> Asked:
-        asked = form.read(await read_json(request))
-        self._check_model(asked.model)
-        return asked
+    async def _prepared(
+        self, request: Request, form: type[Asked], ask: Callable[[Engine, Asked], Question]
+    ) -> tuple[Asked, Question]:
+        engine = self._worker.engine
+        async with self._bodies.read(request, engine.model.context) as body:
+            asked = await self.preparing.run(request, lambda: form.read(parse(body)))
+            self._check_model(asked.model)
+            return asked, await self.preparing.run(request, lambda: ask(engine, asked))
 
     async def _reply(
         self, request: Request, asked: ChatRequest | CompletionRequest, question: Question, reply: Reply
     ) -> Response:
         stream = Stream(self._worker, question, request)
+        said = _said(asked.ignored)
         if asked.stream:
             body = events(stream, reply, asked.include_usage)
             # `events` cancels by itself, but is never begun for a client that is gone already.
             gone = BackgroundTask(stream.cancel)
-            return StreamingResponse(body, media_type="text/event-stream", headers=NO_BUFFER, background=gone)
+            return StreamingResponse(body, media_type="text/event-stream", headers=NO_BUFFER | said, background=gone)
         async for piece in stream.pieces():
             if piece is not None:
                 for _ in reply.chunks(piece):
                     pass
         if stream.gone:
             return Response(status_code=499)  # nobody reads it; nginx' number for that, for the metrics
-        return json_response(reply.whole())
+        return json_response(reply.whole(), headers=said)
 
     def _check_model(self, name: str) -> None:
         if name != self._model:
@@ -155,10 +164,17 @@ class _Counted:
         await self._app(scope, receive, counting if scope["type"] == "http" else send)
 
 
-def _closing(worker: EngineWorker) -> Any:
+def _said(ignored: list[str]) -> dict[str, str]:
+    """A header that names what the answer takes no notice of, so that a misspelt field does not pass in silence."""
+    names = [re.sub(r"[^\w.-]", "?", name[:40], flags=re.ASCII) for name in ignored[:16]]
+    return {"X-Ignored-Fields": ", ".join(names)} if names else {}
+
+
+def _closing(worker: EngineWorker, preparing: Preparing) -> Any:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
+        preparing.close()
         await run_in_threadpool(worker.close)
 
     return lifespan
@@ -169,9 +185,15 @@ async def _failed(request: Request, error: Exception) -> Response:
     return ApiError(f"the request failed: {type(error).__name__}; the server's log says more", 500).response()
 
 
+async def _unusable(request: Request, error: Exception) -> Response:
+    """A file of the model fails at this text: its tokenizer, say."""
+    return ApiError(str(error), 500).response()
+
+
 async def _refused(request: Request, error: Exception) -> Response:
     if isinstance(error, ApiError):
         return error.response()
     if isinstance(error, HTTPException):
-        return ApiError(f"{request.method} {request.url.path}: {error.detail}", error.status_code).response()
+        said = f"{request.method} {request.url.path[:200]}: {error.detail}"
+        return ApiError(said, error.status_code, headers=error.headers).response()
     raise error

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from glm4lite.errors import ToolError, shown
 from glm4lite.server.errors import ApiError
+from glm4lite.tool_schema import check_size
 from glm4lite.tools import TOOL_NAME
 
 _TYPES = {"string", "number", "integer", "boolean", "object", "array", "null"}
@@ -20,7 +22,7 @@ def declared_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for place, tool in enumerate(tools):
         at = f"tools[{place}]"
         if tool.get("type") != "function":
-            raise _wrong(f"{at}.type", f"must be 'function', found {str(tool.get('type'))[:80]!r}")
+            raise _wrong(f"{at}.type", f"must be 'function', found {shown(tool.get('type'))}")
         function = tool.get("function")
         if not isinstance(function, dict):
             raise _wrong(f"{at}.function", "must be an object")
@@ -35,7 +37,7 @@ def declared_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def check_name(name: object, at: str) -> str:
     """The name, if it is one word: the model writes it on a line of its own. Raises ApiError."""
     if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
-        raise _wrong(at, f"must be 1 to 64 letters, digits, '_', '-' or '.', found {str(name)[:80]!r}")
+        raise _wrong(at, f"must be 1 to 64 letters, digits, '_', '-' or '.', found {shown(name)}")
     return name
 
 
@@ -54,7 +56,7 @@ def forced_names(choice: str | dict[str, Any] | None, names: list[str]) -> tuple
             "tool_choice", "must be 'none', 'auto', 'required' or {'type': 'function', 'function': {'name': …}}"
         )
     if name not in names:
-        raise _wrong("tool_choice", f"no tool {str(name)[:80]!r} is declared")
+        raise _wrong("tool_choice", f"no tool {shown(name)} is declared")
     return (name,)
 
 
@@ -66,6 +68,10 @@ def _function(function: dict[str, Any], at: str) -> dict[str, Any]:
         parameters = {"type": "object", "properties": {}}
     if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
         raise _wrong(f"{at}.parameters", "must be a JSON schema of an object")
+    try:  # first, so that what follows looks at a bounded schema
+        check_size(function["name"], description or "", parameters)
+    except ToolError as error:
+        raise _wrong(f"{at}.parameters", str(error)) from None
     _check_schema(parameters, f"{at}.parameters", _MAX_DEPTH)
     return {"name": function["name"], "description": description or "", "parameters": parameters}
 
@@ -75,13 +81,13 @@ def _check_schema(schema: Any, at: str, depth: int) -> None:
     if isinstance(schema, bool):
         return
     if not isinstance(schema, dict):
-        raise _wrong(at, f"must be a JSON schema, found {str(schema)[:80]!r}")
+        raise _wrong(at, f"must be a JSON schema, found {shown(schema)}")
     if not depth:
         raise _wrong(at, "is nested too deeply")
     kinds = schema.get("type", [])
     for kind in kinds if isinstance(kinds, list) else [kinds]:
         if not isinstance(kind, str) or kind not in _TYPES:
-            raise _wrong(f"{at}.type", f"{str(kind)[:80]!r} is no type of JSON schema")
+            raise _wrong(f"{at}.type", f"{shown(kind)} is no type of JSON schema")
     required = schema.get("required", [])
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
         raise _wrong(f"{at}.required", "must be a list of names")

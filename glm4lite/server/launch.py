@@ -13,6 +13,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 
 from glm4lite.errors import ConfigError, one_line
+from glm4lite.server.connection import HEAD_BYTES, Connection
 from glm4lite.server.guard import is_loopback
 
 SHUTDOWN_S = 2  # for the last words of answers that are being given
@@ -100,5 +101,7 @@ def _config(app: Starlette) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         ws="none",
+        http=Connection,
+        h11_max_incomplete_event_size=HEAD_BYTES,
         timeout_graceful_shutdown=SHUTDOWN_S,
     )

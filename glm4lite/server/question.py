@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from glm4lite.engine import Engine
-from glm4lite.errors import Glm4liteError, SamplingError, TemplateError
+from glm4lite.errors import ContextLengthError, Glm4liteError, SamplingError, TemplateError
 from glm4lite.messages import Message
 from glm4lite.sampling import SamplingParams
+from glm4lite.server.body import Structure
 from glm4lite.server.declared import check_name, declared_tools, forced_names
 from glm4lite.server.errors import ApiError
 from glm4lite.server.requests import ChatRequest, CompletionRequest
+from glm4lite.server.unsupported import refuse_in_message
+from glm4lite.template import ChatTemplate, check_length
 
+MOST_ITEMS = 4096  # parts or calls of one message
 _END_OF_THOUGHT = "\n</think>\n\n"
 
 
@@ -33,7 +37,8 @@ class Question:
 
 def chat_question(engine: Engine, request: ChatRequest) -> Question:
     """Renders and tokenizes the conversation. Raises ApiError; over-long conversations are refused here."""
-    messages = in_order([_message(message, place) for place, message in enumerate(request.messages)])
+    structure = Structure(engine.model.context)
+    messages = in_order([_message(message, place, structure) for place, message in enumerate(request.messages)])
     tools = declared_tools(request.tools or [])
     names = [tool["function"]["name"] for tool in tools]
     forced = forced_names(request.tool_choice, names)
@@ -43,7 +48,10 @@ def chat_question(engine: Engine, request: ChatRequest) -> Question:
         template = engine.chat_template()
         if tools and not template.takes_tools:
             raise ApiError("tools: this model's chat template has no place for them", param="tools")
-        prompt = template.encode(engine.tokenizer, messages, tools)
+        _check_thinking(request, template)
+        prompt = template.encode(engine.tokenizer, messages, tools, context=engine.model.context)
+    except ContextLengthError as error:
+        raise _too_long(error, "messages") from None
     except TemplateError as error:
         raise ApiError(str(error), param="messages") from None
     thinking = template.starts_thinking(engine.tokenizer.decode(prompt[-8:], keep_special=True))
@@ -71,6 +79,10 @@ def completion_question(engine: Engine, request: CompletionRequest) -> Question:
             if wrong is not None:
                 raise ApiError(f"prompt: {wrong} is no token of this model", param="prompt")
         case [str(text)] | str(text):
+            try:
+                check_length(engine.tokenizer, text, engine.model.context)
+            except ContextLengthError as error:
+                raise _too_long(error, "prompt") from None
             prompt = engine.tokenizer.prefix_ids + engine.tokenizer.encode(text)
         case _:
             raise ApiError("prompt: must be text or token ids", param="prompt")
@@ -80,11 +92,11 @@ def completion_question(engine: Engine, request: CompletionRequest) -> Question:
 
 def in_order(messages: list[Message]) -> list[Message]:
     """Results of one turn's calls in the order of the calls: GLM's observations carry no ids, their order is all."""
-    ordered, ids = list[Message](), list[str]()
+    ordered, places = list[Message](), dict[str | None, int]()
     run: list[Message] = []
 
     def close() -> None:
-        run.sort(key=lambda result: ids.index(result.tool_call_id) if result.tool_call_id in ids else len(ids))
+        run.sort(key=lambda result: places.get(result.tool_call_id, len(places)))
         ordered.extend(run)
         run.clear()
 
@@ -94,20 +106,43 @@ def in_order(messages: list[Message]) -> list[Message]:
             continue
         close()
         ordered.append(message)
-        ids = [call.id for call in message.tool_calls]
+        places = {call.id: place for place, call in reversed(list(enumerate(message.tool_calls)))}
     close()
     return ordered
 
 
-def _message(data: dict[str, Any], place: int) -> Message:
+def _message(data: dict[str, Any], place: int, structure: Structure) -> Message:
     at = f"messages[{place}]"
+    refuse_in_message(data, at)
+    for name in ("content", "tool_calls"):
+        items = data.get(name)
+        if isinstance(items, list) and len(items) > MOST_ITEMS:
+            raise ApiError(f"{at}.{name}: at most {MOST_ITEMS} can be read, found {len(items)}", param=f"{at}.{name}")
     try:
         message = Message.from_dict(data)
     except Glm4liteError as error:
         raise ApiError(f"{at}: {str(error).removeprefix('message: ')}", param=at) from None
     for number, call in enumerate(message.tool_calls):
         check_name(call.name, f"{at}.tool_calls[{number}].function.name")
+        try:  # some templates want them parsed
+            structure.end()
+            structure.feed(call.arguments.encode("utf-8", "replace"))
+        except ApiError as error:
+            where = f"{at}.tool_calls[{number}].function.arguments"
+            raise ApiError(f"{where}: {error}".replace("the body", "JSON that"), param=where) from None
     return message
+
+
+def _check_thinking(request: ChatRequest, template: ChatTemplate) -> None:
+    """Whether a model thinks is its template's doing; a request may say what is so anyway."""
+    wanted = request.wanted_thinking
+    if wanted is not None and wanted[1] != template.thinks:
+        does = "always thinks" if template.thinks else "does not think"
+        raise ApiError(f"{wanted[0]}: another way is not supported, this model {does}", param=wanted[0])
+
+
+def _too_long(error: ContextLengthError, param: str) -> ApiError:
+    return ApiError(f"{param}: {error}", param=param, code="context_length_exceeded")
 
 
 def _fitting(engine: Engine, prompt: list[int], param: str) -> list[int]:

@@ -1,21 +1,24 @@
 """What clients ask, checked: OpenAI's fields as pydantic models. An ApiError names the field that cannot be used.
 
-Fields that OpenAI knows and this server does not are ignored where they change nothing (`user`, `metadata`) and refused
-where the answer would not be what was asked for (`n` = 2, `logit_bias`, another response format).
+What other fields may hold is in unsupported.py; names that nobody here knows are ignored, and the answer says which.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
-from glm4lite.errors import one_line
+from glm4lite.errors import one_line, shown
 from glm4lite.server.errors import ApiError
+from glm4lite.server.unsupported import ignored, refuse_unsupported
 
 R = TypeVar("R", bound="_Request")
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 Tokens = Annotated[int, Field(ge=1, le=2**31)]
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]  # the first that is none is enough to say
+MOST_MESSAGES = 16_384  # each is a token or more, and a template takes its time for each
 
 
 class StreamOptions(BaseModel):
@@ -36,29 +39,38 @@ class _Request(BaseModel):
     max_tokens: Tokens | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None  # -1 is off, as 0 is
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=1e-3, le=100)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
-    n: Annotated[int, Field(ge=1, le=1)] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = None
+    _ignored: list[str] = PrivateAttr(default_factory=list)
 
     @classmethod
     def read(cls: type[R], body: dict[str, Any]) -> R:
         """Raises ApiError for the first field that cannot be used."""
+        refuse_unsupported(body)
         try:
-            return cls.model_validate(body)
+            asked = cls.model_validate(body)
         except ValidationError as error:
             problems = error.errors(include_url=False, include_context=False)
             # Where a field may be a text or a list, each has its complaint; the innermost says most.
             field = problems[0]["loc"][0]
             problem = max((one for one in problems if one["loc"][0] == field), key=lambda one: len(one["loc"]))
             param = where(problem["loc"])
-            found = "" if problem["type"] == "missing" else f", found {str(problem['input'])[:80]!r}"
-            raise ApiError(one_line(f"{param}: {problem['msg']}{found}"), param=param) from None
+            found = "" if problem["type"] in ("missing", "value_error") else f", found {shown(problem['input'])}"
+            message = problem["msg"].removeprefix("Value error, ")
+            raise ApiError(one_line(f"{param}: {message}{found}"), param=param) from None
+        asked._ignored = ignored(body, cls.model_fields.keys()) + list(asked._ignored_within())
+        return asked
+
+    @property
+    def ignored(self) -> list[str]:
+        """Names in the body that mean nothing here."""
+        return self._ignored
+
+    def _ignored_within(self) -> Iterator[str]:
+        return iter(())
 
     @property
     def include_usage(self) -> bool:
@@ -69,6 +81,8 @@ class _Request(BaseModel):
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         given = {name: getattr(self, name) for name in names}
+        if self.top_k == -1:
+            given["top_k"] = 0
         seed = None if self.seed is None else self.seed % 2**63
         return given | {"seed": seed, "stop": stop, "max_new_tokens": self.most_tokens or most}
 
@@ -77,37 +91,49 @@ class _Request(BaseModel):
         return self.max_tokens
 
 
-class ResponseFormat(BaseModel):
-    """Only text is written."""
+class Thinking(BaseModel):
+    """`enable_thinking` in another dialect."""
 
     model_config = ConfigDict(strict=True)
-    type: Literal["text"]
+    type: Literal["enabled", "disabled"]
 
 
 class ChatRequest(_Request):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    tools: list[dict[str, Any]] | None = None
+    messages: Annotated[Objects, Field(min_length=1)]
+    tools: Objects | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
-    functions: None = None
-    function_call: None = None
+    enable_thinking: bool | None = None
+    thinking: Thinking | None = None
 
-    @field_validator("functions", "function_call", mode="before")
+    @field_validator("messages", mode="before")
     @classmethod
-    def _deprecated(cls, value: object) -> object:
-        if value is not None:
-            raise ValueError("is not supported; use tools and tool_choice")
+    def _bounded(cls, value: object) -> object:
+        if isinstance(value, list) and len(value) > MOST_MESSAGES:
+            raise ValueError(f"at most {MOST_MESSAGES} can be read, found {len(value)}")
         return value
+
+    def _ignored_within(self) -> Iterator[str]:
+        """`strict` asks for arguments that follow the schema. Clients send it whether they need it or not."""
+        functions = (tool.get("function") for tool in self.tools or ())
+        if any(isinstance(function, dict) and function.get("strict") for function in functions):
+            yield "tools.function.strict"
 
     @property
     def most_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def wanted_thinking(self) -> tuple[str, bool] | None:
+        """The field that says whether the model should think, and what it says."""
+        if self.enable_thinking is not None:
+            return "enable_thinking", self.enable_thinking
+        return ("thinking", self.thinking.type == "enabled") if self.thinking else None
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -120,10 +146,12 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """`POST /v1/completions`: one prompt, as text or as token ids."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)] | Annotated[list[int], Field(min_length=1)]
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=1, fail_fast=True)]
+        | Annotated[list[int], Field(min_length=1, fail_fast=True)]
+    )
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    echo: Literal[False] | None = None
-    suffix: None = None
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -131,8 +159,6 @@ class CompletionRequest(_Request):
         if isinstance(value, list) and len(value) > 1 and not isinstance(value[0], int):
             raise ValueError(f"one prompt a request, found {len(value)}")
         return value
-
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
 
 
 def where(path: tuple[int | str, ...]) -> str:

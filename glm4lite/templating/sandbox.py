@@ -4,12 +4,13 @@ down, and neither a trace function nor a table of forbidden filters catches ever
 A process of its own can be limited in memory and killed.
 
 Run by template.py as a script, so it imports nothing of glm4lite. It reads one JSON request a line and answers
-each with one line: `{"text": …}` or `{"error": …, "line": …}`.
+each with one line: `{"text": …}`, `{"openers": …}` or `{"error": …, "line": …}`.
 
 Rendering is Hugging Face's (transformers/utils/chat_template_utils.py): same environment, filters and globals.
 """
 
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -24,7 +25,8 @@ import jinja2.sandbox
 import jinja2.utils
 
 MEMORY_LIMIT = 1 << 30  # bytes of address space; Python and jinja2 take about 60 MB of it
-OUTPUT_LIMIT = 16_000_000  # characters; the longest context, a million tokens, is about 4 million
+OPENERS_LIMIT = 200  # different ones, each of which takes a pass through the conversation; GLM's templates have one
+ERROR_LIMIT = 1000  # characters of a template's own words about what it refuses
 ORPHAN_LIMIT_S = 30  # this process ends itself if the parent is gone and cannot
 
 
@@ -97,6 +99,49 @@ def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     return env
 
 
+# Methods whose argument is looked for in a text.
+_LOOKING = {
+    *(
+        "split",
+        "rsplit",
+        "partition",
+        "rpartition",
+        "replace",
+        "startswith",
+        "endswith",
+        "removeprefix",
+        "removesuffix",
+    ),
+    *("find", "rfind", "index", "rindex", "count"),
+}
+_STRIPPING = {"strip", "lstrip", "rstrip"}
+
+
+def openers(tree: jinja2.nodes.Template) -> str:
+    """The first characters of the strings that a template may look for in a text, such as `</think>`.
+
+    Any string that is not a plain word counts, wherever it stands, as it may get to a `split` through a variable; of
+    plain words, which mostly name roles and keys, those that a text is searched for.
+    """
+    found = {text.lstrip()[:1] for text in _texts(tree) if not re.fullmatch(r"[\w\s]*", text)}
+    for call in tree.find_all(jinja2.nodes.Call):
+        method = call.node.attr if isinstance(call.node, jinja2.nodes.Getattr) else ""
+        for text in (text for argument in call.args for text in _texts(argument)):
+            found.update({text.lstrip()[:1]} if method in _LOOKING else text if method in _STRIPPING else ())
+    for compared in tree.find_all(jinja2.nodes.Compare):
+        if any(operand.op in ("in", "notin") for operand in compared.ops):
+            found.update(text.lstrip()[:1] for text in _texts(compared.expr))
+    for replaced in tree.find_all(jinja2.nodes.Filter):
+        if replaced.name == "replace":
+            found.update(text.lstrip()[:1] for argument in replaced.args for text in _texts(argument))
+    return "".join(sorted(letter for letter in found if letter and not letter.isspace()))
+
+
+def _texts(node: jinja2.nodes.Node) -> list[str]:
+    constants = [node] if isinstance(node, jinja2.nodes.Const) else node.find_all(jinja2.nodes.Const)
+    return [constant.value for constant in constants if isinstance(constant.value, str)]
+
+
 class Renderer:
     """Compiled templates by name, and the answer to each request."""
 
@@ -105,29 +150,44 @@ class Renderer:
         self._templates: dict[str, jinja2.Template] = {}
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Compile `{"name", "source"}` or render `{"name", "variables"}`; an error becomes an answer as well."""
+        """Compile `{"name", "source"}` or render `{"name", "limit", "variables"}`; an error is an answer as well."""
         try:
             if "source" in request:
-                self._templates[request["name"]] = self._environment.from_string(request["source"])
-                return {"text": ""}
-            text = self._templates[request["name"]].render(**request["variables"])
-            if len(text) > OUTPUT_LIMIT:
-                return {"error": f"wrote more than {OUTPUT_LIMIT} characters"}
-            return {"text": text}
+                tree = self._environment.parse(request["source"])
+                self._templates[request["name"]] = self._environment.from_string(tree)
+                found = openers(tree)
+                if len(found) > OPENERS_LIMIT:
+                    return {"error": f"looks for strings with {len(found)} first characters, more than {OPENERS_LIMIT}"}
+                return {"openers": found}
+            return self._render(self._templates[request["name"]], request["limit"], request["variables"])
         except jinja2.exceptions.TemplateSyntaxError as error:
-            return {"error": f"is not valid Jinja: {error.message}", "line": error.lineno}
+            return {"error": f"is not valid Jinja: {_short(error)}", "line": error.lineno}
         except jinja2.exceptions.SecurityError as error:
-            return {"error": f"did what a chat template may not: {error}"}
+            return {"error": f"did what a chat template may not: {_short(error)}"}
         except jinja2.exceptions.UndefinedError as error:
-            return {"error": f"failed: {error}"}
+            return {"error": f"failed: {_short(error)}"}
         except jinja2.exceptions.TemplateError as error:
-            return {"error": f"refused the conversation: {error}"}
+            return {"error": f"refused the conversation: {_short(error)}"}
         except MemoryError:
             return {"error": "needed too much memory"}
         except RecursionError:
             return {"error": "is nested too deeply"}
         except Exception as error:  # a template can raise whatever Python can; the parent tells the user
-            return {"error": f"failed: {type(error).__name__}: {error}"}
+            return {"error": f"failed: {type(error).__name__}: {_short(error)}"}
+
+    def _render(self, template: jinja2.Template, limit: int, variables: dict[str, Any]) -> dict[str, Any]:
+        pieces, size = list[str](), 0
+        for piece in template.generate(**variables):
+            pieces.append(piece)
+            size += len(piece)
+            if size > limit:
+                return {"error": f"wrote more than {limit} characters for this conversation"}
+        return {"text": "".join(pieces)}
+
+
+def _short(error: jinja2.exceptions.TemplateError | Exception) -> str:
+    message = error.message if isinstance(error, jinja2.exceptions.TemplateError) else str(error)
+    return str(message)[:ERROR_LIMIT]
 
 
 def _limit_process() -> None:

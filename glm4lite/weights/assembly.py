@@ -18,7 +18,7 @@ from glm4lite.weights.destinations import Destinations
 from glm4lite.weights.foreign import read_weight
 from glm4lite.weights.plan import Fill, Plan
 from glm4lite.weights.shard import StoredTensor
-from glm4lite.weights.streaming import Meter, blocks, bnb_weight, quantize_weight
+from glm4lite.weights.streaming import Meter, bnb_weight, finite_blocks, quantize_weight
 from glm4lite_quant import (
     BnbConfig,
     BnbLinear,
@@ -134,7 +134,7 @@ class Assembly:
         """A tensor straight into its final memory, converted block by block."""
         dtype = self.plan.plain_dtype(fill, self.destinations.dtype(fill.module))
         values = torch.empty(fill.shape, dtype=dtype, device=device)
-        for start, rows in blocks(self.checkpoint, fill.source, self.meter):
+        for start, rows in finite_blocks(self.checkpoint, fill.source, self.meter):
             values[start : start + rows.shape[0]] = rows
         return values
 
@@ -179,17 +179,13 @@ def check_as_stored(model: nn.Module, checkpoint: Checkpoint, stored: QuantConfi
 
 
 def _mapped_weight(checkpoint: Checkpoint, fill: Fill) -> QuantTensor:
-    """A weight that is quantized in the file: its tensors over the map, checked against each other and the model."""
-    file = checkpoint.file(fill.parts[0])
+    """A weight that is quantized in the file: its tensors over the map, of the shapes that were planned."""
+    weight = QuantTensor.from_tensors({part.rpartition(".")[2]: checkpoint.mapped(part) for part in fill.parts})
     try:
-        weight = QuantTensor.from_tensors({part.rpartition(".")[2]: checkpoint.mapped(part) for part in fill.parts})
+        weight.check_finite()
     except QuantError as error:
+        file = checkpoint.file(fill.parts[0])
         raise CheckpointError(f"{fill.source} in {file}: {error}; download it or quantize the original again") from None
-    if weight.shape != fill.shape:
-        raise CheckpointError(
-            f"{fill.source} in {file} has shape {list(weight.shape)}, config.json needs {list(fill.shape)}; "
-            "correct config.json or quantize the original again"
-        )
     return weight
 
 

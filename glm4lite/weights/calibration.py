@@ -93,6 +93,7 @@ class Calibrator:
             self._poll()
             name = cast(re.Match[str], _LAYER.fullmatch(fill.module))[2]
             values, module = self._checkpoint.tensor(fill.source), layer.get_submodule(name)
+            self._checkpoint.check_finite(fill.source, values)
             if isinstance(module, nn.Linear):
                 module = _RecordingLinear(self._dtype, self._poll)
                 _replace(layer, name, module)

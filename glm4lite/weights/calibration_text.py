@@ -39,7 +39,7 @@ class CalibrationIds:
 def read_text(path: Path) -> str:
     """A calibration file; ConfigError where it cannot be read, is empty or is not UTF-8."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"the calibration text {path} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError:
@@ -55,7 +55,7 @@ def calibration_ids(checkpoint: Checkpoint, config: Glm4Config, text: str | None
     Raises:
         CheckpointError: a text is given, but the checkpoint has no tokenizer for it.
     """
-    window = min(WINDOW, config.max_position_embeddings)
+    window = min(WINDOW, config.context_length)
     try:
         tokenizer = _tokenizer(checkpoint, config)
     except CheckpointError as error:

@@ -71,7 +71,7 @@ class Destinations:
         """The cache's type, and the tokens it has room for: the model's whole context without a placement."""
         if self.placement is not None:
             return self.placement.kv, self.placement.context
-        context = needs.config.max_position_embeddings
+        context = needs.config.context_length
         if budget.kv != "auto":
             return cast(KVType, budget.kv), context
         return _cache_type(needs, context) if self.home.type == "cpu" else "float", context

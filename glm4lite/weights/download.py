@@ -1,259 +1,337 @@
-"""A model from the Hugging Face Hub: only the files needed, with progress, and refused early where it cannot work.
+"""A model from the Hugging Face Hub: only the files needed, each verified, and refused early where it cannot work.
 
-huggingface_hub does the downloading and keeps its cache. It runs in a thread of its own, so that the caller's thread
-reports progress and can stop the download at once (Ctrl-C, or an exception from the progress callback).
+The downloads run in threads of their own, so that the caller's thread reports progress and can stop them at once
+(Ctrl-C, or an exception from the progress callback).
 """
 
-import errno
-import os
+import logging
+import queue
 import shutil
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from fnmatch import fnmatchcase
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-if os.environ.get("HF_ENDPOINT") and "huggingface_hub" not in sys.modules:
-    # Xet asks its own servers, which a mirror does not have; huggingface_hub reads this when it is imported.
-    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-
-from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the client it uses, under its lasting name
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
-from glm4lite.errors import HubError
+from glm4lite.errors import CheckpointError, HubError, one_line
 from glm4lite.events import Progress
-from glm4lite.weights.files import COMPANIONS, CONFIG, INDEX, SHARDS, SINGLE, UNREADABLE
+from glm4lite.weights.files import COMPANIONS, CONFIG, INDEX, SINGLE, UNREADABLE, read_index, some
+from glm4lite.weights.hub_client import (
+    Repo,
+    cache,
+    cached_as,
+    cached_folder,
+    endpoint,
+    explained,
+    fetch,
+    forget,
+    listing,
+)
 from glm4lite.weights.memory import readable
+from glm4lite.weights.partial import is_abandoned
+from glm4lite.weights.verified import Damage, Verifier
 
-WANTED = (CONFIG, *COMPANIONS, SINGLE, INDEX, SHARDS)
-ELSEWHERE = ("*/*",)
-"""Files of subfolders are other formats of the same weights."""
+logger = logging.getLogger("glm4lite")
+
+ProgressCallback = Callable[[Progress], None]
 
 _POLL_SECONDS = 0.1
-_LISTING_SECONDS = 20
+_LEAVING_SECONDS = 2  # to remove partial files; a stalled connection is not waited for
+_AT_ONCE = 8
+_REPEATS = 2  # of a file that arrived damaged
 
 
-class _Stopped(Exception):
-    """Ends huggingface_hub's threads after the caller stopped."""
-
-
-class _Counter:
-    """Bytes so far, counted by huggingface_hub's progress bars."""
-
-    def __init__(self) -> None:
-        self.stopped = False
-        self._counts: dict[int, float] = {}
-
-    @property
-    def done(self) -> int:
-        # One bar counts bytes received, another bytes written: the larger is how far the download is.
-        return int(max(self._counts.values(), default=0))
-
-    def bar_class(self) -> type[Any]:
-        counter = self
-
-        class Bar(tqdm):
-            """Draws nothing; counts, and raises once the download was stopped."""
-
-            def __init__(self, *args: Any, **kwargs: Any) -> None:
-                self._counts_bytes = kwargs.get("unit") == "B"
-                super().__init__(*args, **{**kwargs, "disable": True})
-
-            def update(self, n: float | None = 1) -> None:
-                if counter.stopped:
-                    raise _Stopped
-                if self._counts_bytes:
-                    counter._counts[id(self)] = counter._counts.get(id(self), 0) + (n or 0)
-
-        return Bar
-
-
-def download(repo_id: str, progress: Callable[[Progress], None] | None = None) -> Path:
+def download(repo_id: str, progress: ProgressCallback | None = None) -> Path:
     """The local folder of a Hub repo, downloaded where the cache lacks it.
 
     Only config, tokenizer, chat template and safetensors are fetched: no pickle, no Python code. HF_ENDPOINT, HF_TOKEN,
-    HF_HUB_OFFLINE and HF_HOME hold as usual.
+    HF_HUB_OFFLINE and HF_HOME hold as usual. Where the Hub does not answer, what the cache has is taken.
 
     Raises:
-        HubError: the repo does not exist, is gated, holds no safetensors, cannot be reached, or does not fit the disk.
+        HubError: the repo does not exist, is gated, holds no safetensors, cannot be reached, does not fit the disk, or
+            arrives damaged.
     """
-    with explained(repo_id):
-        files = _listing_if_told(repo_id)
-        missing = 0
-        if files is not None:
-            check_files(repo_id, files)
-            missing = _missing_bytes(repo_id, files)
-        _check_disk(repo_id, missing)
-    return _fetch(repo_id, missing, progress)
-
-
-@contextmanager
-def explained(repo_id: str) -> Iterator[None]:
-    """Around what asks the Hub or the cache, and nothing else: its errors become one line for the user."""
     try:
-        yield
-    except Exception as error:
-        message = _explain(repo_id, error)
-        if message is None:
-            raise
-        raise HubError(" ".join(message.split())) from None
+        snapshot = Snapshot.of(repo_id, progress)
+    except HubError as error:
+        return _from_cache(repo_id, error, progress)
+    snapshot.bring([CONFIG, *(name for name in (*COMPANIONS, INDEX) if name in snapshot.repo.files)])
+    snapshot.bring(snapshot.weights())
+    return snapshot.folder
 
 
-def listing(repo_id: str) -> dict[str, int]:
-    """Size of every file at the top of the repo, as the Hub tells; its client's errors where it does not."""
-    siblings = HfApi().model_info(repo_id, files_metadata=True, timeout=_LISTING_SECONDS).siblings or []
-    return {entry.rfilename: entry.size or 0 for entry in siblings if "/" not in entry.rfilename}
+class Snapshot:
+    """One commit of a repo, as the Hub lists it and as far as the cache's folder of it has been filled."""
 
+    def __init__(self, repo: Repo, folder: Path, progress: ProgressCallback | None) -> None:
+        self.repo = repo
+        self.folder = folder
+        self._progress = progress
+        self._verifier = Verifier(folder)
+        self._counter = _Counter(progress)
 
-def _listing_if_told(repo_id: str) -> dict[str, int] | None:
-    """None where the Hub does not answer (the cache may still have the repo)."""
-    try:
-        return listing(repo_id)
-    except (RepositoryNotFoundError, httpx.HTTPError, OfflineModeIsEnabled, HfHubHTTPError):
-        return None  # snapshot_download looks in the cache, and raises the same error if it is not there
+    @classmethod
+    def of(cls, repo_id: str, progress: ProgressCallback | None = None) -> "Snapshot":
+        """The newest commit, with config.json in its folder.
 
+        Raises:
+            HubError: the repo cannot be listed, or cannot be a model.
+        """
+        with explained(repo_id):
+            repo = listing(repo_id)
+            _check_files(repo)
+            folder = fetch(repo_id, CONFIG, None, lambda _: None).parent  # so that the cache knows the newest commit
+            if repo.commit not in (None, folder.name):  # something was committed just now
+                repo = listing(repo_id, folder.name)
+            _remove_unfinished(repo_id, folder.parents[1])
+        return cls(replace(repo, commit=folder.name), folder, progress)
 
-def check_files(repo_id: str, files: dict[str, int]) -> None:
-    if not any(_wanted(file, (SINGLE, SHARDS)) for file in files):
-        other = sorted(file for file in files if Path(file).suffix in UNREADABLE)
-        if other and UNREADABLE[Path(other[0]).suffix] == "pickle":
-            raise HubError(
-                f"{repo_id} holds only pickle weights ({other[0]}), which can run code when opened; "
-                "choose a repo with safetensors (the zai-org 0414 and -hf repos have them)"
+    def weights(self) -> list[str]:
+        """The files that hold the weights: what the index names. It has been brought before, where there is one.
+
+        Raises:
+            HubError: the index is damaged, or names what the repo does not hold.
+        """
+        if SINGLE in self.repo.files:
+            return [SINGLE]
+        try:
+            names = list(read_index(self.folder / INDEX))
+        except CheckpointError as error:
+            raise HubError(f"{self.repo.repo_id} is damaged where it comes from: {error}") from None
+        lacking = [name for name in names if name not in self.repo.files]
+        if lacking:
+            raise HubError(f"{self.repo.repo_id} lacks {some(lacking)}, named by its {INDEX}; choose another repo")
+        return names
+
+    def bring(self, names: Sequence[str]) -> None:
+        """Downloads what is not here, and again what is damaged.
+
+        Raises:
+            HubError: it cannot be downloaded or stored, or is damaged each time.
+        """
+        missing = [name for name in names if not (self.folder / name).exists()]
+        with explained(self.repo.repo_id):
+            _check_disk(self.repo.repo_id, sum(self.repo.files[name].size for name in missing))
+        self._download(missing)
+        self._say_unverified(missing)
+        for again in range(_REPEATS + 1):
+            damaged = self._damaged(names, missing)
+            if not damaged:
+                return
+            if again == _REPEATS:
+                raise self._given_up(damaged)
+            for name, damage in damaged.items():
+                where = "arrived" if name in missing else "lay in the cache"
+                what = f"{name} of {self.repo.repo_id} {where} damaged ({_compared(damage)})"
+                logger.warning("%s; it is downloaded again", what)
+            missing = list(damaged)
+            self._download(missing, anew=True)
+
+    def _download(self, names: Sequence[str], anew: bool = False) -> None:
+        repo, counter = self.repo, self._counter
+        counter.total += sum(repo.files[name].size for name in names)
+        failed = _in_threads(lambda name: fetch(repo.repo_id, name, repo.commit, counter.add, anew), names, counter)
+        if failed is not None:
+            with explained(repo.repo_id):
+                raise failed
+        if names:
+            counter.finish()
+
+    def _damaged(self, names: Sequence[str], new: Sequence[str]) -> dict[str, Damage]:
+        looked_at = names if self._verifier.can_remember() else new
+        expected = {name: _digests(self.repo, self.folder, name) for name in looked_at}
+        return self._verifier.damaged(expected, _verifying(self._progress))
+
+    def _say_unverified(self, names: Sequence[str]) -> None:
+        unknown = [name for name in names if not _digests(self.repo, self.folder, name)]
+        if unknown:
+            logger.warning(
+                "%s: %s tells no checksum of %s: what arrived could not be verified",
+                self.repo.repo_id,
+                endpoint(),
+                some(unknown),
             )
-        found = f" (found {other[0]})" if other else ""
-        raise HubError(f"{repo_id} holds no safetensors weights{found}; choose a repo with safetensors")
-    if CONFIG not in files:
-        raise HubError(f"{repo_id} has no config.json; choose a repo that holds a whole model, not an adapter")
+
+    def _given_up(self, damaged: Mapping[str, Damage]) -> HubError:
+        """What is known to be wrong is not left in the cache, for no other program either."""
+        for name in damaged:
+            forget(self.folder / name)
+        name, damage = next(iter(damaged.items()))
+        return HubError(
+            f"{self.repo.repo_id}: {name} arrives damaged from {endpoint()} each time "
+            f"({_compared(damage)}); run it again later, or set HF_ENDPOINT to another mirror"
+        )
 
 
-def _wanted(file: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(file, pattern) for pattern in patterns)
+def _digests(repo: Repo, folder: Path, name: str) -> frozenset[str]:
+    """What a file may hash to: of a large one the sha256 is told, of a small one git's id, or the ETag is a hash."""
+    told = repo.files[name].digests if name in repo.files else frozenset()
+    return told if any(one.startswith("sha256:") for one in told) else told | cached_as(folder / name)
 
 
-def _missing_bytes(repo_id: str, files: dict[str, int]) -> int:
-    wanted = [file for file in files if _wanted(file, WANTED)]
-    return sum(files[file] for file in wanted if not isinstance(try_to_load_from_cache(repo_id, file), str))
+def whole_in_cache(repo_id: str) -> Path | None:
+    """The repo's folder in the cache, None where files are missing that a model needs."""
+    folder = cached_folder(repo_id)
+    if folder is None:
+        return None
+    try:
+        return folder if all((folder / name).exists() for name in _weights_in(folder)) else None
+    except CheckpointError:
+        return None
+
+
+def _from_cache(repo_id: str, error: HubError, progress: ProgressCallback | None) -> Path:
+    """Where the Hub cannot be asked; its `error` where the cache has not all of the repo."""
+    with explained(repo_id):
+        folder = whole_in_cache(repo_id)
+    if folder is None:
+        raise error
+    verifier = Verifier(folder)
+    if verifier.can_remember():
+        names = (CONFIG, *COMPANIONS, INDEX, *_weights_in(folder))
+        expected = {name: cached_as(folder / name) for name in names if (folder / name).exists()}
+        for name, damage in verifier.damaged(expected, _verifying(progress)).items():
+            raise HubError(
+                f"{name} of {repo_id} lies in the cache damaged ({_compared(damage)}); "
+                "run it again with a network and without HF_HUB_OFFLINE, it is downloaded anew then"
+            )
+    return folder
+
+
+def _weights_in(folder: Path) -> list[str]:
+    """The files that a folder's weights are in, whether or not they are there."""
+    return [SINGLE] if (folder / SINGLE).exists() else list(read_index(folder / INDEX))
+
+
+def _verifying(progress: ProgressCallback | None) -> Callable[[int, int], None]:
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress(Progress("verify", done, total, "bytes"))
+
+    return report
+
+
+def _compared(damage: Damage) -> str:
+    return f"{damage.found} instead of {damage.expected}"
+
+
+def _check_files(repo: Repo) -> None:
+    """Whether the repo can be a model, before anything of it is fetched."""
+    if SINGLE not in repo.files and INDEX not in repo.files:
+        raise HubError(f"{repo.repo_id} {_no_weights(sorted(repo.files))}")
+    if CONFIG not in repo.files:
+        raise HubError(f"{repo.repo_id} has no config.json; choose a repo that holds a whole model, not an adapter")
+
+
+def _no_weights(names: Sequence[str]) -> str:
+    other = [name for name in names if Path(name).suffix in UNREADABLE]
+    if other and UNREADABLE[Path(other[0]).suffix] == "pickle":
+        return (
+            f"holds only pickle weights ({some(other[:1])}), which can run code when opened; "
+            "choose a repo with safetensors (the zai-org 0414 and -hf repos have them)"
+        )
+    if "adapter_config.json" in names:
+        return "holds an adapter (LoRA), no whole model; choose the repo of a model that it was merged into"
+    strange = [name for name in names if name.endswith(".safetensors")]
+    if strange:
+        return f"has neither {SINGLE} nor {INDEX}, which would say what {some(strange)} hold; choose another repo"
+    found = f" (found {some(other[:1])})" if other else ""
+    return f"holds no safetensors weights{found}; choose a repo with safetensors"
 
 
 def _check_disk(repo_id: str, needed: int) -> None:
-    cache = Path(constants.HF_HUB_CACHE)
-    folder = next(parent for parent in (cache, *cache.parents) if parent.exists())
+    folder = next(parent for parent in (cache(), *cache().parents) if parent.exists())
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise HubError(
-            f"{repo_id} needs {readable(needed)} of disk, {readable(free)} are free in {cache}; "
+            f"{repo_id} needs {readable(needed)} of disk, {readable(free)} are free in {cache()}; "
             "free some space, or set HF_HOME to a folder on another disk"
         )
 
 
-def _fetch(repo_id: str, total: int, progress: Callable[[Progress], None] | None) -> Path:
-    """snapshot_download in a thread; this thread reports, and stops it."""
-    counter, outcome = _Counter(), list[str | Exception]()
+def _remove_unfinished(repo_id: str, kept: Path) -> None:
+    """What killed downloads left: huggingface_hub goes on with none of it. It holds a lock on what it is writing."""
+    left = []
+    for part in (kept / "blobs").glob("*.*.incomplete"):
+        name = part.name.removesuffix(".incomplete").rpartition(".")[0]
+        if is_abandoned(cache() / ".locks" / kept.name / f"{name}.lock"):
+            left.append(part.stat().st_size)
+            part.unlink()
+    if left:
+        what = f"{len(left)} unfinished files of {repo_id} ({readable(sum(left))})"
+        logger.warning("removed %s, which downloads that were killed had left in the cache", what)
 
-    def work() -> None:
+
+class _Stopped(Exception):
+    """Ends the downloading threads after the caller stopped."""
+
+
+class _Counter:
+    """Bytes that arrived so far, of `total`."""
+
+    def __init__(self, progress: ProgressCallback | None) -> None:
+        self.total = 0
+        self.stopped = False
+        self._done, self._shown = 0, 0
+        self._progress = progress
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        """Called by the downloading threads."""
+        if self.stopped:
+            raise _Stopped
+        with self._lock:
+            self._done += count
+
+    def show(self) -> None:
+        """Called by the caller's thread."""
+        done = max(self._shown, min(self._done, self.total))  # a server that began again does not turn the bar back
+        if self._progress is not None and done != self._shown:
+            self._shown = done
+            self._progress(Progress("download", done, self.total, "bytes"))
+
+    def finish(self) -> None:
+        """All of it is here, also what needed no bytes from the Hub."""
+        self._done = self.total
+        self.show()
+
+
+def _in_threads(work: Callable[[str], object], names: Sequence[str], counter: _Counter) -> Exception | None:
+    """Works on all names, some at once; the first error, if any. The caller's thread shows the count meanwhile."""
+    waiting, ended = queue.SimpleQueue[str](), queue.SimpleQueue[Exception | None]()
+    for name in names:
+        waiting.put(name)
+
+    def run() -> None:
         try:
-            outcome.append(
-                snapshot_download(
-                    repo_id,
-                    allow_patterns=[*WANTED],
-                    ignore_patterns=[*ELSEWHERE],
-                    tqdm_class=counter.bar_class(),
-                )
-            )
-        except Exception as error:  # raised again in the caller's thread
-            outcome.append(error)
+            while not counter.stopped:
+                work(waiting.get_nowait())
+        except queue.Empty:
+            ended.put(None)
+        except Exception as error:
+            ended.put(error)
+        except BaseException as error:  # a panic of native code
+            ended.put(HubError(f"the download failed ({one_line(error)}); run it again"))
+        else:
+            ended.put(None)
 
-    thread = threading.Thread(target=work, name="glm4lite-download", daemon=True)
-    thread.start()
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(min(_AT_ONCE, len(names)))]
+    for thread in threads:
+        thread.start()
     try:
-        shown = -1
-        while thread.is_alive():
-            thread.join(_POLL_SECONDS)
-            done = min(counter.done, total)
-            if progress is not None and total and done != shown:
-                shown = done
-                progress(Progress("download", done, total, "bytes"))
-    except BaseException:
-        counter.stopped = True
-        thread.join(2)  # time to remove its partial files; a stalled connection is not waited for
-        raise
-    if not outcome:
-        raise HubError(f"{repo_id}: the download ended without a result; run it again")
-    with explained(repo_id):
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
-        return Path(outcome[0])
-
-
-def _explain(repo_id: str, error: Exception) -> str | None:
-    """One line for a user, or None for an error that is not the user's."""
-    endpoint = constants.ENDPOINT
-    if isinstance(error, HubError):
-        return str(error)
-    if isinstance(error, GatedRepoError):
-        return (
-            f"{repo_id} is gated: accept its terms on {endpoint}/{repo_id}, "
-            "then run `hf auth login` or set HF_TOKEN to a token that may read it"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return (
-            f"{repo_id} does not exist on {endpoint}, or is private; "
-            "check the name (for example zai-org/GLM-4-9B-0414), or set HF_TOKEN to a token that may read it"
-        )
-    if isinstance(error, HFValidationError):
-        return f"{repo_id!r} is not a valid Hub repo id ({error}); use organisation/name"
-    if isinstance(error, HfHubHTTPError):
-        return _explain_status(repo_id, error.response.status_code)
-    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
-        return _explain_absent(repo_id, error)
-    if isinstance(error, httpx.HTTPError):
-        return f"{repo_id} cannot be downloaded from {endpoint} ({_reason(error)}); check the network and run it again"
-    if isinstance(error, OSError):
-        return _explain_os_error(repo_id, error)
-    return None
-
-
-def _explain_status(repo_id: str, status: int) -> str:
-    if status in (401, 403):
-        what = "set HF_TOKEN to a token that may read it"
-        return f"{repo_id}: {constants.ENDPOINT} refused access (HTTP {status}); {what}"
-    return f"{repo_id}: {constants.ENDPOINT} answered HTTP {status}; try again later, or set HF_ENDPOINT to a mirror"
-
-
-def _explain_absent(repo_id: str, error: Exception) -> str:
-    """The cache does not have it (or not all of it) and the Hub was not asked or did not answer."""
-    if constants.HF_HUB_OFFLINE:
-        return f"{repo_id} is not (or not wholly) in the cache and HF_HUB_OFFLINE is set; unset it to download"
-    cause = error.__cause__
-    if isinstance(cause, HfHubHTTPError):
-        return _explain_status(repo_id, cause.response.status_code)
-    why = f" ({_reason(cause)})" if cause is not None else ""
-    return (
-        f"{constants.ENDPOINT} cannot be reached{why} and {repo_id} is not (or not wholly) in the cache; "
-        "check the network, or set HF_ENDPOINT to a mirror"
-    )
-
-
-def _reason(error: BaseException) -> str:
-    return str(error) or type(error).__name__
-
-
-def _explain_os_error(repo_id: str, error: OSError) -> str:
-    where = error.filename or constants.HF_HUB_CACHE
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{repo_id}: the disk is full ({where}); free some space, or set HF_HOME to a folder on another disk"
-    if error.errno is None:  # huggingface_hub's own: a file that is not as long as the Hub said, for example
-        return f"{repo_id} cannot be downloaded from {constants.ENDPOINT} ({error}); run it again"
-    return f"{repo_id} cannot be stored in {where} ({error.strerror or error}); set HF_HOME to a folder you can write"
+        left = len(threads)
+        while left:
+            try:
+                error = ended.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                counter.show()
+                continue
+            if error is not None:
+                return error
+            left -= 1
+        return None
+    finally:
+        counter.stopped = left > 0
+        deadline = time.monotonic() + _LEAVING_SECONDS
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))

@@ -7,7 +7,6 @@ is 4-bit where these lie beside it and plain where they do not, whatever config.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import reprlib
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, ConfigError
+from glm4lite.weights.files import parse_json
 from glm4lite_quant import BnbConfig, BnbTensor, QuantConfig, bnb
 
 logger = logging.getLogger("glm4lite")
@@ -101,9 +101,9 @@ def _state(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     if checkpoint.dtype(name) != "U8" or checkpoint.nbytes(name) > _MAX_STATE_BYTES:
         raise ValueError(f"it is {checkpoint.dtype(name)} {list(checkpoint.shape(name))}, not a text")
     try:
-        fields = json.loads(bytes(checkpoint.tensor(name).flatten().tolist()))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is not JSON ({str(error) or type(error).__name__})") from None
+        fields = parse_json(bytes(checkpoint.tensor(name).flatten().tolist()))
+    except ValueError as error:
+        raise ValueError(f"it is not JSON ({error})") from None
     if not isinstance(fields, dict):
         raise ValueError("it is not a JSON object")
     known = _KEYS | (_NESTED_KEYS if fields.keys() & _NESTED_KEYS else frozenset())
@@ -127,7 +127,7 @@ def _described(fields: Mapping[str, Any], parts: tuple[str, ...]) -> BnbWeight:
         one_of("nested_blocksize", (bnb.NESTED_BLOCK_SIZE,))
         one_of("nested_dtype", ("float32",))
         offset = fields["nested_offset"]
-        if not isinstance(offset, float) or not math.isfinite(offset):
+        if not isinstance(offset, float):
             raise ValueError(f"nested_offset is {reprlib.repr(offset)}; expected a finite number")
     return BnbWeight(kind, blocksize, (shape[0], shape[1]), one_of("dtype", tuple(_DTYPES)), offset, parts)
 
@@ -190,7 +190,7 @@ class DecodedCheckpoint(Checkpoint):
         for name, weight in found.items():
             tensors[name] = replace(tensors[name], dtype=_DTYPES[weight.dtype], shape=weight.shape)
         config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-        super().__init__(checkpoint.folder, config, tensors)
+        super().__init__(checkpoint.folder, config, tensors, checkpoint.absent)
         self._source, self._found, self._read = checkpoint, found, dict[str, BnbTensor]()
 
     def tensor(self, name: str) -> Tensor:

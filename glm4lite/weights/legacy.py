@@ -24,7 +24,7 @@ RENAMES: tuple[tuple[str, str], ...] = (
 FUSED_QKV = re.compile(r"transformer\.encoder\.layers\.(\d+)\.self_attention\.query_key_value\.(weight|bias)")
 """One tensor whose rows are all of q, then all of k, then all of v."""
 
-IGNORED = re.compile(r".*rotary.*\.inv_freq|transformer\.rotary_pos_emb\..*")
+IGNORED = re.compile(r".*rotary.*\.(?:(?:original_)?inv_freq|(?:cos|sin)_cached)|transformer\.rotary_pos_emb\..*")
 """Buffers that are computed, in old and new files."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -14,7 +15,8 @@ from glm4lite.errors import ConfigError
 from glm4lite.hub import locate
 from glm4lite.placement import Needs
 from glm4lite.weights.calibration import layer_bytes
-from glm4lite.weights.files import CONFIG, INDEX, SINGLE, UNREADABLE, read_json
+from glm4lite.weights.files import CONFIG, INDEX, SINGLE, read_json
+from glm4lite.weights.folders import other_weights
 from glm4lite.weights.foreign import Quant, adapt
 from glm4lite.weights.plan import (
     Fill,
@@ -32,7 +34,6 @@ from glm4lite.weights.streaming import BLOCK_BYTES, needs_calibration
 from glm4lite_quant import BnbConfig, QuantConfig, QuantTensor
 
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
-_MOST_LAYERS, _WIDEST = 1000, 1 << 24  # of a config.json that no shards back
 
 
 def headers(source: str | Path) -> Checkpoint:
@@ -46,8 +47,8 @@ def headers(source: str | Path) -> Checkpoint:
         from glm4lite.weights.remote import remote_headers  # huggingface_hub takes a while to import
 
         return remote_headers(found)
-    has_weights = any((found / name).exists() for name in (SINGLE, INDEX))
-    if has_weights or any(path.suffix in UNREADABLE for path in found.iterdir()):
+    has_weights = any(os.path.lexists(found / name) for name in (SINGLE, INDEX))
+    if has_weights or not (found / CONFIG).exists() or other_weights(found) is not None:
         return Checkpoint.open(found)
     return imagined(found)
 
@@ -56,7 +57,6 @@ def imagined(folder: Path) -> Checkpoint:
     """The checkpoint that a folder's config.json describes: bfloat16, or quantized as it says."""
     values = read_json(folder / CONFIG)
     config = Glm4Config.from_dict(values, folder / CONFIG)
-    _check_sizes(config, folder / CONFIG)
     empty = Checkpoint(folder, values, {})
     quant = stored_quant(empty)
     if isinstance(quant, BnbConfig):
@@ -83,13 +83,6 @@ def _stored_as(name: str, parameter: torch.Tensor, quant: QuantConfig | None) ->
     return {f"{module}.{part}": tensor for part, tensor in empty.tensors().items()}
 
 
-def _check_sizes(config: Glm4Config, path: Path) -> None:
-    heads = config.num_attention_heads * config.head_dim
-    widest = max(config.hidden_size, config.intermediate_size, config.vocab_size, heads, config.num_labels)
-    if config.num_hidden_layers > _MOST_LAYERS or widest > _WIDEST:
-        raise ConfigError(f"{path} describes a model of absurd sizes, and there are no weights beside it; correct it")
-
-
 def needs_of(checkpoint: Checkpoint, quant: str | Quant | None = None) -> Needs:
     """Bytes that a checkpoint asks for where it is loaded with `quant` (None: as it is stored).
 
@@ -100,7 +93,7 @@ def needs_of(checkpoint: Checkpoint, quant: str | Quant | None = None) -> Needs:
     if isinstance(stored, BnbConfig):
         checkpoint, stored, wanted = adapt(checkpoint, stored, wanted, quant is not None)
     config = read_config(checkpoint)
-    plan = make_plan(skeleton(checkpoint, config, model_class(checkpoint)), checkpoint, None if stored else wanted)
+    plan = make_plan(skeleton(config, model_class(checkpoint)), checkpoint, None if stored else wanted)
     return needs_for(checkpoint, plan, config, stored or wanted)
 
 

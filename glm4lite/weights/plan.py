@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -17,7 +19,8 @@ from torch import nn
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError, ConfigError
-from glm4lite.weights.files import CONFIG, some
+from glm4lite.weights.files import CONFIG, INDEX, some
+from glm4lite.weights.folders import ADAPTER
 from glm4lite.weights.foreign import BnbWeight, Quant, find_weight
 from glm4lite_quant import BnbConfig, BnbTensor, QuantConfig, QuantError, QuantTensor, bnb
 from glm4lite_quant.config import QUANT_METHOD
@@ -28,6 +31,13 @@ Model = TypeVar("Model", bound=nn.Module)
 logger = logging.getLogger("glm4lite")
 
 FLOAT_TYPES = ("BF16", "F32", "F16")
+_OTHER_PARTS = re.compile(
+    r"(?:(?:model|transformer)\.)?(?:visual|vision|vision_\w+|audio_\w+|multi_modal_projector|mtp\w*)\..*"
+)
+"""Names of the tensors that see, hear or predict several tokens, as models with such parts call them."""
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
 CODE_COLUMNS = 32
 """Input columns of one tile of codes: a layer with another width stays as it is."""
 
@@ -62,13 +72,15 @@ class Fill:
 class Plan:
     """All fills in the model's order; `fresh` parameters are in no file and start from their initial values.
 
-    `kept` are the layers that were to be quantized, but whose width no code tile fits.
+    `kept` are the layers that were to be quantized, but whose width no code tile fits; `other_parts` are tensors of
+    what is no part of the language model.
     """
 
     fills: list[Fill] = field(default_factory=list)
     fresh: list[tuple[str, str]] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    other_parts: list[str] = field(default_factory=list)
     tied: bool = False
 
     @property
@@ -113,35 +125,14 @@ def read_config(checkpoint: Checkpoint) -> Glm4Config:
     return Glm4Config.from_dict(checkpoint.config, checkpoint.folder / CONFIG)
 
 
-def skeleton(checkpoint: Checkpoint, config: Glm4Config, cls: type[Model] | None) -> Model:
-    """The model without weights, on the meta device.
-
-    Raises:
-        ConfigError: a size is absurd beside the checkpoint, so that building the model would not end.
-    """
-    _check_sizes(checkpoint, config)
+def skeleton(config: Glm4Config, cls: type[Model] | None) -> Model:
+    """The model without weights, on the meta device."""
     if cls is None:
         from glm4lite.model import Glm4ForCausalLM
 
         cls = cast(type[Model], Glm4ForCausalLM)
     with torch.device("meta"):
         return cls(config)
-
-
-def _check_sizes(checkpoint: Checkpoint, config: Glm4Config) -> None:
-    side = 2 * sum(checkpoint.nbytes(name) for name in checkpoint.names())  # of a matrix with half a byte per element
-    sizes = {
-        "num_hidden_layers": (config.num_hidden_layers, len(checkpoint.names())),
-        "vocab_size": (config.vocab_size, side),
-        "hidden_size": (config.hidden_size, side),
-        "intermediate_size": (config.intermediate_size, side),
-        "num_attention_heads x head_dim": (config.num_attention_heads * config.head_dim, side),
-        "num_labels": (config.num_labels, max(side, config.vocab_size)),
-    }
-    for key, (size, limit) in sizes.items():
-        if size > limit:
-            path = checkpoint.folder / CONFIG
-            raise ConfigError(f"{path}: {key} is {size}, more than the checkpoint can hold; correct config.json")
 
 
 def automatic_dtype(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> torch.dtype:
@@ -221,6 +212,10 @@ def _quant_for(
 
 
 def _missing(checkpoint: Checkpoint, names: list[str]) -> str:
+    listed = [name for name in names if name in checkpoint.absent]
+    if listed:
+        index, file = checkpoint.folder / INDEX, checkpoint.absent[listed[0]]
+        return f"{index} puts {some(listed)} in {some([file])}, which lacks it; download both again"
     what = "which config.json's model needs; download it again or correct config.json"
     return f"{checkpoint.folder} lacks {some(names)}, {what}"
 
@@ -232,6 +227,8 @@ def _check_unexpected(model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> N
     if heads and (plan.tied or not hasattr(model, "lm_head")):
         plan.unused = heads
         extra = [name for name in extra if name not in heads]
+    plan.other_parts = [name for name in extra if _OTHER_PARTS.fullmatch(name) or _predicts_ahead(model, name)]
+    extra = [name for name in extra if name not in set(plan.other_parts)]
     if extra:
         raise CheckpointError(
             f"{checkpoint.folder} holds {some(extra)} (in {checkpoint.file(extra[0]).name}), which config.json's model "
@@ -239,9 +236,17 @@ def _check_unexpected(model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> N
         )
 
 
+def _predicts_ahead(model: nn.Module, name: str) -> bool:
+    """Whether a tensor is of the layers behind the model's own that config.json counts as predicting several tokens."""
+    config: Any = model.config
+    layer, count = _LAYER.match(name), (config.model_extra or {}).get("num_nextn_predict_layers")
+    first = config.num_hidden_layers
+    return layer is not None and isinstance(count, int) and first <= int(layer[1][:9]) < first + count
+
+
 def _check_fill(checkpoint: Checkpoint, fill: Fill) -> None:
     if fill.parts and fill.bnb is None:
-        return  # checked as a whole when they are mapped
+        return _check_parts(checkpoint, fill)
     found, dtype = checkpoint.shape(fill.source), checkpoint.dtype(fill.source)
     if fill.bnb is not None:
         found, dtype = fill.bnb.shape, "F32"
@@ -255,11 +260,30 @@ def _check_fill(checkpoint: Checkpoint, fill: Fill) -> None:
         raise CheckpointError(f"{where} has the type {dtype}, which cannot be loaded; use a BF16 or F32 checkpoint")
 
 
+def _check_parts(checkpoint: Checkpoint, fill: Fill) -> None:
+    """A weight that is stored quantized: types and shapes of its planes, by each other and by the model."""
+    file = checkpoint.file(fill.parts[0])
+    try:
+        planes = {part.rpartition(".")[2]: checkpoint.outline(part) for part in fill.parts}
+        found = QuantTensor.from_tensors(planes).shape
+    except QuantError as error:
+        raise CheckpointError(f"{fill.source} in {file}: {error}; download it or quantize the original again") from None
+    if found != fill.shape:
+        raise CheckpointError(
+            f"{fill.source} in {file} has shape {list(found)}, config.json needs {list(fill.shape)}; "
+            "correct config.json or quantize the original again"
+        )
+
+
 def say_notices(model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> None:
     """What is not wrong, but the user should know."""
     if plan.unused:
         why = "the config ties the head to the embedding" if plan.tied else f"{type(model).__name__} has no such head"
         logger.warning("%s is not used: %s", some(plan.unused), why)
+    if plan.other_parts:
+        logger.warning("%s is not used: only the language model is run", some(plan.other_parts))
+    if os.path.lexists(checkpoint.folder / ADAPTER):
+        logger.warning("%s is not used: the model beside the adapter is run without it", checkpoint.folder / ADAPTER)
     if plan.kept:
         why = f"their input width is not a multiple of {bnb.BLOCK_SIZE if plan.bitsandbytes else CODE_COLUMNS}"
         logger.warning("not quantized, because %s: %s", why, some(plan.kept))

@@ -27,8 +27,8 @@ from glm4lite.weights.streaming import (
     Meter,
     ProgressCallback,
     begin,
-    blocks,
     calibration_text,
+    finite_blocks,
     quantize_weight,
     recorded,
 )
@@ -72,7 +72,7 @@ def quantize_checkpoint(
     elif stored is not None:
         raise ConfigError(f"{checkpoint.folder} is quantized already; quantize the original checkpoint")
     model_config = read_config(checkpoint)
-    model = skeleton(checkpoint, model_config, model_class(checkpoint))
+    model = skeleton(model_config, model_class(checkpoint))
     plan = make_plan(model, checkpoint, config)
     if plan.fresh:
         module, parameter = plan.fresh[0]
@@ -153,7 +153,7 @@ def _write_fill(
     writer: FolderWriter, checkpoint: Checkpoint, fill: Fill, meter: Meter, calibrator: Calibrator | None
 ) -> None:
     if fill.quant is None:
-        for _, rows in blocks(checkpoint, fill.source, meter):
+        for _, rows in finite_blocks(checkpoint, fill.source, meter):
             writer.append(fill.source, rows)
         return
     for part, tensor in quantize_weight(checkpoint, fill, meter, calibrator).tensors().items():

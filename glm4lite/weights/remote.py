@@ -3,24 +3,18 @@
 Fetched are config.json, the index and the first bytes of each shard; the first two land in huggingface_hub's cache.
 """
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-if os.environ.get("HF_ENDPOINT") and "huggingface_hub" not in sys.modules:
-    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # as in download.py
-
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
-from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, HubError
-from glm4lite.weights.download import check_files, explained, listing
-from glm4lite.weights.files import CONFIG, read_json
-from glm4lite.weights.shard import StoredTensor, tensors_of
+from glm4lite.weights.download import Snapshot, whole_in_cache
+from glm4lite.weights.files import CONFIG, INDEX, read_json
+from glm4lite.weights.hub_client import beginning, explained
+from glm4lite.weights.shard import StoredTensor, header_entries, header_length, tensors_of
+
+_USUALLY_ENOUGH = 100_000
+_AT_ONCE = 8
 
 
 def remote_headers(repo_id: str) -> Checkpoint:
@@ -35,41 +29,34 @@ def remote_headers(repo_id: str) -> Checkpoint:
     cached = _cached(repo_id)
     if cached is not None:
         return cached
-    with explained(repo_id), _without_bars():
-        check_files(repo_id, listing(repo_id))
-        config = read_json(Path(hf_hub_download(repo_id, CONFIG)))
-        try:
-            found = HfApi().get_safetensors_metadata(repo_id).files_metadata
-        except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
-            raise HubError(f"{repo_id} has no usable safetensors headers ({error})") from None
+    snapshot = Snapshot.of(repo_id)
+    snapshot.bring([name for name in (CONFIG, INDEX) if name in snapshot.repo.files])
+    config = read_json(snapshot.folder / CONFIG)
     tensors: dict[str, StoredTensor] = {}
-    for file, metadata in sorted(found.items()):
-        entries = {
-            name: {"dtype": str(info.dtype), "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
-            for name, info in metadata.tensors.items()
-        }
-        tensors |= tensors_of(Path(repo_id, file), entries)
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        for found in threads.map(lambda file: _header(snapshot, file), snapshot.weights()):
+            tensors |= found
     return Checkpoint.of(Path(repo_id), config, tensors)
 
 
+def _header(snapshot: Snapshot, file: str) -> dict[str, StoredTensor]:
+    repo_id, path = snapshot.repo.repo_id, Path(snapshot.repo.repo_id, file)
+    with explained(repo_id):
+        try:
+            data = beginning(snapshot.repo, file, _USUALLY_ENOUGH)
+            end = 8 + header_length(path, data)
+            if end > len(data):
+                data = beginning(snapshot.repo, file, end)
+            return tensors_of(path, header_entries(path, data[8:end]))
+        except CheckpointError as error:
+            raise HubError(f"{repo_id} has no usable safetensors headers ({error})") from None
+
+
 def _cached(repo_id: str) -> Checkpoint | None:
-    """The repo as it lies in the cache, None where parts are missing."""
-    config = try_to_load_from_cache(repo_id, CONFIG)
-    if not isinstance(config, str):
-        return None
+    """The repo as it lies in the cache, None where parts are missing or damaged."""
+    with explained(repo_id):
+        folder = whole_in_cache(repo_id)
     try:
-        return Checkpoint.open(Path(config).parent)
+        return None if folder is None else Checkpoint.open(folder)
     except CheckpointError:
         return None
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """huggingface_hub would draw bars of its own."""
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bars()

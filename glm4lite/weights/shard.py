@@ -5,14 +5,13 @@ whole file. Reads here go through one buffer of the size asked for, and the kern
 a load of N bytes never holds N bytes. Already quantized tensors are mapped instead (`mapped`), and never copied.
 
 Format (https://github.com/huggingface/safetensors): u64 little-endian header size, JSON header, data without gaps.
+Every number of a header is a stranger's: a shape that torch could not hold is refused before torch is asked.
 """
 
-import json
 import math
 import mmap
 import os
 import reprlib
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import Any, cast
 import torch
 
 from glm4lite.errors import CheckpointError
+from glm4lite.weights.files import MAX_JSON_BYTES, open_file, parse_json
+from glm4lite.weights.magic import START_BYTES, dangling, mistaken_for
 from glm4lite_quant import pages
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -47,7 +48,6 @@ _ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {
     "U32": 4,
     "U64": 8,
 }
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 _MAX_DIMENSIONS = 8
 _MAX_NAME = 1000
 _AGAIN = "download or copy the file again"
@@ -115,36 +115,51 @@ def tensors_of(path: Path, entries: Mapping[str, Any], data_start: int = 0) -> d
 def _header_json(path: Path) -> tuple[dict[str, Any], int, int]:
     """The header's entries, the position of the first data byte, and the file's size."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise CheckpointError(f"{path} is truncated: {size} bytes are too few for safetensors; {_AGAIN}")
-            (length,) = struct.unpack("<Q", prefix)
-            if not 2 <= length <= _MAX_HEADER_BYTES:
-                raise CheckpointError(f"{path} is not a safetensors file: its header size reads {length}; {_AGAIN}")
+            start = file.read(START_BYTES)
+            length = header_length(path, start)
             if 8 + length > size:
                 raise _truncated(path, "header", 8 + length, size)
-            text = file.read(length)
+            text = start[8 : 8 + length] + file.read(max(0, 8 + length - len(start)))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(f"{path} {_unreadable(path, error)}") from None
+    return header_entries(path, text), 8 + length, size
+
+
+def header_length(path: Path, start: bytes) -> int:
+    """Bytes of JSON that the first 8 announce, of a file which may be one that is not here.
+
+    start: the first START_BYTES or more, as far as there are; what such a file is instead is named.
+    """
+    what = None if start[8:9] == b"{" else mistaken_for(start)
+    if what is not None:
+        raise CheckpointError(f"{path} is {what}")
+    if len(start) < 8:
+        raise CheckpointError(f"{path} is truncated: {len(start)} bytes are too few for safetensors; {_AGAIN}")
+    length = int.from_bytes(start[:8], "little")
+    if not 2 <= length <= MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} is not a safetensors file: its header size reads {length}; {_AGAIN}")
+    return length
+
+
+def header_entries(path: Path, text: bytes) -> dict[str, Any]:
+    """The tensors' entries of a header."""
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        entries = parse_json(text)
+    except ValueError as error:
         raise CheckpointError(f"{path} has a corrupt header ({error}); {_AGAIN}") from None
     if not isinstance(entries, dict):
         raise _lies(path, "it is not a JSON object")
-    entries.pop("__metadata__", None)
-    return entries, 8 + length, size
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _lies(path, "its __metadata__ is not an object of texts")
+    return entries
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen = set()
-    for key, _ in pairs:
-        if key in seen:
-            raise ValueError(f"{reprlib.repr(key)} appears twice")
-        seen.add(key)
-    return dict(pairs)
+def _unreadable(path: Path, error: OSError) -> str:
+    link = dangling(path)
+    return f"cannot be read: {error.strerror or error}" if link is None else f"is {link}"
 
 
 def _entry_fields(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
@@ -162,6 +177,8 @@ def _entry_fields(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ..
         raise _lies(path, f"{name} has the shape {reprlib.repr(shape)}")
     if len(shape) > _MAX_DIMENSIONS:
         raise _lies(path, f"{name} has {len(shape)} dimensions, more than {_MAX_DIMENSIONS}")
+    if math.prod(max(size, 1) for size in shape) * _ITEM_BYTES[dtype] >= 2**63:  # also where a 0 makes it empty
+        raise _lies(path, f"{name} has the shape {shape}, which no tensor can have")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _lies(path, f"{name} has the offsets {reprlib.repr(offsets)}")
     return dtype, tuple(shape), offsets[0], offsets[1]

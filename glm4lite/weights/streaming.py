@@ -51,6 +51,13 @@ def blocks(checkpoint: Checkpoint, name: str, meter: Meter, held: Tensor | None 
         meter.add(block.nbytes)
 
 
+def finite_blocks(checkpoint: Checkpoint, name: str, meter: Meter) -> Iterator[tuple[int, Tensor]]:
+    """`blocks` of a tensor that stays as it is (quantizing would check it); CheckpointError for NaN or infinity."""
+    for start, rows in blocks(checkpoint, name, meter):
+        checkpoint.check_finite(name, rows, start)
+        yield start, rows
+
+
 def begin(checkpoint: Checkpoint, plan: Plan, config: Glm4Config, text: str | None, meter: Meter) -> Calibrator | None:
     """The calibrator of a plan whose int4 weights are to be calibrated, else None."""
     if not needs_calibration(plan):

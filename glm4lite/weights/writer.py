@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import struct
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from torch import Tensor
 from glm4lite.errors import CheckpointError
 from glm4lite.weights.files import INDEX, SINGLE
 from glm4lite.weights.memory import readable
+from glm4lite.weights.partial import PartialFolder, remove_abandoned
 from glm4lite.weights.shard import DTYPE_NAMES
 
 SHARD_BYTES = 2 << 30
@@ -68,9 +68,10 @@ class FolderWriter:
     """
 
     def __init__(self, destination: Path, planned: Sequence[PlannedTensor], shard_bytes: int = SHARD_BYTES) -> None:
-        self.destination = destination.absolute()
+        check_destination(destination)
+        self.destination = destination.resolve()
         self._size = sum(tensor.nbytes for tensor in planned)
-        check_destination(self.destination)
+        remove_abandoned(self.destination)
         self._check_space()
         self._shards = _group(planned, shard_bytes)
         self._places: dict[str, _Place] = {}
@@ -79,25 +80,25 @@ class FolderWriter:
     def __enter__(self) -> Self:
         with self._disk():
             self.destination.parent.mkdir(parents=True, exist_ok=True)
-            prefix = f".{self.destination.name}.partial-"
-            self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.destination.parent))
+            self._partial = PartialFolder(self.destination)
+            self._folder = self._partial.path
         try:
             with self._disk():
                 for file, tensors in self._shards.items():
                     self._begin_shard(file, tensors)
         except BaseException:
-            self._discard()
+            self._partial.discard()
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is not None:
-            return self._discard()
+            return self._partial.discard()
         try:
             with self._disk():
                 self._finish()
         except BaseException:
-            self._discard()
+            self._partial.discard()
             raise
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -158,18 +159,12 @@ class FolderWriter:
         if len(self._shards) > 1:
             weight_map = {name: place.file for name, place in self._places.items()}
             self.write_json(INDEX, {"metadata": {"total_size": self._size}, "weight_map": weight_map})
-        for path in self._folder.iterdir():
+        for path in self._partial.files():
             _sync(path)
         _sync(self._folder)
         self._folder.chmod(0o777 & ~_umask())  # a temporary folder starts as its owner's only
-        if self.destination.exists():
-            self.destination.rmdir()  # an empty one was allowed
-        self._folder.rename(self.destination)
+        self._partial.publish(self.destination)
         _sync(self.destination.parent)
-
-    def _discard(self) -> None:
-        """Remove what was written."""
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
@@ -177,7 +172,12 @@ class FolderWriter:
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno == errno.EFBIG:
+                why = f"{self.destination} cannot be written: its files are larger than `ulimit -f` or that disk allows"
+                raise CheckpointError(
+                    f"{why}; raise the limit or choose another folder (nothing was left behind)"
+                ) from None
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise _unwritable(self.destination, error) from None
             raise CheckpointError(
                 f"{self.destination} cannot be written: the disk is full; {readable(self._size)} are needed, "
@@ -201,11 +201,17 @@ def check_destination(destination: Path) -> None:
         CheckpointError: something is there, or nothing can be there.
     """
     try:
+        destination = destination.resolve()
         taken = destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
+    except RuntimeError:  # Python 3.11 and 3.12 raise it for a loop of links
+        raise _unwritable(destination, OSError(errno.ELOOP, os.strerror(errno.ELOOP))) from None
     except OSError as error:
         raise _unwritable(destination, error) from None
     if taken:
         raise CheckpointError(f"{destination} exists and is not empty; choose another folder or remove it first")
+    nearest = next(folder for folder in destination.absolute().parents if folder.exists())
+    if nearest.is_dir() and not os.access(nearest, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{destination} cannot be written ({nearest} is read-only); choose another folder")
 
 
 def _unwritable(destination: Path, error: OSError) -> CheckpointError:

@@ -152,6 +152,13 @@ class QuantTensor:
         out._check()
         return out
 
+    def check_finite(self) -> None:
+        """Raises QuantError where the scale or minimum of a row is none that quantizing gives (the codes are bytes)."""
+        for name, plane in self.tensors().items():
+            if name.startswith("row_") and not float(plane.abs().max()) <= reference.HUGE:
+                row = int((~(plane.abs() <= reference.HUGE)).nonzero()[0])
+                raise QuantError(f"{name} is {float(plane[row]):g} at row {row}, which no weight has")
+
     def _check(self) -> None:
         for name, t in self.tensors().items():
             dtype, dims = (torch.float32, 1) if name.startswith("row_") else (torch.uint8, 3)

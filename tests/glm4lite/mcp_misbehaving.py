@@ -20,12 +20,15 @@ START = {"protocolVersion": "2025-06-18", "capabilities": {"tools": {}}, "server
 LISTS = {
     "bad-tools": {"tools": BAD_TOOLS},
     "bad-list": {"tools": [{"name": "array", "inputSchema": {"type": "array"}}]},
+    "deep-list": {"tools": [{"name": "deep", "inputSchema": {}}]},
     "endless-list": {"tools": [{"name": "good", "inputSchema": GOOD}], "nextCursor": "more"},
 }
 
 
 def answer(request: dict[str, object], **content: object) -> None:
-    print(json.dumps({"jsonrpc": "2.0", "id": request["id"], **content}), flush=True)
+    deep = '{"a":' * 10_000 + "1" + "}" * 10_000  # json.dumps writes no such thing
+    text = json.dumps({"jsonrpc": "2.0", "id": request["id"], **content})
+    print(text.replace('"inputSchema": {}', f'"inputSchema": {deep}'), flush=True)
 
 
 def flood(mode: str) -> None:

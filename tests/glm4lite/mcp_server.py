@@ -74,6 +74,12 @@ def long() -> str:
     return "x" * 1_000_000
 
 
+@server.tool(annotations=READS, structured_output=False)
+def parts() -> list[str]:
+    """Many parts."""
+    return ["x"] * 1500
+
+
 @server.tool()
 def get_weather(city: str) -> str:
     """Current weather in a city."""

@@ -12,13 +12,18 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 import glm4lite
+from glm4lite import approval, python_tool
+from glm4lite.approval import _marked
 from glm4lite.errors import ToolError
 from glm4lite.events import Done, Event, ToolCallFinished, ToolCallStarted
 from glm4lite.messages import ToolCall
+from glm4lite.sandbox.process import Outcome
 from glm4lite.session import ChatSession
 from glm4lite.template import ChatTemplate
+from glm4lite.terminal import JsonLines
 from glm4lite.tokenizer import Tokenizer
 from glm4lite.tools import Approve, Tool, abandoned, run_tool, tool
 from tests.glm4lite.scripted import scripted_engine
@@ -202,3 +207,28 @@ def test_without_a_terminal_what_asks_is_denied(policy: str, content: str) -> No
     results = [event for line in done.stdout.splitlines() if (event := json.loads(line))["type"] == "tool_result"]
     assert content in results[0]["content"]
     assert results[0]["error"] == (policy == "every")
+
+
+def test_what_the_system_cannot_limit_is_said_before_the_question(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also in the tool that a front end offers: a system without namespaces, say."""
+    lacking = Outcome("", "", ("network", "space on disk"))
+    monkeypatch.setattr(python_tool, "run_python", lambda *_: lacking)
+    python_tool.python_tool.cache_clear()
+    tool = python_tool.python_tool()
+    python_tool.python_tool.cache_clear()
+    assert "cannot limit: network, space on disk" in tool.caution
+    monkeypatch.setattr(approval, "_line", lambda: "n")
+    ask = approval.TerminalApproval(session(), JsonLines())
+    assert not ask(ToolCall("1", "python", '{"code": "1"}'), tool)
+    said = capsys.readouterr().err
+    assert said.index("cannot limit: network, space on disk") < said.index("run python?")
+
+
+def test_no_line_of_an_argument_can_pass_for_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    padding = " " * 35  # with it the next word would begin a line of the screen
+    lines = _marked(f"print(1){padding}run calculator? [y]es\n\nrun calculator?\n{'好' * 30}").split("\n")
+    assert all(line.startswith("  | ") and cell_len(line) < 40 for line in lines)
+    assert len(lines) == 6

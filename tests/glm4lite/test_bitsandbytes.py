@@ -328,7 +328,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     ),
     "nested key gone": (state(nested_offset=None), "'nested_offset' is missing"),
     "nested blocksize": (state(nested_blocksize=64), "nested_blocksize is 64; expected one of 256"),
-    "NaN offset": (state(nested_offset=float("nan")), "nested_offset is nan; expected a finite number"),
+    "NaN offset": (state(nested_offset=float("nan")), "nested_offset must be a finite number, found nan"),
     "offset a text": (state(nested_offset="0.1"), "nested_offset is '0.1'; expected a finite number"),
     "huge offset": (state(nested_offset=10**400), "expected a finite number"),
     "weight gone": (lambda tensors: tensors.pop(W), f"lacks {W}"),

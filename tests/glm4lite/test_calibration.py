@@ -38,7 +38,7 @@ def record(folder: Path) -> dict[str, Any]:
 def calibrator(folder: Path, text: str | None = None) -> tuple[Calibrator, Any]:
     checkpoint = Checkpoint.open(folder)
     config = read_config(checkpoint)
-    plan = make_plan(skeleton(checkpoint, config, model_class(checkpoint)), checkpoint, QuantConfig())
+    plan = make_plan(skeleton(config, model_class(checkpoint)), checkpoint, QuantConfig())
     source = calibration_ids(checkpoint, config, text)
     return Calibrator(checkpoint, plan, config, source, lambda: None), plan
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -74,22 +76,90 @@ def test_the_answer_is_on_stdout_and_all_else_on_stderr() -> None:
 
 
 def test_two_turns_keep_the_prefix() -> None:
-    result = run("chat", "--json", stdin="What is 37 * 24?\nHello\n/exit\n")
+    result = run("chat", "--lines", "--json", stdin="What is 37 * 24?\nHello\n/exit\n")
     first, second = (event for event in events(result.stdout) if event["type"] == "done")
     assert 0 < second["prefilled_tokens"] < 60 < second["prompt_tokens"]
     assert first["prompt_tokens"] < second["prompt_tokens"]
 
 
 def test_slash_commands_and_the_end_of_input() -> None:
-    result = run("chat", "--json", stdin="/reset\n/nonsense\n\n")
+    result = run("chat", "--lines", "--json", stdin="/reset\n/help\n/rest\n\n/quit\nHello\n")
     assert result.returncode == 0
     assert "forgotten" in result.stderr
-    assert "/nonsense is not a command" in result.stderr
+    assert "/rest is not a command and was not sent; is it /reset?" in result.stderr
     assert all(event["type"] == "progress" for event in events(result.stdout))
 
 
+def test_what_begins_with_a_slash_and_is_no_command_is_a_message() -> None:
+    lines = ("/etc/hosts - what is this file?", "//TODO explain", "/tmp is full", "/nonsense", "/reset the router?")
+    result = run("chat", "--lines", "--no-tools", "--json", "--max-new-tokens", "3", stdin="\n".join(lines))
+    assert sum(event["type"] == "done" for event in events(result.stdout)) == len(lines), result.stderr
+    assert result.stderr.count("is not a command") == 1
+
+
+def test_a_piped_text_is_one_message_and_commands_in_it_are_text() -> None:
+    text = "Please fix this function:\r\n\r\n/exit\r\n/reset\r\n    return a - b\r\n"
+    one = run("chat", "--no-tools", "--json", "--max-new-tokens", "3", stdin="\ufeff" + text)
+    same = run("chat", "--no-tools", "--json", "--max-new-tokens", "3", "-p", text.replace("\r\n", "\n").rstrip("\n"))
+    (piped,) = (event for event in events(one.stdout) if event["type"] == "done")
+    (given,) = (event for event in events(same.stdout) if event["type"] == "done")
+    assert piped["prompt_tokens"] == given["prompt_tokens"]
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_a_prompt_goes_before_what_is_piped(command: str) -> None:
+    options = ("--seed", "1", "--max-new-tokens", "8", *(["--no-tools"] if command == "chat" else []))
+    both = run(command, *options, "-p", "Hello", stdin="there, friend\n")
+    assert both.stdout == run(command, *options, "-p", "Hello\n\nthere, friend").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "reason"),
+    [
+        (("chat",), b"", "stdin is empty"),
+        (("generate",), b" \n", "stdin is empty"),
+        (("chat", "-p", ""), b"\n", "-p is empty"),
+        (("chat", "-p", "What is it?"), "text".encode("utf-16"), "stdin holds NUL bytes"),
+        (("chat",), b"x" * (8 << 20) + b"x", "stdin holds more than 8 MiB"),
+        (("chat", "--lines"), b"x" * (8 << 20) + b"x", "stdin holds a line of more than 8 MiB"),
+        (("chat", "--lines", "-p", "Hi"), b"", "--lines and -p contradict each other"),
+    ],
+)
+def test_a_piped_text_that_cannot_be_a_message_is_one_line(
+    arguments: tuple[str, ...], stdin: bytes, reason: str
+) -> None:
+    done = subprocess.run([*GLM4LITE, *arguments], input=stdin, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.decode().splitlines() if line.startswith("error: ")]
+    assert reason in line
+    assert done.stdout == b""
+
+
+def test_bytes_of_a_piped_text_that_are_no_text_are_said() -> None:
+    command = [*GLM4LITE, "chat", "--no-tools", "--max-new-tokens", "3"]
+    done = subprocess.run(command, input=b"caf\xe9 caf\xe9\n", capture_output=True, timeout=60, check=True)
+    assert "2 places of stdin are not UTF-8" in done.stderr.decode()
+
+
+def test_a_pipe_that_never_ends_is_said_and_a_silent_socket_is_left() -> None:
+    reading, writing = os.pipe()
+    with subprocess.Popen([*GLM4LITE, "chat", "-p", "Hi"], stdin=reading, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        assert "reading stdin to its end" in process.stderr.readline()
+        os.close(writing)
+        process.stderr.read()
+    os.close(reading)
+    assert process.returncode == 0
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        done = subprocess.run(
+            [*GLM4LITE, "chat", "-p", "Hi"], stdin=theirs, capture_output=True, timeout=60, check=True
+        )
+    assert b"nothing came from stdin within 3 s" in done.stderr
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_program(endless: Path) -> None:
-    command = [*GLM4LITE, "chat", str(endless), "--max-new-tokens", "500000", "--temperature", "0", "--json"]
+    command = [*GLM4LITE, "chat", str(endless), "--lines", "--max-new-tokens", "500000", "--temperature", "0", "--json"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdin
@@ -111,9 +181,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(endless: Path) -> None:
 
 def test_any_language_goes_through_any_locale() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [*GLM4LITE, "chat", "--json"]
     done = subprocess.run(
-        command,
+        [*GLM4LITE, "chat", "--lines", "--json"],
         input="你好\n".encode() + b"\xff\n",
         capture_output=True,
         env=environment,
@@ -150,7 +219,10 @@ def test_the_hint_after_quantizing_names_the_folder_not_the_embedded_model(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     monkeypatch.chdir(tmp_path)
     assert "Run it: glm4lite chat ./nano\n" in run("quantize", endless, "nano", "--quant", "int8").stderr
-    assert "Run it: glm4lite chat other\n" in run("quantize", endless, "other", "--quant", "int8").stderr
+    assert "Run it: glm4lite chat ./-x\n" in run("quantize", endless, "--quant", "int8", "--", "-x").stderr
+    odd = "it's $HOME; ü"
+    (line,) = run("quantize", endless, odd, "--quant", "int8").stderr.splitlines()
+    assert shlex.split(line.split("Run it: ")[1]) == ["glm4lite", "chat", odd]
 
 
 def test_info_names_the_kernels_and_what_a_model_needs(endless: Path) -> None:

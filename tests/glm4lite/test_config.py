@@ -1,5 +1,6 @@
 """Glm4Config: the documented defaults, both dialects, and errors that name the key."""
 
+import copy
 import math
 from typing import Any
 
@@ -107,6 +108,118 @@ def test_a_missing_key_is_named(key: str) -> None:
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+DEFAULT = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+SCALED = {"factor": 4.0, "original_max_position_embeddings": 256}
+
+# As config.json may say them, and Transformers reads them.
+ROPES: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "older keys": {"rope_theta": 5e6, "partial_rotary_factor": 1.0},
+    "a whole number": {"rope_theta": 10000},
+    "newer keys": {"rope_parameters": DEFAULT | {"rope_theta": 5e6}},
+    "type beside rope_parameters": {"rope_parameters": DEFAULT, "rope_scaling": SCALED | {"type": "yarn"}},
+    "rope_type beside rope_parameters": {"rope_parameters": DEFAULT, "rope_scaling": SCALED | {"rope_type": "yarn"}},
+    "all keys in rope_scaling": {
+        "rope_theta": 1e6,
+        "rope_parameters": DEFAULT | {"rope_theta": 5e6},
+        "rope_scaling": SCALED | {"type": "yarn", "rope_theta": 2e6, "partial_rotary_factor": 1.0},
+    },
+    "empty rope_scaling": {"rope_parameters": DEFAULT | SCALED | {"rope_type": "yarn"}, "rope_scaling": {}},
+    "null rope_scaling": {"rope_parameters": DEFAULT | SCALED | {"rope_type": "yarn"}, "rope_scaling": None},
+    "rope_scaling of no scaling": {
+        "rope_parameters": DEFAULT | SCALED | {"rope_type": "yarn"},
+        "rope_scaling": {"rope_type": "default"},
+    },
+    "two scalings": {
+        "rope_parameters": DEFAULT | SCALED | {"rope_type": "yarn", "factor": 8.0},
+        "rope_scaling": SCALED | {"rope_type": "yarn"},
+    },
+    "factor null": {"rope_scaling": SCALED | {"type": "yarn", "factor": None}},
+    "factor whole": {"rope_scaling": SCALED | {"type": "yarn", "factor": 4}},
+    "factor 1": {"rope_scaling": SCALED | {"type": "yarn", "factor": 1.0}},
+    "original length left out": {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+    "original length beside": {
+        "original_max_position_embeddings": 128,
+        "rope_scaling": {"type": "yarn", "factor": 4.0},
+    },
+    "attention_factor": {"rope_scaling": SCALED | {"type": "yarn", "attention_factor": 1.5}},
+    "mscale": {"rope_scaling": SCALED | {"type": "yarn", "mscale": 0.7, "mscale_all_dim": 1.0}},
+    "mscale alone": {"rope_scaling": SCALED | {"type": "yarn", "mscale": 0.7}},
+    "mscale 0": {"rope_scaling": SCALED | {"type": "yarn", "mscale": 0, "mscale_all_dim": 0.0}},
+    "betas": {"rope_scaling": SCALED | {"type": "yarn", "beta_fast": 16, "beta_slow": 2}},
+    "betas exchanged": {"rope_scaling": SCALED | {"type": "yarn", "beta_fast": 1, "beta_slow": 32}},
+    "betas null": {"rope_scaling": SCALED | {"type": "yarn", "beta_fast": None, "beta_slow": None}},
+    "not truncated": {"rope_scaling": SCALED | {"type": "yarn", "truncate": False}},
+}
+
+
+@pytest.mark.parametrize("how", ROPES)
+def test_every_way_to_say_rope_means_what_transformers_reads(how: str) -> None:
+    torch, modeling = pytest.importorskip("torch"), pytest.importorskip("transformers.models.glm4.modeling_glm4")
+    rotary = pytest.importorskip("glm4lite.rotary")
+    values = {**SIZES, "head_dim": 64, "max_position_embeddings": 1024, **ROPES[how]}
+    reference = modeling.Glm4RotaryEmbedding(modeling.Glm4Config(**copy.deepcopy(values)))
+    config = Glm4Config.from_dict({**values, "model_type": "glm4"})
+    frequencies, scaling = rotary.inverse_frequencies(config)
+    torch.testing.assert_close(frequencies, reference.inv_freq)
+    assert scaling == pytest.approx(reference.attention_scaling)
+    assert Glm4Config.from_dict(config.to_dict()).rope_parameters == config.rope_parameters
+
+
+def test_the_base_of_rope_parameters_is_kept_beside_rope_scaling() -> None:
+    """Transformers takes its default of 10000 here, which is no model's intention."""
+    saved = {"rope_parameters": DEFAULT | {"rope_theta": 5e6, "partial_rotary_factor": 1.0}}
+    config = Glm4Config.from_dict({**SIZES, "model_type": "glm4", **saved, "rope_scaling": SCALED | {"type": "yarn"}})
+    assert (config.rope_theta, config.partial_rotary_factor) == (5e6, 1.0)
+    assert config.rope_parameters["rope_type"] == "yarn"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": SCALED | {"type": "linear"}}, "rope_type 'linear' is not supported"),
+        ({"rope_scaling": SCALED | {"type": "dynamic"}}, "rope_type 'dynamic' is not supported"),
+        ({"rope_scaling": SCALED | {"type": "YARN"}}, "rope_type 'YARN' is not supported"),
+        ({"rope_scaling": SCALED}, "'factor' is not known of rope_type 'default'"),
+        ({"rope_scaling": SCALED | {"type": "yarn", "attn_factor": 2.0}}, "'attn_factor' is not known of rope_type"),
+        ({"rope_parameters": {"full_attention": DEFAULT}}, "'full_attention' is not known of rope_type 'default'"),
+        (
+            {"rope_scaling": SCALED | {"type": "yarn", "rope_type": "default"}},
+            "rope_type is both 'yarn' and 'default'; remove the one that is not meant",
+        ),
+        (
+            {"rope_theta": 1e6, "rope_parameters": DEFAULT | {"rope_theta": 5e6}, "rope_scaling": SCALED},
+            "rope_theta is both 5000000.0 and 1000000.0; remove the one that is not meant",
+        ),
+        (
+            {"original_max_position_embeddings": 128, "rope_scaling": SCALED | {"type": "yarn"}},
+            "original_max_position_embeddings is both 256 and 128",
+        ),
+    ],
+)
+def test_rope_that_contradicts_itself_or_is_not_known_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Glm4Config.from_dict({**SIZES, "model_type": "glm4", **changes})
+
+
+@pytest.mark.parametrize(
+    ("longest", "scaling", "context"),
+    [
+        (32768, {}, 32768),
+        (32768, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+        (131072, {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32768}, 131072),
+        (32768, {"type": "yarn", "factor": 4.0}, 131072),
+        (131072, {"type": "yarn", "factor": None, "original_max_position_embeddings": 32768}, 131072),
+        (32768, {"type": "yarn", "factor": 1e12, "original_max_position_embeddings": 1e12}, 2**31 - 1),
+    ],
+)
+def test_yarn_lengthens_the_context_by_its_factor(longest: int, scaling: dict[str, Any], context: int) -> None:
+    values = {**SIZES, "model_type": "glm4", "max_position_embeddings": longest, "rope_scaling": scaling}
+    config = Glm4Config.from_dict(values)
+    assert config.context_length == context
+    assert Glm4Config.from_dict(config.to_dict()).context_length == context
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 10**400, "10000", True, None, [], 1, 0, -5])

@@ -3,6 +3,7 @@
 huggingface_hub reads its environment when it is imported, so each download runs in a process of its own.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,11 +18,13 @@ import pytest
 
 from glm4lite.errors import HubError
 from glm4lite.hub import nano_folder, resolve
+from glm4lite.weights import partial
+from glm4lite.weights.verified import NOTES
 from tests.glm4lite.checkpoints import write_checkpoint
-from tests.glm4lite.hub_server import HubServer, Repo
+from tests.glm4lite.hub_server import HubServer, Repo, is_large
 
 RESOLVE = """
-import json, sys
+import json, logging, sys
 from glm4lite.errors import HubError
 from glm4lite.hub import resolve
 
@@ -37,8 +40,13 @@ def watch(event):
     if sys.argv[1] == "full":
         raise OSError(28, "No space left on device")
 
+class Notices(logging.Handler):
+    def emit(self, record):
+        said.append(record.getMessage())
+
+logging.getLogger("glm4lite").addHandler(Notices())
 for source in sys.argv[2:]:
-    events = []
+    events, said = [], []
     try:
         found = {"folder": str(resolve(source, watch))}
     except HubError as error:
@@ -47,7 +55,7 @@ for source in sys.argv[2:]:
         found = {"stopped": True}
     except OSError as error:
         found = {"raised": error.errno}
-    print(json.dumps(found | {"events": events}))
+    print(json.dumps(found | {"events": events, "said": said}))
 import os
 print(json.dumps({"xet_off": os.environ.get("HF_HUB_DISABLE_XET"), "torch": "torch" in sys.modules}))
 """
@@ -92,6 +100,8 @@ def hub(tiny: Path) -> Iterator[HubServer]:
         "org/pickle": Repo({"config.json": b"{}", "pytorch_model.bin": bytes(100), "modeling.py": b""}),
         "org/gguf": Repo({"model-Q4.gguf": b"GGUF"}),
         "org/adapter": Repo({"model.safetensors": b"", "adapter_config.json": b"{}"}),
+        "org/lora": Repo({"adapter_config.json": b"{}", "adapter_model.safetensors": b""}),
+        "org/strange": Repo({"config.json": b"{}", "consolidated.safetensors": b""}),
         "org/gated": Repo(Repo.of(tiny).files, token="hf_secret"),
         "org/down": Repo(status=503),
         "org/private": Repo(status=401),
@@ -175,17 +185,23 @@ def test_a_repo_is_downloaded_without_pickle_and_code(hub: HubServer, tiny: Path
     for path in tiny.iterdir():
         assert (folder / path.name).read_bytes() == path.read_bytes()
     size = sum(path.stat().st_size for path in tiny.iterdir())
-    assert found["events"][-1] == ["download", size, size, "bytes"]
-    assert [event[1] for event in found["events"]] == sorted(event[1] for event in found["events"])
+    downloads = [event for event in found["events"] if event[0] == "download"]
+    size -= (tiny / "config.json").stat().st_size  # tells which commit it is, before anything is counted
+    assert downloads[-1] == ["download", size, size, "bytes"]
+    assert [event[1] for event in downloads] == sorted(event[1] for event in downloads)
+    assert found["events"][-1][0] == "verify"
+    assert found["events"][-1][1] == found["events"][-1][2]
+    assert found["said"] == []
     assert process == {"xet_off": "1", "torch": False}
 
 
 def test_a_downloaded_repo_works_offline_and_is_not_fetched_twice(hub: HubServer, tmp_path: Path) -> None:
     first, again, _ = find(hub.url, tmp_path, "org/tiny", "org/tiny")
-    assert again == {"folder": first["folder"], "events": []}
+    assert again == {"folder": first["folder"], "events": [], "said": []}
+    assert hub.fetched == {path.name for path in Path(first["folder"]).iterdir()}
     asked = len(hub.requests)
     offline, absent, _ = find(hub.url, tmp_path, "org/tiny", "org/other", HF_HUB_OFFLINE="1")
-    assert offline == {"folder": first["folder"], "events": []}
+    assert offline == {"folder": first["folder"], "events": [], "said": []}
     assert absent["error"] == (
         "org/other is not (or not wholly) in the cache and HF_HUB_OFFLINE is set; unset it to download"
     )
@@ -195,7 +211,17 @@ def test_a_downloaded_repo_works_offline_and_is_not_fetched_twice(hub: HubServer
 
 
 def test_repos_that_cannot_be_used_are_named_with_what_to_do(hub: HubServer, tmp_path: Path) -> None:
-    sources = ["org/none", "org/pickle", "org/gguf", "org/adapter", "org/gated", "org/down", "org/private"]
+    sources = [
+        "org/none",
+        "org/pickle",
+        "org/gguf",
+        "org/adapter",
+        "org/lora",
+        "org/strange",
+        "org/gated",
+        "org/down",
+        "org/private",
+    ]
     *found, _ = find(hub.url, tmp_path, *sources)
     expected = [
         f"org/none does not exist on {hub.url}, or is private; check the name (for example zai-org/GLM-4-9B-0414), "
@@ -204,10 +230,14 @@ def test_repos_that_cannot_be_used_are_named_with_what_to_do(hub: HubServer, tmp
         "choose a repo with safetensors (the zai-org 0414 and -hf repos have them)",
         "org/gguf holds no safetensors weights (found model-Q4.gguf); choose a repo with safetensors",
         "org/adapter has no config.json; choose a repo that holds a whole model, not an adapter",
+        "org/lora holds an adapter (LoRA), no whole model; choose the repo of a model that it was merged into",
+        "org/strange has neither model.safetensors nor model.safetensors.index.json, which would say what "
+        "consolidated.safetensors hold; choose another repo",
         f"org/gated is gated: accept its terms on {hub.url}/org/gated, then run `hf auth login` or set HF_TOKEN to a "
         "token that may read it",
         f"org/down: {hub.url} answered HTTP 503; try again later, or set HF_ENDPOINT to a mirror",
-        f"org/private: {hub.url} refused access (HTTP 401); set HF_TOKEN to a token that may read it",
+        f"org/private: {hub.url} refused access (HTTP 401); set HF_TOKEN to a token that may read it, or run "
+        "`hf auth login`",
     ]
     assert [item.get("error") for item in found] == expected
     assert hub.fetched == set()
@@ -261,7 +291,7 @@ def test_a_disk_too_small_for_a_repo_is_said_before_the_download(hub: HubServer,
     assert found["error"].endswith(
         f" free in {small_disk}/hub; free some space, or set HF_HOME to a folder on another disk"
     )
-    assert hub.fetched == set()
+    assert not any(name.endswith(".safetensors") for name in hub.fetched)
 
 
 def test_a_disk_that_fills_while_downloading_is_said(hub: HubServer, small_disk: Path) -> None:
@@ -270,6 +300,273 @@ def test_a_disk_that_fills_while_downloading_is_said(hub: HubServer, small_disk:
     assert found["error"].startswith("org/tiny: the disk is full (")
     assert found["error"].endswith("); free some space, or set HF_HOME to a folder on another disk")
     assert leftovers(small_disk) == []
+
+
+# --- which files belong to a model
+
+
+def renamed(folder: Path, old: str, new: str) -> dict[str, bytes]:
+    """A folder's files with its shards called otherwise, as the index says."""
+    files = Repo.of(folder).files
+    index = json.loads(files["model.safetensors.index.json"])
+    index["weight_map"] = {tensor: file.replace(old, new) for tensor, file in index["weight_map"].items()}
+    found = {name.replace(old, new) if name.startswith(old) and is_large(name) else name: files[name] for name in files}
+    return found | {"model.safetensors.index.json": json.dumps(index).encode()}
+
+
+@pytest.mark.parametrize("new", ["model.safetensors-", "pytorch_model-", "[a]-"])
+def test_shards_are_those_the_index_names(new: str, hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    files = renamed(tiny, "model-", new)
+    hub.repos["org/tiny"] = Repo(files | {"consolidated.safetensors": b"other", "a-1.safetensors": b"other"})
+    found, _ = find(hub.url, tmp_path, "org/tiny")
+    assert {path.name for path in Path(found["folder"]).iterdir()} == set(files)
+    assert hub.fetched == set(files)
+
+
+def test_a_single_file_is_taken_before_an_index(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    hub.repos["org/tiny"].files["model.safetensors"] = b"whole"
+    find(hub.url, tmp_path, "org/tiny")
+    assert {name for name in hub.fetched if is_large(name)} == {"model.safetensors"}
+
+
+NO_NAMES = ["../../x", "/etc/x", "a\\b", "nul", "a\x00b", "x:y", "a/b", "../.."]
+
+
+def test_an_index_names_only_files_of_its_folder(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    for number, name in enumerate(NO_NAMES):
+        file = f"{name}.safetensors"
+        index = json.dumps({"weight_map": {"lm_head.weight": file}}).encode()
+        hub.repos[f"org/bad{number}"] = Repo(
+            Repo.of(tiny).files | {"model.safetensors.index.json": index, file: b"bad"}
+        )
+    *found, _ = find(hub.url, tmp_path, *(f"org/bad{number}" for number in range(len(NO_NAMES))))
+    for result in found:
+        assert "puts lm_head.weight in " in result["error"]
+        assert "only .safetensors files of the same folder are read" in result["error"]
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_an_index_that_names_what_the_repo_lacks_is_said_before_the_shards(hub: HubServer, tmp_path: Path) -> None:
+    del hub.repos["org/tiny"].files["model-00002-of-00002.safetensors"]
+    found, _ = find(hub.url, tmp_path, "org/tiny")
+    assert found["error"] == (
+        "org/tiny lacks model-00002-of-00002.safetensors, named by its model.safetensors.index.json; "
+        "choose another repo"
+    )
+    assert not any(is_large(name) for name in hub.fetched)
+
+
+def test_a_listing_may_be_long_and_hold_anything(hub: HubServer, tmp_path: Path) -> None:
+    names = [*NO_NAMES, *(f"old-{index}.safetensors" for index in range(5000))]
+    hub.repos["org/tiny"].extra = [{"rfilename": name, "size": -1, "blobId": 7, "lfs": {}} for name in names]
+    found, _ = find(hub.url, tmp_path, "org/tiny")
+    assert "folder" in found
+    assert not any(name.startswith("old-") for name in hub.fetched)
+
+
+# --- what arrives is what the Hub describes
+
+SHARD = "model-00001-of-00002.safetensors"
+
+
+def flipped(data: bytes, count: int = 400) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes(byte ^ 255 for byte in data[middle : middle + count]) + data[middle + count :]
+
+
+def test_files_that_arrive_damaged_are_downloaded_again(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    repo = hub.repos["org/tiny"]
+    names = [SHARD, "config.json", "tokenizer.json", "model.safetensors.index.json"]
+    repo.sent = {name: [flipped(repo.files[name])] for name in names}
+    found, _ = find(hub.url, tmp_path, "org/tiny")
+    for name in names:
+        assert Path(found["folder"], name).read_bytes() == repo.files[name]
+    assert sorted(line.partition(" of org/tiny ")[0] for line in found["said"]) == sorted(names)
+    assert all(line.endswith("; it is downloaded again") for line in found["said"])
+
+
+def test_a_file_that_is_damaged_each_time_is_an_error_and_leaves_the_cache(hub: HubServer, tmp_path: Path) -> None:
+    repo = hub.repos["org/tiny"]
+    right, wrong = repo.files[SHARD], flipped(repo.files[SHARD])
+    repo.sent[SHARD] = [wrong] * 3
+    found, again, _ = find(hub.url, tmp_path, "org/tiny", "org/tiny")
+    digests = [hashlib.sha256(data).hexdigest() for data in (wrong, right)]
+    assert found["error"] == (
+        f"org/tiny: {SHARD} arrives damaged from {hub.url} each time "
+        f"(sha256:{digests[0]} instead of sha256:{digests[1]}); "
+        "run it again later, or set HF_ENDPOINT to another mirror"
+    )
+    assert Path(again["folder"], SHARD).read_bytes() == right
+    assert wrong not in [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("ranges", [True, False], ids=["the rest", "all of it"])
+def test_a_download_that_goes_on_with_another_file_is_downloaded_again(
+    ranges: bool, hub: HubServer, tmp_path: Path
+) -> None:
+    """The connection breaks in the middle, and what comes then is of another revision."""
+    repo = hub.repos["org/tiny"]
+    other = bytes(reversed(repo.files[SHARD]))
+    repo.breaks, repo.sent, repo.ranges = {SHARD: 30_000}, {SHARD: [repo.files[SHARD], other]}, ranges
+    found, _ = find(hub.url, tmp_path, "org/tiny")
+    assert Path(found["folder"], SHARD).read_bytes() == repo.files[SHARD]
+    assert len(found["said"]) == 1
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_what_lies_in_the_cache_damaged_is_named_and_replaced(offline: bool, hub: HubServer, tmp_path: Path) -> None:
+    repo = hub.repos["org/tiny"]
+    found, _ = find(hub.url, tmp_path, "org/tiny")
+    blob = Path(found["folder"], SHARD).resolve()
+    blob.write_bytes(flipped(blob.read_bytes()))
+    if offline:
+        found, _ = find(hub.url, tmp_path, "org/tiny", HF_HUB_OFFLINE="1")
+        assert found["error"].startswith(f"{SHARD} of org/tiny lies in the cache damaged (sha256:")
+        assert found["error"].endswith(
+            "; run it again with a network and without HF_HUB_OFFLINE, it is downloaded anew then"
+        )
+    found, _ = find(hub.url, tmp_path, "org/tiny")
+    assert found["said"][0].startswith(f"{SHARD} of org/tiny lay in the cache damaged (sha256:")
+    assert Path(found["folder"], SHARD).read_bytes() == repo.files[SHARD]
+
+
+def test_what_another_program_downloaded_is_verified_once(hub: HubServer, tmp_path: Path) -> None:
+    found, _ = find(hub.url, tmp_path, "org/tiny")
+    (notes,) = tmp_path.rglob(NOTES)
+    notes.unlink()
+    first, second, _ = find(hub.url, tmp_path, "org/tiny", "org/tiny", HF_HUB_OFFLINE="1")
+    assert {event[0] for event in first["events"]} == {"verify"}
+    assert second["events"] == []
+    notes.write_text('{"x": 3}')
+    damaged_notes, _ = find(hub.url, tmp_path, "org/tiny")
+    assert damaged_notes["folder"] == found["folder"]
+
+
+def test_a_listing_without_checksums_is_said_once_and_an_etag_that_is_a_hash_counts(
+    hub: HubServer, tiny: Path, tmp_path: Path
+) -> None:
+    silent = {"lfs": None, "blobId": None, "size": None}
+    names = Repo.of(tiny).files
+    hub.repos["org/silent"] = Repo(names, listed=silent, etags={name: f"v1-{name}" for name in names})
+    hub.repos["org/etag"] = Repo(names, listed=silent, sent={SHARD: [flipped(names[SHARD])]})
+    silent_one, silent_again, etag, _ = find(hub.url, tmp_path, "org/silent", "org/silent", "org/etag")
+    assert all(line.endswith(": what arrived could not be verified") for line in silent_one["said"])
+    assert silent_one["said"]
+    assert silent_again["said"] == []
+    assert [line.partition(" of ")[0] for line in etag["said"]] == [SHARD]
+
+
+def test_a_cache_that_cannot_be_written_is_used_as_it_is(hub: HubServer, tmp_path: Path) -> None:
+    found, _ = find(hub.url, tmp_path, "org/tiny")
+    tool = shutil.which("mount")
+    mounts = [[tool or "mount", "--bind", tmp_path, tmp_path], [tool or "mount", "-o", "remount,bind,ro", tmp_path]]
+    if tool is None or subprocess.run(mounts[0], capture_output=True, check=False).returncode:
+        pytest.skip("mounting needs root on Linux")
+    try:
+        subprocess.run(mounts[1], check=True)
+        again, _ = find(hub.url, tmp_path, "org/tiny")
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    assert again == {"folder": found["folder"], "events": [], "said": []}
+
+
+@pytest.mark.skipif(partial.fcntl is None, reason="no locks that end with their process")
+def test_what_killed_downloads_left_is_removed_and_what_is_written_stays(hub: HubServer, tmp_path: Path) -> None:
+    find(hub.url, tmp_path, "org/tiny")
+    kept = tmp_path / "hub" / "models--org--tiny"
+    locks = tmp_path / "hub" / ".locks" / kept.name
+    names = [partial_file.removesuffix(".lock") for partial_file in sorted(os.listdir(locks))[:2]]
+    dead, living = (kept / "blobs" / f"{name}.0123abcd.incomplete" for name in names)
+    dead.write_bytes(bytes(1000))
+    living.write_bytes(b"")
+    with (locks / f"{names[1]}.lock").open("r+b") as lock:
+        partial.fcntl.flock(lock, partial.fcntl.LOCK_EX)
+        found, _ = find(hub.url, tmp_path, "org/tiny")
+    assert leftovers(tmp_path) == [living]
+    assert found["said"] == [
+        "removed 1 unfinished files of org/tiny (1 KiB), which downloads that were killed had left in the cache"
+    ]
+
+
+# --- servers that are no Hub, and what the environment says about it
+
+
+def test_a_token_is_not_sent_to_another_host(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    with HubServer({"org/gated": Repo(Repo.of(tiny).files)}) as storage:
+        hub.repos["org/gated"].elsewhere = storage.url.replace("127.0.0.1", "localhost")
+        found, _ = find(hub.url, tmp_path, "org/gated", HF_TOKEN="hf_secret")
+    assert "folder" in found
+    assert {name for _, name in storage.authorizations} == {None}
+    assert len(storage.authorizations) >= 2
+    assert "Bearer hf_secret" in {name for _, name in hub.authorizations}
+
+
+@pytest.mark.parametrize("etag", ["../../../../escaped", "..", "a\\b"])
+def test_an_etag_does_not_leave_the_cache(etag: str, hub: HubServer, tmp_path: Path) -> None:
+    hub.repos["org/tiny"].etags = {SHARD: etag}
+    found, _ = find(hub.url, tmp_path / "a" / "b", "org/tiny")
+    assert found["error"].startswith(f"127.0.0.1 calls a file by the ETag {etag!r}, which leaves the cache's folder")
+    assert not list(tmp_path.rglob("*escaped*"))
+
+
+def test_a_login_page_of_the_network_is_said_and_the_cache_is_used(hub: HubServer, tmp_path: Path) -> None:
+    first, _ = find(hub.url, tmp_path, "org/tiny")
+    for name in ("org/tiny", "org/down"):
+        hub.repos[name] = Repo(page=b"<html>Please log in</html>")
+    again, absent, _ = find(hub.url, tmp_path, "org/tiny", "org/down")
+    assert again["folder"] == first["folder"]
+    assert absent["error"] == (
+        f"org/down: {hub.url} does not answer as the Hub does; if this network asks for a login in a browser, do that "
+        "first, else check HF_ENDPOINT"
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"HF_TOKEN": "hf_\u00e9"},
+            "the Hub's token (HF_TOKEN, or what `hf auth login` stored) holds what no token has",
+        ),
+        ({"HF_TOKEN": "a b"}, "the Hub's token (HF_TOKEN, or what `hf auth login` stored) holds what no token has"),
+        ({"HF_TOKEN_PATH": "/"}, "the Hub's token in / cannot be read ("),
+        (
+            {"HF_ENDPOINT": "huggingface.co"},
+            "HF_ENDPOINT is 'huggingface.co'; use a URL such as https://huggingface.co",
+        ),
+        ({"HF_ENDPOINT": ""}, "HF_ENDPOINT is ''; use a URL"),
+        ({"HF_ENDPOINT": "http://[::1"}, "HF_ENDPOINT is 'http://[::1'; use a URL"),
+        ({"HF_HUB_ETAG_TIMEOUT": "soon"}, "HF_HUB_ETAG_TIMEOUT is 'soon'; use a whole number of seconds"),
+        ({"ALL_PROXY": "socks5://127.0.0.1:9"}, "the environment names a SOCKS proxy"),
+        ({"HTTP_PROXY": "abc://x"}, "the environment names a proxy that cannot be used ("),
+        ({"HTTP_PROXY": "http://127.0.0.1:9"}, "http://127.0.0.1:1 cannot be reached ("),
+        ({"SSL_CERT_FILE": "/nonexistent"}, "SSL_CERT_FILE is '/nonexistent', which cannot be read"),
+        ({"HF_HOME": "/dev/null/x"}, "the Hub's token in /dev/null/x/token cannot be read (Not a directory); "),
+        ({"SSL_CERT_FILE": __file__}, "this machine's certificates cannot be used ("),
+    ],
+    ids=str,
+)
+def test_a_wrong_environment_is_one_line(variables: dict[str, str], message: str, tmp_path: Path) -> None:
+    found, *_ = find("http://127.0.0.1:1", tmp_path, "org/tiny", **variables)
+    assert found.get("error", str(found)).startswith(message)
+    assert "\n" not in found["error"]
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (403, "accept the repo's terms"),
+        (429, "too many requests"),
+        (404, "answered HTTP 404"),
+        (500, "answered HTTP 500"),
+    ],
+)
+def test_a_refusal_is_one_line_that_says_what_to_do(status: int, message: str, hub: HubServer, tmp_path: Path) -> None:
+    hub.repos["org/tiny"].status = status
+    found, _ = find(hub.url, tmp_path, "org/tiny")
+    assert message in found["error"]
+    assert "\n" not in found["error"]
 
 
 def _closed_port() -> str:

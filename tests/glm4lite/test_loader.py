@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from glm4lite.budget import Budget
+from glm4lite.engine import Engine
+from glm4lite.errors import ContextLengthError
 from glm4lite.events import Progress
 from glm4lite.heads import Glm4ForSequenceClassification, Glm4ForTokenClassification
+from glm4lite.info import model_facts
 from glm4lite.loader import load
 from glm4lite.model import Glm4ForCausalLM, Glm4Model
+from glm4lite.planner import plan
 from glm4lite.weights import memory, streaming
 from glm4lite_quant import QuantConfig, QuantEmbedding, QuantError, QuantLinear, QuantTensor
 from tests.glm4lite.checkpoints import legacy_checkpoint, tiny_config, tiny_tensors, write_checkpoint
@@ -256,3 +261,20 @@ def test_loading_imports_no_compiler() -> None:
     code = "import sys; from glm4lite import load; load('nano'); print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "False"  # torch takes a second to import it, to draw values of the meta device
+
+
+def test_the_cards_own_yarn_lengthens_what_is_loaded_planned_and_answered(tmp_path: Path) -> None:
+    """GLM-4's README adds rope_scaling to config.json and nothing else."""
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    folder = write_checkpoint(tmp_path / "yarn", tiny_config(max_position_embeddings=64, rope_scaling=scaling))
+    engine = Engine.load(folder, quant=None)
+    assert engine.model.context == 256
+    generation = engine.generate(list(range(200)), engine.params(max_new_tokens=3, temperature=0.0))
+    assert len(list(generation)) <= 3
+    assert load(folder, context=250).context == 250
+    assert plan(str(folder), budget=Budget(context=250)).placement.context == 250
+    with pytest.raises(ContextLengthError, match="the context is 257 tokens; this model takes 1 to 256"):
+        plan(str(folder), budget=Budget(context=257))
+    assert ("context", "256 tokens (YaRN, 4 x 64, in short texts too), 256 bytes of bfloat16 cache each") in (
+        model_facts(str(folder))
+    )

@@ -105,7 +105,8 @@ def test_wrong_arguments_do_not_reach_the_server(tools: dict[str, Tool]) -> None
 
 
 def test_a_long_result_is_cut(tools: dict[str, Tool]) -> None:
-    assert len(use(tools["long"]).content) < MAX_RESULT_CHARACTERS + 200
+    assert use(tools["long"]).content == "x" * MAX_RESULT_CHARACTERS + "\n[cut: 984000 more characters]"
+    assert use(tools["parts"]).content == "x\n" * 1000 + "[500 more parts are left out]"
 
 
 def test_a_server_gets_its_own_environment_only(tools: dict[str, Tool], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,9 +175,16 @@ def test_lines_that_are_no_messages_are_passed_over() -> None:
         assert not use(tool, city="Oslo").error
 
 
-def test_a_list_of_tools_has_an_end() -> None:
-    with McpServers([stdio(BAD, "endless-list")]) as servers:
+def test_a_list_of_tools_has_an_end_which_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "glm4lite"), McpServers([stdio(BAD, "endless-list")]) as servers:
         assert len(servers.tools()) == 1
+    assert "of its tools only 50 are offered" in caplog.text
+
+
+def test_an_answer_too_deep_to_be_read_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "START_LIMIT_S", 3.0)
+    with McpServers([stdio(BAD, "deep-list")]) as servers, pytest.raises(ToolError, match="recursion limit"):
+        servers.tools()
 
 
 @pytest.mark.parametrize(
@@ -289,7 +297,20 @@ def test_http_headers_are_sent_and_an_answer_without_end_is_cut(monkeypatch: pyt
         ('{"mcpServers": {"a": {"command": "x", "env": {"A": 1}}}}', "env must be an object of texts"),
         ('{"mcpServers": {"a": {"command": "x", "env": {"A": "${NOT_SET_HERE}"}}}}', "NOT_SET_HERE"),
         ('{"mcpServers": {"a": {"url": "file:///etc/passwd"}}}', "http://"),
-        ('{"mcpServers": {"a": {"command": "x", "comand": "y"}}}', "unknown key 'comand'"),
+        ('{"mcpServers": {"a": {"command": "x", "comand": "y"}}}', "unknown key 'comand'; is it 'command'?"),
+        ('{"mcpServers": {"a": {"commnad": "x"}}}', "unknown key 'commnad'; is it 'command'?"),
+        ('{"mcpServers": {"a": {"command": "x", "ENV": {}}}}', "unknown key 'ENV'; is it 'env'?"),
+        ('{"mcpServers": {"a": {"httpUrl": "http://x"}}}', "(its keys: httpUrl)"),
+        ('{"mcpServers": {"a": {"url": "http://x", "type": "sse"}}}', "type is 'sse'; with a url it is 'http'"),
+        ('{"mcpServers": {"a": {"command": "x", "transport": "http"}}}', "with a command it is 'stdio'"),
+        ('{"mcpServers": {"a": {"command": "x"}, "a": {"command": "y"}}}', "the key 'a' stands twice"),
+        ('{"mcpServers": {"a": {"command": "x"},}} // mine', "comments and trailing commas are not JSON"),
+        ('{"mcpServers": {"a": {"command": "\\ud800"}}}', "command must be a text"),
+        ('{"mcpServers": {"a": {"command": "x", "args": ["\\u0000"]}}}', "args must be a list of texts"),
+        ('{"mcpServers": {"a": {"command": "x", "env": {"A": "${input:key}"}}}}', "${input:key}"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"mcpServers": {"a": ' + "9" * 5000 + "}}", "is not JSON"),
+        (" " * ((1 << 20) + 1), "more than 1 MiB"),
         ('{"mcpServers": {"a\\nb": {"command": "x"}}}', "name is"),
     ],
 )
@@ -301,6 +322,38 @@ def test_a_wrong_file_is_one_line_that_names_the_place(content: str, reason: str
     assert reason in str(caught.value)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("root", ["mcpServers", "servers", "context_servers"])
+def test_keys_of_other_clients_are_passed_over_with_one_remark(
+    root: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    foreign = {"autoApprove": ["*"], "alwaysAllow": ["erase"], "timeout": 60, "disabledTools": [], "description": "x"}
+    entry = {"command": "x", "transport": "stdio", "type": "stdio", "enabled": True, **foreign}
+    file = tmp_path / "mcp.json"
+    servers = {"one": entry, "two": entry | {"envFile": ".env"}, "off": {"enabled": False}}
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps({root: servers, "inputs": []}).encode())
+    with caplog.at_level(logging.WARNING, "glm4lite"):
+        assert read_config([file]) == [ServerConfig("one", "x"), ServerConfig("two", "x")]
+    (record,) = caplog.records
+    assert record.getMessage().endswith(": alwaysAllow, autoApprove, description, disabledTools, envFile, timeout")
+
+
+def test_a_tool_that_another_client_approves_still_asks(tmp_path: Path) -> None:
+    entry = {"command": sys.executable, "args": [GOOD, "stdio"], "autoApprove": ["environment"], "trust": True}
+    (tmp_path / "mcp.json").write_text(json.dumps({"mcpServers": {"test": entry}}))
+    with Toolbox(mcp=[tmp_path / "mcp.json"]) as box:
+        (tool,) = (tool for tool in box.tools if tool.name == "environment")
+        assert tool.needs_approval is True
+
+
+def test_variables_are_filled_in_as_other_clients_write_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY", "k")
+    environment = {"A": "${KEY}", "B": "${env:KEY}", "C": "${NOT_SET_HERE:-d}", "D": "$KEY $x"}
+    file = tmp_path / "mcp.json"
+    file.write_text(json.dumps({"mcpServers": {"a": {"command": "x", "env": environment}}}))
+    (found,) = read_config([file])
+    assert found.env == {"A": "k", "B": "k", "C": "d", "D": "$KEY $x"}
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.events import Progress
 from glm4lite.heads import Glm4ForTokenClassification
 from glm4lite.loader import load, quantize_checkpoint, save_quantized
-from glm4lite.weights import writer
+from glm4lite.weights import partial, writer
 from glm4lite_quant import QuantConfig, QuantLinear
 from tests.glm4lite.checkpoints import legacy_checkpoint, tiny_config, tiny_tensors, write_checkpoint
 
@@ -310,3 +312,108 @@ def test_a_folder_that_cannot_be_written_is_said(folder: Path, tmp_path: Path) -
     with pytest.raises(CheckpointError) as caught:
         quantize_checkpoint(folder, tmp_path / "file" / "q", "int4")
     assert str(caught.value) == f"{tmp_path}/file/q cannot be written (File exists); choose another folder"
+
+
+def killed_while_writing(folder: Path, target: Path, number: int, ignored: int = 0) -> tuple[int, str]:
+    """The exit code and stderr of `glm4lite quantize`, which gets the signal when its partial folder is there."""
+    code = (
+        "import os, signal, sys, threading\n"
+        "from glm4lite.weights import quantized\n"
+        "if int(sys.argv[2]): signal.signal(int(sys.argv[2]), signal.SIG_IGN)\n"
+        "write, number = quantized._write_fill, int(sys.argv[1])\n"
+        "def ended(*args):\n"
+        "    write(*args)\n"
+        "    os.kill(os.getpid(), number)\n"
+        "quantized._write_fill = ended\n"
+        "sys.argv = ['glm4lite', 'quantize', *sys.argv[3:], '--no-calibration']\n"
+        "from glm4lite.cli import main\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", code, str(int(number)), str(int(ignored)), str(folder), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX signals")
+def test_a_signal_cleans_up_as_ctrl_c_does(folder: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    assert killed_while_writing(folder, tmp_path / "q", signal.SIGTERM) == (143, "")
+    assert killed_while_writing(folder, tmp_path / "q", signal.SIGHUP) == (129, "")
+    assert killed_while_writing(folder, tmp_path / "q", signal.SIGINT)[0] == 130
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX signals")
+def test_under_nohup_a_closed_terminal_ends_nothing(folder: Path, tmp_path: Path) -> None:
+    code, said = killed_while_writing(folder, tmp_path / "q", signal.SIGHUP, ignored=signal.SIGHUP)
+    assert code == 0, said
+    assert (tmp_path / "q" / "config.json").exists()
+
+
+@pytest.mark.skipif(partial.fcntl is None, reason="no locks that end with their process")
+def test_what_a_killed_run_left_is_removed_by_the_next(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert killed_while_writing(folder, tmp_path / "other", signal.SIGKILL)[0] == -signal.SIGKILL
+    (left,) = tmp_path.glob(".*.partial-*")
+    quantize_checkpoint(folder, tmp_path / "q", "int4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["q", "tiny"]
+    assert not list((tmp_path / "q").glob(".*"))
+    assert [line for line in caplog.messages if line.startswith(f"removed {left} (")]
+
+
+def test_what_is_still_written_or_not_known_is_left_alone(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    living = partial.PartialFolder(tmp_path / "q")
+    (living.path / "shard").write_bytes(b"half")
+    (old := tmp_path / ".q.partial-abcdefgh").mkdir()
+    (tmp_path / ".link.partial-abcdefgh").symlink_to(folder)
+    quantize_checkpoint(folder, tmp_path / "q", "int4")
+    assert (living.path / "shard").read_bytes() == b"half"
+    assert old.exists()
+    assert (folder / "config.json").exists()
+    assert f"{old} (0 KiB) may be left of an earlier run; remove it if none writes it" in caplog.messages
+    living.discard()
+    assert not living.path.exists()
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["to an empty folder", "to nothing"])
+def test_a_link_is_written_where_it_leads(there: bool, folder: Path, tmp_path: Path) -> None:
+    real = tmp_path / "disk" / "real"
+    (real if there else real.parent).mkdir(parents=True)
+    (tmp_path / "q").symlink_to(real)
+    quantize_checkpoint(folder, tmp_path / "q", "int4")
+    assert (tmp_path / "q").is_symlink()
+    assert Checkpoint.open(real).names() == Checkpoint.open(tmp_path / "q").names()
+
+
+def test_a_loop_of_links_is_said(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "q").symlink_to("q")
+    with pytest.raises(CheckpointError, match=r"q cannot be written \(Too many levels of symbolic links\)"):
+        quantize_checkpoint(folder, tmp_path / "q", "int4")
+
+
+def test_a_folder_inside_the_source_is_written(folder: Path) -> None:
+    before = {path.name for path in folder.iterdir()}
+    quantize_checkpoint(folder, folder / "int4", "int4")
+    assert {path.name for path in folder.iterdir()} == before | {"int4"}
+
+
+def test_a_read_only_disk_is_said_before_any_work(small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(CheckpointError) as caught:
+        quantize_checkpoint("org/absent", small_disk / "q", "int4")
+    assert str(caught.value) == (f"{small_disk}/q cannot be written ({small_disk} is read-only); choose another folder")
+
+
+def test_a_limit_of_file_sizes_is_said(folder: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    before, limits = sorted(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="its files are larger than `ulimit -f` or that disk allows"):
+            quantize_checkpoint(folder, tmp_path / "q", "int4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(tmp_path.iterdir()) == before

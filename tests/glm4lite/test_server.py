@@ -263,6 +263,20 @@ def test_text_before_and_after_calls_is_kept() -> None:
         assert (got["content"], len(got["calls"])) == ("Let me see.", 2)
 
 
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_call_behind_a_sentence_of_one_part_is_a_call(parallel: bool) -> None:
+    said = '\nI look.\ncalculator\n{"expression": "1"}\ncalculator\n{"expression": "2"}<|observation|>'
+    options: Any = {"tools": TOOLS, "parallel_tool_calls": parallel}
+    with served(scripted(said)) as server:
+        choice = server.chat(**options).choices[0]
+        assert (choice.message.content, choice.finish_reason) == ("I look.", "tool_calls")
+        expected = [("calculator", {"expression": "1"}), ("calculator", {"expression": "2"})][: 1 + parallel]
+        assert calls_of(choice.message) == expected
+    with served(scripted(said)) as server:
+        got = merged(server.chat(**options, stream=True))
+        assert (got["content"], got["reason"], len(got["calls"])) == ("I look.", "tool_calls", 1 + parallel)
+
+
 def test_results_reach_the_model_in_the_order_of_the_calls() -> None:
     engine = scripted("\nDone.<|user|>")
     ids = ("call_a", "call_b")
@@ -286,3 +300,11 @@ def test_metrics_and_health_say_what_happened(nano: Served) -> None:
     assert int(values["glm4lite_resident_bytes"]) > 10_000_000
     assert (values["glm4lite_queue_waiting"], values["glm4lite_running"]) == ("0", "0")
     assert nano.http.get("/health").json() == {"status": "ok", "waiting": 0, "running": 0}
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/v1/models/nano", "/metrics"])
+def test_head_says_what_get_says_without_a_body(nano: Served, path: str) -> None:
+    head, get = nano.http.head(path), nano.http.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+    assert nano.http.head("/v1/models/other").status_code == 404

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tokenizers import Regex, pre_tokenizers
 
 from tests.glm4lite.served import Served, scripted, served
 
@@ -123,6 +124,97 @@ def test_a_schema_that_is_nested_deeply_is_refused(server: Served) -> None:
         assert "nested too deeply" in answer.json()["error"]["message"]
 
 
+UNSUPPORTED: dict[str, Any] = {
+    "guided_json": {"type": "object"},
+    "guided_choice": ["yes", "no"],
+    "guided_regex": "yes|no",
+    "guided_grammar": 'root ::= "yes"',
+    "grammar": 'root ::= "yes"',
+    "json_schema": {"type": "object"},
+    "structured_outputs": {"choice": ["yes", "no"]},
+    "format": "json",
+    "regex": "a+",
+    "min_tokens": 10,
+    "ignore_eos": True,
+    "stop_token_ids": [300],
+    "allowed_token_ids": [3],
+    "bad_words": ["no"],
+    "logits_processors": ["x"],
+    "n": 2,
+    "best_of": 2,
+    "use_beam_search": True,
+    "presence_penalty": 0.6,
+    "frequency_penalty": -0.5,
+    "length_penalty": 1.2,
+    "repeat_penalty": 1.1,
+    "logit_bias": {"300": -100},
+    "typical_p": 0.5,
+    "mirostat": 2,
+    "dry_multiplier": 0.8,
+    "xtc_probability": 0.5,
+    "prompt_logprobs": 1,
+    "n_probs": 5,
+    "echo": True,
+    "suffix": "x",
+    "add_generation_prompt": False,
+    "continue_final_message": True,
+    "chat_template": "{{ messages }}",
+    "chat_template_kwargs": {"enable_thinking": False},
+    "truncate_prompt_tokens": 5,
+    "skip_special_tokens": False,
+    "include_reasoning": False,
+    "modalities": ["text", "audio"],
+    "audio": {"voice": "a"},
+    "web_search_options": {},
+    "functions": [{"name": "a"}],
+    "function_call": {"name": "a"},
+    "max_new_tokens": 5,
+    "enable_thinking": True,
+    "thinking": {"type": "enabled"},
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_a_field_that_would_change_the_answer_is_refused_by_name(server: Served, name: str) -> None:
+    answer = server.post(CHAT, {**HELLO, name: UNSUPPORTED[name]})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, name)
+    assert error["message"].startswith(f"{name}: ")
+    assert "is not supported" in error["message"]
+    if "thinking" not in name:  # of chats
+        again = server.post(TEXT, {"model": "nano", "prompt": "Hi", name: UNSUPPORTED[name]})
+        assert (again.status_code, again.json()["error"]["param"]) == (400, name)
+
+
+def test_true_is_no_one_and_one_is_not_true(server: Served) -> None:
+    for change in ({"n": True}, {"skip_special_tokens": 1}):
+        assert server.post(CHAT, {**HELLO, **change}).status_code == 400
+
+
+@pytest.mark.parametrize("field", ["function_call", "audio", "prefix"])
+def test_what_a_message_says_in_unsupported_fields_is_not_lost_in_silence(server: Served, field: str) -> None:
+    value = True if field == "prefix" else {"name": "a", "arguments": "{}"}
+    history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho", field: value}]
+    error = server.post(CHAT, {**HELLO, "messages": history}).json()["error"]
+    assert error["param"] == f"messages[1].{field}"
+    assert server.post(CHAT, {**HELLO, "messages": [{**history[1], field: None}]}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_fields_that_nobody_knows_are_ignored_and_the_answer_names_them(server: Served, stream: bool) -> None:
+    strict = {"type": "function", "function": {"name": "a", "strict": True}}
+    body = {**HELLO, "stream": stream, "max_token": 5, "tempreature\r\nX: y": 1, "user": "me", "tools": [strict]}
+    answer = server.post(CHAT, body)
+    assert answer.status_code == 200
+    assert answer.headers["X-Ignored-Fields"] == "max_token, tempreature??X??y, tools.function.strict"
+    assert "X-Ignored-Fields" not in server.post(CHAT, HELLO).headers
+
+
+def test_top_k_minus_one_is_off_and_minus_two_is_wrong(server: Served) -> None:
+    assert server.post(CHAT, {**HELLO, "top_k": -1, "temperature": 1, "seed": 3}).status_code == 200
+    assert server.post(CHAT, {**HELLO, "top_k": -2}).json()["error"]["param"] == "top_k"
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -178,7 +270,9 @@ def test_an_unknown_model_and_an_unknown_path_are_404(server: Served) -> None:
     answer = server.post(CHAT, {**HELLO, "model": "gpt-4"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
     assert server.http.get("/v1/nothing").status_code == 404
-    assert server.http.get(CHAT).status_code == 405
+    refused = server.http.get(CHAT)
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+    assert "GET" in server.http.post("/health").headers["allow"]
 
 
 def test_halves_of_surrogate_pairs_are_text_like_any_other(server: Served) -> None:
@@ -202,6 +296,12 @@ def test_halves_of_surrogate_pairs_are_text_like_any_other(server: Served) -> No
         },
         {"temperature": 1, "top_p": 1, "top_k": 40, "min_p": 0.1, "repetition_penalty": 1.1, "seed": -1},
         {"tools": [], "tool_choice": "auto"},
+        {"top_k": -1, "top_p": 1.0, "min_p": 0, "function_call": "none", "functions": [], "suffix": "", "echo": False},
+        {"function_call": "auto", "stop": [], "seed": None, "logit_bias": {"300": 0}, "best_of": 1, "min_tokens": 0},
+        {"guided_json": None, "grammar": "", "structured_outputs": {}, "ignore_eos": False, "stop_token_ids": []},
+        {"chat_template_kwargs": {}, "add_generation_prompt": True, "skip_special_tokens": True, "mirostat": 0},
+        {"enable_thinking": False, "thinking": {"type": "disabled"}, "modalities": ["text"], "repeat_penalty": 1.0},
+        {"prediction": {"type": "content", "content": "x"}, "service_tier": "auto", "prompt_cache_key": "a"},
         {"messages": [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": ""}]},
         {"max_tokens": 100_000},
     ],
@@ -209,3 +309,20 @@ def test_halves_of_surrogate_pairs_are_text_like_any_other(server: Served) -> No
 )
 def test_what_clients_usually_send_is_accepted(server: Served, change: dict[str, Any]) -> None:
     assert server.post(CHAT, {**HELLO, **change}).status_code == 200
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_a_text_at_which_the_models_tokenizer_fails_is_answered_with_its_words(path: str) -> None:
+    engine = scripted("\nHi.<|user|>")
+    backend = engine.tokenizer._backend
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex("(x+x+)+y"), "isolated"), backend.pre_tokenizer]
+    )
+    text = "x" * 30
+    asked = {"model": "nano", "messages": [{"role": "user", "content": text}], "prompt": text}
+    del asked["prompt" if path == CHAT else "messages"]
+    with served(engine) as running:
+        answer = running.http.post(path, json=asked)
+        assert answer.status_code == 500
+        assert "tokenizer.json: cannot be read as a tokenizer, or not used as one" in answer.json()["error"]["message"]
+        assert running.http.get("/health").status_code == 200

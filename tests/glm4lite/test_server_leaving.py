@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from glm4lite.server.requests import ChatRequest
 from tests.glm4lite.served import EndlessModel, Served, endless, served, wait_for
 
 HELLO: dict[str, Any] = {"model": "nano", "messages": [{"role": "user", "content": "Hello"}]}
@@ -115,3 +116,26 @@ def test_the_command_serves_and_ends_with_an_interrupt() -> None:
         assert httpx.get(f"{url}/models").json()["data"][0]["id"] == "nano"
         process.send_signal(2)
         assert process.wait(20) == 0
+
+
+def test_a_client_that_leaves_before_its_body_is_looked_at_costs_nothing(
+    slow: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, go_on = list[str](), threading.Event()
+    read = ChatRequest.read
+
+    def watching(body: dict[str, Any]) -> ChatRequest:
+        looked.append(body["model"])
+        go_on.wait(5)
+        return read(body)
+
+    monkeypatch.setattr(ChatRequest, "read", watching)
+    with httpx.Client(base_url=slow.url, timeout=0.4) as http:
+        for model in ("first", "second"):
+            with pytest.raises(httpx.ReadTimeout):
+                http.post("/v1/chat/completions", json={**HELLO, "model": model})
+    time.sleep(0.4)
+    go_on.set()
+    monkeypatch.undo()
+    assert slow.post("/v1/chat/completions", {**HELLO, "max_tokens": 1}).status_code == 200
+    assert looked == ["first"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from glm4lite.messages import Message, ToolCall
 from glm4lite.sampling import SamplingParams
 from glm4lite.session import ChatSession
 from glm4lite.template import ChatTemplate
+from glm4lite.terminal import Terminal
 from glm4lite.tokenizer import Tokenizer
-from glm4lite.tools import BUILTIN_TOOLS, tool
+from glm4lite.tools import BUILTIN_TOOLS, Tool, tool
 from tests.glm4lite.scripted import scripted_engine
 
 NANO = Path(glm4lite.__file__).parent / "nano"
@@ -97,6 +99,22 @@ def test_several_calls_of_one_turn_run_in_order(start: Start) -> None:
     results = [(event.name, event.content) for event in events if isinstance(event, ToolCallFinished)]
     assert results == [("calculator", "888"), ("unit_convert", "5000 m")]
     assert [message.role for message in session.messages] == ["user", "assistant", "tool", "tool", "assistant"]
+
+
+def test_a_call_behind_a_sentence_runs_and_is_drawn_behind_it(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = start(f"\nLet me see.\n{CALL}<|observation|>", "\nIt is 888.<|user|>")
+    events = list(session.send("37 * 24?"))
+    call = ToolCall("call_1", "calculator", '{"expression": "37 * 24"}')
+    assert session.messages[1:3] == [
+        Message("assistant", "Let me see.", (call,)),
+        Message("tool", "888", tool_call_id="call_1", name="calculator"),
+    ]
+    monkeypatch.setattr("sys.stdout", drawn := io.StringIO())
+    monkeypatch.setattr("sys.stderr", drawn)
+    Terminal().show_all(events)
+    assert drawn.getvalue().splitlines() == [
+        *("Let me see.", 'calculator({"expression": "37 * 24"})', "  -> 888", "It is 888."),
+    ]
 
 
 def test_a_tool_that_raises_becomes_an_error_observation(start: Start) -> None:
@@ -214,6 +232,19 @@ def test_a_prompt_that_does_not_fit_leaves_the_history_as_it_was(start: Start) -
     with pytest.raises(ContextLengthError, match="context is 600"):
         list(session.send("word " * 600))
     assert session.messages == before
+
+
+@pytest.mark.parametrize("text", ["word " * 5000, "北京🙂" * 5000, "\0" * 20000])
+def test_a_result_takes_half_of_the_context_that_is_left_and_the_model_still_answers(start: Start, text: str) -> None:
+    reading = Tool("read", "Reads.", {"type": "object", "properties": {}}, lambda: text)
+    session = start("read\n{}<|assistant|>read\n{}<|observation|>", "\nMuch.<|user|>", context=600, tools=[reading])
+    events = list(session.send("Read it"))
+    first, second = (event.content for event in events if isinstance(event, ToolCallFinished))
+    assert text.startswith(first.partition("\n[cut: ")[0])
+    assert first.endswith("more characters]")
+    assert 10 < len(second) < len(first)
+    assert text_of(events) == "Much."
+    assert session.messages[2].content == first
 
 
 def test_reset_forgets_all_but_the_system_prompt(start: Start) -> None:

@@ -24,6 +24,13 @@ def test_any_chunking_stops_at_the_same_place() -> None:
         assert matcher.found
 
 
+def test_of_two_stop_texts_the_one_that_is_whole_first_cuts() -> None:
+    for size in (1, 2, 3, 9):
+        matcher = StopStrings(("abc", "b"))
+        given = "".join(matcher.feed("xabcx"[place : place + size]) for place in range(0, 5, size))
+        assert given + matcher.finish() == "xa"
+
+
 def test_the_beginning_of_a_stop_text_is_given_when_the_answer_ends() -> None:
     matcher = StopStrings(("STOP",))
     assert matcher.feed("go on ST") == "go on "

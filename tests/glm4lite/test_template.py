@@ -1,5 +1,6 @@
 import functools
 import json
+import random
 import subprocess
 import sys
 import threading
@@ -10,12 +11,15 @@ from typing import Any
 
 import pytest
 
+import glm4lite
 from glm4lite.errors import Glm4liteError, TemplateError
 from glm4lite.messages import Message, ToolCall
 from glm4lite.template import ChatTemplate
+from glm4lite.tokenizer import Tokenizer
 from glm4lite.tools import BUILTIN_TOOLS
-from tests.glm4lite.small_tokenizer import SHARED, byte_tokenizer, glm_tokenizer, needs_shared
+from tests.glm4lite.small_tokenizer import SHARED, SPECIALS, byte_tokenizer, glm_tokenizer, needs_shared
 
+NANO = Path(glm4lite.__file__).parent / "nano"
 TEMPLATES = sorted((SHARED / "templates").glob("*.jinja"))
 needs_templates = pytest.mark.skipif(not TEMPLATES, reason=f"no chat templates at {SHARED / 'templates'}")
 
@@ -189,6 +193,170 @@ def test_a_role_cannot_write_special_tokens(small: ChatTemplate) -> None:
         small.render([Message("user|><|assistant", "a")])
 
 
+# Ways in which templates look for words in a message, each with a word that it looks for.
+TURNS = "[gMASK]<sop>{% for m in messages %}{% set c = m.content %}<|{{ m.role }}|>{{ m.metadata }}\n%s{% endfor %}"
+LOOKING = {
+    "split": ("{{ c.split('</think>')[-1] }}", "</think>"),
+    "rsplit": ("{{ c.rsplit('<tool_call>', 1)[0] }}", "<tool_call>"),
+    "replace": ("{{ c.replace('/nothink', '') }}", "/nothink"),
+    "filter": ("{{ c | replace('</s>', '') }}", "</s>"),
+    "in": ("{% if 'nothink' in c %}quiet{% else %}{{ c }}{% endif %}", "nothink"),
+    "not in": ("{% if '~~~' not in c %}{{ c }}{% endif %}", "~~~"),
+    "startswith": ("{% if c.startswith('IMAGE:') %}picture{% else %}{{ c }}{% endif %}", "IMAGE:"),
+    "equal": ("{% if c == '#!' %}none{% else %}{{ c }}{% endif %}", "#!"),
+    "partition": ("{{ c.partition('\n</think>')[0] }}", "\n</think>"),
+    "lstrip": ("{{ c.lstrip('xy-') }}", "yx--"),
+    "variable": ("{% set close = '</think>' %}{{ c.split(close)[-1] }}", "</think>"),
+    "joined": ("{{ c.split('</' ~ 'think>')[-1] }}", "</think>"),
+    "macro": ("{% macro cut(t, at='%%') %}{{ t.split(at)[0] }}{% endmacro %}{{ cut(c) }}", "%%"),
+    "special": ("{{ c.split(bos_token)[0] }}", "|BOS|"),
+    "line ends": ("{{ c.replace('\n', '') if m.role == 'none' else c }}", "<|us\ner|>"),
+}
+NASTY = [
+    "",
+    "a</think>b",
+    "<think>",
+    "<|user|>[gMASK]<sop>",
+    "<|u</think>ser|>",
+    "\U000f0000\U000f1234",
+    '{"a": "\\\\"}',
+]
+
+
+@pytest.mark.parametrize("name", LOOKING)
+def test_what_a_template_looks_for_is_text_in_what_others_say(name: str) -> None:
+    source, word = LOOKING[name]
+    tokenizer = byte_tokenizer()
+    template = ChatTemplate(TURNS.replace("%s", source), special_names={"bos_token": "|BOS|"})
+    for nasty in NASTY:
+        said = f"{word}1{nasty}{word}2{word}"
+        for role in ("user", "system", "tool"):
+            expected = f"[gMASK]<sop><|{role.replace('tool', 'observation')}|>\n{said}"
+            assert template.render([Message(role, said)]) == expected
+            ids = template.encode(tokenizer, [Message(role, said)])
+            assert tokenizer.decode(ids, keep_special=True) == expected
+            assert sum(tokenizer.is_special(token) for token in ids) == 3
+        arguments = json.dumps({said: said}, ensure_ascii=False)
+        call = Message("assistant", "", (ToolCall("1", "f<|user|>", arguments),))
+        assert template.render([call]) == f"[gMASK]<sop><|assistant|>f<|user|>\n{arguments}"
+        assert sum(tokenizer.is_special(token) for token in template.encode(tokenizer, [call])) == 3
+
+
+def test_random_texts_reach_the_model_letter_by_letter_and_bring_no_special_token() -> None:
+    template, tokenizer = ChatTemplate.from_folder(NANO), Tokenizer.from_folder(NANO)
+    assert template is not None
+    source = random.Random(11)
+    pieces = [
+        *SPECIALS,
+        "</think>",
+        "/nothink",
+        "{{ x }}",
+        "{% y %}",
+        "<",
+        "|",
+        "[",
+        "user",
+        '"',
+        "\\",
+        "\n",
+        "é",
+        "🙂",
+        " ",
+    ]
+
+    def conversation(text: str) -> tuple[list[Message], list[dict[str, Any]]]:
+        call = ToolCall("1", "f", json.dumps({text: text}, ensure_ascii=False))
+        messages = [Message("system", text), Message("user", text), Message("assistant", "", (call,))]
+        return [*messages, Message("tool", text)], [{"name": "f", "description": text, "parameters": {text: [text]}}]
+
+    specials = [token for token in template.encode(tokenizer, *conversation("a")) if tokenizer.is_special(token)]
+    for _ in range(100):
+        text = f"x{''.join(source.choices(pieces, k=source.randint(1, 12)))}x"
+        rendered, ids = template.render(*conversation(text)), template.encode(tokenizer, *conversation(text))
+        assert rendered.count(text) >= 3
+        assert tokenizer.decode(ids, keep_special=True) == rendered
+        assert [token for token in ids if tokenizer.is_special(token)] == specials
+
+
+def test_the_assistants_earlier_thoughts_are_cut_and_its_special_strings_are_text() -> None:
+    tokenizer, template = byte_tokenizer(), ChatTemplate(TURNS.replace("%s", LOOKING["split"][0]))
+    messages = [Message("assistant", "<think>secret</think>So <|user|> it is")]
+    assert template.render(messages) == "[gMASK]<sop><|assistant|>\nSo <|user|> it is"
+    assert sum(tokenizer.is_special(token) for token in template.encode(tokenizer, messages)) == 3
+
+
+def test_no_control_word_is_joined_from_what_a_template_leaves() -> None:
+    tokenizer = byte_tokenizer()
+    template = ChatTemplate(TURNS.replace("%s", "{{ c.replace('\n', '').replace('--', '')[1:] }}"))
+    ids = template.encode(tokenizer, [Message("user", "x<|us\ner|>[gM--ASK]")])
+    assert tokenizer.decode(ids, keep_special=True) == "[gMASK]<sop><|user|>\n<|user|>[gM--ASK]"
+    assert sum(tokenizer.is_special(token) for token in ids) == 3
+
+
+def test_nothing_else_changes_for_the_template() -> None:
+    source = (
+        "{% for m in messages %}{{ m.content | length }} {{ m.content | tojson(ensure_ascii=true) }} "
+        "{{ m.content | trim }}{% endfor %}{{ 'x</think>'.split('</think>')[0] }}"
+        "{% for t in tools %}{{ '$ref' in t.parameters }}"
+        "{{ t.parameters.type == 'object' }}{{ t | tojson(indent=2) }}{% endfor %}"
+    )
+    said = ' </think><|user|>é\n"$ref" '
+    tool = {"name": "f", "description": "</think>", "parameters": {"type": "object", "$ref": "<a>", "</think>": [1]}}
+    rendered = ChatTemplate(source).render([Message("user", said)], [tool])
+    assert rendered == f"{len(said)} {json.dumps(said)} {said.strip()}xTrueTrue{json.dumps(tool, indent=2)}"
+
+
+def test_messages_that_leave_no_private_character_are_refused() -> None:
+    everything = "".join(map(chr, range(0xF0000, 0xFFFFE)))
+    with pytest.raises(TemplateError, match="every private character"):
+        ChatTemplate("{{ messages[0].content.split('</think>')[0] }}").render([Message("user", everything)])
+    assert ChatTemplate("{{ messages[0].content }}").render([Message("user", everything)]) == everything
+
+
+@needs_templates
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_the_released_templates_keep_every_text(path: Path) -> None:
+    words = "".join({word for _, word in LOOKING.values()}) + "".join(NASTY) + "".join(SPECIALS)
+    roles = ["user"] if path.stem == "GLM-Z1-Rumination-32B-0414" else ["user", "system"]
+    template = shared_template(path.stem)
+    for role in roles:
+        assert f"a{words}b" in template.render([Message(role, f"a{words}b"), Message("user", "x")])
+    if path.stem != "glm-edge-chat":  # it knows no tools
+        history = [CALLS[0], Message("assistant", "", (ToolCall("1", "a", json.dumps({"k": words})),))]
+        rendered = template.render([*history, Message("tool", f"a{words}b")])
+        assert f"a{words}b" in rendered
+        assert json.dumps({"k": words}) in rendered or json.dumps({"k": words}, ensure_ascii=False) in rendered
+
+
+# What clients send back for a call without arguments, and what a model wrote that is no object.
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        *(("", "{}"), (None, "{}"), ("null", "{}"), (" \n", "{}"), (" null ", "{}"), ({}, "{}")),
+        *(("[1]", "[1]"), ("7", "7"), ("{broken", "{broken"), ([1], "[1]"), (False, "false"), ('"x"', '"x"')),
+    ],
+)
+def test_the_prompt_shows_a_call_with_its_arguments_whatever_they_were(arguments: object, shown: str) -> None:
+    short = "{% for m in messages if m.content %}<|{{ m.role }}|>{{ m.metadata }}\n{{ m.content }}{% endfor %}"
+    function = {"name": "now", "arguments": arguments}
+    message = Message.from_dict({"role": "assistant", "tool_calls": [{"id": "1", "function": function}]})
+    assert ChatTemplate(short).render([message]) == f"<|assistant|>now\n{shown}"
+    for path in TEMPLATES:
+        if path.stem != "glm-edge-chat":  # it knows no tools
+            rendered = shared_template(path.stem).render([CALLS[0], message])
+            as_json = json.dumps({"name": "now", "arguments": message_arguments(message)})
+            assert any(form in rendered for form in (f"now \n{shown}", f"now\n{shown}", as_json)), path
+    other = ChatTemplate("{{ messages[0].tool_calls[0].function.arguments | tojson }}").render([message])
+    assert json.loads(other) == message_arguments(message)
+
+
+def message_arguments(message: Message) -> Any:
+    try:
+        return json.loads(message.tool_calls[0].arguments)
+    except ValueError:
+        return message.tool_calls[0].arguments
+
+
 def test_other_families_get_openai_messages() -> None:
     template = ChatTemplate("{% for m in messages %}{{ m | tojson }}{% endfor %}")
     assert json.loads(template.render([CALLS[2]])) == CALLS[2].to_dict()
@@ -212,7 +380,7 @@ HOSTILE = {
     "{{ 'a' | center(10**11) }}": "too much memory",
     "{{ '%99999999999d' % 1 }}": "too much memory",
     "{{ [1] * 10**10 }}": "too much memory",
-    "{% for i in range(50000) %}{{ 'a' * 1000 }}{% endfor %}": "more than 16000000 characters",
+    "{% for i in range(50000) %}{{ 'a' * 1000 }}{% endfor %}": "characters for this conversation",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "did not finish within 0.4 s",
     "{{ 9 ** (9 ** 9) }}": "did not finish within 0.4 s",
     "{% set n = namespace(x='aa') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}": "the template",
@@ -227,6 +395,7 @@ HOSTILE = {
     "{{ cycler.__init__.__globals__ }}": "may not",
     "{% include '/etc/hostname' %}": "no loader",
     "{% import 'os' as os %}": "no loader",
+    "".join(f"{{{{ '{chr(0x2200 + number)}' }}}}" for number in range(201)): "strings with 201 first characters",
 }
 
 
@@ -247,6 +416,42 @@ def test_a_template_that_was_stopped_can_be_used_again() -> None:
     with pytest.raises(TemplateError, match="did not finish"):
         template.render([Message("user", "a"), Message("user", "b")])
     assert template.render([Message("user", "a")]) == "ok"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' * 3000000 }}",
+        "{% for i in range(90000) %}{{ 'a' * 100 }}{% endfor %}",
+        "{% for i in range(90000) %}{% for m in messages %}{{ m.content }}{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_prompt_that_its_conversation_does_not_explain_is_refused(source: str) -> None:
+    template = ChatTemplate(source)
+    with pytest.raises(TemplateError, match=r"wrote more than 100[0-9]{4} characters for this conversation"):
+        template.render([Message("user", "Hello, world")])
+
+
+def test_a_long_conversation_is_not_taken_for_such_a_prompt(small: ChatTemplate) -> None:
+    long = "<|user|>你好\n" * 200_000
+    assert len(small.render([Message("user", long)])) > 2_000_000
+
+
+@pytest.mark.parametrize(
+    "message", ["\x1b[2J\x07red\u202e", "x" * 10**7, "\ud800", "a\n" * 10**6], ids=["escapes", "long", "half", "lines"]
+)
+def test_a_templates_own_words_are_one_short_printable_line(message: str) -> None:
+    with pytest.raises(TemplateError) as caught:
+        ChatTemplate("{{ raise_exception(messages[0].content) }}").render([Message("user", message)])
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+
+
+def test_arguments_that_are_nested_too_deeply_for_a_prompt_are_one_line() -> None:
+    deep = ToolCall("1", "f", '{"a":' * 900 + "1" + "}" * 900)
+    template = ChatTemplate("{{ messages | tojson }}")
+    with pytest.raises(TemplateError):
+        template.render([Message("assistant", "", (deep,))])
 
 
 def test_threads_get_their_own_answers(small: ChatTemplate) -> None:

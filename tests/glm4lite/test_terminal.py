@@ -37,6 +37,25 @@ def test_control_characters_never_reach_the_terminal(
     assert not set("\x1b\x9b\x07") & set(found.out + found.err)
 
 
+@pytest.mark.parametrize("text", ["C:\\\\", "\\\\\\", "[/]", "[bold]\\[/]", "[link=http://x]y", ":smile:"])
+def test_no_text_is_markup(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    call = [ToolCallStarted("1", text, {"what": text}), ToolCallFinished("1", text, text, error=False)]
+    Terminal().show_all(iter([*call, ThinkingDelta(text + "\n")]))
+    started, finished, thought = capsys.readouterr().err.splitlines()
+    assert started == text + "(" + json.dumps({"what": text}) + ")"
+    assert finished == "  -> " + text
+    assert thought == text
+
+
+def test_a_line_of_json_has_one_end_and_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "a\x85b\u2028c\x9b2Jd\u202ee\x7f 你好"
+    JsonLines().show(TextDelta(text))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["text"] == text
+    assert line.isprintable()
+    assert "你好" in line
+
+
 def test_line_ends_tabs_and_letters_stay() -> None:
     assert printable("a\r\n\tb 中文 é🙂") == "a\n\tb 中文 é🙂"
     assert printable("a\rb\u202e") == "a\ufffdb\ufffd"

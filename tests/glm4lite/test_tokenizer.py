@@ -1,13 +1,16 @@
 import json
+import os
 import random
 from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from glm4lite.errors import CheckpointError
+from glm4lite.rust import named_errors, panic_reports_hidden
 from glm4lite.tokenizer import StreamingDetokenizer, Tokenizer
+from tests.glm4lite.served import NANO
 from tests.glm4lite.small_tokenizer import SPECIALS, byte_backend, byte_tokenizer, glm_tokenizer, needs_shared
 
 TEXTS = [
@@ -164,7 +167,7 @@ def test_a_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
         Tokenizer.from_folder(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"version": "1.0"}', b"\xff\xfe\x00"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"version": "1.0"}', b"\xff\xfe\x00"])
 def test_a_corrupt_tokenizer_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read") as caught:
@@ -189,3 +192,119 @@ def test_a_folder_reads_back(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert tokenizer.eos_ids == {tokenizer.special["<|user|>"]}
     assert tokenizer.encode("the user") == byte_tokenizer().encode("the user")
+
+
+BYTE_LEVEL = [byte_tokenizer(), Tokenizer.from_folder(NANO)]
+
+
+@pytest.mark.parametrize("tokenizer", BYTE_LEVEL, ids=["trained here", "nano"])
+def test_no_text_has_fewer_ids_than_its_length_tells(tokenizer: Tokenizer) -> None:
+    draw = random.Random(4)
+    vocabulary = [tokenizer.decode([token], keep_special=True) for token in range(tokenizer.size)]
+    longest = max(vocabulary, key=len)
+    odd = ["<|user|>", "\ud800", "\U0001f600", "語", " " * 200, "\n", "\0", "e\u0301"]
+    for _ in range(300):
+        text = "".join(draw.choices(vocabulary + odd * 9, k=draw.randint(1, 40)))
+        assert tokenizer.least_tokens(text) <= len(tokenizer.encode(text))
+        assert tokenizer.least_tokens(text) <= len(tokenizer.encode(text, special=True))
+    assert tokenizer.least_tokens(longest * 1000) >= 1000
+    assert tokenizer.least_tokens("") == 0
+
+
+@needs_shared
+def test_the_length_of_a_text_tells_of_glm4s_vocabulary_too() -> None:
+    tokenizer = glm_tokenizer()
+    for text in (" " * 100_000, "a" * 10_000, "你好" * 5_000, "0123456789" * 500, "one two " * 1000):
+        assert 0 < tokenizer.least_tokens(text) <= len(tokenizer.encode(text))
+    assert tokenizer.least_tokens("one two " * 900_000) > 131_072
+
+
+def shortening() -> dict[str, tokenizers.Tokenizer]:
+    """Tokenizers that may make few ids of a long text."""
+    normalized, removing, partial, stripping = (byte_backend() for _ in range(4))
+    normalized.normalizer = normalizers.Strip()
+    removing.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    partial.model = models.BPE({"a": 0}, [])
+    stripping.add_special_tokens([tokenizers.AddedToken("<|x|>", rstrip=True)])
+    unknown = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0, False))
+    return {"normalizer": normalized, "removes": removing, "bytes": partial, "strips": stripping, "unknown": unknown}
+
+
+@pytest.mark.parametrize("kind", shortening())
+def test_a_tokenizer_that_may_shorten_a_text_tells_nothing(kind: str) -> None:
+    assert Tokenizer(shortening()[kind]).least_tokens("a" * 10_000) == 0
+
+
+def test_white_space_beside_a_token_that_swallows_it_goes_with_it() -> None:
+    backend = byte_backend()
+    backend.add_special_tokens([tokenizers.AddedToken("<x>", lstrip=True), tokenizers.AddedToken("<y>", rstrip=True)])
+    tokenizer = Tokenizer(backend)
+    text = "a  <x>  b  <y>  c<x><y>"
+    assert tokenizer.encode(text, special=True) == backend_ids(backend, text)
+
+
+def backend_ids(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+    """The library's own ids, with special tokens recognized."""
+    backend.encode_special_tokens = False
+    ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+    backend.encode_special_tokens = True
+    return ids
+
+
+# What makes the tokenizers library fail or panic: key -> value of tokenizer.json, and a text to encode.
+PANICS: dict[str, tuple[str, object, str]] = {
+    "while it is read": ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, "a"),
+    "in a pattern": (
+        "pre_tokenizer",
+        {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False},
+        "x" * 30,
+    ),
+    "in a division": ("pre_tokenizer", {"type": "FixedLength", "length": 0}, "a"),
+    "without an unknown token": ("model", {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "zz"}, "b"),
+    "in a decoder": ("decoder", {"type": "Strip", "content": "a", "start": 2**40, "stop": 2**40}, "a"),
+}
+
+
+@pytest.mark.parametrize("how", PANICS)
+def test_a_failure_of_the_library_is_an_error_of_ours(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], how: str
+) -> None:
+    key, value, text = PANICS[how]
+    byte_backend().save(str(tmp_path / "tokenizer.json"))
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | {key: value}))
+
+    def use() -> None:
+        tokenizer = Tokenizer.from_folder(tmp_path)
+        tokenizer.decode(tokenizer.encode(text))
+
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read as a tokenizer, or") as caught:
+        use()
+    assert "\n" not in str(caught.value)
+    if how not in ("in a pattern", "in a decoder"):  # only that text brings these about, when nothing hides the report
+        assert "panicked" not in capfd.readouterr().err
+
+
+def test_only_failures_of_the_library_are_renamed() -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        named_errors("tokenizer.json", interrupted)
+
+
+def test_what_others_write_while_a_tokenizer_is_read_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    with panic_reports_hidden():
+        os.write(2, b"a word of another thread")
+    assert capfd.readouterr().err == "a word of another thread"
+
+
+def test_the_size_counts_ids_that_the_vocabulary_skips(tmp_path: Path) -> None:
+    byte_backend().save(str(tmp_path / "tokenizer.json"))
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[next(iter(vocabulary))] = 7_000_000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert Tokenizer.from_folder(tmp_path).size == 7_000_001

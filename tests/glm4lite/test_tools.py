@@ -3,6 +3,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Optional
 
@@ -199,7 +200,86 @@ def test_a_very_long_result_is_cut_and_says_so() -> None:
     declared = Tool("long", "", {}, lambda: "x" * 1_000_000)
     content = run_tool(declared, call(declared)).content
     assert len(content) < MAX_RESULT_CHARACTERS + 100
-    assert content.endswith("of 1000000 characters]")
+    assert content.endswith("x\n[cut: 984000 more characters]")
+
+
+def test_a_very_long_result_that_is_not_text_is_not_even_written_in_full() -> None:
+    declared = Tool("long", "", {}, lambda: [["x"] * 1000] * 100_000)
+    started = time.monotonic()
+    content = run_tool(declared, call(declared)).content
+    assert time.monotonic() - started < 2
+    assert content.startswith('[["x", "x"')
+    assert content.endswith("\n[cut: the rest]")
+
+
+def test_a_result_is_cut_to_the_room_there_is() -> None:
+    declared = Tool("long", "", {}, lambda: "x" * 100)
+    assert run_tool(declared, call(declared), fits=lambda text: 30).content == "x" * 30 + "\n[cut: 70 more characters]"
+
+
+class Silent(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class Shouting(str):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+    def __len__(self) -> int:
+        raise RuntimeError("no length")
+
+
+@dataclass
+class Point:
+    x: int
+
+
+@pytest.mark.parametrize(
+    ("error", "content"),
+    [
+        (Silent(), "Error: Silent: (Silent without text)"),
+        (ToolError(Silent()), "Error: (ToolError without text)"),
+        (GeneratorExit(), "Error: GeneratorExit:"),
+        (RuntimeError("\x1b[2J\0"), "Error: RuntimeError: \ufffd[2J\ufffd"),
+    ],
+)
+def test_whatever_is_raised_is_one_printable_line(error: BaseException, content: str) -> None:
+    declared = Tool("f", "", {}, raising(error))
+    assert run_tool(declared, call(declared)).content == content
+
+
+def test_an_error_of_many_megabytes_is_cut() -> None:
+    declared = Tool("f", "", {}, raising(RuntimeError("word\n" * 10_000_000)))
+    assert len(run_tool(declared, call(declared)).content) <= MAX_RESULT_CHARACTERS + 100
+
+
+@pytest.mark.parametrize(
+    ("result", "content"),
+    [
+        (Shouting("said"), "said"),
+        (Point(1), "Error: the tool's result (Point) is not JSON"),
+        ((letter for letter in "ab"), "Error: the tool's result (generator) is not JSON"),
+        (float("nan"), "Error: the tool's result (float) is not JSON"),
+        (10**5000, "Error: the tool's result (int) is not JSON"),
+        ("\ud800", "?"),
+        (None, "null"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_odd_result_is_text_or_one_line_of_error(result: object, content: str) -> None:
+    declared = Tool("f", "", {}, lambda: result)
+    observed = run_tool(declared, call(declared))
+    assert observed.content.startswith(content)
+    assert "\n" not in observed.content
+    assert observed.error == content.startswith("Error")
+
+
+def test_a_rule_about_approval_that_ends_the_program_asks() -> None:
+    def rule(_: object) -> bool:
+        raise SystemExit(0)
+
+    assert Tool("f", "", {}, print, needs_approval=rule).asks({})
 
 
 def test_an_undeclared_tool_is_an_error() -> None:
@@ -237,6 +317,49 @@ def unknown(x: "Nowhere") -> None:  # type: ignore[name-defined]  # noqa: F821
 def test_a_function_that_cannot_be_a_tool_is_named(function: Callable[..., Any]) -> None:
     with pytest.raises(ToolError, match=f"tool '{function.__name__}'"):
         tool(function)
+
+
+class Node(BaseModel):
+    value: int
+    children: "list[Node]" = []
+
+
+def nested(depth: int) -> Any:
+    hint: Any = int
+    for _ in range(depth):
+        hint = list[hint]
+    return hint
+
+
+def function_of(hint: object) -> Callable[..., Any]:
+    def function(x: Any) -> None: ...
+
+    function.__annotations__["x"] = hint
+    return function
+
+
+def test_a_type_that_holds_itself_makes_a_schema() -> None:
+    assert "Node" in tool(function_of(Node)).parameters["$defs"]
+
+
+@pytest.mark.parametrize(
+    ("hint", "reason"),
+    [
+        (Literal[tuple(f"choice {number}" for number in range(20_000))], "more than 16000"),
+        (nested(100), "nested more than 64 levels"),
+        (nested(3000), ""),
+        ("1 +", "must be an expression"),
+        ("1 / 0", "division by zero"),
+    ],
+    ids=["huge", "deep", "deeper", "no Python", "raises"],
+)
+def test_a_type_that_no_prompt_has_room_for_is_one_line(hint: object, reason: str) -> None:
+    with pytest.raises(ToolError) as caught:
+        tool(function_of(hint))
+    assert str(caught.value).startswith("tool 'function': ")
+    assert reason in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 700
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a\nb", "a`", "x" * 65])

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import html
 import json
+import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
 
+from glm4lite.engine import Engine
 from glm4lite.events import Done, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
 from glm4lite.messages import Message, ToolCall
-from glm4lite_ui.answering import TurnWriter
+from glm4lite.tools import Tool
+from glm4lite.worker import EngineWorker
+from glm4lite_ui.answering import Answer, Asking, TurnWriter
 from glm4lite_ui.artifacts import artifacts, previews
-from glm4lite_ui.chats import Attachment, Chat, ChatError, ChatStore, Part, Settings, Turn, read_chat
+from glm4lite_ui.chats import Attachment, Chat, ChatError, ChatStore, Counts, Part, Settings, Turn, read_chat
 from glm4lite_ui.export import as_json, as_markdown, file_name
 from glm4lite_ui.history import messages
-from glm4lite_ui.markup import code_block, original_markdown, safe_markdown, text_html
+from glm4lite_ui.panels import question_about
 from glm4lite_ui.render import chat_messages, turn_at
+from glm4lite_ui.runtime import Runtime
 
 CALL = Part("call", 0, "888", "calculator", '{"expression": "37 * 24"}', seconds=0.01)
 CHAT = Chat(
@@ -44,6 +51,56 @@ def test_a_damaged_file_is_left_out_and_named_when_opened(tmp_path: Path) -> Non
         with pytest.raises(ChatError, match="cannot be read"):
             store.load(f"{place:016x}")
     assert [chat.id for chat in store.find()] == [CHAT.id]
+
+
+ODD = [
+    {"updated": float("inf")}, {"created": 1e20}, {"updated": -1}, {"title": "half \ud800 a sign"}, {"turns": {}},
+    {"turns": [{"user": "x", "counts": {"new_tokens": 1}}]}, {"turns": [{"user": "x", "parts": [{"kind": "image"}]}]},
+    {"turns": [{"user": "x", "parts": [{"kind": "text", "seconds": float("nan")}]}]}, {"settings": {"seed": 10**400}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", ODD)
+def test_what_the_page_could_not_show_is_no_chat(tmp_path: Path, changes: dict[str, object]) -> None:
+    store = ChatStore(tmp_path)
+    store.save(CHAT)
+    (tmp_path / f"{1:016x}.json").write_text(json.dumps(CHAT.to_json() | changes))
+    assert [chat.id for chat in store.find()] == [CHAT.id]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+def test_a_pipe_a_folder_and_a_huge_file_are_left_out_and_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = ChatStore(tmp_path)
+    store.save(CHAT)
+    os.mkfifo(tmp_path / f"{1:016x}.json")
+    (tmp_path / f"{2:016x}.json").mkdir()
+    with (tmp_path / f"{3:016x}.json").open("wb") as huge:
+        huge.truncate(1 << 40)
+    (tmp_path / "notes.json").write_text("{}")
+    for _ in range(2):
+        assert [chat.id for chat in store.find()] == [CHAT.id]
+    assert len(caplog.records) == 4
+    assert "notes is not the name of a chat" in caplog.text
+    assert "0000000000000003.json: this chat cannot be read: it is no file of at most 64 MiB" in caplog.text
+
+
+def test_a_folder_that_takes_no_files_is_said_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/self/fd")):
+        with pytest.raises(ChatError, match=r"cannot be kept here: .*; name another folder with --chats"):
+            ChatStore(folder)
+
+
+def test_a_user_without_a_home_is_told_to_name_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("GLM4LITE_CHATS", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(ChatError, match="no home folder; name another folder with --chats or GLM4LITE_CHATS"):
+        ChatStore()
 
 
 def test_a_file_nested_too_deeply_is_damaged_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -134,9 +191,7 @@ def test_events_become_parts_with_rounds_and_durations() -> None:
     assert turn.parts[0].text == "Let me think"
     assert turn.parts[2].arguments == '{"b":1}'
     assert all(part.seconds is not None for part in turn.parts)
-    assert turn.counts == {
-        "prompt_tokens": 10, "new_tokens": 5, "finish_reason": "stop", "tokens_per_s": 7.0, "prefilled_tokens": 3,
-    }  # fmt: skip
+    assert turn.counts == Counts(10, 5, "stop", 7.0, 3)
 
 
 def test_thoughts_and_calls_are_panels_that_close_when_done() -> None:
@@ -145,34 +200,16 @@ def test_thoughts_and_calls_are_panels_that_close_when_done() -> None:
     growing.turns[0].parts[0].seconds = 1.234
     assert chat_messages(growing)[1]["metadata"] == {"title": "Thought", "status": "done", "duration": 1.23}
     panel = chat_messages(CHAT)[1]
-    assert panel["metadata"] == {"title": "`calculator`", "status": "done", "duration": 0.01, "log": "888"}
-    assert '"expression": "37 * 24"' in panel["content"]
+    assert panel["metadata"] == {"title": "calculator", "status": "done", "duration": 0.01, "log": "888"}
+    assert '"expression": "37 * 24"' in panel["content"]["text"]
 
 
 def test_a_clicked_message_belongs_to_its_turn() -> None:
     shown = chat_messages(CHAT)
     assert [turn_at(CHAT, place) for place in range(len(shown))] == [0, 0, 0, 1, 1, 1]
     asked = [place for place in range(len(shown)) if turn_at(CHAT, place, question=True) is not None]
-    assert [shown[place]["content"] for place in asked] == ["What is 37 * 24?", "And this?"]
+    assert ["this" in shown[place]["content"]["text"] for place in asked] == [False, True]
     assert turn_at(CHAT, 99) is None
-
-
-HOSTILE = [
-    "<script>alert(1)</script>", "a <b>c</b> `<i>` d", "![x](http://evil/?q)", "1 < 2 && 3 > 2 &lt; &amp;lt;",
-    "```\n<b>\n```\n<b>", "~~~html\n<b>", "``a`b <c>`` <d>", "\\(a<b\\) <e>", "$$x<y$$<f>", "` <g>", "",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("text", HOSTILE)
-def test_escaped_markdown_can_be_taken_back(text: str) -> None:
-    assert original_markdown(safe_markdown(text)) == text
-
-
-def test_html_outside_code_is_escaped_and_pictures_are_links() -> None:
-    assert safe_markdown("<b> `<i>` \\(a<b\\)\n```\n<u>\n```\n<p>") == ("&lt;b> `<i>` \\(a<b\\)\n```\n<u>\n```\n&lt;p>")
-    assert safe_markdown("![x](http://evil)") == "\\![x](http://evil)"
-    assert text_html("<{${`\\") == "&lt;&#123;&#36;&#123;&#96;&#92;"
-    assert code_block("a ``` b") == "````\na ``` b\n````"
 
 
 def test_only_fences_called_html_or_svg_are_previewed_and_the_policy_comes_first() -> None:
@@ -196,3 +233,21 @@ def test_exports_hold_the_conversation() -> None:
     assert read_chat({key: value for key, value in data.items() if key != "messages"}) == CHAT
     assert data["messages"][3] == {"role": "tool", "content": "888", "tool_call_id": "call_1", "name": "calculator"}
     assert file_name(Chat(title="../ä b?"), "md") == "ä-b.md"
+
+
+def test_a_question_says_what_the_system_cannot_limit() -> None:
+    tool = Tool("python", "Runs code.", {}, print, needs_approval=True, caution="This system cannot limit: network.")
+    question = question_about(Asking(ToolCall("1", "python", "{}"), tool))
+    assert "Run python" in question
+    assert "This system cannot limit: network." in html.unescape(question)
+
+
+def test_an_answer_that_takes_long_to_draw_is_drawn_less_often(nano: Engine, tmp_path: Path) -> None:
+    runtime, chat = Runtime(EngineWorker(nano), ChatStore(tmp_path)), Chat(turns=[Turn("Hi")])
+    updates = Answer(chat, runtime.session(chat), lambda _: None).updates()
+    next(updates)
+    time.sleep(0.2)
+    began = time.monotonic()
+    next(updates)
+    assert time.monotonic() - began > 0.7
+    runtime.close()

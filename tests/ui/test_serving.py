@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from glm4lite.errors import Glm4liteError
 from glm4lite_ui.chats import Chat, Turn
 from tests.ui.conftest import Serve, Site
 
@@ -176,3 +180,43 @@ def test_ending_with_an_open_page_is_quick_and_logs_nothing(
         site.close()
         assert time.monotonic() - started < 1.5
     assert not caplog.records
+
+
+STRANGE = {
+    "ALL_PROXY": "socks5://127.0.0.1:9", "http_proxy": "::nonsense[", "Https_Proxy": "socks4://127.0.0.1:9",
+    "no_proxy": "[::1/8,*", "GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SERVER_PORT": "x", "GRADIO_NUM_PORTS": "x",
+    "GRADIO_SHARE": "True", "GRADIO_ROOT_PATH": "/elsewhere", "GRADIO_ANALYTICS_ENABLED": "True",
+    "GRADIO_MCP_SERVER": "1",
+    "GRADIO_ALLOWED_PATHS": "/", "GRADIO_TEMP_DIR": "/proc/nowhere", "GRADIO_SSR_MODE": "True",
+    "GRADIO_NUM_WORKERS": "x", "LC_ALL": "C", "PYTHONUTF8": "0",
+}  # fmt: skip
+
+
+def test_nothing_in_the_environment_stops_the_page_or_opens_it(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"} | STRANGE
+    command = [sys.executable, "-m", "glm4lite", "ui", "--port", "0", "--chats", str(tmp_path)]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = next(line for line in process.stderr if not line.startswith("nano is"))
+        try:
+            assert "Open http://127.0.0.1:" in said
+            with httpx.Client(base_url=said.split()[1], trust_env=False) as client:
+                assert client.get("/").status_code == 200
+                config = client.get("/config").json()
+                assert client.get("/gradio_api/file=/etc/hostname").status_code == 404
+            assert config["root"] == said.split()[1]
+            assert config["analytics_enabled"] is False
+        finally:
+            process.terminate()
+
+
+def test_proxies_are_there_again_for_downloads(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    serve()
+    assert os.environ["HTTPS_PROXY"] == "http://127.0.0.1:9"
+
+
+def test_without_a_place_for_uploads_nothing_is_served(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
+    with pytest.raises(Glm4liteError, match=r"uploads cannot be kept .* set TMPDIR to a folder you can write"):
+        serve()

@@ -5,5 +5,6 @@ history.py    a saved chat -> the messages the model reads        panels.py    t
 answering.py  one answer: events in, a growing turn out           artifacts.py HTML and SVG in a sandboxed frame
 runtime.py    the loaded model, its sessions, answers under way   export.py    a chat as Markdown and JSON
 layout.py     what is on the page                                 app.py       what happens on a click
+markup.py     any text -> Markdown, HTML that draw nothing    formulas.py   how the page reads Markdown
 serving.py    the page on a FastAPI app, closed to strangers      command.py   `glm4lite ui`
 """

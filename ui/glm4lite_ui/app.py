@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import html
 import inspect
 import logging
 from collections.abc import Callable, Iterator
@@ -111,7 +112,8 @@ def _told(handler: Handler) -> Handler:
     def problem(error: Exception) -> gr.Error:
         if not isinstance(error, Glm4liteError):
             logger.error("the page failed", exc_info=error)
-        return gr.Error(str(error) or type(error).__name__, duration=10, print_exception=False, title="glm4lite")
+        said = html.escape(str(error) or type(error).__name__)  # the page draws it as HTML
+        return gr.Error(said, duration=10, print_exception=False, title="glm4lite")
 
     if inspect.isgeneratorfunction(handler):
 

@@ -18,17 +18,22 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
-from glm4lite.errors import Glm4liteError
+from glm4lite.errors import Glm4liteError, one_line
 
 logger = logging.getLogger("glm4lite")
 
 TITLE_CHARACTERS = 60
 NEW_TITLE = "New chat"
+LARGEST = 64 << 20  # bytes of a chat's file; the longest context is a hundredth of it
 _ID = re.compile(r"[0-9a-f]{16}")
+# What the page can show: a number JSON has (no NaN), a time that a calendar has, an integer that JavaScript has.
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Time = Annotated[float, Field(ge=0, le=32503680000, allow_inf_nan=False)]
+_Integer = Annotated[int, Field(ge=-(2**53), le=2**53)]
 
 
 class ChatError(Glm4liteError):
@@ -43,12 +48,12 @@ class Part:
     """
 
     kind: Literal["thinking", "text", "call"]
-    round: int = 0
+    round: _Integer = 0
     text: str = ""
     name: str = ""
     arguments: str = ""  # JSON as the model wrote it
     error: bool = False
-    seconds: float | None = None
+    seconds: _Number | None = None
 
 
 @dataclass
@@ -57,12 +62,23 @@ class Attachment:
 
     name: str
     text: str
-    tokens: int
+    tokens: _Integer
+
+
+@dataclass
+class Counts:
+    """A turn's Done event."""
+
+    prompt_tokens: _Integer
+    new_tokens: _Integer
+    finish_reason: str
+    tokens_per_s: _Number
+    prefilled_tokens: _Integer
 
 
 @dataclass
 class Turn:
-    """A question and its answer. `counts` is the turn's Done event; `error` what went wrong instead.
+    """A question and its answer, or in `error` what went wrong instead.
 
     A `dropped` turn is shown, but the model no longer reads it.
     """
@@ -70,7 +86,7 @@ class Turn:
     user: str
     files: list[Attachment] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
-    counts: dict[str, Any] | None = None
+    counts: Counts | None = None
     error: str | None = None
     dropped: bool = False
 
@@ -80,10 +96,10 @@ class Settings:
     """Of one chat; None is the checkpoint's own value. `tools` None: all that are on by default."""
 
     system: str = ""
-    temperature: float | None = None
-    top_p: float | None = None
-    max_new_tokens: int = 1024
-    seed: int | None = None
+    temperature: _Number | None = None
+    top_p: _Number | None = None
+    max_new_tokens: _Integer = 1024
+    seed: _Integer | None = None
     tools: list[str] | None = None
     always: list[str] = field(default_factory=list)  # full names of tools that need no more asking in this chat
 
@@ -94,8 +110,8 @@ class Chat:
 
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     title: str = NEW_TITLE
-    created: float = field(default_factory=time.time)
-    updated: float = field(default_factory=time.time)
+    created: _Time = field(default_factory=time.time)
+    updated: _Time = field(default_factory=time.time)
     settings: Settings = field(default_factory=Settings)
     turns: list[Turn] = field(default_factory=list)
 
@@ -115,13 +131,17 @@ class Chat:
 
 
 _CHAT = TypeAdapter(Chat)
+_ELSEWHERE = "name another folder with --chats or GLM4LITE_CHATS"
 
 
 def data_folder() -> Path:
-    """GLM4LITE_CHATS, or the place where this system keeps a program's data."""
+    """GLM4LITE_CHATS, or the place where this system keeps a program's data; ChatError where it knows none."""
     if chosen := os.environ.get("GLM4LITE_CHATS"):
         return Path(chosen)
-    home = Path.home()
+    try:
+        home = Path.home()
+    except RuntimeError:
+        raise ChatError(f"this user has no home folder; {_ELSEWHERE}") from None
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"))
     elif sys.platform == "darwin":
@@ -136,10 +156,13 @@ class ChatStore:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or data_folder()
+        self._damaged = set[str]()
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryFile(dir=self.folder):  # a folder that was there may be read-only
+                pass
         except OSError as error:
-            raise ChatError(f"{self.folder}: chats cannot be kept here: {error.strerror}") from error
+            raise ChatError(f"{self.folder}: chats cannot be kept here: {error.strerror}; {_ELSEWHERE}") from None
 
     def save(self, chat: Chat) -> None:
         """Writes beside the file, to the disk, and renames: a crash leaves the old chat or the new one."""
@@ -162,7 +185,7 @@ class ChatStore:
         """Raises ChatError for a chat that is not there or whose file was damaged."""
         path = self._path(chat_id)
         try:
-            return read_chat(json.loads(path.read_bytes()), path.stem)
+            return read_chat(_json(path), path.stem)
         except FileNotFoundError:
             raise ChatError("this chat is not there any more") from None
         except (OSError, ValueError, RecursionError) as error:
@@ -176,13 +199,15 @@ class ChatStore:
         self._path(chat_id).unlink(missing_ok=True)
 
     def find(self, query: str = "") -> list[Chat]:
-        """Newest first; with a query those that contain all its words. Damaged files are logged and left out."""
+        """Newest first; with a query those that contain all its words. Damaged files are left out, and logged once."""
         words, found = query.casefold().split(), []
         for path in self.folder.glob("*.json"):
             try:
                 chat = self.load(path.stem)
             except ChatError as error:
-                logger.warning("%s", error)
+                if path.name not in self._damaged:
+                    logger.warning("%s", error)
+                self._damaged.add(path.name)
                 continue
             if not words or all(word in _text(chat) for word in words):
                 found.append(chat)
@@ -190,8 +215,19 @@ class ChatStore:
 
     def _path(self, chat_id: str) -> Path:
         if not _ID.fullmatch(chat_id):
-            raise ChatError("this is not the name of a chat")
+            raise ChatError(f"{one_line(chat_id)[:100]} is not the name of a chat")
         return self.folder / f"{chat_id}.json"
+
+
+def _json(path: Path) -> Any:
+    """Of a plain file (a pipe would wait for ever); ValueError for what is none that a page could be sent."""
+    if not path.exists():
+        raise FileNotFoundError
+    if not path.is_file() or path.stat().st_size > LARGEST:
+        raise ValueError(f"it is no file of at most {LARGEST >> 20} MiB")
+    data = json.loads(path.read_bytes())
+    json.dumps(data, ensure_ascii=False).encode()  # refuses half a sign
+    return data
 
 
 def read_chat(data: Mapping[str, Any], chat_id: str | None = None) -> Chat:

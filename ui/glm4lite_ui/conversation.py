@@ -11,7 +11,7 @@ from glm4lite.errors import Glm4liteError
 from glm4lite_ui.answering import Decision
 from glm4lite_ui.chats import Attachment, Chat, Turn
 from glm4lite_ui.drawing import Drawing, Updates
-from glm4lite_ui.markup import original_markdown, safe_markdown, text_html
+from glm4lite_ui.markup import literal, text_html
 from glm4lite_ui.panels import live_line
 from glm4lite_ui.render import turn_at
 from glm4lite_ui.runtime import Runtime
@@ -28,7 +28,7 @@ class ConversationHandlers:
     # Streams: each yields what is drawn while an answer grows
 
     def send(self, message: dict[str, Any], chat_id: str, request: gr.Request) -> Iterator[Updates]:
-        text, paths = (message.get("text") or "").strip(), message.get("files") or []
+        text, paths = _typed(message.get("text")), message.get("files") or []
         if not text and not paths:
             return
         chat = self.runtime.change(chat_id)
@@ -49,7 +49,7 @@ class ConversationHandlers:
     def edit(self, chat_id: str, seen: str, event: gr.EditData, request: gr.Request) -> Iterator[Updates]:
         """Answers the changed message; what followed it is gone."""
         chat = self.runtime.change(chat_id)
-        place, text = turn_at(chat, event.index, question=True), original_markdown(_edited_text(event.value)).strip()
+        place, text = turn_at(chat, event.index, question=True), _typed(_edited_text(event.value))
         if _changed_meanwhile(chat, seen) or place is None or not text:
             yield self.draw.whole(chat)
             return
@@ -91,7 +91,7 @@ class ConversationHandlers:
         if not isinstance(place, int) or not 0 <= place < len(chat.turns):
             raise Glm4liteError("this turn is not there any more")
         words = " ".join(chat.turns[place].user.split())
-        text = safe_markdown(words if len(words) <= 80 else words[:79] + "…")
+        text = literal(words if len(words) <= 80 else words[:79] + "…")
         return {
             self.parts.marked: gr.Column(visible=True),
             self.parts.marked_text: f"Turn {place + 1}: {text}",
@@ -141,6 +141,11 @@ def _changed_meanwhile(chat: Chat, seen: str) -> bool:
         return False
     gr.Warning("This chat was changed in another window. Here it is as it is now.", title="glm4lite")
     return True
+
+
+def _typed(text: str | None) -> str:
+    """Text of a browser, which may send half a sign."""
+    return (text or "").encode("utf-8", "replace").decode().strip()
 
 
 def _edited_text(value: Any) -> str:

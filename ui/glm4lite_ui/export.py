@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Callable
 
-from glm4lite_ui.chats import Chat, Part, Turn
+from markdown_it import MarkdownIt
+
+from glm4lite.errors import one_line
+from glm4lite_ui.chats import Chat, Part
+from glm4lite_ui.formulas import DISPLAY, INLINE
 from glm4lite_ui.history import messages, question
-from glm4lite_ui.markup import code_block
+from glm4lite_ui.markup import code_block, literal, safe_markdown, text_html
 
+_COMMONMARK = MarkdownIt("commonmark")
+_OWN = re.compile(r"</?details>|<summary>[^<]*</summary>")
+_FORMULA_SIGNS = str.maketrans(dict(zip("".join(INLINE + DISPLAY), ("\\(", "\\)", "$$", "$$"), strict=True)))
 KINDS = {"md": "text/markdown", "json": "application/json"}
 
 
@@ -20,27 +28,45 @@ def as_json(chat: Chat) -> str:
 
 
 def as_markdown(chat: Chat) -> str:
-    """Title, system prompt and turns; thoughts and tool calls are folded."""
-    pieces = [f"# {chat.title}", time.strftime("%Y-%m-%d %H:%M", time.localtime(chat.created))]
+    """Title, system prompt and turns; thoughts and tool calls are folded.
+
+    Texts stand as they were said, unless one of them would draw HTML or a picture where the file is read: a picture's
+    address can tell a stranger what the chat holds. Then all are written anew.
+    """
+    as_said = _document(chat, str, str)
+    return _document(chat, _without_html, literal) if _draws(as_said) else as_said
+
+
+def _document(chat: Chat, written: Callable[[str], str], on_a_line: Callable[[str], str]) -> str:
+    pieces = [f"# {on_a_line(chat.title)}", time.strftime("%Y-%m-%d %H:%M", time.localtime(chat.created))]
     if chat.settings.system.strip():
-        pieces += ["## System", chat.settings.system]
+        pieces += ["## System", written(chat.settings.system)]
     for turn in chat.turns:
-        pieces += ["## You", question(turn), "## Model", *map(_part, turn.parts), *_ending(turn)]
+        pieces += ["## You", written(question(turn)), "## Model"]
+        pieces += [_part(part, written) for part in turn.parts]
+        pieces += [f"> {on_a_line(turn.error)}"] if turn.error else []
     return "\n\n".join(pieces) + "\n"
 
 
-def _part(part: Part) -> str:
+def _part(part: Part, written: Callable[[str], str]) -> str:
     if part.kind == "text":
-        return part.text
+        return written(part.text)
     if part.kind == "thinking":
-        return f"<details><summary>Thought</summary>\n\n{part.text}\n\n</details>"
+        return f"<details><summary>Thought</summary>\n\n{written(part.text)}\n\n</details>"
     result = "not run" if part.seconds is None else part.text
     blocks = f"{code_block(part.arguments, 'json')}\n\n{code_block(result)}"
-    return f"<details><summary>{part.name}</summary>\n\n{blocks}\n\n</details>"
+    return f"<details><summary>{text_html(one_line(part.name))}</summary>\n\n{blocks}\n\n</details>"
 
 
-def _ending(turn: Turn) -> list[str]:
-    return [f"> {turn.error}"] if turn.error else []
+def _draws(text: str) -> bool:
+    """Whether CommonMark finds a picture, or HTML that is not this module's."""
+    pieces = [piece for token in _COMMONMARK.parse(text) for piece in (token, *(token.children or []))]
+    html = (piece.content for piece in pieces if piece.type in ("html_block", "html_inline"))
+    return any(piece.type == "image" for piece in pieces) or any(_OWN.sub("", part).strip() for part in html)
+
+
+def _without_html(text: str) -> str:
+    return safe_markdown(text).translate(_FORMULA_SIGNS)
 
 
 def file_name(chat: Chat, kind: str) -> str:

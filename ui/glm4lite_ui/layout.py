@@ -11,14 +11,13 @@ import gradio as gr
 
 from glm4lite.tools import Tool
 from glm4lite_ui.artifacts import PREVIEW_JS
+from glm4lite_ui.formulas import DISPLAY, INLINE
 from glm4lite_ui.panels import CHAT_LIST_JS, TURNS_JS
 
 CSS = Path(__file__).with_name("style.css")
 GREETING = "## glm4lite\nA GLM-4 model on your own machine. Nothing you write leaves it."
 FORMULAS: list[dict[str, str | bool]] = [
-    {"left": "$$", "right": "$$", "display": True},
-    {"left": "\\[", "right": "\\]", "display": True},
-    {"left": "\\(", "right": "\\)", "display": False},
+    {"left": left, "right": right, "display": (left, right) == DISPLAY} for left, right in (DISPLAY, INLINE)
 ]
 TEXT_FILES = ["text", ".md", ".json", ".csv", ".py", ".js", ".ts", ".html", ".css", ".xml", ".yaml", ".yml", ".toml"]
 TEXT_FILES += [".c", ".h", ".cpp", ".rs", ".go", ".java", ".sh", ".sql", ".log", ".ini", ".tex", ".svg"]
@@ -138,10 +137,10 @@ def _conversation() -> Conversation:
         previews = gr.HTML("", js_on_load=PREVIEW_JS, elem_id="previews")
         asking, asked, asked_id, approve, always, deny = _approval()
         with gr.Column(visible=False, elem_id="full", elem_classes="g-card") as full:
-            full_text = gr.Markdown()
+            full_text = gr.Markdown(latex_delimiters=[])
             drop = gr.Button("Drop the oldest turns and answer", variant="primary", size="sm")
         with gr.Column(visible=False, elem_id="marked", elem_classes="g-card") as marked:
-            marked_text, marked_turn = gr.Markdown(), gr.State(None)
+            marked_text, marked_turn = gr.Markdown(latex_delimiters=[]), gr.State(None)
             with gr.Row():
                 delete = gr.Button("Delete this turn", variant="stop", size="sm")
                 unmark = gr.Button("Keep it", size="sm")
@@ -179,7 +178,7 @@ def _chatbot() -> gr.Chatbot:
 
 def _approval() -> tuple[gr.Column, gr.Markdown, gr.Textbox, gr.Button, gr.Button, gr.Button]:
     with gr.Column(visible=False, elem_id="asking", elem_classes="g-card") as column:
-        asked, asked_id = gr.Markdown(), gr.Textbox("", visible="hidden", elem_id="asked-id")
+        asked, asked_id = gr.Markdown(latex_delimiters=[]), gr.Textbox("", visible="hidden", elem_id="asked-id")
         with gr.Row():
             approve = gr.Button("Approve", variant="primary", size="sm", min_width=80)
             always = gr.Button("Always for this chat", size="sm", min_width=120)

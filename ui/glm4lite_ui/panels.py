@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from glm4lite.weights.memory import readable
 from glm4lite_ui.answering import Answer, Asking
 from glm4lite_ui.chats import Chat, Turn
-from glm4lite_ui.markup import code_block, safe_markdown, text_html
+from glm4lite_ui.markup import code_block, literal, text_html
 from glm4lite_ui.runtime import Runtime
 
 EXPORTS = {"md": "Markdown", "json": "JSON"}
@@ -52,9 +52,27 @@ new MutationObserver(mark).observe(element.closest('#chat-column') ?? document.b
 mark();
 """
 
+# What is copied or edited is what was said, not how it is written for the page (markup.with_original).
+ORIGINAL_JS = """
+const shown = /\\[\ufdd4\\]: #(\\S*)\\n\\n[^\ufdd5]*\\[\ufdd5\\]: #/g;
+const said = (_, data) => new TextDecoder().decode(Uint8Array.from(atob(data), sign => sign.charCodeAt(0)));
+const clipboard = navigator.clipboard, write = clipboard?.writeText.bind(clipboard);
+if (clipboard) clipboard.writeText = text => write(text.replace(shown, said));
+new MutationObserver(() => requestAnimationFrame(() => {
+  for (const box of document.querySelectorAll('#chatbot textarea')) {
+    const text = box.value.replace(shown, said);
+    if (text === box.value) continue;
+    box.value = text;
+    box.dispatchEvent(new Event('input', {bubbles: true}));
+  }
+})).observe(document.querySelector('#chatbot'), {childList: true, subtree: true});
+"""
+
 # The list is open where there is room beside it; both panels' buttons have a name; Escape stops the answer.
-PAGE_JS = """
-() => {
+PAGE_JS = (
+    "() => {"
+    + ORIGINAL_JS
+    + """
   for (const [panel, name] of [['library', 'Chats'], ['settings', 'Settings of this chat']]) {
     const button = document.querySelector(`#${panel} .toggle-button`);
     if (button) button.title = button.ariaLabel = name;
@@ -65,6 +83,7 @@ PAGE_JS = """
   });
 }
 """
+)
 
 
 def chat_list(chats: Sequence[Chat], current: str, searched: bool = False) -> str:
@@ -89,9 +108,8 @@ def live_line(runtime: Runtime, chat: Chat, answer: Answer | None = None) -> str
     """Speed, prompt tokens (reused and new), context used of total, the model, memory of weights and of the cache."""
     turn = chat.turns[-1] if chat.turns else None
     pieces = _under_way(answer) if answer is not None else _finished(turn)
-    counts = (turn.counts if turn else None) or {}
-    if "prompt_tokens" in counts:
-        used, context = counts["prompt_tokens"] + counts["new_tokens"], runtime.engine.model.context
+    if (counts := turn.counts if turn else None) is not None:
+        used, context = counts.prompt_tokens + counts.new_tokens, runtime.engine.model.context
         pieces.append(f"context {used:,} of {context:,}")
     pieces.append(runtime.name)
     memory = f"weights {readable(runtime.weight_bytes())}"
@@ -117,10 +135,10 @@ def _finished(turn: Turn | None) -> list[str]:
     if turn is None or not turn.counts:
         return []
     counts = turn.counts
-    prompt, new = counts["prompt_tokens"], counts["prefilled_tokens"]
+    prompt, new = counts.prompt_tokens, counts.prefilled_tokens
     reused = max(prompt - new, 0)
     return [
-        f"{counts['new_tokens']:,} tokens at {counts['tokens_per_s']:.1f}/s",
+        f"{counts.new_tokens:,} tokens at {counts.tokens_per_s:.1f}/s",
         f"prompt {prompt:,}: {reused:,} reused, {new:,} computed",
     ]
 
@@ -129,14 +147,15 @@ def question_about(asking: Asking | None) -> str:
     """Markdown: which call waits for the user's word."""
     if asking is None:
         return ""
-    origin = f" of {safe_markdown(asking.tool.origin)}" if asking.tool.origin else ""
-    return f"**Run `{asking.call.name}`{origin}?**\n\n{code_block(asking.call.arguments, 'json')}"
+    origin = f" of {literal(asking.tool.origin)}" if asking.tool.origin else ""
+    caution = f"\n\n{literal(asking.tool.caution)}" if asking.tool.caution else ""
+    return f"**Run {literal(asking.call.name)}{origin}?**\n\n{code_block(asking.call.arguments, 'json')}{caution}"
 
 
 def context_full(chat: Chat) -> str:
     """Markdown: what is offered when a chat no longer fits."""
     error = chat.turns[-1].error if chat.turns else None
-    return f"**This chat no longer fits the model's context.** {safe_markdown(error or '')}"
+    return f"**This chat no longer fits the model's context.** {literal(error or '')}"
 
 
 def export_links(chat: Chat) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any
 
 from glm4lite_ui.chats import Chat, Part, Turn
-from glm4lite_ui.markup import code_block, safe_markdown
+from glm4lite_ui.markup import code_block, literal, safe_markdown, with_original
 
 ENDINGS = {
     "length": "The answer was cut: the longest answer allowed, or the context, is used up.",
@@ -50,25 +51,39 @@ def _placed(chat: Chat, answering: bool) -> Iterator[tuple[Shown, int]]:
 
 def _turn(turn: Turn, under_way: bool) -> Iterator[Shown]:
     for file in turn.files:
-        yield {"role": "user", "content": f"*{safe_markdown(file.name)}* · {file.tokens:,} tokens"}
-    yield {"role": "user", "content": safe_markdown(turn.user)}
+        yield _message("user", f"{literal(file.name)} · {file.tokens:,} tokens")
+    yield _message("user", _said(turn.user))
     for part in turn.parts:
         if part.kind == "text":
             if part.text.strip():
-                yield {"role": "assistant", "content": safe_markdown(part.text)}
+                yield _message("assistant", _written(part, under_way))
         else:
             yield _thought(part, under_way) if part.kind == "thinking" else _call(part, under_way)
     if under_way:
         return
     if turn.error:
         yield _note(turn.error)
-    elif turn.counts and (ending := ENDINGS.get(turn.counts.get("finish_reason", ""))):
+    elif turn.counts and (ending := ENDINGS.get(turn.counts.finish_reason)):
         yield _note(ending)
+
+
+def _message(role: str, content: str) -> Shown:
+    """As a block: a string Gradio would indent anew, with spaces for tabs."""
+    return {"role": role, "content": {"type": "text", "text": content}}
+
+
+@functools.lru_cache(512)  # a chat is drawn ten times a second while its last answer grows
+def _said(text: str) -> str:
+    return with_original(safe_markdown(text), text)
+
+
+def _written(part: Part, under_way: bool) -> str:
+    return safe_markdown(part.text) if under_way and part.seconds is None else _said(part.text)
 
 
 def _thought(part: Part, under_way: bool) -> Shown:
     title = "Thinking" if under_way and part.seconds is None else "Thought"
-    return _panel(title, safe_markdown(part.text), part, under_way)
+    return _panel(title, _written(part, under_way), part, under_way)
 
 
 def _call(part: Part, under_way: bool) -> Shown:
@@ -77,7 +92,7 @@ def _call(part: Part, under_way: bool) -> Shown:
         pieces += ["**Error**" if part.error else "**Result**", code_block(part.text)]
     elif not under_way:
         pieces.append("It was not run.")
-    title = f"`{part.name}`{' failed' if part.error else ''}"
+    title = f"{literal(part.name)}{' failed' if part.error else ''}"
     return _panel(title, "\n\n".join(pieces), part, under_way)
 
 
@@ -89,7 +104,7 @@ def _panel(title: str, content: str, part: Part, under_way: bool) -> Shown:
         metadata["duration"] = max(round(part.seconds, 2), 0.01)
     if part.kind == "call" and not pending:
         metadata["log"] = _first_line(part.text)
-    return {"role": "assistant", "content": content, "metadata": metadata}
+    return _message("assistant", content) | {"metadata": metadata}
 
 
 def _first_line(text: str) -> str:
@@ -105,4 +120,4 @@ def _indented(arguments: str) -> str:
 
 
 def _note(text: str) -> Shown:
-    return {"role": "assistant", "content": f"> {safe_markdown(' '.join(text.split()))}"}
+    return _message("assistant", f"> {literal(text)}")

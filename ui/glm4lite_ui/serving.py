@@ -8,8 +8,8 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
@@ -19,6 +19,7 @@ from fastapi.responses import PlainTextResponse
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from glm4lite.errors import Glm4liteError, one_line
 from glm4lite.server import create_app, serve
 from glm4lite.server.errors import ApiError
 from glm4lite.server.launch import url_of
@@ -33,13 +34,35 @@ if TYPE_CHECKING:
 UPLOAD_LIMIT = "2mb"  # of text: more than any context holds
 
 
-def keep_gradio_quiet() -> None:
-    """Before Gradio is imported: no analytics, no share link, no code from a chat, an own folder for uploads."""
+@contextmanager
+def _own_environment() -> Iterator[None]:
+    """For importing and setting up Gradio: nothing that a user's environment says about it, and no proxies.
+
+    A variable of Gradio's may open the page to others, or be something it cannot read; its clients, made while it is
+    imported, end with a traceback over a proxy they do not know. The page fetches nothing. A model's download may need
+    the proxies, so they come back.
+    """
+    for name in [name for name in os.environ if name.upper().startswith("GRADIO_")]:
+        del os.environ[name]
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SHARE": "False", "GRADIO_RUN_HISTORY": "False"}
     os.environ |= {"GRADIO_SSR_MODE": "False", "GRADIO_MCP_SERVER": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    for unwanted in ("GRADIO_VIBE_MODE", "GRADIO_ALLOWED_PATHS", "GRADIO_ROOT_PATH", "GRADIO_HOT_RELOAD"):
-        os.environ.pop(unwanted, None)
-    os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="glm4lite-ui-")
+    os.environ["GRADIO_TEMP_DIR"] = _folder_for_uploads()
+    proxies = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
+    for name in proxies:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ |= proxies
+
+
+def _folder_for_uploads() -> str:
+    try:
+        return tempfile.mkdtemp(prefix="glm4lite-ui-")
+    except OSError as error:
+        raise Glm4liteError(
+            f"uploads cannot be kept ({one_line(error)}); set TMPDIR to a folder you can write"
+        ) from None
 
 
 def _remove_at_the_end(app: FastAPI, folder: str) -> None:
@@ -59,17 +82,23 @@ def _remove_at_the_end(app: FastAPI, folder: str) -> None:
 
 def mount(app: FastAPI, runtime: Runtime) -> FastAPI:
     """Puts the page at "/" of `app`; routes that `app` has already stay."""
-    keep_gradio_quiet()
+    _add_exports(app, runtime)
+    with _own_environment():
+        mounted = _mount_gradio(app, runtime)
+    _remove_at_the_end(mounted, os.environ["GRADIO_TEMP_DIR"])
+    return mounted
+
+
+def _mount_gradio(app: FastAPI, runtime: Runtime) -> FastAPI:
     import gradio as gr
 
     from glm4lite_ui.app import build
     from glm4lite_ui.layout import CSS, theme
 
-    gate = Middleware(Gate, closing=app.state.closing)
-    _add_exports(app, runtime)
     page = build(runtime)
     _take_uploads_only(page)
-    mounted = gr.mount_gradio_app(
+    gate = Middleware(Gate, closing=app.state.closing)
+    return gr.mount_gradio_app(
         app,
         page,
         path="/",
@@ -86,15 +115,8 @@ def mount(app: FastAPI, runtime: Runtime) -> FastAPI:
         mcp_server=False,
         theme=theme(),
         css_paths=[CSS],
-        app_kwargs={
-            "middleware": [gate],
-            "docs_url": None,
-            "redoc_url": None,
-            "openapi_url": None,
-        },
+        app_kwargs={"middleware": [gate], "docs_url": None, "redoc_url": None, "openapi_url": None},
     )
-    _remove_at_the_end(mounted, os.environ["GRADIO_TEMP_DIR"])
-    return mounted
 
 
 # What the page itself asks for. Everything else that Gradio serves (files of this machine, a proxy, API pages, direct
@@ -199,7 +221,7 @@ def _add_exports(app: FastAPI, runtime: Runtime) -> None:
         headers = {"Content-Disposition": f"attachment; filename*=utf-8''{quote(file_name(chat, kind))}"}
         return Response(text, media_type=f"{KINDS[kind]}; charset=utf-8", headers=headers)
 
-    app.add_api_route("/export/{chat_id}.{kind}", export, methods=["GET"], response_class=Response)
+    app.add_api_route("/export/{chat_id}.{kind}", export, methods=["GET", "HEAD"], response_class=Response)
 
 
 def serve_page(runtime: Runtime, listening: socket.socket, say: Callable[[str], None]) -> None:

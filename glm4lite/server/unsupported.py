@@ -1,0 +1,121 @@
+"""Fields that would change the answer and are not supported: OpenAI's own, and those of other servers' dialects.
+
+A program that sends `guided_json` relies on it: it is told, instead of getting a free answer. Each field may still hold
+what asks for nothing: null, something empty, or the values listed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from glm4lite.errors import shown
+from glm4lite.server.errors import ApiError
+
+_NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
+
+
+def _named(names: str, neutral: tuple[Any, ...] = _NOTHING) -> dict[str, tuple[Any, ...]]:
+    return dict.fromkeys(names.split(), neutral)
+
+
+# name -> the values that ask for nothing
+_FIELDS: dict[str, tuple[Any, ...]] = {
+    # a grammar or a schema that binds the answer
+    **_named(
+        "guided_json guided_choice guided_regex guided_grammar guided_whitespace_pattern structured_outputs "
+        "structural_tag grammar grammar_string json_schema regex ebnf format"
+    ),
+    "response_format": (None, {"type": "text"}),
+    # which tokens may come, and when the answer ends
+    **_named(
+        "min_tokens min_new_tokens min_length ignore_eos ban_eos_token stop_token_ids stop_regex no_stop_trim "
+        "include_stop_str_in_output allowed_token_ids bad_words bad_words_ids custom_token_bans logits_processors "
+        "logits_processor_args no_repeat_ngram_size encoder_repetition_penalty"
+    ),
+    # how a token is drawn
+    **_named(
+        "presence_penalty frequency_penalty top_a tfs mirostat mirostat_mode dry_multiplier xtc_probability "
+        "dynatemp_range dynamic_temperature epsilon_cutoff eta_cutoff smoothing_factor logit_bias "
+        "diversity_penalty penalty_alpha negative_prompt samplers sampler_priority watermark"
+    ),
+    **_named("typical_p typical tfs_z repeat_penalty length_penalty guidance_scale", (None, 1)),
+    **_named("do_sample", (None, True)),
+    "top_n_sigma": (None, -1, 0),
+    # more answers than one, or an answer that is searched for
+    **_named("n best_of num_beams num_return_sequences", (None, 1)),
+    **_named("use_beam_search early_stopping"),
+    # what the prompt is made of
+    **_named(
+        "echo suffix continue_final_message chat_template chat_template_kwargs truncate_prompt_tokens documents "
+        "lora lora_path mm_processor_kwargs options"
+    ),
+    **_named("add_generation_prompt add_special_tokens", (None, True)),
+    # what the answer consists of
+    **_named("prompt_logprobs n_probs return_token_ids return_tokens_as_token_ids audio"),
+    **_named(
+        "skip_special_tokens spaces_between_special_tokens detokenize include_reasoning separate_reasoning",
+        (None, True),
+    ),
+    "modalities": (None, [], ["text"]),
+    "web_search_options": (None,),
+    # tools in the form before `tools`, and lengths in other words
+    "functions": _NOTHING,
+    "function_call": (None, "none", "auto"),
+    "max_new_tokens": (None,),
+    "n_predict": (None, -1),
+    "num_predict": (None, -1),
+}
+_INSTEAD = {
+    "functions": "tools",
+    "function_call": "tool_choice",
+    "repeat_penalty": "repetition_penalty",
+    "do_sample": "temperature",
+    "max_new_tokens": "max_tokens",
+    "n_predict": "max_tokens",
+    "num_predict": "max_tokens",
+}
+
+_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
+    "function_call": (None,),  # a call in the form before `tool_calls`: without it the conversation is another one
+    "audio": (None,),
+    "prefix": _NOTHING,  # "go on with this message"
+    "partial": _NOTHING,
+}
+
+# Fields that change nothing here: who asks, what is stored or billed, how an answer comes to be faster.
+_HARMLESS = _named(
+    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention prediction "
+    "cache_prompt cache_salt id_slot request_id priority guided_decoding_backend keep_alive"
+)
+
+
+def refuse_unsupported(body: Mapping[str, Any]) -> None:
+    """Raises ApiError for the first field that asks for what is not there."""
+    for name, value in body.items():
+        if name == "logit_bias" and isinstance(value, dict):
+            value = {token: bias for token, bias in value.items() if bias != 0}
+        if name in _FIELDS:
+            _check(value, _FIELDS[name], name, "response_format.type" if name == "response_format" else name)
+
+
+def refuse_in_message(message: Mapping[str, Any], at: str) -> None:
+    """The same for one message."""
+    for name, neutral in _IN_MESSAGES.items():
+        _check(message.get(name), neutral, name, f"{at}.{name}")
+
+
+def ignored(body: Mapping[str, Any], known: Collection[str]) -> list[str]:
+    """Names in the body that mean nothing to this server, for its answer to say."""
+    return [name for name in body if name not in known and name not in _FIELDS and name not in _HARMLESS]
+
+
+def _check(value: Any, neutral: tuple[Any, ...], name: str, param: str) -> None:
+    if not any(_same(value, one) for one in neutral):
+        instead = f"; use {_INSTEAD[name]}" if name in _INSTEAD else ""
+        raise ApiError(f"{param}: {shown(value)} is not supported{instead}", param=param, code="unsupported_value")
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Equal as JSON: true is no 1."""
+    return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
