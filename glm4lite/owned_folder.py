@@ -77,7 +77,7 @@ class OwnedFolder:
 def abandoned(parent: Path, pattern: str) -> Iterator[Path]:
     """The folders whose process is gone, of those of a name in `parent`; who removes one may say so."""
     for folder in owned(parent, pattern):
-        if _is_abandoned(folder / LOCK):
+        if is_abandoned(folder / LOCK):
             yield folder
 
 
@@ -96,7 +96,7 @@ def remove_abandoned_temporary(prefix: str, remove: Remove = remove_tree) -> Non
         remove(folder)
 
 
-def _is_abandoned(lock: Path) -> bool:
+def is_abandoned(lock: Path) -> bool:
     """Whether a lock's file is there and its process is not."""
     if fcntl is None:
         return False
