@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -16,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm4lite.errors import ToolError, one_line
+from glm4lite.owned_folder import OwnedFolder, remove_abandoned_temporary
 
 logger = logging.getLogger("glm4lite")
 
+_PREFIX = "glm4lite-python-"
 _SCRIPT = Path(__file__).with_name("jail.py")
 _ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
@@ -193,12 +194,16 @@ def _failure(status: int) -> str:
 
 @contextmanager
 def _work_folder() -> Iterator[Path]:
-    """A new folder, removed afterwards whatever is in it and whoever owns it."""
-    folder = Path(os.path.realpath(tempfile.mkdtemp(prefix="glm4lite-python-")))
+    """A new folder, removed afterwards whatever is in it and whoever owns it; so are those of runs that were killed."""
+    remove_abandoned_temporary(_PREFIX, _remove)
+    owned = OwnedFolder(_PREFIX)
+    folder = owned.path / "work"  # the lock is not the code's to see
     try:
+        owned.path.chmod(0o711)  # root's code runs as another user
+        folder.mkdir(0o700)
         yield folder
     finally:
-        _remove(folder)
+        owned.discard(_remove)
 
 
 def _remove(folder: Path) -> None:

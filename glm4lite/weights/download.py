@@ -15,6 +15,7 @@ from pathlib import Path
 
 from glm4lite.errors import CheckpointError, HubError, one_line
 from glm4lite.events import Progress
+from glm4lite.owned_folder import is_abandoned
 from glm4lite.weights.files import COMPANIONS, CONFIG, INDEX, SINGLE, UNREADABLE, read_index, some
 from glm4lite.weights.hub_client import (
     Repo,
@@ -28,7 +29,6 @@ from glm4lite.weights.hub_client import (
     listing,
 )
 from glm4lite.weights.memory import readable
-from glm4lite.weights.partial import is_abandoned
 from glm4lite.weights.verified import Damage, Verifier
 
 logger = logging.getLogger("glm4lite")

@@ -25,7 +25,7 @@ from torch import Tensor
 from glm4lite.errors import CheckpointError
 from glm4lite.weights.files import INDEX, SINGLE
 from glm4lite.weights.memory import readable
-from glm4lite.weights.partial import PartialFolder, remove_abandoned
+from glm4lite.weights.partial import partial_folder, remove_abandoned
 from glm4lite.weights.shard import DTYPE_NAMES
 
 SHARD_BYTES = 2 << 30
@@ -80,7 +80,7 @@ class FolderWriter:
     def __enter__(self) -> Self:
         with self._disk():
             self.destination.parent.mkdir(parents=True, exist_ok=True)
-            self._partial = PartialFolder(self.destination)
+            self._partial = partial_folder(self.destination)
             self._folder = self._partial.path
         try:
             with self._disk():

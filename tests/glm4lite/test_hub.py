@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
+from glm4lite import owned_folder
 from glm4lite.errors import HubError
 from glm4lite.hub import nano_folder, resolve
-from glm4lite.weights import partial
 from glm4lite.weights.verified import NOTES
 from tests.glm4lite.checkpoints import write_checkpoint
 from tests.glm4lite.hub_server import HubServer, Repo, is_large
@@ -471,7 +471,7 @@ def test_a_cache_that_cannot_be_written_is_used_as_it_is(hub: HubServer, tmp_pat
     assert again == {"folder": found["folder"], "events": [], "said": []}
 
 
-@pytest.mark.skipif(partial.fcntl is None, reason="no locks that end with their process")
+@pytest.mark.skipif(owned_folder.fcntl is None, reason="no locks that end with their process")
 def test_what_killed_downloads_left_is_removed_and_what_is_written_stays(hub: HubServer, tmp_path: Path) -> None:
     find(hub.url, tmp_path, "org/tiny")
     kept = tmp_path / "hub" / "models--org--tiny"
@@ -481,7 +481,7 @@ def test_what_killed_downloads_left_is_removed_and_what_is_written_stays(hub: Hu
     dead.write_bytes(bytes(1000))
     living.write_bytes(b"")
     with (locks / f"{names[1]}.lock").open("r+b") as lock:
-        partial.fcntl.flock(lock, partial.fcntl.LOCK_EX)
+        owned_folder.fcntl.flock(lock, owned_folder.fcntl.LOCK_EX)
         found, _ = find(hub.url, tmp_path, "org/tiny")
     assert leftovers(tmp_path) == [living]
     assert found["said"] == [

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from glm4lite import owned_folder
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError, ConfigError
@@ -350,7 +351,7 @@ def test_under_nohup_a_closed_terminal_ends_nothing(folder: Path, tmp_path: Path
     assert (tmp_path / "q" / "config.json").exists()
 
 
-@pytest.mark.skipif(partial.fcntl is None, reason="no locks that end with their process")
+@pytest.mark.skipif(owned_folder.fcntl is None, reason="no locks that end with their process")
 def test_what_a_killed_run_left_is_removed_by_the_next(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -365,7 +366,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next(
 def test_what_is_still_written_or_not_known_is_left_alone(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    living = partial.PartialFolder(tmp_path / "q")
+    living = partial.partial_folder(tmp_path / "q")
     (living.path / "shard").write_bytes(b"half")
     (old := tmp_path / ".q.partial-abcdefgh").mkdir()
     (tmp_path / ".link.partial-abcdefgh").symlink_to(folder)

@@ -461,7 +461,7 @@ def run_in(place: Place, program: str, folder: Path) -> tuple[str, str, tuple[st
     if not package.exists():
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(Path(glm4lite.__file__).parent / "sandbox", package / "glm4lite" / "sandbox", ignore=ignore)
-        for name in ("__init__.py", "errors.py"):
+        for name in ("__init__.py", "errors.py", "owned_folder.py"):
             shutil.copy(Path(glm4lite.__file__).parent / name, package / "glm4lite")
     arguments = json.dumps([str(package), place.user if os.geteuid() == 0 else None, place.lacking, place.sandboxed])
     work = folder / "work"

@@ -162,7 +162,9 @@ def test_a_tool_that_raises_is_an_observation(error: BaseException, content: str
     assert result.content == content
 
 
-@pytest.mark.parametrize("result", [{1, 2}, object(), b"bytes", {"a": object()}], ids=repr)
+@pytest.mark.parametrize(
+    "result", [{1, 2}, object(), b"bytes", {"a": object()}], ids=["set", "object", "bytes", "inside"]
+)
 def test_a_result_that_is_not_json_is_an_error(result: object) -> None:
     declared = Tool("f", "", {}, lambda: result)
     observed = run_tool(declared, call(declared))

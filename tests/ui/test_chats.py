@@ -235,6 +235,16 @@ def test_exports_hold_the_conversation() -> None:
     assert file_name(Chat(title="../ä b?"), "md") == "ä-b.md"
 
 
+def test_half_a_chat_of_a_killed_run_goes_and_one_that_is_being_saved_stays(tmp_path: Path) -> None:
+    stale, fresh = tmp_path / "tmpstale.part", tmp_path / "tmpfresh.part"
+    for part in (stale, fresh):
+        part.write_text("{")
+    os.utime(stale, (time.time() - 7200,) * 2)
+    ChatStore(tmp_path)
+    assert not stale.exists()
+    assert fresh.exists()
+
+
 def test_a_question_says_what_the_system_cannot_limit() -> None:
     tool = Tool("python", "Runs code.", {}, print, needs_approval=True, caution="This system cannot limit: network.")
     question = question_about(Asking(ToolCall("1", "python", "{}"), tool))

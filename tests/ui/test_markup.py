@@ -273,8 +273,14 @@ def test_what_is_copied_and_edited_is_what_was_said(serve: Serve, visit: Callabl
     page.get_by_label("Edit").first.click()
     page.wait_for_function("document.querySelector('#chatbot textarea')?.value.startsWith('a<b')")
     assert page.locator("#chatbot textarea").input_value() == said
+    page.evaluate(
+        """window.drawn = [];
+        new MutationObserver(() => drawn.push(...[...document.querySelectorAll('#chatbot img')].map(one => one.src)))
+          .observe(document.body, {childList: true, subtree: true});"""
+    )
     page.click("#chatbot button[aria-label=Submit]")
     page.wait_for_selector("#message .stop-button", state="detached")
+    assert not [address for address in page.evaluate("drawn") if "a.example" in address]
     assert site.runtime.store.load(chat.id).turns[0].user == said
 
 

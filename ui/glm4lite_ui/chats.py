@@ -131,6 +131,7 @@ class Chat:
 
 
 _CHAT = TypeAdapter(Chat)
+_STALE_S = 3600.0  # a chat is saved in a moment
 _ELSEWHERE = "name another folder with --chats or GLM4LITE_CHATS"
 
 
@@ -161,6 +162,9 @@ class ChatStore:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryFile(dir=self.folder):  # a folder that was there may be read-only
                 pass
+            for part in self.folder.glob("*.part"):  # half of a chat, left by a run that was killed while it saved
+                if part.stat().st_mtime < time.time() - _STALE_S:
+                    part.unlink(missing_ok=True)
         except OSError as error:
             raise ChatError(f"{self.folder}: chats cannot be kept here: {error.strerror}; {_ELSEWHERE}") from None
 

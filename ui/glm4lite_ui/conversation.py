@@ -11,7 +11,7 @@ from glm4lite.errors import Glm4liteError
 from glm4lite_ui.answering import Decision
 from glm4lite_ui.chats import Attachment, Chat, Turn
 from glm4lite_ui.drawing import Drawing, Updates
-from glm4lite_ui.markup import literal, text_html
+from glm4lite_ui.markup import literal, original_of, text_html
 from glm4lite_ui.panels import live_line
 from glm4lite_ui.render import turn_at
 from glm4lite_ui.runtime import Runtime
@@ -151,5 +151,5 @@ def _typed(text: str | None) -> str:
 def _edited_text(value: Any) -> str:
     """Gradio gives the edited message as text or as its content blocks."""
     if isinstance(value, list):
-        return "".join(str(block.get("text", "")) if isinstance(block, dict) else str(block) for block in value)
-    return str(value or "")
+        value = "".join(str(block.get("text", "")) if isinstance(block, dict) else str(block) for block in value)
+    return original_of(str(value or ""))

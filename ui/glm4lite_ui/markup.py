@@ -56,6 +56,15 @@ def with_original(shown: str, original: str) -> str:
     return f"[{ORIGINAL}]: #{data}\n\n{shown}\n\n[{ORIGINAL_END}]: #"
 
 
+def original_of(shown: str) -> str:
+    """What `with_original` (or the page, of an edited message) was given; any other text as it is."""
+    found = re.match(rf"\[{ORIGINAL}\]: #(\S*)\n\n", shown)
+    try:
+        return base64.b64decode(found[1], validate=True).decode("utf-8", "replace") if found else shown
+    except ValueError:  # somebody wrote it by hand
+        return shown
+
+
 def safe_markdown(text: str) -> str:
     """The same Markdown without HTML and pictures; see the module."""
     text = _showable(text)

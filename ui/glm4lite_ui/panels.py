@@ -52,20 +52,32 @@ new MutationObserver(mark).observe(element.closest('#chat-column') ?? document.b
 mark();
 """
 
-# What is copied or edited is what was said, not how it is written for the page (markup.with_original).
+# What is copied or edited is what was said, not how it is written for the page (markup.with_original). Gradio draws an
+# edited message itself before the server has seen it, so it is given one of which no sign means anything.
 ORIGINAL_JS = """
 const shown = /\\[\ufdd4\\]: #(\\S*)\\n\\n[^\ufdd5]*\\[\ufdd5\\]: #/g;
 const said = (_, data) => new TextDecoder().decode(Uint8Array.from(atob(data), sign => sign.charCodeAt(0)));
+const set = (box, text) => {
+  box.value = text;
+  box.dispatchEvent(new Event('input', {bubbles: true}));
+};
 const clipboard = navigator.clipboard, write = clipboard?.writeText.bind(clipboard);
 if (clipboard) clipboard.writeText = text => write(text.replace(shown, said));
 new MutationObserver(() => requestAnimationFrame(() => {
   for (const box of document.querySelectorAll('#chatbot textarea')) {
     const text = box.value.replace(shown, said);
     if (text === box.value) continue;
-    box.value = text;
-    box.dispatchEvent(new Event('input', {bubbles: true}));
+    set(box, text);
   }
 })).observe(document.querySelector('#chatbot'), {childList: true, subtree: true});
+document.addEventListener('click', event => {
+  if (!event.target.closest('#chatbot button[aria-label=Submit]')) return;
+  for (const box of document.querySelectorAll('#chatbot textarea')) {
+    const bytes = Array.from(new TextEncoder().encode(box.value), byte => String.fromCharCode(byte));
+    const literal = box.value.replace(/[!-/:-@[-`{-~]/g, sign => `&#${sign.charCodeAt()};`);
+    set(box, `[﷔]: #${btoa(bytes.join(''))}\n\n${literal}\n\n[﷕]: #`);
+  }
+}, true);
 """
 
 # The list is open where there is room beside it; both panels' buttons have a name; Escape stops the answer.

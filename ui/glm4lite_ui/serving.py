@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import shutil
 import socket
-import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -20,6 +18,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glm4lite.errors import Glm4liteError, one_line
+from glm4lite.owned_folder import OwnedFolder, remove_abandoned_temporary
 from glm4lite.server import create_app, serve
 from glm4lite.server.errors import ApiError
 from glm4lite.server.launch import url_of
@@ -31,11 +30,12 @@ if TYPE_CHECKING:
 
     from glm4lite_ui.runtime import Runtime
 
+_UPLOADS = "glm4lite-ui-"
 UPLOAD_LIMIT = "2mb"  # of text: more than any context holds
 
 
 @contextmanager
-def _own_environment() -> Iterator[None]:
+def _own_environment(uploads: str) -> Iterator[None]:
     """For importing and setting up Gradio: nothing that a user's environment says about it, and no proxies.
 
     A variable of Gradio's may open the page to others, or be something it cannot read; its clients, made while it is
@@ -46,7 +46,7 @@ def _own_environment() -> Iterator[None]:
         del os.environ[name]
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SHARE": "False", "GRADIO_RUN_HISTORY": "False"}
     os.environ |= {"GRADIO_SSR_MODE": "False", "GRADIO_MCP_SERVER": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    os.environ["GRADIO_TEMP_DIR"] = _folder_for_uploads()
+    os.environ["GRADIO_TEMP_DIR"] = uploads
     proxies = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
     for name in proxies:
         del os.environ[name]
@@ -56,16 +56,18 @@ def _own_environment() -> Iterator[None]:
         os.environ |= proxies
 
 
-def _folder_for_uploads() -> str:
+def _folder_for_uploads() -> OwnedFolder:
+    """Removed when the server ends; what servers that were killed left is removed now."""
     try:
-        return tempfile.mkdtemp(prefix="glm4lite-ui-")
+        remove_abandoned_temporary(_UPLOADS)
+        return OwnedFolder(_UPLOADS)
     except OSError as error:
         raise Glm4liteError(
             f"uploads cannot be kept ({one_line(error)}); set TMPDIR to a folder you can write"
         ) from None
 
 
-def _remove_at_the_end(app: FastAPI, folder: str) -> None:
+def _remove_at_the_end(app: FastAPI, uploads: OwnedFolder) -> None:
     """When the server ends, also by a signal."""
     inner = app.router.lifespan_context
 
@@ -75,7 +77,7 @@ def _remove_at_the_end(app: FastAPI, folder: str) -> None:
             async with inner(running) as state:
                 yield state
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            uploads.discard()
 
     app.router.lifespan_context = lifespan
 
@@ -83,9 +85,10 @@ def _remove_at_the_end(app: FastAPI, folder: str) -> None:
 def mount(app: FastAPI, runtime: Runtime) -> FastAPI:
     """Puts the page at "/" of `app`; routes that `app` has already stay."""
     _add_exports(app, runtime)
-    with _own_environment():
+    uploads = _folder_for_uploads()
+    with _own_environment(str(uploads.path / "files")):  # the lock is no upload
         mounted = _mount_gradio(app, runtime)
-    _remove_at_the_end(mounted, os.environ["GRADIO_TEMP_DIR"])
+    _remove_at_the_end(mounted, uploads)
     return mounted
 
 
