@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from glm4lite.errors import ToolError, one_line
+from glm4lite.weights.files import decoded
 
 logger = logging.getLogger("glm4lite")
 
@@ -67,7 +68,7 @@ def _entries(path: Path) -> dict[str, Any]:
     if len(content) > MAX_FILE:
         raise ToolError(f"--mcp: {path} has more than {MAX_FILE >> 20} MiB; it is no list of MCP servers")
     try:
-        data = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_each_once)
+        data = json.loads(decoded(content), object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         comments = "; comments and trailing commas are not JSON" if re.search(rb"//|/\*|,\s*[}\]]", content) else ""
         raise ToolError(f"--mcp: {path} is not JSON: {one_line(error)}{comments}") from error

@@ -1,5 +1,6 @@
 """The names of a checkpoint's files, in one place, and what all of its readers share: JSON objects, lists of names."""
 
+import codecs
 import errno
 import json
 import math
@@ -67,7 +68,7 @@ def read_json(path: Path, error: type[Glm4liteError] = ConfigError, optional: bo
     """A JSON object from a file, as `parse_json` reads it; {} where an `optional` file does not exist.
 
     Raises:
-        Glm4liteError: of the type `error`: the file is missing, is not UTF-8 JSON, or holds something else.
+        Glm4liteError: of the type `error`: the file is missing, is not JSON, or holds something else.
     """
     try:
         with open_file(path) as file:
@@ -116,8 +117,17 @@ def _stays_in_folder(name: str) -> bool:
     return name.isprintable() and not set(name) & set('/\\:*?"<>|') and _DEVICES.fullmatch(name) is None
 
 
+def decoded(data: bytes) -> str:
+    """A text file: UTF-8, or UTF-16 where its mark says so, as PowerShell writes; the mark is no part of the text.
+
+    Raises:
+        UnicodeDecodeError: it is neither.
+    """
+    return data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+
+
 def parse_json(data: bytes) -> Any:
-    """JSON that a stranger wrote, in UTF-8, with or without the byte order mark that editors of Windows add.
+    """JSON that a stranger wrote, as `decoded` reads text.
 
     Objects hold what `check_values` lets pass. A key that appears twice in one is refused: readers differ in which they
     take.
@@ -128,7 +138,7 @@ def parse_json(data: bytes) -> Any:
     if len(data) > MAX_JSON_BYTES:
         raise ValueError(f"it has more than {MAX_JSON_BYTES} bytes")
     try:
-        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique, parse_int=_whole)
+        value = json.loads(decoded(data), object_pairs_hook=_unique, parse_int=_whole)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     for key, item in value.items() if isinstance(value, dict) else ():
