@@ -9,7 +9,7 @@ import re
 import reprlib
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,6 +41,11 @@ UNREADABLE: Mapping[str, str] = {
     ".gguf": "GGUF",
 }
 """Weight files of other kinds, by suffix."""
+
+HEAD = "lm_head.weight"
+
+COMPUTED = re.compile(r".*rotary.*\.(?:(?:original_)?inv_freq|(?:cos|sin)_cached)|transformer\.rotary_pos_emb\..*")
+"""The names of buffers that are computed, in old and new files."""
 
 MAX_JSON_BYTES = 16 << 20
 """What a file or header of JSON may take; those of the largest known models have a tenth."""
@@ -110,6 +115,12 @@ def read_index(path: Path) -> dict[str, frozenset[str]]:
             )
         expected.setdefault(file, set()).add(tensor)
     return {file: frozenset(names) for file, names in sorted(expected.items())}
+
+
+def may_be_missing(names: Collection[str], config: Mapping[str, Any]) -> bool:
+    """Whether a model does without a shard of these tensors: all that it should hold is a tied head, or computed."""
+    tied = config.get("tie_word_embeddings") is True
+    return bool(names) and all(COMPUTED.fullmatch(name) or (tied and name == HEAD) for name in names)
 
 
 def _stays_in_folder(name: str) -> bool:
