@@ -13,6 +13,7 @@ assistant's own answers only special strings are replaced, as templates drop the
 
 import functools
 import json
+import os
 import re
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,7 +25,8 @@ from glm4lite.errors import CheckpointError, ContextLengthError, TemplateError
 from glm4lite.messages import Message, ToolCall
 from glm4lite.templating.process import TemplateProcess
 from glm4lite.tokenizer import Tokenizer, token_text
-from glm4lite.weights.files import read_json
+from glm4lite.weights.files import decoded, open_file, read_json
+from glm4lite.weights.magic import START_BYTES, dangling, mistaken_for
 
 TIME_LIMIT_S = 5.0  # a real template takes a millisecond; this much, that a busy machine fails none
 _MAX_SOURCE = 1_000_000  # characters; real templates have a few thousand
@@ -75,11 +77,8 @@ class ChatTemplate:
         config = read_json(folder / "tokenizer_config.json", CheckpointError, optional=True)
         names = {name: text for name in _SPECIAL_NAMES if (text := token_text(config.get(name)))}
         file = folder / "chat_template.jinja"
-        if file.is_file():
-            try:
-                return cls(file.read_text(encoding="utf-8-sig"), str(file), names)
-            except (OSError, UnicodeDecodeError) as error:
-                raise TemplateError(f"{file}: cannot be read as UTF-8 text ({error})") from error
+        if os.path.lexists(file):
+            return cls(_source(file), str(file), names)
         origin = str(folder / "tokenizer_config.json")
         found = config.get("chat_template")
         return None if found is None else cls(_named_sources(found, origin), f"{origin}: chat_template", names)
@@ -286,6 +285,22 @@ def _parsed(call: ToolCall) -> Any:
         return json.loads(call.arguments)
     except (ValueError, RecursionError):
         return call.arguments
+
+
+def _source(file: Path) -> str:
+    """A chat_template.jinja. A pointer or a page in its place would be the prompt, whatever is asked."""
+    try:
+        with open_file(file) as opened:
+            data = opened.read(4 * _MAX_SOURCE + 1)
+        source = decoded(data)
+    except (OSError, UnicodeDecodeError) as error:
+        why = f"cannot be read as text ({getattr(error, 'strerror', None) or error})"
+        link = dangling(file)
+        raise TemplateError(f"{file}: {why}" if link is None else f"{file} is {link}") from error
+    what = None if "{" in source else mistaken_for(data[:START_BYTES])
+    if what is not None:
+        raise TemplateError(f"{file} is {what}")
+    return source
 
 
 def _named_sources(found: object, origin: str) -> dict[str, str]:

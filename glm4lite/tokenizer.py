@@ -19,7 +19,7 @@ from tokenizers import decoders, models
 
 from glm4lite.errors import CheckpointError, one_line
 from glm4lite.rust import named_errors, panic_reports_hidden
-from glm4lite.weights.files import TOKENIZER, open_file, read_json
+from glm4lite.weights.files import TOKENIZER, decoded, open_file, read_json
 from glm4lite.weights.magic import START_BYTES, dangling, mistaken_for
 
 GLM_STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
@@ -228,7 +228,7 @@ class StreamingDetokenizer:
 
 
 def _read(file: Path) -> bytes:
-    """A tokenizer.json without a byte order mark."""
+    """A tokenizer.json as UTF-8 without a byte order mark."""
     try:
         with open_file(file) as opened:
             data = opened.read(_MAX_BYTES + 1)
@@ -244,7 +244,10 @@ def _read(file: Path) -> bytes:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
     if len(data) > _MAX_BYTES:
         raise CheckpointError(f"{file} has more than {_MAX_BYTES} bytes, as no tokenizer has; download it again")
-    return data.removeprefix(codecs.BOM_UTF8)
+    try:
+        return decoded(data).encode()
+    except UnicodeError:
+        return data  # for the library to say what is wrong
 
 
 def _declared_special(config: dict[str, Any]) -> set[str]:

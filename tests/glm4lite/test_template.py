@@ -1,6 +1,8 @@
 import functools
 import json
+import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -516,9 +518,31 @@ def test_a_template_of_a_wrong_form_is_named(tmp_path: Path, found: object) -> N
         ChatTemplate.from_folder(tmp_path)
 
 
-def test_a_template_that_is_not_text_is_named(tmp_path: Path) -> None:
-    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(TemplateError, match=r"chat_template\.jinja: cannot be read"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe\x00", r"cannot be read as text"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1143\n", "git-lfs pointer"),
+        (b"<!DOCTYPE html><html>Not found</html>", "web page"),
+        (b"Entry not found", "server's refusal"),
+        (b"", "is empty"),
+        (b"\0" * 1143, "begins with zeros"),
+    ],
+)
+def test_a_file_that_is_no_template_is_named_as_what_it_is(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(content)
+    with pytest.raises(TemplateError, match=rf"chat_template\.jinja.*{message}"):
+        ChatTemplate.from_folder(tmp_path)
+
+
+def test_a_template_that_cannot_be_opened_is_not_taken_for_none(tmp_path: Path) -> None:
+    file = tmp_path / "chat_template.jinja"
+    os.mkfifo(file)
+    with pytest.raises(TemplateError, match=re.escape("cannot be read as text")):
+        ChatTemplate.from_folder(tmp_path)
+    file.unlink()
+    file.symlink_to("nowhere")
+    with pytest.raises(TemplateError, match="a link to a file that is not here"):
         ChatTemplate.from_folder(tmp_path)
 
 
