@@ -176,7 +176,8 @@ class Tokenizer:
     def _encode_plain(self, text: str) -> list[int]:
         # Lone surrogates (JSON can carry them, UTF-8 cannot) become "?".
         clean = text.encode("utf-8", "replace").decode("utf-8")
-        ids: list[int] = self._call("encode", clean, add_special_tokens=False).ids
+        # Unlike `encode`, which gives the same ids, this lets other threads run, for seconds with a long text.
+        ids: list[int] = self._call("encode_batch_fast", [clean], add_special_tokens=False)[0].ids
         return ids
 
     def _ids_of(self, text: str | None) -> list[int]:
