@@ -109,8 +109,9 @@ class ChatTemplate:
 
         context: raises ContextLengthError for a text that does not fit, most often without tokenizing it.
         """
-        if context is not None:  # before the memory and time for several copies; templates keep all of this
-            said = (message.content.strip() for message in messages if message.role in ("user", "tool"))
+        if context is not None:  # what is in every prompt, before the memory and time for several copies
+            kept = ("user", "tool") if self.takes_tools else ("user",)
+            said = (message.content.strip() for message in messages if message.role in kept)
             tokenizer.check_fits("".join(said), context)
         rendered, restore = self._render(messages, tools, add_generation_prompt, tokenizer.special)
         if context is not None:

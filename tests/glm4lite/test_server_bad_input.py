@@ -121,7 +121,7 @@ def test_a_schema_that_is_nested_deeply_is_refused(server: Served) -> None:
     for depth in (40, 300):
         answer = server.post(CHAT, {**HELLO, **parameters(nested(depth))})
         assert answer.status_code == 400
-        assert "nested too deeply" in answer.json()["error"]["message"]
+        assert "nested" in answer.json()["error"]["message"]
 
 
 UNSUPPORTED: dict[str, Any] = {

@@ -335,6 +335,12 @@ def test_a_conversation_that_cannot_fit_is_refused_before_it_is_rendered() -> No
         template.encode(Tokenizer.from_folder(NANO), [Message("user", "word " * 10_000)], context=100)
 
 
+def test_results_that_a_template_leaves_out_are_not_measured() -> None:
+    template = ChatTemplate("{{ messages[0].content }}")
+    conversation = [Message("user", "Hi"), Message("tool", "word " * 10_000)]
+    assert template.encode(Tokenizer.from_folder(NANO), conversation, context=100)
+
+
 def test_messages_that_leave_no_private_character_are_refused() -> None:
     everything = "".join(map(chr, range(0xF0000, 0xFFFFE)))
     with pytest.raises(TemplateError, match="every private character"):
