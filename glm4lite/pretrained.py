@@ -209,7 +209,7 @@ def _numel(module: nn.Module) -> int:
     return 0
 
 
-def _resized(weight: nn.Parameter, size: int, std: float | None) -> nn.Parameter:
+def _resized(weight: Tensor, size: int, std: float | None) -> nn.Parameter:
     """[V, H] -> [size, H]. Source of the mean resizing: John Hewitt, "Initializing new word embeddings", 2021."""
     old = weight.detach()
     added = size - len(old)
