@@ -15,11 +15,13 @@ _HOMES = {
     "ChatSession": "session",
     "Completion": "completion",
     "Engine": "engine",
+    "GenerationConfig": "generation",
     "Glm4Config": "config",
     "Glm4ForCausalLM": "model",
     "Glm4ForSequenceClassification": "heads",
     "Glm4ForTokenClassification": "heads",
     "Glm4Model": "model",
+    "Glm4PreTrainedModel": "pretrained",
     "Glm4liteError": "errors",
     "KVCache": "cache",
     "Message": "messages",
@@ -35,11 +37,13 @@ __all__ = [
     "ChatSession",
     "Completion",
     "Engine",
+    "GenerationConfig",
     "Glm4Config",
     "Glm4ForCausalLM",
     "Glm4ForSequenceClassification",
     "Glm4ForTokenClassification",
     "Glm4Model",
+    "Glm4PreTrainedModel",
     "Glm4liteError",
     "KVCache",
     "Message",
@@ -57,10 +61,12 @@ if TYPE_CHECKING:
     from glm4lite.config import Glm4Config
     from glm4lite.engine import Engine
     from glm4lite.errors import Glm4liteError
+    from glm4lite.generation import GenerationConfig
     from glm4lite.heads import Glm4ForSequenceClassification, Glm4ForTokenClassification
     from glm4lite.loader import load
     from glm4lite.messages import Message
     from glm4lite.model import Glm4ForCausalLM, Glm4Model
+    from glm4lite.pretrained import Glm4PreTrainedModel
     from glm4lite.sampling import SamplingParams
     from glm4lite.session import ChatSession
     from glm4lite.tokenizer import Tokenizer

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -96,6 +96,32 @@ class LayerCache:
     @property
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in (self.keys, self.values) if buffer is not None)
+
+
+class DynamicLayerCache(LayerCache):
+    """One layer of a DynamicCache of Transformers, which a script made and keeps."""
+
+    def __init__(self, cache: Any, layer: int) -> None:
+        self._cache, self._layer = cache, layer
+        self.keys, self.values, self.limit = None, None, None
+
+    @property
+    def length(self) -> int:
+        return int(self._cache.get_seq_length(self._layer))
+
+    @length.setter
+    def length(self, length: int) -> None:
+        stored = self._cache.layers[self._layer] if self.length > length else None
+        if stored is not None:
+            stored.keys, stored.values = stored.keys[:, :, :length], stored.values[:, :, :length]
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        both: tuple[Tensor, Tensor] = self._cache.update(keys, values, self._layer)
+        return both
+
+    def past(self) -> tuple[Tensor, Tensor] | None:
+        stored = self._cache.layers[self._layer] if self.length else None
+        return None if stored is None else (stored.keys, stored.values)
 
 
 class PackedLayerCache:
@@ -254,14 +280,22 @@ def bytes_per_token(config: Glm4Config, kv: KVType, float_bytes: int) -> int:
     return heads * (config.head_dim + 4 if kv == "int8" else config.head_dim * float_bytes)
 
 
+class PastKeyValues(Protocol):
+    """A cache that forward takes and gives back: KVCache, or DynamicCache of Transformers."""
+
+    def get_seq_length(self) -> int: ...
+
+
 class KVCache:
     """The `past_key_values` of a model: comes back from forward, can be passed in again.
 
     `layer_cache` makes one layer's part; `Glm4Model.new_cache` chooses the ones that suit the layers.
+    `dynamic` is Transformers' DynamicCache where the keys and values are kept in one.
     """
 
     def __init__(self, num_layers: int, layer_cache: Callable[[], LayerCache | PackedLayerCache] = LayerCache) -> None:
         self.layers = [layer_cache() for _ in range(num_layers)]
+        self.dynamic: Any = None
 
     @classmethod
     def of(cls, layers: list[LayerCache | PackedLayerCache]) -> KVCache:
@@ -270,9 +304,31 @@ class KVCache:
         cache.layers = layers
         return cache
 
-    def get_seq_length(self) -> int:
-        """Positions held by every layer (a forward stopped half-way leaves some layers longer)."""
+    @classmethod
+    def over(cls, dynamic: Any, num_layers: int) -> KVCache:
+        """That reads and writes a DynamicCache of Transformers."""
+        cache = cls.of([DynamicLayerCache(dynamic, layer) for layer in range(num_layers)])
+        cache.dynamic = dynamic
+        return cache
+
+    def __len__(self) -> int:
+        """Layers, as Transformers counts a cache."""
+        return len(self.layers)
+
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        """Positions held by every layer (a forward stopped half-way leaves some layers longer), or by one."""
+        if layer_idx is not None:
+            return self.layers[layer_idx].length
         return min(layer.length for layer in self.layers)
+
+    @property
+    def batch(self) -> int | None:
+        """Sequences it holds; None while it is empty."""
+        first = self.layers[0]
+        if not first.length:
+            return None
+        past = first.past() if first.buffer is None else (first.buffer, first.buffer)
+        return None if past is None else past[0].shape[0]
 
     def truncate(self, length: int) -> None:
         """Forgets everything after the first `length` positions."""
@@ -289,3 +345,36 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes held, room to grow included."""
         return sum(layer.nbytes for layer in self.layers)
+
+
+def as_cache(
+    given: PastKeyValues | Sequence[tuple[Tensor, Tensor]], new_cache: Callable[[], KVCache], num_layers: int
+) -> KVCache:
+    """What a script may pass as past_key_values, as a KVCache of `num_layers`. Raises ValueError for anything else."""
+    if isinstance(given, KVCache):
+        cache = given
+    elif isinstance(given, list | tuple):
+        cache = new_cache()
+        if len(given) == num_layers:
+            for layer, pair in zip(cache.layers, given, strict=True):
+                layer.append(*pair[:2])
+    elif _grows(given):
+        return KVCache.over(given, num_layers)
+    else:
+        name = type(given).__name__
+        raise ValueError(f"past_key_values must be a KVCache, a DynamicCache or (key, value) pairs, found {name}")
+    layers = len(given)
+    if layers != num_layers:
+        raise ValueError(f"past_key_values has {layers} layers, the model {num_layers}")
+    return cache
+
+
+def _grows(value: object) -> bool:
+    """Whether it is Transformers' DynamicCache with plain layers, in memory: others have limits and masks."""
+    known = any(base.__name__ == "DynamicCache" for base in type(value).__mro__)
+    layers = getattr(value, "layers", ())
+    return (
+        known
+        and all(type(layer).__name__ == "DynamicLayer" for layer in layers)
+        and not getattr(value, "offloading", False)
+    )

@@ -17,7 +17,7 @@ import torch
 from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError
 from glm4lite.weights import legacy
-from glm4lite.weights.files import CONFIG, INDEX, SINGLE, read_index, read_json, some
+from glm4lite.weights.files import COMPUTED, CONFIG, HEAD, INDEX, SINGLE, may_be_missing, read_index, read_json, some
 from glm4lite.weights.folders import described, unfinished
 from glm4lite.weights.shard import ShardMaps, StoredTensor, read, read_header, torch_dtype
 
@@ -79,11 +79,11 @@ class Checkpoint:
         """From the tensors of all headers, under the names the files give them."""
         if config.get("model_type") == "chatglm":
             tensors = legacy.rename(tensors, Glm4Config.from_dict(config, folder / CONFIG))
-        kept = {name: tensor for name, tensor in tensors.items() if not legacy.IGNORED.fullmatch(name)}
-        if config.get("tie_word_embeddings") is True and _HEAD in kept:
-            kept.setdefault(_EMBEDDING, kept[_HEAD])  # of two names of one tensor a file may keep either
-            if kept[_EMBEDDING] is kept[_HEAD]:
-                del kept[_HEAD]
+        kept = {name: tensor for name, tensor in tensors.items() if not COMPUTED.fullmatch(name)}
+        if config.get("tie_word_embeddings") is True and HEAD in kept:
+            kept.setdefault(_EMBEDDING, kept[HEAD])  # of two names of one tensor a file may keep either
+            if kept[_EMBEDDING] is kept[HEAD]:
+                del kept[HEAD]
         return cls(folder, config, kept, absent)
 
     def names(self) -> list[str]:
@@ -164,7 +164,7 @@ class Checkpoint:
         return read_json(self.folder / "generation_config.json", optional=True)
 
 
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_EMBEDDING = "model.embed_tokens.weight"
 
 
 def _shard_files(folder: Path) -> dict[str, frozenset[str]]:
@@ -180,14 +180,9 @@ def _shard_files(folder: Path) -> dict[str, frozenset[str]]:
 def _present(
     folder: Path, files: Mapping[str, frozenset[str]], config: Mapping[str, Any]
 ) -> Mapping[str, frozenset[str]]:
-    """The shards that are there; one may be missing where all it should hold is a tied head or computed."""
-    tied = config.get("tie_word_embeddings") is True
+    """The shards that are there."""
     absent = {file: names for file, names in files.items() if not os.path.lexists(folder / file)}
-    needed = [
-        file
-        for file, names in absent.items()
-        if not all(legacy.IGNORED.fullmatch(name) or (tied and name == _HEAD) for name in names) or not names
-    ]
+    needed = [file for file, names in absent.items() if not may_be_missing(names, config)]
     if needed:
         partial = unfinished(folder)
         why = f" (its download was not finished: {some([partial])})" if partial else ""

@@ -63,6 +63,9 @@ LONGEST = 2**31 - 1
 # Token ids that are null in config.json are told apart from those that are left out, which get the default.
 NULLABLE = ("pad_token_id", "eos_token_id")
 
+# What forward returns where the call does not say; written only where somebody changed it.
+SWITCHES = ("output_hidden_states", "output_attentions", "return_dict")
+
 # Far above the largest GLM-4 (61 layers, 151552 wide), and small enough that every product of two is a tensor's size.
 Size = Annotated[int, Field(gt=0, le=1 << 24)]
 TokenId = Annotated[int, Field(gt=-(2**63), lt=2**63)]
@@ -108,6 +111,9 @@ class Glm4Config(BaseModel):
     classifier_dropout: Rate | None = None
     hidden_dropout: Rate | None = None
     token_classification_bias: bool = True
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+    return_dict: bool = True
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -206,6 +212,9 @@ class Glm4Config(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """The contents of a config.json that Transformers reads too; `from_dict` gives the same config back."""
         values = {key: value for key, value in self.model_dump().items() if value is not None or key in NULLABLE}
+        for name in SWITCHES:
+            if values[name] == type(self).model_fields[name].default:
+                del values[name]
         values.setdefault("architectures", [{"glm4": "Glm4ForCausalLM", "glm": "GlmForCausalLM"}[self.model_type]])
         return values
 

@@ -168,6 +168,7 @@ def load(
         model.requires_grad_(False)
         made = recorded(stored or wanted or QuantConfig(), calibrator)
         cast(Any, model).config.quantization_config = made.to_dict()
+    cast(Any, model).stored_generation_config = checkpoint.generation_config
     trunk = cast(Any, getattr(model, "model", model))
     trunk.kv, trunk.context = destinations.cache(needs, budget)
     return model.eval()

@@ -7,9 +7,8 @@ the model's dtype: o_proj and down_proj outputs of GLM-4 pass 65 504, float16's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,28 +16,28 @@ from torch import Tensor, nn
 
 from glm4lite import fused
 from glm4lite.attention import Visibility, attend, attend_with_weights
-from glm4lite.cache import Cache, HomeCache, KVCache, KVType, LayerCache, PackedLayerCache, bytes_per_token
+from glm4lite.cache import (
+    Cache,
+    HomeCache,
+    KVCache,
+    KVType,
+    LayerCache,
+    PackedLayerCache,
+    PastKeyValues,
+    as_cache,
+    bytes_per_token,
+)
 from glm4lite.config import Glm4Config
-from glm4lite.errors import ConfigError
 from glm4lite.fused import FusedLayer
 from glm4lite.graph import Caches, StepGraphs
 from glm4lite.offload import AT_HOME, Place
-from glm4lite.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from glm4lite.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, GenerateDecoderOnlyOutput
+from glm4lite.pretrained import Glm4PreTrainedModel, draw, ids_problem, labels_problem
 from glm4lite.rotary import RotaryEmbedding, apply_rotary
 from glm4lite_quant.kernels.decoder import DecoderKernel, Heads
 
 CPU_CHUNK, GPU_CHUNK = 512, 2048
 """Tokens of a prompt computed at a time: they bound the memory of activations."""
-
-if TYPE_CHECKING:
-    from glm4lite.events import Progress
-    from glm4lite.weights.foreign import Quant
-
-
-def draw(weight: Tensor, std: float) -> None:
-    """N(0, std) in place. Nothing on the meta device, where torch would import its compiler for it: a second."""
-    if not weight.is_meta:
-        nn.init.normal_(weight, std=std)
 
 
 class RMSNorm(nn.Module):
@@ -172,58 +171,12 @@ class DecoderLayer(nn.Module):
         return self._fused.kernel(self)
 
 
-class PreTrainedModel(nn.Module):
-    """What every GLM-4 class shares: the config, initialization, and loading."""
-
-    def __init__(self, config: Glm4Config) -> None:
-        super().__init__()
-        self.config = config
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        quant: str | Quant | None = None,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device = "auto",
-        progress: Callable[[Progress], None] | None = None,
-    ) -> Self:
-        """Loads a folder of safetensors, "nano", or a Hub repository; see `glm4lite.loader.load`."""
-        from glm4lite.loader import load
-
-        return load(source, quant=quant, dtype=dtype, device=device, progress=progress, cls=cls)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """`.to()` and `.half()` come here: float16 is refused, whatever asks for it."""
-        if fn(torch.empty(0)).dtype == torch.float16:
-            raise ConfigError(
-                "float16 is refused: GLM-4's activations reach 68000, float16 ends at 65504; use bfloat16 or float32"
-            )
-        return super()._apply(fn, recurse)
-
-    def _init_weights(self) -> None:
-        """The reference's initialization: N(0, initializer_range), biases 0, norms 1, the padding row 0."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                draw(module.weight, self.config.initializer_range)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                draw(module.weight, self.config.initializer_range)
-                if module.padding_idx is not None:
-                    with torch.no_grad():
-                        module.weight[module.padding_idx].zero_()
-
-    @property
-    def device(self) -> torch.device:
-        return next(tensor.device for tensors in (self.parameters(), self.buffers()) for tensor in tensors)
-
-
-class Glm4Model(PreTrainedModel):
+class Glm4Model(Glm4PreTrainedModel):
     """The trunk: embeddings, layers, final norm."""
 
     def __init__(self, config: Glm4Config) -> None:
         super().__init__(config)
+        config = self.config
         padding = config.pad_token_id
         if padding is not None and not 0 <= padding < config.vocab_size:
             padding = None  # a finetune may cut the vocabulary below the pad id
@@ -235,13 +188,8 @@ class Glm4Model(PreTrainedModel):
         self.kv: KVType = "float"
         self.context = config.context_length  # tokens a cache may hold; a memory budget allows fewer
         self.graphs = StepGraphs()
+        self.checkpointed: Callable[..., Any] | None = None  # calls a layer so that it is computed again for gradients
         self._init_weights()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the activations between the layers, and of a float cache."""
-        embedding = self.embed_tokens
-        return embedding.weight.dtype if isinstance(embedding, nn.Embedding) else embedding.dtype
 
     def _layers(self) -> Iterator[DecoderLayer]:
         return (layer for layer in self.layers if isinstance(layer, DecoderLayer))
@@ -291,35 +239,76 @@ class Glm4Model(PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: KVCache | None = None,
+        past_key_values: PastKeyValues | Sequence[tuple[Tensor, Tensor]] | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        *,
         cache_position: Tensor | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
     ) -> BaseModelOutputWithPast:
         """input_ids [B, T] or inputs_embeds [B, T, H]; attention_mask [B, past + T]; position_ids [B or 1, T].
 
         Positions count on from the cache unless given (`cache_position` [T] serves where `position_ids` is not): with
-        left padding the caller derives them from the mask. Raises ValueError unless exactly one input is given.
+        left padding the caller derives them from the mask. past_key_values: a KVCache, a DynamicCache of Transformers
+        (which then holds the new keys and values too), or a (key, value) pair a layer. The switches that are None are
+        config's; with return_dict=False a tuple comes back.
+
+        Raises ValueError for inputs that do not fit the model or each other, naming the argument.
         """
-        given = [given for given in (input_ids, inputs_embeds) if given is not None]
-        if len(given) != 1:
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        embeds: Tensor = given[0] if input_ids is None else self.embed_tokens(input_ids.to(self.device))
-        cache = past_key_values
-        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
-            cache = self.new_cache(embeds.shape[0])
+        embeds = self._embedded(input_ids, inputs_embeds)
+        cache = self._cache(past_key_values, use_cache, embeds)
         past, length = 0 if cache is None else cache.get_seq_length(), embeds.shape[1]
         if position_ids is None:
-            steps = (
-                torch.arange(past, past + length, device=embeds.device) if cache_position is None else cache_position
-            )
-            position_ids = steps[None]
-        collected = _Collected(output_hidden_states, output_attentions)
+            counted = torch.arange(past, past + length, device=embeds.device)
+            position_ids = (counted if cache_position is None else cache_position)[None]
+        _check_beside(embeds, position_ids, attention_mask, past)
+        weights_wanted = self._switch("output_attentions", output_attentions)
+        collected = _Collected(self._switch("output_hidden_states", output_hidden_states), weights_wanted)
         stages = _Stages(self.rotary_emb, embeds, position_ids, attention_mask, past)
-        caches = [None] * len(self.layers) if cache is None else cache.layers
-        few = cache is not None and length <= fused.STEP_TOKENS and not collected.wanted
+        x = self._through_layers(embeds, stages, cache, collected)
+        output = BaseModelOutputWithPast(
+            x, None if cache is None else cache.dynamic or cache, collected.hidden_states, collected.attentions
+        )
+        return self._returned(output, return_dict)
+
+    def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """[B, T, H] of whichever is given."""
+        if input_ids is not None and inputs_embeds is None:
+            if problem := ids_problem(input_ids, self.config.vocab_size):
+                raise ValueError(problem)
+            looked_up: Tensor = self.embed_tokens(input_ids.to(self.device))
+            return looked_up
+        if inputs_embeds is None or input_ids is not None:
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        shape, hidden = list(inputs_embeds.shape), self.config.hidden_size
+        if len(shape) != 3 or shape[2] != hidden or not inputs_embeds.numel():
+            raise ValueError(f"inputs_embeds must be [batch, tokens, {hidden}], found a tensor of shape {shape}")
+        return inputs_embeds
+
+    def _cache(
+        self,
+        given: PastKeyValues | Sequence[tuple[Tensor, Tensor]] | None,
+        use_cache: bool | None,
+        embeds: Tensor,
+    ) -> KVCache | None:
+        """The caller's cache as a KVCache, or a new one where one is wanted."""
+        batch = embeds.shape[0]
+        if given is None:
+            wanted = self._switch("use_cache", use_cache) and not (self.training and self.checkpointed)
+            return self.new_cache(batch) if wanted else None
+        cache = as_cache(given, lambda: self.new_cache(batch), len(self.layers))
+        if cache.batch not in (None, batch):
+            raise ValueError(f"past_key_values holds {cache.batch} sequences, the input {batch}")
+        return cache
+
+    def _through_layers(self, embeds: Tensor, stages: _Stages, cache: KVCache | None, collected: _Collected) -> Tensor:
+        """[B, T, H] after the final norm."""
+        length = embeds.shape[1]
+        caches: Sequence[HomeCache | None] = [None] * len(self.layers) if cache is None else cache.layers
+        few = cache is not None and cache.dynamic is None and length <= fused.STEP_TOKENS and not collected.wanted
+        call: Callable[..., Any] = self.checkpointed if self.checkpointed and self.training else _call
         x, stage = embeds.float(), stages.of(embeds.device, embeds.dtype)
         collected.hidden(embeds)
         for run in self._runs(length, few):
@@ -331,13 +320,27 @@ class Glm4Model(PreTrainedModel):
                 x = whole
                 continue
             for layer, layer_cache in zip(layers, caches[run], strict=True):
-                x, weights = layer(x, *stage.inputs, layer_cache, output_attentions)
+                x, weights = call(layer, x, *stage.inputs, layer_cache, collected.attentions is not None)
                 collected.attention(weights)
                 if layer is not self.layers[-1]:
                     collected.hidden(x.to(stage.dtype))
         x = self.norm(x.to(self.norm.weight.device), stage.dtype)
         collected.hidden(x)
-        return BaseModelOutputWithPast(x, cache, collected.hidden_states, collected.attentions)
+        return x
+
+
+def _call(layer: DecoderLayer, *inputs: Any) -> Any:
+    return layer(*inputs)
+
+
+def _check_beside(embeds: Tensor, positions: Tensor, mask: Tensor | None, past: int) -> None:
+    """ValueError where what is given beside the tokens does not belong to them."""
+    batch, length = embeds.shape[:2]
+    if positions.dim() != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != length:
+        raise ValueError(f"position_ids must be [{batch} or 1, {length}], found {list(positions.shape)}")
+    if mask is not None and mask.dim() != 4 and list(mask.shape) != [batch, past + length]:
+        beside = f" ({past} tokens of the cache and {length} new ones)" if past else ""
+        raise ValueError(f"attention_mask must be [{batch}, {past + length}]{beside}, found {list(mask.shape)}")
 
 
 def _kind(layer: DecoderLayer, tokens: int) -> tuple[torch.device, torch.dtype | None] | None:
@@ -397,19 +400,23 @@ class _Collected:
             self.attentions += (weights,)
 
 
-class Glm4ForCausalLM(PreTrainedModel):
+class Glm4ForCausalLM(Glm4PreTrainedModel):
     """The trunk and the language-model head."""
 
     def __init__(self, config: Glm4Config) -> None:
         super().__init__(config)
-        self.model = Glm4Model(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        draw(self.lm_head.weight, config.initializer_range)
+        self.model = Glm4Model(self.config)
+        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        draw(self.lm_head.weight, self.config.initializer_range)
         self.tie_weights()
 
-    def new_cache(self) -> KVCache:
-        """An empty cache for one sequence; `forward` takes it as past_key_values."""
-        return self.model.new_cache()
+    def new_cache(self, batch: int = 1) -> KVCache:
+        """An empty cache; `forward` takes it as past_key_values."""
+        return self.model.new_cache(batch)
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces the head: anything from [..., hidden_size] to [..., vocab_size]."""
+        self.lm_head = value  # type: ignore[assignment]  # a quantized head is no nn.Linear either
 
     @property
     def context(self) -> int:
@@ -421,24 +428,21 @@ class Glm4ForCausalLM(PreTrainedModel):
         """Tokens of a prompt in one forward pass."""
         return self.model.chunk
 
-    def tie_weights(self) -> None:
-        """With tie_word_embeddings the head is the embedding: one tensor under two names."""
-        if self.config.tie_word_embeddings and isinstance(self.lm_head, nn.Linear):
-            self.lm_head.weight = self.model.embed_tokens.weight
-
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: KVCache | None = None,
+        past_key_values: PastKeyValues | Sequence[tuple[Tensor, Tensor]] | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        *,
+        cache_position: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast:
         """Arguments as Glm4Model. labels [B, T], shifted inside, -100 is ignored.
 
@@ -452,17 +456,37 @@ class Glm4ForCausalLM(PreTrainedModel):
             past_key_values,
             inputs_embeds,
             use_cache,
-            cache_position,
-            output_hidden_states,
-            output_attentions,
+            cache_position=cache_position,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(trunk.last_hidden_state[:, keep])
         loss = None if labels is None else causal_lm_loss(logits, labels)
-        return CausalLMOutputWithPast(loss, logits, trunk.past_key_values, trunk.hidden_states, trunk.attentions)
+        output = CausalLMOutputWithPast(loss, logits, trunk.past_key_values, trunk.hidden_states, trunk.attentions)
+        return self._returned(output, return_dict)
+
+    def generate(
+        self, inputs: Tensor | None = None, *arguments: Any, **options: Any
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """Continues the sequences `inputs` [B, T], padded on the left; see `glm4lite.generation.generate`."""
+        from glm4lite.generation import generate
+
+        return generate(self, inputs, *arguments, **options)
+
+    def compute_transition_scores(
+        self, sequences: Tensor, scores: Sequence[Tensor], beam_indices: None = None, normalize_logits: bool = False
+    ) -> Tensor:
+        """The score [B, new] of each new id, from what `generate` returned with output_scores."""
+        from glm4lite.generation.loop import transition_scores
+
+        return transition_scores(sequences, scores, normalize_logits)
 
 
 def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in float32 of logits[:, t] against labels[:, t + 1]; labels of -100 do not count."""
+    if problem := labels_problem(labels, logits.shape[:2], logits.shape[2]):
+        raise ValueError(problem)
     shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
     return F.cross_entropy(logits.float().flatten(0, 1), shifted.flatten().to(logits.device), ignore_index=-100)

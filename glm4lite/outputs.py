@@ -1,33 +1,71 @@
-"""What a forward pass returns, under the reference's names. `output[0]` is the first field that is not None."""
+"""What a forward pass and `generate` return, under the reference's names."""
 
 from __future__ import annotations
 
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from glm4lite.cache import KVCache
+if TYPE_CHECKING:
+    from glm4lite.cache import PastKeyValues
 
 
 @dataclass
 class ModelOutput:
-    """Fields by attribute, by name (`out["logits"]`) or by place among those present (`out[0]`)."""
+    """Fields by attribute, and as Transformers' ModelOutput a mapping of those that are not None: `out["logits"]`,
+    `out.keys()`, `"loss" in out`. An int or a slice takes from them in order: `out[0]`, `out[:2]`.
+    """
+
+    def _present(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
     def to_tuple(self) -> tuple[Any, ...]:
-        values = (getattr(self, field.name) for field in fields(self))
-        return tuple(value for value in values if value is not None)
+        """The fields that are not None."""
+        return tuple(self._present().values())
 
     def __getitem__(self, key: int | slice | str) -> Any:
-        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+        return self._present()[key] if isinstance(key, str) else self.to_tuple()[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key not in {field.name for field in fields(self)}:
+            raise KeyError(f"{type(self).__name__} has no field {key!r}")
+        setattr(self, key, value)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._present())
+
+    def __len__(self) -> int:
+        return len(self._present())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._present()
+
+    def keys(self) -> KeysView[str]:
+        return self._present().keys()
+
+    def values(self) -> ValuesView[Any]:
+        return self._present().values()
+
+    def items(self) -> ItemsView[str, Any]:
+        return self._present().items()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._present().get(key, default)
+
+
+# isinstance(out, Mapping) is how scripts (and Transformers' Trainer) tell an output from a tuple.
+Mapping.register(ModelOutput)
 
 
 @dataclass
 class BaseModelOutputWithPast(ModelOutput):
     """last_hidden_state [B, T, H] after the final norm; hidden_states: embeddings, then each layer (last normed)."""
 
-    last_hidden_state: Tensor
-    past_key_values: KVCache | None = None
+    last_hidden_state: Tensor | None = None
+    past_key_values: PastKeyValues | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -38,7 +76,7 @@ class CausalLMOutputWithPast(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: KVCache | None = None
+    past_key_values: PastKeyValues | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -56,3 +94,17 @@ class TokenClassifierOutput(ModelOutput):
     logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class GenerateDecoderOnlyOutput(ModelOutput):
+    """sequences [B, T]; one entry a step: scores (processed) and logits [B, vocab], attentions and hidden_states
+    as a forward pass returns them. past_key_values hold all but the last token.
+    """
+
+    sequences: Tensor | None = None
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    attentions: tuple[tuple[Tensor, ...], ...] | None = None
+    hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
+    past_key_values: PastKeyValues | None = None

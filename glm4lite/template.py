@@ -13,6 +13,7 @@ assistant's own answers only special strings are replaced, as templates drop the
 
 import functools
 import json
+import os
 import re
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,17 +21,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from glm4lite.errors import CheckpointError, ContextLengthError, TemplateError
+from glm4lite.errors import CheckpointError, TemplateError
 from glm4lite.messages import Message, ToolCall
 from glm4lite.templating.process import TemplateProcess
 from glm4lite.tokenizer import Tokenizer, token_text
-from glm4lite.weights.files import read_json
+from glm4lite.weights.files import decoded, open_file, read_json
+from glm4lite.weights.magic import START_BYTES, dangling, mistaken_for
 
 TIME_LIMIT_S = 5.0  # a real template takes a millisecond; this much, that a busy machine fails none
 _MAX_SOURCE = 1_000_000  # characters; real templates have a few thousand
 _ROLES = ("system", "user", "assistant", "tool")
 _PRIVATE, _PRIVATE_SIZE = 0xF0000, 0xFFFE  # Unicode's private use plane: no filter changes its characters
-_ESCAPED = re.compile(r"\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}")  # such a character in ASCII JSON
+_PIECE = 64 << 10  # characters looked through at once; nobody else runs meanwhile
 _SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -75,11 +77,8 @@ class ChatTemplate:
         config = read_json(folder / "tokenizer_config.json", CheckpointError, optional=True)
         names = {name: text for name in _SPECIAL_NAMES if (text := token_text(config.get(name)))}
         file = folder / "chat_template.jinja"
-        if file.is_file():
-            try:
-                return cls(file.read_text(encoding="utf-8-sig"), str(file), names)
-            except (OSError, UnicodeDecodeError) as error:
-                raise TemplateError(f"{file}: cannot be read as UTF-8 text ({error})") from error
+        if os.path.lexists(file):
+            return cls(_source(file), str(file), names)
         origin = str(folder / "tokenizer_config.json")
         found = config.get("chat_template")
         return None if found is None else cls(_named_sources(found, origin), f"{origin}: chat_template", names)
@@ -107,14 +106,18 @@ class ChatTemplate:
     ) -> list[int]:
         """The prompt as ids: special tokens only where the template wrote them. Raises TemplateError.
 
-        context: raises ContextLengthError for a text that cannot fit, without the time it takes to tokenize it.
+        context: raises ContextLengthError for a text that does not fit, most often without tokenizing it.
         """
+        if context is not None:  # what is in every prompt, before the memory and time for several copies
+            kept = ("user", "tool") if self.takes_tools else ("user",)
+            said = (message.content.strip() for message in messages if message.role in kept)
+            tokenizer.check_fits("".join(said), context)
         rendered, restore = self._render(messages, tools, add_generation_prompt, tokenizer.special)
         if context is not None:
-            check_length(tokenizer, restore(rendered), context)
+            tokenizer.check_fits(restore(rendered), context)
         ids: list[int] = []
         for piece, token_id in tokenizer.split_special(rendered):
-            ids.extend(tokenizer.encode(restore(piece)) if token_id is None else [token_id])
+            ids.extend(tokenizer.encode(restore(piece), context=context) if token_id is None else [token_id])
         return ids
 
     @staticmethod
@@ -146,8 +149,11 @@ class ChatTemplate:
             name = next(iter(self.sources))
         specials = {*specials, *self._special_names.values()}
         try:
-            given = json.dumps([[message.to_dict() for message in messages], schemas], ensure_ascii=False)
-            stand_ins = _StandIns(specials, self._process.openers[name], given + self.sources[name])
+            given = json.dumps(
+                [[message.to_dict() for message in messages], schemas, self.sources[name]], ensure_ascii=False
+            )
+            stand_ins = _StandIns(specials, self._process.openers[name], given)
+            del given  # as long as all messages
             schemas = stand_ins.in_schema(schemas)
             variables = {
                 "messages": _template_messages(self.sources[name], messages, schemas, stand_ins),
@@ -159,16 +165,6 @@ class ChatTemplate:
             return self._process.render(name, variables), stand_ins.restore
         except (TypeError, ValueError, RecursionError) as error:
             raise TemplateError(f"{self._origin}: messages and tools must be JSON data ({error})") from error
-
-
-def check_length(tokenizer: Tokenizer, text: str, context: int) -> None:
-    """Raises ContextLengthError where `text` is so long that it needs no counting: it cannot fit."""
-    least = tokenizer.least_tokens(text)
-    if least >= context:
-        raise ContextLengthError(
-            f"the prompt has {len(text)} characters, at least {least} tokens, and the model's context is {context}; "
-            "shorten the conversation or start a new one"
-        )
 
 
 class _StandIns:
@@ -184,6 +180,7 @@ class _StandIns:
         self._stand_ins = dict(zip(every, _unused(given, len(every)), strict=True))
         self._tags = {letter: self._stand_ins[letter] for letter in every if letter in first | {"<", "["}}
         self._letters = {stand_in: letter for letter, stand_in in self._stand_ins.items()}
+        self._letters |= {json.dumps(stand_in)[1:-1]: letter for stand_in, letter in self._letters.items()}
         self._specials = {text: _replaced(text, self._stand_ins) for text in sorted(specials, key=len, reverse=True)}
 
     def in_text(self, value: Any) -> Any:
@@ -200,7 +197,6 @@ class _StandIns:
 
     def restore(self, text: str) -> str:
         """Text with the characters back, also where `tojson(ensure_ascii=True)` escaped their stand-ins."""
-        text = _ESCAPED.sub(lambda found: self._letters.get(json.loads(f'"{found.group()}"'), found.group()), text)
         return _replaced(text, self._letters)
 
 
@@ -221,7 +217,9 @@ def _changed(value: Any, change: Callable[[str], str]) -> Any:
 
 def _unused(given: str, count: int) -> list[str]:
     """Private characters that `given` does not hold; at random, so that no text can be made to meet them."""
-    used = set(re.findall(f"[{chr(_PRIVATE)}-{chr(_PRIVATE + _PRIVATE_SIZE - 1)}]", given))
+    used = set[str]()
+    for begin in range(0, 0 if given.isascii() else len(given), _PIECE):
+        used.update(given[begin : begin + _PIECE])
     start = secrets.randbelow(_PRIVATE_SIZE)
     all_of_them = (chr(_PRIVATE + (start + step) % _PRIVATE_SIZE) for step in range(_PRIVATE_SIZE))
     found = list(islice((letter for letter in all_of_them if letter not in used), count))
@@ -286,6 +284,22 @@ def _parsed(call: ToolCall) -> Any:
         return json.loads(call.arguments)
     except (ValueError, RecursionError):
         return call.arguments
+
+
+def _source(file: Path) -> str:
+    """A chat_template.jinja. A pointer or a page in its place would be the prompt, whatever is asked."""
+    try:
+        with open_file(file) as opened:
+            data = opened.read(4 * _MAX_SOURCE + 1)
+        source = decoded(data)
+    except (OSError, UnicodeDecodeError) as error:
+        why = f"cannot be read as text ({getattr(error, 'strerror', None) or error})"
+        link = dangling(file)
+        raise TemplateError(f"{file}: {why}" if link is None else f"{file} is {link}") from error
+    what = None if "{" in source else mistaken_for(data[:START_BYTES])
+    if what is not None:
+        raise TemplateError(f"{file} is {what}")
+    return source
 
 
 def _named_sources(found: object, origin: str) -> dict[str, str]:

@@ -17,9 +17,9 @@ from typing import Any, TypeAlias
 import tokenizers
 from tokenizers import decoders, models
 
-from glm4lite.errors import CheckpointError, one_line
+from glm4lite.errors import CheckpointError, ContextLengthError, one_line
 from glm4lite.rust import named_errors, panic_reports_hidden
-from glm4lite.weights.files import TOKENIZER, open_file, read_json
+from glm4lite.weights.files import TOKENIZER, decoded, open_file, read_json
 from glm4lite.weights.magic import START_BYTES, dangling, mistaken_for
 
 GLM_STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
@@ -100,14 +100,25 @@ class Tokenizer:
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
         return named_errors(self._origin, getattr(self._backend, method), *arguments, **options)
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of `text`; with `special`, the strings in `self.special` become their single ids. Adds no prefix."""
+    def encode(self, text: str, special: bool = False, context: int | None = None) -> list[int]:
+        """Ids of `text`; with `special`, the strings in `self.special` become their single ids. Adds no prefix.
+
+        context: raises ContextLengthError for a text that does not fit, most often without tokenizing it.
+        """
+        if context is not None:
+            self.check_fits(text, context)
         if not special:
-            return self._encode_plain(text)
+            return self._encode_plain(text, context)
         ids: list[int] = []
         for piece, token_id in self.split_special(text):
-            ids.extend(self._encode_plain(piece) if token_id is None else [token_id])
+            ids.extend(self._encode_plain(piece, context) if token_id is None else [token_id])
         return ids
+
+    def check_fits(self, text: str, context: int) -> None:
+        """Raises ContextLengthError where `text` is so long that it needs no counting: it cannot fit."""
+        least = self.least_tokens(text)
+        if least >= context:
+            raise _too_long(text, f"at least {least}", context)
 
     def split_special(self, text: str) -> list[_Piece]:
         """Pieces of `text` in order: special strings with their id, the text between them with None."""
@@ -173,10 +184,14 @@ class Tokenizer:
         """True for the ids in `self.special`."""
         return token_id in self._specials
 
-    def _encode_plain(self, text: str) -> list[int]:
+    def _encode_plain(self, text: str, context: int | None = None) -> list[int]:
         # Lone surrogates (JSON can carry them, UTF-8 cannot) become "?".
         clean = text.encode("utf-8", "replace").decode("utf-8")
-        ids: list[int] = self._call("encode", clean, add_special_tokens=False).ids
+        # Unlike `encode`, which gives the same ids, this lets other threads run, for seconds with a long text.
+        encoded = self._call("encode_batch_fast", [clean], add_special_tokens=False)[0]
+        if context is not None and len(encoded) >= context:
+            raise _too_long(text, str(len(encoded)), context)
+        ids: list[int] = encoded.ids
         return ids
 
     def _ids_of(self, text: str | None) -> list[int]:
@@ -227,8 +242,15 @@ class StreamingDetokenizer:
         return piece
 
 
+def _too_long(text: str, tokens: str, context: int) -> ContextLengthError:
+    return ContextLengthError(
+        f"the prompt has {len(text)} characters, {tokens} tokens, and the model's context is {context}; "
+        "shorten the conversation or start a new one"
+    )
+
+
 def _read(file: Path) -> bytes:
-    """A tokenizer.json without a byte order mark."""
+    """A tokenizer.json as UTF-8 without a byte order mark."""
     try:
         with open_file(file) as opened:
             data = opened.read(_MAX_BYTES + 1)
@@ -244,7 +266,10 @@ def _read(file: Path) -> bytes:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
     if len(data) > _MAX_BYTES:
         raise CheckpointError(f"{file} has more than {_MAX_BYTES} bytes, as no tokenizer has; download it again")
-    return data.removeprefix(codecs.BOM_UTF8)
+    try:
+        return decoded(data).encode()
+    except UnicodeError:
+        return data  # for the library to say what is wrong
 
 
 def _declared_special(config: dict[str, Any]) -> set[str]:

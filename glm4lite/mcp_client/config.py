@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from glm4lite.errors import ToolError, one_line
+from glm4lite.weights.files import decoded
 
 logger = logging.getLogger("glm4lite")
 
 MAX_FILE = 1 << 20  # bytes
-_NAME = re.compile(r"[\w.\- ]{1,48}")
+_LONGEST_NAME = 100
 _ROOTS = ("mcpServers", "servers", "context_servers")  # of most clients, of VS Code, of Zed
-_KEYS = {"command", "args", "env", "cwd", "url", "headers", "type", "transport", "disabled", "enabled"}
+_URLS = ("url", "httpUrl", "serverUrl")  # of most clients, of Gemini, of Windsurf
+_SWITCHES = {"disabled": True, "enabled": False, "isActive": False}  # what each is where a server is left out
+_KEYS = {"command", "args", "env", "cwd", "headers", "type", "transport", *_URLS, *_SWITCHES}
 _BY_COMMAND = {"stdio", "local"}
 _BY_URL = {"http", "streamable-http", "streamable_http", "streamableHttp", "remote"}
 
@@ -36,7 +39,7 @@ class ServerConfig:
 
 
 def read_config(paths: Iterable[str | Path]) -> list[ServerConfig]:
-    """The servers of all files, in order; those with `"disabled": true` or `"enabled": false` are left out.
+    """The servers of all files, in order; those that are switched off are left out.
 
     `${NAME}` in env and headers is that environment variable, so that a secret need not stand in the file. Keys of
     other clients are passed over with one warning a file: what they approve, and what they limit, does not hold here.
@@ -48,9 +51,12 @@ def read_config(paths: Iterable[str | Path]) -> list[ServerConfig]:
         for name, entry in _entries(Path(path).expanduser()).items():
             if name in found:
                 raise ToolError(f"{path}: there are two MCP servers called {name!r}")
-            if isinstance(entry, dict) and (entry.get("disabled") is True or entry.get("enabled") is False):
+            where = f"{path}: the server {name[:_LONGEST_NAME]!r}"
+            if not isinstance(entry, dict):
+                raise ToolError(f"{where} must be an object with 'command' or 'url'")
+            if _is_off(where, entry):
                 continue
-            found[name] = _server(f"{path}: the server {name!r}", name, entry)
+            found[name] = _server(where, name, entry)
             foreign |= entry.keys() - _KEYS
         if foreign:
             named = one_line(", ".join(sorted(foreign)))[:300]
@@ -67,7 +73,7 @@ def _entries(path: Path) -> dict[str, Any]:
     if len(content) > MAX_FILE:
         raise ToolError(f"--mcp: {path} has more than {MAX_FILE >> 20} MiB; it is no list of MCP servers")
     try:
-        data = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_each_once)
+        data = json.loads(decoded(content), object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         comments = "; comments and trailing commas are not JSON" if re.search(rb"//|/\*|,\s*[}\]]", content) else ""
         raise ToolError(f"--mcp: {path} is not JSON: {one_line(error)}{comments}") from error
@@ -86,20 +92,26 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _server(where: str, name: str, entry: object) -> ServerConfig:
-    if not _NAME.fullmatch(name):
-        raise ToolError(f"{where}: a server's name is 1 to 48 letters, digits, spaces, '_', '-' or '.'")
-    if not isinstance(entry, dict):
-        raise ToolError(f"{where} must be an object with 'command' or 'url'")
+def _is_off(where: str, entry: Mapping[str, Any]) -> bool:
+    for key in _SWITCHES:
+        if not isinstance(_present(entry, key, True), bool):
+            raise ToolError(f"{where}: {key} must be true or false")
+    return any(entry.get(key) is off for key, off in _SWITCHES.items())
+
+
+def _server(where: str, name: str, entry: Mapping[str, Any]) -> ServerConfig:
+    if not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME:
+        raise ToolError(f"{where}: a server's name is 1 to {_LONGEST_NAME} printable characters")
     _refuse_misspelt(where, entry)
-    command, url = _text(where, entry, "command"), _text(where, entry, "url")
+    command = _text(where, entry, "command")
+    url = next((found for key in _URLS if (found := _text(where, entry, key)) is not None), None)
     if (command is None) == (url is None):
         keys = one_line(", ".join(sorted(entry)))[:200] or "none"
         raise ToolError(f"{where} needs either 'command' or 'url' (its keys: {keys})")
     _check_transport(where, entry, by_url=url is not None)
     if url is not None and not url.startswith(("http://", "https://")):
         raise ToolError(f"{where}: url is {url[:100]!r}; it starts with http:// or https://")
-    args = entry.get("args", [])
+    args = _present(entry, "args", [])
     if not isinstance(args, list) or not all(_is_text(arg) for arg in args):
         raise ToolError(f"{where}: args must be a list of texts")
     env, headers = _texts(where, entry, "env"), _texts(where, entry, "headers")
@@ -127,6 +139,12 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and "\0" not in value and value.encode("utf-8", "replace").decode() == value
 
 
+def _present(entry: Mapping[str, Any], key: str, default: Any) -> Any:
+    """What a key holds; programs that write such files give null to what is not set."""
+    value = entry.get(key)
+    return default if value is None else value
+
+
 def _text(where: str, entry: Mapping[str, Any], key: str) -> str | None:
     value = entry.get(key)
     if value is not None and (not value or not _is_text(value)):
@@ -135,7 +153,7 @@ def _text(where: str, entry: Mapping[str, Any], key: str) -> str | None:
 
 
 def _texts(where: str, entry: Mapping[str, Any], key: str) -> dict[str, str]:
-    values = entry.get(key, {})
+    values = _present(entry, key, {})
     if not isinstance(values, dict) or not all(map(_is_text, [*values, *values.values()])):
         raise ToolError(f"{where}: {key} must be an object of texts")
     return {name: _expanded(f"{where}: {key}.{name}", value) for name, value in values.items()}

@@ -7,10 +7,9 @@ refused before it is parsed, and without being kept.
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
@@ -150,8 +149,7 @@ def parse(body: bytearray) -> dict[str, Any]:
     try:
         text = body.decode("utf-8")
         body.clear()
-        with _not_collecting():
-            value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise ApiError(f"the body is not valid UTF-8 (byte {error.start})") from None
     except RecursionError:
@@ -163,19 +161,6 @@ def parse(body: bytearray) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ApiError(f"the body must be a JSON object, found {type(value).__name__}")
     return value
-
-
-@contextmanager
-def _not_collecting() -> Iterator[None]:
-    """Parsed JSON holds no cycles, but its many lists make Python look through the whole heap, a loaded model's too,
-    several times, with everybody else waiting."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 async def _chunks(request: Request) -> AsyncIterator[bytes]:

@@ -7,6 +7,7 @@ more memory and hold the interpreter no longer than one.
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -27,7 +28,7 @@ class Preparing:
 
     async def run(self, request: Request, step: Callable[[], T]) -> T:
         """What `step` returns or raises, when its turn came; it is not begun for a client that went away meanwhile."""
-        future = asyncio.wrap_future(self._thread.submit(step))
+        future = asyncio.wrap_future(self._thread.submit(_without_collecting, step))
         while not future.done():
             await asyncio.wait({future}, timeout=POLL_S)
             if not future.done() and await request.is_disconnected():
@@ -38,3 +39,15 @@ class Preparing:
     def close(self) -> None:
         """Ends the thread after what it does now."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _without_collecting(step: Callable[[], T]) -> T:
+    """What is prepared holds no cycles, but its many lists and objects make Python look through the whole heap, a
+    loaded model's too, several times, with everybody else waiting."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        return step()
+    finally:
+        if was:
+            gc.enable()

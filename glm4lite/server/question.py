@@ -14,7 +14,7 @@ from glm4lite.server.declared import check_name, declared_tools, forced_names
 from glm4lite.server.errors import ApiError
 from glm4lite.server.requests import ChatRequest, CompletionRequest
 from glm4lite.server.unsupported import refuse_in_message
-from glm4lite.template import ChatTemplate, check_length
+from glm4lite.template import ChatTemplate
 
 MOST_ITEMS = 4096  # parts or calls of one message
 _END_OF_THOUGHT = "\n</think>\n\n"
@@ -80,10 +80,10 @@ def completion_question(engine: Engine, request: CompletionRequest) -> Question:
                 raise ApiError(f"prompt: {wrong} is no token of this model", param="prompt")
         case [str(text)] | str(text):
             try:
-                check_length(engine.tokenizer, text, engine.model.context)
+                ids = engine.tokenizer.encode(text, context=engine.model.context)
             except ContextLengthError as error:
                 raise _too_long(error, "prompt") from None
-            prompt = engine.tokenizer.prefix_ids + engine.tokenizer.encode(text)
+            prompt = engine.tokenizer.prefix_ids + ids
         case _:
             raise ApiError("prompt: must be text or token ids", param="prompt")
     fitting = _fitting(engine, prompt, "prompt")

@@ -24,14 +24,17 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
     # a grammar or a schema that binds the answer
     **_named(
         "guided_json guided_choice guided_regex guided_grammar guided_whitespace_pattern structured_outputs "
-        "structural_tag grammar grammar_string json_schema regex ebnf format"
+        "structural_tag grammar grammar_string json_schema regex ebnf format guided_decoding response_schema "
+        "regex_pattern json_mode force_words_ids constraints extra_body nvext"
     ),
     "response_format": (None, {"type": "text"}),
     # which tokens may come, and when the answer ends
     **_named(
         "min_tokens min_new_tokens min_length ignore_eos ban_eos_token stop_token_ids stop_regex no_stop_trim "
         "include_stop_str_in_output allowed_token_ids bad_words bad_words_ids custom_token_bans logits_processors "
-        "logits_processor_args no_repeat_ngram_size encoder_repetition_penalty"
+        "logits_processor_args no_repeat_ngram_size encoder_repetition_penalty suppress_tokens begin_suppress_tokens "
+        "sequence_bias banned_tokens banned_strings forced_bos_token_id forced_eos_token_id "
+        "exponential_decay_length_penalty eos_token_id stop_sequences stop_strings stop_words"
     ),
     # how a token is drawn
     **_named(
@@ -48,7 +51,7 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
     # what the prompt is made of
     **_named(
         "echo suffix continue_final_message chat_template chat_template_kwargs truncate_prompt_tokens documents "
-        "lora lora_path mm_processor_kwargs options"
+        "lora lora_path mm_processor_kwargs options system images"
     ),
     **_named("add_generation_prompt add_special_tokens", (None, True)),
     # what the answer consists of
@@ -62,7 +65,7 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
     # tools in the form before `tools`, and lengths in other words
     "functions": _NOTHING,
     "function_call": (None, "none", "auto"),
-    "max_new_tokens": (None,),
+    **_named("max_new_tokens max_length max_tokens_to_sample", (None,)),
     "n_predict": (None, -1),
     "num_predict": (None, -1),
 }
@@ -72,6 +75,12 @@ _INSTEAD = {
     "repeat_penalty": "repetition_penalty",
     "do_sample": "temperature",
     "max_new_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "max_tokens_to_sample": "max_tokens",
+    "stop_sequences": "stop",
+    "stop_strings": "stop",
+    "stop_words": "stop",
+    "system": "a message of the role system",
     "n_predict": "max_tokens",
     "num_predict": "max_tokens",
 }

@@ -45,7 +45,7 @@ class TemplateProcess:
 
         A prompt is not much longer than what it is made of: one that is, is given up while it is written.
         """
-        given = json.dumps(variables)
+        given = json.dumps(variables, ensure_ascii=False)
         limit = min(_MOST, _OWN_TEXT + 8 * len(given))  # tojson indents, and some templates write a thing twice
         request = f'{{"name": {json.dumps(name)}, "limit": {limit}, "variables": {given}}}'
         with self._lock:
@@ -64,6 +64,7 @@ class TemplateProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 encoding="utf-8",
+                errors="surrogatepass",
                 start_new_session=True,
             )
         except OSError as error:
@@ -90,7 +91,8 @@ class TemplateProcess:
         timer.start()
         try:
             if request is not None:
-                process.stdin.write(request + "\n")
+                process.stdin.write(request)
+                process.stdin.write("\n")
                 process.stdin.flush()
             answer: dict[str, Any] = json.loads(process.stdout.readline(_ESCAPED * most + 1000))
         except (OSError, ValueError) as error:

@@ -205,13 +205,15 @@ def _limit_process() -> None:
 
 
 def _write(answer: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")  # escapes take the reader ten times as long
     sys.stdout.flush()
 
 
 def main() -> None:
     """Answer requests until stdin ends, which it does when the parent does."""
     _limit_process()
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(encoding="utf-8", errors="surrogatepass")  # type: ignore[union-attr]
     renderer = Renderer()
     _write({"text": "ready"})
     for line in sys.stdin:

@@ -16,7 +16,17 @@ from pathlib import Path
 from glm4lite.errors import CheckpointError, HubError, one_line
 from glm4lite.events import Progress
 from glm4lite.owned_folder import is_abandoned
-from glm4lite.weights.files import COMPANIONS, CONFIG, INDEX, SINGLE, UNREADABLE, read_index, some
+from glm4lite.weights.files import (
+    COMPANIONS,
+    CONFIG,
+    INDEX,
+    SINGLE,
+    UNREADABLE,
+    may_be_missing,
+    read_index,
+    read_json,
+    some,
+)
 from glm4lite.weights.hub_client import (
     Repo,
     cache,
@@ -95,7 +105,7 @@ class Snapshot:
         if SINGLE in self.repo.files:
             return [SINGLE]
         try:
-            names = list(read_index(self.folder / INDEX))
+            names = _listed_shards(self.folder, self.repo.files.__contains__)
         except CheckpointError as error:
             raise HubError(f"{self.repo.repo_id} is damaged where it comes from: {error}") from None
         lacking = [name for name in names if name not in self.repo.files]
@@ -199,8 +209,15 @@ def _from_cache(repo_id: str, error: HubError, progress: ProgressCallback | None
 
 
 def _weights_in(folder: Path) -> list[str]:
-    """The files that a folder's weights are in, whether or not they are there."""
-    return [SINGLE] if (folder / SINGLE).exists() else list(read_index(folder / INDEX))
+    """The files that a folder's weights are in, whether or not they are there; CheckpointError where nothing says."""
+    has_file = (folder / SINGLE).exists()
+    return [SINGLE] if has_file else _listed_shards(folder, lambda name: (folder / name).exists())
+
+
+def _listed_shards(folder: Path, has: Callable[[str], bool]) -> list[str]:
+    """The shards that a folder's index names, without those that are not there and that a model does without."""
+    config, listed = read_json(folder / CONFIG, CheckpointError), read_index(folder / INDEX)
+    return [file for file, names in listed.items() if has(file) or not may_be_missing(names, config)]
 
 
 def _verifying(progress: ProgressCallback | None) -> Callable[[int, int], None]:

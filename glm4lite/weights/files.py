@@ -1,5 +1,6 @@
 """The names of a checkpoint's files, in one place, and what all of its readers share: JSON objects, lists of names."""
 
+import codecs
 import errno
 import json
 import math
@@ -8,7 +9,7 @@ import re
 import reprlib
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,6 +42,11 @@ UNREADABLE: Mapping[str, str] = {
 }
 """Weight files of other kinds, by suffix."""
 
+HEAD = "lm_head.weight"
+
+COMPUTED = re.compile(r".*rotary.*\.(?:(?:original_)?inv_freq|(?:cos|sin)_cached)|transformer\.rotary_pos_emb\..*")
+"""The names of buffers that are computed, in old and new files."""
+
 MAX_JSON_BYTES = 16 << 20
 """What a file or header of JSON may take; those of the largest known models have a tenth."""
 
@@ -67,7 +73,7 @@ def read_json(path: Path, error: type[Glm4liteError] = ConfigError, optional: bo
     """A JSON object from a file, as `parse_json` reads it; {} where an `optional` file does not exist.
 
     Raises:
-        Glm4liteError: of the type `error`: the file is missing, is not UTF-8 JSON, or holds something else.
+        Glm4liteError: of the type `error`: the file is missing, is not JSON, or holds something else.
     """
     try:
         with open_file(path) as file:
@@ -111,13 +117,28 @@ def read_index(path: Path) -> dict[str, frozenset[str]]:
     return {file: frozenset(names) for file, names in sorted(expected.items())}
 
 
+def may_be_missing(names: Collection[str], config: Mapping[str, Any]) -> bool:
+    """Whether a model does without a shard of these tensors: all that it should hold is a tied head, or computed."""
+    tied = config.get("tie_word_embeddings") is True
+    return bool(names) and all(COMPUTED.fullmatch(name) or (tied and name == HEAD) for name in names)
+
+
 def _stays_in_folder(name: str) -> bool:
     """Whether it is the plain name of a file, on every system."""
     return name.isprintable() and not set(name) & set('/\\:*?"<>|') and _DEVICES.fullmatch(name) is None
 
 
+def decoded(data: bytes) -> str:
+    """A text file: UTF-8, or UTF-16 where its mark says so, as PowerShell writes; the mark is no part of the text.
+
+    Raises:
+        UnicodeDecodeError: it is neither.
+    """
+    return data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+
+
 def parse_json(data: bytes) -> Any:
-    """JSON that a stranger wrote, in UTF-8, with or without the byte order mark that editors of Windows add.
+    """JSON that a stranger wrote, as `decoded` reads text.
 
     Objects hold what `check_values` lets pass. A key that appears twice in one is refused: readers differ in which they
     take.
@@ -128,7 +149,7 @@ def parse_json(data: bytes) -> Any:
     if len(data) > MAX_JSON_BYTES:
         raise ValueError(f"it has more than {MAX_JSON_BYTES} bytes")
     try:
-        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique, parse_int=_whole)
+        value = json.loads(decoded(data), object_pairs_hook=_unique, parse_int=_whole)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     for key, item in value.items() if isinstance(value, dict) else ():

@@ -24,9 +24,6 @@ RENAMES: tuple[tuple[str, str], ...] = (
 FUSED_QKV = re.compile(r"transformer\.encoder\.layers\.(\d+)\.self_attention\.query_key_value\.(weight|bias)")
 """One tensor whose rows are all of q, then all of k, then all of v."""
 
-IGNORED = re.compile(r".*rotary.*\.(?:(?:original_)?inv_freq|(?:cos|sin)_cached)|transformer\.rotary_pos_emb\..*")
-"""Buffers that are computed, in old and new files."""
-
 
 def rename(tensors: Mapping[str, StoredTensor], config: Glm4Config) -> dict[str, StoredTensor]:
     """The same tensors under our names, fused q, k, v rows as three tensors."""

@@ -26,8 +26,8 @@ def remove_abandoned(destination: Path) -> None:
     for folder in owned(destination.parent, every):
         own = folder.name.startswith(f".{destination.name}.partial-")
         if own and not os.path.lexists(folder / LOCK):  # also where another user's folder may not be looked into
-            size = readable(_size(folder))
-            logger.warning("%s (%s) may be left of an earlier run; remove it if none writes it", folder, size)
+            left = readable(_size(folder))
+            logger.warning("%s (%s) may be left of an earlier run; remove it if none writes it", folder, left)
 
 
 def _size(folder: Path) -> int:

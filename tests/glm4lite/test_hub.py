@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from glm4lite import owned_folder
+from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import HubError
 from glm4lite.hub import nano_folder, resolve
 from glm4lite.weights.verified import NOTES
@@ -354,6 +355,17 @@ def test_an_index_that_names_what_the_repo_lacks_is_said_before_the_shards(hub: 
         "choose another repo"
     )
     assert not any(is_large(name) for name in hub.fetched)
+
+
+def test_a_shard_of_computed_buffers_alone_may_be_missing(hub: HubServer, tmp_path: Path) -> None:
+    files = hub.repos["org/tiny"].files
+    index = json.loads(files["model.safetensors.index.json"])
+    index["weight_map"]["model.rotary_emb.inv_freq"] = "buffers.safetensors"
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    found, _ = find(hub.url, tmp_path, "org/tiny")
+    assert Checkpoint.open(found["folder"]).names()
+    offline, _ = find(hub.url, tmp_path, "org/tiny", HF_HUB_OFFLINE="1")
+    assert offline["folder"] == found["folder"]
 
 
 def test_a_listing_may_be_long_and_hold_anything(hub: HubServer, tmp_path: Path) -> None:

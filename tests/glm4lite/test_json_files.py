@@ -15,7 +15,7 @@ from glm4lite.tokenizer import Tokenizer
 from glm4lite.weights.files import parse_json, read_json
 from tests.glm4lite.checkpoints import write_checkpoint
 
-BOM = b"\xef\xbb\xbf"
+SAVED_BY_WINDOWS = ("utf-8-sig", "utf-16-le", "utf-16-be")  # Notepad, PowerShell's `>`, and Notepad's third choice
 
 
 @pytest.fixture
@@ -30,11 +30,15 @@ def folder(tmp_path: Path) -> Path:
         *("model.safetensors.index.json", "chat_template.jinja"),
     ],
 )
-def test_a_file_that_an_editor_of_windows_saved_reads_as_without_its_mark(folder: Path, name: str) -> None:
+@pytest.mark.parametrize("encoding", SAVED_BY_WINDOWS)
+def test_a_file_that_an_editor_of_windows_saved_reads_as_without_its_mark(
+    folder: Path, name: str, encoding: str
+) -> None:
     prompt = [Message("user", "hi")]
     before = Engine.load(folder, quant=None)
     expected = before.chat_template().encode(before.tokenizer, prompt), before.generation_config
-    (folder / name).write_bytes(BOM + (folder / name).read_bytes())
+    text = (folder / name).read_text(encoding="utf-8")
+    (folder / name).write_bytes((text if encoding == "utf-8-sig" else f"\ufeff{text}").encode(encoding))
     after = Engine.load(folder, quant=None)
     assert (after.chat_template().encode(after.tokenizer, prompt), after.generation_config) == expected
     template = ChatTemplate.from_folder(folder)
@@ -50,7 +54,8 @@ REFUSED: dict[bytes, str] = {
     b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}": "a is nested too deeply: more than 50",
     b'{"a": ' + b"[" * 100_000: "nested too deeply",
     b'{"a": {"b": 1, "b": 2}}': "'b' appears twice",
-    b"\xff\xfe{\0}\0": "can't decode",
+    b"\xff\xfe{\0}": "can't decode",
+    b"\xe9{}": "can't decode",
     b" " * (17 << 20): "it has more than 16777216 bytes",
     b'{"a": 1} x': "Extra data",
 }

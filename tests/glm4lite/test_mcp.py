@@ -291,6 +291,8 @@ def test_http_headers_are_sent_and_an_answer_without_end_is_cut(monkeypatch: pyt
         ("[]", "no object 'mcpServers'"),
         ('{"mcpServers": {"a": 5}}', "must be an object"),
         ('{"mcpServers": {"a": {}}}', "either 'command' or 'url'"),
+        ('{"mcpServers": {"a": {"command": "x", "disabled": "true"}}}', "disabled must be true or false"),
+        ('{"mcpServers": {"a": {"command": "x", "enabled": 0}}}', "enabled must be true or false"),
         ('{"mcpServers": {"a": {"command": "x", "url": "http://x"}}}', "either 'command' or 'url'"),
         ('{"mcpServers": {"a": {"command": 5}}}', "command must be a text"),
         ('{"mcpServers": {"a": {"command": "x", "args": "y"}}}', "args must be a list"),
@@ -300,7 +302,7 @@ def test_http_headers_are_sent_and_an_answer_without_end_is_cut(monkeypatch: pyt
         ('{"mcpServers": {"a": {"command": "x", "comand": "y"}}}', "unknown key 'comand'; is it 'command'?"),
         ('{"mcpServers": {"a": {"commnad": "x"}}}', "unknown key 'commnad'; is it 'command'?"),
         ('{"mcpServers": {"a": {"command": "x", "ENV": {}}}}', "unknown key 'ENV'; is it 'env'?"),
-        ('{"mcpServers": {"a": {"httpUrl": "http://x"}}}', "(its keys: httpUrl)"),
+        ('{"mcpServers": {"a": {"endpoint": "http://x"}}}', "(its keys: endpoint)"),
         ('{"mcpServers": {"a": {"url": "http://x", "type": "sse"}}}', "type is 'sse'; with a url it is 'http'"),
         ('{"mcpServers": {"a": {"command": "x", "transport": "http"}}}', "with a command it is 'stdio'"),
         ('{"mcpServers": {"a": {"command": "x"}, "a": {"command": "y"}}}', "the key 'a' stands twice"),
@@ -337,6 +339,35 @@ def test_keys_of_other_clients_are_passed_over_with_one_remark(
         assert read_config([file]) == [ServerConfig("one", "x"), ServerConfig("two", "x")]
     (record,) = caplog.records
     assert record.getMessage().endswith(": alwaysAllow, autoApprove, description, disabledTools, envFile, timeout")
+
+
+def read_entry(folder: Path, entry: dict[str, Any], name: str = "x") -> list[ServerConfig]:
+    file = folder / "mcp.json"
+    file.write_text(json.dumps({"mcpServers": {name: entry}}))
+    return read_config([file])
+
+
+@pytest.mark.parametrize(
+    "name", ["github.com/modelcontextprotocol/servers/tree/main/src/filesystem", "@modelcontextprotocol/fs", "a: b"]
+)
+def test_a_server_may_be_called_as_other_clients_call_it(name: str, tmp_path: Path) -> None:
+    assert [config.name for config in read_entry(tmp_path, {"command": "x"}, name)] == [name]
+
+
+@pytest.mark.parametrize("key", ["url", "httpUrl", "serverUrl"])
+def test_an_address_may_stand_under_other_clients_keys(key: str, tmp_path: Path) -> None:
+    (config,) = read_entry(tmp_path, {key: "https://a.example/mcp", "command": None, "headers": None})
+    assert (config.url, config.command, config.headers) == ("https://a.example/mcp", None, {})
+
+
+def test_null_says_as_much_as_a_key_that_is_not_there(tmp_path: Path) -> None:
+    nothing = dict.fromkeys(("args", "env", "cwd", "url", "headers", "type", "transport"))
+    assert read_entry(tmp_path, {"command": "x", **nothing}) == [ServerConfig("x", "x")]
+
+
+@pytest.mark.parametrize("entry", [{"disabled": True}, {"enabled": False}, {"isActive": False}])
+def test_a_server_that_is_switched_off_is_left_out(entry: dict[str, Any], tmp_path: Path) -> None:
+    assert read_entry(tmp_path, {"command": "x", **entry}) == []
 
 
 def test_a_tool_that_another_client_approves_still_asks(tmp_path: Path) -> None:

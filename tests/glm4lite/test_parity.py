@@ -12,7 +12,8 @@ from glm4lite.cache import KVCache
 from glm4lite.config import Glm4Config
 from glm4lite.errors import ConfigError
 from glm4lite.heads import Glm4ForSequenceClassification, Glm4ForTokenClassification
-from glm4lite.model import Glm4ForCausalLM, PreTrainedModel
+from glm4lite.model import Glm4ForCausalLM
+from glm4lite.pretrained import Glm4PreTrainedModel
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle (test extra)")
 
@@ -48,7 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 PREFIX = {"glm4": "Glm4", "glm": "Glm"}
 
 
-def pair(head: str, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[PreTrainedModel, nn.Module]:
+def pair(head: str, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Glm4PreTrainedModel, nn.Module]:
     """Our model and the reference's with the same random weights (norms and biases too)."""
     torch.manual_seed(0)
     values = {**SMALL, **changes}

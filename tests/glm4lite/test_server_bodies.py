@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 import threading
@@ -179,6 +180,22 @@ def test_a_text_that_cannot_fit_is_refused_before_its_tokens_are_counted(server:
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
         assert "at least" in error["message"]
+
+
+def test_garbage_is_not_looked_for_while_a_body_is_prepared(server: Served) -> None:
+    looked = list[dict[str, int]]()
+
+    def look(phase: str, info: dict[str, int]) -> None:
+        if threading.current_thread().name.startswith("requests"):
+            looked.append(info)
+
+    gc.callbacks.append(look)
+    try:
+        assert post(server, chat(",".join([user("word " * 60)] * MOST_MESSAGES))).status_code == 400
+    finally:
+        gc.callbacks.remove(look)
+    assert gc.isenabled()
+    assert len(looked) < 10  # between its steps; otherwise a hundred
 
 
 def test_results_of_very_many_calls_are_put_in_order_in_time() -> None:

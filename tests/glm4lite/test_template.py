@@ -1,6 +1,8 @@
 import functools
 import json
+import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -12,11 +14,12 @@ from typing import Any
 import pytest
 
 import glm4lite
-from glm4lite.errors import Glm4liteError, TemplateError
+from glm4lite.errors import ContextLengthError, Glm4liteError, TemplateError
 from glm4lite.messages import Message, ToolCall
 from glm4lite.template import ChatTemplate
 from glm4lite.tokenizer import Tokenizer
 from glm4lite.tools import BUILTIN_TOOLS
+from tests.glm4lite.interpreter_lock import longest_wait
 from tests.glm4lite.small_tokenizer import SHARED, SPECIALS, byte_tokenizer, glm_tokenizer, needs_shared
 
 NANO = Path(glm4lite.__file__).parent / "nano"
@@ -306,6 +309,40 @@ def test_nothing_else_changes_for_the_template() -> None:
     assert rendered == f"{len(said)} {json.dumps(said)} {said.strip()}xTrueTrue{json.dumps(tool, indent=2)}"
 
 
+@pytest.mark.parametrize(
+    "text", ["<|" * 4_000_000, "\U000f0000" * 1_900_000], ids=["control words", "private characters"]
+)
+def test_others_run_while_a_long_conversation_is_rendered(text: str) -> None:
+    template = ChatTemplate.from_folder(NANO)
+    assert template is not None
+    assert longest_wait(lambda: template.render([Message("user", text)])) < 0.2
+
+
+def test_text_that_looks_like_escaped_private_characters_takes_no_longer_than_other_text() -> None:
+    template = ChatTemplate("{{ messages[0].content.split('</think>')[0] }}")
+    text = r"\udb80\udc00" * 300_000
+    started = time.thread_time()
+    assert template.render([Message("user", text)]) == text
+    assert time.thread_time() - started < 0.4
+
+
+def test_halves_of_surrogate_pairs_go_through_a_template_as_they_are() -> None:
+    template = ChatTemplate("{{ messages[0].content }}|{{ messages[0].content | tojson(ensure_ascii=true) }}")
+    assert template.render([Message("user", "a\ud83d<\ude00")]) == 'a\ud83d<\ude00|"a\\ud83d<\\ude00"'
+
+
+def test_a_conversation_that_cannot_fit_is_refused_before_it_is_rendered() -> None:
+    template = ChatTemplate("{{ raise_exception('rendered') }}")
+    with pytest.raises(ContextLengthError, match="at least"):
+        template.encode(Tokenizer.from_folder(NANO), [Message("user", "word " * 10_000)], context=100)
+
+
+def test_results_that_a_template_leaves_out_are_not_measured() -> None:
+    template = ChatTemplate("{{ messages[0].content }}")
+    conversation = [Message("user", "Hi"), Message("tool", "word " * 10_000)]
+    assert template.encode(Tokenizer.from_folder(NANO), conversation, context=100)
+
+
 def test_messages_that_leave_no_private_character_are_refused() -> None:
     everything = "".join(map(chr, range(0xF0000, 0xFFFFE)))
     with pytest.raises(TemplateError, match="every private character"):
@@ -516,9 +553,31 @@ def test_a_template_of_a_wrong_form_is_named(tmp_path: Path, found: object) -> N
         ChatTemplate.from_folder(tmp_path)
 
 
-def test_a_template_that_is_not_text_is_named(tmp_path: Path) -> None:
-    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(TemplateError, match=r"chat_template\.jinja: cannot be read"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe\x00", r"cannot be read as text"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1143\n", "git-lfs pointer"),
+        (b"<!DOCTYPE html><html>Not found</html>", "web page"),
+        (b"Entry not found", "server's refusal"),
+        (b"", "is empty"),
+        (b"\0" * 1143, "begins with zeros"),
+    ],
+)
+def test_a_file_that_is_no_template_is_named_as_what_it_is(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(content)
+    with pytest.raises(TemplateError, match=rf"chat_template\.jinja.*{message}"):
+        ChatTemplate.from_folder(tmp_path)
+
+
+def test_a_template_that_cannot_be_opened_is_not_taken_for_none(tmp_path: Path) -> None:
+    file = tmp_path / "chat_template.jinja"
+    os.mkfifo(file)
+    with pytest.raises(TemplateError, match=re.escape("cannot be read as text")):
+        ChatTemplate.from_folder(tmp_path)
+    file.unlink()
+    file.symlink_to("nowhere")
+    with pytest.raises(TemplateError, match="a link to a file that is not here"):
         ChatTemplate.from_folder(tmp_path)
 
 

@@ -7,9 +7,10 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from glm4lite.errors import CheckpointError
+from glm4lite.errors import CheckpointError, ContextLengthError
 from glm4lite.rust import named_errors, panic_reports_hidden
 from glm4lite.tokenizer import StreamingDetokenizer, Tokenizer
+from tests.glm4lite.interpreter_lock import longest_wait
 from tests.glm4lite.served import NANO
 from tests.glm4lite.small_tokenizer import SPECIALS, byte_backend, byte_tokenizer, glm_tokenizer, needs_shared
 
@@ -85,6 +86,22 @@ def test_the_special_strings_split_as_the_library_splits_them() -> None:
     tokenizer, library = byte_tokenizer(), byte_backend()
     text = "<|user|><|user|>\nHi[gMASK]<sop>x<|us<|user|>er|><sop"
     assert tokenizer.encode(text, special=True) == library.encode(text, add_special_tokens=False).ids
+
+
+def test_others_run_while_a_long_text_is_encoded() -> None:
+    tokenizer = byte_tokenizer()
+    assert longest_wait(lambda: tokenizer.encode("<|" * 500_000)) < 0.2
+
+
+def test_a_text_that_does_not_fit_is_refused_with_its_tokens() -> None:
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode("a b")
+    assert tokenizer.encode("a b", context=len(ids) + 1) == ids
+    for special in (False, True):
+        with pytest.raises(
+            ContextLengthError, match=f"3 characters, (at least )?[0-9]+ tokens.* context is {len(ids)}"
+        ):
+            tokenizer.encode("a b", special=special, context=len(ids))
 
 
 def test_a_lone_surrogate_does_not_stop_the_encoder() -> None:

@@ -1,0 +1,256 @@
+"""Glm4PreTrainedModel: what Transformers gives every model class, for ours: loading, sizes, embeddings, switches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from glm4lite.config import Glm4Config
+from glm4lite.errors import ConfigError
+from glm4lite.outputs import ModelOutput
+from glm4lite_quant import BnbLinear, QuantEmbedding, QuantLinear
+
+if TYPE_CHECKING:
+    from glm4lite.events import Progress
+    from glm4lite.generation import GenerationConfig
+    from glm4lite.model import Glm4Model
+    from glm4lite.weights.foreign import Quant
+
+
+Output = TypeVar("Output", bound=ModelOutput)
+
+
+def draw(weight: Tensor, std: float) -> None:
+    """N(0, std) in place. Nothing on the meta device, where torch would import its compiler for it: a second."""
+    if not weight.is_meta:
+        nn.init.normal_(weight, std=std)
+
+
+class Glm4PreTrainedModel(nn.Module):
+    """What every GLM-4 class shares. `config` may also be Transformers' own."""
+
+    config_class: ClassVar[type[Glm4Config]] = Glm4Config
+    base_model_prefix: ClassVar[str] = "model"
+    main_input_name: ClassVar[str] = "input_ids"
+    supports_gradient_checkpointing: ClassVar[bool] = True
+    accepts_loss_kwargs: ClassVar[bool] = False  # tells Transformers' Trainer that losses are means over the batch
+
+    def __init__(self, config: Glm4Config) -> None:
+        super().__init__()
+        if not isinstance(config, Glm4Config):
+            if not hasattr(config, "to_dict"):
+                raise ConfigError(f"config must be a Glm4Config, found {type(config).__name__}")
+            config = Glm4Config.from_dict(config.to_dict(), type(config).__name__)
+        self.config = config
+        self.stored_generation_config: Mapping[str, Any] = {}  # of generation_config.json, read when it is needed
+        self._generation_config: GenerationConfig | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        quant: str | Quant | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Self:
+        """Loads a folder of safetensors, "nano", or a Hub repository; see `glm4lite.loader.load`."""
+        from glm4lite.loader import load
+
+        return load(source, quant=quant, dtype=dtype, device=device, progress=progress, cls=cls)
+
+    def _switch(self, name: str, given: bool | None) -> bool:
+        """An argument of forward, or what config says where it is None."""
+        return bool(getattr(self.config, name) if given is None else given)
+
+    def _returned(self, output: Output, return_dict: bool | None) -> Output:
+        """The output; a tuple of what is in it where a script wants that (which no type here says)."""
+        return output if self._switch("return_dict", return_dict) else cast(Output, output.to_tuple())
+
+    @property
+    def base_model(self) -> Glm4Model:
+        """The trunk; of the trunk itself, that."""
+        return cast("Glm4Model", getattr(self, self.base_model_prefix, self))
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids are looked up, so where inputs are expected."""
+        return next(tensor.device for tensors in (self.parameters(), self.buffers()) for tensor in tensors)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations between the layers, and of a float cache."""
+        embedding = self.base_model.embed_tokens
+        return embedding.weight.dtype if isinstance(embedding, nn.Embedding) else embedding.dtype
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """What `generate` takes where the call does not say: from generation_config.json, else config's ids."""
+        from glm4lite.generation import GenerationConfig
+
+        if self._generation_config is None:
+            stored, ids = self.stored_generation_config, ("eos_token_id", "bos_token_id", "pad_token_id")
+            values = stored or {name: getattr(self.config, name) for name in ids}
+            self._generation_config = GenerationConfig.from_stored(values)
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig | Mapping[str, Any]) -> None:
+        from glm4lite.generation import GenerationConfig
+
+        self._generation_config = GenerationConfig.of(value)
+
+    def can_generate(self) -> bool:
+        """Whether the class has `generate`."""
+        return hasattr(self, "generate")
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Numbers in the weights; a quantized weight counts as the matrix it stands for, a tied one once."""
+        embedding = self.get_input_embeddings()
+        left_out = {id(own) for own in (embedding, *embedding.parameters())} if exclude_embeddings else set()
+        plain = (p for p in self.parameters() if p.requires_grad or not only_trainable)
+        counted = sum(p.numel() for p in plain if id(p) not in left_out)
+        if only_trainable:
+            return counted
+        return counted + sum(_numel(module) for module in self.modules() if id(module) not in left_out)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """From ids to vectors: nn.Embedding, or its quantized form."""
+        return self.base_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.base_model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The language-model head; None for classes that have none."""
+        return getattr(self, "lm_head", None)
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        raise ValueError(f"{type(self).__name__} has no output embeddings")
+
+    def tie_weights(self) -> None:
+        """With tie_word_embeddings the head is the embedding: one tensor under two names."""
+        head, embedding = self.get_output_embeddings(), self.get_input_embeddings()
+        if self.config.tie_word_embeddings and isinstance(head, nn.Linear) and isinstance(embedding, nn.Embedding):
+            head.weight = embedding.weight
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Rows are added to the embedding and the head, or cut off; returns the embedding.
+
+        mean_resizing: new rows are drawn from the old rows' mean and covariance, as Transformers does, so that they
+        say as little as possible; else from N(0, initializer_range). Raises ValueError for a quantized embedding.
+        """
+        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
+        if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear | None):
+            raise ValueError("a quantized embedding or head cannot be resized; load with quant='none'")
+        size, multiple = new_num_tokens or embedding.num_embeddings, pad_to_multiple_of or 1
+        if size < 1 or multiple < 1:
+            raise ValueError(f"a vocabulary needs at least one row, found {new_num_tokens}, {pad_to_multiple_of}")
+        size = -(-size // multiple) * multiple
+        if size != embedding.num_embeddings:
+            resized = partial(_resized, size=size, std=None if mean_resizing else self.config.initializer_range)
+            embedding.weight, embedding.num_embeddings = resized(embedding.weight), size
+            if embedding.padding_idx is not None and embedding.padding_idx >= size:
+                embedding.padding_idx = None
+            if head is not None:
+                head.weight = embedding.weight if self.config.tie_word_embeddings else resized(head.weight)
+                head.out_features = size
+            self.config.vocab_size = size
+        return embedding
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.base_model.checkpointed is not None
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """In training, layers are computed again for the gradients instead of keeping their activations."""
+        options = {"use_reentrant": False} | dict(gradient_checkpointing_kwargs or {})
+        self.base_model.checkpointed = partial(checkpoint, **options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.base_model.checkpointed = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`.to()` and `.half()` come here: float16 is refused, whatever asks for it."""
+        if fn(torch.empty(0)).dtype == torch.float16:
+            raise ConfigError(
+                "float16 is refused: GLM-4's activations reach 68000, float16 ends at 65504; use bfloat16 or float32"
+            )
+        return super()._apply(fn, recurse)
+
+    def _init_weights(self) -> None:
+        """The reference's initialization: N(0, initializer_range), biases 0, norms 1, the padding row 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                draw(module.weight, self.config.initializer_range)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                draw(module.weight, self.config.initializer_range)
+                if module.padding_idx is not None:
+                    with torch.no_grad():
+                        module.weight[module.padding_idx].zero_()
+
+
+def _numel(module: nn.Module) -> int:
+    """Of the matrix and the bias that a quantized module stands for; 0 for any other, whose parameters say it."""
+    if isinstance(module, QuantEmbedding):
+        return module.num_embeddings * module.embedding_dim
+    if isinstance(module, QuantLinear | BnbLinear):
+        return module.in_features * module.out_features + (0 if module.bias is None else module.bias.numel())
+    return 0
+
+
+def _resized(weight: Tensor, size: int, std: float | None) -> nn.Parameter:
+    """[V, H] -> [size, H]. Source of the mean resizing: John Hewitt, "Initializing new word embeddings", 2021."""
+    old = weight.detach()
+    added = size - len(old)
+    if added <= 0:
+        return nn.Parameter(old[:size].clone(), weight.requires_grad)
+    if std is not None:
+        rows = torch.randn(added, old.shape[1], device=old.device) * std
+    else:
+        rows = _like_rows(old.float(), added)
+    return nn.Parameter(torch.cat((old, rows.to(old.dtype))), weight.requires_grad)
+
+
+def _like_rows(rows: Tensor, count: int) -> Tensor:
+    """`count` draws from a normal distribution with the rows' mean and 1e-9 of their covariance."""
+    mean = rows.mean(0)
+    centred = rows - mean
+    # With z ~ N(0, 1) for each row, z @ centred / sqrt(V) has the rows' covariance, without a factorization.
+    noise = torch.randn(count, len(rows), device=rows.device) @ centred / len(rows) ** 0.5
+    return mean + noise * 1e-9**0.5
+
+
+def ids_problem(ids: Tensor, vocab_size: int) -> str:
+    """What is wrong with token ids [B, T], "" where nothing is."""
+    if ids.dim() != 2:
+        return f"input_ids must be [batch, tokens], found a tensor of shape {list(ids.shape)}"
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        return f"input_ids must be whole numbers, found {ids.dtype}"
+    if not ids.numel():
+        return f"input_ids holds no tokens: its shape is {list(ids.shape)}"
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        return f"input_ids holds {low if low < 0 else high}; this model's ids are 0 to {vocab_size - 1}"
+    return ""
+
+
+def labels_problem(labels: Tensor, shape: Iterable[int], classes: int) -> str:
+    """What is wrong with labels that are class numbers, "" where nothing is; -100 does not count."""
+    if list(labels.shape) != list(shape):
+        return f"labels must have the shape {list(shape)}, found {list(labels.shape)}"
+    counted = labels[labels != -100]
+    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < classes:
+        wrong = int(counted.min()) if int(counted.min()) < 0 else int(counted.max())
+        return f"labels holds {wrong}; classes are 0 to {classes - 1}, and -100 for what does not count"
+    return ""
