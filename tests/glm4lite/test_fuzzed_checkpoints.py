@@ -159,6 +159,7 @@ def test_a_checkpoint_changed_at_random_is_read_or_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_many_checkpoints_changed_at_random_are_read_or_refused(originals: tuple[Path, Path], tmp_path: Path) -> None:
     for seed in range(1000, 1400):
         folder = tmp_path / str(seed)

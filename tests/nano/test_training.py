@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import glm4lite.model
 from nano import batches, train
 from nano.dialogues import generate
 from nano.export import model_config
@@ -18,6 +19,12 @@ from nano.render import encode
 from nano.tokenizer import load
 
 PACKAGE = Path(__file__).parents[2] / "glm4lite" / "nano"
+
+
+@pytest.fixture(autouse=True)
+def attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training puts its own in the model's place, which other tests of this process must not find."""
+    monkeypatch.setattr(glm4lite.model, "attend", glm4lite.model.attend)
 
 
 def test_a_chunk_is_reproducible_and_within_the_token_limit() -> None:
