@@ -18,6 +18,8 @@ from glm4lite.model import Glm4Model
 from glm4lite.outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
 from glm4lite.pretrained import Glm4PreTrainedModel, draw, labels_problem
 
+PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+
 
 class Glm4ForSequenceClassification(Glm4PreTrainedModel):
     """One label (or value) per sequence, read at its last token that is not padding."""
@@ -103,6 +105,8 @@ class Glm4ForSequenceClassification(Glm4PreTrainedModel):
 def _problem(kind: str, labels: Tensor, logits: Tensor) -> str:
     """What is wrong with the labels of sequences, "" where nothing is."""
     batch, classes = logits.shape
+    if kind not in PROBLEMS:
+        return f"config.problem_type must be one of {', '.join(PROBLEMS)}; found {kind!r}"
     if kind == "single_label_classification":
         flat = labels.view(-1) if labels.numel() == batch else labels
         return labels_problem(flat, (batch,), classes)

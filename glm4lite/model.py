@@ -476,9 +476,15 @@ class Glm4ForCausalLM(Glm4PreTrainedModel):
         return generate(self, inputs, *arguments, **options)
 
     def compute_transition_scores(
-        self, sequences: Tensor, scores: Sequence[Tensor], beam_indices: None = None, normalize_logits: bool = False
+        self,
+        sequences: Tensor,
+        scores: Sequence[Tensor],
+        beam_indices: Tensor | None = None,
+        normalize_logits: bool = False,
     ) -> Tensor:
-        """The score [B, new] of each new id, from what `generate` returned with output_scores."""
+        """The score [B, new] of each new id, from what `generate` returned with output_scores; it makes no beams."""
+        if beam_indices is not None:
+            raise ValueError("beam_indices belong to beam search, which glm4lite's generate does not have")
         from glm4lite.generation.loop import transition_scores
 
         return transition_scores(sequences, scores, normalize_logits)

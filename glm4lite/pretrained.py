@@ -151,7 +151,8 @@ class Glm4PreTrainedModel(nn.Module):
         embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
         if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear | None):
             raise ValueError("a quantized embedding or head cannot be resized; load with quant='none'")
-        size, multiple = new_num_tokens or embedding.num_embeddings, pad_to_multiple_of or 1
+        size = embedding.num_embeddings if new_num_tokens is None else new_num_tokens
+        multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
         if size < 1 or multiple < 1:
             raise ValueError(f"a vocabulary needs at least one row, found {new_num_tokens}, {pad_to_multiple_of}")
         size = -(-size // multiple) * multiple
