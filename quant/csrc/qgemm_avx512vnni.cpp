@@ -73,7 +73,7 @@ inline void dot_int8(const uint8_t* tile, const int32_t* a, const int32_t* sum, 
   add_chains<C>(acc, out);
 }
 
-constexpr int kAhead = 4096;  // bytes of codes asked for before they are used, where memory is what limits
+constexpr int kAhead = 8192;  // bytes of codes asked for before they are used, where memory is what limits
 
 constexpr int kFewColumns = 2;  // so few wait for memory and for each other's results, not for the multiplier
 
@@ -141,12 +141,14 @@ void tile_of(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* dot
   if (C > kFewColumns) mins<C>(w, tile, x, min);
 }
 
-constexpr glm4_tile_kernel kByWidth[GLM4_AVX512VNNI_WIDTH] = {
+using OnePanel = void (*)(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
+constexpr OnePanel kByWidth[GLM4_AVX512VNNI_WIDTH] = {
     tile_of<1>, tile_of<2>, tile_of<3>, tile_of<4>,  tile_of<5>,  tile_of<6>,
     tile_of<7>, tile_of<8>, tile_of<9>, tile_of<10>, tile_of<11>, tile_of<12>};
 
 }  // namespace
 
-void glm4_tile_avx512vnni(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* dot, float* min) {
-  kByWidth[x->width - 1](w, tile, x, dot, min);
+void glm4_tile_avx512vnni(const glm4_weight* w, int64_t tile, const glm4_panel* x, int64_t count, float* dot, float* min) {
+  for (; count > 0; dot += GLM4_ROWS * x->width, min += GLM4_ROWS * x->width, ++x, --count)
+    kByWidth[x->width - 1](w, tile, x, dot, min);
 }
