@@ -42,7 +42,7 @@ inline Floats add_scaled(Ints sum, Scale s, float by, Floats total) {
 
 }  // namespace
 
-#include "qgemm_x86.h"
+#include "qgemm_256.h"
 
 void glm4_tile_avxvnni(const glm4_weight* w, int64_t tile, const glm4_panel* x, int64_t count, float* dot, float* min) {
   multiply_tile<GLM4_AVXVNNI_WIDTH>(w, tile, x, count, dot, min);
