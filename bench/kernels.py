@@ -1,11 +1,11 @@
 """Speed of one linear layer at GLM-4's shapes, from one token to a prompt: every ISA of this host beside torch's own
 int4 and bfloat16 and llama.cpp's Q4_0 (where llama-cpp-python is installed), interleaved.
 
-`python bench/kernels.py [--rounds 7] [--shapes gate_up,down] [--tokens 1,4,128] [--only avx2,llama] [--cpu-time]` prints
-a table: the fastest round (and the median over it: how noisy the machine was), GB/s of the weight's bytes (and the share
-of what a plain read of memory gave), GOP/s (2 * M * N * K), and time over that of the fewest tokens. Then the project's
-targets, and last one JSON line. GLM4LITE_THREADS sets the threads of all. With `--cpu-time` one thread is measured by the
-time it had a processor: on a machine with other work, of calls longer than a slice of the scheduler's.
+`python bench/kernels.py [--rounds 7] [--shapes gate_up,down] [--tokens 1,4,128] [--only avx2,llama] [--cpu-time]`
+prints a table: the fastest round (and the median over it: how noisy the machine was), GB/s of the weight's bytes (and
+the share of what a plain read of memory gave), GOP/s (2 * M * N * K), and time over that of the fewest tokens. Then the
+project's targets, and last one JSON line. GLM4LITE_THREADS sets the threads of all. With `--cpu-time` one thread is
+measured by the time it had a processor: for machines with other work, where a call is longer than a scheduler's slice.
 """
 
 from __future__ import annotations

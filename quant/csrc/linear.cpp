@@ -15,8 +15,8 @@ using glm4::Source;
 
 constexpr int64_t kChunkRows = 512;         // rows of x quantized at once: bounds the scratch
 constexpr int64_t kCacheBytes = 256 << 10;  // activations that stay in the second-level cache over one item
-constexpr int64_t kMaxColumns = 128;        // that one tile is multiplied with at once, and their panels
-constexpr int64_t kMaxPanels = 32;
+constexpr int64_t kMaxColumns = 144;        // that one tile is multiplied with at once, and their panels
+constexpr int64_t kMaxPanels = 36;
 constexpr int64_t kMaxItemTiles = 8;        // several tiles use a panel of activations while it is in cache
 constexpr int64_t kMaxItemTilesOfOne = 2;   // one panel stays there anyway: small items end at the same time
 constexpr int64_t kSerialWork = 1 << 18;  // multiplications not worth waking a thread for
@@ -177,8 +177,9 @@ struct Product {
     while (begin < end) {
       const int64_t stop = std::min(end, tiles_of(*sink));
       const int64_t in_cache = std::clamp<int64_t>(kCacheBytes / (sink->w->k * isa.width), 1, most);
-      for (int64_t p = 0; p < x.panels(); p += in_cache)
-        for (int64_t t = begin; t < stop; ++t) tile(*sink, t, p, std::min(p + in_cache, x.panels()));
+      const int64_t turns = (x.panels() + in_cache - 1) / in_cache;
+      for (int64_t i = 0; i < turns; ++i)
+        for (int64_t t = begin; t < stop; ++t) tile(*sink, t, x.panels() * i / turns, x.panels() * (i + 1) / turns);
       end -= tiles_of(*sink), begin = 0, ++sink;
     }
   }
