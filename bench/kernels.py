@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from ggml import GgmlLinear, absent
 from torch import Tensor
 
-from glm4lite_quant import QuantConfig, QuantLinear, QuantTensor, kernels
+from glm4lite_quant import QuantConfig, QuantTensor, kernels
 from glm4lite_quant.kernels import native
 
 SHAPES = {"q/o": (4096, 4096), "gate_up": (27392, 4096), "down": (4096, 13696)}
@@ -74,21 +74,24 @@ def torch_int4(weight: Tensor) -> Contender:
     return Contender("torch int4 (bfloat16)", lambda x: multiply(x.bfloat16(), packed, GROUP, scales), nbytes)
 
 
+def read(codes: Tensor, _: Tensor) -> None:
+    """Reads the codes, as fast as memory gives them."""
+    native.read_all(codes)
+
+
 def contenders(weight: Tensor, isas: Sequence[str]) -> list[Contender]:
     """All of this host; glm4lite's ISAs read the same bytes."""
     found = []
+    library = native._library().cdll
     for bits in (4, 8):
-        config = QuantConfig(bits, GROUP)
-        quantized = QuantTensor.quantize(weight, config)
-        for isa in isas:
-            os.environ["GLM4LITE_ISA"] = isa
-            linear = QuantLinear(weight.shape[1], weight.shape[0], config, bias=False, device="meta")
-            linear.load(quantized)
-            found.append(Contender(f"glm4lite int{bits} {isa}", linear, quantized.nbytes, isa, bits))
-        del os.environ["GLM4LITE_ISA"]
+        quantized = QuantTensor.quantize(weight, QuantConfig(bits, GROUP))
+        for isa in isas if library else ():
+            kernel = native.NativeBackend(library, isa)
+            run = partial(kernel.matmul, packed=kernel.prepack(quantized), bias=None)
+            found.append(Contender(f"glm4lite int{bits} {isa}", run, quantized.nbytes, isa, bits))
         if bits == 4:
             codes = quantized.tensors()["qweight"]
-            found.append(Contender(READ, lambda x, codes=codes: native.read_all(codes), codes.nbytes))  # type: ignore[misc]
+            found.append(Contender(READ, partial(read, codes), codes.nbytes))
     if not absent():
         llama = GgmlLinear(weight, kernels.native.thread_count())
         found.append(Contender(LLAMA, llama, llama.nbytes))

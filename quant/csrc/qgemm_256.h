@@ -18,11 +18,12 @@ constexpr int kMostPacked = 2;  // panels for which unpacking costs more than it
 constexpr int64_t kPiece = 16;  // blocks of 32 columns that are unpacked at once: 8 KiB
 constexpr int64_t kBlockBytes = GLM4_ROWS * GLM4_COLS;  // of an unpacked block
 
-// Codes of 4 bits are asked for into the second-level cache some blocks before they are used. The processor's own
-// prefetching loses its way among three streams; with the single one of 8 bits it does better alone.
+// Asks for codes of `Bits` bits, for the second-level cache, long before they are used: the processor's own prefetching
+// loses its way among several streams. It is left alone with one column of 8 bits, which waits for memory only.
+template <int Bits>
 inline void fetch_ahead(const uint8_t* codes) {
   constexpr int ahead = 16384;
-  for (int i = 0; i < 4; ++i) _mm_prefetch(reinterpret_cast<const char*>(codes + ahead + 64 * i), _MM_HINT_T1);
+  for (int i = 0; i < Bits; ++i) _mm_prefetch(reinterpret_cast<const char*>(codes + ahead + 64 * i), _MM_HINT_T1);
 }
 
 // Keeps the compiler from changing the order of the additions, or from reading again what it has read: either costs it
@@ -129,7 +130,7 @@ void dots(const glm4_weight* w, int64_t tile, int64_t begin, int64_t end, const 
     const int64_t g = b >> shift;
     if (with_mins && b == g << shift) add_min<C>(mins + g * GLM4_ROWS, x->group_sum + g * C, low);
     const Scale s[kHalves] = {scale_of<0>(scales + g * GLM4_ROWS), scale_of<1>(scales + g * GLM4_ROWS)};
-    if (Packed) fetch_ahead(codes);
+    if (Packed || (Bits == 8 && C > 1)) fetch_ahead<Bits>(codes);
     Ints sum[C][kHalves];
 #pragma GCC unroll 6
     for (int c = 0; c < C; ++c) sum[c][0] = sum[c][1] = first_sum<Bits>(sums[c]);
@@ -159,7 +160,7 @@ void dots(const glm4_weight* w, int64_t tile, int64_t begin, int64_t end, const 
 // Four-bit codes in the order of eight-bit ones.
 void unpack(const uint8_t* codes, int64_t blocks, uint8_t* to) {
   for (; blocks > 0; --blocks) {
-    fetch_ahead(codes);
+    fetch_ahead<4>(codes);
     for (int j = 0; j < 4; ++j, codes += 64, to += 128)
       for (int h = 0; h < kHalves; ++h) {
         const Ints both = load(codes + 32 * h);
