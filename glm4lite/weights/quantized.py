@@ -104,7 +104,7 @@ def save_quantized(model: nn.Module, source_folder: str | Path, destination: str
         raise CheckpointError("the model is not quantized; load it with quant='int4' or 'int8' first")
     if given.get("quant_method") == bnb.QUANT_METHOD:
         raise CheckpointError("the model holds bitsandbytes' weights; only int4 and int8 are written")
-    if any(isinstance(module, DecoderLayer) and not module.place.at_home for module in model.modules()):
+    if any(isinstance(module, DecoderLayer) and not module.store.resident for module in model.modules()):
         raise CheckpointError("layers of the model lie on disk: copy the folder it was loaded from")
     tensors = dict(_model_tensors(model, model_config))
     planned = [PlannedTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
