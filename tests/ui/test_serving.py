@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -151,6 +153,17 @@ def test_exports_are_downloads_with_a_safe_name(client: httpx.Client, site: Site
     assert answer.status_code == 200
     assert answer.headers["content-disposition"] == "attachment; filename*=utf-8''b-x-X-y.md"
     assert answer.headers["content-type"].startswith("text/markdown")
+
+
+def test_all_chats_are_one_archive(client: httpx.Client, site: Site) -> None:
+    for question in ("Hi", "你好"):
+        site.runtime.store.save(Chat.of(Turn(question), title=question))
+    answer = client.get("/export/all.zip")
+    assert answer.headers["content-type"] == "application/zip"
+    assert answer.headers["content-disposition"].startswith("attachment; filename=glm4lite-chats-")
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as packed:
+        assert sorted(name.split("-")[0] for name in packed.namelist()) == ["json/Hi", "json/你好", "md/Hi", "md/你好"]
+        assert packed.testzip() is None
 
 
 def test_the_api_is_served_beside_the_page(client: httpx.Client, site: Site, tmp_path: Path) -> None:
