@@ -102,6 +102,12 @@ def test_direct_calls_of_the_pages_functions_by_name_are_not_there(client: httpx
         assert client.post(path, json={"data": []}).status_code in (404, 405)
 
 
+@pytest.fixture
+def small_uploads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glm4lite_ui.serving.UPLOAD_LIMIT", "2mb")
+
+
+@pytest.mark.usefixtures("small_uploads")  # before the site is served
 def test_an_upload_is_limited_in_size_and_not_served_again(client: httpx.Client) -> None:
     assert client.post("/gradio_api/upload", files={"files": ("a.txt", b"x" * 3_000_000)}).status_code == 413
     kept = client.post("/gradio_api/upload", files={"files": ("a.txt", b"text")})
