@@ -15,8 +15,8 @@ import pytest
 
 from glm4lite.engine import Engine
 from glm4lite.worker import EngineWorker
-from glm4lite_ui.attachments import PASTE_CHARACTERS, Read, pasted, read, shown_name
-from glm4lite_ui.chats import Turn
+from glm4lite_ui.attachments import Read, read, shown_name
+from glm4lite_ui.chats import Attachment
 from glm4lite_ui.history import question
 from glm4lite_ui.runtime import Runtime
 from glm4lite_ui.saved.store import ChatStore
@@ -46,14 +46,14 @@ TEXTS = [
 @pytest.mark.parametrize(("encoding", "text", "told"), TEXTS)
 def test_text_is_read_in_the_encoding_it_has_and_that_is_told(encoding: str, text: str, told: str) -> None:
     found = read(text.encode(encoding), "notes.txt")
-    assert (found.text, found.encoding, found.remark) == (text, told, told)
+    assert (found.text, found.encoding) == (text, told)
 
 
 def test_a_few_damaged_bytes_are_told_and_many_are_refused() -> None:
     cut = (CHINESE * 4).encode()[:-2]
     found = read(cut, "cut.log")
     assert found.text.startswith(CHINESE)
-    assert found.remark == "UTF-8, 1 unreadable"
+    assert found.encoding == "UTF-8, 1 unreadable"
 
 
 @pytest.mark.parametrize("name", ["a.rs", "Makefile", "x.unknown", "data.tsv", "a.svg", ".env", "noending"])
@@ -96,8 +96,8 @@ def test_what_holds_no_text_is_refused_with_the_reason_under_any_name(data: byte
 
 def test_a_pdf_is_read_page_by_page() -> None:
     found = read(pdf("Hello world\nSecond line", "Page two"), "a.pdf")
-    assert (found.text, found.pages, found.remark) == ("Hello world\nSecond line\n\nPage two", 2, "PDF, 2 pages")
-    assert read(pdf("Alone"), "renamed.txt").remark == "PDF, 1 page"
+    assert found == Read("a.pdf", "Hello world\nSecond line\n\nPage two", "PDF", pages=2)
+    assert read(pdf("Alone"), "renamed.txt").form == "PDF"
 
 
 def test_a_chinese_pdf_is_read_by_its_own_table_of_letters() -> None:
@@ -165,7 +165,7 @@ def test_a_word_file_becomes_markdown() -> None:
     )  # fmt: skip
     found = read(word(body), "a.docx")
     assert found.text == "## Title\nOne & 你好\n- an item\na\tb\nc\n| x | y |\n| 1 | 2 |\nnew"
-    assert found.remark == "Word"
+    assert found.form == "Word"
 
 
 LAUGHS = "<!DOCTYPE x [<!ENTITY a 'ha'>" + "".join(
@@ -211,7 +211,7 @@ def test_a_notebook_becomes_markdown_with_its_results() -> None:
     assert "division by zero" in found.text
     assert f"{'y' * 2000}\n[cut: 3,000 characters]" in found.text
     assert "iVBOR" not in found.text
-    assert found.remark == "notebook"
+    assert found.form == "notebook"
 
 
 @pytest.mark.parametrize("data", [b"{", b"[]", b'{"cells": 5}', b"[" * 100_000, b'{"cells": []}'])
@@ -266,13 +266,6 @@ def test_a_name_is_kept_but_changes_nothing_around_it(name: str, shown: str) -> 
     assert shown_name(name) == shown
 
 
-def test_a_long_paste_becomes_a_file_with_a_name_of_its_own() -> None:
-    text = "word " * PASTE_CHARACTERS
-    assert pasted(text) == Read("pasted.txt", text)
-    assert pasted(text, ["pasted.txt"]).name == "pasted-2.txt"
-    assert pasted(text, ["pasted-2.txt", "pasted.txt"]).name == "pasted-3.txt"
-
-
 @pytest.fixture
 def runtime(nano: Engine, tmp_path: Path) -> Iterator[Runtime]:
     runtime = Runtime(EngineWorker(nano), ChatStore(tmp_path / "chats"))
@@ -280,22 +273,12 @@ def runtime(nano: Engine, tmp_path: Path) -> Iterator[Runtime]:
     runtime.close()
 
 
-def test_a_refused_file_does_not_keep_the_others_from_being_sent(runtime: Runtime, tmp_path: Path) -> None:
-    files = {"a.txt": CHINESE.encode("gbk"), "b.png": b"\x89PNG", "c.pdf": pdf("Hello")}
-    for name, data in files.items():
-        (tmp_path / name).write_bytes(data)
-    attached, refused = runtime.attach((name, tmp_path / name) for name in [*files, "absent"])
-    assert [(one.name, one.text, one.form, one.encoding, one.pages) for one in attached] == [
-        ("a.txt", CHINESE, "text", "GB18030", None),
-        ("c.pdf", "Hello", "PDF", "", 1),
-    ]
-    assert attached[1].tokens == runtime.count("Hello")
-    assert refused == [
-        "b.png is a picture; the model reads text only",
-        "absent cannot be read (No such file or directory)",
-    ]
+def test_how_a_file_was_read_is_saved_with_the_message_and_the_model_reads_its_text(runtime: Runtime) -> None:
+    attached = [runtime.attachment("a.txt", CHINESE.encode("gbk")), runtime.attachment("c.pdf", pdf("Hello"))]
+    assert attached[0] == Attachment("a.txt", CHINESE, runtime.count(CHINESE), "text", "GB18030")
+    assert attached[1] == Attachment("c.pdf", "Hello", runtime.count("Hello"), "PDF", pages=1)
     chat = runtime.open("0" * 16)
-    chat.ask("Read", attached)
+    turn = chat.ask("Read", attached)
     runtime.store.save(chat)
     assert runtime.store.load(chat.id) == chat
-    assert question(Turn("Read", attached[1:])) == "Read\n\nFile c.pdf:\n```\nHello\n```"
+    assert question(turn).endswith("File c.pdf:\n```\nHello\n```")

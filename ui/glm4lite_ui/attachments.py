@@ -1,27 +1,24 @@
 """What a user attaches, as text: any file that holds some, whatever its name ends with.
 
-    file = read(path, "report.pdf")     # Read(name, text, form="PDF", pages=12)
-    read(b"...", "notes.txt")           # Read(..., form="text", encoding="GB18030"); "" for UTF-8
-    read(path, "photo.png")             # UnreadableError: photo.png is a picture; the model reads text only
-    pasted(text, ["pasted.txt"])        # a long text from the clipboard under a name of its own
-    Read.remark                         # what the chip says beside the name: "PDF, 12 pages", "GB18030"
+    read(path, "report.pdf")     # Read(name, text, form="PDF", pages=12)
+    read(b"...", "notes.txt")    # Read(..., form="text", encoding="GB18030"), which is "" for UTF-8
+    read(path, "photo.png")      # UnreadableError: photo.png is a picture; the model reads text only
 
 UTF-8 is decoded here; everything else is read in a process of its own with limits (untrusted/). The page attaches by
-`Runtime.attach`, which counts tokens, and for many files tells what was read and what was refused.
+`Runtime.attachment`, which also counts the tokens, one file at a time: one that is refused keeps no other from being
+sent.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from glm4lite_ui.untrusted.apart import Reader, UnreadableError, read_apart
 
 LARGEST = 64 << 20  # bytes of a file
-PASTE_CHARACTERS = 2000  # from so many on a pasted text may become a file
 _LONGEST_TEXT = 4_000_000  # characters; the longest context, a million tokens, is about as long
 _LONGEST_NAME = 120
 _TEXT_ONLY = "the model reads text only"
@@ -46,25 +43,13 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
 
 @dataclass(frozen=True)
 class Read:
-    """A file's text. `form` is "text", "PDF", "Word" or "notebook"; `encoding` is told where it is not UTF-8."""
+    """A file's text. `form` is "text", "PDF", "Word" or "notebook"; `encoding`, of a text, is "" for UTF-8."""
 
     name: str
     text: str
     form: str = "text"
     encoding: str = ""
     pages: int | None = None
-
-    @property
-    def remark(self) -> str:
-        """How it was read, where that is not plain; else ""."""
-        return remark(self.form, self.encoding, self.pages)
-
-
-def remark(form: str, encoding: str, pages: int | None) -> str:
-    """How a file was read, where that is not plain UTF-8."""
-    if pages is not None:
-        return f"{form}, {pages:,} page{'' if pages == 1 else 's'}"
-    return encoding if form == "text" else form
 
 
 def read(source: Path | bytes, name: str) -> Read:
@@ -81,12 +66,6 @@ def read(source: Path | bytes, name: str) -> Read:
     except UnreadableError as error:
         raise UnreadableError(f"{shown} {_sentence(str(error))}") from None
     return Read(shown, found["text"], found["form"], found.get("encoding", ""), found.get("pages"))
-
-
-def pasted(text: str, taken: Collection[str] = ()) -> Read:
-    """A text from the clipboard as a file, under a name that none of those `taken` is."""
-    names = ("pasted.txt", *(f"pasted-{number}.txt" for number in range(2, len(taken) + 3)))
-    return Read(next(name for name in names if name not in taken), text)
 
 
 def shown_name(name: str) -> str:

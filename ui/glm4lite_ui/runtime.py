@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from glm4lite.session import ChatSession
 from glm4lite.tools import Tool
 from glm4lite.worker import EngineWorker
 from glm4lite_ui.answering import Answer
-from glm4lite_ui.attachments import Read, read
+from glm4lite_ui.attachments import read
 from glm4lite_ui.chats import Attachment, Chat, ChatError, Settings
 from glm4lite_ui.history import messages
 from glm4lite_ui.saved.preferences import Draft, Drafts, Preferences
@@ -160,21 +160,8 @@ class Runtime:
 
     def attachment(self, name: str, source: Path | bytes) -> Attachment:
         """A file as it goes into the prompt; UnreadableError, which names it, for what holds no text."""
-        return self.attached(read(source, name))
-
-    def attached(self, file: Read) -> Attachment:
-        """A file that was read, or a pasted text, as it goes into the prompt."""
+        file = read(source, name)
         return Attachment(file.name, file.text, self.count(file.text), file.form, file.encoding, file.pages)
-
-    def attach(self, files: Iterable[tuple[str, Path]]) -> tuple[list[Attachment], list[str]]:
-        """Of named files those that hold text, and for each other one why it is refused, in a line that names it."""
-        attached, refused = list[Attachment](), list[str]()
-        for name, path in files:
-            try:
-                attached.append(self.attachment(name, path))
-            except Glm4liteError as error:
-                refused.append(str(error))
-        return attached, refused
 
     def drop_oldest(self, chat: Chat) -> int:
         """Drops turns, oldest first, until the rest leaves a quarter of the context free; how many were dropped.

@@ -44,17 +44,20 @@ class Imported:
         return " ".join([*said, *([f"Then: {self.failure}."] if self.failure else [])])
 
 
-def import_chats(store: ChatStore, path: Path, name: str, heard: Callable[[int], None] | None = None) -> Imported:
-    """Saves every chat of the file that is not here yet. `heard` is told how many came so far.
+def import_chats(
+    store: ChatStore, source: Path | bytes, name: str, heard: Callable[[int], None] | None = None
+) -> Imported:
+    """Saves every chat of the file `name` that is not here yet. `heard` is told how many came so far.
 
     Raises:
         Glm4liteError: not one chat could be read; one line that begins with the file's name.
     """
     came = Imported()
     try:
-        if path.stat().st_size > LARGEST:
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        if size > LARGEST:
             raise UnreadableError(f"it is larger than {LARGEST >> 20} MiB")
-        for said in read_apart("chats", path, _LIMITS):
+        for said in read_apart("chats", source, _LIMITS):
             came.left_out |= said.get("left_out", {})
             if "skipped" in said:
                 came.skipped.append((str(said["skipped"]), str(said["why"])))
