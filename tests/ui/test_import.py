@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from glm4lite.errors import Glm4liteError
-from glm4lite_ui.chats import Attachment, Chat, Part, Settings, Turn
+from glm4lite_ui.chats import Attachment, Chat, ChatError, Part, Settings, Turn
 from glm4lite_ui.export import as_json, write_archive
 from glm4lite_ui.saved import importing
 from glm4lite_ui.saved.importing import Imported, import_chats
@@ -48,7 +48,7 @@ def chatgpt(*nodes: tuple[str, str | None, str, Any], current: str | None = None
 TALK = chatgpt(
     ("root", None, "", None), ("s", "root", "system", ""), ("u1", "s", "user", "Hi"),
     ("a1", "u1", "assistant", "Hello"), ("a1b", "u1", "assistant", "Hey"), ("u2", "a1", "user", "And?"),
-    ("a2", "u2", "assistant", "So."), ("u2b", "a1", "user", "Or?"),
+    ("a2", "u2", "assistant", "So\ue200cite\ue202turn0\ue201."), ("u2b", "a1", "user", "Or?"),
     ("t", "u2b", "assistant", {"content_type": "thoughts", "thoughts": [{"content": "Hm"}, {"content": "Yes"}]}),
     ("tool", "t", "tool", "a result"), ("a2b", "tool", "assistant", "Either."), ("a2c", "a2b", "assistant", "Or both."),
     current="a2",
@@ -250,11 +250,29 @@ def test_a_chat_of_millions_of_empty_lists_is_skipped_or_refused_not_taken(tmp_p
 
 
 def test_chats_that_came_before_the_file_failed_stay_and_that_is_said(tmp_path: Path) -> None:
-    text = json.dumps([TALK])[:-1] + ", {"
-    store, came = imported(tmp_path, text.encode())
-    assert [chat.title for chat in store.summaries()] == ["A talk"]
-    assert str(came).startswith("Imported 1 chat. ")
-    assert "Then: it is no JSON at character" in str(came)
+    whole = json.dumps([TALK])
+    for number, (text, why) in enumerate(
+        {whole[:-1] + ", {": "is no JSON at character", whole[:-1]: "ends in the"}.items()
+    ):
+        store, came = imported(tmp_path, text.replace('"c1"', f'"d{number}"').encode())
+        assert [chat.title for chat in store.summaries()] == ["A talk"] * (number + 1)
+        assert str(came).startswith("Imported 1 chat. ")
+        assert f"Then: it {why}" in str(came)
+
+
+def test_a_full_disk_is_said_with_what_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, saved = ChatStore.save, list[str]()
+
+    def until_full(store: ChatStore, chat: Chat, said: bool = True) -> None:
+        if saved:
+            raise ChatError("the chat could not be saved: No space left on device")
+        saved.append(chat.id)
+        save(store, chat, said)
+
+    monkeypatch.setattr(ChatStore, "save", until_full)
+    _, came = imported(tmp_path, [TALK, TALK | {"conversation_id": "other"}])
+    assert came.chats == saved
+    assert "No space left" in came.failure
 
 
 def test_reading_an_export_is_ended_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

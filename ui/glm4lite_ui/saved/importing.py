@@ -67,7 +67,7 @@ def import_chats(
                     heard(len(came.chats))
             if len(came.chats) + len(came.skipped) > MOST_CHATS:
                 raise UnreadableError(f"more than {MOST_CHATS:,} chats are not imported at once")
-    except (UnreadableError, OSError, ValueError) as error:
+    except (Glm4liteError, OSError, ValueError) as error:
         if not came.chats and not came.skipped:
             raise Glm4liteError(f"{name} cannot be imported: {error}") from None
         came.failure = str(error)

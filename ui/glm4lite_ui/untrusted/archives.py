@@ -42,11 +42,10 @@ def read_chats(file: IO[bytes]) -> Iterator[dict[str, Any]]:
             found = True
             title = _title(item)
             try:
-                chat = _chat(item, left_out)
-                said = json.dumps({"chat": chat.to_json()}, ensure_ascii=False)
-                if len(said) > LARGEST_CHAT:
+                chat = _chat(item, left_out).to_json()
+                if len(json.dumps(chat, ensure_ascii=False)) > LARGEST_CHAT:
                     raise Skipped(f"it is larger than {LARGEST_CHAT >> 20} MiB")
-                yield {"chat": chat.to_json()}
+                yield {"chat": chat}
             except Skipped as skipped:
                 yield {"skipped": title, "why": str(skipped)}
             except (MemoryError, RecursionError):
@@ -89,7 +88,7 @@ def _decoded(data: bytes, name: str) -> str:
 
 
 def _items(text: str, name: str) -> Iterator[Any]:
-    """The chats of a file, one at a time: the items of a list, or the only one."""
+    """The chats of a file, one at a time: the items of a list, or one behind the other."""
     place, decoder = _next(text, 0), json.JSONDecoder()
     listed = text[place : place + 1] == "["
     place = _next(text, place + 1) if listed else place
@@ -103,6 +102,8 @@ def _items(text: str, name: str) -> Iterator[Any]:
         place = _next(text, place)
         if listed and text[place : place + 1] == ",":
             place = _next(text, place + 1)
+    if listed and place >= len(text):
+        raise Refused(f"{name or 'it'} ends in the middle of its chats")
 
 
 def _next(text: str, place: int) -> int:

@@ -18,6 +18,7 @@ from glm4lite_ui.chats import Chat, Part, Turn
 
 MOST_TURNS = 20_000  # of a chat
 _FOLDED = re.compile(r'<details type="(reasoning|tool_calls|code_interpreter)"[^<>]*>\s*(?:<summary>[^<]*</summary>)?')
+_CITED = re.compile("\ue200[^\ue201]*\ue201")  # where ChatGPT's page draws a link to a source
 _SUMMARIES = ("reasoning_recap", "system_error")  # of ChatGPT, of what is there anyway
 
 
@@ -63,7 +64,7 @@ def _fill_from_chatgpt(node: Node, message: dict[str, Any], left_out: Counter[st
     said = [part for part in parts if isinstance(part, str)] if isinstance(parts, list) else []
     said += [text_of(content, "text")] if isinstance(content.get("text"), str) else []
     left_out["pictures and files"] += sum(isinstance(part, dict) for part in parts) if isinstance(parts, list) else 0
-    text = "\n\n".join(part for part in said if part)
+    text = _CITED.sub("", "\n\n".join(part for part in said if part))
     if kind == "thoughts" and isinstance(thoughts := content.get("thoughts"), list):
         text = "\n\n".join(text_of(thought, "content") for thought in thoughts)
     left_out["custom instructions"] += kind in ("user_editable_context", "model_editable_context")
