@@ -9,7 +9,6 @@ A chat that was imported once is known again and left as it is, whatever happene
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,27 +43,22 @@ class Imported:
         return " ".join([*said, *([f"Then: {self.failure}."] if self.failure else [])])
 
 
-def import_chats(
-    store: ChatStore, source: Path | bytes, name: str, heard: Callable[[int], None] | None = None
-) -> Imported:
-    """Saves every chat of the file `name` that is not here yet. `heard` is told how many came so far.
+def import_chats(store: ChatStore, path: Path, name: str) -> Imported:
+    """Saves every chat of the file `name`, which lies at `path`, that is not here yet.
 
     Raises:
         Glm4liteError: not one chat could be read; one line that begins with the file's name.
     """
     came = Imported()
     try:
-        size = len(source) if isinstance(source, bytes) else source.stat().st_size
-        if size > LARGEST:
+        if path.stat().st_size > LARGEST:
             raise UnreadableError(f"it is larger than {LARGEST >> 20} MiB")
-        for said in read_apart("chats", source, _LIMITS):
+        for said in read_apart("chats", path, _LIMITS):
             came.left_out |= said.get("left_out", {})
             if "skipped" in said:
                 came.skipped.append((str(said["skipped"]), str(said["why"])))
             elif "chat" in said:
                 _take(store, read_chat(said["chat"]), came)
-                if heard is not None:
-                    heard(len(came.chats))
             if len(came.chats) + len(came.skipped) > MOST_CHATS:
                 raise UnreadableError(f"more than {MOST_CHATS:,} chats are not imported at once")
     except (Glm4liteError, OSError, ValueError) as error:
