@@ -1,4 +1,4 @@
-"""Text to token ids and back, from a checkpoint's tokenizer.json; ids to text as they arrive.
+"""Text to token ids and back, from a checkpoint's tokenizer.json: the safe way, which glm4lite itself takes.
 
 Special tokens (`<|user|>`, `[gMASK]`, …) are recognized only where the caller says so, so what a user types stays text:
 
@@ -6,13 +6,12 @@ Special tokens (`<|user|>`, `[gMASK]`, …) are recognized only where the caller
     ([27, 91, 872, 91, 29], [151336])
 """
 
-import codecs
 import functools
 import json
 import string
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import tokenizers
 from tokenizers import decoders, models
@@ -37,8 +36,8 @@ _MAX_BYTES = 256 << 20  # the largest known have 30 MB
 _ALWAYS_SPECIAL = {*GLM_STOP_TOKENS, *_PREFIX_TOKENS, "<|system|>", "<|assistant|>"}
 
 
-class Tokenizer:
-    """The tokenizer of one checkpoint.
+class Codec:
+    """What turns text into the ids of one checkpoint, and ids into text.
 
     size: ids in use (rows of the embedding past it are padding); special: special string -> id;
     eos_ids: what tokenizer_config.json names as end of sequence; stop_ids: these and GLM's own stop tokens;
@@ -51,7 +50,8 @@ class Tokenizer:
     ) -> None:
         """origin: the file that the backend was read from, for messages."""
         config = config or {}
-        self._backend, self._origin = backend, origin
+        self._backend, self._origin, self._config = backend, origin, config
+        self.folder: Path | None = None  # where its files are
         declared, eos = _declared_special(config), token_text(config.get("eos_token"))
         self._call("no_truncation")
         self._call("no_padding")
@@ -75,7 +75,7 @@ class Tokenizer:
         self.byte_level = isinstance(backend.decoder, decoders.ByteLevel)
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> "Tokenizer":
+    def from_folder(cls, path: str | Path) -> Self:
         """Read tokenizer.json and, when there is one, tokenizer_config.json; raises CheckpointError naming the file.
 
         A tokenizer that cannot encode a few words of many kinds is refused here, not when a model was loaded for it.
@@ -89,13 +89,20 @@ class Tokenizer:
                 what = mistaken_for(data[:START_BYTES])
                 raise error if what is None else CheckpointError(f"{file} is {what}") from None
             config = read_json(file.with_name("tokenizer_config.json"), CheckpointError, optional=True)
+            if "added_tokens_decoder" not in config:  # older files name the special tokens in one more place
+                config |= read_json(file.with_name("special_tokens_map.json"), CheckpointError, optional=True)
             try:
                 tokenizer = cls(backend, config, str(file))
             except (TypeError, ValueError, AttributeError) as error:
                 what = f"unexpected form ({one_line(error)[:200]})"
                 raise CheckpointError(f"{path}/tokenizer_config.json: {what}") from error
             tokenizer.text(tokenizer.ids(_PROBE))
+        tokenizer.folder = Path(path)
         return tokenizer
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._backend.encode_special_tokens = True  # which a copy of the backend does not remember
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
         return named_errors(self._origin, getattr(self._backend, method), *arguments, **options)
@@ -107,11 +114,13 @@ class Tokenizer:
         """
         if context is not None:
             self.check_fits(text, context)
-        if not special:
-            return self._encode_plain(text, context)
+        return self.ids_between(text, context=context) if special else self._encode_plain(text, context)
+
+    def ids_between(self, text: str, restore: Callable[[str], str] = str, context: int | None = None) -> list[int]:
+        """The single ids of special strings, and between them the ids of what `restore` makes of the text there."""
         ids: list[int] = []
         for piece, token_id in self.split_special(text):
-            ids.extend(self._encode_plain(piece, context) if token_id is None else [token_id])
+            ids.extend(self._encode_plain(restore(piece), context) if token_id is None else [token_id])
         return ids
 
     def check_fits(self, text: str, context: int) -> None:
@@ -140,10 +149,6 @@ class Tokenizer:
                 yield token.content, self.special[token.content]
             part = part.lstrip() if token.rstrip and place else part
             yield (part.rstrip() if token.lstrip and place < len(parts) - 1 else part), None
-
-    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Text of ids under the name that Transformers' scripts use: special tokens stay unless they are skipped."""
-        return self.text(token_ids, keep_special=not skip_special_tokens)
 
     def text(self, ids: Iterable[int], keep_special: bool = False) -> str:
         """Text of `ids`. Special tokens are left out or kept as their strings; ids not in use are left out."""
@@ -189,10 +194,8 @@ class Tokenizer:
         return token_id in self._specials
 
     def _encode_plain(self, text: str, context: int | None = None) -> list[int]:
-        # Lone surrogates (JSON can carry them, UTF-8 cannot) become "?".
-        clean = text.encode("utf-8", "replace").decode("utf-8")
         # Unlike `encode`, which gives the same ids, this lets other threads run, for seconds with a long text.
-        encoded = self._call("encode_batch_fast", [clean], add_special_tokens=False)[0]
+        encoded = self._call("encode_batch_fast", [clean(text)], add_special_tokens=False)[0]
         if context is not None and len(encoded) >= context:
             raise _too_long(text, str(len(encoded)), context)
         ids: list[int] = encoded.ids
@@ -203,47 +206,9 @@ class Tokenizer:
         return [] if token_id is None else [token_id]
 
 
-class StreamingDetokenizer:
-    """Text of one growing list of ids, piece by piece: the pieces joined are `text(ids)`.
-
-    A character whose bytes are not all there yet is held back, so no piece ends in half a character (U+FFFD). Each
-    step costs the same however long the text is.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, keep_special: bool = False) -> None:
-        self._tokenizer = tokenizer
-        self._keep_special = keep_special
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.byte_level else None
-        self._window: list[int] = []  # other decoders: the last ids, of which the first _shown characters are out
-        self._shown = 0
-        self._read = 0  # ids of the window whose text is out
-
-    def add(self, token_id: int) -> str:
-        """The text that `token_id` completes; often one word, sometimes nothing."""
-        if self._tokenizer.is_special(token_id) and not self._keep_special:
-            return ""
-        if self._utf8 is not None:
-            return self._utf8.decode(self._tokenizer.token_bytes(token_id))
-        self._window.append(token_id)
-        text = self._tokenizer.text(self._window, keep_special=True)
-        # At most 4 tokens make one character in byte fallback; a longer wait is for bytes that never were UTF-8.
-        if text.endswith("\ufffd") and len(self._window) - self._read <= 4:
-            return ""
-        return self._emit(text)
-
-    def finish(self) -> str:
-        """What is still held back: U+FFFD for a character that never became whole, else nothing."""
-        if self._utf8 is not None:
-            return self._utf8.decode(b"", final=True)
-        return self._emit(self._tokenizer.text(self._window, keep_special=True)) if self._window else ""
-
-    def _emit(self, text: str) -> str:
-        piece = text[self._shown :]
-        # The ids shown last stay as context, because such decoders treat the first token of a text differently.
-        self._window = self._window[self._read :]
-        self._read = len(self._window)
-        self._shown = len(self._tokenizer.text(self._window, keep_special=True))
-        return piece
+def clean(text: str) -> str:
+    """Text with "?" for each lone surrogate, which JSON can carry and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _too_long(text: str, tokens: str, context: int) -> ContextLengthError:
