@@ -1,14 +1,18 @@
 """Where a model's folder is: the embedded one, a folder of the user's, or one downloaded from the Hub."""
 
+import logging
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from glm4lite.errors import HubError
+from glm4lite.errors import HubError, shown
 from glm4lite.events import Progress
+
+logger = logging.getLogger("glm4lite")
 
 NANO = "nano"
 """The name of the embedded checkpoint; a folder of that name is "./nano"."""
@@ -18,7 +22,52 @@ _LONGEST_ID = 96  # the Hub's rule, as the others of _is_repo_id
 _HOW = "give a folder, a Hub repo id (organisation/name, for example zai-org/GLM-4-9B-0414), or nano"
 
 
-def resolve(source: str | Path, progress: Callable[[Progress], None] | None = None) -> Path:
+@dataclass(frozen=True)
+class HubOptions:
+    """Which state of a Hub repo is taken, and how it is fetched. Names and meanings are huggingface_hub's.
+
+    revision: a branch, a tag or a commit (None: main). cache_dir: instead of HF_HOME's. token: True is the stored one,
+    False none, None the stored one where there is one. subfolder: of the repo, or of a local folder.
+
+    Raises HubError for a value that cannot be used.
+    """
+
+    revision: str | None = None
+    cache_dir: Path | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+    subfolder: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("local_files_only", "force_download"):
+            if not isinstance(getattr(self, name), bool):
+                raise HubError(f"{name} is {shown(getattr(self, name))}; use True or False")
+        if not isinstance(self.token, str | bool | None):
+            raise HubError("token must be a token's text, True for the stored one, or False for none")
+        if self.revision is not None and (not isinstance(self.revision, str) or not self.revision.strip()):
+            raise HubError(f"revision is {shown(self.revision)}; use a branch, a tag or a commit")
+        if not isinstance(self.subfolder, str) or not _stays_within(self.subfolder):
+            raise HubError(f"subfolder is {shown(self.subfolder)}; use a path within the model, such as 'int4'")
+        if self.local_files_only and self.force_download:
+            raise HubError("local_files_only and force_download contradict each other; leave one out")
+
+    @property
+    def depth(self) -> int:
+        """How many folders the subfolder lies deep."""
+        return len(PurePosixPath(self.subfolder).parts)
+
+
+def _stays_within(path: str) -> bool:
+    parts = PurePosixPath(path).parts
+    return ".." not in parts and not path.startswith("/") and not set(path) & set('\\:*?"<>|') and path.isprintable()
+
+
+def resolve(
+    source: str | Path,
+    progress: Callable[[Progress], None] | None = None,
+    options: HubOptions = HubOptions(),
+) -> Path:
     """The folder of a checkpoint; a Hub repo is downloaded first, where it is not in the cache.
 
     Raises:
@@ -26,10 +75,13 @@ def resolve(source: str | Path, progress: Callable[[Progress], None] | None = No
     """
     found = locate(source)
     if isinstance(found, Path):
-        return found
+        asked = [name for name in ("revision", "force_download") if getattr(options, name) not in (None, False, "main")]
+        if asked:
+            logger.warning("%s is not used: %s is a folder of this machine", " and ".join(asked), found)
+        return found / options.subfolder
     from glm4lite.weights.download import download  # huggingface_hub takes a while to import
 
-    return download(found, progress)
+    return download(found, progress, options)
 
 
 def locate(source: str | Path) -> Path | str:
