@@ -194,7 +194,8 @@ class _StandIns:
         self._stand_ins = dict(zip(every, _unused(given, len(every)), strict=True))
         self._tags = {letter: self._stand_ins[letter] for letter in every if letter in first | {"<", "["}}
         self._letters = {stand_in: letter for letter, stand_in in self._stand_ins.items()}
-        self._letters |= {json.dumps(stand_in)[1:-1]: letter for stand_in, letter in self._letters.items()}
+        for write in (json.dumps, ascii):  # a template may write a value as Python does
+            self._letters |= {write(stand_in)[1:-1]: self._letters[stand_in] for stand_in in self._stand_ins.values()}
         self._specials = {text: _replaced(text, self._stand_ins) for text in sorted(specials, key=len, reverse=True)}
 
     def in_text(self, value: Any) -> Any:
@@ -210,7 +211,7 @@ class _StandIns:
         return _replaced(text, self._specials)
 
     def restore(self, text: str) -> str:
-        """Text with the characters back, also where `tojson(ensure_ascii=True)` escaped their stand-ins."""
+        """Text with the characters back, also where their stand-ins were escaped, as in JSON or a printed list."""
         return _replaced(text, self._letters)
 
 

@@ -1,7 +1,7 @@
 """Tokenizer: as scripts written for Transformers' AutoTokenizer use it, and the safe way that glm4lite itself takes.
 
-    >>> tokenizer.encode("<|user|>"), tokenizer.ids("<|user|>")  # a special string; what somebody typed
-    ([151336], [27, 91, 872, 91, 29])
+>>> tokenizer.encode("<|user|>"), tokenizer.ids("<|user|>")  # a special string; what somebody typed
+([151336], [27, 91, 872, 91, 29])
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Tokenizer(Encoder):
         refusals.check("from_pretrained", rest, refusals.LOADING, known)
         cache = None if cache_dir is None else Path(cache_dir)
         options = HubOptions(revision, cache, token, local_files_only, force_download, subfolder)
-        tokenizer = cls.from_folder(resolve(source, options=options))
+        tokenizer = cls.from_folder(resolve(source, options=options, weights=False))
         tokenizer._check_declared()
         tokenizer.name_or_path = str(source)
         for name, value in given.items():
@@ -158,7 +158,7 @@ class Tokenizer(Encoder):
         tokenizer_kwargs: Mapping[str, Any] | None = None,
         **variables: Any,
     ) -> Any:
-        """A conversation, or a list of them, as the prompt a checkpoint was trained on: ids, or with tokenize=False text.
+        """A conversation, or a list of them, as the prompt a checkpoint was trained on: ids, or (tokenize=False) text.
 
         One difference to Transformers: in the ids, special tokens come from the template alone. `<|user|>` in a
         message is text, and what a template looks for (`</think>`) is not found in what users and tools say. This is
@@ -181,11 +181,9 @@ class Tokenizer(Encoder):
         """
         if return_assistant_tokens_mask:
             raise TokenizerError("return_assistant_tokens_mask is not supported: templates do not tell who says what")
-        if sanitize_control_tokens is (False if tokenize else True):
-            raise TokenizerError(
-                "sanitize_control_tokens=False is not supported: what a message says stays text" if tokenize
-                else "sanitize_control_tokens=True needs tokenize=True"
-            )  # fmt: skip
+        if sanitize_control_tokens is (not tokenize):
+            why = "what a message says stays text" if tokenize else "only ids tell text from control tokens"
+            raise TokenizerError(f"sanitize_control_tokens={sanitize_control_tokens} is not supported: {why}")
         if continue_final_message and add_generation_prompt:
             raise TokenizerError("continue_final_message and add_generation_prompt exclude each other")
         messages, batched = chat.conversations(conversation)
@@ -204,9 +202,11 @@ class Tokenizer(Encoder):
         if not tokenize:
             return [text for text, _ in prompts] if batched else prompts[0][0]
         options = dict(tokenizer_kwargs or {})
-        refusals.check("tokenizer_kwargs", {k: v for k, v in options.items() if k not in _CHAT_OPTIONS}, {}, _CHAT_OPTIONS)
-        sides = [options.get(name) for name in ("pad_to_multiple_of", "padding_side")]
-        lengths = self._lengths(padding, truncation, max_length, *sides)
+        refusals.check(
+            "tokenizer_kwargs", {k: v for k, v in options.items() if k not in _CHAT_OPTIONS}, {}, _CHAT_OPTIONS
+        )
+        multiple, side = options.get("pad_to_multiple_of"), options.get("padding_side")
+        lengths = self._lengths(padding, truncation, max_length, multiple, side)
         ids = [lengths.shortened(self.ids_between(text, restore)) for text, restore in prompts]
         mask = self._by_default("attention_mask", options.get("return_attention_mask"))
         rows = lengths.filled({"input_ids": ids}, "input_ids", mask)
@@ -220,8 +220,10 @@ class Tokenizer(Encoder):
     def _sources(self) -> dict[str, str]:
         if self._chat_templates is None:
             folder = self.folder or Path(self._origin).parent
-            self._chat_templates = {} if self.folder is None and "chat_template" not in self._config else dict(
-                read_sources(folder, self._config)[0]
+            self._chat_templates = (
+                {}
+                if self.folder is None and "chat_template" not in self._config
+                else dict(read_sources(folder, self._config)[0])
             )
         return self._chat_templates
 

@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 from tokenizers import models
 
-from glm4lite.errors import TokenizerError, shown
+from glm4lite.errors import CheckpointError, TokenizerError, shown
 from glm4lite.rust import named_errors
 from glm4lite.tokenization import refusals
 from glm4lite.tokenization.codec import clean
@@ -28,8 +28,8 @@ _FIELDS = {  # of an encoding: Transformers' name -> the library's
     "special_tokens_mask": "special_tokens_mask",
     "offset_mapping": "offsets",
 }
-_SPACES = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"))
-_SPACES += tuple((f" '{end}", f"'{end}") for end in ("m", "s", "ve", "re"))
+_SPACES = [(" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't")]
+_SPACES += [(f" '{end}", f"'{end}") for end in ("m", "s", "ve", "re")]
 
 
 @dataclass(frozen=True)
@@ -177,8 +177,10 @@ class Encoder(Vocabulary):
             raise TokenizerError(f"decode takes token ids, found {shown(token_ids)}")
         ids = [an_id(token_id) for token_id in ([ids] if isinstance(ids, int) else ids)]
         text: str = self._call("decode", ids, skip_special_tokens=skip_special_tokens)
-        cleans = self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else bool(
-            clean_up_tokenization_spaces
+        cleans = (
+            self.clean_up_tokenization_spaces
+            if clean_up_tokenization_spaces is None
+            else bool(clean_up_tokenization_spaces)
         )
         if cleans and isinstance(self._backend.model, models.BPE):
             self._say_once("clean_up_tokenization_spaces=True is passed over: a BPE vocabulary knows its spaces")
@@ -247,9 +249,17 @@ class Encoder(Vocabulary):
     def _encoded(self, text: Any, pair: Any, call: _Call) -> BatchEncoding:
         batched, inputs = _inputs(text, pair, call.words)
         view = self._view(call.lengths, call.split_special)
-        firsts: list[tokenizers.Encoding] = named_errors(
-            self._origin, view.encode_batch, inputs, is_pretokenized=call.words, add_special_tokens=call.special
-        )
+        added = self.num_special_tokens_to_add(isinstance(inputs[0], tuple)) if call.special else 0
+        call.lengths.check_stride(added)
+        try:
+            firsts: list[tokenizers.Encoding] = named_errors(
+                self._origin, view.encode_batch, inputs, is_pretokenized=call.words, add_special_tokens=call.special
+            )
+        except CheckpointError as error:
+            if "Truncation error" not in str(error):
+                raise
+            how = f"truncation={call.lengths.truncation!r} to max_length {call.lengths.cut}"
+            raise TokenizerError(f"{how}: one of the texts is too short to be cut that far") from None
         found = [[one, *one.overflowing] if call.overflowing else [one] for one in firsts]
         encodings = [one for row in found for one in row]
         data: dict[str, Any] = {name: [getattr(one, _FIELDS[name]) for one in encodings] for name in call.fields}

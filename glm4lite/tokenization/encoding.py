@@ -87,8 +87,8 @@ class BatchEncoding(UserDict[str, Any]):
             raise TokenizerError(f"return_tensors must be 'pt' or 'np' (or left out, for lists), found {shown(kind)}")
         for name, value in self.data.items():
             try:
-                self.data[name] = _as_torch(value, prepend_batch_axis) if kind == "pt" else _as_numpy(
-                    value, prepend_batch_axis
+                self.data[name] = (
+                    _as_torch(value, prepend_batch_axis) if kind == "pt" else _as_numpy(value, prepend_batch_axis)
                 )
             except (ValueError, TypeError, RuntimeError):
                 raise TokenizerError(

@@ -9,14 +9,26 @@ from typing import Any, Literal
 
 import tokenizers
 
-from glm4lite.errors import TokenizerError, one_line, shown
+from glm4lite.errors import TokenizerError, shown
 from glm4lite.tokenization.encoding import BatchEncoding, as_lists
 
 Side = Literal["left", "right"]
 
-_PADDING = {True: "longest", False: None, None: None, "longest": "longest", "max_length": "max_length"}
-_TRUNCATION = {True: "longest_first", False: None, None: None}
-_TRUNCATION |= {name: name for name in ("longest_first", "only_first", "only_second")}
+_PADDING: Mapping[bool | str | None, str | None] = {
+    True: "longest",
+    False: None,
+    None: None,
+    "longest": "longest",
+    "max_length": "max_length",
+}
+_TRUNCATION: Mapping[bool | str | None, str | None] = {
+    True: "longest_first",
+    False: None,
+    None: None,
+    "longest_first": "longest_first",
+    "only_first": "only_first",
+    "only_second": "only_second",
+}
 _NO_LIMIT = 10**20  # a model_max_length above says that none is known
 _FILLED = {"attention_mask": 0, "special_tokens_mask": 1}
 
@@ -83,8 +95,10 @@ class Lengths:
             raise TokenizerError(
                 "there is no pad token to fill rows with; name one: tokenizer.pad_token = tokenizer.eos_token"
             )
-        if cuts and how and multiple and max_length is not None and max_length % multiple:
-            raise TokenizerError(f"max_length {max_length} is not a multiple of pad_to_multiple_of {multiple}")
+        if cuts and how and multiple and limit % multiple:
+            raise TokenizerError(
+                f"rows are cut to {limit} tokens, which is no multiple of pad_to_multiple_of {multiple}"
+            )
         return cls(
             truncation=cuts,
             cut=int(limit) if cuts else None,
@@ -96,14 +110,11 @@ class Lengths:
         )
 
     def set(self, backend: tokenizers.Tokenizer) -> None:
-        """Makes a backend of one's own cut and fill so. Raises TokenizerError where lengths contradict each other."""
-        if self.truncation is not None:
-            try:
-                backend.enable_truncation(
-                    max_length=self.cut, stride=self.stride, strategy=self.truncation, direction=self.cut_side
-                )
-            except Exception as error:  # the library's own kind
-                raise TokenizerError(f"max_length {self.cut} with stride {self.stride}: {one_line(error)}") from None
+        """Makes a backend of one's own cut and fill so."""
+        if self.cut is not None:
+            backend.enable_truncation(
+                max_length=self.cut, stride=self.stride, strategy=self.truncation, direction=self.cut_side
+            )
         if self.pad is not None:
             backend.enable_padding(
                 length=self.fill,
@@ -112,6 +123,13 @@ class Lengths:
                 pad_token=self.pad.token,
                 pad_type_id=self.pad.type_id,
                 pad_to_multiple_of=self.multiple,
+            )
+
+    def check_stride(self, added: int) -> None:
+        """Raises TokenizerError where rows share all that `added` tokens leave of them: the library would panic."""
+        if self.cut is not None and self.stride and self.stride >= self.cut - added:
+            raise TokenizerError(
+                f"rows of {self.cut} tokens, {added} of them added, cannot share {self.stride} (stride)"
             )
 
     def shortened(self, ids: list[int]) -> list[int]:

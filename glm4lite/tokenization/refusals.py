@@ -44,7 +44,7 @@ SAVING: Refused = {
     "repo_id": ((None,), "upload the folder with huggingface_hub's own command"),
     "token": ((None,), "nothing is uploaded"),
 }
-_GROWING = "the vocabulary of a checkpoint is fixed; its tokens can be given names: tokenizer.pad_token = '<|endoftext|>'"
+_GROWING = "a checkpoint's vocabulary is fixed; its tokens can be given names: tokenizer.pad_token = '<|endoftext|>'"
 METHODS: Mapping[str, str] = {
     "add_tokens": _GROWING,
     "batch_encode_plus": "call the tokenizer itself: tokenizer(texts, ...)",
@@ -54,6 +54,9 @@ METHODS: Mapping[str, str] = {
     "parse_response": "glm4lite.ChatSession reads thoughts and calls out of answers",
     "prepare_for_model": "call the tokenizer itself: tokenizer(text, ...)",
     "push_to_hub": "upload the folder of save_pretrained with huggingface_hub's own command",
+    "register_for_auto_class": "it is not one of Transformers' classes",
+    "save_chat_templates": "save_pretrained writes it",
+    "save_vocabulary": "save_pretrained writes it",
     "train_new_from_iterator": "train it with the tokenizers library",
 }
 

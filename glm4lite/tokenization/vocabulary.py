@@ -19,6 +19,7 @@ from glm4lite.weights.files import TOKENIZER
 
 _NO_LIMIT = int(1e30)  # Transformers' model_max_length where none is known
 _SIDES = ("left", "right")
+_AS_THEY_ARE = Lengths()
 
 
 class _SideOf:
@@ -67,6 +68,8 @@ class Vocabulary(Codec):
         self.padding_side = config.get("padding_side", "right")
         self.truncation_side = config.get("truncation_side", "right")
         limit = config.get("model_max_length", config.get("max_len"))
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float)):
+            raise TokenizerError(f"model_max_length must be a number of tokens, found {shown(limit)}")
         self.model_max_length: float = _NO_LIMIT if limit is None else limit
         self.model_input_names: list[str] = list(config.get("model_input_names", ("input_ids", "attention_mask")))
         self.clean_up_tokenization_spaces = bool(config.get("clean_up_tokenization_spaces", False))
@@ -132,6 +135,11 @@ class Vocabulary(Codec):
         return self._view()
 
     @property
+    def decoder(self) -> Any:
+        """The library's object that puts tokens together to a text."""
+        return self._backend.decoder
+
+    @property
     def special_tokens_map(self) -> dict[str, str]:
         """Part -> string, of the parts that something plays."""
         return self.special_tokens.named
@@ -188,14 +196,14 @@ class Vocabulary(Codec):
 
     def token_of(self, token_id: int) -> str | None:
         """The token of one id; None for an id that is not in use."""
-        found: str | None = self._call("id_to_token", _an_id(token_id))
+        found: str | None = self._call("id_to_token", an_id(token_id))
         return found
 
     @overload
-    def convert_tokens_to_ids(self, tokens: str) -> int | None: ...
+    def convert_tokens_to_ids(self, tokens: str) -> int | None: ...  # type: ignore[overload-overlap]
     @overload
     def convert_tokens_to_ids(self, tokens: Sequence[str]) -> list[int | None]: ...
-    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | None | list[int | None]:
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int | None] | None:
         """Ids of tokens, the unknown token's (None where there is none) for what is no token."""
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
@@ -208,7 +216,7 @@ class Vocabulary(Codec):
     def convert_ids_to_tokens(self, ids: Iterable[int], skip_special_tokens: bool = False) -> list[str | None]: ...
     def convert_ids_to_tokens(
         self, ids: int | Iterable[int], skip_special_tokens: bool = False
-    ) -> str | None | list[str | None]:
+    ) -> str | list[str | None] | None:
         """Tokens as the vocabulary spells them; None for ids that are not in use."""
         ids = as_lists(ids)
         if isinstance(ids, int):
@@ -252,7 +260,7 @@ class Vocabulary(Codec):
         chosen = self.padding_side if where is None else side("padding_side", where)
         return None if token is None or token_id is None else Pad(token, token_id, self.pad_token_type_id, chosen)
 
-    def _view(self, lengths: Lengths = Lengths(), split_special: bool = False) -> tokenizers.Tokenizer:
+    def _view(self, lengths: Lengths = _AS_THEY_ARE, split_special: bool = False) -> tokenizers.Tokenizer:
         """The backend with settings of its own, in which special strings are special tokens.
 
         It shares the vocabulary, so it takes a fraction of a millisecond; the backend itself, which other threads use,
@@ -276,14 +284,9 @@ def _shared(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(backend.to_str())  # ids with gaps between them
 
 
-def _an_id(value: Any) -> int:
+def an_id(value: Any) -> int:
     """A token id; TokenizerError for what can be none, such as the -100 of labels."""
     number = int(value)
     if not 0 <= number < 1 << 32:
         raise TokenizerError(f"{number} is no token id; replace the -100 of labels by pad_token_id before decoding")
     return number
-
-
-def listed(ids: Any) -> list[int]:
-    """Ids as a list of numbers; TokenizerError as `_an_id`."""
-    return [_an_id(token_id) for token_id in ids]
