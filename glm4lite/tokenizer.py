@@ -215,7 +215,7 @@ class Tokenizer(Encoder):
         return encoding if return_dict else encoding["input_ids"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_processes": {}}
+        return super().__getstate__() | {"_processes": {}}
 
     def _sources(self) -> dict[str, str]:
         if self._chat_templates is None:

@@ -92,7 +92,8 @@ class Encoder(Vocabulary):
 
         Raises TokenizerError: an argument is not known or not supported, or the texts are no texts.
         """
-        refusals.check("the tokenizer", others, refusals.ENCODING, inspect.signature(Encoder.__call__).parameters)
+        if others:
+            refusals.check("the tokenizer", others, refusals.ENCODING, inspect.signature(Encoder.__call__).parameters)
         wanted = {
             "input_ids": True,
             "token_type_ids": self._by_default("token_type_ids", return_token_type_ids),
@@ -248,9 +249,8 @@ class Encoder(Vocabulary):
 
     def _encoded(self, text: Any, pair: Any, call: _Call) -> BatchEncoding:
         batched, inputs = _inputs(text, pair, call.words)
+        call.lengths.check_stride(self.num_special_tokens_to_add(isinstance(inputs[0], tuple)))
         view = self._view(call.lengths, call.split_special)
-        added = self.num_special_tokens_to_add(isinstance(inputs[0], tuple)) if call.special else 0
-        call.lengths.check_stride(added)
         try:
             firsts: list[tokenizers.Encoding] = named_errors(
                 self._origin, view.encode_batch, inputs, is_pretokenized=call.words, add_special_tokens=call.special

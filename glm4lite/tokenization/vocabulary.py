@@ -19,7 +19,6 @@ from glm4lite.weights.files import TOKENIZER
 
 _NO_LIMIT = int(1e30)  # Transformers' model_max_length where none is known
 _SIDES = ("left", "right")
-_AS_THEY_ARE = Lengths()
 
 
 class _SideOf:
@@ -64,6 +63,7 @@ class Vocabulary(Codec):
     ) -> None:
         super().__init__(backend, config, origin)
         config = self._config
+        self._kept_view: tuple[tuple[Lengths, bool], tokenizers.Tokenizer] | None = None
         self.special_tokens = SpecialTokens(config)
         self.padding_side = config.get("padding_side", "right")
         self.truncation_side = config.get("truncation_side", "right")
@@ -87,6 +87,9 @@ class Vocabulary(Codec):
         if name in refusals.METHODS:
             raise AttributeError(f"glm4lite's Tokenizer has no {name}: {refusals.METHODS[name]}")
         raise AttributeError(f"glm4lite's Tokenizer has no {name!r}{refusals.nearest(name, dir(self))}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept_view": None}  # a copy of it would forget its settings
 
     def __len__(self) -> int:
         """Tokens, those added to the vocabulary too."""
@@ -132,7 +135,8 @@ class Vocabulary(Codec):
     @property
     def backend_tokenizer(self) -> tokenizers.Tokenizer:
         """The tokenizers library's object, a new one each time: changes to it change nothing here."""
-        return self._view()
+        view: tokenizers.Tokenizer = named_errors(self._origin, _shared, self._backend)
+        return view
 
     @property
     def decoder(self) -> Any:
@@ -260,16 +264,19 @@ class Vocabulary(Codec):
         chosen = self.padding_side if where is None else side("padding_side", where)
         return None if token is None or token_id is None else Pad(token, token_id, self.pad_token_type_id, chosen)
 
-    def _view(self, lengths: Lengths = _AS_THEY_ARE, split_special: bool = False) -> tokenizers.Tokenizer:
-        """The backend with settings of its own, in which special strings are special tokens.
+    def _view(self, lengths: Lengths, split_special: bool) -> tokenizers.Tokenizer:
+        """The backend with settings of its own, in which special strings are special tokens; never changed later.
 
-        It shares the vocabulary, so it takes a fraction of a millisecond; the backend itself, which other threads use,
-        keeps the safe settings.
+        It shares the vocabulary, so it takes a tenth of a millisecond, and the last one is kept. The backend itself,
+        which other threads use, keeps the safe settings.
         """
-        view: tokenizers.Tokenizer = named_errors(self._origin, _shared, self._backend)
-        view.encode_special_tokens = split_special
-        lengths.set(view)
-        return view
+        kept, settings = self._kept_view, (lengths, split_special)
+        if kept is None or kept[0] != settings:
+            view: tokenizers.Tokenizer = named_errors(self._origin, _shared, self._backend)
+            view.encode_special_tokens = split_special
+            lengths.set(view)
+            self._kept_view = kept = (settings, view)
+        return kept[1]
 
 
 def _shared(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

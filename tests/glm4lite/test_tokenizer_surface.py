@@ -127,7 +127,7 @@ def options_of(draw: random.Random) -> dict[str, Any]:
     chosen = {
         "padding": draw.choice([True, False, "longest", "max_length", "do_not_pad"]),
         "truncation": draw.choice([True, False, None, "only_first", "longest_first", "do_not_truncate"]),
-        "max_length": draw.choice([None, 0, 3, 10, 20]),
+        "max_length": draw.choice([None, 0, 2, 3, 10, 20]),
         "add_special_tokens": draw.random() < 0.7,
         "pad_to_multiple_of": draw.choice([None, None, 5]),
         "padding_side": draw.choice([None, "left", "right"]),
