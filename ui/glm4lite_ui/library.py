@@ -77,7 +77,7 @@ class LibraryHandlers:
             system=system or "",
             temperature=None if temperature in (None, own.temperature) else float(temperature),
             top_p=None if top_p in (None, own.top_p) else float(top_p),
-            max_new_tokens=Settings.max_new_tokens if max_new_tokens is None else int(max_new_tokens),
+            max_new_tokens=None if max_new_tokens is None else int(max_new_tokens),
             seed=None if seed is None else int(seed),
             tools=None if set(tools) == set(names) else list(tools),
             always=chat.settings.always,
