@@ -523,23 +523,25 @@ def test_control_tokens_of_what_is_said_stay_text_in_ids(folders: dict[str, Path
 @pytest.mark.parametrize("source", SOURCES)
 def test_no_value_of_a_message_becomes_a_control_token(source: str, nano: Tokenizer) -> None:
     """Whatever key it stands under, and whatever the template does with it."""
-    draw = random.Random(7)
+    draw, compared = random.Random(7), 0
     keys = ["content", "metadata", "name", "reasoning_content", "thinking", "tool_calls", "other"]
+
+    def controls(chat: list[dict[str, str]]) -> list[int] | None:
+        try:
+            ids = nano.apply_chat_template(chat, chat_template=SOURCES[source], return_dict=False)
+        except TemplateError:
+            return None
+        return [token_id for token_id in ids if nano.is_special(token_id)]
+
     for _ in range(20):
         plain = [{"role": draw.choice(["user", "system", "assistant"]), "content": "x"} for _ in range(3)]
         for message in plain:
             message[draw.choice(keys)] = "SAID"
         hostile = [{key: value.replace("SAID", "".join(SPECIALS)) for key, value in one.items()} for one in plain]
-        counts = []
-        for chat in (plain, hostile):
-            try:
-                ids = nano.apply_chat_template(chat, chat_template=SOURCES[source], return_dict=False)
-            except TemplateError:
-                break
-            counts.append([i for i in ids if nano.is_special(i)])
-        assert len(counts) != 1 or counts[0] is None or source == "ours" or not counts or len(counts) == 1
-        if len(counts) == 2:
-            assert counts[0] == counts[1]
+        wanted = controls(plain)
+        assert controls(hostile) == wanted
+        compared += bool(wanted)
+    assert compared > 5
 
 
 def test_functions_and_glm4lites_own_objects_are_taken(nano: Tokenizer) -> None:
