@@ -113,8 +113,8 @@ def test_a_classifier_keeps_its_head(tmp_path: Path) -> None:
     del tensors["lm_head.weight"]
     source = write_checkpoint(tmp_path / "bf16", config, tensors)
     written = quantize_checkpoint(source, tmp_path / "q", "int4")
-    model = load(written, cls=Glm4ForTokenClassification)
-    assert torch.equal(logits(model), logits(load(source, quant="int4", cls=Glm4ForTokenClassification)))
+    model = Glm4ForTokenClassification.from_pretrained(written)
+    assert torch.equal(logits(model), logits(Glm4ForTokenClassification.from_pretrained(source, quant="int4")))
 
 
 def test_progress_counts_the_source(folder: Path, tmp_path: Path) -> None:
