@@ -163,7 +163,7 @@ class ChatSession:
             raise ModelReplaced
         generation = answer.generation = engine.generate(prompt, self.params, self._cancel)
         yield from self.engine.prefill(generation)
-        prompt_end = self.engine.tokenizer.decode(generation.prompt[-8:], keep_special=True)
+        prompt_end = self.engine.tokenizer.text(generation.prompt[-8:], keep_special=True)
         parser = OutputParser(self.tools, thinking=self.template.starts_thinking(prompt_end))
         for segment in self._segments(generation, parser):
             if isinstance(segment, Call):  # an event only when it runs
@@ -209,10 +209,10 @@ class ChatSession:
         most = max(left // 2, 0)
 
         def fits(result: str) -> int:
-            tokens = tokenizer.encode(result)
+            tokens = tokenizer.ids(result)
             if len(tokens) <= most:
                 return len(result)
-            return len(tokenizer.decode(tokens[:most]).rstrip("\ufffd"))  # half a character does not count
+            return len(tokenizer.text(tokens[:most]).rstrip("\ufffd"))  # half a character does not count
 
         return fits
 

@@ -153,7 +153,7 @@ def test_the_second_turn_computes_only_its_new_tokens(start: Start, tokenizer: T
     assert isinstance(first, Done)
     assert isinstance(second, Done)
     assert first.prefilled_tokens == first.prompt_tokens
-    said = tokenizer.encode("\nHello.")  # computed while it was said; only the stop token was not
+    said = tokenizer.ids("\nHello.")  # computed while it was said; only the stop token was not
     assert second.prefilled_tokens == second.prompt_tokens - first.prompt_tokens - len(said)
 
 
