@@ -71,6 +71,7 @@ class Engine:
         from glm4lite.hub import resolve
         from glm4lite.load_options import LoadOptions
         from glm4lite.loader import load_class
+        from glm4lite.model import Glm4ForCausalLM
 
         budget: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
         options = LoadOptions(None if quant == "auto" else quant, device, dtype, progress, **budget)

@@ -17,7 +17,7 @@ from glm4lite.graph import eager_by_choice
 from glm4lite.hub import HubOptions
 from glm4lite.weights.files import CONFIG
 from glm4lite.weights.foreign import Quant
-from glm4lite.weights.plan import parse_quant, read_config
+from glm4lite.weights.plan import parse_quant
 from glm4lite.weights.streaming import ProgressCallback
 from glm4lite_quant import BnbConfig, bnb
 from glm4lite_quant.kernels import check_environment
@@ -31,9 +31,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
     "half": torch.float16,
 }
-
-_ROPE = ("rope_theta", "partial_rotary_factor")
-"""Keys of older config.json files that belong into rope_parameters."""
 
 
 @dataclass(frozen=True)
@@ -91,32 +88,24 @@ class LoadOptions:
     def budget(self) -> Budget:
         return Budget.of(self.gpu_memory, self.ram, self.context, self.kv)
 
-    def config_for(self, checkpoint: Checkpoint) -> Glm4Config:
-        """The model's config: the one given, or the checkpoint's with the overrides. Raises ConfigError."""
-        if self.config is not None:
-            quantized = getattr(self.config, "quantization_config", None) is not None
-            if quantized and "quantization_config" not in checkpoint.config:
+    def config_for(self, checkpoint: Checkpoint, quantized: bool) -> Glm4Config:
+        """The model's config: a copy of the one given, or the checkpoint's with the overrides.
+
+        quantized: whether the checkpoint is. Raises ConfigError.
+        """
+        if self.config is None:
+            return Glm4Config.from_dict(checkpoint.config, checkpoint.folder / CONFIG, **self.overrides)
+        config = self.config.model_copy(deep=True)
+        if getattr(config, "quantization_config", None) is not None:
+            if not quantized:
                 raise ConfigError(
                     f"config has a quantization_config, but {checkpoint.folder} is not quantized; "
                     "take it out of the config, and give quantization_config or quant"
                 )
-            return self.config.model_copy(deep=True)
-        stored = read_config(checkpoint)
-        if not self.overrides:
-            return stored
-        return Glm4Config.from_dict(_changed(stored.to_dict(), self.overrides), checkpoint.folder / CONFIG)
-
-
-def _changed(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Another number of labels lets go of the old labels' names, and names tell their number, as in Transformers."""
-    names, count = ("id2label", "label2id"), overrides.get("num_labels")
-    if isinstance(values.get("id2label"), Mapping) and count not in (None, len(values["id2label"])):
-        values = {key: value for key, value in values.items() if key not in names}
-    if "id2label" in overrides and count is None:
-        values = {key: value for key, value in values.items() if key != "num_labels"}
-    rope = {key: value for key, value in overrides.items() if key in _ROPE}
-    others = {key: value for key, value in overrides.items() if key not in _ROPE}
-    return values | {"rope_parameters": values["rope_parameters"] | rope} | others
+            del config.quantization_config
+            if "quantization_config" in checkpoint.config:
+                config.quantization_config = checkpoint.config["quantization_config"]
+        return config
 
 
 def _device(device: str | torch.device) -> torch.device | None:

@@ -32,7 +32,7 @@ from glm4lite.weights.plan import (
     skeleton,
     stored_quant,
 )
-from glm4lite.weights.quantized import quantize_checkpoint, save_quantized
+from glm4lite.weights.quantized import quantize_checkpoint
 from glm4lite.weights.streaming import (
     Meter,
     ProgressCallback,
@@ -46,7 +46,7 @@ from glm4lite_quant import BnbConfig, QuantConfig
 if TYPE_CHECKING:
     from glm4lite.model import Glm4ForCausalLM
 
-__all__ = ["load", "quantize_checkpoint", "save_quantized"]
+__all__ = ["load", "load_class", "quantize_checkpoint"]
 
 logger = logging.getLogger("glm4lite")
 
@@ -103,9 +103,11 @@ def load_class(cls: type[Model], source: str | Path, options: LoadOptions) -> tu
     text = calibration_text(options.calibration, wanted)
     checkpoint = Checkpoint.open(resolve(source, options.progress, options.hub))
     stored = stored_quant(checkpoint, options.quant)
-    config = options.config_for(checkpoint)
+    quantized = stored is not None
     if isinstance(stored, BnbConfig):
         checkpoint, stored, wanted = adapt(checkpoint, stored, wanted, options.quant is not None)
+    config = options.config_for(checkpoint, quantized)
+    config.name_or_path = str(source)
     model = skeleton(config, cls)
     plan = make_plan(model, checkpoint, None if stored else wanted, options.ignore_mismatched_sizes)
     needs = needs_for(checkpoint, plan, config, stored or wanted)

@@ -79,7 +79,7 @@ def bitsandbytes(given: Mapping[str, Any]) -> tuple[Quant, torch.dtype | None]:
     if values["load_in_8bit"]:
         return _eight_bits(values), None
     if not values["load_in_4bit"]:
-        raise ConfigError("quantization_config asks for neither load_in_4bit nor load_in_8bit; leave it out, or set one")
+        raise ConfigError("quantization_config sets neither load_in_4bit nor load_in_8bit; set one, or leave it out")
     return _four_bits(values)
 
 
@@ -105,21 +105,21 @@ def _four_bits(values: Mapping[str, Any]) -> tuple[Quant, torch.dtype]:
     except QuantError:
         kind = values["bnb_4bit_quant_type"]
         raise ConfigError(f"bnb_4bit_quant_type is {shown(kind)}; use nf4 or fp4") from None
-    logger.warning("%s: embedding and language-model head become int8, which Transformers leaves as they are", quant.kind)
+    logger.warning("%s: embedding and head become int8, which Transformers leaves as they are", quant.kind)
     return quant, torch.float32 if compute == "float32" else torch.bfloat16
 
 
 def _eight_bits(values: Mapping[str, Any]) -> Quant:
     if values["llm_int8_has_fp16_weight"]:
         raise ConfigError("llm_int8_has_fp16_weight is refused: GLM-4 overflows float16; leave it out")
-    skipped = values["llm_int8_skip_modules"] or ()
+    skipped = [str(name).rpartition(".")[2] for name in values["llm_int8_skip_modules"] or ()]
     logger.warning(
-        "load_in_8bit: the weights become glm4lite's own int8%s, embedding and head too, not LLM.int8, which computes "
-        "in float16; its threshold and its CPU offload have no meaning there",
-        f" but for {', '.join(map(str, skipped))}" if skipped else "",
+        "load_in_8bit: %s become glm4lite's own int8, not LLM.int8, which computes in float16; its threshold and its "
+        "CPU offload have no meaning there",
+        f"all weights but {', '.join(skipped)}" if skipped else "all weights, embedding and head too,",
     )
-    kept = tuple((str(name).rpartition(".")[2], None) for name in skipped)
-    return QuantConfig(bits=8, exceptions=(*kept, *EXCEPTIONS))
+    others = [(pattern, bits) for pattern, bits in EXCEPTIONS if pattern not in skipped]
+    return QuantConfig(bits=8, exceptions=(*((name, None) for name in skipped), *others))
 
 
 def _type_name(value: Any) -> str:

@@ -18,13 +18,13 @@ import torch
 from glm4lite.config import Glm4Config
 from glm4lite.errors import ConfigError, shown, unknown_name
 from glm4lite.hub import HubOptions
-from glm4lite.load_options import LoadOptions, changed
+from glm4lite.load_options import LoadOptions
 from glm4lite.quantization_names import BNB_DEFAULTS, bitsandbytes, requested
 
 logger = logging.getLogger("glm4lite")
 
-_HUB = tuple(field.name for field in fields(HubOptions))
 _OWN = ("quant", "dtype", "device", "progress", "calibration", "gpu_memory", "ram", "context", "kv")
+_NO_OVERRIDES = ("dtype", "torch_dtype", "model_type")
 _PLANNED = ("auto", "balanced", "balanced_low_0", "sequential")
 
 _ALWAYS = ("low_cpu_mem_usage", "offload_state_dict", "offload_buffers")
@@ -33,7 +33,10 @@ _ALWAYS = ("low_cpu_mem_usage", "offload_state_dict", "offload_buffers")
 _ONE_PROCESS = "a model runs in one process here; several GPUs share its layers with device_map='auto'"
 _NO_CODE = "nothing is run that a checkpoint or the Hub brings along"
 _OFF: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "attn_implementation": (("eager", "sdpa"), "attention is torch's or the native kernels', whichever the layers need"),
+    "attn_implementation": (
+        ("eager", "sdpa"),
+        "attention is torch's or the native kernels', as the layers need",
+    ),
     "trust_remote_code": ((False,), _NO_CODE),
     "use_safetensors": ((True,), "only safetensors are read, since pickle files can run code"),
     "weights_only": ((True,), "only safetensors are read, which hold nothing else"),
@@ -61,10 +64,6 @@ _OFF: Mapping[str, tuple[tuple[Any, ...], str]] = {
 }
 """What glm4lite has not: the values that ask for nothing else than it does, and why others are refused."""
 
-_CONFIG_KEYS = frozenset(Glm4Config.model_fields) - {"dtype", "model_type"} | {
-    *("id2label", "label2id", "rope_theta", "rope_scaling", "partial_rotary_factor")
-}
-
 
 @dataclass(frozen=True)
 class Request:
@@ -90,21 +89,33 @@ def request(source: str | Path | None, given: Mapping[str, Any]) -> Request:
     source = named if source is None else source
     if source is None:
         raise ConfigError("no model is named; give a folder, a Hub repo id, or nano")
-    _check_off(names)
+    _check_off(names, _OFF)
+    for name in _ALWAYS:
+        _switch(names, name)
     own = {name: names.pop(name) for name in _OWN if name in names}
     own |= _placement(names, own)
     own |= _precision(names, own)
-    hub = _hub(names)
-    config, overrides = _config(names, source), {name: names.pop(name) for name in _CONFIG_KEYS & names.keys()}
-    if isinstance(config, Path) and overrides:
-        config, overrides = Glm4Config.from_dict(changed(_read(config).to_dict(), overrides), config), {}
-    elif isinstance(config, Path):
-        config = _read(config)
+    hub = HubOptions.taken_from(names)
+    overrides = {name: names.pop(name) for name in [*names] if Glm4Config.knows(name) and name not in _NO_OVERRIDES}
+    config = names.pop("config", None)
+    if isinstance(config, str | os.PathLike):
+        config, overrides = Glm4Config.from_pretrained(os.fspath(config), **vars(hub), **overrides), {}
+    elif config is not None and not isinstance(config, Glm4Config):
+        config = _transformers_config(config)
     loading_info = _switch(names, "output_loading_info")
     mismatched = _switch(names, "ignore_mismatched_sizes")
     generation_config = names.pop("generation_config", None)
     for name in names:
-        known = (*_OWN, *_HUB, *_OFF, *_ALWAYS, *_CONFIG_KEYS, *BNB_DEFAULTS, *_OTHERS)
+        config_keys = (*Glm4Config.model_fields, *Glm4Config.OLDER_NAMES)
+        known = (
+            *_OWN,
+            *(field.name for field in fields(HubOptions)),
+            *_OFF,
+            *_ALWAYS,
+            *BNB_DEFAULTS,
+            *_OTHERS,
+            *config_keys,
+        )
         raise ConfigError(unknown_name("from_pretrained", name, known))
     options = LoadOptions(**own, config=config, overrides=overrides, ignore_mismatched_sizes=mismatched, hub=hub)
     return Request(source, options, loading_info, generation_config)
@@ -116,15 +127,34 @@ _OTHERS = (
 )
 
 
-def _check_off(names: dict[str, Any]) -> None:
+_SAVING_OFF: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "push_to_hub": ((False,), "save, then run `hf upload` of huggingface-hub"),
+    "safe_serialization": ((True,), "only safetensors are written, since pickle files can run code"),
+    "variant": ((), "weights are written as model.safetensors, or as shards and their index"),
+    "token": ((), "nothing is sent to the Hub"),
+    "save_function": ((), "files are written whole or not at all"),
+    "save_peft_format": ((True, False), ""),  # of adapters, which are not there
+    "save_original_format": ((True, False), ""),  # tensors have the checkpoint's names anyway
+    "distributed_checkpoint": ((False,), _ONE_PROCESS),
+}
+
+
+def check_saving(given: Mapping[str, Any]) -> None:
+    """The arguments of `save_pretrained` that ask for nothing else than it does. ConfigError for others."""
+    names = dict(given)
+    _check_off(names, _SAVING_OFF)
+    for name in names:
+        own = ("save_directory", "is_main_process", "state_dict", "max_shard_size")
+        raise ConfigError(unknown_name("save_pretrained", name, (*own, *_SAVING_OFF)))
+
+
+def _check_off(names: dict[str, Any], off: Mapping[str, tuple[tuple[Any, ...], str]]) -> None:
     """Takes out what changes nothing; ConfigError for what glm4lite does not have."""
-    for name, (allowed, why) in _OFF.items():
+    for name, (allowed, why) in off.items():
         value = names.pop(name, None)
         plain = isinstance(value, bool | str | dict)
         if value is not None and not (plain and any(type(value) is type(one) and value == one for one in allowed)):
             raise ConfigError(f"{name}={shown(value)} is not supported: {why}")
-    for name in _ALWAYS:
-        _switch(names, name)
 
 
 def _switch(names: dict[str, Any], name: str) -> bool:
@@ -152,7 +182,7 @@ def _placement(names: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
         found |= _budget(names.pop("max_memory"), found.get("device", own.get("device", "auto")))
     if "offload_folder" in names:
         folder = names.pop("offload_folder")
-        logger.warning("offload_folder %s stays empty: layers on disk are read from the checkpoint itself", shown(folder))
+        logger.warning("offload_folder %s is not used: layers on disk are read from the checkpoint", shown(folder))
     return found
 
 
@@ -175,7 +205,7 @@ def _device(device_map: Any) -> str:
         return f"cuda:{device_map}"
     name = str(device_map)
     if name in ("disk", "meta"):
-        raise ConfigError(f"device_map names {name!r}: give ram, for example ram='8GiB', and what exceeds it is on disk")
+        raise ConfigError(f"device_map names {name!r}: give ram, for example ram='8GiB'; what exceeds it is on disk")
     if name.startswith("balanced"):
         logger.warning("device_map %r: layers are not spread evenly, but fill the GPUs one after the other", name)
     return "auto" if name in _PLANNED else name
@@ -245,26 +275,7 @@ def _dtype(names: dict[str, Any], own: Mapping[str, Any]) -> Any:
     return dtype
 
 
-# --- what
-
-
-def _hub(names: dict[str, Any]) -> HubOptions:
-    found = {name: names.pop(name) for name in _HUB if name in names}
-    folder = found.get("cache_dir")
-    if folder is not None:
-        if not isinstance(folder, str | os.PathLike) or not str(folder).strip():
-            raise ConfigError(f"cache_dir is {shown(folder)}; use a folder")
-        found["cache_dir"] = Path(folder).expanduser()
-    return HubOptions(**found)
-
-
-def _config(names: dict[str, Any], source: str | Path) -> Glm4Config | Path | None:
-    """A config, or where its config.json lies."""
-    config = names.pop("config", None)
-    if config is None or isinstance(config, Glm4Config):
-        return config
-    if isinstance(config, str | os.PathLike):
-        return Path(config)
-    if hasattr(config, "to_dict"):
-        return Glm4Config.from_dict(config.to_dict(), type(config).__name__)
-    raise ConfigError(f"config is {shown(config)}; give a Glm4Config, Transformers' own, or a folder")
+def _transformers_config(config: Any) -> Glm4Config:
+    if not hasattr(config, "to_dict"):
+        raise ConfigError(f"config is {shown(config)}; give a Glm4Config, Transformers' own, or a folder")
+    return Glm4Config.from_dict(config.to_dict(), type(config).__name__)

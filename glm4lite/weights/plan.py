@@ -151,8 +151,11 @@ def automatic_dtype(checkpoint: Checkpoint, plan: Plan, device: torch.device) ->
         return torch.bfloat16
     if plan.quantized and not plan.bitsandbytes:
         return torch.float32
-    embedding = next((fill.source for fill in plan.fills if fill.module.endswith("embed_tokens")), plan.fills[0].source)
-    return torch.bfloat16 if checkpoint.dtype(embedding) == "BF16" else torch.float32
+    embedding = next((fill for fill in plan.fills if fill.module.endswith("embed_tokens")), plan.fills[0])
+    if embedding.parts:  # int8 beside bitsandbytes' layers, of which each says what it was
+        said = next((fill.bnb.dtype for fill in plan.fills if fill.bnb), "bfloat16")
+        return torch.bfloat16 if said == "bfloat16" else torch.float32
+    return torch.bfloat16 if checkpoint.dtype(embedding.source) == "BF16" else torch.float32
 
 
 def make_plan(
