@@ -4,13 +4,15 @@ import logging
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path, PurePosixPath
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from glm4lite.errors import HubError, shown
 from glm4lite.events import Progress
+from glm4lite.weights.files import CONFIG
 
 logger = logging.getLogger("glm4lite")
 
@@ -33,7 +35,7 @@ class HubOptions:
     """
 
     revision: str | None = None
-    cache_dir: Path | None = None
+    cache_dir: str | Path | None = None
     token: str | bool | None = None
     local_files_only: bool = False
     force_download: bool = False
@@ -45,12 +47,22 @@ class HubOptions:
                 raise HubError(f"{name} is {shown(getattr(self, name))}; use True or False")
         if not isinstance(self.token, str | bool | None):
             raise HubError("token must be a token's text, True for the stored one, or False for none")
+        if self.cache_dir is not None:
+            if not isinstance(self.cache_dir, str | os.PathLike) or not str(self.cache_dir).strip():
+                raise HubError(f"cache_dir is {shown(self.cache_dir)}; use a folder")
+            object.__setattr__(self, "cache_dir", Path(self.cache_dir).absolute())
         if self.revision is not None and (not isinstance(self.revision, str) or not self.revision.strip()):
             raise HubError(f"revision is {shown(self.revision)}; use a branch, a tag or a commit")
         if not isinstance(self.subfolder, str) or not _stays_within(self.subfolder):
             raise HubError(f"subfolder is {shown(self.subfolder)}; use a path within the model, such as 'int4'")
         if self.local_files_only and self.force_download:
             raise HubError("local_files_only and force_download contradict each other; leave one out")
+
+    @classmethod
+    def taken_from(cls, names: dict[str, Any]) -> Self:
+        """Of arguments by name, those that are meant for the Hub, which are taken out; None is as not given."""
+        own = {field.name: names.pop(field.name, None) for field in fields(cls)}
+        return cls(**{name: value for name, value in own.items() if value is not None})
 
     @property
     def depth(self) -> int:
@@ -84,6 +96,16 @@ def resolve(
     from glm4lite.weights.download import download  # huggingface_hub takes a while to import
 
     return download(found, progress, options, weights)
+
+
+def resolve_config(source: str | Path, options: HubOptions = HubOptions()) -> Path:
+    """A checkpoint's config.json; of a Hub repo it alone is downloaded. HubError as `resolve`."""
+    found = locate(source)
+    if isinstance(found, Path):
+        return found / options.subfolder / CONFIG
+    from glm4lite.weights.download import download_config  # huggingface_hub takes a while to import
+
+    return download_config(found, options)
 
 
 def locate(source: str | Path) -> Path | str:

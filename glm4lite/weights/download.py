@@ -65,8 +65,7 @@ def download(repo_id: str, progress: ProgressCallback | None, options: HubOption
             arrives damaged.
     """
     if options.local_files_only:
-        absent = f"{repo_id} is not (or not wholly) in {cache(options)}, and local_files_only forbids to download it"
-        return _from_cache(repo_id, options, HubError(absent), progress, weights)
+        return _from_cache(repo_id, options, _absent(repo_id, options), progress, weights)
     try:
         snapshot = Snapshot.of(repo_id, options, progress, weights)
     except HubError as error:
@@ -77,6 +76,27 @@ def download(repo_id: str, progress: ProgressCallback | None, options: HubOption
     if weights:
         snapshot.bring(snapshot.weights())
     return snapshot.folder
+
+
+def download_config(repo_id: str, options: HubOptions) -> Path:
+    """A repo's config.json alone, whatever weights it has. HubError as `download`."""
+    try:
+        if options.local_files_only:
+            raise _absent(repo_id, options)
+        with explained(repo_id):
+            return fetch(repo_id, CONFIG, options, lambda _: None, anew=options.force_download)
+    except HubError:
+        with explained(repo_id):
+            folder = None if options.force_download else cached_folder(repo_id, options)
+        if folder is None:
+            raise
+        return folder / CONFIG
+
+
+def _absent(repo_id: str, options: HubOptions) -> HubError:
+    return HubError(
+        f"{repo_id} is not (or not wholly) in {cache(options)}, and local_files_only forbids to download it"
+    )
 
 
 class Snapshot:

@@ -26,13 +26,13 @@ logger = logging.getLogger("glm4lite")
 
 Quant = QuantConfig | BnbConfig
 
-_STATE = "quant_state.bitsandbytes__"
-_SUFFIXES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(_STATE + kind for kind in bnb.QUANT_MAPS))
+STATE = "quant_state.bitsandbytes__"
+_SUFFIXES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(STATE + kind for kind in bnb.QUANT_MAPS))
 _KEYS = frozenset({"quant_type", "blocksize", "dtype", "shape"})
 _NESTED_KEYS = frozenset({"nested_blocksize", "nested_dtype", "nested_offset"})
 _DTYPES: Mapping[str, str] = {"bfloat16": "BF16", "float32": "F32", "float16": "F32"}
 """The type a weight had -> the safetensors type it is decoded to."""
-_MAX_STATE_BYTES = 10_000
+_MAXSTATE_BYTES = 10_000
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ def find_weight(checkpoint: Checkpoint, name: str) -> BnbWeight | None:
     found = [suffix for suffix in _SUFFIXES if f"{name}.{suffix}" in checkpoint]
     if not found or name not in checkpoint:
         return None
-    states = [suffix for suffix in found if suffix.startswith(_STATE)]
+    states = [suffix for suffix in found if suffix.startswith(STATE)]
     if len(states) != 1:
         what = "no quant_state of nf4 or fp4" if not states else "two quant_states"
         raise _wrong(checkpoint, name, f"has {what} beside its {found[0]}")
     try:
         fields = _state(checkpoint, f"{name}.{states[0]}")
         weight = _described(fields, tuple(f"{name}{part}" for part in ("", *(f".{suffix}" for suffix in found))))
-        if weight.kind != states[0].removeprefix(_STATE):
+        if weight.kind != states[0].removeprefix(STATE):
             raise ValueError(f"quant_type is {weight.kind!r} in a {states[0]}")
         _check_tensors(checkpoint, name, weight)
     except ValueError as error:
@@ -98,7 +98,7 @@ def _wrong(checkpoint: Checkpoint, name: str, what: str) -> CheckpointError:
 
 def _state(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     """The JSON of a quant_state; ValueError says what is wrong with it."""
-    if checkpoint.dtype(name) != "U8" or checkpoint.nbytes(name) > _MAX_STATE_BYTES:
+    if checkpoint.dtype(name) != "U8" or checkpoint.nbytes(name) > _MAXSTATE_BYTES:
         raise ValueError(f"it is {checkpoint.dtype(name)} {list(checkpoint.shape(name))}, not a text")
     try:
         fields = parse_json(bytes(checkpoint.tensor(name).flatten().tolist()))

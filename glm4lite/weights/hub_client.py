@@ -69,7 +69,7 @@ def endpoint() -> str:
 
 def cache(options: HubOptions) -> Path:
     """Where huggingface_hub keeps what it downloaded."""
-    return options.cache_dir or Path(constants.HF_HUB_CACHE)
+    return Path(options.cache_dir or constants.HF_HUB_CACHE)
 
 
 @contextmanager
