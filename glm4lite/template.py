@@ -354,13 +354,14 @@ def _parsed(call: ToolCall) -> Any:
         return call.arguments
 
 
-def read_sources(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], str]:
+def read_sources(folder: Path | None, config: Mapping[str, Any]) -> tuple[dict[str, str], str]:
     """The templates of a folder by name, none for a base model, and the file they came from.
 
-    config: its tokenizer_config.json. Raises TemplateError for what cannot be read.
+    config: its tokenizer_config.json, all there is without a folder. Raises TemplateError for what cannot be read.
     """
-    file, origin = folder / "chat_template.jinja", str(folder / "tokenizer_config.json")
-    if os.path.lexists(file):
+    origin = str((folder or Path()) / "tokenizer_config.json")
+    file = None if folder is None else folder / "chat_template.jinja"
+    if file is not None and os.path.lexists(file):
         return {"default": _source(file)}, str(file)
     found = config.get("chat_template")
     return {} if found is None else _named_sources(found, origin), f"{origin}: chat_template"

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
+import os
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
 
-from glm4lite.errors import TokenizerError, shown
+from glm4lite.errors import TokenizerError, one_line, shown, unknown_name
 from glm4lite.hub import HubOptions, resolve
 from glm4lite.template import ChatTemplate, read_sources
 from glm4lite.tokenization import chat, refusals
@@ -24,8 +25,6 @@ from glm4lite.tokenization.encoder import Encoder
 from glm4lite.tokenization.encoding import BatchEncoding
 from glm4lite.tokenization.special_tokens import PARTS, in_vocabulary
 from glm4lite.weights.files import TOKENIZER
-
-logger = logging.getLogger("glm4lite")
 
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 _COPIED = ("special_tokens_map.json", "added_tokens.json")
@@ -55,38 +54,29 @@ class Tokenizer(Encoder):
         self._stored = self._settings()
 
     @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        subfolder: str = "",
-        **settings: Any,
-    ) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **settings: Any) -> Self:
         """The tokenizer of a folder, "nano", or a Hub repo, of which only the small files are downloaded.
 
-        settings: attributes that are set at once, such as pad_token, padding_side, model_max_length or chat_template.
+        settings: huggingface_hub's revision, cache_dir, token, local_files_only, force_download and subfolder; and
+        attributes that are set at once, such as pad_token, padding_side, model_max_length or chat_template. None is as
+        not given.
 
         Raises:
             HubError: there is no such folder or repo, or it cannot be downloaded.
             CheckpointError: its files cannot be used.
             TokenizerError: a setting cannot be used, or is not supported, by name.
         """
-        known = [*inspect.signature(cls.from_pretrained).parameters, *PARTS, *_SETTINGS, "chat_template"]
-        given = {name: value for name, value in settings.items() if name not in refusals.LOADING}
-        given = {name: value for name, value in given.items() if name in known or name.endswith("_token")}
-        rest = {name: value for name, value in settings.items() if name not in given}
-        refusals.check("from_pretrained", rest, refusals.LOADING, known)
-        cache = None if cache_dir is None else Path(cache_dir)
-        options = HubOptions(revision, cache, token, local_files_only, force_download, subfolder)
-        tokenizer = cls.from_folder(resolve(source, options=options, weights=False))
+        given = {name: value for name, value in settings.items() if value is not None}
+        hub = HubOptions.taken_from(given)
+        attributes = (*PARTS, *_SETTINGS, "chat_template")
+        own = {name: value for name, value in given.items() if name in attributes or name.endswith("_token")}
+        own = {name: value for name, value in own.items() if name not in refusals.LOADING}
+        rest = {name: value for name, value in given.items() if name not in own}
+        refusals.check("from_pretrained", rest, refusals.LOADING, (*attributes, *vars(hub)))
+        tokenizer = cls.from_folder(resolve(pretrained_model_name_or_path, options=hub, weights=False))
         tokenizer._check_declared()
-        tokenizer.name_or_path = str(source)
-        for name, value in given.items():
+        tokenizer.name_or_path = str(pretrained_model_name_or_path)
+        for name, value in own.items():
             if name.endswith("_token"):
                 tokenizer.special_tokens.parts[name] = in_vocabulary(tokenizer, name, value)
             else:
@@ -96,17 +86,21 @@ class Tokenizer(Encoder):
     def save_pretrained(self, save_directory: str | Path, **others: Any) -> tuple[str, ...]:
         """Writes the files as they were, changed where attributes were; AutoTokenizer reads them too.
 
-        Returns the paths of the files. Raises TokenizerError: an argument is not supported; OSError.
+        Returns the files' paths. Raises TokenizerError: an argument is not supported, or the folder cannot be written.
         """
         refusals.check("save_pretrained", others, refusals.SAVING, ("save_directory",))
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        files = self._files()
-        for name in (*_COPIED, _TEMPLATE):  # an older tokenizer's, which would be read with this one
-            if name not in files:
-                (folder / name).unlink(missing_ok=True)
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
+        folder, files = Path(save_directory), self._files()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in (*_COPIED, _TEMPLATE):  # an older tokenizer's, which would be read with this one
+                if name not in files:
+                    (folder / name).unlink(missing_ok=True)
+            for name, content in files.items():
+                part = folder / f".{name}.{os.getpid()}.part"
+                part.write_bytes(content)
+                part.replace(folder / name)  # a link, as in the Hub's cache, is not followed
+        except OSError as error:
+            raise TokenizerError(f"{folder} cannot be written: {one_line(error)}") from None
         return tuple(str(folder / name) for name in files)
 
     @property
@@ -219,12 +213,7 @@ class Tokenizer(Encoder):
 
     def _sources(self) -> dict[str, str]:
         if self._chat_templates is None:
-            folder = self.folder or Path(self._origin).parent
-            self._chat_templates = (
-                {}
-                if self.folder is None and "chat_template" not in self._config
-                else dict(read_sources(folder, self._config)[0])
-            )
+            self._chat_templates = self._stored_templates()
         return self._chat_templates
 
     def _process(self, source: str) -> ChatTemplate:
@@ -237,21 +226,20 @@ class Tokenizer(Encoder):
 
     def _check_variables(self, variables: Mapping[str, Any], source: str) -> None:
         """A variable that no template reads is said, and one that is a misspelt argument refused."""
-        known = inspect.signature(Tokenizer.apply_chat_template).parameters
+        known = list(inspect.signature(Tokenizer.apply_chat_template).parameters) if variables else []
         for name in variables:
             if name == "messages":
                 raise TokenizerError("the messages are apply_chat_template's first argument, conversation")
             if re.search(rf"\b{re.escape(name)}\b", source):
                 continue
-            near = refusals.nearest(name, known)
-            if near:
-                raise TokenizerError(f"apply_chat_template and its template know no {name!r}{near}")
-            logger.warning("the chat template does not read %r: it changes nothing", name)
+            if get_close_matches(name, known, 1, cutoff=0.85):
+                raise TokenizerError(unknown_name("apply_chat_template", name, known))
+            self._say_once(f"{name} changes nothing: the chat template does not read it")
 
     def _check_declared(self) -> None:
         """Special tokens that tokenizer.json lacks would get ids that the model has no rows for."""
         for token in self.special_tokens.all:
-            if self.token_id(token) is None:
+            if token and self.token_id(token) is None:
                 raise TokenizerError(
                     f"{self.folder}/{_CONFIG} names {shown(token)}, which tokenizer.json does not hold; "
                     "the two come from different tokenizers"
@@ -288,4 +276,4 @@ class Tokenizer(Encoder):
         return files
 
     def _stored_templates(self) -> dict[str, str]:
-        return read_sources(self.folder, self._config)[0] if self.folder is not None else {}
+        return read_sources(self.folder, self._config)[0]

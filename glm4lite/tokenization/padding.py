@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,16 +78,16 @@ class Lengths:
         model_max_length: taken where there is no max_length; pad: None where the tokenizer has no pad token. Source:
         Transformers, where max_length alone cuts, and padding=True alone does not.
         """
-        for name, value in (("max_length", max_length), ("pad_to_multiple_of", multiple), ("stride", stride)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-                raise TokenizerError(f"{name} must be a whole number of tokens, found {shown(value)}")
+        max_length = None if max_length is None else _count("max_length", max_length)
+        multiple = None if multiple is None else _count("pad_to_multiple_of", multiple)
+        stride = _count("stride", stride)
         if max_length is not None and padding is False and truncation is None:
             truncation = "longest_first"
         how, cuts = _value("padding", padding, _PADDING), _value("truncation", truncation, _TRUNCATION)
         if max_length is not None and padding is True and cuts is None:
             warnings.warn("max_length changes nothing: padding=True pads to the longest; give truncation=True too",
                           stacklevel=4)  # fmt: skip
-        limit = model_max_length if max_length is None else max_length
+        limit = _count("model_max_length", model_max_length) if max_length is None else max_length
         if limit > _NO_LIMIT and (cuts or how == "max_length"):
             warnings.warn("neither max_length nor the tokenizer's model_max_length says a length: there is none",
                           stacklevel=4)  # fmt: skip
@@ -157,6 +158,22 @@ class Lengths:
                 filler = [values[name]] * (most - length)
                 filled[name][place] = filler + row if self.pad.side == "left" else row + filler
         return filled
+
+
+def whole(name: str, value: Any) -> int:
+    """A whole number, numpy's too. Raises TokenizerError."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TokenizerError(f"{name} must be a whole number, found {shown(value)}") from None
+
+
+def _count(name: str, value: Any) -> int:
+    """A number of tokens. Raises TokenizerError."""
+    count = int(value) if isinstance(value, float) and value.is_integer() else whole(name, value)
+    if count < 0:
+        raise TokenizerError(f"{name} must not be below 0, found {count}")
+    return count
 
 
 def _value(name: str, given: Any, known: Mapping[Any, str | None]) -> str | None:

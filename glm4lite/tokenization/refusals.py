@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from glm4lite.errors import TokenizerError
+from glm4lite.errors import TokenizerError, unknown_name
 
 # Argument -> the values that ask for nothing, and why others are refused.
 Refused = Mapping[str, tuple[tuple[Any, ...], str]]
@@ -24,7 +23,9 @@ LOADING: Refused = {
     "add_bos_token": ((None, False), "what is put around a text is said in tokenizer.json"),
     "add_eos_token": ((None, False), "what is put around a text is said in tokenizer.json"),
     "add_prefix_space": ((None, False), "tokenizer.json says it all"),
-    "proxies": ((None,), "set HTTPS_PROXY instead"),
+    "proxies": ((None,), "set HTTPS_PROXY in the environment"),
+    "mirror": ((None,), "set HF_ENDPOINT in the environment"),
+    "use_auth_token": ((None,), "its name is token"),
 }
 ENCODING: Refused = {
     "max_target_length": ((None,), "give max_length, or tokenize the targets in a call of their own"),
@@ -65,13 +66,7 @@ def check(method: str, given: Mapping[str, Any], refused: Refused, known: Iterab
     """Nothing where all that is `given` asks for nothing; TokenizerError for the first that does, or is not known."""
     for name, value in given.items():
         if name not in refused:
-            raise TokenizerError(f"{method} knows no {name!r}{nearest(name, [*known, *refused])}")
+            raise TokenizerError(unknown_name(method, name, [*known, *refused]))
         nothing, why = refused[name]
         if not any(value is one or (isinstance(value, str) and value == one) for one in nothing):
             raise TokenizerError(f"{method}: {name}={reprlib.repr(value)} is not supported: {why}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The words that ask whether another name was meant; none where no name is near."""
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else ""

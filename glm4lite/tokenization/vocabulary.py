@@ -8,12 +8,12 @@ from typing import Any, overload
 
 import tokenizers
 
-from glm4lite.errors import TokenizerError, shown
+from glm4lite.errors import TokenizerError, shown, unknown_name
 from glm4lite.rust import named_errors
 from glm4lite.tokenization import refusals
 from glm4lite.tokenization.codec import Codec
 from glm4lite.tokenization.encoding import as_lists
-from glm4lite.tokenization.padding import Lengths, Pad, Side
+from glm4lite.tokenization.padding import Lengths, Pad, Side, whole
 from glm4lite.tokenization.special_tokens import Part, PartId, SpecialTokens, as_texts, in_vocabulary
 from glm4lite.weights.files import TOKENIZER
 
@@ -28,8 +28,8 @@ class _SideOf:
         self._name = name
 
     def __get__(self, tokenizer: Any, owner: type) -> Side:
-        side: Side = vars(tokenizer)[self._name]
-        return side
+        chosen: Side = self if tokenizer is None else vars(tokenizer)[self._name]
+        return chosen
 
     def __set__(self, tokenizer: Any, value: Any) -> None:
         vars(tokenizer)[self._name] = side(self._name, value)
@@ -71,7 +71,7 @@ class Vocabulary(Codec):
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float)):
             raise TokenizerError(f"model_max_length must be a number of tokens, found {shown(limit)}")
         self.model_max_length: float = _NO_LIMIT if limit is None else limit
-        self.model_input_names: list[str] = list(config.get("model_input_names", ("input_ids", "attention_mask")))
+        self.model_input_names: list[str] = list(config.get("model_input_names") or ("input_ids", "attention_mask"))
         self.clean_up_tokenization_spaces = bool(config.get("clean_up_tokenization_spaces", False))
         self.split_special_tokens = bool(config.get("split_special_tokens", False))
         self.name_or_path = ""
@@ -86,7 +86,7 @@ class Vocabulary(Codec):
             return self.convert_tokens_to_ids(special.parts[name.removesuffix("_id")])
         if name in refusals.METHODS:
             raise AttributeError(f"glm4lite's Tokenizer has no {name}: {refusals.METHODS[name]}")
-        raise AttributeError(f"glm4lite's Tokenizer has no {name!r}{refusals.nearest(name, dir(self))}")
+        raise AttributeError(unknown_name("glm4lite's Tokenizer", name, [one for one in dir(self) if one[0] != "_"]))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept_view": None}  # a copy of it would forget its settings
@@ -190,7 +190,7 @@ class Vocabulary(Codec):
                 self.special_tokens.parts[name] = in_vocabulary(self, name, value)
             else:
                 parts = [*self.special_tokens.parts, "extra_special_tokens"]
-                raise TokenizerError(f"no special token is called {name!r}{refusals.nearest(name, parts)}")
+                raise TokenizerError(unknown_name("add_special_tokens", name, parts))
         return 0
 
     def token_id(self, token: str) -> int | None:
@@ -293,7 +293,7 @@ def _shared(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 def an_id(value: Any) -> int:
     """A token id; TokenizerError for what can be none, such as the -100 of labels."""
-    number = int(value)
+    number = whole("a token id", value)
     if not 0 <= number < 1 << 32:
         raise TokenizerError(f"{number} is no token id; replace the -100 of labels by pad_token_id before decoding")
     return number

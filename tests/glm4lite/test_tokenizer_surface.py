@@ -260,7 +260,7 @@ def test_special_tokens_can_be_set_to_what_the_vocabulary_holds(folders: dict[st
         ours.pad_token = "[PAD]"
     with pytest.raises(TokenizerError, match="padding_side must be 'left' or 'right', found 'up'"):
         ours.padding_side = "up"  # type: ignore[assignment]
-    with pytest.raises(TokenizerError, match=r"no special token is called 'pad_tokn'; did you mean 'pad_token'"):
+    with pytest.raises(TokenizerError, match="add_special_tokens knows no 'pad_tokn'; did you mean 'pad_token'"):
         ours.add_special_tokens({"pad_tokn": "<eop>"})
     with pytest.raises(TokenizerError, match="eos_token_id cannot be 99999"):
         ours.eos_token_id = 99_999
@@ -296,7 +296,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "a padding nobody knows": (lambda t: t("a", padding="longst"), "padding must be one of .*found 'longst'"),
     "a truncation nobody knows": (lambda t: t("a", truncation="left"), "truncation must be one of"),
-    "a length below 0": (lambda t: t("a", max_length=-1), "max_length must be a whole number of tokens, found -1"),
+    "a length below 0": (lambda t: t("a", max_length=-1), "max_length must not be below 0, found -1"),
+    "half a length": (lambda t: t("a", max_length=1.5), "max_length must be a whole number, found 1.5"),
     "a side nobody knows": (lambda t: t("a", padding=True, padding_side="top"), "padding_side must be 'left'"),
     "a stride too long": (
         lambda t: t("a b c", truncation=True, max_length=2, stride=5),
@@ -307,6 +308,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "cut to 7 tokens, which is no multiple of pad_to_multiple_of 2",
     ),
     "labels decoded": (lambda t: t.decode([1, -100]), "-100 is no token id; replace the -100 of labels"),
+    "half an id": (lambda t: t.decode([1.5]), "a token id must be a whole number, found 1.5"),
+    "a token's text as id": (lambda t: t.convert_ids_to_tokens(["a"]), "a token id must be a whole number, found 'a'"),
+    "a file as folder": (lambda t: t.save_pretrained(__file__), "test_tokenizer_surface.py cannot be written"),
     "a text decoded": (lambda t: t.decode("abc"), "decode takes token ids, found 'abc'"),
     "a misspelt option of decode": (lambda t: t.decode([1], skip_specials=True), "did you mean 'skip_special_tokens'"),
     "code of the checkpoint": (
@@ -335,7 +339,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "a misspelt argument of a chat": (
         lambda t: t.apply_chat_template([{"role": "user", "content": "a"}], add_generation_promt=True),
-        "know no 'add_generation_promt'; did you mean 'add_generation_prompt'",
+        "knows no 'add_generation_promt'; did you mean 'add_generation_prompt'",
     ),
     "no conversation": (lambda t: t.apply_chat_template([]), "conversation must be a list of messages"),
     "a text as conversation": (lambda t: t.apply_chat_template("Hi"), "conversation must be a list .*found 'Hi'"),
@@ -385,7 +389,7 @@ def test_a_method_that_is_not_there_says_why(name: str, nano: Tokenizer) -> None
 
 
 def test_a_name_that_is_nearly_right_is_told(nano: Tokenizer) -> None:
-    with pytest.raises(AttributeError, match="no 'pad_tokenid'; did you mean 'pad_token_id'"):
+    with pytest.raises(AttributeError, match="knows no 'pad_tokenid'; did you mean 'pad_token_id'"):
         _ = nano.pad_tokenid
 
 
@@ -580,7 +584,7 @@ def test_a_chat_template_can_be_set_chosen_by_name_and_taken_away(nano: Tokenize
 
 def test_a_variable_that_no_template_reads_is_said(nano: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
     nano.apply_chat_template([{"role": "user", "content": "Hi"}], reasoning_effort="high")
-    assert "does not read 'reasoning_effort'" in caplog.text
+    assert "reasoning_effort changes nothing: the chat template does not read it" in caplog.text
 
 
 # --- beside Transformers' own parts
@@ -740,7 +744,12 @@ def test_changed_attributes_are_saved_and_read_by_both(tmp_path: Path) -> None:
     ours.extra_special_tokens = ["[MASK]", "<eop>"]
     (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "x"}')  # an older tokenizer's
     ours.save_pretrained(tmp_path)
-    ours.save_pretrained(tmp_path)  # onto itself
+    (tmp_path / "tokenizer.json").rename(tmp_path / "elsewhere")
+    (tmp_path / "tokenizer.json").symlink_to("elsewhere")
+    kept = (tmp_path / "elsewhere").stat().st_mtime_ns
+    ours.save_pretrained(tmp_path)  # onto itself, through no link
+    assert (tmp_path / "elsewhere").stat().st_mtime_ns == kept
+    assert not (tmp_path / "tokenizer.json").is_symlink()
     for again in (transformers.AutoTokenizer.from_pretrained(tmp_path), Tokenizer.from_pretrained(tmp_path)):
         names = ("padding_side", "pad_token", "eos_token", "model_max_length", "chat_template", "extra_special_tokens")
         assert {name: getattr(again, name) for name in names} == {name: getattr(ours, name) for name in names}
