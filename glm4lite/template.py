@@ -148,7 +148,7 @@ class ChatTemplate:
             return self._process.render("default", given), str
         stand_ins = _StandIns(specials, self._process.openers["default"], json.dumps(given, ensure_ascii=False))
         hidden = {name: stand_ins.in_schema(value) for name, value in variables.items()}
-        turns = [{key: _hidden(turn, key, stand_ins) for key in turn} for turn in messages]
+        turns = [{stand_ins.in_schema(key): _hidden(turn, key, stand_ins) for key in turn} for turn in messages]
         return self._process.render("default", {**names, **hidden, "messages": turns}), stand_ins.restore
 
     @staticmethod
@@ -308,7 +308,10 @@ def _hidden(turn: Mapping[str, Any], key: str, stand_ins: _StandIns) -> Any:
     answered = turn.get("role") == "assistant" and not turn.get("metadata")  # with metadata: a call's arguments
     change = functools.partial(_changed, change=stand_ins.in_answer) if answered else stand_ins.in_text
     if key == "content" and isinstance(value, list) and all(isinstance(part, Mapping) for part in value):
-        return [{name: part[name] if name == "type" else change(part[name]) for name in part} for part in value]
+        return [
+            {stand_ins.in_schema(name): part[name] if name == "type" else change(part[name]) for name in part}
+            for part in value
+        ]
     if key == "content" or (key in ("reasoning_content", "thinking", "reasoning") and answered):
         return change(value)
     return stand_ins.in_schema(value)

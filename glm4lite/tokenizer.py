@@ -100,7 +100,7 @@ class Tokenizer(Encoder):
                 part.write_bytes(content)
                 part.replace(folder / name)  # a link, as in the Hub's cache, is not followed
         except OSError as error:
-            raise TokenizerError(f"{folder} cannot be written: {one_line(error)}") from None
+            raise TokenizerError(f"{folder} cannot be written: {error.strerror or one_line(error)}") from None
         return tuple(str(folder / name) for name in files)
 
     @property

@@ -27,9 +27,8 @@ class _SideOf:
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, tokenizer: Any, owner: type) -> Side:
-        chosen: Side = self if tokenizer is None else vars(tokenizer)[self._name]
-        return chosen
+    def __get__(self, tokenizer: Any, owner: type) -> Any:
+        return self if tokenizer is None else vars(tokenizer)[self._name]
 
     def __set__(self, tokenizer: Any, value: Any) -> None:
         vars(tokenizer)[self._name] = side(self._name, value)
