@@ -54,7 +54,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a token's text as id": (lambda t: t.convert_ids_to_tokens(["a"]), "a token id must be a whole number, found 'a'"),
     "a file as folder": (
         lambda t: t.save_pretrained(__file__),
-        "test_tokenizer_refusals.py cannot be written: File exists",
+        "refusals.py cannot be written: File exists",
     ),
     "a text decoded": (lambda t: t.decode("abc"), "decode takes token ids, found 'abc'"),
     "a misspelt option of decode": (lambda t: t.decode([1], skip_specials=True), "did you mean 'skip_special_tokens'"),
