@@ -80,11 +80,19 @@ def _tensors(model: Glm4PreTrainedModel) -> dict[str, Tensor | StoredTensor]:
             if leaf == "packed":
                 found |= bnb_tensors(f"{module}.weight", modules[module].weight_tensor, model.dtype)
             continue
-        found[name] = on_disk.get(name, tensor)
+        found[name] = on_disk.get(name, _as_narrow(tensor, model.dtype) if modules else tensor)
     empty = [name for name, tensor in found.items() if isinstance(tensor, Tensor) and tensor.is_meta]
     if empty:
         raise CheckpointError(f"{some(empty)} has no values: the model lies on the meta device; load it first")
     return found
+
+
+def _as_narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Norms and biases beside bitsandbytes' layers, in whose type Transformers computes, where no value changes."""
+    if tensor.dim() != 1 or tensor.is_meta or tensor.dtype != torch.float32:
+        return tensor
+    narrow = tensor.to(dtype)
+    return narrow if torch.equal(narrow.float(), tensor) else tensor
 
 
 def _on_disk(model: nn.Module) -> Iterator[tuple[str, StoredTensor]]:
