@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -180,5 +180,6 @@ def _config(model: Glm4PreTrainedModel) -> dict[str, Any]:
 
 def _generation_config(model: Glm4PreTrainedModel) -> Mapping[str, Any]:
     """As it was stored; as it is where it was looked at, since it may have been changed then."""
-    unchanged = model._generation_config is None and model.stored_generation_config
-    return cast(Mapping[str, Any], model.stored_generation_config if unchanged else model.generation_config.to_dict())
+    if model._generation_config is None and model.stored_generation_config:
+        return model.stored_generation_config
+    return model.generation_config.to_dict()
