@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -95,7 +95,7 @@ class LoadOptions:
         """
         if self.config is None:
             return Glm4Config.from_dict(checkpoint.config, checkpoint.folder / CONFIG, **self.overrides)
-        config = self.config.model_copy(deep=True)
+        config: Any = self.config.model_copy(deep=True)
         if getattr(config, "quantization_config", None) is not None:
             if not quantized:
                 raise ConfigError(
@@ -105,7 +105,7 @@ class LoadOptions:
             del config.quantization_config
             if "quantization_config" in checkpoint.config:
                 config.quantization_config = checkpoint.config["quantization_config"]
-        return config
+        return cast(Glm4Config, config)
 
 
 def _device(device: str | torch.device) -> torch.device | None:

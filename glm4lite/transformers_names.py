@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,10 +21,12 @@ from glm4lite.hub import HubOptions
 from glm4lite.load_options import LoadOptions
 from glm4lite.quantization_names import BNB_DEFAULTS, bitsandbytes, requested
 
+if TYPE_CHECKING:
+    from glm4lite.generation import GenerationConfig
+
 logger = logging.getLogger("glm4lite")
 
 _OWN = ("quant", "dtype", "device", "progress", "calibration", "gpu_memory", "ram", "context", "kv")
-_NO_OVERRIDES = ("dtype", "torch_dtype", "model_type")
 _PLANNED = ("auto", "balanced", "balanced_low_0", "sequential")
 
 _ALWAYS = ("low_cpu_mem_usage", "offload_state_dict", "offload_buffers")
@@ -61,8 +63,23 @@ _OFF: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "proxies": (({},), "set HTTPS_PROXY in the environment"),
     "mirror": ((), "set HF_ENDPOINT in the environment"),
     "use_auth_token": ((), "its name is token"),
+    "tqdm_class": ((), "give progress, which is called with the bytes read"),
 }
 """What glm4lite has not: the values that ask for nothing else than it does, and why others are refused."""
+
+
+_KNOWN = frozenset(
+    {
+        *_OWN,
+        *(field.name for field in fields(HubOptions)),
+        *_ALWAYS,
+        *_OFF,
+        *BNB_DEFAULTS,
+        *("pretrained_model_name_or_path", "torch_dtype", "device_map", "max_memory", "offload_folder"),
+        *("quantization_config", "config", "output_loading_info", "ignore_mismatched_sizes", "generation_config"),
+    }
+)
+"""All names but the keys of the config."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +89,7 @@ class Request:
     source: str | Path
     options: LoadOptions
     loading_info: bool
-    generation_config: Any
+    generation_config: GenerationConfig | None
 
 
 def request(source: str | Path | None, given: Mapping[str, Any]) -> Request:
@@ -82,13 +99,13 @@ def request(source: str | Path | None, given: Mapping[str, Any]) -> Request:
         ConfigError: an argument is not known, contradicts another, or asks for what glm4lite does not have.
         HubError: an argument for the Hub cannot be used.
     """
-    names = {name: value for name, value in given.items() if value is not None}
-    named = names.pop("pretrained_model_name_or_path", None)
-    if source is not None and named is not None:
-        raise ConfigError("the model is given twice, by position and as pretrained_model_name_or_path; leave one out")
-    source = named if source is None else source
-    if source is None:
-        raise ConfigError("no model is named; give a folder, a Hub repo id, or nano")
+    for name in given:
+        if name not in _KNOWN and not _is_override(name):
+            config_keys = (*Glm4Config.model_fields, *Glm4Config.OLDER_NAMES)
+            raise ConfigError(unknown_name("from_pretrained", name, (*_KNOWN, *config_keys)))
+    overrides = {name: value for name, value in given.items() if _is_override(name)}
+    names = {name: value for name, value in given.items() if value is not None and name not in overrides}
+    source = _source(source, names.pop("pretrained_model_name_or_path", None))
     _check_off(names, _OFF)
     for name in _ALWAYS:
         _switch(names, name)
@@ -96,35 +113,33 @@ def request(source: str | Path | None, given: Mapping[str, Any]) -> Request:
     own |= _placement(names, own)
     own |= _precision(names, own)
     hub = HubOptions.taken_from(names)
-    overrides = {name: names.pop(name) for name in [*names] if Glm4Config.knows(name) and name not in _NO_OVERRIDES}
     config = names.pop("config", None)
     if isinstance(config, str | os.PathLike):
         config, overrides = Glm4Config.from_pretrained(os.fspath(config), **vars(hub), **overrides), {}
     elif config is not None and not isinstance(config, Glm4Config):
         config = _transformers_config(config)
-    loading_info = _switch(names, "output_loading_info")
     mismatched = _switch(names, "ignore_mismatched_sizes")
-    generation_config = names.pop("generation_config", None)
-    for name in names:
-        config_keys = (*Glm4Config.model_fields, *Glm4Config.OLDER_NAMES)
-        known = (
-            *_OWN,
-            *(field.name for field in fields(HubOptions)),
-            *_OFF,
-            *_ALWAYS,
-            *BNB_DEFAULTS,
-            *_OTHERS,
-            *config_keys,
-        )
-        raise ConfigError(unknown_name("from_pretrained", name, known))
     options = LoadOptions(**own, config=config, overrides=overrides, ignore_mismatched_sizes=mismatched, hub=hub)
-    return Request(source, options, loading_info, generation_config)
+    generation = names.get("generation_config")
+    if generation is not None:
+        from glm4lite.generation import GenerationConfig
+
+        generation = GenerationConfig.of(generation)
+    return Request(source, options, _switch(names, "output_loading_info"), generation)
 
 
-_OTHERS = (
-    *("pretrained_model_name_or_path", "torch_dtype", "device_map", "max_memory", "offload_folder"),
-    *("quantization_config", "config", "output_loading_info", "ignore_mismatched_sizes", "generation_config"),
-)
+def _is_override(name: str) -> bool:
+    """Whether it is a key of the config."""
+    return Glm4Config.knows(name) and name not in _KNOWN
+
+
+def _source(source: str | Path | None, named: str | Path | None) -> str | Path:
+    if source is not None and named is not None:
+        raise ConfigError("the model is given twice, by position and as pretrained_model_name_or_path; leave one out")
+    found = named if source is None else source
+    if not isinstance(found, str | Path):
+        raise ConfigError(f"the model is {shown(found)}; give a folder, a Hub repo id, or nano")
+    return found
 
 
 _SAVING_OFF: Mapping[str, tuple[tuple[Any, ...], str]] = {
@@ -154,7 +169,8 @@ def _check_off(names: dict[str, Any], off: Mapping[str, tuple[tuple[Any, ...], s
         value = names.pop(name, None)
         plain = isinstance(value, bool | str | dict)
         if value is not None and not (plain and any(type(value) is type(one) and value == one for one in allowed)):
-            raise ConfigError(f"{name}={shown(value)} is not supported: {why}")
+            secret = name in ("token", "use_auth_token")
+            raise ConfigError(f"{name if secret else f'{name}={shown(value)}'} is not supported: {why}")
 
 
 def _switch(names: dict[str, Any], name: str) -> bool:

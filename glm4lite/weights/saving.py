@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -80,11 +80,19 @@ def _tensors(model: Glm4PreTrainedModel) -> dict[str, Tensor | StoredTensor]:
             if leaf == "packed":
                 found |= bnb_tensors(f"{module}.weight", modules[module].weight_tensor, model.dtype)
             continue
-        found[name] = on_disk.get(name, tensor)
+        found[name] = on_disk.get(name, _as_narrow(tensor, model.dtype) if modules else tensor)
     empty = [name for name, tensor in found.items() if isinstance(tensor, Tensor) and tensor.is_meta]
     if empty:
         raise CheckpointError(f"{some(empty)} has no values: the model lies on the meta device; load it first")
     return found
+
+
+def _as_narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Norms and biases beside bitsandbytes' layers, in whose type Transformers computes, where no value changes."""
+    if tensor.dim() != 1 or tensor.is_meta or tensor.dtype != torch.float32:
+        return tensor
+    narrow = tensor.to(dtype)
+    return narrow if torch.equal(narrow.float(), tensor) else tensor
 
 
 def _on_disk(model: nn.Module) -> Iterator[tuple[str, StoredTensor]]:
@@ -172,5 +180,6 @@ def _config(model: Glm4PreTrainedModel) -> dict[str, Any]:
 
 def _generation_config(model: Glm4PreTrainedModel) -> Mapping[str, Any]:
     """As it was stored; as it is where it was looked at, since it may have been changed then."""
-    unchanged = model._generation_config is None and model.stored_generation_config
-    return cast(Mapping[str, Any], model.stored_generation_config if unchanged else model.generation_config.to_dict())
+    if model._generation_config is None and model.stored_generation_config:
+        return model.stored_generation_config
+    return model.generation_config.to_dict()
