@@ -18,7 +18,8 @@ from glm4lite.prefixes import PrefixPool
 from glm4lite.sampling import SamplingParams
 from glm4lite.stopping import StopStrings, stop_ids
 from glm4lite.template import ChatTemplate
-from glm4lite.tokenizer import StreamingDetokenizer, Tokenizer
+from glm4lite.tokenization.streaming import StreamingDetokenizer
+from glm4lite.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from glm4lite.model import Glm4ForCausalLM

@@ -46,6 +46,10 @@ class HubError(Glm4liteError):
     """A model could not be found or downloaded."""
 
 
+class TokenizerError(Glm4liteError, ValueError):
+    """A tokenizer was asked for what it cannot do, or was given what it cannot read."""
+
+
 class TemplateError(Glm4liteError):
     """A chat template is missing, raised, or did not finish."""
 

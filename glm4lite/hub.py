@@ -79,8 +79,10 @@ def resolve(
     source: str | Path,
     progress: Callable[[Progress], None] | None = None,
     options: HubOptions = HubOptions(),
+    weights: bool = True,
 ) -> Path:
-    """The folder of a checkpoint; a Hub repo is downloaded first, where it is not in the cache.
+    """The folder of a checkpoint; a Hub repo is downloaded first (without `weights`: its small files), where it is not
+    in the cache.
 
     Raises:
         HubError: there is no such folder or repo, or it cannot be downloaded; the message says what to do.
@@ -93,7 +95,7 @@ def resolve(
         return found / options.subfolder
     from glm4lite.weights.download import download  # huggingface_hub takes a while to import
 
-    return download(found, progress, options)
+    return download(found, progress, options, weights)
 
 
 def resolve_config(source: str | Path, options: HubOptions = HubOptions()) -> Path:

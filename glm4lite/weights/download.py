@@ -22,6 +22,7 @@ from glm4lite.weights.files import (
     CONFIG,
     INDEX,
     SINGLE,
+    TOKENIZER,
     UNREADABLE,
     may_be_missing,
     read_index,
@@ -52,26 +53,28 @@ _AT_ONCE = 8
 _REPEATS = 2  # of a file that arrived damaged
 
 
-def download(repo_id: str, progress: ProgressCallback | None, options: HubOptions) -> Path:
+def download(repo_id: str, progress: ProgressCallback | None, options: HubOptions, weights: bool = True) -> Path:
     """The local folder of a Hub repo, downloaded where the cache lacks it.
 
     Only config, tokenizer, chat template and safetensors are fetched: no pickle, no Python code. HF_ENDPOINT, HF_TOKEN,
-    HF_HUB_OFFLINE and HF_HOME hold as usual. Where the Hub does not answer, what the cache has is taken.
+    HF_HUB_OFFLINE and HF_HOME hold as usual. Where the Hub does not answer, what the cache has is taken. Without
+    `weights` the small files are enough, also of a repo that holds no others.
 
     Raises:
         HubError: the repo does not exist, is gated, holds no safetensors, cannot be reached, does not fit the disk, or
             arrives damaged.
     """
     if options.local_files_only:
-        return _from_cache(repo_id, options, _absent(repo_id, options), progress)
+        return _from_cache(repo_id, options, _absent(repo_id, options), progress, weights)
     try:
-        snapshot = Snapshot.of(repo_id, options, progress)
+        snapshot = Snapshot.of(repo_id, options, progress, weights)
     except HubError as error:
         if options.force_download:
             raise
-        return _from_cache(repo_id, options, error, progress)
-    snapshot.bring([CONFIG, *(name for name in (*COMPANIONS, INDEX) if name in snapshot.repo.files)])
-    snapshot.bring(snapshot.weights())
+        return _from_cache(repo_id, options, error, progress, weights)
+    snapshot.bring([name for name in (CONFIG, *COMPANIONS, INDEX) if name in snapshot.repo.files])
+    if weights:
+        snapshot.bring(snapshot.weights())
     return snapshot.folder
 
 
@@ -108,17 +111,20 @@ class Snapshot:
         self._counter = _Counter(progress)
 
     @classmethod
-    def of(cls, repo_id: str, options: HubOptions, progress: ProgressCallback | None = None) -> "Snapshot":
-        """The newest commit (of the revision asked for), with config.json in its folder.
+    def of(
+        cls, repo_id: str, options: HubOptions, progress: ProgressCallback | None = None, weights: bool = True
+    ) -> "Snapshot":
+        """The newest commit (of the revision asked for), with config.json in its folder (or a tokenizer alone).
 
         Raises:
-            HubError: the repo cannot be listed, or cannot be a model.
+            HubError: the repo cannot be listed, or cannot be a model (without `weights`: has no tokenizer.json).
         """
         with explained(repo_id):
             repo = listing(repo_id, options)
-            _check_files(repo)
+            _check_files(repo, weights)
             # At the revision and not at its commit, so that the cache knows which commit that is now.
-            folder = fetch(repo_id, CONFIG, options, lambda _: None).parent
+            first = CONFIG if CONFIG in repo.files else TOKENIZER
+            folder = fetch(repo_id, first, options, lambda _: None).parent
             commit = folder.relative_to(_kept(folder, options) / "snapshots").parts[0]
             if repo.commit not in (None, commit):  # something was committed just now
                 repo = listing(repo_id, options, commit)
@@ -229,15 +235,17 @@ def whole_in_cache(repo_id: str, options: HubOptions) -> Path | None:
         return None
 
 
-def _from_cache(repo_id: str, options: HubOptions, error: HubError, progress: ProgressCallback | None) -> Path:
+def _from_cache(
+    repo_id: str, options: HubOptions, error: HubError, progress: ProgressCallback | None, weights: bool
+) -> Path:
     """Where the Hub cannot or may not be asked; its `error` where the cache has not all of the repo."""
     with explained(repo_id):
-        folder = whole_in_cache(repo_id, options)
+        folder = whole_in_cache(repo_id, options) if weights else cached_folder(repo_id, options, TOKENIZER)
     if folder is None:
         raise error
     verifier = Verifier(folder, _kept(folder, options))
     if verifier.can_remember():
-        names = (CONFIG, *COMPANIONS, INDEX, *_weights_in(folder))
+        names = (CONFIG, *COMPANIONS, INDEX, *(_weights_in(folder) if weights else ()))
         expected = {name: cached_as(folder / name) for name in names if (folder / name).exists()}
         for name, damage in verifier.damaged(expected, _verifying(progress)).items():
             raise HubError(
@@ -271,8 +279,12 @@ def _compared(damage: Damage) -> str:
     return f"{damage.found} instead of {damage.expected}"
 
 
-def _check_files(repo: Repo) -> None:
-    """Whether the repo can be a model, before anything of it is fetched."""
+def _check_files(repo: Repo, weights: bool) -> None:
+    """Whether the repo can be a model, or at least its tokenizer, before anything of it is fetched."""
+    if not weights:
+        if TOKENIZER not in repo.files:
+            raise HubError(f"{repo.repo_id} has no {TOKENIZER}; choose another repo (an '-hf' conversion has it)")
+        return
     if SINGLE not in repo.files and INDEX not in repo.files:
         raise HubError(f"{repo.repo_id} {_no_weights(sorted(repo.files))}")
     if CONFIG not in repo.files:

@@ -190,9 +190,9 @@ def _bar(count: Callable[[int], None]) -> type[Any]:
     return Bar
 
 
-def cached_folder(repo_id: str, options: HubOptions) -> Path | None:
-    """Where the cache has the repo's config.json, and whatever else was downloaded with it."""
-    name = str(PurePosixPath(options.subfolder) / CONFIG)
+def cached_folder(repo_id: str, options: HubOptions, file: str = CONFIG) -> Path | None:
+    """Where the cache has that file of the repo, and whatever else was downloaded with it."""
+    name = str(PurePosixPath(options.subfolder) / file)
     config = try_to_load_from_cache(repo_id, name, cache_dir=options.cache_dir, revision=options.revision)
     return Path(config).parent if isinstance(config, str) else None
 
