@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -20,9 +21,10 @@ from glm4lite.engine import Engine
 from glm4lite.errors import CheckpointError, ConfigError, ContextLengthError, DeviceError
 from glm4lite.generate import Generation, PrefixCache
 from glm4lite.inventory import devices, kernel_names, rings
-from glm4lite.loader import quantize_checkpoint, save_quantized
+from glm4lite.loader import quantize_checkpoint
 from glm4lite.offload import OnDisk
-from glm4lite.placement import Machine, Placement, Share, place
+from glm4lite.placement import place
+from glm4lite.resources import Machine, Placement, Share
 from glm4lite.weights.destinations import Destinations
 from glm4lite.weights.needs import needs_of
 from glm4lite_quant import QuantError
@@ -66,7 +68,7 @@ def streamed(folder: Path, budget: Callable[[int], int]) -> Glm4ForCausalLM:
 
 
 def on_disk(model: Glm4ForCausalLM) -> list[OnDisk]:
-    return [layer.place for layer in model.model.layers if isinstance(layer.place, OnDisk)]
+    return [layer.store for layer in model.model.layers if isinstance(layer.store, OnDisk)]
 
 
 def logits_of(model: Glm4ForCausalLM, pieces: list[torch.Tensor], **more: Any) -> list[torch.Tensor]:
@@ -125,7 +127,7 @@ def test_whoever_looks_at_the_model_meanwhile_changes_nothing(folder: Path, stre
 
 def test_a_layer_has_no_weights_between_its_turns(streamed: Glm4ForCausalLM) -> None:
     logits_of(streamed, PIECES[:1])
-    layer = next(layer for layer in streamed.model.layers if isinstance(layer.place, OnDisk))
+    layer = next(layer for layer in streamed.model.layers if isinstance(layer.store, OnDisk))
     with pytest.raises(QuantError, match="no weight yet"):
         layer.mlp.gate_up_proj(torch.zeros(1, 128))
 
@@ -322,11 +324,16 @@ def test_only_stored_layers_can_lie_on_disk(tmp_path: Path) -> None:
         load(source, quant="int4", ram="200MiB")
 
 
-def test_a_streamed_model_is_not_saved_without_its_layers(
-    folder: Path, tmp_path: Path, streamed: Glm4ForCausalLM
+def test_a_streamed_model_is_saved_with_its_layers_also_over_its_own_files(
+    folder: Path, tmp_path: Path, budget: Callable[[int], int]
 ) -> None:
-    with pytest.raises(CheckpointError, match="lie on disk: copy the folder"):
-        save_quantized(streamed, folder, tmp_path / "out")
+    own = shutil.copytree(folder, tmp_path / "own")
+    wanted = logits_of(load(folder), PIECES)[0]
+    model = load(own, ram=budget(4), context=CONTEXT, kv="float")
+    for target in (tmp_path / "out", own):
+        model.save_pretrained(target)
+        assert torch.equal(logits_of(load(target), PIECES)[0], wanted)
+        assert torch.equal(logits_of(model, PIECES)[0], wanted)
 
 
 def test_the_notice_says_that_the_cache_became_int8(

@@ -9,10 +9,9 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,7 +21,7 @@ from glm4lite.owned_folder import OwnedFolder, remove_abandoned_temporary
 from glm4lite.server import create_app, serve
 from glm4lite.server.errors import ApiError
 from glm4lite.server.launch import url_of
-from glm4lite_ui.export import KINDS, as_json, as_markdown, file_name
+from glm4lite_ui.transfer import add_transfers
 from glm4lite_ui.uploads import uploaded
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from glm4lite_ui.runtime import Runtime
 
 _UPLOADS = "glm4lite-ui-"
-UPLOAD_LIMIT = "2mb"  # of text: more than any context holds
+UPLOAD_LIMIT = "64mb"  # as attachments.py takes
 
 
 @contextmanager
@@ -84,7 +83,7 @@ def _remove_at_the_end(app: FastAPI, uploads: OwnedFolder) -> None:
 
 def mount(app: FastAPI, runtime: Runtime) -> FastAPI:
     """Puts the page at "/" of `app`; routes that `app` has already stay."""
-    _add_exports(app, runtime)
+    add_transfers(app, runtime)
     uploads = _folder_for_uploads()
     with _own_environment(str(uploads.path / "files")):  # the lock is no upload
         mounted = _mount_gradio(app, runtime)
@@ -211,20 +210,6 @@ def _take_uploads_only(page: Blocks) -> None:
 
     for block in page.blocks.values():
         block.async_move_resource_to_block_cache = refuse  # type: ignore[method-assign, assignment]
-
-
-def _add_exports(app: FastAPI, runtime: Runtime) -> None:
-    """GET /export/<chat>.md and .json: a saved chat as a download."""
-
-    def export(chat_id: str, kind: Literal["md", "json"]) -> Response:
-        if not runtime.store.holds(chat_id):
-            return PlainTextResponse("this chat is not there", 404)
-        chat = runtime.open(chat_id)
-        text = as_markdown(chat) if kind == "md" else as_json(chat)
-        headers = {"Content-Disposition": f"attachment; filename*=utf-8''{quote(file_name(chat, kind))}"}
-        return Response(text, media_type=f"{KINDS[kind]}; charset=utf-8", headers=headers)
-
-    app.add_api_route("/export/{chat_id}.{kind}", export, methods=["GET", "HEAD"], response_class=Response)
 
 
 def serve_page(runtime: Runtime, listening: socket.socket, say: Callable[[str], None]) -> None:
