@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 import time
 from collections.abc import Iterable
-from typing import Protocol, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from rich import box
 from rich.console import Console
@@ -17,27 +16,17 @@ from rich.progress import Progress as ProgressBars
 from rich.table import Table
 from rich.text import Text
 
-from glm4lite.errors import one_line
 from glm4lite.events import Done, Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
+from glm4lite.printable import CONTROL, printable, printable_line
 
-# What a model or a tool says must not move the cursor, change the title or answer for the user.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-
-
-def printable(text: str) -> str:
-    """`text` without control characters (line ends and tabs stay), each shown as the replacement character."""
-    return _CONTROL.sub("\ufffd", text.replace("\r\n", "\n"))
-
-
-def printable_line(text: object) -> str:
-    """`text` as a single printable line, for messages that may quote a checkpoint."""
-    return printable(one_line(text))
+if TYPE_CHECKING:
+    from glm4lite.markdown import MarkdownStream
 
 
 def json_line(value: object) -> str:
     """`value` as one line of JSON, whatever its reader or a terminal takes for a line's end or a command."""
     text = json.dumps(value, ensure_ascii=False)
-    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
 class Notices(logging.Handler):
@@ -57,7 +46,9 @@ class Notices(logging.Handler):
 
 
 class Renderer(Protocol):
-    """Where a command's events and remarks go."""
+    """Where a command's events and remarks go. `markdown`: whether that of an answer is drawn, where it can be."""
+
+    markdown: bool = False
 
     def show(self, event: Event) -> None: ...
 
@@ -98,10 +89,15 @@ class JsonLines(Renderer):
 
 
 class Terminal(Renderer):
-    """The answer on stdout as it comes; thoughts, tool calls, progress and remarks on stderr: pipes stay clean."""
+    """The answer on stdout as it comes; thoughts, tool calls, progress and remarks on stderr: pipes stay clean.
 
-    def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
+    Where stdout is a terminal the answer's Markdown is drawn.
+    """
+
+    def __init__(self, out: TextIO | None = None, err: TextIO | None = None, markdown: bool = True) -> None:
         self._out = out or sys.stdout
+        self.markdown = markdown
+        self._drawn: MarkdownStream | None = None  # the text that is being drawn
         self._console = Console(file=err or sys.stderr, highlight=False, emoji=False)
         self._bars: ProgressBars | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -134,16 +130,29 @@ class Terminal(Renderer):
     def _write(self, stream: str, text: str) -> None:
         if self._line_open not in (None, stream):
             self._end_line()
-        if stream == "text":
+        if stream == "text" and (drawn := self._drawing()) is not None:
+            drawn.feed(text)
+        elif stream == "text":
             self._out.write(printable(text) if self._out.isatty() else text)
             self._out.flush()
         else:
             self._console.print(_text((text, "dim")), end="", soft_wrap=True)
         if text:
-            self._line_open = None if text.endswith("\n") else stream
+            self._line_open = None if text.endswith("\n") and self._drawn is None else stream
+
+    def _drawing(self) -> MarkdownStream | None:
+        """What draws the answer, until its last line is ended; None where it is written as it is."""
+        if self._drawn is None and self.markdown and self._line_open is None:
+            from glm4lite.markdown import MarkdownStream, can_draw
+
+            self._drawn = MarkdownStream(self._out) if can_draw(self._out) else None
+        return self._drawn
 
     def _end_line(self) -> None:
-        if self._line_open == "text":
+        if self._drawn is not None:
+            self._drawn.finish()
+            self._drawn = None
+        elif self._line_open == "text":
             self._out.write("\n")
             self._out.flush()
         elif self._line_open == "thinking":

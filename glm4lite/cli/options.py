@@ -12,10 +12,15 @@ Quant = Annotated[
     str | None, typer.Option(help="int4, int8, nf4, fp4 or none.", show_default="int4, or as the checkpoint is stored")
 ]
 Prompt = Annotated[
-    str | None, typer.Option("--prompt", "-p", help="Answer this, with what stdin holds below it, and leave.")
+    str | None,
+    typer.Option(
+        "--prompt", "-p", help="Answer this, with what stdin holds below it, and leave; @FILE adds a file, - is stdin."
+    ),
 ]
 Lines = Annotated[bool, typer.Option("--lines", help="Each line of stdin is a turn, not all of it one message.")]
 Json = Annotated[bool, typer.Option("--json", help="Every line of stdout is one event as JSON.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Write the answer's text as it is; do not draw its Markdown.")]
+NoHistory = Annotated[bool, typer.Option("--no-history", help="Keep nothing of what is typed.")]
 System = Annotated[str | None, typer.Option(help="System prompt.")]
 Tools = Annotated[
     list[str] | None,

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from glm4lite.events import Done, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
-from glm4lite.terminal import JsonLines, Terminal, printable
+from glm4lite.printable import printable
+from glm4lite.terminal import JsonLines, Terminal
 
 TURN = [
     Progress("prefill", 512, 1024, "tokens"),
