@@ -1,9 +1,9 @@
 """Markdown drawn on a terminal while it is still being written.
 
 A text is cut into blocks (a paragraph, an item of a list, a table, a block of code). A block is final once the next one
-has a line; only the last one is drawn again as it grows, and of that only the lines that changed and are still on the
-screen. So nothing flickers, what scrolled away stays as it is, and an answer's length costs nothing. A block that takes
-long to draw is drawn less often: drawing takes a tenth of the time at most.
+has a whole line; only the last one is drawn again as it grows, and of that only the lines that changed and are still on
+the screen. So nothing flickers, what scrolled away stays as it is, and an answer's length costs nothing. A block that
+takes long to draw is drawn less often: drawing takes a tenth of the time at most.
 
 What a model writes is untrusted: no escape sequence of its own reaches the terminal, also not as an HTML entity, links
 are shown with their address, and HTML is text.
@@ -15,11 +15,12 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, TextIO
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from rich.cells import cell_len
+from rich.cells import chop_cells
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import CodeBlock, Heading, Markdown, MarkdownElement
 from rich.segment import Segment, Segments
@@ -73,7 +74,7 @@ class MarkdownStream:
         held = "\r" if self._pending.endswith("\r") and not last else ""  # its \n may follow
         text = printable(self._pending.removesuffix(held))
         blocks = list(_blocks(text))
-        final = len(blocks) if last else _final(blocks)
+        final = len(blocks) if last else _final(text)
         lines: list[Line] = []
         done, gap = 0, self._gap
         for index, block in enumerate(blocks):
@@ -132,14 +133,15 @@ def _blocks(text: str) -> Iterator[_PartOfText]:
     firsts = {line for token, line in placed if token.level == 0}
     starts = sorted(firsts | {line for token, line in placed if token.level == 1 and token.type == "list_item_open"})
     lines = text.split("\n")
-    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+    for start, end in pairwise((*starts, len(lines))):
         part = lines[start:end]
         yield _PartOfText("\n".join(part), end in firsts or not part[-1].strip())
 
 
-def _final(blocks: list[_PartOfText]) -> int:
-    """How many of them are final: a line that is not whole may still become part of the block before it."""
-    return next((index for index in reversed(range(len(blocks))) if "\n" in blocks[index].text), 0)
+def _final(text: str) -> int:
+    """How many blocks of a text that goes on are final: by its whole lines, all but the last."""
+    whole = text[: text.rfind("\n") + 1]
+    return max(len(list(_blocks(whole))) - 1, 0)
 
 
 def _tidy(line: Line) -> Line:
@@ -153,9 +155,8 @@ def _tidy(line: Line) -> Line:
 
 
 def _rows(line: Line, width: int) -> int:
-    """Rows of the screen that a line takes; code is longer than one sometimes."""
-    cells = sum(cell_len(segment.text) for segment in line)
-    return max(1, -(-cells // width))
+    """Rows of the screen that a line takes: one of code may be longer than one, and no wide character is cut in two."""
+    return max(1, len(chop_cells("".join(segment.text for segment in line), width)))
 
 
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable("strikethrough").enable("table")

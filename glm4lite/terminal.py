@@ -16,7 +16,7 @@ from rich.progress import Progress as ProgressBars
 from rich.table import Table
 from rich.text import Text
 
-from glm4lite.events import Done, Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
+from glm4lite.events import Done, Event, Progress, Start, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
 from glm4lite.printable import CONTROL, printable, printable_line
 
 if TYPE_CHECKING:
@@ -66,10 +66,14 @@ class Renderer(Protocol):
 
 
 class JsonLines(Renderer):
-    """Every line of stdout is one event; remarks go to stderr. Of progress, ten lines a second and each stage's end."""
+    """Every line of stdout is one event, behind one with the version; remarks go to stderr.
+
+    Of progress there are ten lines a second and each stage's end.
+    """
 
     def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
         self._out, self._err = out or sys.stdout, err or sys.stderr
+        self._started = False
         self._next_progress = 0.0
 
     def show(self, event: Event) -> None:
@@ -77,6 +81,9 @@ class JsonLines(Renderer):
             if time.monotonic() < self._next_progress:
                 return
             self._next_progress = time.monotonic() + 0.1
+        if not self._started:
+            self._started = True
+            self._out.write(json_line(Start().to_json()))
         self._out.write(json_line(event.to_json()))
         self._out.flush()
 

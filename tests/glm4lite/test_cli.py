@@ -26,7 +26,10 @@ def run(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[
 
 
 def events(output: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in output.splitlines()]
+    """The events behind the first line, which tells their version."""
+    first, *found = (json.loads(line) for line in output.splitlines())
+    assert first == {"type": "start", "version": 1}
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from glm4lite.cli.chat import mentions, saved
 from glm4lite.cli.chat.keyboard import unquoted
 from glm4lite.cli.chat.settings import HELP
+from glm4lite.cli.paths import models, paths
 from glm4lite.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -151,11 +152,11 @@ def _load(conversation: Conversation, argument: str) -> None:
 
 
 def _saved_words(_: Conversation, typed: str) -> Iterable[str]:
-    return mentions.paths(typed) if "/" in typed else saved.names()
+    return paths(typed) if "/" in typed else saved.names()
 
 
 def _model_words(_: Conversation, typed: str) -> Iterable[str]:
-    return ["nano", *mentions.paths(typed)]
+    return models(typed)
 
 
 def _reset(conversation: Conversation, _: str) -> None:

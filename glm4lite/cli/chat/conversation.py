@@ -13,6 +13,7 @@ from glm4lite.cli.chat.keyboard import Keyboard, Typed, unquoted
 from glm4lite.cli.chat.mentions import with_files
 from glm4lite.cli.chat.settings import Settings
 from glm4lite.cli.running import interrupt_stops
+from glm4lite.echo import echo
 from glm4lite.engine import Engine
 from glm4lite.errors import ConfigError, Glm4liteError, one_line
 from glm4lite.events import Progress
@@ -84,7 +85,7 @@ class Conversation:
             try:
                 typed = keyboard.read()
             except KeyboardInterrupt:
-                self.renderer.remark("\n" + help_line)
+                self.renderer.remark(help_line)
                 continue
             if typed is None:
                 return
@@ -109,7 +110,7 @@ class Conversation:
 
     def ask(self, text: str) -> None:
         """Sends a message and shows the answer."""
-        with interrupt_stops(self.session):
+        with interrupt_stops(self.session), echo(False):
             self.renderer.show_all(self.session.send(text))
 
     # --- what commands do

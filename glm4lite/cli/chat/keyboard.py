@@ -90,6 +90,9 @@ class LineKeyboard:
                 text = text.removesuffix("\\") + "\n" + _line(CONTINUED)
         except EOFError:
             return None
+        except KeyboardInterrupt:  # behind the line that was given up
+            streams().out.write("\n")
+            raise
         return Typed(text)
 
 

@@ -6,17 +6,15 @@ or a tool names no file.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from glm4lite.cli.paths import paths
 from glm4lite.errors import Glm4liteError
 from glm4lite.text_files import TextFile, read_text_file
 
 MAX_TOTAL = 8 << 20  # characters of all files of one question
-MOST_OFFERED = 200
-_MOST_LOOKED_AT = 5000  # names of one folder, for a completion
 
 # At the start of a word, so that a@b.c is none; "(" and "[" may stand before it.
 _MENTION = re.compile(r"""(?<![^\s(\[])@(?:(?P<at>@)|"(?P<quoted>[^"\n]+)"|(?P<bare>[^\s@"'`]\S*))""")
@@ -95,19 +93,3 @@ def completions(before: str) -> Iterator[tuple[str, int]]:
         quoted = match["quoted"] is not None or re.search(r"\s", name)
         closed = quoted and not name.endswith("/")
         yield (f'"{name}' + ('"' if closed else "") if quoted else name), match.start() + 1 - len(before)
-
-
-def paths(typed: str) -> Iterator[str]:
-    """Files and folders (with "/" behind them) whose path goes on from `typed`, in order; hidden ones if asked for."""
-    start = typed.rpartition("/")[2]
-    shown = typed[: len(typed) - len(start)]
-    try:
-        with os.scandir(os.path.expanduser(shown or ".")) as entries:
-            names = [
-                entry.name + "/" * entry.is_dir()
-                for entry, _ in zip(entries, range(_MOST_LOOKED_AT), strict=False)
-                if entry.name.startswith(start) and (start or not entry.name.startswith("."))
-            ]
-    except OSError:
-        return
-    yield from (shown + name for name in sorted(names)[:MOST_OFFERED] if name.isprintable() and '"' not in name)

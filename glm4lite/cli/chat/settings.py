@@ -61,7 +61,7 @@ class Settings:
         elif name in SWITCHES:
             self._switch(name, _on(name, value))
         else:
-            near = difflib.get_close_matches(name, HELP, 1, 0.6)
+            near = [known for known in HELP if known.startswith(name)] or difflib.get_close_matches(name, HELP, 1, 0.6)
             raise ConfigError(f"there is no setting {name[:100]!r}{f'; is it {near[0]}?' if near else ''}")
 
     def restore(self, values: dict[str, Any]) -> None:
