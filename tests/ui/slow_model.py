@@ -16,14 +16,14 @@ import torch
 from glm4lite.engine import Engine
 from glm4lite.server import Address
 from glm4lite.worker import EngineWorker
-from glm4lite_ui.chats import ChatStore
 from glm4lite_ui.runtime import Runtime
+from glm4lite_ui.saved.store import ChatStore
 from glm4lite_ui.serving import serve_page
 
 
 def slow_engine(nano: Engine, reply: str, seconds: float = 0.01) -> Engine:
     """An Engine that computes like nano but answers everything with `reply`, taking `seconds` more a token."""
-    words = [*nano.tokenizer.encode(reply), nano.tokenizer.special["<|user|>"]]
+    words = [*nano.tokenizer.ids(reply), nano.tokenizer.special["<|user|>"]]
     model, left = copy.copy(nano.model), list[int]()
 
     def told(ids: torch.Tensor, **named: Any) -> Any:

@@ -9,7 +9,7 @@ import gradio as gr
 
 from glm4lite.errors import Glm4liteError
 from glm4lite_ui.answering import Decision
-from glm4lite_ui.chats import Attachment, Chat, Turn
+from glm4lite_ui.chats import Attachment, Chat
 from glm4lite_ui.drawing import Drawing, Updates
 from glm4lite_ui.markup import literal, original_of, text_html
 from glm4lite_ui.panels import live_line
@@ -32,7 +32,7 @@ class ConversationHandlers:
         if not text and not paths:
             return
         chat = self.runtime.change(chat_id)
-        chat.turns.append(Turn(text, [self._attachment(path) for path in paths]))
+        chat.ask(text, [self._attachment(path) for path in paths])
         yield from self._answer(chat, request, {self.parts.message: self.draw.input(True, text="")})
 
     def example(self, chat_id: str, event: gr.SelectData, request: gr.Request) -> Iterator[Updates]:
@@ -43,24 +43,24 @@ class ConversationHandlers:
         if _changed_meanwhile(chat, seen):
             yield self.draw.whole(chat)
         elif chat.turns:
-            chat.turns[-1] = Turn(chat.turns[-1].user, chat.turns[-1].files)
+            chat.another(chat.turns[-1])
             yield from self._answer(chat, request)
 
     def edit(self, chat_id: str, seen: str, event: gr.EditData, request: gr.Request) -> Iterator[Updates]:
-        """Answers the changed message; what followed it is gone."""
+        """Answers the changed message; the old one stays, with what followed it."""
         chat = self.runtime.change(chat_id)
         place, text = turn_at(chat, event.index, question=True), _typed(_edited_text(event.value))
         if _changed_meanwhile(chat, seen) or place is None or not text:
             yield self.draw.whole(chat)
             return
-        chat.turns[place:] = [Turn(text, chat.turns[place].files)]
+        chat.another(chat.turns[place], text)
         yield from self._answer(chat, request)
 
     def drop_oldest(self, chat_id: str, request: gr.Request) -> Iterator[Updates]:
         chat = self.runtime.change(chat_id)
         if not self.runtime.drop_oldest(chat):
             raise Glm4liteError("The last message alone does not fit the context: shorten it.")
-        chat.turns[-1] = Turn(chat.turns[-1].user, chat.turns[-1].files)
+        chat.another(chat.turns[-1])
         yield from self._answer(chat, request)
 
     def _answer(self, chat: Chat, request: gr.Request, also: Updates | None = None) -> Iterator[Updates]:
@@ -101,7 +101,7 @@ class ConversationHandlers:
     def delete(self, chat_id: str, seen: str, place: int | None) -> Updates:
         chat = self.runtime.change(chat_id)
         if not _changed_meanwhile(chat, seen) and place is not None and 0 <= place < len(chat.turns):
-            del chat.turns[place]
+            chat.remove(chat.turns[place])
             self.runtime.store.save(chat)
         return self.draw.whole(chat) | self.draw.settings(chat)
 
@@ -110,7 +110,10 @@ class ConversationHandlers:
         chat = self.runtime.change(chat_id)
         if _changed_meanwhile(chat, seen):
             return self.draw.whole(chat)
-        text = chat.turns.pop().user if chat.turns else ""
+        text = ""
+        if chat.turns:
+            text = chat.turns[-1].user
+            chat.remove(chat.turns[-1])
         self.runtime.store.save(chat)
         return self.draw.whole(chat) | self.draw.settings(chat) | {self.parts.message: self.draw.input(False, text)}
 

@@ -40,11 +40,12 @@ def _is_question(message: tuple[Shown, int], following: tuple[Shown, int] | None
 
 
 def _placed(chat: Chat, answering: bool) -> Iterator[tuple[Shown, int]]:
-    for number, turn in enumerate(chat.turns):
-        under_way = answering and number == len(chat.turns) - 1
+    turns = chat.turns
+    for number, turn in enumerate(turns):
+        under_way = answering and number == len(turns) - 1
         for message in _turn(turn, under_way):
             yield message, number
-        following = chat.turns[number + 1 : number + 2]
+        following = turns[number + 1 : number + 2]
         if turn.dropped and following and not following[0].dropped:
             yield _note(DROPPED), number
 
