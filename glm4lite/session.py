@@ -113,6 +113,13 @@ class ChatSession:
         self.allowed.clear()
         self.messages[:] = [Message("system", self.system)] if self.system else []
 
+    def recall(self, messages: Sequence[Message]) -> None:
+        """Goes on from a conversation that was held before, with its system prompt."""
+        self.reset()
+        self.messages[:] = messages
+        self.system = messages[0].content if messages and messages[0].role == "system" else None
+        self._calls_made = sum(len(message.tool_calls) for message in messages)  # so that no id comes twice
+
     def use(self, engine: Engine) -> None:
         """Goes on with another model, with its checkpoint's sampling; the conversation, the prompt and tools stay.
 

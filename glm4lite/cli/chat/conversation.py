@@ -141,10 +141,7 @@ class Conversation:
         found = saved.load(path)
         tokens = self._tokens(found.messages)
         self.settings.restore(found.settings)
-        self.session.reset()
-        self.session.messages[:] = found.messages
-        first = found.messages[0] if found.messages else None
-        self.session.system = first.content if first is not None and first.role == "system" else None
+        self.session.recall(found.messages)
         self.file = path
         asked = sum(message.role == "user" for message in found.messages)
         other = "" if found.model == self.source.model else f", held with {found.model}"

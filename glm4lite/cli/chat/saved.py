@@ -88,7 +88,10 @@ def load(path: Path) -> Saved:
     if not path.exists():
         known = ", ".join(names())
         raise SavedError(f"{path} does not exist{f'; saved are: {known}' if known else ''}")
-    data = read_json(path, SavedError)
+    try:
+        data = read_json(path, SavedError)
+    except SavedError as error:
+        raise SavedError(str(error).partition(";")[0]) from None  # what follows is advice about a model's files
     if data.get("format") != FORMAT:
         raise SavedError(f"{path} is no saved conversation: its format is {shown(data.get('format'))}")
     if data.get("version") != VERSION:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from glm4lite.errors import ConfigError, Glm4liteError, SamplingError
+from glm4lite.errors import ConfigError, Glm4liteError, SamplingError, shown
 
 if TYPE_CHECKING:
     from glm4lite.session import ChatSession
@@ -66,13 +66,12 @@ class Settings:
 
     def restore(self, values: dict[str, Any]) -> None:
         """The sampling that was saved with a conversation; Glm4liteError for what it cannot be."""
-        known = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        if strange := sorted(known.keys() - SAMPLING.keys()):
-            raise ConfigError(f"the saved settings hold {strange[0][:100]!r}, which is none")
-        try:
-            self._apply({name: value for name, value in self.sampling.items() if name not in known} | known)
-        except (TypeError, AttributeError):
-            raise SamplingError("the saved settings hold a value of a wrong type") from None
+        for name, value in values.items():
+            texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
+            if name not in SAMPLING or (name == "stop" and not texts) or (name != "stop" and not _is_number(value)):
+                raise ConfigError(f"the saved settings hold {shown(name)}: {shown(value)}, which cannot be used")
+        known = {name: tuple(value) if name == "stop" else value for name, value in values.items()}
+        self._apply({name: value for name, value in self.sampling.items() if name not in known} | known)
 
     def renew(self) -> None:
         """After another model came: what was not given is its checkpoint's now."""
@@ -122,6 +121,10 @@ class Settings:
 
 
 _OURS = ("seed", "max_new_tokens", "stop")  # no checkpoint has them
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _parsed(name: str, value: str) -> Any:
