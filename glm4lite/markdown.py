@@ -165,6 +165,9 @@ _PARSER = MarkdownIt("commonmark", {"html": False}).enable("strikethrough").enab
 class _Code(CodeBlock):
     """Code between its fences, in the terminal's own colors. Long lines are the terminal's to wrap: a copy is exact."""
 
+    fence: str = ""
+    info: str = ""
+
     @classmethod
     def create(cls, markdown: Markdown, token: Token) -> _Code:
         code = cls(token.info.partition(" ")[0] or "text", "ansi_dark")

@@ -29,6 +29,8 @@ ALLOWED = {
     "triton": {f"quant/glm4lite_quant/kernels/triton_{name}.py" for name in ("gpu", "kernels", "step", "step_kernels")},
     "fastapi": {"glm4lite/server/app.py", "ui/glm4lite_ui/serving.py"},
     "uvicorn": {"glm4lite/server/launch.py", "glm4lite/server/connection.py"},
+    "prompt_toolkit": {f"glm4lite/cli/chat/{name}.py" for name in ("keyboard", "history")},
+    "charset_normalizer": {"glm4lite/text_files.py"},
     "pickle": set(),
     "huggingface_hub": {"glm4lite/weights/hub_client.py", "glm4lite/weights/hub_errors.py"},
 }
