@@ -21,7 +21,7 @@ from typing import ClassVar, TextIO
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from rich.cells import chop_cells
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderResult
 from rich.markdown import CodeBlock, Heading, Markdown, MarkdownElement
 from rich.segment import Segment, Segments
 from rich.syntax import Syntax
@@ -73,6 +73,7 @@ class MarkdownStream:
     def _draw(self, last: bool) -> None:
         held = "\r" if self._pending.endswith("\r") and not last else ""  # its \n may follow
         text = printable(self._pending.removesuffix(held))
+        self._measure()
         blocks = list(_blocks(text))
         final = len(blocks) if last else _final(text)
         lines: list[Line] = []
@@ -87,6 +88,15 @@ class MarkdownStream:
         del self._shown[:done]
         self._pending = "\n".join(block.text for block in blocks[final:]) + held if blocks else text.lstrip("\n") + held
         self._out.flush()
+
+    def _measure(self) -> None:
+        """Takes the size from `out` itself: standard streams, which rich asks, may lead elsewhere."""
+        try:
+            columns, rows = os.get_terminal_size(self._out.fileno())
+        except (OSError, ValueError):
+            return
+        if columns > 1 and rows > 1:
+            self._console.size = ConsoleDimensions(columns, rows)
 
     def _lines(self, source: str) -> list[Line]:
         """A block as it is drawn, without empty lines around it."""
@@ -112,10 +122,10 @@ class MarkdownStream:
         while reachable > same and rows + _rows(self._shown[reachable - 1], width) < height:
             reachable -= 1
             rows += _rows(self._shown[reachable], width)
-        if rows:
-            self._out.write(f"\x1b[{rows}A\r\x1b[J")
-        for line in lines[reachable:]:
-            self._console.print(Segments([*line, Segment.line()]), soft_wrap=True, end="")
+        with self._console.capture() as drawn:  # written at once, so that nothing is seen half drawn
+            for line in lines[reachable:]:
+                self._console.print(Segments([*line, Segment.line()]), soft_wrap=True, end="")
+        self._out.write((f"\x1b[{rows}A\r\x1b[J" if rows else "") + drawn.get())
         self._shown = self._shown[:reachable] + lines[reachable:]
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from rich import box
@@ -32,15 +32,17 @@ def json_line(value: object) -> str:
 class Notices(logging.Handler):
     """Warnings (a type converted, a head left out), other packages' too, as lines on stderr; never a traceback."""
 
-    def __init__(self, err: TextIO) -> None:
+    def __init__(self, err: TextIO, before: Callable[[], None] = lambda: None) -> None:
+        """`before` is called before each line: what is being drawn on the same terminal has to be left alone then."""
         super().__init__(logging.WARNING)
-        self._err = err
+        self._err, self._before = err, before
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             message = record.getMessage()
         except Exception:  # another package's arguments do not fit its format
             message = str(record.msg)
+        self._before()
         self._err.write(printable_line(message)[:2000] + "\n")
         self._err.flush()
 
@@ -53,6 +55,8 @@ class Renderer(Protocol):
     def show(self, event: Event) -> None: ...
 
     def remark(self, text: str) -> None: ...
+
+    def end_line(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -90,6 +94,9 @@ class JsonLines(Renderer):
     def remark(self, text: str) -> None:
         self._err.write(printable(text) + "\n")
         self._err.flush()
+
+    def end_line(self) -> None:
+        """Every line has its end."""
 
     def close(self) -> None:
         """Nothing is held back."""
@@ -132,11 +139,11 @@ class Terminal(Renderer):
 
     def close(self) -> None:
         self._close_bars()
-        self._end_line()
+        self.end_line()
 
     def _write(self, stream: str, text: str) -> None:
         if self._line_open not in (None, stream):
-            self._end_line()
+            self.end_line()
         if stream == "text" and (drawn := self._drawing()) is not None:
             drawn.feed(text)
         elif stream == "text":
@@ -155,7 +162,8 @@ class Terminal(Renderer):
             self._drawn = MarkdownStream(self._out) if can_draw(self._out) else None
         return self._drawn
 
-    def _end_line(self) -> None:
+    def end_line(self) -> None:
+        """Ends a text or a thought whose last line is open; what comes then begins a line."""
         if self._drawn is not None:
             self._drawn.finish()
             self._drawn = None
@@ -167,11 +175,11 @@ class Terminal(Renderer):
         self._line_open = None
 
     def _note(self, *parts: str | tuple[str, str]) -> None:
-        self._end_line()
+        self.end_line()
         self._console.print(_text(*parts), soft_wrap=True)
 
     def _done(self, event: Done) -> None:
-        self._end_line()
+        self.end_line()
         if event.finish_reason != "stop":
             self._note((_REASONS.get(event.finish_reason, event.finish_reason), "yellow"))
         if self._console.is_terminal:

@@ -80,7 +80,7 @@ def chat(
 def generate(
     model: options.Model = "nano",
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Text to go on from; what stdin holds comes below it.")
+        str | None, typer.Option("--prompt", "-p", help="Text to go on from, what stdin holds below it; - is stdin.")
     ] = None,
     quant: options.Quant = None,
     as_json: options.Json = False,

@@ -48,7 +48,7 @@ def rendering(as_json: bool, raw: bool = False) -> Iterator[Renderer]:
 
     own = streams()
     renderer: Renderer = JsonLines(own.out, own.err) if as_json else Terminal(own.out, own.err, not raw)
-    logging.getLogger().addHandler(notices := Notices(own.err))
+    logging.getLogger().addHandler(notices := Notices(own.err, renderer.end_line))
     try:
         yield renderer
     finally:

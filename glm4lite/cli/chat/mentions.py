@@ -33,7 +33,7 @@ def with_files(text: str, pasted: Sequence[str] = (), remark: Callable[[str], No
 
     def found(match: re.Match[str]) -> str:
         if match["at"]:
-            return "@" + ("" if match["at"] == "@" else match["at"])
+            return "@"
         path, rest = _named(match["quoted"], match["bare"])
         if path is None:
             return match[0]
