@@ -192,6 +192,7 @@ def test_every_proposal_makes_it_fit_and_a_little_less_does_not(
     found = plan(folder, quant, budget)
     assert not found.placement.fits
     assert found.proposals
+    assert [text for name, text in found.lines() if name == "would fit"] == [str(one) for one in found.proposals]
 
     def applied(proposal: Proposal, **less: Any) -> PlacementReport:
         changes = {"quant": quant, **asdict(budget), **proposal.changes, **less}
