@@ -29,8 +29,9 @@ ALLOWED = {
     "triton": {f"quant/glm4lite_quant/kernels/triton_{name}.py" for name in ("gpu", "kernels", "step", "step_kernels")},
     "fastapi": {"glm4lite/server/app.py", "ui/glm4lite_ui/serving.py"},
     "uvicorn": {"glm4lite/server/launch.py", "glm4lite/server/connection.py"},
+    "pypdf": {"ui/glm4lite_ui/untrusted/documents.py"},
     "prompt_toolkit": {f"glm4lite/cli/chat/{name}.py" for name in ("keyboard", "history")},
-    "charset_normalizer": {"glm4lite/text_files.py"},
+    "charset_normalizer": {"glm4lite/encodings.py"},
     "pickle": set(),
     "huggingface_hub": {"glm4lite/weights/hub_client.py", "glm4lite/weights/hub_errors.py"},
 }

@@ -226,10 +226,10 @@ def test_what_cannot_be_read_or_used_is_said_on_the_page(serve: Serve, visit: Vi
     (tmp_path / "picture.txt").write_bytes(b"\xff\xd8\xff")
     page.wait_for_timeout(300)
     page.set_input_files("#message input[type=file]", tmp_path / "picture.txt")
-    page.wait_for_selector("#live >> text=picture.txt is not a UTF-8 text file")
+    page.wait_for_selector("#live >> text=picture.txt is a picture; the model reads text only")
     page.fill("#message textarea", "Read it")
     page.keyboard.press("Enter")
-    page.wait_for_selector(".toast-body >> text=picture.txt is not a UTF-8 text file")
+    page.wait_for_selector(".toast-body >> text=picture.txt is a picture; the model reads text only")
     assert page.get_by_test_id("bot").is_visible()
     assert page.get_by_test_id("status-tracker").locator("visible=true").count() == 0
     page.click("#settings .toggle-button")

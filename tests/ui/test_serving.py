@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,6 +102,12 @@ def test_direct_calls_of_the_pages_functions_by_name_are_not_there(client: httpx
         assert client.post(path, json={"data": []}).status_code in (404, 405)
 
 
+@pytest.fixture
+def small_uploads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glm4lite_ui.serving.UPLOAD_LIMIT", "2mb")
+
+
+@pytest.mark.usefixtures("small_uploads")  # before the site is served
 def test_an_upload_is_limited_in_size_and_not_served_again(client: httpx.Client) -> None:
     assert client.post("/gradio_api/upload", files={"files": ("a.txt", b"x" * 3_000_000)}).status_code == 413
     kept = client.post("/gradio_api/upload", files={"files": ("a.txt", b"text")})
@@ -151,6 +159,17 @@ def test_exports_are_downloads_with_a_safe_name(client: httpx.Client, site: Site
     assert answer.status_code == 200
     assert answer.headers["content-disposition"] == "attachment; filename*=utf-8''b-x-X-y.md"
     assert answer.headers["content-type"].startswith("text/markdown")
+
+
+def test_all_chats_are_one_archive(client: httpx.Client, site: Site) -> None:
+    for question in ("Hi", "你好"):
+        site.runtime.store.save(Chat.of(Turn(question), title=question))
+    answer = client.get("/export/all.zip")
+    assert answer.headers["content-type"] == "application/zip"
+    assert answer.headers["content-disposition"].startswith("attachment; filename=glm4lite-chats-")
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as packed:
+        assert sorted(name.split("-")[0] for name in packed.namelist()) == ["json/Hi", "json/你好", "md/Hi", "md/你好"]
+        assert packed.testzip() is None
 
 
 def test_the_api_is_served_beside_the_page(client: httpx.Client, site: Site, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ class ConversationHandlers:
 
     def _attachment(self, path: str) -> Attachment:
         file = uploaded(path)
-        return self.runtime.attachment(file.name, file.read_bytes())
+        return self.runtime.attachment(file.name, file)
 
 
 def _changed_meanwhile(chat: Chat, seen: str) -> bool:

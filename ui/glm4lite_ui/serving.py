@@ -6,6 +6,8 @@ import asyncio
 import os
 import re
 import socket
+import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -13,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 from fastapi import FastAPI, Response
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import PlainTextResponse, StreamingResponse
+from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,7 +25,7 @@ from glm4lite.owned_folder import OwnedFolder, remove_abandoned_temporary
 from glm4lite.server import create_app, serve
 from glm4lite.server.errors import ApiError
 from glm4lite.server.launch import url_of
-from glm4lite_ui.export import KINDS, as_json, as_markdown, file_name
+from glm4lite_ui.export import KINDS, as_json, as_markdown, file_name, write_archive
 from glm4lite_ui.uploads import uploaded
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from glm4lite_ui.runtime import Runtime
 
 _UPLOADS = "glm4lite-ui-"
-UPLOAD_LIMIT = "2mb"  # of text: more than any context holds
+UPLOAD_LIMIT = "256mb"  # of other programs' exports; attachments.py takes less
 
 
 @contextmanager
@@ -214,7 +217,19 @@ def _take_uploads_only(page: Blocks) -> None:
 
 
 def _add_exports(app: FastAPI, runtime: Runtime) -> None:
-    """GET /export/<chat>.md and .json: a saved chat as a download."""
+    """GET /export/<chat>.md and .json: a saved chat as a download; /export/all.zip: every one."""
+
+    def export_all() -> Response:
+        file = tempfile.TemporaryFile()  # noqa: SIM115  # closed when it was sent
+        write_archive(runtime.store.every(), file)
+        size = file.tell()
+        file.seek(0)
+        name = time.strftime("glm4lite-chats-%Y-%m-%d.zip")
+        headers = {"Content-Disposition": f"attachment; filename={name}", "Content-Length": str(size)}
+        pieces = iter(lambda: file.read(1 << 16), b"")
+        return StreamingResponse(
+            pieces, media_type="application/zip", headers=headers, background=BackgroundTask(file.close)
+        )
 
     def export(chat_id: str, kind: Literal["md", "json"]) -> Response:
         if not runtime.store.holds(chat_id):
@@ -224,6 +239,7 @@ def _add_exports(app: FastAPI, runtime: Runtime) -> None:
         headers = {"Content-Disposition": f"attachment; filename*=utf-8''{quote(file_name(chat, kind))}"}
         return Response(text, media_type=f"{KINDS[kind]}; charset=utf-8", headers=headers)
 
+    app.add_api_route("/export/all.zip", export_all, methods=["GET"], response_class=Response)
     app.add_api_route("/export/{chat_id}.{kind}", export, methods=["GET", "HEAD"], response_class=Response)
 
 
