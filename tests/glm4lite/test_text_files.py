@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from glm4lite.text_files import MAX_BYTES, TextFileError, decode, read_text_file
+from glm4lite.encodings import decoded
+from glm4lite.text_files import MAX_BYTES, TextFileError, read_text_file
 
 CHINESE = "这是一个测试文件，包含一些中文内容。\n第二行：价格 12 元"
 
@@ -19,7 +20,7 @@ CHINESE = "这是一个测试文件，包含一些中文内容。\n第二行：�
         (CHINESE, "utf-8"),
         (CHINESE, "utf-8-sig"),
         (CHINESE, "gbk"),
-        ("你好", "gb18030"),
+        ("你好，请看下面这些数据。", "gb18030"),
         (CHINESE, "utf-16"),
         (CHINESE, "utf-32"),
         ("plain words", "utf-16-le"),
@@ -43,12 +44,15 @@ def test_text_is_read_in_any_common_encoding(text: str, encoding: str, tmp_path:
     [b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"MZ\x90\0\3\0\0\0", bytes(range(256)), b"\x7fELF\2\1\1\0", b"\1\0\2\0"],
 )
 def test_what_is_binary_is_no_text(data: bytes) -> None:
-    assert decode(data) is None
+    with pytest.raises(ValueError, match=r"text|encoding"):
+        decoded(data)
 
 
 def test_random_bytes_are_no_text() -> None:
     draw = random.Random(1)
-    assert all(decode(draw.randbytes(300)) is None for _ in range(50))
+    for _ in range(50):
+        with pytest.raises(ValueError, match=r"text|encoding"):
+            decoded(draw.randbytes(300))
 
 
 def test_lines_end_alike_and_the_fence_is_longer_than_any_in_the_file(tmp_path: Path) -> None:
@@ -66,7 +70,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     for name, said in [
         ("gone\n\x1b[2J", "No such file"),
         ("large", "is larger than 2 MiB"),
-        ("binary", "is no text"),
+        ("binary", "it is no text"),
         ("", "cannot be read"),
         ("a\0b", "cannot be read"),
         ("x" * 300, "cannot be read"),

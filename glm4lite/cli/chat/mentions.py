@@ -78,7 +78,7 @@ def _read(path: Path, remark: Callable[[str], None]) -> TextFile:
         file = read_text_file(path)
     except Glm4liteError as error:
         raise type(error)(f"{error} (@@ writes an @ that names no file)") from None
-    if file.encoding != "utf-8":
+    if file.encoding:
         remark(f"({file.name} is read as {file.encoding})")
     return file
 
