@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 import glm4lite
+from glm4lite.cli import main
 from glm4lite.cli.chat import commands, saved
 from glm4lite.cli.chat.conversation import Conversation, Source
 from glm4lite.cli.chat.keyboard import Typed, unfinished, unquoted
@@ -248,6 +250,16 @@ def test_a_refused_file_asks_nothing(talk: Talk) -> None:
     found.go_on(Lines("See @gone.txt"))
     assert asked(found) == []
     assert "error: gone.txt cannot be read" in remarks(found)
+
+
+def test_a_file_that_p_names_and_is_missing_is_one_line(
+    notes: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["glm4lite", "chat", "-p", "Read @gone.txt"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert (left.value.code, line.split(" (")[0]) == (2, "error: gone.txt cannot be read: No such file or directory")
 
 
 def test_what_a_model_or_a_pipe_says_names_no_file(talk: Talk, notes: str) -> None:

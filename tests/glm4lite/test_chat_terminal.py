@@ -240,15 +240,16 @@ def test_markdown_is_drawn_unless_raw(options: tuple[str, ...], shown: str, home
 
 
 def test_a_question_and_its_files_come_from_options_and_stdin(home: Path) -> None:
-    (home / "notes.txt").write_bytes("你好，世界".encode("gbk"))
+    (home / "notes.txt").write_bytes("你好，请看下面这些数据。".encode("gbk"))
     command = [sys.executable, "-m", "glm4lite", "chat", "--no-tools", "--json", "--quant", "none"]
     command += ["--max-new-tokens", "3"]
 
-    def tokens(*options: str, stdin: str = "") -> int:
+    def tokens(prompt: str, stdin: str = "") -> int:
         done = subprocess.run(
-            [*command, *options], input=stdin, capture_output=True, text=True, cwd=home, timeout=60, check=True
+            [*command, "-p", prompt], input=stdin, capture_output=True, text=True, cwd=home, timeout=100, check=True
         )
         return int(json.loads(done.stdout.splitlines()[-1])["prompt_tokens"])
 
-    assert tokens("-p", "-", stdin="Read @notes.txt") == tokens("-p", "Read @@notes.txt")
-    assert tokens("-p", "Read @notes.txt") == tokens("-p", "Read notes.txt\n\nFile notes.txt:\n```\n你好，世界\n```")
+    whole = tokens("Read @notes.txt")
+    assert tokens("-", "Read notes.txt\n\nFile notes.txt:\n```\n你好，请看下面这些数据。\n```\n") == whole
+    assert tokens("-", "Read @notes.txt") < whole - 10

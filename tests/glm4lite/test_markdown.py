@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import random
 import re
 import time
@@ -15,7 +16,7 @@ from rich.segment import Segment
 from glm4lite import markdown
 from glm4lite.events import TextDelta, ThinkingDelta
 from glm4lite.markdown import MarkdownStream, _rows, can_draw
-from glm4lite.terminal import Terminal
+from glm4lite.terminal import Notices, Terminal
 
 ROOT = Path(__file__).parents[2]
 WIDTH, HEIGHT = 60, 15
@@ -240,6 +241,15 @@ def test_thoughts_and_answers_take_turns_on_the_screen() -> None:
     events = [ThinkingDelta("Hm"), TextDelta("**One"), TextDelta("**"), ThinkingDelta("So"), TextDelta("Two\n")]
     Terminal(screen, screen).show_all(iter(events))
     assert shown(screen.getvalue()) == ["Hm", "One", "So", "Two"]
+
+
+def test_a_notice_amid_an_answer_stands_on_a_line_of_its_own() -> None:
+    screen = FakeTerminal()
+    terminal = Terminal(screen, screen)
+    terminal.show(TextDelta("One\ntwo"))
+    Notices(screen, terminal.end_line).emit(logging.makeLogRecord({"msg": "careful"}))
+    terminal.show_all(iter([TextDelta("three"), TextDelta(" four")]))
+    assert shown(screen.getvalue()) == ["One", "two", "careful", "three four"]
 
 
 @pytest.mark.parametrize("term", ["dumb", "unknown", ""])
