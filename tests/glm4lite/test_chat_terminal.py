@@ -58,13 +58,18 @@ def complete(chat: Screen, typed: str, becomes: str) -> None:
 
 def test_a_pasted_text_of_several_lines_is_one_question(chat: Screen, home: Path) -> None:
     (home / "notes.txt").write_text("secret")
-    text = "@dataclass\nclass A:\n    b: int \\\n@notes.txt\n@no.such.file"
+    text = "    @dataclass\n    class A:\n        b: int \\\n@notes.txt\n@no.such.file"
     chat.type(pasted(text + "\n"))
     chat.wait_for("@no.such.file")
     chat.type(ENTER)
     chat.wait_for("tok/s")
     chat.wait_for_prompt()
-    assert questions(chat, home, "one") == [text]
+    chat.type(UP)
+    chat.wait_for("@no.such.file", 2)
+    chat.type(ENTER)
+    chat.wait_for("tok/s", 2)
+    chat.wait_for_prompt()
+    assert questions(chat, home, "one") == [text, text]
 
 
 def test_blocks_and_backslashes_make_several_lines(chat: Screen, home: Path) -> None:

@@ -100,6 +100,8 @@ class Conversation:
 
     def _take(self, typed: Typed) -> None:
         text = typed.text.strip()
+        if typed.by_hand and "\n" in text:  # the first line of code keeps its indentation
+            text = typed.text.strip("\n").rstrip()
         command = commands.of(text, typed.by_hand)
         if command is not None:
             command[0].run(self, command[1])

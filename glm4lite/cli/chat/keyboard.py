@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ class EditedKeyboard:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.filters import Condition
 
-        self._pasted: list[str] = []
+        self._pasted: deque[str] = deque(maxlen=32)  # also for texts that are brought back from the history
         self._session: PromptSession[str] = PromptSession(
             PROMPT,
             multiline=True,
@@ -124,7 +125,6 @@ class EditedKeyboard:
         )
 
     def read(self) -> Typed | None:
-        self._pasted.clear()
         try:
             text = self._session.prompt()
         except EOFError:
@@ -148,8 +148,8 @@ class EditedKeyboard:
 
     def _paste(self, event: KeyPressEvent) -> None:
         text = event.data.replace("\r\n", "\n").replace("\r", "\n")
-        if "\n" in text.strip("\n"):
-            self._pasted.append(text.strip("\n"))
+        if "\n" in text.strip():
+            self._pasted.append(text.strip())
         event.current_buffer.insert_text(text)
 
 
