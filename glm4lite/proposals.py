@@ -74,9 +74,11 @@ def proposals(
                 found.append(names)
                 yield proposal
     for name in ("ram", *(["gpu_memory"] if gpu_memory != 0 else [])):
-        proposal = _least(attempt, name)
-        if proposal is not None:
-            yield proposal
+        least = _least(attempt, name)
+        if least is not None:
+            yield least
+        if least is not None and least.quantize_first and (plainly := _least(attempt, name, plainly=True)):
+            yield plainly
 
 
 def smaller_quants(quant: str) -> tuple[str, ...]:
@@ -105,17 +107,22 @@ def _largest(attempt: Try, choices: Mapping[str, tuple[Any, ...]]) -> Proposal |
     return _proposal(attempt, changes)
 
 
-def _least(attempt: Try, name: str) -> Proposal | None:
-    """The smallest size with which it fits, as it may be given."""
+def _least(attempt: Try, name: str, plainly: bool = False) -> Proposal | None:
+    """The smallest size with which it fits, as it may be given; `plainly`: as it is loaded, without a folder before."""
+
+    def fits(size: int) -> bool:
+        made = attempt({name: size})
+        return made.placement.fits and not (plainly and made.quantize)
+
     high = 1 << 28
-    while not attempt({name: high}).placement.fits:
+    while not fits(high):
         high *= 2
         if high > _LARGEST:
             return None
     low = high // 2
     while high - low > 16 << 20:
         middle = (low + high) // 2
-        if attempt({name: middle}).placement.fits:
+        if fits(middle):
             high = middle
         else:
             low = middle

@@ -70,7 +70,7 @@ def offers(conversation: Conversation, before: str) -> Iterator[tuple[str, int]]
     head, space, rest = before.partition(" ")
     if before.startswith("/") and "\n" not in before:
         if not space:
-            yield from ((name, -len(before)) for name in sorted(COMMANDS) if name.startswith(head))
+            yield from ((name, -len(before)) for name in COMMANDS if name.startswith(head) and name != "/?")
             return
         command = COMMANDS.get(head)
         if command is not None and command.usage:
