@@ -7,5 +7,6 @@ runtime.py    the loaded model, its sessions, answers under way   export.py    a
 layout.py     what is on the page                                 app.py       what happens on a click
 markup.py     any text -> Markdown, HTML that draw nothing    formulas.py   how the page reads Markdown
 attachments.py a file -> text; untrusted/ reads it                saved/       the folder of chats, presets, importing
+transfer.py   chats out of the page and into it                   library.py   what happens to a chat as a whole
 serving.py    the page on a FastAPI app, closed to strangers      command.py   `glm4lite ui`
 """

@@ -6,17 +6,13 @@ import asyncio
 import os
 import re
 import socket
-import tempfile
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, Response
-from fastapi.responses import PlainTextResponse, StreamingResponse
-from starlette.background import BackgroundTask
+from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,7 +21,7 @@ from glm4lite.owned_folder import OwnedFolder, remove_abandoned_temporary
 from glm4lite.server import create_app, serve
 from glm4lite.server.errors import ApiError
 from glm4lite.server.launch import url_of
-from glm4lite_ui.export import KINDS, as_json, as_markdown, file_name, write_archive
+from glm4lite_ui.transfer import add_transfers
 from glm4lite_ui.uploads import uploaded
 
 if TYPE_CHECKING:
@@ -34,7 +30,7 @@ if TYPE_CHECKING:
     from glm4lite_ui.runtime import Runtime
 
 _UPLOADS = "glm4lite-ui-"
-UPLOAD_LIMIT = "256mb"  # of other programs' exports; attachments.py takes less
+UPLOAD_LIMIT = "64mb"  # as attachments.py takes
 
 
 @contextmanager
@@ -87,7 +83,7 @@ def _remove_at_the_end(app: FastAPI, uploads: OwnedFolder) -> None:
 
 def mount(app: FastAPI, runtime: Runtime) -> FastAPI:
     """Puts the page at "/" of `app`; routes that `app` has already stay."""
-    _add_exports(app, runtime)
+    add_transfers(app, runtime)
     uploads = _folder_for_uploads()
     with _own_environment(str(uploads.path / "files")):  # the lock is no upload
         mounted = _mount_gradio(app, runtime)
@@ -214,33 +210,6 @@ def _take_uploads_only(page: Blocks) -> None:
 
     for block in page.blocks.values():
         block.async_move_resource_to_block_cache = refuse  # type: ignore[method-assign, assignment]
-
-
-def _add_exports(app: FastAPI, runtime: Runtime) -> None:
-    """GET /export/<chat>.md and .json: a saved chat as a download; /export/all.zip: every one."""
-
-    def export_all() -> Response:
-        file = tempfile.TemporaryFile()  # noqa: SIM115  # closed when it was sent
-        write_archive(runtime.store.every(), file)
-        size = file.tell()
-        file.seek(0)
-        name = time.strftime("glm4lite-chats-%Y-%m-%d.zip")
-        headers = {"Content-Disposition": f"attachment; filename={name}", "Content-Length": str(size)}
-        pieces = iter(lambda: file.read(1 << 16), b"")
-        return StreamingResponse(
-            pieces, media_type="application/zip", headers=headers, background=BackgroundTask(file.close)
-        )
-
-    def export(chat_id: str, kind: Literal["md", "json"]) -> Response:
-        if not runtime.store.holds(chat_id):
-            return PlainTextResponse("this chat is not there", 404)
-        chat = runtime.open(chat_id)
-        text = as_markdown(chat) if kind == "md" else as_json(chat)
-        headers = {"Content-Disposition": f"attachment; filename*=utf-8''{quote(file_name(chat, kind))}"}
-        return Response(text, media_type=f"{KINDS[kind]}; charset=utf-8", headers=headers)
-
-    app.add_api_route("/export/all.zip", export_all, methods=["GET"], response_class=Response)
-    app.add_api_route("/export/{chat_id}.{kind}", export, methods=["GET", "HEAD"], response_class=Response)
 
 
 def serve_page(runtime: Runtime, listening: socket.socket, say: Callable[[str], None]) -> None:

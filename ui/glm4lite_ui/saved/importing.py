@@ -2,14 +2,13 @@
 
     came = import_chats(store, path, "conversations.json")
     came.chats, came.skipped, came.left_out     # Summaries; (title, why); {"pictures and files": 3}
-    str(came)                                   # Imported 12 chats. Skipped 1: "Hi" is here already. Left out: ...
+    str(came)                                   # Imported 12 chats. Skipped 1: "Hi": it is here already. Left out: ...
 
 A chat that was imported once is known again and left as it is, whatever happened in it since.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,32 +38,27 @@ class Imported:
             title, why = self.skipped[0]
             more = f", and {len(self.skipped) - 1:,} more" if len(self.skipped) > 1 else ""
             said.append(f'Skipped {len(self.skipped):,}: "{title}": {why}{more}.')
-        if left_out := ", ".join(f"{number:,} {what}" for what, number in self.left_out.items() if number):
+        if left_out := ", ".join(f"{what} ({number:,})" for what, number in self.left_out.items() if number):
             said.append(f"Left out: {left_out}.")
         return " ".join([*said, *([f"Then: {self.failure}."] if self.failure else [])])
 
 
-def import_chats(
-    store: ChatStore, source: Path | bytes, name: str, heard: Callable[[int], None] | None = None
-) -> Imported:
-    """Saves every chat of the file `name` that is not here yet. `heard` is told how many came so far.
+def import_chats(store: ChatStore, path: Path, name: str) -> Imported:
+    """Saves every chat of the file `name`, which lies at `path`, that is not here yet.
 
     Raises:
         Glm4liteError: not one chat could be read; one line that begins with the file's name.
     """
     came = Imported()
     try:
-        size = len(source) if isinstance(source, bytes) else source.stat().st_size
-        if size > LARGEST:
+        if path.stat().st_size > LARGEST:
             raise UnreadableError(f"it is larger than {LARGEST >> 20} MiB")
-        for said in read_apart("chats", source, _LIMITS):
+        for said in read_apart("chats", path, _LIMITS):
             came.left_out |= said.get("left_out", {})
             if "skipped" in said:
                 came.skipped.append((str(said["skipped"]), str(said["why"])))
             elif "chat" in said:
                 _take(store, read_chat(said["chat"]), came)
-                if heard is not None:
-                    heard(len(came.chats))
             if len(came.chats) + len(came.skipped) > MOST_CHATS:
                 raise UnreadableError(f"more than {MOST_CHATS:,} chats are not imported at once")
     except (Glm4liteError, OSError, ValueError) as error:
