@@ -120,7 +120,7 @@ def _least(attempt: Try, name: str, plainly: bool = False) -> Proposal | None:
         if high > _LARGEST:
             return None
     low = high // 2
-    while high - low > 16 << 20:
+    while high - low > 1 << 20:
         middle = (low + high) // 2
         if fits(middle):
             high = middle
