@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, TypeAlias
 
-from glm4lite.placement import Placement
+from glm4lite.resources import Placement
 from glm4lite.weights.memory import enough, parse_size
 
 Changes: TypeAlias = Mapping[str, Any]

@@ -288,8 +288,8 @@ def test_an_error_is_told_as_text(serve: Serve, visit: Callable[..., Any], tmp_p
     page = visit(serve().url)
     (tmp_path / "<b>not<b>.txt").write_bytes(b"\xff\xd8\xff")
     page.set_input_files("#message input[type=file]", tmp_path / "<b>not<b>.txt")
-    page.wait_for_selector("#live >> text=is not a UTF-8 text file")
+    page.wait_for_selector("#live >> text=is a picture; the model reads text only")
     page.fill("#message textarea", "Read it")
     page.keyboard.press("Enter")
-    page.wait_for_selector(".toast-body >> text=is not a UTF-8 text file")
+    page.wait_for_selector(".toast-body >> text=is a picture; the model reads text only")
     assert page.locator(".toast-body b, #live b").count() == 0
