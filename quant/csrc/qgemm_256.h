@@ -2,8 +2,9 @@
 // differ; qgemm_<isa>.cpp defines those and includes this file (internal linkage: each has its own copy).
 //
 // A register holds four columns of eight rows, kHalves of them a tile. One panel is multiplied with the codes as they
-// lie in memory, and so are two. For more, pieces of the tile are unpacked into the first-level cache, one byte a code, in the order
-// of 8-bit weights, and all panels go through a piece before the next one. A sum is added up in the same order either way.
+// lie in memory, and so are two. For more, pieces of the tile are unpacked into the first-level cache, one byte a code,
+// in the order of 8-bit weights, and all panels go through a piece before the next one. A sum is added up in the same
+// order either way.
 #ifndef GLM4LITE_QGEMM_256_H
 #define GLM4LITE_QGEMM_256_H
 
