@@ -16,6 +16,7 @@ from glm4lite.events import Event, Progress, TextDelta, ThinkingDelta, ToolCallF
 from glm4lite.generate import Generation
 from glm4lite.messages import Message, ToolCall
 from glm4lite.sampling import SamplingParams
+from glm4lite.template import Begun
 from glm4lite.tool_calls import Call, OutputParser, Segment, Thinking
 from glm4lite.tools import Approve, Tool, nobody_to_ask, run_tool
 
@@ -23,14 +24,17 @@ if TYPE_CHECKING:
     from glm4lite.weights.foreign import Quant
 
 
+_HALF = "\ufffd"  # stands for the first bytes of a character whose last ones were cut off
+
 # Where a generation is computed: given what makes its events and what cancels it. EngineWorker.run is one.
 Compute: TypeAlias = Callable[[Callable[[Engine], Iterator[Event]], threading.Event], Iterator[Event]]
 
 
 @dataclass
 class _Answer:
-    """What one generation said, as it is put back into the history."""
+    """What one generation said, as it is put back into the history; `begun` was said before it."""
 
+    begun: Begun | None = None
     text: str = ""
     calls: list[ToolCall] = field(default_factory=list)
     generation: Generation | None = None  # None: cancelled before it began
@@ -122,13 +126,25 @@ class ChatSession:
         `cancel` ends the answer as stop() does; one that is set already ends it at once. After an error
         (ContextLengthError, say) the history is as it was before.
         """
+        yield from self._turn([*self.messages, Message("user", text)], None, cancel)
+
+    def resume(self, begun: Begun, cancel: threading.Event | None = None) -> Iterator[Event]:
+        """Goes on with an answer that was cut: `messages` end with what it answers, `begun` is its beginning.
+
+        The events are those of the whole answer: what was said comes again first, but for the end of a call that was
+        cut, which was text until now. Else as `send`.
+        """
+        whole = Begun(begun.text.rstrip(_HALF), begun.thinking.rstrip(_HALF))
+        yield from self._turn(list(self.messages), whole if whole.text or whole.thinking else None, cancel)
+
+    def _turn(self, messages: list[Message], begun: Begun | None, cancel: threading.Event | None) -> Iterator[Event]:
         self._cancel = cancel or threading.Event()
-        before = list(self.messages)
-        self.messages.append(Message("user", text))
+        before, self.messages[:] = list(self.messages), messages
         totals = Totals()
         try:
             for left in range(self.max_tool_rounds, -1, -1):
-                prompt, answer = self._prompt(self.messages), _Answer()
+                prompt, answer = self._prompt(self.messages, begun), _Answer(begun)
+                begun = None
                 try:
                     yield from self._compute(partial(self._answer, prompt, answer), self._cancel)
                 finally:  # what was said stays said, also when the reader goes away
@@ -154,18 +170,16 @@ class ChatSession:
             return generation.finish_reason
         return None if rounds_left else "tool_rounds"
 
-    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+    def _prompt(self, messages: Sequence[Message], begun: Begun | None = None) -> list[int]:
         schemas = [tool.schema() for tool in self.tools.values()]
-        return self.template.encode(self.engine.tokenizer, messages, schemas)
+        return self.template.encode(self.engine.tokenizer, messages, schemas, begun=begun)
 
     def _answer(self, prompt: list[int], answer: _Answer, engine: Engine) -> Iterator[Event]:
         if engine is not self.engine:
             raise ModelReplaced
         generation = answer.generation = engine.generate(prompt, self.params, self._cancel)
         yield from self.engine.prefill(generation)
-        prompt_end = self.engine.tokenizer.decode(generation.prompt[-8:], keep_special=True)
-        parser = OutputParser(self.tools, thinking=self.template.starts_thinking(prompt_end))
-        for segment in self._segments(generation, parser):
+        for segment in self._segments(generation, answer.begun):
             if isinstance(segment, Call):  # an event only when it runs
                 self._calls_made += 1
                 answer.calls.append(ToolCall(f"call_{self._calls_made}", segment.name, segment.arguments))
@@ -175,7 +189,13 @@ class ChatSession:
                 answer.text += segment.text
                 yield TextDelta(segment.text)
 
-    def _segments(self, generation: Generation, parser: OutputParser) -> Iterator[Segment]:
+    def _segments(self, generation: Generation, begun: Begun | None) -> Iterator[Segment]:
+        if begun is None:
+            prompt_end = self.engine.tokenizer.decode(generation.prompt[-8:], keep_special=True)
+            parser = OutputParser(self.tools, thinking=self.template.starts_thinking(prompt_end))
+        else:
+            parser = OutputParser(self.tools, thinking=bool(begun.thinking))
+            yield from parser.feed("\n" + (begun.written() if begun.thinking else begun.text))  # as GLM starts each
         for piece in self.engine.pieces(generation):
             yield from parser.separator() if piece is None else parser.feed(piece)
         yield from parser.finish()
@@ -185,8 +205,9 @@ class ChatSession:
 
         Every call gets its observation at once, so that the history is whole whenever the reader goes away.
         """
-        if answer.text or answer.calls:
-            self.messages.append(Message("assistant", answer.text, tuple(answer.calls)))
+        text = answer.begun.text if answer.begun and answer.generation is None else answer.text
+        if text or answer.calls:
+            self.messages.append(Message("assistant", text, tuple(answer.calls)))
         for call in answer.calls:
             self.messages.append(_observation(call, "Error: the call was not run"))
 

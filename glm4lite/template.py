@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +35,20 @@ _ROLES = ("system", "user", "assistant", "tool")
 _PRIVATE, _PRIVATE_SIZE = 0xF0000, 0xFFFE  # Unicode's private use plane: no filter changes its characters
 _PIECE = 64 << 10  # characters looked through at once; nobody else runs meanwhile
 _SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The beginning of an answer that was cut, as `TextDelta`s and `ThinkingDelta`s gave it."""
+
+    text: str = ""
+    thinking: str = ""
+
+    def written(self) -> str:
+        """As the model wrote it behind the `<think>` that its prompt ended with."""
+        if not self.text:
+            return self.thinking
+        return f"{self.thinking.rstrip()}\n</think>\n\n{self.text}"
 
 
 class SchemaSource(Protocol):
@@ -103,16 +118,18 @@ class ChatTemplate:
         tools: Sequence[SchemaSource | Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
         context: int | None = None,
+        begun: Begun | None = None,
     ) -> list[int]:
         """The prompt as ids: special tokens only where the template wrote them. Raises TemplateError.
 
+        begun: the prompt ends inside an answer, behind this beginning of it (Transformers' continue_final_message).
         context: raises ContextLengthError for a text that does not fit, most often without tokenizing it.
         """
         if context is not None:  # what is in every prompt, before the memory and time for several copies
             kept = ("user", "tool") if self.takes_tools else ("user",)
             said = (message.content.strip() for message in messages if message.role in kept)
             tokenizer.check_fits("".join(said), context)
-        rendered, restore = self._render(messages, tools, add_generation_prompt, tokenizer.special)
+        rendered, restore = self._render(messages, tools, add_generation_prompt, tokenizer.special, begun)
         if context is not None:
             tokenizer.check_fits(restore(rendered), context)
         ids: list[int] = []
@@ -141,6 +158,7 @@ class ChatTemplate:
         tools: Sequence[SchemaSource | Mapping[str, Any]],
         add_generation_prompt: bool,
         specials: Collection[str],
+        begun: Begun | None = None,
     ) -> tuple[str, Callable[[str], str]]:
         """The prompt with stand-ins, and what turns them back."""
         schemas = [dict(tool) if isinstance(tool, Mapping) else tool.schema() for tool in tools]
@@ -149,10 +167,12 @@ class ChatTemplate:
             name = next(iter(self.sources))
         specials = {*specials, *self._special_names.values()}
         try:
+            begins = [begun.text, begun.thinking] if begun else []
             given = json.dumps(
-                [[message.to_dict() for message in messages], schemas, self.sources[name]], ensure_ascii=False
+                [[message.to_dict() for message in messages], schemas, self.sources[name], begins], ensure_ascii=False
             )
-            stand_ins = _StandIns(specials, self._process.openers[name], given)
+            place = _unused(given, 1)[0] if begun else ""  # stands where the answer would
+            stand_ins = _StandIns(specials, self._process.openers[name], given + place)
             del given  # as long as all messages
             schemas = stand_ins.in_schema(schemas)
             variables = {
@@ -162,9 +182,30 @@ class ChatTemplate:
                 "add_generation_prompt": add_generation_prompt,
                 **self._special_names,
             }
-            return self._process.render(name, variables), stand_ins.restore
+            rendered = self._process.render(name, variables)
+            if begun is not None:
+                said = stand_ins.in_answer(begun.text), stand_ins.in_answer(begun.thinking)
+                rendered = self._begin(rendered, Begun(*said), name, variables, place)
+            return rendered, stand_ins.restore
         except (TypeError, ValueError, RecursionError) as error:
             raise TemplateError(f"{self._origin}: messages and tools must be JSON data ({error})") from error
+
+    def _begin(self, prompt: str, begun: Begun, name: str, variables: dict[str, Any], place: str) -> str:
+        """The prompt with the beginning of the answer behind it; `place` is a text that nothing else holds.
+
+        Templates drop the thoughts of earlier answers, so one with a thought is written behind the prompt, as the model
+        wrote it. What else stands between the two (GLM's line end) is seen where the template writes an answer itself.
+        """
+        if self.starts_thinking(prompt):
+            return f"{prompt}\n{begun.written()}"
+        if begun.thinking:
+            return f"{prompt}\n<think>\n{begun.written()}"
+        turns = [*variables["messages"], {"role": "assistant", "content": place}]
+        answered = variables | {"messages": turns, "add_generation_prompt": False}
+        head, found, _ = self._process.render(name, answered).rpartition(place)
+        if not found or place in head:
+            raise TemplateError(f"{self._origin}: this template has no place where an answer could go on")
+        return head + begun.text
 
 
 class _StandIns:

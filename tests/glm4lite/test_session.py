@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from glm4lite.events import Done, Event, TextDelta, ThinkingDelta, ToolCallFinis
 from glm4lite.messages import Message, ToolCall
 from glm4lite.sampling import SamplingParams
 from glm4lite.session import ChatSession
-from glm4lite.template import ChatTemplate
+from glm4lite.template import Begun, ChatTemplate
 from glm4lite.terminal import Terminal
 from glm4lite.tokenizer import Tokenizer
 from glm4lite.tools import BUILTIN_TOOLS, Tool, tool
@@ -266,6 +267,86 @@ def test_thinking_is_split_from_the_answer_and_left_out_of_the_history(tokenizer
     assert thought.strip() == "Well, 2 + 2."
     assert text_of(events) == "Four."
     assert session.messages[-1] == Message("assistant", "Four.")
+
+
+def resumed(session: ChatSession, begun: Begun, question: str = "37 * 24?") -> list[Event]:
+    session.messages[:] = [Message("user", question)]
+    return list(session.resume(begun))
+
+
+def test_a_cut_answer_goes_on_and_all_of_it_is_told(start: Start) -> None:
+    session = start("8.<|user|>")
+    events = resumed(session, Begun("It is 88\ufffd"))
+    assert text_of(events) == "It is 888."
+    assert session.messages[-1] == Message("assistant", "It is 888.")
+    model: Any = session.engine.model
+    prompt = [token for ids in model.fed for token in ids][: -len("8.")]
+    assert session.engine.tokenizer.decode(prompt, keep_special=True).endswith("37 * 24?<|assistant|>\nIt is 88")
+
+
+def test_a_call_that_was_cut_is_a_call_once_it_is_whole(start: Start) -> None:
+    for cut in (len("calc"), len("calculator\n"), len(CALL) - 1):
+        session = start(CALL[cut:] + "<|observation|>", "\nIt is 888.<|user|>")
+        events = resumed(session, Begun("Let me see.\n" + CALL[:cut]))
+        assert [type(event) for event in events[:3]] == [TextDelta, ToolCallStarted, ToolCallFinished]
+        assert text_of(events) == "Let me see.It is 888."
+        assert session.messages[1] == Message(
+            "assistant", "Let me see.", (ToolCall("call_1", "calculator", '{"expression": "37 * 24"}'),)
+        )
+
+
+def test_a_code_block_that_was_cut_is_still_one(start: Start) -> None:
+    session = start(f"{CALL}\n```<|user|>")
+    events = resumed(session, Begun("So:\n```\n"))
+    assert text_of(events) == f"So:\n```\n{CALL}\n```"
+    assert session.messages[-1] == Message("assistant", f"So:\n```\n{CALL}\n```")
+
+
+THINKING = (
+    "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content.split('</think>')[-1].strip() }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n<think>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("begun", "reply"),
+    [
+        (Begun(thinking="Well, 2"), " + 2.\n</think>\n\nFour, I say.<|user|>"),
+        (Begun(thinking="Well, 2 + 2.\n"), "</think>\n\nFour, I say.<|user|>"),
+        (Begun("Four, ", "Well, 2 + 2.\n"), "I say.<|user|>"),
+        (Begun(), "\nWell, 2 + 2.\n</think>\n\nFour, I say.<|user|>"),
+    ],
+)
+def test_a_thought_goes_on_and_is_told_again(tokenizer: Tokenizer, begun: Begun, reply: str) -> None:
+    session = ChatSession(scripted_engine(tokenizer, ChatTemplate(THINKING), [reply]))
+    events = resumed(session, begun, "2 + 2?")
+    thought = "".join(event.text for event in events if isinstance(event, ThinkingDelta))
+    assert (thought, text_of(events)) == ("Well, 2 + 2.\n", "Four, I say.")
+    assert session.messages[-1] == Message("assistant", "Four, I say.")
+
+
+def test_an_answer_that_cannot_go_on_is_as_it_was(start: Start) -> None:
+    session = start("8.<|user|>", context=64)
+    with pytest.raises(ContextLengthError):
+        resumed(session, Begun("word " * 200))
+    assert session.messages == [Message("user", "37 * 24?")]
+    stopped = threading.Event()
+    stopped.set()
+    session = start("8.<|user|>", compute=lambda make_events, cancel: iter(()))
+    session.messages[:] = [Message("user", "37 * 24?")]
+    assert [type(event) for event in session.resume(Begun("It is"), stopped)] == [Done]
+    assert session.messages[-1] == Message("assistant", "It is")
+
+
+def test_going_on_computes_only_what_was_not_kept(tokenizer: Tokenizer, template: ChatTemplate) -> None:
+    session = ChatSession(Engine.load("nano"), params=SamplingParams(temperature=0, max_new_tokens=6))
+    *_, cut = session.send("Tell me about the moon")
+    assert isinstance(cut, Done)
+    assert cut.finish_reason == "length"
+    answered = session.messages.pop()
+    *_, done = session.resume(Begun(answered.content))
+    assert isinstance(done, Done)
+    assert done.prefilled_tokens < cut.prefilled_tokens // 4
 
 
 def test_a_prompt_never_meets_a_model_that_was_loaded_meanwhile(tokenizer: Tokenizer, template: ChatTemplate) -> None:

@@ -16,7 +16,7 @@ import pytest
 import glm4lite
 from glm4lite.errors import ContextLengthError, Glm4liteError, TemplateError
 from glm4lite.messages import Message, ToolCall
-from glm4lite.template import ChatTemplate
+from glm4lite.template import Begun, ChatTemplate
 from glm4lite.tokenizer import Tokenizer
 from glm4lite.tools import BUILTIN_TOOLS
 from tests.glm4lite.interpreter_lock import longest_wait
@@ -84,6 +84,49 @@ def test_golden_ids() -> None:
     template = shared_template("glm4-0414_chat")
     ids = template.encode(glm_tokenizer(), [Message("user", "你好")])
     assert ids == [151331, 151333, 151336, 198, 109377, 151337]
+
+
+@needs_templates
+@needs_shared
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_an_answer_goes_on_where_transformers_goes_on_with_a_final_message(path: Path) -> None:
+    reference = pytest.importorskip("transformers.utils.chat_template_utils").render_jinja_template
+    source, template, tokenizer = path.read_text(encoding="utf-8"), shared_template(path.stem), glm_tokenizer()
+    for text in ("It is 8", "Two lines\n\n- and", "你好，"):
+        if template.thinks:  # whose templates drop the thought, where the model goes on behind it
+            prompt = template.render([Message("user", "Hi")])
+            wanted = prompt + f"\nHm.\n</think>\n\n{text}"
+            found = template.encode(tokenizer, [Message("user", "Hi")], begun=Begun(text, "Hm."))
+        else:
+            turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]
+            wanted = reference([turns], chat_template=source, continue_final_message=True)[0][0]
+            found = template.encode(tokenizer, [Message("user", "Hi")], begun=Begun(text))
+        assert tokenizer.decode(found, keep_special=True) == wanted
+        assert found == tokenizer.encode(wanted, special=True)
+
+
+def test_the_beginning_of_an_answer_holds_no_special_tokens_but_all_its_white_space(small: ChatTemplate) -> None:
+    tokenizer = byte_tokenizer()
+    said = [Message("user", "Hi")]
+    prompt = small.encode(tokenizer, said)
+    for text in (" a <|user|>\n b \n", "[gMASK]", "\n"):
+        found = small.encode(tokenizer, said, begun=Begun(text))
+        assert found == [*prompt, *tokenizer.encode("\n" + text)]
+
+
+def test_a_thought_that_was_cut_goes_on_inside_it() -> None:
+    tokenizer = byte_tokenizer()
+    for ending, opened in (("<|assistant|>\n<think>", "\n"), ("<|assistant|>", "\n<think>\n")):
+        template = ChatTemplate(SMALL.replace("<|assistant|>", ending))
+        found = template.encode(tokenizer, [Message("user", "Hi")], begun=Begun(thinking="Hm, <|user|> s"))
+        prompt = template.encode(tokenizer, [Message("user", "Hi")])
+        assert found == [*prompt, *tokenizer.encode(f"{opened}Hm, <|user|> s")]
+
+
+def test_a_template_without_a_place_for_an_answer_is_named() -> None:
+    for source in ("{{ messages[0].content }}", "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}"):
+        with pytest.raises(TemplateError, match="odd: this template has no place where an answer could go on"):
+            ChatTemplate(source, "odd").encode(byte_tokenizer(), [Message("user", "Hi")], begun=Begun("So"))
 
 
 @needs_templates

@@ -17,8 +17,8 @@ from glm4lite.server import create_app
 from glm4lite.server.launch import Address, Server, url_of
 from glm4lite.tools import BUILTIN_TOOLS, Tool
 from glm4lite.worker import EngineWorker
-from glm4lite_ui.chats import ChatStore
 from glm4lite_ui.runtime import Runtime
+from glm4lite_ui.saved.store import ChatStore
 from glm4lite_ui.serving import mount
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)

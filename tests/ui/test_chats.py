@@ -18,20 +18,19 @@ from glm4lite.tools import Tool
 from glm4lite.worker import EngineWorker
 from glm4lite_ui.answering import Answer, Asking, TurnWriter
 from glm4lite_ui.artifacts import artifacts, previews
-from glm4lite_ui.chats import Attachment, Chat, ChatError, ChatStore, Counts, Part, Settings, Turn, read_chat
+from glm4lite_ui.chats import Attachment, Chat, ChatError, Counts, Part, Settings, Turn, read_chat
 from glm4lite_ui.export import as_json, as_markdown, file_name
 from glm4lite_ui.history import messages
 from glm4lite_ui.panels import question_about
 from glm4lite_ui.render import chat_messages, turn_at
 from glm4lite_ui.runtime import Runtime
+from glm4lite_ui.saved.store import ChatStore
 
 CALL = Part("call", 0, "888", "calculator", '{"expression": "37 * 24"}', seconds=0.01)
-CHAT = Chat(
+CHAT = Chat.of(
+    Turn("What is 37 * 24?", parts=[CALL, Part("text", 1, "888.", seconds=0.1)]),
+    Turn("And this?", [Attachment("a.txt", "one\n```\ntwo", 5)], [Part("text", 0, "Fine.", seconds=0.1)]),
     settings=Settings(system="Be brief."),
-    turns=[
-        Turn("What is 37 * 24?", parts=[CALL, Part("text", 1, "888.", seconds=0.1)]),
-        Turn("And this?", [Attachment("a.txt", "one\n```\ntwo", 5)], [Part("text", 0, "Fine.", seconds=0.1)]),
-    ],
 )
 
 
@@ -46,17 +45,62 @@ def test_a_chat_is_the_same_after_saving(tmp_path: Path) -> None:
 def test_a_damaged_file_is_left_out_and_named_when_opened(tmp_path: Path) -> None:
     store = ChatStore(tmp_path)
     store.save(CHAT)
-    for place, content in enumerate(("{", "[]", '{"format": 2}', '{"format": 1, "turns": 5}', "\x00")):
+    for place, content in enumerate(("{", "[]", '{"format": 3}', '{"format": 1, "turns": 5}', "\x00")):
         (tmp_path / f"{place:016x}.json").write_text(content)
         with pytest.raises(ChatError, match="cannot be read"):
             store.load(f"{place:016x}")
     assert [chat.id for chat in store.find()] == [CHAT.id]
 
 
+def test_a_chat_of_a_newer_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    store = ChatStore(tmp_path)
+    (tmp_path / f"{1:016x}.json").write_text(json.dumps(CHAT.to_json() | {"format": 3}))
+    with pytest.raises(
+        ChatError, match=r"a newer glm4lite saved it \(format 3, this one reads up to 2\); update"
+    ) as said:
+        store.load(f"{1:016x}")
+    assert "\n" not in str(said.value)
+
+
+# As the first version of the page wrote it.
+OLD = {
+    "format": 1, "id": f"{1:016x}", "title": "What is 37 * 24?", "created": 1.0, "updated": 2.0,
+    "settings": {"system": "Be brief.", "temperature": None, "top_p": 0.5, "max_new_tokens": 1024, "seed": None,
+                 "tools": None, "always": ["calculator"]},
+    "turns": [
+        {"user": "What is 37 * 24?", "files": [], "error": None, "dropped": True, "parts": [
+            {"kind": "call", "round": 0, "text": "888", "name": "calculator", "arguments": "{}", "error": False,
+             "seconds": 0.1}],
+         "counts": {"prompt_tokens": 3, "new_tokens": 2, "finish_reason": "stop", "tokens_per_s": 1.5,
+                    "prefilled_tokens": 3}},
+        {"user": "And this?", "files": [{"name": "a.txt", "text": "one", "tokens": 1}], "parts": [], "counts": None,
+         "error": "It failed.", "dropped": False},
+    ],
+}  # fmt: skip
+
+
+def test_a_chat_of_the_first_version_is_read_the_same_each_time_and_saved_in_the_new_form(tmp_path: Path) -> None:
+    store, path = ChatStore(tmp_path), tmp_path / f"{1:016x}.json"
+    path.write_text(json.dumps(OLD))
+    chat = store.load(path.stem)
+    assert [turn.user for turn in chat.turns] == ["What is 37 * 24?", "And this?"]
+    assert chat.turns[0].parts == [Part("call", 0, "888", "calculator", "{}", seconds=0.1)]
+    assert chat.turns[0].counts == Counts(3, 2, "stop", 1.5, 3)
+    assert chat.turns[1].files == [Attachment("a.txt", "one", 1)]
+    assert (chat.turns[0].dropped, chat.turns[1].error) == (True, "It failed.")
+    assert chat.settings == Settings(system="Be brief.", top_p=0.5, always=["calculator"])  # 1024 was everybody's
+    assert store.load(path.stem) == chat
+    store.save(chat)
+    assert json.loads(path.read_text())["format"] == 2
+    assert store.load(path.stem) == chat
+
+
 ODD = [
-    {"updated": float("inf")}, {"created": 1e20}, {"updated": -1}, {"title": "half \ud800 a sign"}, {"turns": {}},
-    {"turns": [{"user": "x", "counts": {"new_tokens": 1}}]}, {"turns": [{"user": "x", "parts": [{"kind": "image"}]}]},
-    {"turns": [{"user": "x", "parts": [{"kind": "text", "seconds": float("nan")}]}]}, {"settings": {"seed": 10**400}},
+    {"updated": float("inf")}, {"created": 1e20}, {"updated": -1}, {"title": "half \ud800 a sign"}, {"tree": {}},
+    {"tree": [{"user": "x", "after": "a1"}]}, {"tree": [{"user": "x", "id": "<b>"}]},
+    {"tree": [{"user": "x", "id": "a1", "after": "a1"}]}, {"tree": [{"user": "x", "id": "a1"}] * 2},
+    {"tree": [{"user": "x", "counts": {"new_tokens": 1}}]}, {"tree": [{"user": "x", "parts": [{"kind": "image"}]}]},
+    {"tree": [{"user": "x", "parts": [{"kind": "text", "seconds": float("nan")}]}]}, {"settings": {"seed": 10**400}},
 ]  # fmt: skip
 
 
@@ -164,8 +208,8 @@ def test_the_model_reads_calls_results_and_files_but_not_what_was_dropped() -> N
 def test_calls_of_one_round_are_one_message_and_of_two_rounds_two() -> None:
     together = Turn("x", parts=[Part("call", 0, "1", "a", "{}", seconds=0), Part("call", 0, "2", "b", "{}", seconds=0)])
     apart = Turn("x", parts=[Part("call", 0, "1", "a", "{}", seconds=0), Part("call", 1, "2", "b", "{}", seconds=0)])
-    assert [len(m.tool_calls) for m in messages(Chat(turns=[together])) if m.role == "assistant"] == [2]
-    assert [len(m.tool_calls) for m in messages(Chat(turns=[apart])) if m.role == "assistant"] == [1, 1]
+    assert [len(m.tool_calls) for m in messages(Chat.of(together)) if m.role == "assistant"] == [2]
+    assert [len(m.tool_calls) for m in messages(Chat.of(apart)) if m.role == "assistant"] == [1, 1]
 
 
 def test_events_become_parts_with_rounds_and_durations() -> None:
@@ -195,7 +239,7 @@ def test_events_become_parts_with_rounds_and_durations() -> None:
 
 
 def test_thoughts_and_calls_are_panels_that_close_when_done() -> None:
-    growing = Chat(turns=[Turn("x", parts=[Part("thinking", 0, "hm")])])
+    growing = Chat.of(Turn("x", parts=[Part("thinking", 0, "hm")]))
     assert chat_messages(growing, answering=True)[1]["metadata"] == {"title": "Thinking", "status": "pending"}
     growing.turns[0].parts[0].seconds = 1.234
     assert chat_messages(growing)[1]["metadata"] == {"title": "Thought", "status": "done", "duration": 1.23}
@@ -230,7 +274,7 @@ def test_exports_hold_the_conversation() -> None:
     assert "## You\n\nWhat is 37 * 24?" in text
     assert "<summary>calculator</summary>" in text
     data = json.loads(as_json(CHAT))
-    assert read_chat({key: value for key, value in data.items() if key != "messages"}) == CHAT
+    assert read_chat(data) == CHAT
     assert data["messages"][3] == {"role": "tool", "content": "888", "tool_call_id": "call_1", "name": "calculator"}
     assert file_name(Chat(title="../ä b?"), "md") == "ä-b.md"
 
@@ -253,7 +297,7 @@ def test_a_question_says_what_the_system_cannot_limit() -> None:
 
 
 def test_an_answer_that_takes_long_to_draw_is_drawn_less_often(nano: Engine, tmp_path: Path) -> None:
-    runtime, chat = Runtime(EngineWorker(nano), ChatStore(tmp_path)), Chat(turns=[Turn("Hi")])
+    runtime, chat = Runtime(EngineWorker(nano), ChatStore(tmp_path)), Chat.of(Turn("Hi"))
     updates = Answer(chat, runtime.session(chat), lambda _: None).updates()
     next(updates)
     time.sleep(0.2)

@@ -192,15 +192,15 @@ def test_no_text_takes_long_and_none_is_left_out(text: str) -> None:
 def test_an_exported_chat_draws_nothing_but_its_own_folds(text: str) -> None:
     thought, call = Part("thinking", 0, f"{text}\n</details>"), Part("call", 0, text, text, text, seconds=1)
     parts = [thought, call, Part("text", 0, text), Part("text", 1, "![a] ![b]\n\n[b]: http://127.0.0.1:9/x")]
-    shown = as_markdown(Chat(title=text, turns=[Turn(text, parts=parts, error=text)]))
+    shown = as_markdown(Chat.of(Turn(text, parts=parts, error=text), title=text))
     folds = ("<details><summary>", "</details>", "<details>", "<summary>", "</summary>")
     assert not [one for one in drawn(COMMONMARK, shown) if not one.startswith(folds)]
 
 
 def test_an_export_without_html_is_as_it_was_said() -> None:
     said = "1 < 2 & $$a<b$$, `<form>` *and* [so](http://a.example) on"
-    assert said in as_markdown(Chat(turns=[Turn("Hi", parts=[Part("text", 0, said)])]))
-    safe = as_markdown(Chat(turns=[Turn("<b>", parts=[Part("text", 0, "so $$a$$ and \\(b\\)")])]))
+    assert said in as_markdown(Chat.of(Turn("Hi", parts=[Part("text", 0, said)])))
+    safe = as_markdown(Chat.of(Turn("<b>", parts=[Part("text", 0, "so $$a$$ and \\(b\\)")])))
     assert "so $$a$$ and \\(b\\)" in safe
 
 
@@ -220,7 +220,7 @@ def saved(site: Any, texts: list[str]) -> Chat:
     ]
     turns[0].parts.append(Part("call", 0, texts[0], f"`{FORM}`", '{"a": "``` <b>"}', seconds=1))
     turns[-1].error = FORM
-    chat = Chat(title=FORM, turns=turns)
+    chat = Chat.of(*turns, title=FORM)
     site.runtime.store.save(chat)
     return chat
 
@@ -258,7 +258,7 @@ def test_nor_while_an_answer_grows(serve: Serve, visit: Callable[..., Any], nano
 
 def test_what_is_copied_and_edited_is_what_was_said(serve: Serve, visit: Callable[..., Any]) -> None:
     site, said = serve(), "a<b & `c<d>`\n\n* ![x](http://a.example/) 中文\n\n```make\nall:\techo &lt;\n```"
-    chat = Chat(turns=[Turn(said, parts=[Part("thinking", 0, "1 < 2", seconds=1), Part("text", 0, said, seconds=1)])])
+    chat = Chat.of(Turn(said, parts=[Part("thinking", 0, "1 < 2", seconds=1), Part("text", 0, said, seconds=1)]))
     site.runtime.store.save(chat)
     page = visit(f"{site.url}/?chat={chat.id}", permissions=["clipboard-read", "clipboard-write"])
     page.wait_for_selector("#chatbot .copy_code_button")

@@ -145,7 +145,7 @@ def weigh(client: httpx.Client, file: dict[str, object]) -> str:
 
 
 def test_exports_are_downloads_with_a_safe_name(client: httpx.Client, site: Site) -> None:
-    chat = Chat(title='<b>/../"x"\r\nX: y', turns=[Turn("Hi")])
+    chat = Chat.of(Turn("Hi"), title='<b>/../"x"\r\nX: y')
     site.runtime.store.save(chat)
     answer = client.get(f"/export/{chat.id}.md")
     assert answer.status_code == 200

@@ -1,6 +1,6 @@
 """The web page: `glm4lite ui`. It draws the events of a conversation and keeps chats on disk.
 
-chats.py      what a saved chat is, and the folder of them        render.py    a chat -> what Gradio's Chatbot shows
+chats.py      what a chat is: a tree of turns; saved/ on the disk    render.py    a chat -> what Gradio's Chatbot shows
 history.py    a saved chat -> the messages the model reads        panels.py    the live line, the list, the model page
 answering.py  one answer: events in, a growing turn out           artifacts.py HTML and SVG in a sandboxed frame
 runtime.py    the loaded model, its sessions, answers under way   export.py    a chat as Markdown and JSON

@@ -18,9 +18,10 @@ from glm4lite.errors import ContextLengthError, Glm4liteError, one_line
 from glm4lite.events import Done, Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
 from glm4lite.messages import Message, ToolCall
 from glm4lite.session import ChatSession
+from glm4lite.template import Begun
 from glm4lite.tools import Tool
 from glm4lite_ui.chats import Chat, Counts, Part, Turn
-from glm4lite_ui.history import messages, question
+from glm4lite_ui.history import cut_answer, messages, question
 
 logger = logging.getLogger("glm4lite")
 
@@ -41,13 +42,19 @@ class Asking:
 
 
 class TurnWriter:
-    """Writes events into a turn. `history` is the session's, where a call stands as the model wrote it."""
+    """Writes events into a turn. `history` is the session's, where a call stands as the model wrote it.
+
+    Of a turn that is gone on with, the events tell the last round anew: it stays until the first of them, and the time
+    that its thought and text took counts on.
+    """
 
     def __init__(self, turn: Turn, history: list[Message]) -> None:
         self.turn, self.history = turn, history
+        self._round = turn.parts[-1].round if turn.parts else 0
+        self._told_anew = [part for part in turn.parts if part.round == self._round]
+        self._spent = {part.kind: part.seconds or 0.0 for part in self._told_anew}
         self.pieces, self.first_piece = 0, 0.0  # of text, for the speed while it goes on
         self.progress: Progress | None = None
-        self._round = 0
         self._batch: int | None = None  # place in the history of the message that made the last call
         self._since = time.monotonic()
 
@@ -75,19 +82,26 @@ class TurnWriter:
     def _say(self, kind: Literal["thinking", "text"], text: str) -> None:
         self.first_piece = self.first_piece or time.monotonic()
         self.pieces += 1
+        self._tell_anew()
         last = self.turn.parts[-1] if self.turn.parts else None
-        if last is not None and last.kind == "call":
+        if last is not None and last.kind == "call" and last.round == self._round:
             self._next_round()
         if last is None or last.kind != kind or last.round != self._round:
             self._open(Part(kind, self._round))
         self.turn.parts[-1].text += text
 
     def _start_call(self, event: ToolCallStarted) -> None:
+        self._tell_anew()
         place, call = _find_call(self.history, event.id)
         if self._batch is not None and place != self._batch:
             self._next_round()
         self._batch = place
         self._open(Part("call", self._round, name=call.name, arguments=call.arguments))
+
+    def _tell_anew(self) -> None:
+        if self._told_anew:
+            self.turn.parts = self.turn.parts[: -len(self._told_anew)]
+            self._told_anew = []
 
     def _next_round(self) -> None:
         self._round, self._batch = self._round + 1, None
@@ -100,7 +114,7 @@ class TurnWriter:
     def _close(self) -> None:
         last = self.turn.parts[-1] if self.turn.parts else None
         if last is not None and last.seconds is None and last.kind != "call":
-            last.seconds = self._seconds()
+            last.seconds = round(self._seconds() + self._spent.pop(last.kind, 0.0), 3)
 
     def _seconds(self) -> float:
         return round(time.monotonic() - self._since, 3)
@@ -117,10 +131,11 @@ def _find_call(history: list[Message], call_id: str) -> tuple[int, ToolCall]:
 class Answer:
     """The answer to a chat's last turn, once `start` was called; `stop` and `decide` may come from any thread.
 
+    With `resume` it goes on where the turn's answer was cut; what is there stays where that fails.
     `ended` is called with it when all was said, before `over` is set.
     """
 
-    def __init__(self, chat: Chat, session: ChatSession, ended: Callable[[Answer], None]) -> None:
+    def __init__(self, chat: Chat, session: ChatSession, ended: Callable[[Answer], None], resume: bool = False) -> None:
         self.chat, self.session = chat, session
         self.turn = chat.turns[-1]
         self.asking: Asking | None = None
@@ -129,7 +144,12 @@ class Answer:
         self.over = threading.Event()
         self._ended, self._cancel = ended, threading.Event()
         self._windows, self._lock = set[str](), threading.Lock()
-        session.messages[:] = messages(chat, len(chat.turns) - 1)
+        self._begun: Begun | None = None
+        if resume:
+            session.messages[:], self._begun = cut_answer(chat)
+        else:
+            session.messages[:] = messages(chat, len(chat.turns) - 1)
+        self.turn.error = None
         session.approve = self.approve
         self.writer = TurnWriter(self.turn, session.messages)
         self._thread = threading.Thread(target=self._read, name=f"chat-{chat.id}", daemon=True)
@@ -193,7 +213,7 @@ class Answer:
 
     def _read(self) -> None:
         try:
-            for event in self.session.send(question(self.turn), self._cancel):
+            for event in self._events():
                 self.writer.write(event)
         except BaseException as error:  # is shown on the page; this thread has nobody to tell
             self._fail(error)
@@ -203,6 +223,11 @@ class Answer:
                 self._ended(self)
             finally:
                 self.over.set()
+
+    def _events(self) -> Iterator[Event]:
+        if self._begun is not None:
+            return self.session.resume(self._begun, self._cancel)
+        return self.session.send(question(self.turn), self._cancel)
 
     def _fail(self, error: BaseException) -> None:
         self.context_full = isinstance(error, ContextLengthError)

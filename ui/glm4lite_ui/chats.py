@@ -1,43 +1,52 @@
-"""Saved chats: one JSON file each in the user's data folder, written whole or not at all.
+"""What a saved chat is: a tree of turns, of which one path is shown.
 
-A chat is a list of turns; a turn is what the user said and the parts of the answer in their order. Everything else is
-derived from it: what the model reads (history.py), what the page shows (render.py), what is exported (export.py).
+A turn is what the user said and the parts of the answer in their order. Everything else is derived from the path: what
+the model reads (history.py), what the page shows (render.py), what is exported (export.py).
+
+    chat = Chat()
+    asked = chat.ask("Hi")                 # a turn at the end of the path, to be answered (Runtime.answer)
+    again = chat.another(asked)            # regenerated: the same question beside it, without an answer
+    other = chat.another(again, "Hello")   # edited: another question beside both
+    chat.versions(other)                   # [asked, again, other]: "3/3"
+    chat.show(asked)                       # that version, and behind it what was shown there last
+    chat.turns                             # the path shown, a tuple
+    asked.cut                              # whether its answer can be gone on with: Runtime.answer(chat, resume=True)
+    chat.branch(asked)                     # a new chat with the path up to it
+    chat.remove(asked)                     # what followed it moves up to the turn before it
+
+Turns are named by their `id`, which stays theirs for good; `chat.find(id)` raises ChatError where one is gone. Nothing
+here is saved by itself (Runtime.open and change read, ChatStore.save writes), and a chat that is being answered must
+not be changed (`Runtime.change` refuses that).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
-import re
 import secrets
-import sys
-import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from glm4lite.errors import Glm4liteError, one_line
-
-logger = logging.getLogger("glm4lite")
+from glm4lite.errors import Glm4liteError
 
 TITLE_CHARACTERS = 60
 NEW_TITLE = "New chat"
-LARGEST = 64 << 20  # bytes of a chat's file; the longest context is a hundredth of it
-_ID = re.compile(r"[0-9a-f]{16}")
+FORMAT = 2  # of the file; 1 had a list of turns, and 1024 for "as many tokens as there is room for"
+_OLD_MAX_NEW_TOKENS = 1024
 # What the page can show: a number JSON has (no NaN), a time that a calendar has, an integer that JavaScript has.
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Time = Annotated[float, Field(ge=0, le=32503680000, allow_inf_nan=False)]
 _Integer = Annotated[int, Field(ge=-(2**53), le=2**53)]
+_TurnId = Annotated[str, Field(pattern=r"^[0-9a-f]{1,32}$")]
 
 
 class ChatError(Glm4liteError):
-    """A saved chat cannot be read, found or written."""
+    """A saved chat, or a turn of it, cannot be read, found or written."""
 
 
 @dataclass
@@ -80,7 +89,8 @@ class Counts:
 class Turn:
     """A question and its answer, or in `error` what went wrong instead.
 
-    A `dropped` turn is shown, but the model no longer reads it.
+    A `dropped` turn is shown, but the model no longer reads it. `after` is the id of the turn before it, "" where it is
+    the first: turns after the same one are its versions.
     """
 
     user: str
@@ -89,166 +99,208 @@ class Turn:
     counts: Counts | None = None
     error: str | None = None
     dropped: bool = False
+    id: _TurnId = field(default_factory=lambda: secrets.token_hex(8))
+    after: str = ""
+
+    @property
+    def cut(self) -> bool:
+        """Whether the answer ended, or was stopped, in the middle of what the model said."""
+        ended = self.counts is not None and self.counts.finish_reason in ("length", "cancelled")
+        last = self.parts[-1] if self.parts else None
+        return ended and last is not None and last.kind != "call" and bool(last.text.strip())
 
 
 @dataclass
 class Settings:
-    """Of one chat; None is the checkpoint's own value. `tools` None: all that are on by default."""
+    """Of one chat; None is the checkpoint's own value, and of `max_new_tokens` what the context leaves.
+
+    `tools` None: all that are on by default.
+    """
 
     system: str = ""
     temperature: _Number | None = None
+    top_k: _Integer | None = None
     top_p: _Number | None = None
-    max_new_tokens: _Integer = 1024
+    min_p: _Number | None = None
+    repetition_penalty: _Number | None = None
+    max_new_tokens: _Integer | None = None
     seed: _Integer | None = None
+    stop: list[str] | None = None
     tools: list[str] | None = None
     always: list[str] = field(default_factory=list)  # full names of tools that need no more asking in this chat
+
+    def sampling(self) -> dict[str, Any]:
+        """The fields of SamplingParams that are set."""
+        named = {name: getattr(self, name) for name in SAMPLING if getattr(self, name) is not None}
+        return named | ({} if self.stop is None else {"stop": tuple(self.stop)})
+
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "seed")
 
 
 @dataclass
 class Chat:
-    """A conversation as it is saved. Times are seconds since 1970."""
+    """A conversation as it is saved. Times are seconds since 1970.
+
+    `tree` holds every turn, each behind the one that it follows; `shown` says for a turn ("" for the beginning) which
+    of those that follow it is shown, where that is not the newest. `folder` is a name that the list shows it under.
+    """
 
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     title: str = NEW_TITLE
     created: _Time = field(default_factory=time.time)
     updated: _Time = field(default_factory=time.time)
     settings: Settings = field(default_factory=Settings)
-    turns: list[Turn] = field(default_factory=list)
+    tree: list[Turn] = field(default_factory=list)
+    shown: dict[str, str] = field(default_factory=dict)
+    pinned: bool = False
+    folder: str = ""
+
+    @classmethod
+    def of(cls, *turns: Turn, **fields: Any) -> Chat:
+        """A chat with these turns one behind the other."""
+        chat = cls(**fields)
+        for turn in turns:
+            chat._put(turn, chat._end())
+        return chat
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The path shown, from the first turn on."""
+        following = defaultdict[str, list[Turn]](list)
+        for turn in self.tree:
+            following[turn.after].append(turn)
+        path, last = list[Turn](), ""
+        while versions := following.get(last):
+            chosen = self.shown.get(last)
+            path.append(next((turn for turn in versions if turn.id == chosen), versions[-1]))
+            last = path[-1].id
+        return tuple(path)
+
+    def find(self, turn_id: str) -> Turn:
+        """The turn of this id, on whatever path; ChatError where it is gone."""
+        for turn in self.tree:
+            if turn.id == turn_id:
+                return turn
+        raise ChatError("this turn is not there any more")
+
+    def versions(self, turn: Turn) -> list[Turn]:
+        """The turn and those that stand in its place on other paths, in the order in which they were made."""
+        return [other for other in self.tree if other.after == turn.after]
+
+    def ask(self, user: str, files: Sequence[Attachment] = ()) -> Turn:
+        """A new turn behind the last one shown."""
+        return self._put(Turn(user, list(files)), self._end())
+
+    def another(self, turn: Turn, user: str | None = None, files: Sequence[Attachment] | None = None) -> Turn:
+        """A new version of the turn, shown from now on: with the same question, or what is given instead of it.
+
+        A turn that nothing answered or followed is not worth keeping: it becomes the new one.
+        """
+        if not turn.parts and all(other.after != turn.id for other in self.tree):
+            self.remove(turn)
+        new = Turn(turn.user if user is None else user, list(turn.files if files is None else files))
+        return self._put(new, turn.after)
+
+    def show(self, turn: Turn) -> None:
+        """Makes the path lead through this turn."""
+        while True:
+            self.shown[turn.after] = turn.id
+            if not turn.after:
+                return
+            turn = self.find(turn.after)
+
+    def remove(self, turn: Turn) -> None:
+        """Takes the turn out. What follows it stays, behind the turn before it; else the version before it is shown."""
+        versions, shown, next_shown = self.versions(turn), self._shown_after(turn.after), self._shown_after(turn.id)
+        for following in self.tree:
+            if following.after == turn.id:
+                following.after = turn.after
+        self.tree = [other for other in self.tree if other is not turn]
+        self.shown.pop(turn.id, None)
+        if shown is turn:
+            place = versions.index(turn)
+            left = versions[:place][::-1] + versions[place + 1 :]
+            shown = next_shown or (left[0] if left else None)
+        if shown is None:
+            self.shown.pop(turn.after, None)
+        else:
+            self.shown[turn.after] = shown.id
+
+    def branch(self, turn: Turn) -> Chat:
+        """A new chat with the path that leads to this turn."""
+        path = [turn]
+        while path[-1].after:
+            path.append(self.find(path[-1].after))
+        copied = _CHAT.validate_python(asdict(replace(self, tree=path[::-1], shown={})))
+        now = time.time()
+        return replace(copied, id=secrets.token_hex(8), created=now, updated=now, pinned=False)
 
     def name_after_first_turn(self) -> None:
         """A chat nobody named is called what was asked first."""
-        if self.title == NEW_TITLE and self.turns:
+        if self.title == NEW_TITLE and self.tree:
             words = " ".join(self.turns[0].user.split()) or NEW_TITLE
             self.title = words if len(words) <= TITLE_CHARACTERS else words[: TITLE_CHARACTERS - 1] + "…"
 
     def state(self) -> str:
-        """Another text for other turns: what a window shows is compared by it with what there is."""
-        turns = json.dumps([asdict(turn) for turn in self.turns])
+        """Another text for other turns or another path: what a window shows is compared by it with what there is."""
+        turns = json.dumps([[asdict(turn) for turn in self.tree], [turn.id for turn in self.turns]])
         return hashlib.sha256(turns.encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": 1, **asdict(self)}
+        return {"format": FORMAT, **asdict(self)}
+
+    def _put(self, turn: Turn, after: str) -> Turn:
+        turn.after = after
+        self.tree.append(turn)
+        if after in self.shown:
+            self.shown[after] = turn.id
+        return turn
+
+    def _shown_after(self, turn_id: str) -> Turn | None:
+        versions = [turn for turn in self.tree if turn.after == turn_id]
+        chosen = self.shown.get(turn_id)
+        return next((turn for turn in versions if turn.id == chosen), versions[-1] if versions else None)
+
+    def _end(self) -> str:
+        path = self.turns
+        return path[-1].id if path else ""
 
 
 _CHAT = TypeAdapter(Chat)
-_STALE_S = 3600.0  # a chat is saved in a moment
-_ELSEWHERE = "name another folder with --chats or GLM4LITE_CHATS"
 
 
-def data_folder() -> Path:
-    """GLM4LITE_CHATS, or the place where this system keeps a program's data; ChatError where it knows none."""
-    if chosen := os.environ.get("GLM4LITE_CHATS"):
-        return Path(chosen)
+def read_chat(data: object, chat_id: str | None = None) -> Chat:
+    """A chat from `to_json()`'s form, also of older versions; ValueError names what cannot be read."""
+    if not isinstance(data, Mapping) or not isinstance(found := data.get("format"), int) or found < 1:
+        raise ValueError("this is no chat of glm4lite: it has no format")
+    if found > FORMAT:
+        raise ValueError(f"a newer glm4lite saved it (format {found}, this one reads up to {FORMAT}); update glm4lite")
+    fields = dict(data) | ({"id": chat_id} if chat_id else {})
     try:
-        home = Path.home()
-    except RuntimeError:
-        raise ChatError(f"this user has no home folder; {_ELSEWHERE}") from None
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = home / "Library" / "Application Support"
-    else:
-        base = Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share")
-    return base / "glm4lite" / "chats"
-
-
-class ChatStore:
-    """The saved chats of a folder. Ids are random, so a name from outside never becomes a path."""
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or data_folder()
-        self._damaged = set[str]()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryFile(dir=self.folder):  # a folder that was there may be read-only
-                pass
-            for part in self.folder.glob("*.part"):  # half of a chat, left by a run that was killed while it saved
-                if part.stat().st_mtime < time.time() - _STALE_S:
-                    part.unlink(missing_ok=True)
-        except OSError as error:
-            raise ChatError(f"{self.folder}: chats cannot be kept here: {error.strerror}; {_ELSEWHERE}") from None
-
-    def save(self, chat: Chat) -> None:
-        """Writes beside the file, to the disk, and renames: a crash leaves the old chat or the new one."""
-        chat.updated = time.time()
-        text = json.dumps(chat.to_json(), ensure_ascii=False, indent=1).encode("utf-8", "replace")
-        path, part = self._path(chat.id), None
-        try:
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as file:
-                part = Path(file.name)
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        except OSError as error:
-            if part is not None:
-                part.unlink(missing_ok=True)
-            raise ChatError(f"{self.folder}: the chat could not be saved: {error.strerror}") from error
-
-    def load(self, chat_id: str) -> Chat:
-        """Raises ChatError for a chat that is not there or whose file was damaged."""
-        path = self._path(chat_id)
-        try:
-            return read_chat(_json(path), path.stem)
-        except FileNotFoundError:
-            raise ChatError("this chat is not there any more") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise ChatError(f"{path}: this chat cannot be read: {str(error).splitlines()[0]}") from error
-
-    def holds(self, chat_id: str) -> bool:
-        """Whether a chat is saved under this id, whatever is given as one."""
-        return bool(_ID.fullmatch(chat_id)) and self._path(chat_id).exists()
-
-    def delete(self, chat_id: str) -> None:
-        self._path(chat_id).unlink(missing_ok=True)
-
-    def find(self, query: str = "") -> list[Chat]:
-        """Newest first; with a query those that contain all its words. Damaged files are left out, and logged once."""
-        words, found = query.casefold().split(), []
-        for path in self.folder.glob("*.json"):
-            try:
-                chat = self.load(path.stem)
-            except ChatError as error:
-                if path.name not in self._damaged:
-                    logger.warning("%s", error)
-                self._damaged.add(path.name)
-                continue
-            if not words or all(word in _text(chat) for word in words):
-                found.append(chat)
-        return sorted(found, key=lambda chat: chat.updated, reverse=True)
-
-    def _path(self, chat_id: str) -> Path:
-        if not _ID.fullmatch(chat_id):
-            raise ChatError(f"{one_line(chat_id)[:100]} is not the name of a chat")
-        return self.folder / f"{chat_id}.json"
-
-
-def _json(path: Path) -> Any:
-    """Of a plain file (a pipe would wait for ever); ValueError for what is none that a page could be sent."""
-    if not path.exists():
-        raise FileNotFoundError
-    if not path.is_file() or path.stat().st_size > LARGEST:
-        raise ValueError(f"it is no file of at most {LARGEST >> 20} MiB")
-    data = json.loads(path.read_bytes())
-    json.dumps(data, ensure_ascii=False).encode()  # refuses half a sign
-    return data
-
-
-def read_chat(data: Mapping[str, Any], chat_id: str | None = None) -> Chat:
-    """A chat from `to_json()`'s form; ValueError names what cannot be read."""
-    if not isinstance(data, Mapping) or data.get("format") != 1:
-        raise ValueError("format must be 1")
-    fields = {name: value for name, value in data.items() if name != "format"}
-    try:
-        chat: Chat = _CHAT.validate_python(fields | ({"id": chat_id} if chat_id else {}))
+        chat: Chat = _CHAT.validate_python(fields if found == FORMAT else _from_list(fields))
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         raise ValueError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+    _check_tree(chat)
     return chat
 
 
-def _text(chat: Chat) -> str:
-    pieces = [chat.title]
-    for turn in chat.turns:
-        pieces += [turn.user, *(part.text for part in turn.parts if part.kind == "text")]
-    return "\n".join(pieces).casefold()
+def _from_list(fields: dict[str, Any]) -> dict[str, Any]:
+    """Format 1: the turns of the only path. Their ids are their places, so that they are the same at each reading."""
+    turns, settings = fields.pop("turns", []), fields.get("settings")
+    if isinstance(turns, list) and all(isinstance(turn, Mapping) for turn in turns):
+        ids = ["", *(f"{place:016x}" for place in range(1, len(turns) + 1))]
+        turns = [{**turn, "id": ids[place + 1], "after": ids[place]} for place, turn in enumerate(turns)]
+    if isinstance(settings, Mapping) and settings.get("max_new_tokens") == _OLD_MAX_NEW_TOKENS:
+        fields["settings"] = {**settings, "max_new_tokens": None}
+    return fields | {"tree": turns}
+
+
+def _check_tree(chat: Chat) -> None:
+    """Each turn follows one that stands before it: then there is no circle, and each is reached from the first."""
+    known = {""}
+    for place, turn in enumerate(chat.tree):
+        if turn.id in known or turn.after not in known:
+            raise ValueError(f"tree.{place}: it follows no turn before it, or has the id of one")
+        known.add(turn.id)

@@ -33,8 +33,8 @@ def ui(
     from glm4lite.server import Address
     from glm4lite.toolbox import Toolbox
     from glm4lite.worker import EngineWorker
-    from glm4lite_ui.chats import ChatStore
     from glm4lite_ui.runtime import Runtime
+    from glm4lite_ui.saved.store import ChatStore
     from glm4lite_ui.serving import serve_page
 
     use_threads(threads)

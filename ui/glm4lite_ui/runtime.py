@@ -16,8 +16,9 @@ from glm4lite.session import ChatSession
 from glm4lite.tools import Tool
 from glm4lite.worker import EngineWorker
 from glm4lite_ui.answering import Answer
-from glm4lite_ui.chats import Attachment, Chat, ChatError, ChatStore, Settings
+from glm4lite_ui.chats import Attachment, Chat, ChatError, Settings
 from glm4lite_ui.history import messages
+from glm4lite_ui.saved.store import ChatStore
 
 LAST_WORDS_S = 2.0  # for an answer that is stopped with the program to be saved
 
@@ -72,12 +73,7 @@ class Runtime:
 
     def params(self, settings: Settings) -> SamplingParams:
         """The chat's sampling settings over the checkpoint's; raises SamplingError."""
-        return self.engine.params(
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            max_new_tokens=settings.max_new_tokens,
-            seed=settings.seed,
-        )
+        return self.engine.params(**{"max_new_tokens": self.engine.model.context} | settings.sampling())
 
     def chosen(self, settings: Settings) -> list[Tool]:
         """The tools that are on in a chat; none where the model's template has no place for them."""
@@ -85,17 +81,22 @@ class Runtime:
             return []
         return [tool for tool in self.tools if settings.tools is None or tool.name in settings.tools]
 
-    def answer(self, chat: Chat) -> Answer:
+    def answer(self, chat: Chat, resume: bool = False) -> Answer:
         """Begins the answer to the chat's last turn, known to all windows; the chat is saved before and after it.
+
+        With `resume` it goes on with the answer that is there, which must be `cut`.
 
         Raises:
             BusyError: the chat is being answered already.
+            ChatError: there is nothing to go on with.
         """
         with self._lock:
             if chat.id in self.answers:
                 raise BusyError("this chat is being answered; stop that first")
+            if resume and not (chat.turns and chat.turns[-1].cut):
+                raise ChatError("this answer is whole; ask again for another one")
             chat.name_after_first_turn()
-            answer = Answer(chat, self.session(chat), self._keep)
+            answer = Answer(chat, self.session(chat), self._keep, resume)
             self.store.save(chat)
             self.answers[chat.id] = answer
         answer.start()

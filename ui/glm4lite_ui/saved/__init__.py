@@ -1,0 +1,1 @@
+"""Chats on the user's disk."""
