@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from glm4lite_ui.panels import question_about
+from glm4lite_ui.render import chat_messages, turn_at
 
 from glm4lite.engine import Engine
 from glm4lite.events import Done, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
@@ -21,8 +23,6 @@ from glm4lite_ui.artifacts import artifacts, previews
 from glm4lite_ui.chats import Attachment, Chat, ChatError, Counts, Part, Settings, Turn, read_chat
 from glm4lite_ui.export import as_json, as_markdown, file_name
 from glm4lite_ui.history import messages
-from glm4lite_ui.panels import question_about
-from glm4lite_ui.render import chat_messages, turn_at
 from glm4lite_ui.runtime import Runtime
 from glm4lite_ui.saved.store import ChatStore
 

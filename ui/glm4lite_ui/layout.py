@@ -19,21 +19,14 @@ FONTS = ["system-ui", "Noto Sans", "Noto Sans CJK SC", "Microsoft YaHei", "PingF
 MONO = ["Cascadia Mono", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "Noto Sans Mono CJK SC", "monospace"]
 
 
-class Piece(gr.HTML):
+def piece(name: str) -> gr.HTML:
     """A part of the page: static/<name>.html, which the page's script takes over."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(
-            "",
-            html_template=(STATIC / f"{name}.html").read_text(encoding="utf-8"),
-            js_on_load="import('/page/static/page.js').then(page => page.mounted(element))",
-            apply_default_css=False,
-            elem_classes="piece",
-        )
-
-    def get_block_name(self) -> str:
-        """What Gradio's own script draws it as."""
-        return "html"
+    return gr.HTML(
+        html_template=(STATIC / f"{name}.html").read_text(encoding="utf-8"),
+        js_on_load="import('/page/static/page.js').then(page => page.mounted(element))",
+        apply_default_css=False,
+        elem_classes="piece",
+    )
 
 
 class Page(gr.Blocks):
@@ -53,5 +46,5 @@ def build() -> Page:
     """The page, for serving.py to mount."""
     with Page(title="glm4lite", analytics_enabled=False, fill_width=True) as page:
         for name in PIECES:
-            Piece(name)
+            piece(name)
     return page

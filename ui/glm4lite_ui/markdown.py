@@ -24,14 +24,14 @@ LONGEST_CODE = 50_000  # characters that are highlighted
 GROWING_CODE = 4_000  # and of a block that is still being written, which is drawn again and again
 LONGEST_FORMULA = 2_000
 
-_MATH = (
-    "math mrow mi mo mn mtext mspace mfrac msqrt mroot msub msup msubsup munder mover munderover mtable mtr mtd "
-    "mstyle mpadded mphantom menclose"
-).split()
-_MATH_ATTRIBUTES = set(
-    "display displaystyle scriptlevel stretchy fence form accent columnalign rowspacing columnspacing notation "
-    "width lspace rspace minsize maxsize mathvariant linethickness".split()
-)
+_MATH = {
+    "math", "mrow", "mi", "mo", "mn", "mtext", "mspace", "mfrac", "msqrt", "mroot", "msub", "msup", "msubsup", "munder",
+    "mover", "munderover", "mtable", "mtr", "mtd", "mstyle", "mpadded", "mphantom", "menclose",
+}  # fmt: skip
+_MATH_ATTRIBUTES = {
+    "display", "displaystyle", "scriptlevel", "stretchy", "fence", "form", "accent", "columnalign", "rowspacing",
+    "columnspacing", "notation", "width", "lspace", "rspace", "minsize", "maxsize", "mathvariant", "linethickness",
+}  # fmt: skip
 _TEXT = "p h1 h2 h3 h4 h5 h6 ul ol li blockquote hr br em strong s a code pre span div table thead tbody tr th td"
 _SANITIZER = nh3.Cleaner(
     tags={*_TEXT.split(), *_MATH},
@@ -44,7 +44,7 @@ _SANITIZER = nh3.Cleaner(
         "div": {"class", "tabindex", "role", "aria-label"},
         "th": {"class"},
         "td": {"class"},
-        **{tag: _MATH_ATTRIBUTES for tag in _MATH},
+        **dict.fromkeys(_MATH, _MATH_ATTRIBUTES),
     },
     set_tag_attribute_values={"a": {"target": "_blank"}},
     url_schemes={"http", "https", "mailto"},
@@ -149,7 +149,8 @@ class _Renderer(RendererHTML):
 def _code(text: str, language: str, longest: int) -> str:
     named = f' data-language="{language}"' if language else ""
     inner = _highlighted(text, language) if language and len(text) <= longest else plain(text)
-    return f'<div class="code"><div class="lines" tabindex="0" role="region" aria-label="code"><pre><code{named}>{inner}</code></pre></div></div>'
+    pre = f"<pre><code{named}>{inner}</code></pre>"
+    return f'<div class="code"><div class="lines" tabindex="0" role="region" aria-label="code">{pre}</div></div>'
 
 
 def _highlighted(text: str, language: str) -> str:

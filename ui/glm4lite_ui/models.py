@@ -98,13 +98,13 @@ class Models:
         yield "Context", f"{model.context:,} tokens"
         yield "Kept conversations", f"{len(runtime.engine.prefixes)}, {readable(runtime.engine.prefixes.nbytes)}"
         tools = ", ".join(tool.name for tool in runtime.tools) or "none"
-        yield "Tools", tools if runtime.engine.chat_template().takes_tools else "this model's template has no place for any"
+        takes = runtime.engine.chat_template().takes_tools
+        yield "Tools", tools if takes else "this model's template has no place for any"
 
 
 def _progress(progress: Progress, began: float, begun_with: int) -> dict[str, Any]:
     """How far, and how many seconds more at the pace so far."""
-    written = (readable(n) if progress.unit == "bytes" else f"{n:,} {progress.unit}" for n in (progress.done, progress.total))
-    done, total = written
+    done, total = (readable(n) if progress.unit == "bytes" else f"{n:,}" for n in (progress.done, progress.total))
     gone, moved = time.monotonic() - began, progress.done - begun_with
     left = gone * (progress.total - progress.done) / moved if moved > 0 and gone > 1 else None
     return {

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -21,6 +21,8 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from glm4lite.errors import Glm4liteError, one_line
+from glm4lite_ui.answering import Decision
+from glm4lite_ui.artifacts import artifacts_of
 from glm4lite_ui.chats import NEW_TITLE, Attachment, Chat, Settings
 from glm4lite_ui.models import Models
 from glm4lite_ui.runtime import Runtime
@@ -144,6 +146,7 @@ class _Chats:
     def add(self, router: APIRouter) -> None:
         router.add_api_route("/chats", self.find, methods=["GET"])
         router.add_api_route("/files", self.read_file, methods=["POST"])
+        router.add_api_route("/chats/{chat_id}/artifacts", self.artifacts, methods=["GET"])
         router.add_api_route("/chats/{chat_id}", self.delete, methods=["DELETE"])
         for act in (self.send, self.stop, self.decide, self.drop_oldest, self.rename, self.set, self.ask_again):
             router.add_api_route(f"/chats/{{chat_id}}/{act.__name__}", act, methods=["POST"])
@@ -158,6 +161,9 @@ class _Chats:
         """A file as it will be sent: its text and how many tokens that is."""
         data = await request.body()
         return asdict(await run_in_threadpool(self.runtime.attachment, name, data))
+
+    def artifacts(self, chat_id: str) -> list[dict[str, object]]:
+        return artifacts_of(self.runtime.open(chat_id))
 
     def send(self, chat_id: str, sent: Sent) -> None:
         text = _typed(sent.text)
@@ -175,9 +181,7 @@ class _Chats:
         if (answer := self.runtime.answers.get(chat_id)) is not None:
             answer.stop()
 
-    def decide(
-        self, chat_id: str, asked: Annotated[str, Body()], decision: Annotated[Literal["approve", "always", "deny"], Body()]
-    ) -> None:
+    def decide(self, chat_id: str, asked: Annotated[str, Body()], decision: Annotated[Decision, Body()]) -> None:
         if (answer := self.runtime.answers.get(chat_id)) is not None:
             answer.decide(asked, decision)
 

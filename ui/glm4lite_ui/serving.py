@@ -24,6 +24,7 @@ from glm4lite_ui.routes import add_routes
 if TYPE_CHECKING:
     from glm4lite_ui.runtime import Runtime
 
+
 @contextmanager
 def _own_environment() -> Iterator[None]:
     """For importing and setting up Gradio: nothing that a user's environment says about it, and no proxies.
@@ -77,8 +78,8 @@ def _mount_gradio(app: FastAPI) -> FastAPI:
     )
 
 
-# What the page itself asks for. Everything else that Gradio serves (events, uploads, files of this machine, a proxy, API
-# pages, run history, monitoring, code from a chat) is not there.
+# What the page itself asks for. Everything else of Gradio's (events, uploads, this machine's files, a proxy, API pages,
+# run history, monitoring, code from a chat) is not there.
 OPEN = re.compile(r"/(config/?|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(static|assets|svelte)/.*)?")
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "

@@ -26,17 +26,12 @@ class TurnView:
     """A turn as JSON, again and again while it grows."""
 
     def __init__(self) -> None:
-        self._growing: dict[int, Growing] = {}
+        self._growing: tuple[Part, Growing] | None = None  # the last part, while it is being written
 
     def parts(self, turn: Turn, under_way: bool) -> list[Json]:
-        shown = []
-        for place, part in enumerate(turn.parts):
-            if part.kind == "text" and not part.text.strip():
-                continue
-            shown.append(self._part(place, part, under_way))
-        return shown
+        return [self._part(part, under_way) for part in list(turn.parts) if part.kind != "text" or part.text.strip()]
 
-    def _part(self, place: int, part: Part, under_way: bool) -> Json:
+    def _part(self, part: Part, under_way: bool) -> Json:
         open_now = under_way and part.seconds is None
         head: Json = {"kind": part.kind, "open": open_now, "seconds": part.seconds}
         if part.kind == "call":
@@ -44,10 +39,10 @@ class TurnView:
             result = [code(part.text)] if part.seconds is not None else []
             return {"head": head, "blocks": [*arguments_blocks(part.arguments), *result], "results": len(result)}
         if not open_now:
-            self._growing.pop(place, None)
             return {"head": head, "blocks": list(blocks(part.text))}
-        growing = self._growing.setdefault(place, Growing())
-        return {"head": head, "blocks": growing.blocks(part.text)}
+        if self._growing is None or self._growing[0] is not part:
+            self._growing = part, Growing()
+        return {"head": head, "blocks": self._growing[1].blocks(part.text)}
 
 
 @functools.lru_cache(256)
@@ -72,7 +67,7 @@ def _is_code(name: str, value: str) -> bool:
 
 
 def difference(had: Sequence[Json], now: Sequence[Json]) -> list[Json]:
-    """What makes the parts `had` those of `now`: for each part that differs its head, from which block on, and those."""
+    """What makes parts `had` those of `now`: of each that differs its head, and its blocks from the first one on."""
     changes = []
     for place, (old, new) in enumerate(zip_longest(had, now)):
         if new is None:
@@ -124,7 +119,7 @@ def status_json(answer: Answer | None) -> Json:
     if answer.asking is not None:
         return {"phase": "asking"}
     if writer.progress is not None:
-        return {"phase": "progress", **{name: getattr(writer.progress, name) for name in ("stage", "done", "total", "unit")}}
+        return {"phase": "progress", **vars(writer.progress)}
     if last is not None and last.kind == "call" and last.seconds is None:
         return {"phase": "tool", "name": last.name}
     if writer.pieces < 2:

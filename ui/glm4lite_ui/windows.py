@@ -145,7 +145,7 @@ class Window:
             if watched.over.is_set() and watched is not self._following and chat_id != self._chat:
                 watching.close()
                 del self._watched[chat_id]
-        if answer is None or answer.chat.id in self._watched and self._watched[answer.chat.id][0] is answer:
+        if answer is None or (answer.chat.id in self._watched and self._watched[answer.chat.id][0] is answer):
             return
         if (old := self._watched.pop(answer.chat.id, None)) is not None:
             old[1].close()

@@ -9,6 +9,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class ChatStore:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or data_folder()
         self._damaged = set[str]()
+        self.listeners: list[Callable[[str], None]] = []  # each is told the id of a chat that was saved or deleted
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryFile(dir=self.folder):  # a folder that was there may be read-only
@@ -72,6 +74,7 @@ class ChatStore:
             if part is not None:
                 part.unlink(missing_ok=True)
             raise ChatError(f"{self.folder}: the chat could not be saved: {error.strerror}") from error
+        self._changed(chat.id)
 
     def load(self, chat_id: str) -> Chat:
         """Raises ChatError for a chat that is not there or whose file was damaged."""
@@ -89,6 +92,7 @@ class ChatStore:
 
     def delete(self, chat_id: str) -> None:
         self._path(chat_id).unlink(missing_ok=True)
+        self._changed(chat_id)
 
     def find(self, query: str = "") -> list[Chat]:
         """Newest first; with a query those that contain all its words. Damaged files are left out, and logged once."""
@@ -104,6 +108,10 @@ class ChatStore:
             if not words or all(word in _text(chat) for word in words):
                 found.append(chat)
         return sorted(found, key=lambda chat: chat.updated, reverse=True)
+
+    def _changed(self, chat_id: str) -> None:
+        for tell in self.listeners:
+            tell(chat_id)
 
     def _path(self, chat_id: str) -> Path:
         if not _ID.fullmatch(chat_id):
