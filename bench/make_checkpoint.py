@@ -84,7 +84,7 @@ def write_checkpoint(folder: Path, config: Glm4Config, quant: QuantConfig | None
     with torch.device("meta"):
         model = Glm4ForCausalLM(config)
     noise, planned = Noise(seed), list(_planned(model, quant))
-    values = config.to_dict() | ({} if quant is None else {"quantization_config": quant.to_dict()})
+    values = config.to_diff_dict() | ({} if quant is None else {"quantization_config": quant.to_dict()})
     with FolderWriter(folder, planned, SHARD_BYTES) as writer:
         for tensor in planned:
             for piece in _pieces(tensor, noise):

@@ -91,7 +91,7 @@ class Files:
         """Everything wanted; says on stderr what it does."""
         config = self.path("config")
         config.mkdir(exist_ok=True)
-        (config / "config.json").write_text(json.dumps(self.config.to_dict()), encoding="utf-8")
+        (config / "config.json").write_text(json.dumps(self.config.to_diff_dict()), encoding="utf-8")
         for action, kind in list(self.steps()):  # what exists changes as they are taken
             if action == "delete":
                 _delete(self.path(kind))

@@ -113,7 +113,7 @@ class Judge:
 
     def _windows(self, tokenizer: Tokenizer, text: Path, count: int) -> Tensor:
         """Evenly spread over the text."""
-        prefix, ids = tokenizer.prefix_ids, tokenizer.encode(text.read_text(encoding="utf-8"))
+        prefix, ids = tokenizer.prefix_ids, tokenizer.ids(text.read_text(encoding="utf-8"))
         size = WINDOW - len(prefix)
         if len(ids) < count * size:
             raise SystemExit(f"{text} has {len(ids)} tokens, {count * size} are needed")

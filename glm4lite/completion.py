@@ -24,7 +24,7 @@ class Completion:
     def run(self, text: str, **sampling: Any) -> Iterator[Event]:
         """Goes on from `text`; `sampling` are fields of SamplingParams, None where the checkpoint decides."""
         self._cancel.clear()
-        prompt = self.engine.tokenizer.prefix_ids + self.engine.tokenizer.encode(text)
+        prompt = self.engine.tokenizer.prefix_ids + self.engine.tokenizer.ids(text)
         generation = self.engine.generate(prompt, self.engine.params(**sampling), cancel=self._cancel)
         yield from self.engine.prefill(generation)
         for piece in self.engine.pieces(generation):

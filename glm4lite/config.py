@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from glm4lite.activations import ACTIVATIONS, WITH_WEIGHTS
 from glm4lite.errors import ConfigError
-from glm4lite.weights.files import check_values
+from glm4lite.pretrained_config import PretrainedConfig
 
 MODEL_TYPES = ("glm4", "glm")
 ROPE_TYPES = ("default", "yarn")
@@ -60,19 +60,13 @@ SCALING_KEYS: Mapping[str, frozenset[str]] = {
 LONGEST = 2**31 - 1
 """Tokens of a context, as positions are counted on a GPU."""
 
-# Token ids that are null in config.json are told apart from those that are left out, which get the default.
-NULLABLE = ("pad_token_id", "eos_token_id")
-
-# What forward returns where the call does not say; written only where somebody changed it.
-SWITCHES = ("output_hidden_states", "output_attentions", "return_dict")
-
 # Far above the largest GLM-4 (61 layers, 151552 wide), and small enough that every product of two is a tensor's size.
 Size = Annotated[int, Field(gt=0, le=1 << 24)]
 TokenId = Annotated[int, Field(gt=-(2**63), lt=2**63)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
 
-class Glm4Config(BaseModel):
+class Glm4Config(PretrainedConfig):
     """Configuration of a `glm4` (four norms per layer) or `glm` (two norms per layer) model.
 
     `rope_parameters` holds `rope_type`, `rope_theta` and `partial_rotary_factor` (and YaRN's own keys); the older keys
@@ -81,9 +75,13 @@ class Glm4Config(BaseModel):
     Keys that are not known are kept and written back by `to_dict`. Raises ConfigError for a value that cannot be used.
     """
 
-    model_config = ConfigDict(
-        extra="allow", strict=True, validate_assignment=True, protected_namespaces=(), allow_inf_nan=False
-    )
+    OLDER_NAMES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **PretrainedConfig.OLDER_NAMES,
+        "rope_parameters": ("rope_scaling", "rope_theta", "partial_rotary_factor"),
+        "rope_scaling": (),
+        "rope_theta": (),
+        "partial_rotary_factor": (),
+    }
 
     model_type: str = "glm4"
     vocab_size: Size = 151552
@@ -105,36 +103,15 @@ class Glm4Config(BaseModel):
     eos_token_id: TokenId | list[TokenId] | None = Field(default_factory=lambda: [151329, 151336, 151338])
     bos_token_id: TokenId | None = None
     attention_bias: bool = True
-    dtype: str | None = None
-    num_labels: int = Field(default=2, gt=0, le=1 << 16)
-    problem_type: str | None = None
     classifier_dropout: Rate | None = None
     hidden_dropout: Rate | None = None
     token_classification_bias: bool = True
-    output_hidden_states: bool = False
-    output_attentions: bool = False
-    return_dict: bool = True
 
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError(_one_line(error)) from None
-
-    @model_validator(mode="before")
     @classmethod
-    def _fold_older_keys(cls, values: dict[str, Any]) -> dict[str, Any]:
-        values = dict(values)
-        try:
-            for key, value in values.items():
-                check_values(key, value)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        torch_dtype = values.pop("torch_dtype", None)
-        values["dtype"] = str(values.get("dtype") or torch_dtype or "").removeprefix("torch.") or None
-        labels = values.get("id2label")
-        if isinstance(labels, dict) and "num_labels" not in values:
-            values["num_labels"] = len(labels)
+    def _folded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        for key, implied in (("num_key_value_heads", _query_heads), ("head_dim", _even_head_dim)):
+            if key in values and values[key] is None:
+                values[key] = implied(values)
         values["rope_parameters"] = _rope_parameters(values)
         for key in ("rope_theta", "rope_scaling", "partial_rotary_factor"):
             values.pop(key, None)
@@ -150,8 +127,9 @@ class Glm4Config(BaseModel):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
-        if self.hidden_act not in ("silu", "swish"):
-            raise ConfigError(f"hidden_act {self.hidden_act!r} is not supported; GLM-4 uses 'silu'")
+        if self.hidden_act not in ACTIVATIONS:
+            why = "has weights of its own, which GLM-4 has not" if self.hidden_act in WITH_WEIGHTS else "is not known"
+            raise ConfigError(f"hidden_act {self.hidden_act!r} {why}; GLM-4 uses 'silu'")
         if self.num_attention_heads * self.head_dim > 1 << 24:
             raise ConfigError(f"num_attention_heads x head_dim is {self.num_attention_heads * self.head_dim}, too wide")
         _check_rope(self.rope_parameters, self.head_dim)
@@ -167,6 +145,19 @@ class Glm4Config(BaseModel):
             return self.max_position_embeddings
         scaled = self.rope_parameters["factor"] * self.rope_parameters["original_max_position_embeddings"]
         return max(self.max_position_embeddings, min(round(scaled), LONGEST))
+
+    @property
+    def rope_scaling(self) -> dict[str, Any]:
+        """The older name of `rope_parameters`; what is set here keeps its base and its share of rotated dimensions."""
+        return self.rope_parameters
+
+    @rope_scaling.setter
+    def rope_scaling(self, scaling: dict[str, Any] | None) -> None:
+        kept = {key: self.rope_parameters[key] for key in ROPE_BOUNDS}
+        longest = self.max_position_embeddings
+        self.rope_parameters = _rope_parameters(
+            {"rope_parameters": kept, "rope_scaling": scaling, "max_position_embeddings": longest}
+        )
 
     @property
     def rope_theta(self) -> float:
@@ -193,30 +184,42 @@ class Glm4Config(BaseModel):
         return list(self.eos_token_id) if isinstance(self.eos_token_id, list) else [self.eos_token_id]
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str | Path = "config.json") -> Glm4Config:
-        """Reads the contents of a config.json; `source` is named in errors. Raises ConfigError."""
-        if not isinstance(values, dict):
-            raise ConfigError(f"{source}: expected a JSON object, found {type(values).__name__}")
-        try:
-            values = _from_chatglm(values) if values.get("model_type") == "chatglm" else dict(values)
-            if "model_type" not in values:
-                raise ConfigError("the key 'model_type' is missing; it should be 'glm4' or 'glm'")
-            if values["model_type"] in MODEL_TYPES:
-                missing = [key for key in REQUIRED if key not in values]
-                if missing:
-                    raise ConfigError(f"the key {missing[0]!r} is missing; download the file again")
-            return cls(**values)
-        except ConfigError as error:
-            raise ConfigError(f"{source}: {error}") from None
+    def _translated(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if values.get("model_type") == "chatglm":
+            values = _from_chatglm(values)
+        if "model_type" not in values:
+            raise ConfigError("the key 'model_type' is missing; it should be 'glm4' or 'glm'")
+        if values["model_type"] in MODEL_TYPES:
+            missing = [key for key in REQUIRED if key not in values]
+            if missing:
+                raise ConfigError(f"the key {missing[0]!r} is missing; download the file again")
+        return values
 
-    def to_dict(self) -> dict[str, Any]:
-        """The contents of a config.json that Transformers reads too; `from_dict` gives the same config back."""
-        values = {key: value for key, value in self.model_dump().items() if value is not None or key in NULLABLE}
-        for name in SWITCHES:
-            if values[name] == type(self).model_fields[name].default:
-                del values[name]
+    @classmethod
+    def _changed(cls, values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+        rope = {key: changes[key] for key in ROPE_BOUNDS if key in changes}
+        for place in ("rope_parameters", "rope_scaling"):
+            if rope and isinstance(values.get(place), dict):
+                values[place] = values[place] | rope
+        return super()._changed(values, changes)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        values = super().to_diff_dict()
         values.setdefault("architectures", [{"glm4": "Glm4ForCausalLM", "glm": "GlmForCausalLM"}[self.model_type]])
         return values
+
+
+def _query_heads(values: Mapping[str, Any]) -> Any:
+    """num_key_value_heads where it is null: each query head has its own."""
+    return values.get("num_attention_heads", Glm4Config.model_fields["num_attention_heads"].default)
+
+
+def _even_head_dim(values: Mapping[str, Any]) -> Any:
+    """head_dim where it is null: the heads share the hidden size."""
+    sizes = [values.get(key, Glm4Config.model_fields[key].default) for key in ("hidden_size", "num_attention_heads")]
+    if not all(isinstance(size, int) and size > 0 for size in sizes) or sizes[0] % sizes[1]:
+        raise ConfigError(f"head_dim is null, and hidden_size {sizes[0]} is no multiple of {sizes[1]} heads")
+    return sizes[0] // sizes[1]
 
 
 def _rope_parameters(values: dict[str, Any]) -> dict[str, Any]:
@@ -304,12 +307,6 @@ def _from_chatglm(values: dict[str, Any]) -> dict[str, Any]:
     _check_number("rope_ratio", ratio, "above", 0)
     sandwich = renamed.get("post_self_attn_layernorm", False)
     return {**renamed, "model_type": "glm4" if sandwich else "glm", "rope_theta": 10000.0 * ratio}
-
-
-def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or not part.startswith("list["))
-    return f"{where or 'value'}: {first['msg']}, found {_shown(first['input'])}"
 
 
 def _shown(value: Any) -> str:

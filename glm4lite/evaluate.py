@@ -153,7 +153,7 @@ def evaluate(
         scores.add(logits, targets, None if other is None else window_logits(other, ids))
         if progress is not None:
             progress(Progress("eval", index + 1, len(cut), "windows"))
-    prefix = "".join(engine.tokenizer.decode([i], keep_special=True) for i in engine.tokenizer.prefix_ids)
+    prefix = "".join(engine.tokenizer.text([i], keep_special=True) for i in engine.tokenizer.prefix_ids)
     perplexity = math.exp(scores.loss.mean)
     return Evaluation(
         str(model),
@@ -187,7 +187,7 @@ def _reference(engine: Engine, model: Choice, against: Choice, text: str, progre
 
 
 def _ids(engine: Engine, text: str) -> list[int]:
-    return engine.tokenizer.prefix_ids + engine.tokenizer.encode(text)
+    return engine.tokenizer.prefix_ids + engine.tokenizer.ids(text)
 
 
 def cut_windows(engine: Engine, text: str) -> list[list[int]]:
@@ -195,7 +195,7 @@ def cut_windows(engine: Engine, text: str) -> list[list[int]]:
 
     A text shorter than a window is one shorter window. Raises EvaluationError where even that is too little.
     """
-    prefix, ids = engine.tokenizer.prefix_ids, engine.tokenizer.encode(text)
+    prefix, ids = engine.tokenizer.prefix_ids, engine.tokenizer.ids(text)
     window = min(WINDOW, engine.model.config.context_length)
     body = window - len(prefix)
     if len(ids) < min(SHORTEST, body):

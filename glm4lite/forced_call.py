@@ -28,7 +28,7 @@ class ForcedCall:
 
     def __init__(self, tokenizer: Tokenizer, names: Collection[str], endings: Sequence[int]) -> None:
         self._tokenizer, self._endings = tokenizer, list(endings)
-        self._heads = [tokenizer.encode(f"{name}\n") for name in names]
+        self._heads = [tokenizer.ids(f"{name}\n") for name in names]
         self._at = 0  # of the heads' ids
         self._arguments = JsonObject()
         self._free = False
@@ -57,7 +57,7 @@ class ForcedCall:
         for token in logits.topk(min(_LIKELY, len(logits))).indices.tolist():
             if self._accept(token):
                 return int(token)
-        token = self._tokenizer.encode(self._arguments.way_on())[0]
+        token = self._tokenizer.ids(self._arguments.way_on())[0]
         self._accept(token)
         return token
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glm4lite.cache import Cache, PackedLayerCache
@@ -99,7 +100,9 @@ def _norms(layer: DecoderLayer) -> dict[str, Tensor | None]:
 def _make(
     layer: DecoderLayer, linears: dict[str, QuantLinear], norms: dict[str, Tensor | None]
 ) -> DecoderKernel | None:
-    if any(linears[name].bias is not None for name in ("o", "gate_up", "down")):
+    if layer.mlp.activation_fn is not F.silu or any(
+        linears[name].bias is not None for name in ("o", "gate_up", "down")
+    ):
         return None
     parts = {name: linear.input_parts for name, linear in linears.items()}
     if (

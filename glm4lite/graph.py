@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glm4lite.cache import HomeCache
@@ -134,6 +135,8 @@ def _unfit(layers: Sequence[DecoderLayer], dtype: torch.dtype) -> str:
 
     if dtype not in triton_step.TYPES:
         return f"its activations are {dtype}"
+    if any(layer.mlp.activation_fn is not F.silu for layer in layers):
+        return "its hidden_act is not silu"
     return next((why for layer in layers if (why := triton_step.problem(layer.self_attn.heads))), "")
 
 

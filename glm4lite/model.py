@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glm4lite import fused
+from glm4lite.activations import ACTIVATIONS
 from glm4lite.attention import Visibility, attend, attend_with_weights
 from glm4lite.cache import (
     Cache,
@@ -95,16 +96,17 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(silu(gate) * up); rows 0..I-1 of gate_up_proj are the gate."""
+    """down(act(gate) * up), act: silu; rows 0..I-1 of gate_up_proj are the gate."""
 
     def __init__(self, config: Glm4Config) -> None:
         super().__init__()
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.activation_fn = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(F.silu(gate) * up)
+        out: Tensor = self.down_proj(self.activation_fn(gate) * up)
         return out
 
 

@@ -191,7 +191,7 @@ class ChatSession:
 
     def _segments(self, generation: Generation, begun: Begun | None) -> Iterator[Segment]:
         if begun is None:
-            prompt_end = self.engine.tokenizer.decode(generation.prompt[-8:], keep_special=True)
+            prompt_end = self.engine.tokenizer.text(generation.prompt[-8:], keep_special=True)
             parser = OutputParser(self.tools, thinking=self.template.starts_thinking(prompt_end))
         else:
             parser = OutputParser(self.tools, thinking=bool(begun.thinking))
@@ -230,10 +230,10 @@ class ChatSession:
         most = max(left // 2, 0)
 
         def fits(result: str) -> int:
-            tokens = tokenizer.encode(result)
+            tokens = tokenizer.ids(result)
             if len(tokens) <= most:
                 return len(result)
-            return len(tokenizer.decode(tokens[:most]).rstrip("\ufffd"))  # half a character does not count
+            return len(tokenizer.text(tokens[:most]).rstrip("\ufffd"))  # half a character does not count
 
         return fits
 

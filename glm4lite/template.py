@@ -134,7 +134,7 @@ class ChatTemplate:
             tokenizer.check_fits(restore(rendered), context)
         ids: list[int] = []
         for piece, token_id in tokenizer.split_special(rendered):
-            ids.extend(tokenizer.encode(restore(piece), context=context) if token_id is None else [token_id])
+            ids.extend(tokenizer.ids(restore(piece), context=context) if token_id is None else [token_id])
         return ids
 
     @staticmethod

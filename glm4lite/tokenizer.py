@@ -2,7 +2,7 @@
 
 Special tokens (`<|user|>`, `[gMASK]`, …) are recognized only where the caller says so, so what a user types stays text:
 
-    >>> tokenizer.encode("<|user|>"), tokenizer.encode("<|user|>", special=True)
+    >>> tokenizer.ids("<|user|>"), tokenizer.ids("<|user|>", special=True)
     ([27, 91, 872, 91, 29], [151336])
 """
 
@@ -59,7 +59,7 @@ class Tokenizer:
         # A token that only tokenizer_config.json (or the GLM family) knows to be special must be one for the backend.
         also = [token.content for token in added.values() if not token.special and token.content in declared]
         self._call("add_special_tokens", also)
-        # Plain text never yields special tokens: encode() finds them itself, where it is told to.
+        # Plain text never yields special tokens: ids() finds them itself, where it is told to.
         backend.encode_special_tokens = True
         specials = self._call("get_added_tokens_decoder").items()
         self._specials: dict[int, tokenizers.AddedToken] = {i: token for i, token in specials if token.special}
@@ -94,13 +94,13 @@ class Tokenizer:
             except (TypeError, ValueError, AttributeError) as error:
                 what = f"unexpected form ({one_line(error)[:200]})"
                 raise CheckpointError(f"{path}/tokenizer_config.json: {what}") from error
-            tokenizer.decode(tokenizer.encode(_PROBE))
+            tokenizer.text(tokenizer.ids(_PROBE))
         return tokenizer
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
         return named_errors(self._origin, getattr(self._backend, method), *arguments, **options)
 
-    def encode(self, text: str, special: bool = False, context: int | None = None) -> list[int]:
+    def ids(self, text: str, special: bool = False, context: int | None = None) -> list[int]:
         """Ids of `text`; with `special`, the strings in `self.special` become their single ids. Adds no prefix.
 
         context: raises ContextLengthError for a text that does not fit, most often without tokenizing it.
@@ -141,7 +141,11 @@ class Tokenizer:
             part = part.lstrip() if token.rstrip and place else part
             yield (part.rstrip() if token.lstrip and place < len(parts) - 1 else part), None
 
-    def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
+    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """Text of ids under the name that Transformers' scripts use: special tokens stay unless they are skipped."""
+        return self.text(token_ids, keep_special=not skip_special_tokens)
+
+    def text(self, ids: Iterable[int], keep_special: bool = False) -> str:
         """Text of `ids`. Special tokens are left out or kept as their strings; ids not in use are left out."""
         kept = [i for i in ids if keep_special or i not in self._specials]
         text: str = self._call("decode", kept, skip_special_tokens=False)
@@ -200,7 +204,7 @@ class Tokenizer:
 
 
 class StreamingDetokenizer:
-    """Text of one growing list of ids, piece by piece: the pieces joined are `decode(ids)`.
+    """Text of one growing list of ids, piece by piece: the pieces joined are `text(ids)`.
 
     A character whose bytes are not all there yet is held back, so no piece ends in half a character (U+FFFD). Each
     step costs the same however long the text is.
@@ -221,7 +225,7 @@ class StreamingDetokenizer:
         if self._utf8 is not None:
             return self._utf8.decode(self._tokenizer.token_bytes(token_id))
         self._window.append(token_id)
-        text = self._tokenizer.decode(self._window, keep_special=True)
+        text = self._tokenizer.text(self._window, keep_special=True)
         # At most 4 tokens make one character in byte fallback; a longer wait is for bytes that never were UTF-8.
         if text.endswith("\ufffd") and len(self._window) - self._read <= 4:
             return ""
@@ -231,14 +235,14 @@ class StreamingDetokenizer:
         """What is still held back: U+FFFD for a character that never became whole, else nothing."""
         if self._utf8 is not None:
             return self._utf8.decode(b"", final=True)
-        return self._emit(self._tokenizer.decode(self._window, keep_special=True)) if self._window else ""
+        return self._emit(self._tokenizer.text(self._window, keep_special=True)) if self._window else ""
 
     def _emit(self, text: str) -> str:
         piece = text[self._shown :]
         # The ids shown last stay as context, because such decoders treat the first token of a text differently.
         self._window = self._window[self._read :]
         self._read = len(self._window)
-        self._shown = len(self._tokenizer.decode(self._window, keep_special=True))
+        self._shown = len(self._tokenizer.text(self._window, keep_special=True))
         return piece
 
 

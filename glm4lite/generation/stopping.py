@@ -17,7 +17,7 @@ StoppingCriterion = Callable[[Tensor, Any], "Tensor | bool"]
 class Decoder(Protocol):
     """A tokenizer, ours or Transformers'."""
 
-    def decode(self, token_ids: list[int], /, **options: Any) -> str: ...
+    def decode(self, token_ids: list[int], /) -> str: ...
 
 
 def criteria(

@@ -114,7 +114,7 @@ class _Scores:
         if not isinstance(segment, Text):
             return
         if not self._begun and not segment.text.startswith("\n"):  # the newline that GLM starts every answer with
-            tokens = list(dropwhile(lambda token: self._tokenizer.decode([token.id]) == "\n", tokens))
+            tokens = list(dropwhile(lambda token: self._tokenizer.text([token.id]) == "\n", tokens))
         self._begun = True
         if tokens:
             yield Scored(tuple(tokens))

@@ -54,9 +54,9 @@ def chat_question(engine: Engine, request: ChatRequest) -> Question:
         raise _too_long(error, "messages") from None
     except TemplateError as error:
         raise ApiError(str(error), param="messages") from None
-    thinking = template.starts_thinking(engine.tokenizer.decode(prompt[-8:], keep_special=True))
+    thinking = template.starts_thinking(engine.tokenizer.text(prompt[-8:], keep_special=True))
     if forced and thinking:  # a call that must come first leaves no room for a thought
-        prompt, thinking = prompt + engine.tokenizer.encode(_END_OF_THOUGHT, special=True), False
+        prompt, thinking = prompt + engine.tokenizer.ids(_END_OF_THOUGHT, special=True), False
     return Question(
         engine,
         _fitting(engine, prompt, "messages"),
@@ -80,7 +80,7 @@ def completion_question(engine: Engine, request: CompletionRequest) -> Question:
                 raise ApiError(f"prompt: {wrong} is no token of this model", param="prompt")
         case [str(text)] | str(text):
             try:
-                ids = engine.tokenizer.encode(text, context=engine.model.context)
+                ids = engine.tokenizer.ids(text, context=engine.model.context)
             except ContextLengthError as error:
                 raise _too_long(error, "prompt") from None
             prompt = engine.tokenizer.prefix_ids + ids

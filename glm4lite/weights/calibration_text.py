@@ -66,7 +66,7 @@ def calibration_ids(checkpoint: Checkpoint, config: Glm4Config, text: str | None
         ids = torch.randint(config.vocab_size, (max(1, TOKENS // window), window), generator=generator)
         return CalibrationIds(ids, Calibration(ids.numel(), "random ids: no usable tokenizer.json"))
     content = read_text(BUNDLED) if text is None else text
-    ids = _windows(tokenizer.encode(content, special=True), tokenizer.prefix_ids, window)
+    ids = _windows(tokenizer.ids(content, special=True), tokenizer.prefix_ids, window)
     digest = hashlib.sha256(content.encode("utf-8", "replace")).hexdigest()
     return CalibrationIds(ids, Calibration(ids.numel(), f"sha256:{digest}"))
 

@@ -162,7 +162,7 @@ def _write_fill(
 
 def _write_rest(writer: FolderWriter, checkpoint: Checkpoint, config: Glm4Config, quant: Quant) -> None:
     legacy = checkpoint.config.get("model_type") == "chatglm"
-    values = config.to_dict() if legacy else dict(checkpoint.config)
+    values = config.to_diff_dict() if legacy else dict(checkpoint.config)
     writer.write_json(CONFIG, values | {"quantization_config": quant.to_dict()})
     writer.copy(checkpoint.folder / name for name in COMPANIONS)
 

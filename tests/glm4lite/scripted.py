@@ -23,7 +23,7 @@ class ScriptedModel(nn.Module):
         self.config = Glm4Config(num_hidden_layers=2, vocab_size=tokenizer.size, max_position_embeddings=context)
         self.model = SimpleNamespace(cache_bytes=2 * 2 * 4, norm=nn.RMSNorm(1))  # bytes of what forward appends
         self.device = torch.device("cpu")
-        self.replies = [tokenizer.encode(reply, special=True) for reply in replies]
+        self.replies = [tokenizer.ids(reply, special=True) for reply in replies]
         self.left: list[int] = []
         self.chunk = 512
         self.context = context

@@ -84,7 +84,7 @@ class EndlessModel(ScriptedModel):
 
     def __init__(self, tokenizer: Tokenizer, pause: float) -> None:
         super().__init__(tokenizer, [])
-        self.token, self.pause, self.passes = tokenizer.encode("a")[0], pause, 0
+        self.token, self.pause, self.passes = tokenizer.ids("a")[0], pause, 0
 
     def forward(self, ids: torch.Tensor, past_key_values: Any, **more: Any) -> Any:
         time.sleep(self.pause)

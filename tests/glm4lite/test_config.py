@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
 from glm4lite.config import Glm4Config
 from glm4lite.errors import ConfigError
@@ -44,14 +45,15 @@ def test_the_older_dialect_says_the_same_as_the_newer_one() -> None:
     assert older.rope_theta == newer.rope_theta == 5e6
     assert older.partial_rotary_factor == 0.5  # chat-hf leaves it out
     assert older.rope_parameters["rope_type"] == "yarn"
-    assert older.dtype == newer.dtype == "bfloat16"
+    assert older.dtype == newer.dtype == torch.bfloat16
 
 
 def test_a_config_comes_back_from_its_own_dict() -> None:
     config = Glm4Config(**SIZES, model_type="glm", eos_token_id=5, unknown_key=[1])
     again = Glm4Config.from_dict(config.to_dict())
     assert again.to_dict() == config.to_dict()
-    assert config.to_dict()["architectures"] == ["GlmForCausalLM"]
+    assert Glm4Config.from_dict(config.to_diff_dict()).to_diff_dict() == config.to_diff_dict()
+    assert config.to_diff_dict()["architectures"] == ["GlmForCausalLM"]
     assert (again.eos_token_ids, again.to_dict()["unknown_key"]) == ([5], [1])
 
 
@@ -88,7 +90,11 @@ def test_the_remote_code_dialect_of_glm_4_9b_chat_is_read() -> None:
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_parameters: factor must be a number of at least 1, found None"),
         ({"rope_scaling": "yarn"}, "rope_scaling must be an object, found 'yarn'"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5 of head_dim 128 gives 192"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"hidden_act": "prelu"}, "hidden_act 'prelu' has weights of its own"),
+        ({"hidden_act": "gellu"}, "hidden_act 'gellu' is not known"),
+        ({"hidden_size": 100, "head_dim": None}, "head_dim is null, and hidden_size 100 is no multiple of 32 heads"),
+        ({"id2label": {"one": "a"}}, "id2label: keys are numbers"),
+        ({"dtype": "bloat16"}, "dtype must be the name of a torch.dtype such as 'bfloat16', found 'bloat16'"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
     ],
 )
@@ -313,7 +319,7 @@ def test_a_value_nested_without_end_is_refused() -> None:
 
 def test_token_ids_that_are_null_stay_null() -> None:
     config = Glm4Config.from_dict({**SIZES, "model_type": "glm4", "pad_token_id": None, "eos_token_id": None})
-    values = config.to_dict()
+    values = config.to_diff_dict()
     assert (values["pad_token_id"], values["eos_token_id"]) == (None, None)
     again = Glm4Config.from_dict(values)
     assert (again.pad_token_id, again.eos_token_ids) == (None, [])

@@ -43,7 +43,7 @@ def plain_log_probabilities(ids: list[int], quant: str = "none") -> torch.Tensor
 
 
 def test_windows_do_not_overlap_and_each_has_the_prefix(nano: Engine) -> None:
-    ids = nano.tokenizer.encode(TEXT)
+    ids = nano.tokenizer.ids(TEXT)
     windows = cut_windows(nano, TEXT)
     assert len(windows) > 1
     assert all(len(window) == 512 and window[:2] == nano.tokenizer.prefix_ids for window in windows)

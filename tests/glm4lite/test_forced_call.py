@@ -73,9 +73,9 @@ def write(force: ForcedCall, seed: int, most: int = 400) -> tuple[str, int]:
         logits = torch.randn(TOKENIZER.size, generator=generator)
         token = force(int(logits.argmax()), logits)
         if token in (STOP, SEPARATOR):
-            return TOKENIZER.decode(said), token
+            return TOKENIZER.text(said), token
         said.append(token)
-    return TOKENIZER.decode(said), -1
+    return TOKENIZER.text(said), -1
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -97,16 +97,16 @@ def test_even_random_logits_give_a_call_of_an_allowed_tool(seed: int) -> None:
 
 
 def test_what_the_model_wants_is_taken_where_it_fits() -> None:
-    wanted = [*TOKENIZER.encode('calculator\n{"expression": "37 * 24"}'), SEPARATOR, *TOKENIZER.encode("\nHi")]
+    wanted = [*TOKENIZER.ids('calculator\n{"expression": "37 * 24"}'), SEPARATOR, *TOKENIZER.ids("\nHi")]
     force = ForcedCall(TOKENIZER, ["unit_convert", "calculator"], [STOP, SEPARATOR])
     assert [force(token, torch.zeros(TOKENIZER.size)) for token in wanted] == wanted
 
 
 def test_behind_the_call_only_an_ending_comes() -> None:
-    wanted = TOKENIZER.encode("calculator\n{}") + TOKENIZER.encode(" and more")
+    wanted = TOKENIZER.ids("calculator\n{}") + TOKENIZER.ids(" and more")
     force = ForcedCall(TOKENIZER, ["calculator"], [STOP])
     given = [force(token, torch.zeros(TOKENIZER.size)) for token in wanted]
-    assert given[len(TOKENIZER.encode("calculator\n{}"))] == STOP
+    assert given[len(TOKENIZER.ids("calculator\n{}"))] == STOP
 
 
 def test_random_bytes_never_raise() -> None:

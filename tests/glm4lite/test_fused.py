@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from glm4lite.attention import Visibility
 from glm4lite.cache import LayerCache, PackedLayerCache
 from glm4lite.fused import STEP_TOKENS
 from glm4lite_quant.kernels import decoder, native
+from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 
 pytestmark = pytest.mark.skipif(native.backend() is None, reason="the native library was not built")
 
@@ -103,6 +105,15 @@ def test_what_the_native_call_is_not_made_for_goes_to_torch(nano: Glm4ForCausalL
     nano(inputs_embeds=embeds).logits.sum().backward()
     assert embeds.grad is not None
     assert calls == []
+
+
+def test_another_activation_than_silu_goes_to_torch(tmp_path: Path) -> None:
+    for name in ("silu", "gelu"):
+        write_checkpoint(tmp_path / name, tiny_config(hidden_act=name))
+    silu, gelu = (load(tmp_path / name, quant="int8") for name in ("silu", "gelu"))
+    assert silu.model.layers[0].kernel() is not None
+    assert gelu.model.layers[0].kernel() is None
+    assert distance(logits(gelu, ids(20) % 100), logits(silu, ids(20) % 100)) > 1e-3
 
 
 def test_an_all_ones_mask_changes_nothing(nano: Glm4ForCausalLM) -> None:

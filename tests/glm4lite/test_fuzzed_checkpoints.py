@@ -139,7 +139,7 @@ def read_everything(folder: Path) -> None:
     only_own_errors(lambda: load(folder))
     only_own_errors(lambda: model_facts(str(folder)))
     only_own_errors(lambda: plan(str(folder)))
-    only_own_errors(lambda: Tokenizer.from_folder(folder).encode("a <|user|> 1", special=True))
+    only_own_errors(lambda: Tokenizer.from_folder(folder).ids("a <|user|> 1", special=True))
     only_own_errors(lambda: load(folder, quant=QuantConfig(method="minmax")))
 
 

@@ -38,7 +38,7 @@ def fresh(engine: Engine, prompt: list[int]) -> list[int]:
 
 
 def ids(engine: Engine, text: str) -> list[int]:
-    return engine.tokenizer.prefix_ids + engine.tokenizer.encode(text)
+    return engine.tokenizer.prefix_ids + engine.tokenizer.ids(text)
 
 
 def test_conversations_that_take_turns_each_find_their_own_prefix(engine: Engine, pool: PrefixPool) -> None:

@@ -39,12 +39,12 @@ def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_float32_logits_equal_the_references(smollm: Path) -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer = Tokenizer.from_folder(smollm)
-    ids = torch.tensor([tokenizer.encode("The capital of Japan is Tokyo, and the capital of France is")])
+    ids = torch.tensor([tokenizer.ids("The capital of Japan is Tokyo, and the capital of France is")])
     ours = load(smollm, dtype="float32")
     oracle = transformers.GlmForCausalLM.from_pretrained(smollm, dtype=torch.float32)
     found, wanted = ours(ids).logits, oracle(ids).logits
     assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-4
-    assert tokenizer.decode([int(found[0, -1].argmax())]) == " Paris"
+    assert tokenizer.text([int(found[0, -1].argmax())]) == " Paris"
 
 
 @pytest.mark.parametrize("quant", [None, "int8", "int4"])
@@ -92,7 +92,7 @@ def test_calibration_more_than_halves_the_divergence(
     reorder_channels(folder)
     tokenizer, root = Tokenizer.from_folder(folder), Path(__file__).parents[2]
     texts = ("README.md", "CONTRIBUTING.md", "glm4lite/tools.py", "nano/values.py")
-    windows = [torch.tensor([tokenizer.encode((root / file).read_text(encoding="utf-8"))[:512]]) for file in texts]
+    windows = [torch.tensor([tokenizer.ids((root / file).read_text(encoding="utf-8"))[:512]]) for file in texts]
 
     def log_probabilities(quant: QuantConfig | None) -> list[torch.Tensor]:
         model = load(folder, quant=quant, dtype="float32")

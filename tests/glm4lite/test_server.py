@@ -217,7 +217,7 @@ def test_completions_go_on_from_a_text(nano: Served) -> None:
     chunks = list(create(model="nano", prompt=["Hello"], max_tokens=8, temperature=0, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text
     tokenizer = nano.worker.engine.tokenizer
-    ids = tokenizer.prefix_ids + tokenizer.encode("Hello")
+    ids = tokenizer.prefix_ids + tokenizer.ids("Hello")
     assert create(model="nano", prompt=ids, max_tokens=8, temperature=0).choices[0].text == choice.text
 
 
@@ -241,7 +241,7 @@ def test_a_required_call_of_a_thinking_model_comes_without_a_thought() -> None:
         message = server.chat(tools=TOOLS, tool_choice="required").choices[0].message
     assert calls_of(message) == [("calculator", {"expression": "37 * 24"})]
     model: Any = engine.model
-    assert engine.tokenizer.decode(model.fed[0]).endswith("<think>\n</think>\n\n")
+    assert engine.tokenizer.text(model.fed[0]).endswith("<think>\n</think>\n\n")
 
 
 def test_a_malformed_call_is_text_and_never_an_error() -> None:
@@ -285,7 +285,7 @@ def test_results_reach_the_model_in_the_order_of_the_calls() -> None:
     history += [{"role": "tool", "tool_call_id": at, "content": f"result {at}"} for at in reversed(ids)]
     with served(engine) as server:
         server.chat(messages=history, tools=TOOLS)
-    prompt = engine.tokenizer.decode(engine.model.fed[0], keep_special=True)  # type: ignore[operator,union-attr]
+    prompt = engine.tokenizer.text(engine.model.fed[0], keep_special=True)  # type: ignore[operator,union-attr]
     assert prompt.index("result call_a") < prompt.index("result call_b")
 
 

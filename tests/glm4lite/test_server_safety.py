@@ -233,11 +233,11 @@ def test_special_tokens_that_a_client_types_stay_text(nano: Served) -> None:
         )
     finally:
         engine.generate = generate  # type: ignore[method-assign]
-    special = [engine.tokenizer.decode([token], keep_special=True) for token in seen["prompt"] if
+    special = [engine.tokenizer.text([token], keep_special=True) for token in seen["prompt"] if
                engine.tokenizer.is_special(token)]  # fmt: skip
     turns = ["<|system|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|assistant|>"]
     assert special == ["[gMASK]", "<sop>", *turns]
-    assert engine.tokenizer.decode(seen["prompt"]).count("I obey.") == 5
+    assert engine.tokenizer.text(seen["prompt"]).count("I obey.") == 5
 
 
 def test_a_call_in_the_history_cannot_bring_a_line_of_its_own(nano: Served) -> None:

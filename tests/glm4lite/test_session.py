@@ -154,7 +154,7 @@ def test_the_second_turn_computes_only_its_new_tokens(start: Start, tokenizer: T
     assert isinstance(first, Done)
     assert isinstance(second, Done)
     assert first.prefilled_tokens == first.prompt_tokens
-    said = tokenizer.encode("\nHello.")  # computed while it was said; only the stop token was not
+    said = tokenizer.ids("\nHello.")  # computed while it was said; only the stop token was not
     assert second.prefilled_tokens == second.prompt_tokens - first.prompt_tokens - len(said)
 
 
@@ -281,7 +281,7 @@ def test_a_cut_answer_goes_on_and_all_of_it_is_told(start: Start) -> None:
     assert session.messages[-1] == Message("assistant", "It is 888.")
     model: Any = session.engine.model
     prompt = [token for ids in model.fed for token in ids][: -len("8.")]
-    assert session.engine.tokenizer.decode(prompt, keep_special=True).endswith("37 * 24?<|assistant|>\nIt is 88")
+    assert session.engine.tokenizer.text(prompt, keep_special=True).endswith("37 * 24?<|assistant|>\nIt is 88")
 
 
 def test_a_call_that_was_cut_is_a_call_once_it_is_whole(start: Start) -> None:

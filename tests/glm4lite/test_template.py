@@ -101,8 +101,8 @@ def test_an_answer_goes_on_where_transformers_goes_on_with_a_final_message(path:
             turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]
             wanted = reference([turns], chat_template=source, continue_final_message=True)[0][0]
             found = template.encode(tokenizer, [Message("user", "Hi")], begun=Begun(text))
-        assert tokenizer.decode(found, keep_special=True) == wanted
-        assert found == tokenizer.encode(wanted, special=True)
+        assert tokenizer.text(found, keep_special=True) == wanted
+        assert found == tokenizer.ids(wanted, special=True)
 
 
 def test_the_beginning_of_an_answer_holds_no_special_tokens_but_all_its_white_space(small: ChatTemplate) -> None:
@@ -111,7 +111,7 @@ def test_the_beginning_of_an_answer_holds_no_special_tokens_but_all_its_white_sp
     prompt = small.encode(tokenizer, said)
     for text in (" a <|user|>\n b \n", "[gMASK]", "\n"):
         found = small.encode(tokenizer, said, begun=Begun(text))
-        assert found == [*prompt, *tokenizer.encode("\n" + text)]
+        assert found == [*prompt, *tokenizer.ids("\n" + text)]
 
 
 def test_a_thought_that_was_cut_goes_on_inside_it() -> None:
@@ -120,7 +120,7 @@ def test_a_thought_that_was_cut_goes_on_inside_it() -> None:
         template = ChatTemplate(SMALL.replace("<|assistant|>", ending))
         found = template.encode(tokenizer, [Message("user", "Hi")], begun=Begun(thinking="Hm, <|user|> s"))
         prompt = template.encode(tokenizer, [Message("user", "Hi")])
-        assert found == [*prompt, *tokenizer.encode(f"{opened}Hm, <|user|> s")]
+        assert found == [*prompt, *tokenizer.ids(f"{opened}Hm, <|user|> s")]
 
 
 def test_a_template_without_a_place_for_an_answer_is_named() -> None:
@@ -137,7 +137,7 @@ def test_ids_are_those_of_the_rendered_text(path: Path, name: str) -> None:
     template, messages = shared_template(path.stem), CONVERSATIONS[name]
     rendered = template.render(messages, BUILTIN_TOOLS)
     ids = template.encode(glm_tokenizer(), messages, BUILTIN_TOOLS)
-    assert ids == glm_tokenizer().encode(rendered, special=True)
+    assert ids == glm_tokenizer().ids(rendered, special=True)
     prefixes = [glm_tokenizer().special[name] for name in ("[gMASK]", "<sop>")]
     assert ids.count(prefixes[0]) == ids.count(prefixes[1]) == int(path.stem != "glm-edge-chat")
 
@@ -223,7 +223,7 @@ def test_what_others_write_never_becomes_special_tokens(small: ChatTemplate, mes
     ids = small.encode(tokenizer, messages)
     turns = [turn for message in messages for turn in (message.tool_calls or [message])]
     assert sum(token_id in tokenizer.special.values() for token_id in ids) == 2 + len(turns) + 1
-    assert tokenizer.decode(ids, keep_special=True) == small.render(messages)  # nothing changed but the ids
+    assert tokenizer.text(ids, keep_special=True) == small.render(messages)  # nothing changed but the ids
 
 
 def test_a_tool_description_never_becomes_special_tokens(small: ChatTemplate) -> None:
@@ -231,7 +231,7 @@ def test_a_tool_description_never_becomes_special_tokens(small: ChatTemplate) ->
     tool = {"name": "f", "description": INJECTION, "parameters": {"properties": {"role": {"description": INJECTION}}}}
     ids = small.encode(tokenizer, [Message("user", "a")], [tool])
     assert sum(token_id in tokenizer.special.values() for token_id in ids) == 5
-    assert tokenizer.decode(ids, keep_special=True) == small.render([Message("user", "a")], [tool])
+    assert tokenizer.text(ids, keep_special=True) == small.render([Message("user", "a")], [tool])
 
 
 def test_a_role_cannot_write_special_tokens(small: ChatTemplate) -> None:
@@ -280,7 +280,7 @@ def test_what_a_template_looks_for_is_text_in_what_others_say(name: str) -> None
             expected = f"[gMASK]<sop><|{role.replace('tool', 'observation')}|>\n{said}"
             assert template.render([Message(role, said)]) == expected
             ids = template.encode(tokenizer, [Message(role, said)])
-            assert tokenizer.decode(ids, keep_special=True) == expected
+            assert tokenizer.text(ids, keep_special=True) == expected
             assert sum(tokenizer.is_special(token) for token in ids) == 3
         arguments = json.dumps({said: said}, ensure_ascii=False)
         call = Message("assistant", "", (ToolCall("1", "f<|user|>", arguments),))
@@ -320,7 +320,7 @@ def test_random_texts_reach_the_model_letter_by_letter_and_bring_no_special_toke
         text = f"x{''.join(source.choices(pieces, k=source.randint(1, 12)))}x"
         rendered, ids = template.render(*conversation(text)), template.encode(tokenizer, *conversation(text))
         assert rendered.count(text) >= 3
-        assert tokenizer.decode(ids, keep_special=True) == rendered
+        assert tokenizer.text(ids, keep_special=True) == rendered
         assert [token for token in ids if tokenizer.is_special(token)] == specials
 
 
@@ -335,7 +335,7 @@ def test_no_control_word_is_joined_from_what_a_template_leaves() -> None:
     tokenizer = byte_tokenizer()
     template = ChatTemplate(TURNS.replace("%s", "{{ c.replace('\n', '').replace('--', '')[1:] }}"))
     ids = template.encode(tokenizer, [Message("user", "x<|us\ner|>[gM--ASK]")])
-    assert tokenizer.decode(ids, keep_special=True) == "[gMASK]<sop><|user|>\n<|user|>[gM--ASK]"
+    assert tokenizer.text(ids, keep_special=True) == "[gMASK]<sop><|user|>\n<|user|>[gM--ASK]"
     assert sum(tokenizer.is_special(token) for token in ids) == 3
 
 

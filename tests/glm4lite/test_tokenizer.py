@@ -44,7 +44,7 @@ def stream(tokenizer: Tokenizer, ids: list[int], keep_special: bool = False) -> 
 @needs_shared
 @pytest.mark.parametrize("text", GOLDEN)
 def test_the_golden_ids_of_the_glm4_vocabulary(text: str) -> None:
-    assert glm_tokenizer().encode(text, special=True) == GOLDEN[text]
+    assert glm_tokenizer().ids(text, special=True) == GOLDEN[text]
 
 
 @needs_shared
@@ -59,7 +59,7 @@ def test_the_glm4_vocabulary_has_its_size_stop_ids_and_prefix() -> None:
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_survives_the_round_trip(text: str) -> None:
     tokenizer = byte_tokenizer()
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.text(tokenizer.ids(text)) == text
 
 
 @pytest.mark.parametrize("special", [True, False], ids=["special", "merely added"])
@@ -67,8 +67,8 @@ def test_what_a_user_types_never_becomes_a_special_token(special: bool) -> None:
     tokenizer = Tokenizer(byte_backend(special))
     ids = set(tokenizer.special.values())
     for name in ("<|user|>", "<|assistant|>", "[gMASK]", "<|observation|>", "<|endoftext|>"):
-        assert not ids & set(tokenizer.encode(f"a{name}{name}b"))
-        assert tokenizer.encode(name, special=True) == [tokenizer.special[name]]
+        assert not ids & set(tokenizer.ids(f"a{name}{name}b"))
+        assert tokenizer.ids(name, special=True) == [tokenizer.special[name]]
 
 
 def test_a_token_declared_special_only_in_the_config_is_special() -> None:
@@ -77,7 +77,7 @@ def test_a_token_declared_special_only_in_the_config_is_special() -> None:
     config = {"added_tokens_decoder": {"9": {"content": "<tool>", "special": True}}, "eos_token": {"content": "<tool>"}}
     tokenizer = Tokenizer(backend, config)
     token_id = tokenizer.special["<tool>"]
-    assert token_id not in tokenizer.encode("<tool>")
+    assert token_id not in tokenizer.ids("<tool>")
     assert tokenizer.eos_ids == {token_id}
     assert tokenizer.stop_ids == {token_id, *(tokenizer.special[n] for n in (SPECIALS[0], SPECIALS[7], SPECIALS[9]))}
 
@@ -85,35 +85,35 @@ def test_a_token_declared_special_only_in_the_config_is_special() -> None:
 def test_the_special_strings_split_as_the_library_splits_them() -> None:
     tokenizer, library = byte_tokenizer(), byte_backend()
     text = "<|user|><|user|>\nHi[gMASK]<sop>x<|us<|user|>er|><sop"
-    assert tokenizer.encode(text, special=True) == library.encode(text, add_special_tokens=False).ids
+    assert tokenizer.ids(text, special=True) == library.encode(text, add_special_tokens=False).ids
 
 
 def test_others_run_while_a_long_text_is_encoded() -> None:
     tokenizer = byte_tokenizer()
-    assert longest_wait(lambda: tokenizer.encode("<|" * 500_000)) < 0.2
+    assert longest_wait(lambda: tokenizer.ids("<|" * 500_000)) < 0.2
 
 
 def test_a_text_that_does_not_fit_is_refused_with_its_tokens() -> None:
     tokenizer = byte_tokenizer()
-    ids = tokenizer.encode("a b")
-    assert tokenizer.encode("a b", context=len(ids) + 1) == ids
+    ids = tokenizer.ids("a b")
+    assert tokenizer.ids("a b", context=len(ids) + 1) == ids
     for special in (False, True):
         with pytest.raises(
             ContextLengthError, match=f"3 characters, (at least )?[0-9]+ tokens.* context is {len(ids)}"
         ):
-            tokenizer.encode("a b", special=special, context=len(ids))
+            tokenizer.ids("a b", special=special, context=len(ids))
 
 
 def test_a_lone_surrogate_does_not_stop_the_encoder() -> None:
     tokenizer = byte_tokenizer()
-    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
+    assert tokenizer.text(tokenizer.ids("a\ud800b")) == "a?b"
 
 
 def test_special_tokens_are_left_out_or_kept() -> None:
     tokenizer = byte_tokenizer()
-    ids = tokenizer.encode("<|user|>\nhi<|assistant|>", special=True)
-    assert tokenizer.decode(ids) == "\nhi"
-    assert tokenizer.decode(ids, keep_special=True) == "<|user|>\nhi<|assistant|>"
+    ids = tokenizer.ids("<|user|>\nhi<|assistant|>", special=True)
+    assert tokenizer.text(ids) == "\nhi"
+    assert tokenizer.text(ids, keep_special=True) == "<|user|>\nhi<|assistant|>"
 
 
 @pytest.mark.parametrize("keep_special", [False, True])
@@ -122,7 +122,7 @@ def test_streamed_pieces_join_to_the_whole_text_for_any_ids(keep_special: bool) 
     random_source = random.Random(0)
     for _ in range(300):
         ids = [random_source.randrange(tokenizer.size + 3) for _ in range(random_source.randrange(30))]
-        whole = tokenizer.decode(ids, keep_special)
+        whole = tokenizer.text(ids, keep_special)
         assert "".join(stream(tokenizer, ids, keep_special)) == whole
         assert library.decode(ids, skip_special_tokens=not keep_special) == whole
 
@@ -130,14 +130,14 @@ def test_streamed_pieces_join_to_the_whole_text_for_any_ids(keep_special: bool) 
 def test_no_piece_ends_in_half_a_character() -> None:
     tokenizer = byte_tokenizer()
     text = "汉字と🙂👩‍👧é"
-    pieces = stream(tokenizer, tokenizer.encode(text))
+    pieces = stream(tokenizer, tokenizer.ids(text))
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_a_character_that_never_becomes_whole_is_said_at_the_end() -> None:
     tokenizer = byte_tokenizer()
-    pieces = stream(tokenizer, tokenizer.encode("a🙂")[:-1])
+    pieces = stream(tokenizer, tokenizer.ids("a🙂")[:-1])
     assert pieces[:-1] == ["a"] + [""] * (len(pieces) - 2)
     assert pieces[-1] == "\ufffd"
 
@@ -159,7 +159,7 @@ def test_other_decoders_stream_as_well() -> None:
     assert not tokenizer.byte_level
     cat = [1, 2, 3, 4, *(6 + byte for byte in "🙂é".encode()), 1, 5]
     pieces = stream(tokenizer, cat)
-    assert "".join(pieces) == tokenizer.decode(cat) == "the cats 🙂é thea"
+    assert "".join(pieces) == tokenizer.text(cat) == "the cats 🙂é thea"
     assert not any("\ufffd" in piece for piece in pieces)
     assert pieces[:3] == ["the", " cat", "s"]
 
@@ -208,7 +208,7 @@ def test_a_folder_reads_back(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|user|>"}))
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert tokenizer.eos_ids == {tokenizer.special["<|user|>"]}
-    assert tokenizer.encode("the user") == byte_tokenizer().encode("the user")
+    assert tokenizer.ids("the user") == byte_tokenizer().ids("the user")
 
 
 BYTE_LEVEL = [byte_tokenizer(), Tokenizer.from_folder(NANO)]
@@ -217,13 +217,13 @@ BYTE_LEVEL = [byte_tokenizer(), Tokenizer.from_folder(NANO)]
 @pytest.mark.parametrize("tokenizer", BYTE_LEVEL, ids=["trained here", "nano"])
 def test_no_text_has_fewer_ids_than_its_length_tells(tokenizer: Tokenizer) -> None:
     draw = random.Random(4)
-    vocabulary = [tokenizer.decode([token], keep_special=True) for token in range(tokenizer.size)]
+    vocabulary = [tokenizer.text([token], keep_special=True) for token in range(tokenizer.size)]
     longest = max(vocabulary, key=len)
     odd = ["<|user|>", "\ud800", "\U0001f600", "語", " " * 200, "\n", "\0", "e\u0301"]
     for _ in range(300):
         text = "".join(draw.choices(vocabulary + odd * 9, k=draw.randint(1, 40)))
-        assert tokenizer.least_tokens(text) <= len(tokenizer.encode(text))
-        assert tokenizer.least_tokens(text) <= len(tokenizer.encode(text, special=True))
+        assert tokenizer.least_tokens(text) <= len(tokenizer.ids(text))
+        assert tokenizer.least_tokens(text) <= len(tokenizer.ids(text, special=True))
     assert tokenizer.least_tokens(longest * 1000) >= 1000
     assert tokenizer.least_tokens("") == 0
 
@@ -232,7 +232,7 @@ def test_no_text_has_fewer_ids_than_its_length_tells(tokenizer: Tokenizer) -> No
 def test_the_length_of_a_text_tells_of_glm4s_vocabulary_too() -> None:
     tokenizer = glm_tokenizer()
     for text in (" " * 100_000, "a" * 10_000, "你好" * 5_000, "0123456789" * 500, "one two " * 1000):
-        assert 0 < tokenizer.least_tokens(text) <= len(tokenizer.encode(text))
+        assert 0 < tokenizer.least_tokens(text) <= len(tokenizer.ids(text))
     assert tokenizer.least_tokens("one two " * 900_000) > 131_072
 
 
@@ -259,7 +259,7 @@ def test_white_space_beside_a_token_that_swallows_it_goes_with_it() -> None:
     backend.add_special_tokens([tokenizers.AddedToken("<x>", lstrip=True), tokenizers.AddedToken("<y>", rstrip=True)])
     tokenizer = Tokenizer(backend)
     text = "a  <x>  b  <y>  c<x><y>"
-    assert tokenizer.encode(text, special=True) == backend_ids(backend, text)
+    assert tokenizer.ids(text, special=True) == backend_ids(backend, text)
 
 
 def backend_ids(backend: tokenizers.Tokenizer, text: str) -> list[int]:
@@ -295,7 +295,7 @@ def test_a_failure_of_the_library_is_an_error_of_ours(
 
     def use() -> None:
         tokenizer = Tokenizer.from_folder(tmp_path)
-        tokenizer.decode(tokenizer.encode(text))
+        tokenizer.text(tokenizer.ids(text))
 
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read as a tokenizer, or") as caught:
         use()

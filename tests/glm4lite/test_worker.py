@@ -62,12 +62,12 @@ def test_a_session_answers_through_the_worker_as_without_it(worker: EngineWorker
 
 def test_tokens_are_counted_also_of_a_job_without_a_last_event(worker: EngineWorker) -> None:
     def half(engine: Engine) -> Iterator[str | None]:
-        generation = engine.generate(engine.tokenizer.encode("Hi"), engine.params(max_new_tokens=2))
+        generation = engine.generate(engine.tokenizer.ids("Hi"), engine.params(max_new_tokens=2))
         yield from engine.pieces(generation)
 
     list(worker.run(half))
     state = worker.state()
-    assert (state.prompt_tokens, state.new_tokens) == (len(worker.engine.tokenizer.encode("Hi")), 2)
+    assert (state.prompt_tokens, state.new_tokens) == (len(worker.engine.tokenizer.ids("Hi")), 2)
 
 
 def test_jobs_run_one_after_another_on_the_engines_thread(worker: EngineWorker) -> None:

@@ -23,7 +23,7 @@ from glm4lite_ui.serving import serve_page
 
 def slow_engine(nano: Engine, reply: str, seconds: float = 0.01) -> Engine:
     """An Engine that computes like nano but answers everything with `reply`, taking `seconds` more a token."""
-    words = [*nano.tokenizer.encode(reply), nano.tokenizer.special["<|user|>"]]
+    words = [*nano.tokenizer.ids(reply), nano.tokenizer.special["<|user|>"]]
     model, left = copy.copy(nano.model), list[int]()
 
     def told(ids: torch.Tensor, **named: Any) -> Any:

@@ -123,7 +123,7 @@ class Runtime:
 
     def count(self, text: str) -> int:
         """Tokens of a text."""
-        return len(self.engine.tokenizer.encode(text))
+        return len(self.engine.tokenizer.ids(text))
 
     def attachment(self, name: str, data: bytes) -> Attachment:
         """A text file as it goes into the prompt; Glm4liteError for what is no text."""
