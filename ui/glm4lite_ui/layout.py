@@ -13,7 +13,8 @@ from pathlib import Path
 import gradio as gr
 
 STATIC = Path(__file__).with_name("static")
-CSS = [STATIC / "page.css", STATIC / "thread.css", STATIC / "code.css"]
+# Not as Gradio's css, whose selectors it writes anew.
+HEAD = "".join(f'<link rel="stylesheet" href="/page/static/{name}.css">' for name in ("page", "thread", "code"))
 PIECES = ("header", "library", "thread", "composer", "pane", "sheets")
 FONTS = ["system-ui", "Noto Sans", "Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "sans-serif"]
 MONO = ["Cascadia Mono", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "Noto Sans Mono CJK SC", "monospace"]

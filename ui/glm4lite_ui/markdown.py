@@ -163,7 +163,8 @@ def _highlighted(text: str, language: str) -> str:
         lexer = get_lexer_by_name(language, stripnl=False, ensurenl=False)
     except ClassNotFound:
         return plain(text)
-    return str(highlight(text.encode("utf-8", "replace").decode(), lexer, HtmlFormatter(nowrap=True)))
+    shown = str(highlight(text.encode("utf-8", "replace").decode(), lexer, HtmlFormatter(nowrap=True)))
+    return shown if text.endswith("\n") else shown.removesuffix("\n")
 
 
 @functools.lru_cache(512)

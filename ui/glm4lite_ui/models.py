@@ -41,7 +41,7 @@ class Models:
             "own": {name: value for name, value in asdict(runtime.engine.params()).items() if name != "max_new_tokens"},
             "context": runtime.engine.model.context,
             "tools": [
-                {"name": tool.name, "about": tool.description, "origin": tool.origin, "asks": tool.needs_approval}
+                {"name": tool.name, "about": tool.description, "origin": tool.origin, "asks": bool(tool.needs_approval)}
                 for tool in runtime.tools
             ],
             "takes_tools": takes_tools,

@@ -14,6 +14,7 @@ from glm4lite.sampling import SamplingParams
 from glm4lite.server.launch import name_of
 from glm4lite.session import ChatSession
 from glm4lite.tools import Tool
+from glm4lite.weights.memory import readable
 from glm4lite.worker import EngineWorker
 from glm4lite_ui.answering import Answer
 from glm4lite_ui.chats import Attachment, Chat, ChatError, Settings
@@ -37,7 +38,6 @@ class Runtime:
     source: str = "nano"
     load_options: dict[str, Any] = field(default_factory=dict)  # of Engine.load, for the next model too
     answers: dict[str, Answer] = field(default_factory=dict)
-    shown: dict[str, str] = field(default_factory=dict)  # the chat that each window shows
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -149,9 +149,11 @@ class Runtime:
             turn.dropped = True
         return dropped
 
-    def weight_bytes(self) -> int:
-        """Of all weights, wherever they lie."""
-        return sum(place["weights"] for place in devices(self.engine.model).values())
+    def memory(self) -> str:
+        """What weights take, wherever they lie, and the conversations that are kept."""
+        weights = sum(place["weights"] for place in devices(self.engine.model).values())
+        kept = self.engine.prefixes.nbytes
+        return f"weights {readable(weights)}" + (f" · KV {readable(kept)}" if kept else "")
 
     def close(self) -> None:
         """Stops every answer and the engine's thread; what was said is saved."""

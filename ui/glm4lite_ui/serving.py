@@ -57,7 +57,7 @@ def mount(app: FastAPI, runtime: Runtime) -> FastAPI:
 def _mount_gradio(app: FastAPI) -> FastAPI:
     import gradio as gr
 
-    from glm4lite_ui.layout import CSS, build, theme
+    from glm4lite_ui.layout import HEAD, build, theme
 
     return gr.mount_gradio_app(
         app,
@@ -73,7 +73,7 @@ def _mount_gradio(app: FastAPI) -> FastAPI:
         pwa=False,
         mcp_server=False,
         theme=theme(),
-        css_paths=CSS,
+        head=HEAD,
         app_kwargs={"middleware": [Middleware(Gate)], "docs_url": None, "redoc_url": None, "openapi_url": None},
     )
 

@@ -160,17 +160,25 @@ class Window:
         self._had: dict[str, list[Json]] = {}
         self._meta: dict[str, Json] = {}
 
+    def _forget_all_but(self, shown: set[str]) -> None:
+        """A turn that leaves the window is told whole when it comes back."""
+        for known in (self._views, self._had, self._meta):
+            for turn_id in known.keys() - shown:
+                del known[turn_id]
+
     def _whole(self, chat_id: str, answer: Answer | None) -> Json:
         """All that the window shows of a chat; of turns only what it has not got yet."""
         chat = answer.chat if answer is not None else self.runtime.open(chat_id)
         turns = chat.turns
         first = max(0, len(turns) - self._shown)
+        self._forget_all_but({turn.id for turn in turns[first:]})
         deltas = [self._turn(chat, turn, answer) for turn in turns[first:]]
         return {
             "title": chat.title,
             "saved": bool(turns),
             "settings": asdict(chat.settings),
             "earlier": first,
+            "memory": self.runtime.memory(),
             "order": [turn.id for turn in turns[first:]],
             "turns": [delta for delta in deltas if len(delta) > 1],
             **self._now(chat, answer),

@@ -195,7 +195,7 @@ export function drawStatus(message) {
       prompt: count(counts.prompt_tokens), reused: count(Math.max(counts.prompt_tokens - computed, 0)), computed: count(computed)}));
   }
   if (used) said.push(t('context {used} of {total}', {used: count(used), total: count(total)}));
-  more.push(...[state.model?.name, state.model?.memory].filter(Boolean));
+  more.push(...[state.model?.name, state.memory].filter(Boolean));
   find('#status').textContent = said.join(' · ');
   find('#status').title = more.join(' · ');
   const meter = find('#context'), share = used / total;

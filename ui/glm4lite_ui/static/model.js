@@ -44,10 +44,14 @@ async function load(source, quant) {
   }
 }
 
-/** How far a load is, what became of it. */
-export function progress({loading, ended, name}) {
+/** A load goes on, or is over. */
+export function hear(message) {
+  if (message.loading) progress(message);
+  else refresh();
+}
+
+function progress({loading, ended}) {
   const place = find('#load-progress');
-  if (name && name !== state.model?.name) refresh();
   if (!place) return;
   find('#load button[type=submit]').disabled = Boolean(loading);
   if (!loading) {

@@ -76,11 +76,12 @@ function visit(id) {
 
 function hear(message) {
   if (message.type === 'list') return library.refresh();
-  if (message.type === 'model') return model.progress(message);
+  if (message.type === 'model') return model.hear(message);
   state.answering = message.answering;
   if (message.order) {
     const wasSaved = state.saved;
     state.saved = message.saved;
+    state.memory = message.memory;
     if (message.saved) Object.assign(state, {title: message.title, settings: message.settings});
     if (message.saved && !wasSaved) history.replaceState(null, '', addressOf(state.chat));
     showTitle();
