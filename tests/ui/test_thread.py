@@ -95,9 +95,7 @@ def test_quick_changes_between_chats_end_at_the_last_one(serve: Serve, visit: Vi
 
 
 @pytest.mark.slow
-def test_the_renderer_works_no_more_for_a_long_chat_and_stop_is_quick(
-    serve: Serve, visit: Visit, nano: Engine
-) -> None:
+def test_the_renderer_works_no_more_for_a_long_chat_and_stop_is_quick(serve: Serve, visit: Visit, nano: Engine) -> None:
     site = serve(slow_engine(nano, "word " * 3000, seconds=0.02))
     costs = {}
     for name, address in {"fresh": site.url, "long": f"{site.url}/?chat={long_chat(site).id}"}.items():

@@ -2,7 +2,7 @@
 
 import {element, find} from './dom.js';
 import {ask, tell} from './server.js';
-import {t} from './words.js';
+import {name, t} from './words.js';
 
 let state = null;
 
@@ -16,6 +16,7 @@ export async function refresh() {
   if (!about) return;
   state.model = about;
   find('#open-model').textContent = about.name;
+  name(find('#open-model'), `${t('The model')}: ${about.name}`);
   draw();
 }
 
