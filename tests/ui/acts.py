@@ -28,3 +28,9 @@ def start_long_answer(page: Any) -> None:
     """Of a model that says "word" for long."""
     ask(page, "Write for long")
     page.wait_for_selector("text=word word word")
+
+
+def delete_chat(page: Any, title: str) -> None:
+    """With the menu of the list; what asks whether one is sure is to be accepted."""
+    page.get_by_label(f"More about {title}").click()
+    page.get_by_role("menuitem", name="Delete").click()

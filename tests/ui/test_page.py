@@ -25,7 +25,7 @@ from glm4lite_ui.chats import Settings
 from glm4lite_ui.loading import Loading
 from glm4lite_ui.runtime import Runtime
 from glm4lite_ui.saved.store import ChatStore
-from tests.ui.acts import ask, shown, start_long_answer, wait_for_end
+from tests.ui.acts import ask, delete_chat, shown, start_long_answer, wait_for_end
 from tests.ui.conftest import Serve
 from tests.ui.slow_model import slow_engine
 
@@ -212,7 +212,7 @@ def test_a_chat_deleted_in_mid_answer_stays_deleted(serve: Serve, visit: Visit, 
     page = visit(site.url)
     start_long_answer(page)
     page.on("dialog", lambda dialog: dialog.accept())
-    page.click("#chats li button")
+    delete_chat(page, "Write for long")
     page.wait_for_selector("text=No chats yet")
     assert site.idle_after() < 1
     page.wait_for_timeout(500)
@@ -380,7 +380,7 @@ def test_chats_survive_a_restart_and_are_found_renamed_and_deleted(serve: Serve,
     page.reload()
     page.wait_for_selector("text=37 * 24 = 888.")
     page.on("dialog", lambda dialog: dialog.accept())
-    page.click("#chats li:has-text('Products') button")
+    delete_chat(page, "Products")
     page.wait_for_selector("#chats >> text=Products", state="detached")
     assert [path.suffix for path in (tmp_path / "kept").iterdir()] == [".json"]
 

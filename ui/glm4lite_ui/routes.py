@@ -26,11 +26,13 @@ from glm4lite_ui.artifacts import artifacts_of
 from glm4lite_ui.chats import NEW_TITLE, Attachment, Chat, Settings
 from glm4lite_ui.models import Models
 from glm4lite_ui.runtime import Runtime
+from glm4lite_ui.saved.store import grouped
 from glm4lite_ui.windows import Windows
 
 logger = logging.getLogger("glm4lite")
 
 STATIC = Path(__file__).with_name("static")
+LONGEST_TITLE = 120
 LARGEST_BODY = 64 << 20  # bytes; a file's limit is the reader's own
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -43,11 +45,10 @@ HEADERS = {
 
 
 class Sent(BaseModel):
-    """A message. A chat that is not saved yet brings its settings and title along."""
+    """A message. A chat that is not saved yet brings its title along, where the user gave it one."""
 
     text: str = ""
     files: list[Attachment] = []
-    settings: Settings | None = None
     title: str = NEW_TITLE
 
 
@@ -107,6 +108,7 @@ def add_routes(app: FastAPI, runtime: Runtime) -> None:
     _Streams(runtime, windows).add(router)
     _Chats(runtime, windows).add(router)
     _Turns(runtime, windows).add(router)
+    _Preferences(runtime).add(router)
     _Model(runtime, Models(runtime, windows.tell)).add(router)
     app.include_router(router)
     app.mount("/page/static", _Static(directory=STATIC))
@@ -148,14 +150,12 @@ class _Chats:
         router.add_api_route("/files", self.read_file, methods=["POST"])
         router.add_api_route("/chats/{chat_id}/artifacts", self.artifacts, methods=["GET"])
         router.add_api_route("/chats/{chat_id}", self.delete, methods=["DELETE"])
-        for act in (self.send, self.stop, self.decide, self.drop_oldest, self.rename, self.set, self.ask_again):
+        for act in (self.send, self.stop, self.decide, self.drop_oldest, self.rename, self.place, self.type, self.set,
+                    self.ask_again):
             router.add_api_route(f"/chats/{{chat_id}}/{act.__name__}", act, methods=["POST"])
 
     def find(self, query: str = "") -> list[dict[str, Any]]:
-        return [
-            {"id": chat.id, "title": chat.title, "updated": chat.updated, "pinned": chat.pinned, "folder": chat.folder}
-            for chat in self.runtime.store.find(query)
-        ]
+        return [asdict(group) for group in grouped(self.runtime.store.summaries(query))]
 
     async def read_file(self, name: str, request: Request) -> dict[str, Any]:
         """A file as it will be sent: its text and how many tokens that is."""
@@ -170,11 +170,11 @@ class _Chats:
         if not text and not sent.files:
             raise Glm4liteError("the message is empty")
         chat = self.runtime.change(chat_id)
-        if not chat.turns and sent.settings is not None:
-            self.runtime.params(sent.settings)
-            chat.settings, chat.title = sent.settings, " ".join(sent.title.split()) or NEW_TITLE
+        if not chat.tree:
+            chat.title = _one_line(sent.title) or chat.title
         chat.ask(text, sent.files)
         self.runtime.answer(chat)
+        self.runtime.type(chat_id, "")
         self.windows.changed(chat_id)
 
     def stop(self, chat_id: str) -> None:
@@ -197,27 +197,31 @@ class _Chats:
         self.windows.changed(chat_id)
 
     def rename(self, chat_id: str, title: Annotated[str, Body(embed=True)]) -> None:
-        title = " ".join(title.split())
-        if title and self.runtime.store.holds(chat_id):
+        if self.runtime.store.holds(chat_id) and (title := _one_line(title)):
             chat = self.runtime.open(chat_id)
-            if chat.title != title:
-                chat.title = title
-                self.runtime.store.save(chat)
+            chat.title = title
+            self.runtime.store.save(chat, said=False)
+
+    def place(self, chat_id: str, pinned: Annotated[bool, Body()], folder: Annotated[str, Body()]) -> None:
+        """Where the list shows it."""
+        chat = self.runtime.open(chat_id)
+        chat.pinned, chat.folder = pinned, _one_line(folder)
+        self.runtime.store.save(chat, said=False)
+
+    def type(self, chat_id: str, text: Annotated[str, Body(embed=True)]) -> None:
+        """Keeps what is typed and not sent."""
+        self.runtime.type(chat_id, text)
 
     def set(self, chat_id: str, settings: Settings) -> None:
-        """Keeps a chat's settings; those of a chat that is not saved yet are only looked at."""
-        self.runtime.params(settings)
-        if self.runtime.store.holds(chat_id):
-            chat = self.runtime.open(chat_id)
-            settings.always = chat.settings.always
-            chat.settings = settings
-            self.runtime.store.save(chat)
+        """Keeps a chat's settings; what was allowed for good is not among them."""
+        settings.always = self.runtime.open(chat_id).settings.always
+        self.runtime.set(chat_id, settings)
 
     def ask_again(self, chat_id: str) -> None:
         """Forgets which tools were allowed for good in this chat."""
         chat = self.runtime.open(chat_id)
         chat.settings.always.clear()
-        self.runtime.store.save(chat)
+        self.runtime.store.save(chat, said=False)
 
     def delete(self, chat_id: str) -> None:
         self.runtime.delete(chat_id)
@@ -287,6 +291,32 @@ class _Turns:
         self.windows.changed(chat.id)
 
 
+class _Preferences:
+    """What new chats start with, and settings under a name."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.preferences = runtime.preferences
+
+    def add(self, router: APIRouter) -> None:
+        router.add_api_route("/preferences", self.all, methods=["GET"])
+        router.add_api_route("/preferences/new_chat", self.use_for_new_chats, methods=["POST"])
+        router.add_api_route("/preferences/presets", self.keep, methods=["POST"])
+        router.add_api_route("/preferences/presets", self.delete, methods=["DELETE"])
+
+    def all(self) -> dict[str, Any]:
+        presets = {name: asdict(settings) for name, settings in self.preferences.presets.items()}
+        return {"new_chat": asdict(self.preferences.new_chat), "presets": presets}
+
+    def use_for_new_chats(self, settings: Settings) -> None:
+        self.preferences.use_for_new_chats(settings)
+
+    def keep(self, name: Annotated[str, Body()], settings: Annotated[Settings, Body()]) -> None:
+        self.preferences.keep_preset(name, settings)
+
+    def delete(self, name: str) -> None:
+        self.preferences.delete_preset(name)
+
+
 class _Model:
     """What is loaded, and loading another."""
 
@@ -306,6 +336,10 @@ class _Model:
 
     def cancel(self) -> None:
         self.models.cancel()
+
+
+def _one_line(text: str) -> str:
+    return " ".join(_typed(text).split())[:LONGEST_TITLE]
 
 
 def _typed(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from glm4lite.engine import Engine
@@ -19,6 +19,7 @@ from glm4lite.worker import EngineWorker
 from glm4lite_ui.answering import Answer
 from glm4lite_ui.chats import Attachment, Chat, ChatError, Settings
 from glm4lite_ui.history import messages
+from glm4lite_ui.saved.preferences import Draft, Drafts, Preferences
 from glm4lite_ui.saved.store import ChatStore
 
 LAST_WORDS_S = 2.0  # for an answer that is stopped with the program to be saved
@@ -40,6 +41,9 @@ class Runtime:
     answers: dict[str, Answer] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def __post_init__(self) -> None:
+        self.preferences, self.drafts = Preferences(self.store.folder), Drafts(self.store.folder)
+
     @property
     def engine(self) -> Engine:
         return self.worker.engine
@@ -50,17 +54,42 @@ class Runtime:
         return name_of(self.source)
 
     def open(self, chat_id: str) -> Chat:
-        """The chat as it is now: being answered, saved, or a new one under this id."""
+        """The chat as it is now: being answered, saved, or a new one under this id.
+
+        A new one has the settings that were made for it (`set`), else those of new chats.
+        """
         answer = self.answers.get(chat_id)
         if answer is not None:
             return answer.chat
-        return self.store.load(chat_id) if self.store.holds(chat_id) else Chat(id=chat_id)
+        if self.store.holds(chat_id):
+            return self.store.load(chat_id)
+        return Chat(id=chat_id, settings=self.drafts.of(chat_id).settings or self.preferences.new_chat)
 
     def change(self, chat_id: str) -> Chat:
         """As `open`, for changing the turns; raises BusyError while they grow."""
         if chat_id in self.answers:
             raise BusyError("this chat is being answered; stop that first")
         return self.open(chat_id)
+
+    def set(self, chat_id: str, settings: Settings) -> None:
+        """Keeps a chat's settings: with the chat, or beside its draft while it has no message and is not saved.
+
+        Raises:
+            SamplingError: a value cannot be used; nothing was kept.
+        """
+        self.params(settings)
+        chat = self.open(chat_id)
+        if chat.tree or self.store.holds(chat_id):
+            chat.settings = settings
+            self.store.save(chat, said=False)
+        elif settings != chat.settings:
+            self.drafts.keep(chat_id, replace(self.drafts.of(chat_id), settings=settings))
+
+    def type(self, chat_id: str, text: str) -> None:
+        """Keeps what is typed in a chat and not sent, over a restart; "" once it was sent."""
+        draft = self.drafts.of(chat_id)
+        if draft.text != text:
+            self.drafts.keep(chat_id, replace(draft, text=text))
 
     def session(self, chat: Chat) -> ChatSession:
         """A session under the chat's settings. What was computed before is found by the engine."""
@@ -98,6 +127,7 @@ class Runtime:
             chat.name_after_first_turn()
             answer = Answer(chat, self.session(chat), self._keep, resume)
             self.store.save(chat)
+            self.drafts.keep(chat.id, replace(self.drafts.of(chat.id), settings=None))
             self.answers[chat.id] = answer
         answer.start()
         return answer
@@ -107,6 +137,7 @@ class Runtime:
         with self._lock:
             answer = self.answers.pop(chat_id, None)
             self.store.delete(chat_id)
+            self.drafts.keep(chat_id, Draft())
         if answer is not None:
             answer.stop()
 

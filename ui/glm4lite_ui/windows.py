@@ -175,10 +175,11 @@ class Window:
         deltas = [self._turn(chat, turn, answer) for turn in turns[first:]]
         return {
             "title": chat.title,
-            "saved": bool(turns),
+            "saved": self.runtime.store.holds(chat_id),
             "settings": asdict(chat.settings),
             "earlier": first,
             "memory": self.runtime.memory(),
+            "draft": self.runtime.drafts.of(chat_id).text,
             "order": [turn.id for turn in turns[first:]],
             "turns": [delta for delta in deltas if len(delta) > 1],
             **self._now(chat, answer),

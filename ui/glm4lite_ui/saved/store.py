@@ -1,4 +1,15 @@
-"""Saved chats: one JSON file each in the user's data folder, written whole or not at all."""
+"""The folder of saved chats: one JSON file each, written whole or not at all, and an index of them in memory.
+
+    store = ChatStore()
+    store.summaries("moon café")       # Summaries, newest first, of the chats that hold both words; "" for all
+    grouped(store.summaries())         # the same for the list on the page: pinned, folders, today, 7 days, older
+    chat = store.load(chat_id)
+    chat.pinned, chat.folder = True, "Work"
+    store.save(chat, said=False)  # its place in the list stays
+
+The index is read from the files when the list is first asked for, and of a file again when its time or size changed:
+another program may write here, too.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +19,14 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from glm4lite.errors import one_line
 from glm4lite_ui.chats import Chat, ChatError, read_chat
@@ -41,39 +56,53 @@ def data_folder() -> Path:
     return base / "glm4lite" / "chats"
 
 
+@dataclass(frozen=True)
+class Summary:
+    """What the list shows of a chat. `turns` are those of the path shown."""
+
+    id: str
+    title: str
+    updated: float
+    pinned: bool
+    folder: str
+    turns: int
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A file as it was when it was read; no summary where it is damaged. `text` is what a search looks through."""
+
+    seen: tuple[int, int, int]
+    summary: Summary | None = None
+    text: str = ""
+
+
 class ChatStore:
     """The saved chats of a folder. Ids are random, so a name from outside never becomes a path."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or data_folder()
-        self._damaged = set[str]()
+        self._index, self._lock = dict[str, _Entry](), threading.Lock()
         self.listeners: list[Callable[[str], None]] = []  # each is told the id of a chat that was saved or deleted
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryFile(dir=self.folder):  # a folder that was there may be read-only
                 pass
-            for part in self.folder.glob("*.part"):  # half of a chat, left by a run that was killed while it saved
+            for part in [
+                *self.folder.glob("*.part"),
+                *self.folder.glob("kept/*.part"),
+            ]:  # half of a chat, left by a run that was killed while it saved
                 if part.stat().st_mtime < time.time() - _STALE_S:
                     part.unlink(missing_ok=True)
         except OSError as error:
             raise ChatError(f"{self.folder}: chats cannot be kept here: {error.strerror}; {_ELSEWHERE}") from None
 
-    def save(self, chat: Chat) -> None:
-        """Writes beside the file, to the disk, and renames: a crash leaves the old chat or the new one."""
-        chat.updated = time.time()
+    def save(self, chat: Chat, said: bool = True) -> None:
+        """Writes the chat; with `said` it is the newest of the list from now on. ChatError where it cannot be kept."""
+        if said:
+            chat.updated = time.time()
         text = json.dumps(chat.to_json(), ensure_ascii=False, indent=1).encode("utf-8", "replace")
-        path, part = self._path(chat.id), None
-        try:
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as file:
-                part = Path(file.name)
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        except OSError as error:
-            if part is not None:
-                part.unlink(missing_ok=True)
-            raise ChatError(f"{self.folder}: the chat could not be saved: {error.strerror}") from error
+        write_whole(self._path(chat.id), text)
         self._changed(chat.id)
 
     def load(self, chat_id: str) -> Chat:
@@ -94,20 +123,44 @@ class ChatStore:
         self._path(chat_id).unlink(missing_ok=True)
         self._changed(chat_id)
 
+    def summaries(self, query: str = "") -> list[Summary]:
+        """Newest first; with a query those that contain all its words, each in any case and as a part of a word too.
+
+        Damaged files are left out, and logged once.
+        """
+        words = searched(query).split()
+        with self._lock:
+            self._refresh()
+            found = [entry.summary for entry in self._index.values() if _holds_all(entry, words)]
+        return sorted((one for one in found if one is not None), key=lambda one: one.updated, reverse=True)
+
     def find(self, query: str = "") -> list[Chat]:
-        """Newest first; with a query those that contain all its words. Damaged files are left out, and logged once."""
-        words, found = query.casefold().split(), []
-        for path in self.folder.glob("*.json"):
-            try:
-                chat = self.load(path.stem)
-            except ChatError as error:
-                if path.name not in self._damaged:
-                    logger.warning("%s", error)
-                self._damaged.add(path.name)
-                continue
-            if not words or all(word in _text(chat) for word in words):
-                found.append(chat)
-        return sorted(found, key=lambda chat: chat.updated, reverse=True)
+        """As `summaries`, but the chats themselves, each read from its file."""
+        return [self.load(summary.id) for summary in self.summaries(query)]
+
+    def _refresh(self) -> None:
+        """Reads what is new or was changed, and forgets what is gone."""
+        index = dict[str, _Entry]()
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if not entry.name.endswith(".json"):
+                    continue
+                try:
+                    status = entry.stat()
+                except FileNotFoundError:
+                    continue
+                seen, known = (status.st_mtime_ns, status.st_size, status.st_ino), self._index.get(entry.name)
+                index[entry.name] = known if known and known.seen == seen else self._read(entry.name, seen)
+        self._index = index
+
+    def _read(self, name: str, seen: tuple[int, int, int]) -> _Entry:
+        try:
+            chat = self.load(name.removesuffix(".json"))
+        except ChatError as error:
+            logger.warning("%s", error)
+            return _Entry(seen)
+        turns = len(chat.turns)
+        return _Entry(seen, Summary(chat.id, chat.title, chat.updated, chat.pinned, chat.folder, turns), _text(chat))
 
     def _changed(self, chat_id: str) -> None:
         for tell in self.listeners:
@@ -117,6 +170,22 @@ class ChatStore:
         if not _ID.fullmatch(chat_id):
             raise ChatError(f"{one_line(chat_id)[:100]} is not the name of a chat")
         return self.folder / f"{chat_id}.json"
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes beside the file, to the disk, and renames: a crash leaves the old file or the new one. ChatError."""
+    part = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+            part = Path(file.name)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        if part is not None:
+            part.unlink(missing_ok=True)
+        raise ChatError(f"{path.parent}: the chat could not be saved: {error.strerror}") from error
 
 
 def _json(path: Path) -> Any:
@@ -133,5 +202,47 @@ def _json(path: Path) -> Any:
 def _text(chat: Chat) -> str:
     pieces = [chat.title]
     for turn in chat.tree:
-        pieces += [turn.user, *(part.text for part in turn.parts if part.kind == "text")]
-    return "\n".join(pieces).casefold()
+        pieces += [turn.user, *(file.name for file in turn.files)]
+        pieces += [part.text for part in turn.parts if part.kind == "text"]
+    return searched("\n".join(pieces))
+
+
+def searched(text: str) -> str:
+    """The form in which texts are compared: without case, and a letter the same however its accents are encoded."""
+    return text.casefold() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
+
+
+def _holds_all(entry: _Entry, words: Sequence[str]) -> bool:
+    return all(word in entry.text for word in words)
+
+
+@dataclass
+class Group:
+    """A part of the list: `name` is that of a folder, else empty."""
+
+    kind: Literal["pinned", "folder", "today", "week", "older"]
+    name: str = ""
+    chats: list[Summary] = field(default_factory=list)
+
+
+def grouped(summaries: Sequence[Summary], now: float | None = None) -> list[Group]:
+    """The groups that hold any: pinned chats, folders by name, then by the user's calendar today, 7 days, older."""
+    midnight = datetime.fromtimestamp(time.time() if now is None else now).replace(
+        hour=0, minute=0, second=0, microsecond=0
+    )
+    starts = {"today": midnight.timestamp(), "week": (midnight - timedelta(days=7)).timestamp()}
+    folders = sorted({one.folder for one in summaries if one.folder and not one.pinned}, key=searched)
+    groups = [Group("pinned"), *(Group("folder", name) for name in folders)]
+    groups += [Group("today"), Group("week"), Group("older")]
+    placed = {(group.kind, group.name): group.chats for group in groups}
+    for one in summaries:
+        placed[_place(one, starts)].append(one)
+    return [group for group in groups if group.chats]
+
+
+def _place(one: Summary, starts: dict[str, float]) -> tuple[Any, str]:
+    if one.pinned:
+        return "pinned", ""
+    if one.folder:
+        return "folder", one.folder
+    return next((kind for kind, start in starts.items() if one.updated >= start), "older"), ""

@@ -6,7 +6,7 @@ import {lastTurn, toEnd} from './thread.js';
 import {count, t} from './words.js';
 
 const LONG_PASTE = 2000;  // characters from which on pasted text becomes a file
-let state = null, files = [], editing = null, reading = 0, sending = false, pasted = 0;
+let state = null, files = [], editing = null, beforeEditing = '', reading = 0, sending = false, pasted = 0;
 
 export function setUp(shared) {
   state = shared;
@@ -43,28 +43,31 @@ export async function submit() {
   if (reading) return toast(t('A file is still being read.'));
   if (files.some(file => file.problem)) files = files.filter(file => !file.problem);
   const sent = files.map(({name, text, tokens}) => ({name, text, tokens}));
-  const chat = state.chat, key = draftKey();
+  const chat = state.chat;
   sending = true;
   const done = editing
     ? await tell(`/chats/${state.chat}/turns/${editing.id}/edit`, {text, files: sent})
-    : await tell(`/chats/${state.chat}/send`, {text, files: sent, settings: state.settings, title: state.title});
+    : await tell(`/chats/${state.chat}/send`, {text, files: sent, title: state.title});
   sending = false;
   if (!done) return;
-  localStorage.removeItem(key);
   if (state.chat !== chat) return;  // another one was opened meanwhile
+  draftOf = null;
+  clearTimeout(draftTimer);
+  if (localStorage.getItem('unsent') === chat) localStorage.removeItem('unsent');
+  set(editing ? beforeEditing : '');
   editing = null;
   find('#editing').hidden = true;
-  set('');
   toEnd();
 }
 
 /** Sends a text, whatever stands in the field. */
 export async function send(text) {
-  await tell(`/chats/${state.chat}/send`, {text, settings: state.settings, title: state.title});
+  await tell(`/chats/${state.chat}/send`, {text, title: state.title});
 }
 
 /** Puts a message into the field, to be changed. */
 export function edit(turn) {
+  if (!editing) beforeEditing = find('#message').value;
   editing = turn;
   find('#editing').hidden = false;
   set(turn.meta.user);
@@ -75,15 +78,16 @@ export function stopEditing() {
   if (!editing) return;
   editing = null;
   find('#editing').hidden = true;
-  showDraft();
+  set(beforeEditing);
   find('#message').focus();
 }
 
-/** Another chat is shown: its draft stands in the field. */
+/** Another chat is shown; its draft comes with its first message. */
 export function changed() {
+  saveDraft();
   editing = null;
   find('#editing').hidden = true;
-  showDraft();
+  set('');
 }
 
 function set(text) {
@@ -99,19 +103,31 @@ function fit() {
   message.style.height = Math.min(message.scrollHeight + 2, innerHeight / 3) + 'px';
 }
 
-// What was written and not sent, until it is
+// What was written and not sent is kept by the server, until it is; of a chat that is not saved yet the browser keeps
+// the name, so that the next new chat is that one.
 
-const draftKey = () => 'draft:' + (state.saved ? state.chat : 'new');
+let draftTimer = 0, draftOf = null;
 
 function keepDraft() {
   if (editing) return;
-  const text = find('#message').value;
-  if (text) localStorage.setItem(draftKey(), text);
-  else localStorage.removeItem(draftKey());
+  const chat = state.chat, text = find('#message').value;
+  if (draftOf && draftOf.chat !== chat) saveDraft();
+  draftOf = {chat, text};
+  if (!state.saved) localStorage.setItem('unsent', chat);
+  clearTimeout(draftTimer);
+  draftTimer = setTimeout(saveDraft, 400);
 }
 
-function showDraft() {
-  set(localStorage.getItem(draftKey()) ?? '');
+function saveDraft() {
+  if (!draftOf) return;
+  const {chat, text} = draftOf;
+  draftOf = null;
+  ask(`/chats/${chat}/type`, {text}).catch(() => undefined);
+}
+
+/** The first that is heard of a chat: what was typed in it. */
+export function showDraft(text) {
+  if (!editing && !find('#message').value) set(text);
 }
 
 // Files

@@ -5,7 +5,7 @@ import {ask, tell} from './server.js';
 import {language, t} from './words.js';
 
 const WIDE = matchMedia('(min-width: 900px)');
-let state = null, asked = 0, waiting = null;
+let state = null, asked = 0, waiting = null, folders = [];
 
 export function setUp(shared) {
   state = shared;
@@ -54,8 +54,8 @@ export function search() {
 /** Asks for the list anew. Of answers that cross, the one to the last question is drawn. */
 export async function refresh() {
   const number = ++asked, query = find('#search').value;
-  const chats = await ask(`/chats?query=${encodeURIComponent(query)}`, undefined, 'GET').catch(() => null);
-  if (chats && number === asked) draw(chats, query.trim());
+  const groups = await ask(`/chats?query=${encodeURIComponent(query)}`, undefined, 'GET').catch(() => null);
+  if (groups && number === asked) draw(groups, query.trim());
 }
 
 export function mark() {
@@ -65,26 +65,14 @@ export function mark() {
   }
 }
 
-const DAY = 86400;
+const GROUPS = {pinned: t('Pinned'), today: t('Today'), week: t('Last 7 days'), older: t('Older')};
 
-function groupOf(chat, midnight) {
-  if (chat.pinned) return t('Pinned');
-  if (chat.folder) return chat.folder;
-  if (chat.updated >= midnight) return t('Today');
-  return chat.updated >= midnight - 6 * DAY ? t('Last 7 days') : t('Older');
-}
-
-function draw(chats, query) {
-  const list = find('#chats'), midnight = new Date().setHours(0, 0, 0, 0) / 1000, groups = new Map();
-  const first = [t('Pinned'), ...new Set(chats.map(chat => chat.folder).filter(Boolean)), t('Today'), t('Last 7 days'), t('Older')];
-  for (const group of first) groups.set(group, []);
-  for (const chat of chats) groups.get(groupOf(chat, midnight)).push(chat);
-  const focused = document.activeElement?.closest?.('#chats a')?.dataset.chat;
+function draw(groups, query) {
+  const list = find('#chats'), focused = document.activeElement?.closest?.('#chats a')?.dataset.chat;
   list.replaceChildren();
-  for (const [group, members] of groups) {
-    if (members.length) list.append(element('h2', {}, group), element('ul', {}, ...members.map(row)));
-  }
-  if (!chats.length) list.append(element('p', {class: 'empty'}, query ? t('No chat matches.') : t('No chats yet.')));
+  folders = groups.filter(group => group.kind === 'folder').map(group => group.name);
+  for (const group of groups) list.append(element('h2', {}, GROUPS[group.kind] ?? group.name), element('ul', {}, ...group.chats.map(row)));
+  if (!groups.length) list.append(element('p', {class: 'empty'}, query ? t('No chat matches.') : t('No chats yet.')));
   mark();
   if (focused) list.querySelector(`a[data-chat="${focused}"]`)?.focus();
 }
@@ -98,11 +86,45 @@ function row(chat) {
     state.open(chat.id);
     close();
   });
-  const remove = iconButton('delete', t('Delete {title}', chat), async () => {
-    if (!confirm(t('Delete this chat? It cannot be brought back.'))) return;
-    if (await tell(`/chats/${chat.id}`, undefined, 'DELETE') && chat.id === state.chat) state.open();
+  const more = iconButton('more', t('More about {title}', chat), () => menu(chat, more), {'aria-haspopup': 'menu'});
+  return element('li', {}, link, more);
+}
+
+/** What can be done with a chat of the list, beside its button. */
+function menu(chat, button) {
+  const box = element('div', {class: 'menu', popover: 'auto', role: 'menu'});
+  const entry = (label, act, kind = '') => element('button', {type: 'button', role: 'menuitem', class: kind, on: {click: () => {
+    box.hidePopover();
+    act();
+  }}}, label);
+  const place = change => tell(`/chats/${chat.id}/place`, {pinned: chat.pinned, folder: chat.folder, ...change});
+  box.append(
+    entry(chat.pinned ? t('Unpin') : t('Pin'), () => place({pinned: !chat.pinned})),
+    ...folders.filter(name => name !== chat.folder).map(name => entry(t('Move to {name}', {name}), () => place({folder: name}))),
+    entry(t('Move to a new folder…'), () => {
+      const name = prompt(t('Name of the folder'));
+      if (name?.trim()) place({folder: name});
+    }),
+    ...chat.folder ? [entry(t('Out of {folder}', chat), () => place({folder: ''}))] : [],
+    element('a', {role: 'menuitem', href: `/export/${chat.id}.md`, download: true}, t('Export as Markdown')),
+    element('a', {role: 'menuitem', href: `/export/${chat.id}.json`, download: true}, t('Export as JSON')),
+    entry(t('Delete'), async () => {
+      if (!confirm(t('Delete this chat? It cannot be brought back.'))) return;
+      if (await tell(`/chats/${chat.id}`, undefined, 'DELETE') && chat.id === state.chat) state.open();
+    }, 'problem'));
+  find('#library').append(box);
+  box.addEventListener('toggle', event => { if (event.newState === 'closed') box.remove(); });
+  box.addEventListener('keydown', event => {
+    const entries = [...box.children], step = {ArrowDown: 1, ArrowUp: -1}[event.key];
+    if (!step) return;
+    event.preventDefault();
+    entries[(entries.indexOf(document.activeElement) + step + entries.length) % entries.length].focus();
   });
-  return element('li', {}, link, remove);
+  box.showPopover();
+  const at = button.getBoundingClientRect();
+  box.style.left = `${Math.min(at.left, innerWidth - box.offsetWidth - 8)}px`;
+  box.style.top = `${Math.min(at.bottom, innerHeight - box.offsetHeight - 8)}px`;
+  box.firstElementChild.focus();
 }
 
 /** Arrow keys go through the list. */

@@ -13,7 +13,7 @@ import {listen, newId, show, tell} from './server.js';
 import {language, t, translate} from './words.js';
 
 const PIECES = 6;  // layout.py
-const NEW = {title: 'New chat', saved: false, answering: false};
+const NEW = {title: 'New chat', saved: false, heard: false, answering: false};
 const NO_SETTINGS = {system: '', tools: null, always: []};
 const KEYS = [
   ['Enter', 'Send'], ['Shift Enter', 'A new line'], ['Escape', 'Stop the answer'], ['↑', 'Change the last message, in an empty field'],
@@ -39,8 +39,9 @@ async function start() {
   code.setUp(pane.open);
   setUpHeader();
   setUpKeys();
-  addEventListener('popstate', () => visit(new URL(location).searchParams.get('chat') ?? newId()));
-  visit(new URL(location).searchParams.get('chat') ?? newId());
+  addEventListener('popstate', () => visit(addressed()));
+  visit(addressed());
+  history.replaceState(null, '', addressOf(state.chat));
   listen(hear);
   library.refresh();
   await model.refresh();
@@ -49,8 +50,13 @@ async function start() {
   document.body.dataset.ready = 'true';
 }
 
+const addressed = () => new URL(location).searchParams.get('chat') ?? unsent() ?? newId();
+const unsent = () => localStorage.getItem('unsent');
+
 /** Opens a chat, a new one without an id; the way back leads to the one that was shown. */
-function open(id = newId()) {
+function open(id = null) {
+  if (!id && !state.saved && !thread.lastTurn()) return find('#message').focus();  // this one is new
+  id ??= unsent() ?? newId();
   if (id === state.chat) return;
   history.pushState(null, '', addressOf(id));
   visit(id);
@@ -79,11 +85,10 @@ function hear(message) {
   if (message.type === 'model') return model.hear(message);
   state.answering = message.answering;
   if (message.order) {
-    const wasSaved = state.saved;
-    state.saved = message.saved;
-    state.memory = message.memory;
-    if (message.saved) Object.assign(state, {title: message.title, settings: message.settings});
-    if (message.saved && !wasSaved) history.replaceState(null, '', addressOf(state.chat));
+    Object.assign(state, {saved: message.saved, memory: message.memory, settings: message.settings});
+    if (message.saved) state.title = message.title;
+    if (!state.heard) composer.showDraft(message.draft);
+    state.heard = true;
     showTitle();
     settings.fill();
   }

@@ -15,7 +15,7 @@ const FIELDS = [
   ['max_new_tokens', 'Max tokens', 'The longest answer; empty is what the context leaves.', 1],
   ['seed', 'Seed', 'The same seed gives the same answer; empty is another one each time.', 1],
 ];
-let state = null, pending = null, timer = 0, running = false;
+let state = null, kept = {}, pending = null, timer = 0, running = false;
 const inputs = new Map();
 
 export function setUp(shared) {
@@ -28,6 +28,7 @@ export function build() {
   body.replaceChildren();
   inputs.clear();
   const system = element('textarea', {id: 'system', rows: 4, 'aria-describedby': 'about-system'});
+  body.append(presets());
   body.append(field('system', t('System prompt'), t('What the model is told before the conversation.'), system));
   for (const [name, label, about, step] of FIELDS) {
     const own = state.model.own[name];
@@ -38,6 +39,43 @@ export function build() {
   if (state.model.tools.length) body.append(toolList());
   body.append(forgetButton(), exports(), pageChoices());
   fill();
+}
+
+/** Settings under a name, and those of new chats. */
+function presets() {
+  const choose = element('select', {id: 'preset', on: {change: () => apply(choose.value)}});
+  const list = async () => {
+    const {presets} = await ask('/preferences', undefined, 'GET').catch(() => ({presets: {}}));
+    kept = presets;
+    choose.replaceChildren(element('option', {value: ''}, t('Choose…')), ...Object.keys(presets).map(name => element('option', {value: name}, name)));
+    remove.hidden = true;
+  };
+  const keep = async () => {
+    const name = prompt(t('Name of the preset'), choose.value);
+    if (!name?.trim()) return;
+    await save();
+    if (await tell('/preferences/presets', {name, settings: state.settings})) await list();
+  };
+  const apply = name => {
+    remove.hidden = !name;
+    if (!name) return;
+    state.settings = {...kept[name], always: state.settings.always};
+    fill();
+    pending = {chat: state.chat, settings: state.settings};
+    save();
+  };
+  const button = (label, act, id) => element('button', {type: 'button', class: 'plain', id, on: {click: act}}, label);
+  const remove = button(t('Delete preset'), async () => {
+    if (await tell(`/preferences/presets?name=${encodeURIComponent(choose.value)}`, undefined, 'DELETE')) await list();
+  });
+  remove.hidden = true;
+  list();
+  return element('div', {class: 'field'}, element('label', {for: 'preset'}, t('Preset')), choose,
+    element('div', {class: 'buttons'}, button(t('Keep as a preset…'), keep, 'keep-preset'), remove,
+      button(t('Use for new chats'), async () => {
+        await save();
+        if (await tell('/preferences/new_chat', state.settings)) state.toast(t('New chats start with these settings.'), 'done');
+      }, 'use-for-new')));
 }
 
 function field(name, label, about, input) {
