@@ -150,8 +150,17 @@ class _Chats:
         router.add_api_route("/files", self.read_file, methods=["POST"])
         router.add_api_route("/chats/{chat_id}/artifacts", self.artifacts, methods=["GET"])
         router.add_api_route("/chats/{chat_id}", self.delete, methods=["DELETE"])
-        for act in (self.send, self.stop, self.decide, self.drop_oldest, self.rename, self.place, self.type, self.set,
-                    self.ask_again):
+        for act in (
+            self.send,
+            self.stop,
+            self.decide,
+            self.drop_oldest,
+            self.rename,
+            self.place,
+            self.type,
+            self.set,
+            self.ask_again,
+        ):
             router.add_api_route(f"/chats/{{chat_id}}/{act.__name__}", act, methods=["POST"])
 
     def find(self, query: str = "") -> list[dict[str, Any]]:

@@ -126,9 +126,13 @@ class Runtime:
                 raise ChatError("this answer is whole; ask again for another one")
             chat.name_after_first_turn()
             answer = Answer(chat, self.session(chat), self._keep, resume)
-            self.store.save(chat)
-            self.drafts.keep(chat.id, replace(self.drafts.of(chat.id), settings=None))
-            self.answers[chat.id] = answer
+            self.answers[chat.id] = answer  # before the windows hear of the turn: it is under way
+            try:
+                self.store.save(chat)
+                self.drafts.keep(chat.id, replace(self.drafts.of(chat.id), settings=None))
+            except Glm4liteError:
+                del self.answers[chat.id]
+                raise
         answer.start()
         return answer
 
