@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from glm4lite.events import Progress
 from glm4lite.generate import Generation, PrefixCache
 from glm4lite.hub import resolve
 from glm4lite.inventory import bus_of, devices, kernel_names, read_bytes, rings
-from glm4lite.loader import check_arguments, load
+from glm4lite.load_options import LoadOptions
+from glm4lite.loader import load_class
 from glm4lite.machine import beyond_caches, bus_bandwidth, gpu_bandwidth, read_rate
 from glm4lite.model import DecoderLayer, Glm4ForCausalLM
 from glm4lite.sampling import SamplingParams
@@ -217,12 +218,15 @@ def benchmark(
         Glm4liteError: what `load` raises; BenchmarkError for counts that cannot be measured, ContextLengthError where
             prompt and new tokens do not fit the model's context (before the weights are read).
     """
-    check_arguments(quant, device, "auto")
-    budget = budget or Budget(kv="float")
     if prompt_tokens < 1 or new_tokens < 2:
         raise BenchmarkError(
             f"prompt tokens are {prompt_tokens} and new tokens {new_tokens}; at least 1 and 2 are needed to time them"
         )
+    budget = budget or Budget(kv="float")
+    room = prompt_tokens + new_tokens if budget.limits else None
+    options = LoadOptions(
+        quant, device, progress=progress, gpu_memory=budget.gpu_memory, ram=budget.ram, context=room, kv=budget.kv
+    )
     checkpoint = Checkpoint.open(resolve(source, progress))
     context = read_config(checkpoint).context_length
     if prompt_tokens + new_tokens > context:
@@ -230,16 +234,14 @@ def benchmark(
             f"{prompt_tokens} prompt tokens and {new_tokens} new ones do not fit the model's context of {context}"
         )
     if quant is None and checkpoint.config.get("quantization_config") is None:
-        quant = "int4"
+        options = replace(options, quant="int4")
     before = memory_now("RssAnon")
     peak = _Peak()
     for index in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(index)
     with peak.watched():
         started = time.perf_counter()
-        limits = {"gpu_memory": budget.gpu_memory, "ram": budget.ram, "kv": budget.kv}
-        room = prompt_tokens + new_tokens if budget.limits else None
-        model = load(checkpoint.folder, quant, device, progress=progress, context=room, **limits)  # type: ignore[arg-type]
+        model, _ = load_class(Glm4ForCausalLM, checkpoint.folder, options)
         load_s = time.perf_counter() - started
         trial = _Trial(model, prompt_tokens, new_tokens)
         trial.run()

@@ -80,6 +80,8 @@ class Checkpoint:
         if config.get("model_type") == "chatglm":
             tensors = legacy.rename(tensors, Glm4Config.from_dict(config, folder / CONFIG))
         kept = {name: tensor for name, tensor in tensors.items() if not COMPUTED.fullmatch(name)}
+        if any(name.startswith("embed_tokens.") for name in kept):  # the trunk alone, saved under its own names
+            kept = {f"model.{name}": tensor for name, tensor in kept.items()}
         if config.get("tie_word_embeddings") is True and HEAD in kept:
             kept.setdefault(_EMBEDDING, kept[HEAD])  # of two names of one tensor a file may keep either
             if kept[_EMBEDDING] is kept[HEAD]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm4lite.budget import Budget
 from glm4lite.cache import STEP
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, TemplateError
@@ -19,7 +18,8 @@ from glm4lite.prefixes import PrefixPool
 from glm4lite.sampling import SamplingParams
 from glm4lite.stopping import StopStrings, stop_ids
 from glm4lite.template import ChatTemplate
-from glm4lite.tokenizer import StreamingDetokenizer, Tokenizer
+from glm4lite.tokenization.streaming import StreamingDetokenizer
+from glm4lite.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from glm4lite.model import Glm4ForCausalLM
@@ -70,22 +70,23 @@ class Engine:
         template is needed and there is none.
         """
         from glm4lite.hub import resolve
-        from glm4lite.loader import check_arguments, load
+        from glm4lite.load_options import LoadOptions
+        from glm4lite.loader import load_class
+        from glm4lite.model import Glm4ForCausalLM
 
-        check_arguments(None if quant == "auto" else quant, device, dtype)
-        Budget.of(gpu_memory, ram, context, kv)
+        budget: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
+        options = LoadOptions(None if quant == "auto" else quant, device, dtype, progress, **budget)
         folder = resolve(source, progress)
         checkpoint = Checkpoint.open(folder)
         tokenizer, template = Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder)
         if need_template:
             _required(template)
         _check_companions(tokenizer, checkpoint)
-        if quant == "auto":
-            quant = "int4" if checkpoint.config.get("quantization_config") is None else None
-        if quant == "int4" and sum(map(checkpoint.nbytes, checkpoint.names())) > LARGE:
+        if quant == "auto" and checkpoint.config.get("quantization_config") is None:
+            options = replace(options, quant="int4")
+        if options.quant == "int4" and sum(map(checkpoint.nbytes, checkpoint.names())) > LARGE:
             logger.warning("calibrating and quantizing takes minutes at each start; `glm4lite quantize` does it once")
-        limits: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
-        model = load(folder, quant=quant, device=device, dtype=dtype, progress=progress, **limits)
+        model, _ = load_class(Glm4ForCausalLM, folder, options)
         return cls(model, tokenizer, template, checkpoint.generation_config)
 
     def chat_template(self) -> ChatTemplate:

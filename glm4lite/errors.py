@@ -1,6 +1,8 @@
 """What a user did or has that cannot work. The command line prints the message on one line and exits with 2."""
 
+import difflib
 import reprlib
+from collections.abc import Iterable
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 76
@@ -26,6 +28,12 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
+    """The sentence about an argument or a setting that does not exist, with the nearest one that does."""
+    near = difflib.get_close_matches(name, [*known], 1)
+    return f"{what} knows no {shown(name)}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
 class ConfigError(Glm4liteError):
     """config.json (or an argument of the same name) is missing something or holds what cannot be used."""
 
@@ -36,6 +44,10 @@ class CheckpointError(Glm4liteError):
 
 class HubError(Glm4liteError):
     """A model could not be found or downloaded."""
+
+
+class TokenizerError(Glm4liteError, ValueError):
+    """A tokenizer was asked for what it cannot do, or was given what it cannot read."""
 
 
 class TemplateError(Glm4liteError):

@@ -1,14 +1,20 @@
 """Where a model's folder is: the embedded one, a folder of the user's, or one downloaded from the Hub."""
 
+import logging
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
 from urllib.parse import urlsplit
 
-from glm4lite.errors import HubError
+from glm4lite.errors import HubError, shown
 from glm4lite.events import Progress
+from glm4lite.weights.files import CONFIG
+
+logger = logging.getLogger("glm4lite")
 
 NANO = "nano"
 """The name of the embedded checkpoint; a folder of that name is "./nano"."""
@@ -18,18 +24,88 @@ _LONGEST_ID = 96  # the Hub's rule, as the others of _is_repo_id
 _HOW = "give a folder, a Hub repo id (organisation/name, for example zai-org/GLM-4-9B-0414), or nano"
 
 
-def resolve(source: str | Path, progress: Callable[[Progress], None] | None = None) -> Path:
-    """The folder of a checkpoint; a Hub repo is downloaded first, where it is not in the cache.
+@dataclass(frozen=True)
+class HubOptions:
+    """Which state of a Hub repo is taken, and how it is fetched. Names and meanings are huggingface_hub's.
+
+    revision: a branch, a tag or a commit (None: main). cache_dir: instead of HF_HOME's. token: True is the stored one,
+    False none, None the stored one where there is one. subfolder: of the repo, or of a local folder.
+
+    Raises HubError for a value that cannot be used.
+    """
+
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+    subfolder: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("local_files_only", "force_download"):
+            if not isinstance(getattr(self, name), bool):
+                raise HubError(f"{name} is {shown(getattr(self, name))}; use True or False")
+        if not isinstance(self.token, str | bool | None):
+            raise HubError("token must be a token's text, True for the stored one, or False for none")
+        if self.cache_dir is not None:
+            if not isinstance(self.cache_dir, str | os.PathLike) or not str(self.cache_dir).strip():
+                raise HubError(f"cache_dir is {shown(self.cache_dir)}; use a folder")
+            object.__setattr__(self, "cache_dir", Path(self.cache_dir).absolute())
+        if self.revision is not None and (not isinstance(self.revision, str) or not self.revision.strip()):
+            raise HubError(f"revision is {shown(self.revision)}; use a branch, a tag or a commit")
+        if not isinstance(self.subfolder, str) or not _stays_within(self.subfolder):
+            raise HubError(f"subfolder is {shown(self.subfolder)}; use a path within the model, such as 'int4'")
+        if self.local_files_only and self.force_download:
+            raise HubError("local_files_only and force_download contradict each other; leave one out")
+
+    @classmethod
+    def taken_from(cls, names: dict[str, Any]) -> Self:
+        """Of arguments by name, those that are meant for the Hub, which are taken out; None is as not given."""
+        own = {field.name: names.pop(field.name, None) for field in fields(cls)}
+        return cls(**{name: value for name, value in own.items() if value is not None})
+
+    @property
+    def depth(self) -> int:
+        """How many folders the subfolder lies deep."""
+        return len(PurePosixPath(self.subfolder).parts)
+
+
+def _stays_within(path: str) -> bool:
+    parts = PurePosixPath(path).parts
+    return ".." not in parts and not path.startswith("/") and not set(path) & set('\\:*?"<>|') and path.isprintable()
+
+
+def resolve(
+    source: str | Path,
+    progress: Callable[[Progress], None] | None = None,
+    options: HubOptions = HubOptions(),
+    weights: bool = True,
+) -> Path:
+    """The folder of a checkpoint; a Hub repo is downloaded first (without `weights`: its small files), where it is not
+    in the cache.
 
     Raises:
         HubError: there is no such folder or repo, or it cannot be downloaded; the message says what to do.
     """
     found = locate(source)
     if isinstance(found, Path):
-        return found
+        asked = [name for name in ("revision", "force_download") if getattr(options, name) not in (None, False, "main")]
+        if asked:
+            logger.warning("%s is not used: %s is a folder of this machine", " and ".join(asked), found)
+        return found / options.subfolder
     from glm4lite.weights.download import download  # huggingface_hub takes a while to import
 
-    return download(found, progress)
+    return download(found, progress, options, weights)
+
+
+def resolve_config(source: str | Path, options: HubOptions = HubOptions()) -> Path:
+    """A checkpoint's config.json; of a Hub repo it alone is downloaded. HubError as `resolve`."""
+    found = locate(source)
+    if isinstance(found, Path):
+        return found / options.subfolder / CONFIG
+    from glm4lite.weights.download import download_config  # huggingface_hub takes a while to import
+
+    return download_config(found, options)
 
 
 def locate(source: str | Path) -> Path | str:

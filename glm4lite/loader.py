@@ -8,18 +8,15 @@ checkpoint are mapped in place and not copied; where a budget is given, they are
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
 
-from glm4lite.budget import Budget
 from glm4lite.checkpoint import Checkpoint
-from glm4lite.errors import CheckpointError, ConfigError
-from glm4lite.graph import eager_by_choice
+from glm4lite.errors import CheckpointError
 from glm4lite.hub import resolve
+from glm4lite.load_options import LoadOptions, Size
 from glm4lite.out_of_memory import enough_for
 from glm4lite.weights import memory
 from glm4lite.weights.assembly import Assembly, check_as_stored
@@ -31,13 +28,11 @@ from glm4lite.weights.plan import (
     Model,
     Plan,
     make_plan,
-    parse_quant,
-    read_config,
     say_notices,
     skeleton,
     stored_quant,
 )
-from glm4lite.weights.quantized import quantize_checkpoint, save_quantized
+from glm4lite.weights.quantized import quantize_checkpoint
 from glm4lite.weights.streaming import (
     Meter,
     ProgressCallback,
@@ -46,57 +41,15 @@ from glm4lite.weights.streaming import (
     needs_calibration,
     recorded,
 )
-from glm4lite_quant import BnbConfig, QuantConfig, bnb
-from glm4lite_quant.kernels import check_environment
+from glm4lite_quant import BnbConfig, QuantConfig
 
 if TYPE_CHECKING:
     from glm4lite.model import Glm4ForCausalLM
 
-__all__ = ["load", "quantize_checkpoint", "save_quantized"]
+__all__ = ["load", "load_class", "quantize_checkpoint"]
 
 logger = logging.getLogger("glm4lite")
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-Size = int | str | None
-
-
-@overload
-def load(
-    source: str | Path,
-    quant: str | Quant | None = None,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
-    progress: ProgressCallback | None = None,
-    cls: None = None,
-    calibration: str | Path | None = None,
-    *,
-    gpu_memory: Size = None,
-    ram: Size = None,
-    context: int | str | None = None,
-    kv: str = "auto",
-) -> Glm4ForCausalLM: ...
-
-
-@overload
-def load(
-    source: str | Path,
-    quant: str | Quant | None = None,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
-    progress: ProgressCallback | None = None,
-    *,
-    cls: type[Model],
-    calibration: str | Path | None = None,
-    gpu_memory: Size = None,
-    ram: Size = None,
-    context: int | str | None = None,
-    kv: str = "auto",
-) -> Model: ...
-
 
 def load(
     source: str | Path,
@@ -104,15 +57,14 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     progress: ProgressCallback | None = None,
-    cls: type[nn.Module] | None = None,
     calibration: str | Path | None = None,
     *,
     gpu_memory: Size = None,
     ram: Size = None,
     context: int | str | None = None,
     kv: str = "auto",
-) -> nn.Module:
-    """Load a model from a folder, from "nano", or from a Hub repo id.
+) -> Glm4ForCausalLM:
+    """Load a language model from a folder, from "nano", or from a Hub repo id. (Other classes: `from_pretrained`.)
 
     Args:
         source: a folder with config.json and safetensors, "nano", or "organisation/name" on the Hub.
@@ -124,7 +76,6 @@ def load(
         device: "auto" (as this machine's memory suggests), "cpu", "cuda", "cuda:1".
         dtype: of the activations (and of weights that are not quantized): "auto", "float32", "bfloat16".
         progress: called after each block with the bytes read; an exception it raises stops the load.
-        cls: Glm4ForCausalLM unless given.
         gpu_memory, ram: what may be used of each GPU and of RAM, in bytes or as "8GiB" (None: what is free). Layers
             lie on the GPU, in RAM or on disk as `glm4lite plan` says; RAM is what the process holds, mapped files are
             not in it. Only layers that are stored quantized can lie on disk.
@@ -139,23 +90,33 @@ def load(
     Raises:
         Glm4liteError: one line saying which file, tensor, key or argument cannot be used, and what to do.
     """
-    wanted, target, chosen = check_arguments(quant, device, dtype)
-    budget = Budget.of(gpu_memory, ram, context, kv)
-    text = calibration_text(calibration, wanted)
-    checkpoint = Checkpoint.open(resolve(source, progress))
-    stored = stored_quant(checkpoint, quant)
+    from glm4lite.model import Glm4ForCausalLM
+
+    budget: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
+    options = LoadOptions(quant, device, dtype, progress, calibration, **budget)
+    return load_class(Glm4ForCausalLM, source, options)[0]
+
+
+def load_class(cls: type[Model], source: str | Path, options: LoadOptions) -> tuple[Model, Plan]:
+    """A model of any of the classes, as `load` says, and what became of the checkpoint's tensors."""
+    wanted, budget = options.wanted, options.budget
+    text = calibration_text(options.calibration, wanted)
+    checkpoint = Checkpoint.open(resolve(source, options.progress, options.hub))
+    stored = stored_quant(checkpoint, options.quant)
+    quantized = stored is not None
     if isinstance(stored, BnbConfig):
-        checkpoint, stored, wanted = adapt(checkpoint, stored, wanted, quant is not None)
-    config = read_config(checkpoint)
+        checkpoint, stored, wanted = adapt(checkpoint, stored, wanted, options.quant is not None)
+    config = options.config_for(checkpoint, quantized)
+    config.name_or_path = str(source)
     model = skeleton(config, cls)
-    plan = make_plan(model, checkpoint, None if stored else wanted)
+    plan = make_plan(model, checkpoint, None if stored else wanted, options.ignore_mismatched_sizes)
     needs = needs_for(checkpoint, plan, config, stored or wanted)
-    destinations = choose(checkpoint, plan, needs, target, chosen, budget)
+    destinations = choose(checkpoint, plan, needs, options.target, options.activations, budget)
     _check_memory(checkpoint, plan, wanted, destinations)
     say_notices(model, checkpoint, plan)
     if plan.bitsandbytes and destinations.home.type == "cpu":
         logger.warning("on a CPU bitsandbytes unpacks a whole weight at each use: quant='int4' is several times faster")
-    meter = Meter("load", _total_bytes(checkpoint, plan), progress)
+    meter = Meter("load", _total_bytes(checkpoint, plan), options.progress)
     calibrator = begin(checkpoint, plan, config, text, meter)
     assembly = Assembly(model, checkpoint, plan, destinations, meter)
     with enough_for(checkpoint.folder):
@@ -171,59 +132,7 @@ def load(
     cast(Any, model).stored_generation_config = checkpoint.generation_config
     trunk = cast(Any, getattr(model, "model", model))
     trunk.kv, trunk.context = destinations.cache(needs, budget)
-    return model.eval()
-
-
-def check_arguments(
-    quant: str | Quant | None, device: str | torch.device, dtype: str | torch.dtype
-) -> tuple[Quant | None, torch.device | None, torch.dtype | None]:
-    """What can be refused before a model is looked for or downloaded: `load`'s arguments (dtype None: "auto").
-
-    Raises:
-        ConfigError: naming the argument.
-        QuantError: a GLM4LITE_ variable asks for what this machine has not, or bitsandbytes is needed.
-    """
-    check_environment()
-    eager_by_choice()
-    found = parse_quant(quant), _device(device), _dtype(dtype)
-    if isinstance(found[0], BnbConfig):
-        bnb.library()
-    return found
-
-
-def _device(device: str | torch.device) -> torch.device | None:
-    """None means "auto"."""
-    if device == "auto":
-        return None
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ConfigError(f"device {device!r} is not known; use auto, cpu, cuda or cuda:N") from None
-    if found.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {str(device)!r} is not supported; use auto, cpu, cuda or cuda:N")
-    if found.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError(f"device {str(device)!r} was asked for, but torch finds no CUDA device; use device='cpu'")
-        count = torch.cuda.device_count()
-        if found.index is not None and found.index >= count:
-            raise ConfigError(f"device {str(device)!r} was asked for, but there are {count} CUDA devices")
-        return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
-    return found
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """None means "auto"."""
-    if dtype == "auto":
-        return None
-    found = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(str(dtype).removeprefix("torch."))
-    if found == torch.float16:
-        raise ConfigError(
-            "dtype float16 is refused: GLM-4's activations reach 68000, above float16's largest number; "
-            "use bfloat16 or float32"
-        )
-    if found not in (torch.float32, torch.bfloat16):
-        raise ConfigError(f"dtype {str(dtype)!r} is not supported; use auto, float32 or bfloat16")
-    return found
+    return model.eval(), plan
 
 
 def _total_bytes(checkpoint: Checkpoint, plan: Plan) -> int:

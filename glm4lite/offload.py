@@ -108,6 +108,10 @@ class OnDisk:
         _lend(twin, self._layout.weights(pages.zeros(self._layout.span.nbytes)))
         return twin
 
+    def stored(self) -> Mapping[str, StoredTensor]:
+        """Where the layer's planes lie, by their names in the layer."""
+        return self._layout.stored()
+
     def _over(self, memory: Tensor) -> Mapping[str, QuantTensor]:
         address = memory.data_ptr()
         if address not in self._weights:
@@ -156,6 +160,9 @@ class _Layout:
                     f"{tensor.name} in {tensor.path} begins at byte {tensor.offset}, where its type cannot be read in "
                     "place; write the folder again with `glm4lite quantize`"
                 )
+
+    def stored(self) -> dict[str, StoredTensor]:
+        return {f"{module}.{plane}": own for (module, plane), own in zip(self._names, self._stored, strict=True)}
 
     def weights(self, memory: Tensor) -> dict[str, QuantTensor]:
         """The weights over a buffer: no copies."""

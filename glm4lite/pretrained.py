@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from glm4lite.config import Glm4Config
-from glm4lite.errors import ConfigError
+from glm4lite.errors import ConfigError, one_line
 from glm4lite.outputs import ModelOutput
 from glm4lite_quant import BnbLinear, QuantEmbedding, QuantLinear
 
@@ -51,19 +51,102 @@ class Glm4PreTrainedModel(nn.Module):
         self.stored_generation_config: Mapping[str, Any] = {}  # of generation_config.json, read when it is needed
         self._generation_config: GenerationConfig | None = None
 
+    @overload
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path,
+        source: str | Path | None = None,
         quant: str | Quant | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         progress: Callable[[Progress], None] | None = None,
-    ) -> Self:
-        """Loads a folder of safetensors, "nano", or a Hub repository; see `glm4lite.loader.load`."""
-        from glm4lite.loader import load
+        *,
+        output_loading_info: Literal[False] = False,
+        **options: Any,
+    ) -> Self: ...
 
-        return load(source, quant=quant, dtype=dtype, device=device, progress=progress, cls=cls)
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path | None = None,
+        quant: str | Quant | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        progress: Callable[[Progress], None] | None = None,
+        *,
+        output_loading_info: Literal[True],
+        **options: Any,
+    ) -> tuple[Self, dict[str, Any]]: ...
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path | None = None,
+        quant: str | Quant | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        progress: Callable[[Progress], None] | None = None,
+        *,
+        output_loading_info: bool = False,
+        **options: Any,
+    ) -> Self | tuple[Self, dict[str, Any]]:
+        """Loads a folder of safetensors, "nano", or a Hub repository.
+
+        The first arguments, and calibration, gpu_memory, ram, context and kv, are those of `glm4lite.load`. Beside them
+        go Transformers' names (`glm4lite.transformers_names`): torch_dtype, device_map, max_memory,
+        quantization_config, revision, cache_dir, token, local_files_only, subfolder, config, and keys of the config
+        with other values, such as num_labels=3.
+
+        output_loading_info: also return missing_keys, unexpected_keys, mismatched_keys and error_msgs, as Transformers.
+
+        Raises:
+            Glm4liteError: one line saying which file, tensor, key or argument cannot be used, and what to do.
+        """
+        from glm4lite.loader import load_class
+        from glm4lite.transformers_names import request
+
+        own = {"quant": quant, "dtype": dtype, "device": device, "progress": progress}
+        asked = request(source, {**own, "output_loading_info": output_loading_info, **options})
+        model, plan = load_class(cls, asked.source, asked.options)
+        if asked.generation_config is not None:
+            model.generation_config = asked.generation_config
+        return (model, plan.loading_info) if asked.loading_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        **options: Any,
+    ) -> None:
+        """Writes safetensors, config.json and generation_config.json; `from_pretrained` gives the same model back.
+
+        Transformers opens what is not quantized, and what bitsandbytes quantized to 4 bits and left its head as it was.
+        The folder may hold other files, which stay, and an older checkpoint, whose weights go, also one that this model
+        is mapped from. An error or Ctrl-C leaves the old files.
+
+        Args:
+            is_main_process: False writes nothing, as one of several processes with the same model does.
+            state_dict: written instead of the model's own; all of an unquantized model's tensors.
+            max_shard_size: bytes, or "5GB" (10**9 each; "5GiB" is 2**30); a larger tensor gets a shard of its own.
+
+        Raises:
+            Glm4liteError: the folder cannot be written, or an argument asks for what glm4lite does not have.
+        """
+        from glm4lite.transformers_names import check_saving
+        from glm4lite.weights.saving import save_model
+
+        check_saving({"push_to_hub": push_to_hub, **options})
+        if is_main_process:
+            save_model(self, save_directory, max_shard_size, state_dict)
+
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> None:
+        """Refused: save_pretrained, then huggingface-hub's own command."""
+        command = f"hf upload {one_line(repo_id)} folder"
+        raise ConfigError(f"push_to_hub is not supported: call save_pretrained(folder), then run `{command}`")
 
     def _switch(self, name: str, given: bool | None) -> bool:
         """An argument of forward, or what config says where it is None."""

@@ -323,11 +323,10 @@ def _parsed(key: str, text: str, now: Any) -> Any:
 
 def _config_file(source: str | Path, changes: dict[str, Any]) -> Path:
     """Takes what names a file of the Hub out of `changes`."""
-    from glm4lite.hub import resolve
+    from glm4lite.hub import HubOptions, resolve_config
 
-    if Path(source).is_file():
-        return Path(source)
-    return resolve(source) / CONFIG
+    options = HubOptions.taken_from(changes)
+    return Path(source) if Path(source).is_file() else resolve_config(source, options)
 
 
 def _one_line(error: ValidationError) -> str:

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from glm4lite.errors import CheckpointError, TemplateError
 from glm4lite.messages import Message, ToolCall
 from glm4lite.templating.process import TemplateProcess
-from glm4lite.tokenizer import Tokenizer, token_text
+from glm4lite.tokenization.codec import Codec, token_text
 from glm4lite.weights.files import decoded, open_file, read_json
 from glm4lite.weights.magic import START_BYTES, dangling, mistaken_for
 
@@ -88,15 +88,10 @@ class ChatTemplate:
 
         Raises TemplateError for a template that cannot be read or is not valid Jinja.
         """
-        folder = Path(path)
-        config = read_json(folder / "tokenizer_config.json", CheckpointError, optional=True)
+        config = read_json(Path(path) / "tokenizer_config.json", CheckpointError, optional=True)
+        sources, origin = read_sources(Path(path), config)
         names = {name: text for name in _SPECIAL_NAMES if (text := token_text(config.get(name)))}
-        file = folder / "chat_template.jinja"
-        if os.path.lexists(file):
-            return cls(_source(file), str(file), names)
-        origin = str(folder / "tokenizer_config.json")
-        found = config.get("chat_template")
-        return None if found is None else cls(_named_sources(found, origin), f"{origin}: chat_template", names)
+        return cls(sources, origin, names) if sources else None
 
     def render(
         self,
@@ -113,7 +108,7 @@ class ChatTemplate:
 
     def encode(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Codec,
         messages: Sequence[Message],
         tools: Sequence[SchemaSource | Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
@@ -132,10 +127,29 @@ class ChatTemplate:
         rendered, restore = self._render(messages, tools, add_generation_prompt, tokenizer.special, begun)
         if context is not None:
             tokenizer.check_fits(restore(rendered), context)
-        ids: list[int] = []
-        for piece, token_id in tokenizer.split_special(rendered):
-            ids.extend(tokenizer.ids(restore(piece), context=context) if token_id is None else [token_id])
-        return ids
+        return tokenizer.ids_between(rendered, restore, context)
+
+    def render_given(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any],
+        names: Mapping[str, str],
+        specials: Collection[str] | None = None,
+    ) -> tuple[str, Callable[[str], str]]:
+        """The default template over messages in the form it reads itself, and what turns stand-ins back.
+
+        variables: what else the template reads; names: bos_token and the like, where the variables have others.
+
+        specials: where there are any, stand-ins hide them (and what the template looks for) in all that is given, as in
+        `encode`. None: nothing is hidden. Raises TemplateError.
+        """
+        given = {**names, **variables, "messages": messages}
+        if specials is None:
+            return self._process.render("default", given), str
+        stand_ins = _StandIns(specials, self._process.openers["default"], json.dumps(given, ensure_ascii=False))
+        hidden = {name: stand_ins.in_schema(value) for name, value in variables.items()}
+        turns = [{stand_ins.in_schema(key): _hidden(turn, key, stand_ins) for key in turn} for turn in messages]
+        return self._process.render("default", {**names, **hidden, "messages": turns}), stand_ins.restore
 
     @staticmethod
     def starts_thinking(rendered: str) -> bool:
@@ -221,7 +235,8 @@ class _StandIns:
         self._stand_ins = dict(zip(every, _unused(given, len(every)), strict=True))
         self._tags = {letter: self._stand_ins[letter] for letter in every if letter in first | {"<", "["}}
         self._letters = {stand_in: letter for letter, stand_in in self._stand_ins.items()}
-        self._letters |= {json.dumps(stand_in)[1:-1]: letter for stand_in, letter in self._letters.items()}
+        for write in (json.dumps, ascii):  # a template may write a value as Python does
+            self._letters |= {write(stand_in)[1:-1]: self._letters[stand_in] for stand_in in self._stand_ins.values()}
         self._specials = {text: _replaced(text, self._stand_ins) for text in sorted(specials, key=len, reverse=True)}
 
     def in_text(self, value: Any) -> Any:
@@ -237,7 +252,7 @@ class _StandIns:
         return _replaced(text, self._specials)
 
     def restore(self, text: str) -> str:
-        """Text with the characters back, also where `tojson(ensure_ascii=True)` escaped their stand-ins."""
+        """Text with the characters back, also where their stand-ins were escaped, as in JSON or a printed list."""
         return _replaced(text, self._letters)
 
 
@@ -287,6 +302,21 @@ def _template_messages(
     return turns
 
 
+def _hidden(turn: Mapping[str, Any], key: str, stand_ins: _StandIns) -> Any:
+    """One value of a message that came in the template's own form."""
+    value = turn[key]
+    answered = turn.get("role") == "assistant" and not turn.get("metadata")  # with metadata: a call's arguments
+    change = functools.partial(_changed, change=stand_ins.in_answer) if answered else stand_ins.in_text
+    if key == "content" and isinstance(value, list) and all(isinstance(part, Mapping) for part in value):
+        return [
+            {stand_ins.in_schema(name): part[name] if name == "type" else change(part[name]) for name in part}
+            for part in value
+        ]
+    if key == "content" or (key in ("reasoning_content", "thinking", "reasoning") and answered):
+        return change(value)
+    return stand_ins.in_schema(value)
+
+
 def _content(message: Message, stand_ins: _StandIns) -> Any:
     answered = message.role == "assistant"
     return stand_ins.in_answer(message.content) if answered else stand_ins.in_text(message.content)
@@ -325,6 +355,19 @@ def _parsed(call: ToolCall) -> Any:
         return json.loads(call.arguments)
     except (ValueError, RecursionError):
         return call.arguments
+
+
+def read_sources(folder: Path | None, config: Mapping[str, Any]) -> tuple[dict[str, str], str]:
+    """The templates of a folder by name, none for a base model, and the file they came from.
+
+    config: its tokenizer_config.json, all there is without a folder. Raises TemplateError for what cannot be read.
+    """
+    origin = str((folder or Path()) / "tokenizer_config.json")
+    file = None if folder is None else folder / "chat_template.jinja"
+    if file is not None and os.path.lexists(file):
+        return {"default": _source(file)}, str(file)
+    found = config.get("chat_template")
+    return {} if found is None else _named_sources(found, origin), f"{origin}: chat_template"
 
 
 def _source(file: Path) -> str:

@@ -1,314 +1,279 @@
-"""Text to token ids and back, from a checkpoint's tokenizer.json; ids to text as they arrive.
+"""Tokenizer: as scripts written for Transformers' AutoTokenizer use it, and the safe way that glm4lite itself takes.
 
-Special tokens (`<|user|>`, `[gMASK]`, …) are recognized only where the caller says so, so what a user types stays text:
-
-    >>> tokenizer.ids("<|user|>"), tokenizer.ids("<|user|>", special=True)
-    ([27, 91, 872, 91, 29], [151336])
+>>> tokenizer.encode("<|user|>"), tokenizer.ids("<|user|>")  # a special string; what somebody typed
+([151336], [27, 91, 872, 91, 29])
 """
 
-import codecs
-import functools
+from __future__ import annotations
+
+import inspect
 import json
-import string
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Self
 
 import tokenizers
-from tokenizers import decoders, models
 
-from glm4lite.errors import CheckpointError, ContextLengthError, one_line
-from glm4lite.rust import named_errors, panic_reports_hidden
-from glm4lite.weights.files import TOKENIZER, decoded, open_file, read_json
-from glm4lite.weights.magic import START_BYTES, dangling, mistaken_for
+from glm4lite.errors import TokenizerError, one_line, shown, unknown_name
+from glm4lite.hub import HubOptions, resolve
+from glm4lite.template import ChatTemplate, read_sources
+from glm4lite.tokenization import chat, refusals
+from glm4lite.tokenization.encoder import Encoder
+from glm4lite.tokenization.encoding import BatchEncoding
+from glm4lite.tokenization.special_tokens import PARTS, in_vocabulary
+from glm4lite.weights.files import TOKENIZER
 
-GLM_STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
-_PREFIX_TOKENS = ("[gMASK]", "<sop>")
-_Piece: TypeAlias = tuple[str, int | None]
-_ALL, _LETTERS, _DIGITS, _NO_ASCII = (
-    bytes(range(256)),
-    string.ascii_letters.encode(),
-    b"0123456789",
-    bytes(range(128, 256)),
+_CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+_COPIED = ("special_tokens_map.json", "added_tokens.json")
+_SETTINGS = (
+    *("padding_side", "truncation_side", "model_max_length", "model_input_names", "extra_special_tokens"),
+    *("clean_up_tokenization_spaces", "split_special_tokens"),
 )
-_OTHER_KINDS = [_ALL.translate(None, kind) for kind in (_ALL, _LETTERS, _DIGITS, _NO_ASCII)]  # what is not of a kind
-_PROBE = "The answer to 37 * 24 (= 888)?\r\n\t- \u00e9\u4f60\u597d \U0001f642 <|x|>"
-_MAX_BYTES = 256 << 20  # the largest known have 30 MB
-_ALWAYS_SPECIAL = {*GLM_STOP_TOKENS, *_PREFIX_TOKENS, "<|system|>", "<|assistant|>"}
+_CHAT_OPTIONS = ("padding_side", "pad_to_multiple_of", "return_attention_mask")
+_MOST_TEMPLATES = 4  # each is a process
 
 
-class Tokenizer:
-    """The tokenizer of one checkpoint.
+class Tokenizer(Encoder):
+    """The tokenizer of one checkpoint. A script changes its import from AutoTokenizer, and nothing else.
 
-    size: ids in use (rows of the embedding past it are padding); special: special string -> id;
-    eos_ids: what tokenizer_config.json names as end of sequence; stop_ids: these and GLM's own stop tokens;
-    prefix_ids: `[gMASK]<sop>` where the vocabulary has them, which every GLM prompt starts with (chat templates write
-    it themselves; put it before raw completions).
+    Source: Transformers' PreTrainedTokenizerFast. What that has and this has not is refused by name.
+
+    `ids` and `text` are the safe way: special strings (`<|user|>`) in a text stay text there, while `encode` and a call
+    make special tokens of them, as in Transformers. A conversation belongs into `apply_chat_template`.
     """
 
     def __init__(
         self, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None, origin: str = TOKENIZER
     ) -> None:
-        """origin: the file that the backend was read from, for messages."""
-        config = config or {}
-        self._backend, self._origin = backend, origin
-        declared, eos = _declared_special(config), token_text(config.get("eos_token"))
-        self._call("no_truncation")
-        self._call("no_padding")
-        added = self._call("get_added_tokens_decoder")
-        # A token that only tokenizer_config.json (or the GLM family) knows to be special must be one for the backend.
-        also = [token.content for token in added.values() if not token.special and token.content in declared]
-        self._call("add_special_tokens", also)
-        # Plain text never yields special tokens: ids() finds them itself, where it is told to.
-        backend.encode_special_tokens = True
-        specials = self._call("get_added_tokens_decoder").items()
-        self._specials: dict[int, tokenizers.AddedToken] = {i: token for i, token in specials if token.special}
-        # Cut at one after the other, longest first: a pattern of all of them takes seconds for a text full of "<|".
-        found = (token for token in self._specials.values() if token.content)
-        self._by_length = sorted(found, key=lambda token: -len(token.content))
-        self.special: dict[str, int] = {token.content: i for i, token in sorted(self._specials.items())}
-        self.size: int = max(self._call("get_vocab", with_added_tokens=True).values(), default=-1) + 1
-        self.eos_ids = frozenset(self._ids_of(eos))
-        self.stop_ids = self.eos_ids | {self.special[name] for name in GLM_STOP_TOKENS if name in self.special}
-        has_prefix = all(name in self.special for name in _PREFIX_TOKENS)
-        self.prefix_ids: list[int] = [self.special[name] for name in _PREFIX_TOKENS] if has_prefix else []
-        self.byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+        super().__init__(backend, config, origin)
+        self._chat_templates: dict[str, str] | None = None  # None: not read yet
+        self._processes: dict[str, ChatTemplate] = {}
+        self._stored = self._settings()
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> "Tokenizer":
-        """Read tokenizer.json and, when there is one, tokenizer_config.json; raises CheckpointError naming the file.
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **settings: Any) -> Self:
+        """The tokenizer of a folder, "nano", or a Hub repo, of which only the small files are downloaded.
 
-        A tokenizer that cannot encode a few words of many kinds is refused here, not when a model was loaded for it.
+        settings: huggingface_hub's revision, cache_dir, token, local_files_only, force_download and subfolder; and
+        attributes that are set at once, such as pad_token, padding_side, model_max_length or chat_template. None is as
+        not given.
+
+        Raises:
+            HubError: there is no such folder or repo, or it cannot be downloaded.
+            CheckpointError: its files cannot be used.
+            TokenizerError: a setting cannot be used, or is not supported, by name.
         """
-        file = Path(path) / TOKENIZER
-        data = _read(file)
-        with panic_reports_hidden():
-            try:
-                backend = named_errors(str(file), tokenizers.Tokenizer.from_buffer, data)
-            except CheckpointError as error:
-                what = mistaken_for(data[:START_BYTES])
-                raise error if what is None else CheckpointError(f"{file} is {what}") from None
-            config = read_json(file.with_name("tokenizer_config.json"), CheckpointError, optional=True)
-            try:
-                tokenizer = cls(backend, config, str(file))
-            except (TypeError, ValueError, AttributeError) as error:
-                what = f"unexpected form ({one_line(error)[:200]})"
-                raise CheckpointError(f"{path}/tokenizer_config.json: {what}") from error
-            tokenizer.text(tokenizer.ids(_PROBE))
+        given = {name: value for name, value in settings.items() if value is not None}
+        hub = HubOptions.taken_from(given)
+        attributes = (*PARTS, *_SETTINGS, "chat_template")
+        own = {name: value for name, value in given.items() if name in attributes or name.endswith("_token")}
+        own = {name: value for name, value in own.items() if name not in refusals.LOADING}
+        rest = {name: value for name, value in given.items() if name not in own}
+        refusals.check("from_pretrained", rest, refusals.LOADING, (*attributes, *vars(hub)))
+        tokenizer = cls.from_folder(resolve(pretrained_model_name_or_path, options=hub, weights=False))
+        tokenizer._check_declared()
+        tokenizer.name_or_path = str(pretrained_model_name_or_path)
+        for name, value in own.items():
+            if name.endswith("_token"):
+                tokenizer.special_tokens.parts[name] = in_vocabulary(tokenizer, name, value)
+            else:
+                setattr(tokenizer, name, value)
         return tokenizer
 
-    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
-        return named_errors(self._origin, getattr(self._backend, method), *arguments, **options)
+    def save_pretrained(self, save_directory: str | Path, **others: Any) -> tuple[str, ...]:
+        """Writes the files as they were, changed where attributes were; AutoTokenizer reads them too.
 
-    def ids(self, text: str, special: bool = False, context: int | None = None) -> list[int]:
-        """Ids of `text`; with `special`, the strings in `self.special` become their single ids. Adds no prefix.
-
-        context: raises ContextLengthError for a text that does not fit, most often without tokenizing it.
+        Returns the files' paths. Raises TokenizerError: an argument is not supported, or the folder cannot be written.
         """
-        if context is not None:
-            self.check_fits(text, context)
-        if not special:
-            return self._encode_plain(text, context)
-        ids: list[int] = []
-        for piece, token_id in self.split_special(text):
-            ids.extend(self._encode_plain(piece, context) if token_id is None else [token_id])
-        return ids
+        refusals.check("save_pretrained", others, refusals.SAVING, ("save_directory",))
+        folder, files = Path(save_directory), self._files()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in (*_COPIED, _TEMPLATE):  # an older tokenizer's, which would be read with this one
+                if name not in files:
+                    (folder / name).unlink(missing_ok=True)
+            for name, content in files.items():
+                part = folder / f".{name}.{os.getpid()}.part"
+                part.write_bytes(content)
+                part.replace(folder / name)  # a link, as in the Hub's cache, is not followed
+        except OSError as error:
+            raise TokenizerError(f"{folder} cannot be written: {error.strerror or one_line(error)}") from None
+        return tuple(str(folder / name) for name in files)
 
-    def check_fits(self, text: str, context: int) -> None:
-        """Raises ContextLengthError where `text` is so long that it needs no counting: it cannot fit."""
-        least = self.least_tokens(text)
-        if least >= context:
-            raise _too_long(text, f"at least {least}", context)
+    @property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The Jinja source of the chat template, or several by name; None for a base model's tokenizer."""
+        sources = self._sources()
+        return sources["default"] if sources.keys() == {"default"} else sources or None
 
-    def split_special(self, text: str) -> list[_Piece]:
-        """Pieces of `text` in order: special strings with their id, the text between them with None."""
-        split: list[_Piece] = [(text, None)]
-        for token in self._by_length:
-            if token.content in text:
-                split = [part for piece in split for part in self._split_at(token, piece)]
-        return [part for part in split if part[0]]
+    @chat_template.setter
+    def chat_template(self, value: str | Mapping[str, str] | None) -> None:
+        sources = {} if value is None else {"default": value} if isinstance(value, str) else value
+        if not isinstance(sources, Mapping) or not all(isinstance(text, str) for text in sources.values()):
+            raise TokenizerError(f"chat_template must be a Jinja template's text, found {shown(value)}")
+        self._chat_templates = dict(sources)
 
-    def _split_at(self, token: tokenizers.AddedToken, piece: _Piece) -> Iterator[_Piece]:
-        """The piece cut at one special string; lstrip and rstrip tokens swallow the white space beside them."""
-        text, token_id = piece
-        if token_id is not None:
-            yield piece
-            return
-        parts = text.split(token.content)
-        for place, part in enumerate(parts):
-            if place:
-                yield token.content, self.special[token.content]
-            part = part.lstrip() if token.rstrip and place else part
-            yield (part.rstrip() if token.lstrip and place < len(parts) - 1 else part), None
+    def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
+        """The source that a conversation is written with: the one given, by name or as text, else the tokenizer's.
 
-    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Text of ids under the name that Transformers' scripts use: special tokens stay unless they are skipped."""
-        return self.text(token_ids, keep_special=not skip_special_tokens)
-
-    def text(self, ids: Iterable[int], keep_special: bool = False) -> str:
-        """Text of `ids`. Special tokens are left out or kept as their strings; ids not in use are left out."""
-        kept = [i for i in ids if keep_special or i not in self._specials]
-        text: str = self._call("decode", kept, skip_special_tokens=False)
-        return text
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token of a byte-level vocabulary; empty for an id that is not in use."""
-        token: str | None = self._call("id_to_token", token_id)
-        if token is None:
-            return b""
-        table = _byte_of_character()
-        if token_id not in self._specials and all(character in table for character in token):
-            return bytes(table[character] for character in token)
-        return token.encode("utf-8", "replace")
-
-    def least_tokens(self, text: str) -> int:
-        """No encoding of `text` has fewer ids, special strings in it counted as one id or more.
-
-        Its bytes over the most that one token holds, for each kind of bytes by itself, since the longest tokens are
-        runs of spaces. 0 where a tokenizer may drop or shorten text before it looks ids up.
+        Raises TokenizerError where there is none.
         """
-        most = self._most_bytes
-        return max(-(-count // most[kind]) for kind, count in enumerate(_kinds_of(text)) if most[kind]) if most else 0
+        sources = self._sources()
+        if chat_template is not None:
+            return sources.get(chat_template, chat_template)
+        name = "tool_use" if tools is not None and "tool_use" in sources else "default"
+        if name in sources:
+            return sources[name]
+        if sources:
+            raise TokenizerError(f"there is no default chat template; name one of {', '.join(sorted(sources))}")
+        raise TokenizerError(
+            "this tokenizer has no chat template (that of a base model has none); give one as chat_template="
+        )
 
-    @functools.cached_property
-    def _most_bytes(self) -> list[int]:
-        """How many bytes of each kind one token holds at most; empty where ids say nothing about a text's length."""
-        vocabulary, table = self._backend.get_vocab(with_added_tokens=False), _byte_of_character()
-        added = self._backend.get_added_tokens_decoder().values()
-        whole = isinstance(self._backend.model, models.BPE) and table.keys() <= vocabulary.keys()
-        swallows = any(token.lstrip or token.rstrip for token in added)  # white space of any length beside them
-        if not whole or swallows or self._backend.normalizer is not None or not _keeps_bytes(self._backend):
-            return []
-        # A character of a byte-level vocabulary is a byte.
-        tokens = [bytes(table.get(character, 0) for character in token) for token in vocabulary]
-        tokens += [token.content.encode("utf-8", "replace") for token in added]
-        return [max(len(token.translate(None, others)) for token in tokens) for others in _OTHER_KINDS]
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        tools: Any = None,
+        documents: Any = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        tokenize: bool = True,
+        sanitize_control_tokens: bool | None = None,
+        padding: bool | str = False,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool = True,
+        return_assistant_tokens_mask: bool = False,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
+        **variables: Any,
+    ) -> Any:
+        """A conversation, or a list of them, as the prompt a checkpoint was trained on: ids, or (tokenize=False) text.
 
-    def is_special(self, token_id: int) -> bool:
-        """True for the ids in `self.special`."""
-        return token_id in self._specials
+        One difference to Transformers: in the ids, special tokens come from the template alone. `<|user|>` in a
+        message is text, and what a template looks for (`</think>`) is not found in what users and tools say. This is
+        Transformers' sanitize_control_tokens=True, which is off there by default. The text is the same as there; it
+        cannot tell who wrote what, so do not tokenize it.
 
-    def _encode_plain(self, text: str, context: int | None = None) -> list[int]:
-        # Lone surrogates (JSON can carry them, UTF-8 cannot) become "?".
-        clean = text.encode("utf-8", "replace").decode("utf-8")
-        # Unlike `encode`, which gives the same ids, this lets other threads run, for seconds with a long text.
-        encoded = self._call("encode_batch_fast", [clean], add_special_tokens=False)[0]
-        if context is not None and len(encoded) >= context:
-            raise _too_long(text, str(len(encoded)), context)
-        ids: list[int] = encoded.ids
-        return ids
+        Args:
+            conversation: messages as the template reads them (GLM: role, content, and a call's name as metadata).
+            tools: functions with type hints and a docstring, or their JSON schemas.
+            documents: for the template.
+            chat_template: another one, by its name or as Jinja text. It runs in a process of its own, with limits.
+            add_generation_prompt: the prompt ends where the assistant begins.
+            continue_final_message: the prompt ends behind the last message's content (or the field named).
+            padding, truncation, max_length, return_tensors: as in a call.
+            return_dict: False: only the ids.
+            tokenizer_kwargs: padding_side, pad_to_multiple_of and return_attention_mask.
+            variables: what else the template reads, such as enable_thinking.
 
-    def _ids_of(self, text: str | None) -> list[int]:
-        token_id = self._call("token_to_id", text) if text else None
-        return [] if token_id is None else [token_id]
+        Raises TokenizerError: an argument is not supported or cannot be used; TemplateError: the template fails.
+        """
+        if return_assistant_tokens_mask:
+            raise TokenizerError("return_assistant_tokens_mask is not supported: templates do not tell who says what")
+        if sanitize_control_tokens is (not tokenize):
+            why = "what a message says stays text" if tokenize else "only ids tell text from control tokens"
+            raise TokenizerError(f"sanitize_control_tokens={sanitize_control_tokens} is not supported: {why}")
+        if continue_final_message and add_generation_prompt:
+            raise TokenizerError("continue_final_message and add_generation_prompt exclude each other")
+        messages, batched = chat.conversations(conversation)
+        source = self.get_chat_template(chat_template, tools)
+        self._check_variables(variables, source)
+        given = chat.plain(variables) | {
+            "tools": chat.tool_schemas(tools),
+            "documents": chat.plain(documents),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        field = "content" if continue_final_message is True else continue_final_message or None
+        names = {name: text for name, text in self.special_tokens_map.items() if name not in given}
+        specials = {*self.special, *names.values()} if tokenize else None
+        template = self._process(source)
+        prompts = [chat.rendered(template, one, given, names, field, specials) for one in messages]
+        if not tokenize:
+            return [text for text, _ in prompts] if batched else prompts[0][0]
+        options = dict(tokenizer_kwargs or {})
+        refusals.check(
+            "tokenizer_kwargs", {k: v for k, v in options.items() if k not in _CHAT_OPTIONS}, {}, _CHAT_OPTIONS
+        )
+        multiple, side = options.get("pad_to_multiple_of"), options.get("padding_side")
+        lengths = self._lengths(padding, truncation, max_length, multiple, side)
+        ids = [lengths.shortened(self.ids_between(text, restore)) for text, restore in prompts]
+        mask = self._by_default("attention_mask", options.get("return_attention_mask"))
+        rows = lengths.filled({"input_ids": ids}, "input_ids", mask)
+        values = rows if batched or return_tensors is not None else {name: row[0] for name, row in rows.items()}
+        encoding = BatchEncoding(values, tensor_type=return_tensors)
+        return encoding if return_dict else encoding["input_ids"]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_processes": {}}
 
-class StreamingDetokenizer:
-    """Text of one growing list of ids, piece by piece: the pieces joined are `text(ids)`.
+    def _sources(self) -> dict[str, str]:
+        if self._chat_templates is None:
+            self._chat_templates = self._stored_templates()
+        return self._chat_templates
 
-    A character whose bytes are not all there yet is held back, so no piece ends in half a character (U+FFFD). Each
-    step costs the same however long the text is.
-    """
+    def _process(self, source: str) -> ChatTemplate:
+        """The process that renders a source, started where there is none yet."""
+        if source not in self._processes:
+            while len(self._processes) >= _MOST_TEMPLATES:
+                del self._processes[next(iter(self._processes))]
+            self._processes[source] = ChatTemplate(source, f"chat template of {self.name_or_path or self._origin}")
+        return self._processes[source]
 
-    def __init__(self, tokenizer: Tokenizer, keep_special: bool = False) -> None:
-        self._tokenizer = tokenizer
-        self._keep_special = keep_special
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.byte_level else None
-        self._window: list[int] = []  # other decoders: the last ids, of which the first _shown characters are out
-        self._shown = 0
-        self._read = 0  # ids of the window whose text is out
+    def _check_variables(self, variables: Mapping[str, Any], source: str) -> None:
+        """A variable that no template reads is said, and one that is a misspelt argument refused."""
+        known = list(inspect.signature(Tokenizer.apply_chat_template).parameters) if variables else []
+        for name in variables:
+            if name == "messages":
+                raise TokenizerError("the messages are apply_chat_template's first argument, conversation")
+            if re.search(rf"\b{re.escape(name)}\b", source):
+                continue
+            if get_close_matches(name, known, 1, cutoff=0.85):
+                raise TokenizerError(unknown_name("apply_chat_template", name, known))
+            self._say_once(f"{name} changes nothing: the chat template does not read it")
 
-    def add(self, token_id: int) -> str:
-        """The text that `token_id` completes; often one word, sometimes nothing."""
-        if self._tokenizer.is_special(token_id) and not self._keep_special:
-            return ""
-        if self._utf8 is not None:
-            return self._utf8.decode(self._tokenizer.token_bytes(token_id))
-        self._window.append(token_id)
-        text = self._tokenizer.text(self._window, keep_special=True)
-        # At most 4 tokens make one character in byte fallback; a longer wait is for bytes that never were UTF-8.
-        if text.endswith("\ufffd") and len(self._window) - self._read <= 4:
-            return ""
-        return self._emit(text)
+    def _check_declared(self) -> None:
+        """Special tokens that tokenizer.json lacks would get ids that the model has no rows for."""
+        for token in self.special_tokens.all:
+            if token and self.token_id(token) is None:
+                raise TokenizerError(
+                    f"{self.folder}/{_CONFIG} names {shown(token)}, which tokenizer.json does not hold; "
+                    "the two come from different tokenizers"
+                )
 
-    def finish(self) -> str:
-        """What is still held back: U+FFFD for a character that never became whole, else nothing."""
-        if self._utf8 is not None:
-            return self._utf8.decode(b"", final=True)
-        return self._emit(self._tokenizer.text(self._window, keep_special=True)) if self._window else ""
+    def _settings(self) -> dict[str, Any]:
+        """What tokenizer_config.json says and a script can change."""
+        lists = {name: list(value) for name in _SETTINGS if isinstance(value := getattr(self, name), list)}
+        return {name: getattr(self, name) for name in _SETTINGS} | lists | dict(self.special_tokens.parts)
 
-    def _emit(self, text: str) -> str:
-        piece = text[self._shown :]
-        # The ids shown last stay as context, because such decoders treat the first token of a text differently.
-        self._window = self._window[self._read :]
-        self._read = len(self._window)
-        self._shown = len(self._tokenizer.text(self._window, keep_special=True))
-        return piece
+    def _files(self) -> dict[str, bytes]:
+        """Name -> content of what `save_pretrained` writes."""
+        names = (TOKENIZER, _CONFIG, *_COPIED, _TEMPLATE)
+        files = {}
+        if self.folder is not None:
+            files = {name: (self.folder / name).read_bytes() for name in names if (self.folder / name).exists()}
+        files.setdefault(TOKENIZER, self._backend.to_str(pretty=True).encode())
+        changed = {name: value for name, value in self._settings().items() if value != self._stored.get(name)}
+        config = {**self._config, **changed}
+        if self._chat_templates is not None and self._chat_templates != self._stored_templates():
+            files.pop(_TEMPLATE, None)
+            config.pop("chat_template", None)
+            changed["chat_template"] = self._chat_templates
+            if self._chat_templates.keys() == {"default"}:
+                files[_TEMPLATE] = self._chat_templates["default"].encode()
+            elif self._chat_templates:
+                found = self._chat_templates.items()
+                config["chat_template"] = [{"name": name, "template": text} for name, text in found]
+        if changed or _CONFIG not in files:
+            files.pop(_COPIED[0], None)  # its names are in the config by now
+            config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+            config = {name: value for name, value in config.items() if value is not None}
+            files[_CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        return files
 
-
-def _too_long(text: str, tokens: str, context: int) -> ContextLengthError:
-    return ContextLengthError(
-        f"the prompt has {len(text)} characters, {tokens} tokens, and the model's context is {context}; "
-        "shorten the conversation or start a new one"
-    )
-
-
-def _read(file: Path) -> bytes:
-    """A tokenizer.json as UTF-8 without a byte order mark."""
-    try:
-        with open_file(file) as opened:
-            data = opened.read(_MAX_BYTES + 1)
-    except FileNotFoundError:
-        link = dangling(file)
-        if link is not None:
-            raise CheckpointError(f"{file} is {link}") from None
-        hint = ""
-        if file.with_name("tokenizer.model").exists():
-            hint = " (its tokenizer.model is of the older remote-code form; use the '-hf' conversion)"
-        raise CheckpointError(f"{file}: not found{hint}; a checkpoint folder needs its tokenizer.json") from None
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
-    if len(data) > _MAX_BYTES:
-        raise CheckpointError(f"{file} has more than {_MAX_BYTES} bytes, as no tokenizer has; download it again")
-    try:
-        return decoded(data).encode()
-    except UnicodeError:
-        return data  # for the library to say what is wrong
-
-
-def _declared_special(config: dict[str, Any]) -> set[str]:
-    listed = config.get("added_tokens_decoder") or {}
-    declared = {token_text(token) for token in listed.values() if isinstance(token, dict) and token.get("special")}
-    return {text for text in declared if text} | _ALWAYS_SPECIAL
-
-
-def token_text(token: Any) -> str | None:
-    """A token in tokenizer_config.json is its string or an object with `content`."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
-
-
-def _kinds_of(text: str) -> list[int]:
-    """How many bytes of each kind a text has."""
-    data = text.encode("utf-8", "replace")
-    return [len(data.translate(None, others)) for others in _OTHER_KINDS]
-
-
-def _keeps_bytes(backend: tokenizers.Tokenizer) -> bool:
-    """Whether the pre-tokenizer ends in bytes and drops nothing on the way."""
-    steps = [] if backend.pre_tokenizer is None else [json.loads(backend.pre_tokenizer.__getstate__())]
-    kinds = list[str]()
-    for step in steps:  # grows by what a Sequence holds
-        kinds.append(step["type"] if step.get("behavior") != "Removed" else "Removed")
-        steps.extend(step.get("pretokenizers", ()))
-    return "ByteLevel" in kinds and set(kinds) <= {"ByteLevel", "Sequence", "Split", "Digits"}
-
-
-@functools.cache
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's table: printable bytes stand for themselves, the 68 others for the characters from U+0100 on."""
-    printable: Sequence[int] = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return table | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    def _stored_templates(self) -> dict[str, str]:
+        return read_sources(self.folder, self._config)[0]

@@ -27,8 +27,10 @@ ALLOWED = {
     "bitsandbytes": {"quant/glm4lite_quant/bnb.py"},
     "gradio": {f"ui/glm4lite_ui/{name}.py" for name in PAGE},
     "triton": {f"quant/glm4lite_quant/kernels/triton_{name}.py" for name in ("gpu", "kernels", "step", "step_kernels")},
-    "fastapi": {"glm4lite/server/app.py", "ui/glm4lite_ui/serving.py"},
+    "fastapi": {"glm4lite/server/app.py", "ui/glm4lite_ui/serving.py", "ui/glm4lite_ui/transfer.py"},
     "uvicorn": {"glm4lite/server/launch.py", "glm4lite/server/connection.py"},
+    "pypdf": {"ui/glm4lite_ui/untrusted/documents.py"},
+    "charset_normalizer": {"ui/glm4lite_ui/untrusted/encodings.py"},
     "pickle": set(),
     "huggingface_hub": {"glm4lite/weights/hub_client.py", "glm4lite/weights/hub_errors.py"},
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import reprlib
@@ -13,7 +12,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
-from glm4lite.errors import ConfigError
+from glm4lite.errors import ConfigError, unknown_name
 from glm4lite.weights.files import read_json
 
 logger = logging.getLogger("glm4lite")
@@ -227,8 +226,7 @@ def is_setting(name: str) -> bool:
 
 def unknown(name: str, known: Iterable[str]) -> str:
     """The sentence about a setting that does not exist."""
-    near = difflib.get_close_matches(name, [*known, *_OFF], 1)
-    return f"generate knows no {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return unknown_name("generate", name, [*known, *_OFF])
 
 
 def _problem(error: ValidationError) -> str:

@@ -132,7 +132,7 @@ class Assembly:
 
     def _read_plain(self, fill: Fill, device: torch.device) -> Tensor:
         """A tensor straight into its final memory, converted block by block."""
-        dtype = self.plan.plain_dtype(fill, self.destinations.dtype(fill.module))
+        dtype = self.plan.plain_dtype(len(fill.shape), self.destinations.dtype(fill.module))
         values = torch.empty(fill.shape, dtype=dtype, device=device)
         for start, rows in finite_blocks(self.checkpoint, fill.source, self.meter):
             values[start : start + rows.shape[0]] = rows
@@ -154,13 +154,20 @@ class Assembly:
         cast(Any, self.model).lm_head.weight = weight if shared else nn.Parameter(weight.detach().to(device))
 
     def _initialise(self) -> None:
-        """Values for a classification head that no file holds: N(0, initializer_range), biases 0, as the reference."""
+        """Values for what no file holds: N(0, initializer_range), biases 0, norms 1, as the reference."""
         std = cast(Any, self.model).config.initializer_range
         for module, parameter in self.plan.fresh:
-            layer = self.model.get_submodule(module)
-            values = torch.zeros(getattr(layer, parameter).shape, dtype=self.destinations.dtype(module))
-            values = values.to(self.destinations.device(module))
-            _assign(layer, parameter, values if parameter == "bias" else values.normal_(std=std))
+            layer, device = self.model.get_submodule(module), self.destinations.device(module)
+            shape = getattr(layer, parameter).shape
+            dtype = self.plan.plain_dtype(len(shape), self.destinations.dtype(module))
+            values = torch.zeros(shape, dtype=dtype, device=device)
+            if len(shape) > 1:
+                values.normal_(std=std)
+            elif parameter != "bias":
+                values.fill_(1)
+            if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
+                values[layer.padding_idx] = 0
+            _assign(layer, parameter, values)
 
 
 def check_as_stored(model: nn.Module, checkpoint: Checkpoint, stored: QuantConfig) -> None:

@@ -15,12 +15,14 @@ from pathlib import Path
 
 from glm4lite.errors import CheckpointError, HubError, one_line
 from glm4lite.events import Progress
+from glm4lite.hub import HubOptions
 from glm4lite.owned_folder import is_abandoned
 from glm4lite.weights.files import (
     COMPANIONS,
     CONFIG,
     INDEX,
     SINGLE,
+    TOKENIZER,
     UNREADABLE,
     may_be_missing,
     read_index,
@@ -51,23 +53,50 @@ _AT_ONCE = 8
 _REPEATS = 2  # of a file that arrived damaged
 
 
-def download(repo_id: str, progress: ProgressCallback | None = None) -> Path:
+def download(repo_id: str, progress: ProgressCallback | None, options: HubOptions, weights: bool = True) -> Path:
     """The local folder of a Hub repo, downloaded where the cache lacks it.
 
     Only config, tokenizer, chat template and safetensors are fetched: no pickle, no Python code. HF_ENDPOINT, HF_TOKEN,
-    HF_HUB_OFFLINE and HF_HOME hold as usual. Where the Hub does not answer, what the cache has is taken.
+    HF_HUB_OFFLINE and HF_HOME hold as usual. Where the Hub does not answer, what the cache has is taken. Without
+    `weights` the small files are enough, also of a repo that holds no others.
 
     Raises:
         HubError: the repo does not exist, is gated, holds no safetensors, cannot be reached, does not fit the disk, or
             arrives damaged.
     """
+    if options.local_files_only:
+        return _from_cache(repo_id, options, _absent(repo_id, options), progress, weights)
     try:
-        snapshot = Snapshot.of(repo_id, progress)
+        snapshot = Snapshot.of(repo_id, options, progress, weights)
     except HubError as error:
-        return _from_cache(repo_id, error, progress)
-    snapshot.bring([CONFIG, *(name for name in (*COMPANIONS, INDEX) if name in snapshot.repo.files)])
-    snapshot.bring(snapshot.weights())
+        if options.force_download:
+            raise
+        return _from_cache(repo_id, options, error, progress, weights)
+    snapshot.bring([name for name in (CONFIG, *COMPANIONS, INDEX) if name in snapshot.repo.files])
+    if weights:
+        snapshot.bring(snapshot.weights())
     return snapshot.folder
+
+
+def download_config(repo_id: str, options: HubOptions) -> Path:
+    """A repo's config.json alone, whatever weights it has. HubError as `download`."""
+    try:
+        if options.local_files_only:
+            raise _absent(repo_id, options)
+        with explained(repo_id):
+            return fetch(repo_id, CONFIG, options, lambda _: None, anew=options.force_download)
+    except HubError:
+        with explained(repo_id):
+            folder = None if options.force_download else cached_folder(repo_id, options)
+        if folder is None:
+            raise
+        return folder / CONFIG
+
+
+def _absent(repo_id: str, options: HubOptions) -> HubError:
+    return HubError(
+        f"{repo_id} is not (or not wholly) in {cache(options)}, and local_files_only forbids to download it"
+    )
 
 
 class Snapshot:
@@ -76,25 +105,31 @@ class Snapshot:
     def __init__(self, repo: Repo, folder: Path, progress: ProgressCallback | None) -> None:
         self.repo = repo
         self.folder = folder
+        self._kept = _kept(folder, repo.options)
         self._progress = progress
-        self._verifier = Verifier(folder)
+        self._verifier = Verifier(folder, self._kept)
         self._counter = _Counter(progress)
 
     @classmethod
-    def of(cls, repo_id: str, progress: ProgressCallback | None = None) -> "Snapshot":
-        """The newest commit, with config.json in its folder.
+    def of(
+        cls, repo_id: str, options: HubOptions, progress: ProgressCallback | None = None, weights: bool = True
+    ) -> "Snapshot":
+        """The newest commit (of the revision asked for), with config.json in its folder (or a tokenizer alone).
 
         Raises:
-            HubError: the repo cannot be listed, or cannot be a model.
+            HubError: the repo cannot be listed, or cannot be a model (without `weights`: has no tokenizer.json).
         """
         with explained(repo_id):
-            repo = listing(repo_id)
-            _check_files(repo)
-            folder = fetch(repo_id, CONFIG, None, lambda _: None).parent  # so that the cache knows the newest commit
-            if repo.commit not in (None, folder.name):  # something was committed just now
-                repo = listing(repo_id, folder.name)
-            _remove_unfinished(repo_id, folder.parents[1])
-        return cls(replace(repo, commit=folder.name), folder, progress)
+            repo = listing(repo_id, options)
+            _check_files(repo, weights)
+            # At the revision and not at its commit, so that the cache knows which commit that is now.
+            first = CONFIG if CONFIG in repo.files else TOKENIZER
+            folder = fetch(repo_id, first, options, lambda _: None).parent
+            commit = folder.relative_to(_kept(folder, options) / "snapshots").parts[0]
+            if repo.commit not in (None, commit):  # something was committed just now
+                repo = listing(repo_id, options, commit)
+            _remove_unfinished(repo_id, _kept(folder, options), cache(options))
+        return cls(replace(repo, commit=commit), folder, progress)
 
     def weights(self) -> list[str]:
         """The files that hold the weights: what the index names. It has been brought before, where there is one.
@@ -119,10 +154,11 @@ class Snapshot:
         Raises:
             HubError: it cannot be downloaded or stored, or is damaged each time.
         """
-        missing = [name for name in names if not (self.folder / name).exists()]
+        forced = self.repo.options.force_download
+        missing = [name for name in names if forced or not (self.folder / name).exists()]
         with explained(self.repo.repo_id):
-            _check_disk(self.repo.repo_id, sum(self.repo.files[name].size for name in missing))
-        self._download(missing)
+            _check_disk(self.repo, sum(self.repo.files[name].size for name in missing))
+        self._download(missing, anew=forced)
         self._say_unverified(missing)
         for again in range(_REPEATS + 1):
             damaged = self._damaged(names, missing)
@@ -140,7 +176,11 @@ class Snapshot:
     def _download(self, names: Sequence[str], anew: bool = False) -> None:
         repo, counter = self.repo, self._counter
         counter.total += sum(repo.files[name].size for name in names)
-        failed = _in_threads(lambda name: fetch(repo.repo_id, name, repo.commit, counter.add, anew), names, counter)
+
+        def bring(name: str) -> Path:
+            return fetch(repo.repo_id, name, repo.options, counter.add, repo.commit, anew)
+
+        failed = _in_threads(bring, names, counter)
         if failed is not None:
             with explained(repo.repo_id):
                 raise failed
@@ -165,7 +205,7 @@ class Snapshot:
     def _given_up(self, damaged: Mapping[str, Damage]) -> HubError:
         """What is known to be wrong is not left in the cache, for no other program either."""
         for name in damaged:
-            forget(self.folder / name)
+            forget(self.folder / name, self._kept / "blobs")
         name, damage = next(iter(damaged.items()))
         return HubError(
             f"{self.repo.repo_id}: {name} arrives damaged from {endpoint()} each time "
@@ -179,9 +219,14 @@ def _digests(repo: Repo, folder: Path, name: str) -> frozenset[str]:
     return told if any(one.startswith("sha256:") for one in told) else told | cached_as(folder / name)
 
 
-def whole_in_cache(repo_id: str) -> Path | None:
+def _kept(folder: Path, options: HubOptions) -> Path:
+    """All that the cache has of a repo; `folder` is where one commit's config.json lies."""
+    return folder.parents[1 + options.depth]
+
+
+def whole_in_cache(repo_id: str, options: HubOptions) -> Path | None:
     """The repo's folder in the cache, None where files are missing that a model needs."""
-    folder = cached_folder(repo_id)
+    folder = cached_folder(repo_id, options)
     if folder is None:
         return None
     try:
@@ -190,15 +235,17 @@ def whole_in_cache(repo_id: str) -> Path | None:
         return None
 
 
-def _from_cache(repo_id: str, error: HubError, progress: ProgressCallback | None) -> Path:
-    """Where the Hub cannot be asked; its `error` where the cache has not all of the repo."""
+def _from_cache(
+    repo_id: str, options: HubOptions, error: HubError, progress: ProgressCallback | None, weights: bool
+) -> Path:
+    """Where the Hub cannot or may not be asked; its `error` where the cache has not all of the repo."""
     with explained(repo_id):
-        folder = whole_in_cache(repo_id)
+        folder = whole_in_cache(repo_id, options) if weights else cached_folder(repo_id, options, TOKENIZER)
     if folder is None:
         raise error
-    verifier = Verifier(folder)
+    verifier = Verifier(folder, _kept(folder, options))
     if verifier.can_remember():
-        names = (CONFIG, *COMPANIONS, INDEX, *_weights_in(folder))
+        names = (CONFIG, *COMPANIONS, INDEX, *(_weights_in(folder) if weights else ()))
         expected = {name: cached_as(folder / name) for name in names if (folder / name).exists()}
         for name, damage in verifier.damaged(expected, _verifying(progress)).items():
             raise HubError(
@@ -232,8 +279,12 @@ def _compared(damage: Damage) -> str:
     return f"{damage.found} instead of {damage.expected}"
 
 
-def _check_files(repo: Repo) -> None:
-    """Whether the repo can be a model, before anything of it is fetched."""
+def _check_files(repo: Repo, weights: bool) -> None:
+    """Whether the repo can be a model, or at least its tokenizer, before anything of it is fetched."""
+    if not weights:
+        if TOKENIZER not in repo.files:
+            raise HubError(f"{repo.repo_id} has no {TOKENIZER}; choose another repo (an '-hf' conversion has it)")
+        return
     if SINGLE not in repo.files and INDEX not in repo.files:
         raise HubError(f"{repo.repo_id} {_no_weights(sorted(repo.files))}")
     if CONFIG not in repo.files:
@@ -256,22 +307,23 @@ def _no_weights(names: Sequence[str]) -> str:
     return f"holds no safetensors weights{found}; choose a repo with safetensors"
 
 
-def _check_disk(repo_id: str, needed: int) -> None:
-    folder = next(parent for parent in (cache(), *cache().parents) if parent.exists())
+def _check_disk(repo: Repo, needed: int) -> None:
+    kept_in = cache(repo.options)
+    folder = next(parent for parent in (kept_in, *kept_in.absolute().parents) if parent.exists())
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise HubError(
-            f"{repo_id} needs {readable(needed)} of disk, {readable(free)} are free in {cache()}; "
+            f"{repo.repo_id} needs {readable(needed)} of disk, {readable(free)} are free in {kept_in}; "
             "free some space, or set HF_HOME to a folder on another disk"
         )
 
 
-def _remove_unfinished(repo_id: str, kept: Path) -> None:
+def _remove_unfinished(repo_id: str, kept: Path, cache: Path) -> None:
     """What killed downloads left: huggingface_hub goes on with none of it. It holds a lock on what it is writing."""
     left = []
     for part in (kept / "blobs").glob("*.*.incomplete"):
         name = part.name.removesuffix(".incomplete").rpartition(".")[0]
-        if is_abandoned(cache() / ".locks" / kept.name / f"{name}.lock"):
+        if is_abandoned(cache / ".locks" / kept.name / f"{name}.lock"):
             left.append(part.stat().st_size)
             part.unlink()
     if left:

@@ -14,6 +14,7 @@ ADAPTER = "adapter_config.json"
 
 _UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".tmp")
 _MOST_ENTRIES = 10_000  # of a folder that is looked through
+_SAVING = ".save.partial-"  # how the folder begins in which a save's files are before they take their places
 _CACHED = "models--"  # how huggingface_hub begins a repository's folder in its cache
 
 
@@ -51,6 +52,10 @@ def unfinished(folder: Path) -> str | None:
 
 def described(folder: Path) -> str | None:
     """One sentence on a folder that lacks its config.json or weights, with what to do; None where nothing is known."""
+    saving = next((name for name in names_in(folder) if name.startswith(_SAVING)), None)
+    if saving is not None:
+        before = folder / saving / "replaced"
+        return f"a save into {folder} was not finished; save the model again (what was there before is in {before})"
     other = other_weights(folder)
     if other is not None:
         return other

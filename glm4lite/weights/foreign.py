@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,14 +20,15 @@ from torch import Tensor
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.weights.files import parse_json
-from glm4lite_quant import BnbConfig, BnbTensor, QuantConfig, bnb
+from glm4lite_quant import BnbConfig, BnbTensor, QuantConfig, QuantError, QuantTensor, bnb
+from glm4lite_quant.tensor import NAMES as PLANES
 
 logger = logging.getLogger("glm4lite")
 
 Quant = QuantConfig | BnbConfig
 
-_STATE = "quant_state.bitsandbytes__"
-_SUFFIXES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(_STATE + kind for kind in bnb.QUANT_MAPS))
+STATE = "quant_state.bitsandbytes__"
+_SUFFIXES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(STATE + kind for kind in bnb.QUANT_MAPS))
 _KEYS = frozenset({"quant_type", "blocksize", "dtype", "shape"})
 _NESTED_KEYS = frozenset({"nested_blocksize", "nested_dtype", "nested_offset"})
 _DTYPES: Mapping[str, str] = {"bfloat16": "BF16", "float32": "F32", "float16": "F32"}
@@ -60,14 +61,14 @@ def find_weight(checkpoint: Checkpoint, name: str) -> BnbWeight | None:
     found = [suffix for suffix in _SUFFIXES if f"{name}.{suffix}" in checkpoint]
     if not found or name not in checkpoint:
         return None
-    states = [suffix for suffix in found if suffix.startswith(_STATE)]
+    states = [suffix for suffix in found if suffix.startswith(STATE)]
     if len(states) != 1:
         what = "no quant_state of nf4 or fp4" if not states else "two quant_states"
         raise _wrong(checkpoint, name, f"has {what} beside its {found[0]}")
     try:
         fields = _state(checkpoint, f"{name}.{states[0]}")
         weight = _described(fields, tuple(f"{name}{part}" for part in ("", *(f".{suffix}" for suffix in found))))
-        if weight.kind != states[0].removeprefix(_STATE):
+        if weight.kind != states[0].removeprefix(STATE):
             raise ValueError(f"quant_type is {weight.kind!r} in a {states[0]}")
         _check_tensors(checkpoint, name, weight)
     except ValueError as error:
@@ -182,27 +183,61 @@ def read_weight(checkpoint: Checkpoint, weight: BnbWeight) -> BnbTensor:
 
 
 class DecodedCheckpoint(Checkpoint):
-    """The same checkpoint as if its 4-bit weights were plain ones: rows are decoded as they are read."""
+    """The same checkpoint as if its quantized weights were plain ones: rows are decoded as they are read.
+
+    Beside bitsandbytes' weights may lie int8 ones of ours, as `save_pretrained` writes embedding and head.
+    """
 
     def __init__(self, checkpoint: Checkpoint, found: Mapping[str, BnbWeight]) -> None:
-        hidden = {part for weight in found.values() for part in weight.parts[1:]}
+        parts = {name: weight.parts for name, weight in found.items()} | dict(_own_weights(checkpoint))
+        hidden = {part for names in parts.values() for part in names}
         tensors = {name: checkpoint.stored(name) for name in checkpoint.names() if name not in hidden}
         for name, weight in found.items():
-            tensors[name] = replace(tensors[name], dtype=_DTYPES[weight.dtype], shape=weight.shape)
+            tensors[name] = replace(checkpoint.stored(name), dtype=_DTYPES[weight.dtype], shape=weight.shape)
+        for name in parts.keys() - found.keys():
+            shape = _own_weight(checkpoint, parts[name], checkpoint.outline).shape
+            tensors[name] = replace(checkpoint.stored(parts[name][0]), name=name, dtype="BF16", shape=shape)
         config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
         super().__init__(checkpoint.folder, config, tensors, checkpoint.absent)
-        self._source, self._found, self._read = checkpoint, found, dict[str, BnbTensor]()
+        self._source, self._found, self._parts = checkpoint, found, parts
+        self._read: dict[str, BnbTensor | QuantTensor] = {}
 
     def tensor(self, name: str) -> Tensor:
-        return self.rows(name, 0, self.shape(name)[0]) if name in self._found else super().tensor(name)
+        return self.rows(name, 0, self.shape(name)[0]) if name in self._parts else super().tensor(name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        if name not in self._found:
+        if name not in self._parts:
             return super().rows(name, start, stop)
         if name not in self._read:
-            self._read[name] = read_weight(self._source, self._found[name])
-        dtype = torch.bfloat16 if self.dtype(name) == "BF16" else torch.float32
-        return self._read[name].rows(start, stop, dtype)
+            self._read[name] = self._weight(name)
+        weight, dtype = self._read[name], torch.bfloat16 if self.dtype(name) == "BF16" else torch.float32
+        if isinstance(weight, QuantTensor):
+            return weight.rows(torch.arange(start, stop), dtype)
+        return weight.rows(start, stop, dtype)
+
+    def _weight(self, name: str) -> BnbTensor | QuantTensor:
+        if name in self._found:
+            return read_weight(self._source, self._found[name])
+        return _own_weight(self._source, self._parts[name], self._source.mapped)
+
+
+def _own_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The weights of our own format, and the names of their planes."""
+    for name in checkpoint.names():
+        module = name.removesuffix(".qweight")
+        if module != name:
+            yield f"{module}.weight", tuple(part for p in PLANES if (part := f"{module}.{p}") in checkpoint)
+
+
+def _own_weight(checkpoint: Checkpoint, parts: tuple[str, ...], read: Callable[[str], Tensor]) -> QuantTensor:
+    """CheckpointError where its planes are none."""
+    try:
+        weight = QuantTensor.from_tensors({part.rpartition(".")[2]: read(part) for part in parts})
+        if weight.device.type != "meta":
+            weight.check_finite()
+    except QuantError as error:
+        raise _wrong(checkpoint, parts[0], f"is damaged: {error}") from None
+    return weight
 
 
 def adapt(

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
@@ -28,6 +28,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported wh
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from glm4lite.errors import HubError
+from glm4lite.hub import HubOptions
 from glm4lite.weights.files import CONFIG
 from glm4lite.weights.hub_errors import in_words
 
@@ -50,9 +51,13 @@ class Listed:
 
 @dataclass(frozen=True)
 class Repo:
-    """The files at the top of a Hub repo. Those of subfolders are other formats of the same weights."""
+    """The files at the top of a Hub repo, or of the subfolder that is asked for.
+
+    Those of other subfolders are other formats of the same weights.
+    """
 
     repo_id: str
+    options: HubOptions
     commit: str | None = None
     files: Mapping[str, Listed] = field(default_factory=dict)
 
@@ -62,9 +67,9 @@ def endpoint() -> str:
     return constants.ENDPOINT
 
 
-def cache() -> Path:
+def cache(options: HubOptions) -> Path:
     """Where huggingface_hub keeps what it downloaded."""
-    return Path(constants.HF_HUB_CACHE)
+    return Path(options.cache_dir or constants.HF_HUB_CACHE)
 
 
 @contextmanager
@@ -79,24 +84,28 @@ def explained(repo_id: str) -> Iterator[None]:
         raise HubError(" ".join(message.split())) from None
 
 
-def listing(repo_id: str, revision: str | None = None) -> Repo:
-    """What the Hub says it holds; its client's errors where it does not say."""
+def listing(repo_id: str, options: HubOptions, commit: str | None = None) -> Repo:
+    """What the Hub holds at a commit (None: at the revision asked for); its client's errors where it does not say."""
+    revision = commit or options.revision
     at = f"/revision/{quote(revision, safe='')}" if revision else ""
     response = _session().get(
-        f"{endpoint()}/api/models/{repo_id}{at}", params={"blobs": "true"}, headers=_headers(), timeout=_SECONDS
+        f"{endpoint()}/api/models/{repo_id}{at}", params={"blobs": "true"}, headers=_headers(options), timeout=_SECONDS
     )
     hf_raise_for_status(response)
     try:
         told = response.json()
         siblings = told["siblings"]
-        files = {entry["rfilename"]: _listed(entry) for entry in siblings if "/" not in entry["rfilename"]}
-    except (ValueError, TypeError, KeyError, RecursionError):
+        prefix = f"{PurePosixPath(options.subfolder)}/" if options.subfolder else ""
+        inside = [entry for entry in siblings if entry["rfilename"].startswith(prefix)]
+        named = [(entry["rfilename"].removeprefix(prefix), entry) for entry in inside]
+        files = {name: _listed(entry) for name, entry in named if "/" not in name}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise HubError(
             f"{repo_id}: {endpoint()} does not answer as the Hub does; if this network asks for a login in a browser, "
             "do that first, else check HF_ENDPOINT"
         ) from None
-    commit = told.get("sha")
-    return Repo(repo_id, commit if isinstance(commit, str) else None, files)
+    sha = told.get("sha")
+    return Repo(repo_id, options, sha if isinstance(sha, str) else None, files)
 
 
 def _listed(entry: Mapping[str, Any]) -> Listed:
@@ -118,9 +127,8 @@ def cached_as(path: Path) -> frozenset[str]:
     return frozenset(f"{kind}:{etag}" for pattern, kind in kinds if pattern.fullmatch(etag))
 
 
-def forget(path: Path) -> None:
-    """Takes a file out of the cache, for every program that uses it."""
-    blobs = path.parents[2] / "blobs"
+def forget(path: Path, blobs: Path) -> None:
+    """Takes a file out of the cache, for every program that uses it; `blobs`: the folder that its link leads into."""
     with suppress(OSError):
         kept = Path(os.path.normpath(path.parent / os.readlink(path)))
         if kept.parent == blobs:
@@ -129,13 +137,29 @@ def forget(path: Path) -> None:
         path.unlink()
 
 
-def fetch(repo_id: str, file: str, revision: str | None, count: Callable[[int], None], anew: bool = False) -> Path:
+def fetch(
+    repo_id: str,
+    file: str,
+    options: HubOptions,
+    count: Callable[[int], None],
+    commit: str | None = None,
+    anew: bool = False,
+) -> Path:
     """A file of the repo, in the cache: downloaded where it is not there, or `anew`.
 
     `count` hears of more bytes (of fewer where a server begins again), and ends the download by raising.
     """
     _session()
-    found = hf_hub_download(repo_id, file, revision=revision, tqdm_class=_bar(count), force_download=anew)
+    found = hf_hub_download(
+        repo_id,
+        file,
+        subfolder=options.subfolder or None,
+        revision=commit or options.revision,
+        cache_dir=options.cache_dir,
+        token=options.token,
+        tqdm_class=_bar(count),
+        force_download=anew,
+    )
     return Path(found)
 
 
@@ -166,16 +190,17 @@ def _bar(count: Callable[[int], None]) -> type[Any]:
     return Bar
 
 
-def cached_folder(repo_id: str) -> Path | None:
-    """Where the cache has the repo's config.json, and whatever else was downloaded with it."""
-    config = try_to_load_from_cache(repo_id, CONFIG)
+def cached_folder(repo_id: str, options: HubOptions, file: str = CONFIG) -> Path | None:
+    """Where the cache has that file of the repo, and whatever else was downloaded with it."""
+    name = str(PurePosixPath(options.subfolder) / file)
+    config = try_to_load_from_cache(repo_id, name, cache_dir=options.cache_dir, revision=options.revision)
     return Path(config).parent if isinstance(config, str) else None
 
 
 def beginning(repo: Repo, file: str, size: int) -> bytes:
     """The first bytes of a file. Of a server that ignores ranges and sends all of it, no more is read."""
-    url = hf_hub_url(repo.repo_id, file, revision=repo.commit)
-    headers = _headers() | {"Range": f"bytes=0-{size - 1}", "Accept-Encoding": "identity"}
+    url = hf_hub_url(repo.repo_id, file, subfolder=repo.options.subfolder or None, revision=repo.commit)
+    headers = _headers(repo.options) | {"Range": f"bytes=0-{size - 1}", "Accept-Encoding": "identity"}
     found = bytearray()
     with _session().stream("GET", url, headers=headers, timeout=_SECONDS) as response:
         hf_raise_for_status(response)
@@ -186,24 +211,27 @@ def beginning(repo: Repo, file: str, size: int) -> bytes:
     return bytes(found[:size])
 
 
-def _headers() -> dict[str, str]:
-    """With the user's token, if there is one.
+def _headers(options: HubOptions) -> dict[str, str]:
+    """With the user's token, if there is one and it may be sent.
 
     Raises:
         HubError: the token is none, or its file cannot be read.
     """
+    if options.token is False:
+        return build_hf_headers(token=False)
     try:
-        token = get_token()
+        token = options.token if isinstance(options.token, str) else get_token()
     except (OSError, UnicodeError) as error:
         where, why = constants.HF_TOKEN_PATH, getattr(error, "strerror", None) or error
         raise HubError(
             f"the Hub's token in {where} cannot be read ({why}); run `hf auth login`, or set HF_HOME to your folder"
         ) from None
+    if token is None and options.token is True:
+        raise HubError("token=True asks for the stored token, and there is none; run `hf auth login` or set HF_TOKEN")
     if token is not None and not _TOKEN.fullmatch(token):
-        raise HubError(
-            "the Hub's token (HF_TOKEN, or what `hf auth login` stored) holds what no token has; copy it again"
-        )
-    return build_hf_headers()
+        where = "token" if isinstance(options.token, str) else "HF_TOKEN, or what `hf auth login` stored"
+        raise HubError(f"the Hub's token ({where}) holds what no token has; copy it again")
+    return build_hf_headers(token=token)
 
 
 def _session() -> httpx.Client:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the client it uses, under its lasting name
 
@@ -41,6 +42,8 @@ def in_words(repo_id: str, error: BaseException) -> str | None:
             f"{repo_id} does not exist on {constants.ENDPOINT}, or is private; "
             "check the name (for example zai-org/GLM-4-9B-0414), or set HF_TOKEN to a token that may read it"
         )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id} on {constants.ENDPOINT} has no such revision; give a branch, a tag or a commit that it has"
     if isinstance(error, HFValidationError):
         return f"{repo_id!r} is not a valid Hub repo id ({error}); use organisation/name"
     if isinstance(error, HfHubHTTPError):

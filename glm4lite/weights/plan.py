@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -72,16 +72,30 @@ class Fill:
 class Plan:
     """All fills in the model's order; `fresh` parameters are in no file and start from their initial values.
 
+    `mismatched` are those whose stored shape is another: (name, the file's, the model's); they are fresh too.
     `kept` are the layers that were to be quantized, but whose width no code tile fits; `other_parts` are tensors of
     what is no part of the language model.
     """
 
     fills: list[Fill] = field(default_factory=list)
     fresh: list[tuple[str, str]] = field(default_factory=list)
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     other_parts: list[str] = field(default_factory=list)
     tied: bool = False
+
+    @property
+    def loading_info(self) -> dict[str, Any]:
+        """What became of the names of model and checkpoint, as Transformers' `output_loading_info` tells it."""
+        mismatched = {name for name, _, _ in self.mismatched}
+        fresh = {f"{module}.{parameter}" for module, parameter in self.fresh}
+        return {
+            "missing_keys": fresh - mismatched,
+            "unexpected_keys": {*self.unused, *self.other_parts},
+            "mismatched_keys": set(self.mismatched),
+            "error_msgs": [],
+        }
 
     @property
     def quantized(self) -> bool:
@@ -92,9 +106,9 @@ class Plan:
         """Whether bitsandbytes multiplies with some of the weights."""
         return any(fill.bnb or isinstance(fill.quant, BnbConfig) for fill in self.fills)
 
-    def plain_dtype(self, fill: Fill, activations: torch.dtype) -> torch.dtype:
+    def plain_dtype(self, dimensions: int, activations: torch.dtype) -> torch.dtype:
         """What an unquantized parameter is held as: norms and biases of a quantized model stay exact."""
-        return torch.float32 if self.quantized and len(fill.shape) == 1 else activations
+        return torch.float32 if self.quantized and dimensions == 1 else activations
 
     def held_bytes(self, activations: torch.dtype) -> int:
         """Bytes of memory the filled parameters take. What is quantized in the file already is mapped and not held."""
@@ -104,7 +118,7 @@ class Plan:
         """Bytes of one filled parameter that does not lie quantized in the file."""
         if fill.quant:
             return fill.planned().nbytes
-        return math.prod(fill.shape) * self.plain_dtype(fill, activations).itemsize
+        return math.prod(fill.shape) * self.plain_dtype(len(fill.shape), activations).itemsize
 
 
 def parse_quant(quant: str | Quant | None) -> Quant | None:
@@ -125,12 +139,8 @@ def read_config(checkpoint: Checkpoint) -> Glm4Config:
     return Glm4Config.from_dict(checkpoint.config, checkpoint.folder / CONFIG)
 
 
-def skeleton(config: Glm4Config, cls: type[Model] | None) -> Model:
+def skeleton(config: Glm4Config, cls: type[Model]) -> Model:
     """The model without weights, on the meta device."""
-    if cls is None:
-        from glm4lite.model import Glm4ForCausalLM
-
-        cls = cast(type[Model], Glm4ForCausalLM)
     with torch.device("meta"):
         return cls(config)
 
@@ -141,12 +151,19 @@ def automatic_dtype(checkpoint: Checkpoint, plan: Plan, device: torch.device) ->
         return torch.bfloat16
     if plan.quantized and not plan.bitsandbytes:
         return torch.float32
-    embedding = next((fill.source for fill in plan.fills if fill.module.endswith("embed_tokens")), plan.fills[0].source)
-    return torch.bfloat16 if checkpoint.dtype(embedding) == "BF16" else torch.float32
+    embedding = next((fill for fill in plan.fills if fill.module.endswith("embed_tokens")), plan.fills[0])
+    if embedding.parts:  # int8 beside bitsandbytes' layers, of which each says what it was
+        said = next((fill.bnb.dtype for fill in plan.fills if fill.bnb), "bfloat16")
+        return torch.bfloat16 if said == "bfloat16" else torch.float32
+    return torch.bfloat16 if checkpoint.dtype(embedding.source) == "BF16" else torch.float32
 
 
-def make_plan(model: nn.Module, checkpoint: Checkpoint, quant: Quant | None) -> Plan:
+def make_plan(
+    model: nn.Module, checkpoint: Checkpoint, quant: Quant | None, ignore_mismatched_sizes: bool = False
+) -> Plan:
     """Match a model (on the meta device) with a checkpoint; each thing that does not fit is named.
+
+    ignore_mismatched_sizes: parameters that are stored in another shape are `mismatched` and `fresh` instead.
 
     Raises:
         CheckpointError: tensors are missing, not expected, or of the wrong shape or type.
@@ -170,9 +187,25 @@ def make_plan(model: nn.Module, checkpoint: Checkpoint, quant: Quant | None) -> 
     if missing:
         raise CheckpointError(_missing(checkpoint, [f"{prefix}{module}.{parameter}" for module, parameter in missing]))
     _check_unexpected(model, checkpoint, plan)
+    if ignore_mismatched_sizes:
+        _set_aside_mismatched(checkpoint, plan)
     for fill in plan.fills:
         _check_fill(checkpoint, fill)
     return plan
+
+
+def _set_aside_mismatched(checkpoint: Checkpoint, plan: Plan) -> None:
+    fitting = []
+    for fill in plan.fills:
+        found = _stored_shape(checkpoint, fill)
+        if found == fill.shape:
+            fitting.append(fill)
+        else:
+            plan.mismatched.append((f"{fill.module}.{fill.parameter}", found, fill.shape))
+            plan.fresh.append((fill.module, fill.parameter))
+    if not fitting:
+        raise CheckpointError(f"no tensor of {checkpoint.folder} has the shape that the config says; check the config")
+    plan.fills = fitting
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -223,10 +256,8 @@ def _missing(checkpoint: Checkpoint, names: list[str]) -> str:
 def _check_unexpected(model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> None:
     used = {name for fill in plan.fills for name in (fill.parts or (fill.source,))}
     extra = [name for name in checkpoint.names() if name not in used]
-    heads = [name for name in extra if name.startswith("lm_head.")]
-    if heads and (plan.tied or not hasattr(model, "lm_head")):
-        plan.unused = heads
-        extra = [name for name in extra if name not in heads]
+    plan.unused = [name for name in extra if _is_of_another_head(model, name, plan.tied)]
+    extra = [name for name in extra if name not in plan.unused]
     plan.other_parts = [name for name in extra if _OTHER_PARTS.fullmatch(name) or _predicts_ahead(model, name)]
     extra = [name for name in extra if name not in set(plan.other_parts)]
     if extra:
@@ -234,6 +265,11 @@ def _check_unexpected(model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> N
             f"{checkpoint.folder} holds {some(extra)} (in {checkpoint.file(extra[0]).name}), which config.json's model "
             "does not have; correct config.json (model_type, attention_bias, num_hidden_layers) or use the right class"
         )
+
+
+def _is_of_another_head(model: nn.Module, name: str, tied: bool) -> bool:
+    head = name.partition(".")[0]
+    return head in ("lm_head", "score") and (not hasattr(model, head) or (tied and head == "lm_head"))
 
 
 def _predicts_ahead(model: nn.Module, name: str) -> bool:
@@ -244,35 +280,35 @@ def _predicts_ahead(model: nn.Module, name: str) -> bool:
     return layer is not None and isinstance(count, int) and first <= int(layer[1][:9]) < first + count
 
 
-def _check_fill(checkpoint: Checkpoint, fill: Fill) -> None:
-    if fill.parts and fill.bnb is None:
-        return _check_parts(checkpoint, fill)
-    found, dtype = checkpoint.shape(fill.source), checkpoint.dtype(fill.source)
+def _stored_shape(checkpoint: Checkpoint, fill: Fill) -> tuple[int, ...]:
+    """Of the weight that the file's tensors make; CheckpointError where they contradict each other."""
     if fill.bnb is not None:
-        found, dtype = fill.bnb.shape, "F32"
-    where = f"{fill.source} in {checkpoint.file(fill.source)}"
-    if found != fill.shape:
-        raise CheckpointError(
-            f"{where} has shape {list(found)}, config.json needs {list(fill.shape)}; "
-            "correct config.json or download it again"
-        )
-    if dtype not in FLOAT_TYPES:
-        raise CheckpointError(f"{where} has the type {dtype}, which cannot be loaded; use a BF16 or F32 checkpoint")
-
-
-def _check_parts(checkpoint: Checkpoint, fill: Fill) -> None:
-    """A weight that is stored quantized: types and shapes of its planes, by each other and by the model."""
-    file = checkpoint.file(fill.parts[0])
+        return fill.bnb.shape
+    if not fill.parts:
+        return checkpoint.shape(fill.source)
     try:
         planes = {part.rpartition(".")[2]: checkpoint.outline(part) for part in fill.parts}
-        found = QuantTensor.from_tensors(planes).shape
+        return QuantTensor.from_tensors(planes).shape
     except QuantError as error:
-        raise CheckpointError(f"{fill.source} in {file}: {error}; download it or quantize the original again") from None
+        where = f"{fill.source} in {checkpoint.file(fill.parts[0])}"
+        raise CheckpointError(f"{where}: {error}; download it or quantize the original again") from None
+
+
+def _check_fill(checkpoint: Checkpoint, fill: Fill) -> None:
+    stored = fill.parts[0] if fill.parts else fill.source
+    where, found = f"{fill.source} in {checkpoint.file(stored)}", _stored_shape(checkpoint, fill)
     if found != fill.shape:
-        raise CheckpointError(
-            f"{fill.source} in {file} has shape {list(found)}, config.json needs {list(fill.shape)}; "
-            "correct config.json or quantize the original again"
-        )
+        again = "quantize the original again" if fill.parts and fill.bnb is None else "download it again"
+        what = f"config.json needs {list(fill.shape)}; correct config.json or {again}"
+        if fill.module == "score":
+            what = (
+                f"num_labels={fill.shape[0]} needs {list(fill.shape)}; load with num_labels={found[0]}, or with "
+                "ignore_mismatched_sizes=True for a new head"
+            )
+        raise CheckpointError(f"{where} has shape {list(found)}, {what}")
+    dtype = "F32" if fill.parts else checkpoint.dtype(fill.source)
+    if dtype not in FLOAT_TYPES:
+        raise CheckpointError(f"{where} has the type {dtype}, which cannot be loaded; use a BF16 or F32 checkpoint")
 
 
 def say_notices(model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> None:
@@ -288,8 +324,14 @@ def say_notices(model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> None:
         why = f"their input width is not a multiple of {bnb.BLOCK_SIZE if plan.bitsandbytes else CODE_COLUMNS}"
         logger.warning("not quantized, because %s: %s", why, some(plan.kept))
     if plan.fresh:
-        names = some([f"{module}.{parameter}" for module, parameter in plan.fresh])
-        logger.warning("%s is not in the checkpoint and starts from random values: train it before use", names)
+        mismatched = [name for name, _, _ in plan.mismatched]
+        fresh = (f"{module}.{parameter}" for module, parameter in plan.fresh)
+        missing = [name for name in fresh if name not in mismatched]
+        again = "starts from random values: train it before use"
+        if missing:
+            logger.warning("%s is not in the checkpoint and %s", some(missing), again)
+        if mismatched:
+            logger.warning("%s has another shape in the checkpoint and %s", some(mismatched), again)
     if any(not fill.parts and checkpoint.dtype(fill.source) == "F16" for fill in plan.fills):
         why = "GLM-4 overflows float16"
         logger.warning("%s stores float16: read as float32, because %s", checkpoint.folder, why)

@@ -1,4 +1,4 @@
-"""Pre-quantized checkpoints: made from a checkpoint tensor by tensor, or from a model that is loaded.
+"""Pre-quantized checkpoints: made from a checkpoint tensor by tensor, without the model in memory.
 
 The result is an ordinary folder: config.json with `quantization_config`, `<module>.qweight`, `.scales`, `.mins`,
 `.row_scale`, `.row_min` beside the other tensors, and the source's tokenizer, chat template and generation config.
@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.config import Glm4Config
@@ -33,7 +32,7 @@ from glm4lite.weights.streaming import (
     recorded,
 )
 from glm4lite.weights.writer import SHARD_BYTES, FolderWriter, PlannedTensor, check_destination
-from glm4lite_quant import BnbConfig, QuantConfig, bnb
+from glm4lite_quant import BnbConfig, QuantConfig
 
 
 def quantize_checkpoint(
@@ -57,7 +56,7 @@ def quantize_checkpoint(
             decoded and quantized again), or the destination cannot be written.
             Nothing is left behind then, nor after Ctrl-C or an exception from `progress`.
     """
-    target = _target(destination)
+    target = destination_folder(destination)
     config = parse_quant(quant)
     if isinstance(config, BnbConfig):
         how = f"`glm4lite chat MODEL --quant {config.kind}`"
@@ -88,40 +87,13 @@ def quantize_checkpoint(
     return target
 
 
-def save_quantized(model: nn.Module, source_folder: str | Path, destination: str | Path) -> Path:
-    """Write a model loaded with `quant` as a pre-quantized folder; `source_folder` gives tokenizer and configs.
-
-    Raises:
-        CheckpointError: the model holds no quantized weights, or the destination cannot be written.
-    """
-    from glm4lite.model import DecoderLayer
-
-    target = _target(destination)
-    checkpoint = Checkpoint.open(resolve(source_folder))
-    model_config: Any = model.config
-    given = (model_config.model_extra or {}).get("quantization_config")
-    if given is None:
-        raise CheckpointError("the model is not quantized; load it with quant='int4' or 'int8' first")
-    if given.get("quant_method") == bnb.QUANT_METHOD:
-        raise CheckpointError("the model holds bitsandbytes' weights; only int4 and int8 are written")
-    if any(isinstance(module, DecoderLayer) and not module.place.at_home for module in model.modules()):
-        raise CheckpointError("layers of the model lie on disk: copy the folder it was loaded from")
-    tensors = dict(_model_tensors(model, model_config))
-    planned = [PlannedTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    with FolderWriter(target, planned) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
-        _write_rest(writer, checkpoint, model_config, QuantConfig.from_dict(given))
-    return target
-
-
-def _target(destination: str | Path) -> Path:
-    """The folder to write, checked before any work."""
+def destination_folder(destination: str | Path, replace: bool = False) -> Path:
+    """The folder to write, checked before any work; with `replace` it may hold files."""
     try:
         target = Path(destination).expanduser()
     except RuntimeError as error:  # "~name" of a user who does not exist
         raise CheckpointError(f"{destination} cannot be written ({error}); choose another folder") from None
-    check_destination(target)
+    check_destination(target, replace)
     return target
 
 
@@ -165,10 +137,3 @@ def _write_rest(writer: FolderWriter, checkpoint: Checkpoint, config: Glm4Config
     values = config.to_diff_dict() if legacy else dict(checkpoint.config)
     writer.write_json(CONFIG, values | {"quantization_config": quant.to_dict()})
     writer.copy(checkpoint.folder / name for name in COMPANIONS)
-
-
-def _model_tensors(model: nn.Module, config: Glm4Config) -> Iterator[tuple[str, Tensor]]:
-    prefix = "" if hasattr(model, "model") else "model."
-    for name, tensor in model.state_dict().items():
-        if not (config.tie_word_embeddings and name.startswith("lm_head.")):
-            yield prefix + name, tensor

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, HubError
+from glm4lite.hub import HubOptions
 from glm4lite.weights.download import Snapshot, whole_in_cache
 from glm4lite.weights.files import CONFIG, INDEX, read_json
 from glm4lite.weights.hub_client import beginning, explained
@@ -29,7 +30,7 @@ def remote_headers(repo_id: str) -> Checkpoint:
     cached = _cached(repo_id)
     if cached is not None:
         return cached
-    snapshot = Snapshot.of(repo_id)
+    snapshot = Snapshot.of(repo_id, HubOptions())
     snapshot.bring([name for name in (CONFIG, INDEX) if name in snapshot.repo.files])
     config = read_json(snapshot.folder / CONFIG)
     tensors: dict[str, StoredTensor] = {}
@@ -55,7 +56,7 @@ def _header(snapshot: Snapshot, file: str) -> dict[str, StoredTensor]:
 def _cached(repo_id: str) -> Checkpoint | None:
     """The repo as it lies in the cache, None where parts are missing or damaged."""
     with explained(repo_id):
-        folder = whole_in_cache(repo_id)
+        folder = whole_in_cache(repo_id, HubOptions())
     try:
         return None if folder is None else Checkpoint.open(folder)
     except CheckpointError:

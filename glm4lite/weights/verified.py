@@ -33,14 +33,17 @@ class Damage:
 class Verifier:
     """Compares the files of one folder of the cache, `<repo>/snapshots/<commit>`, with what they should be.
 
+    kept: the `<repo>` of that, where the notes lie.
+
     Example::
 
-        Verifier(folder).damaged({"config.json": frozenset({"git:5f70bf18a086007016e948b04aed3b82103a36be"})}, report)
+        expected = {"config.json": frozenset({"git:5f70bf18a086007016e948b04aed3b82103a36be"})}
+        Verifier(folder, folder.parents[1]).damaged(expected, report)
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kept: Path) -> None:
         self._folder = folder
-        self._notes_path = folder.parents[1] / NOTES
+        self._notes_path = kept / NOTES
         self._notes = _read_notes(self._notes_path)
 
     def can_remember(self) -> bool:

@@ -1,8 +1,9 @@
-"""Writing a quantized checkpoint: an ordinary folder of safetensors shards, complete or not there at all.
+"""Writing a checkpoint: an ordinary folder of safetensors shards, complete or not there at all.
 
 The sizes of all tensors are known before the first is made, so each shard's header is written first and every tensor
 goes to its place as soon as it exists; nothing is collected in memory. All of it happens in a temporary folder beside
-the destination, which is synced and renamed at the end, and removed if anything goes wrong.
+the destination, which is synced and renamed at the end, and removed if anything goes wrong. Where files of an existing
+folder are to be replaced, the temporary one lies in it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from glm4lite.errors import CheckpointError
 from glm4lite.weights.files import INDEX, SINGLE
 from glm4lite.weights.memory import readable
 from glm4lite.weights.partial import partial_folder, remove_abandoned
+from glm4lite.weights.replacing import replace_files
 from glm4lite.weights.shard import DTYPE_NAMES
 
 SHARD_BYTES = 2 << 30
@@ -56,6 +58,8 @@ class _Place:
 class FolderWriter:
     """Writes a checkpoint folder; use as a context manager. Leaving it normally puts the folder in its place.
 
+    replace: the folder may hold files already; those of other names stay, but for the weights of another checkpoint.
+
     Example::
 
         with FolderWriter(destination, planned) as writer:
@@ -67,11 +71,19 @@ class FolderWriter:
         CheckpointError: the destination is taken, the disk is full, or not all planned tensors were written.
     """
 
-    def __init__(self, destination: Path, planned: Sequence[PlannedTensor], shard_bytes: int = SHARD_BYTES) -> None:
-        check_destination(destination)
+    def __init__(
+        self,
+        destination: Path,
+        planned: Sequence[PlannedTensor],
+        shard_bytes: int = SHARD_BYTES,
+        replace: bool = False,
+    ) -> None:
+        check_destination(destination, replace)
         self.destination = destination.resolve()
+        self._replaces = replace and self.destination.exists()
+        self._built_as = self.destination / "save" if self._replaces else self.destination
         self._size = sum(tensor.nbytes for tensor in planned)
-        remove_abandoned(self.destination)
+        remove_abandoned(self._built_as)
         self._check_space()
         self._shards = _group(planned, shard_bytes)
         self._places: dict[str, _Place] = {}
@@ -80,7 +92,7 @@ class FolderWriter:
     def __enter__(self) -> Self:
         with self._disk():
             self.destination.parent.mkdir(parents=True, exist_ok=True)
-            self._partial = partial_folder(self.destination)
+            self._partial = partial_folder(self._built_as)
             self._folder = self._partial.path
         try:
             with self._disk():
@@ -162,6 +174,10 @@ class FolderWriter:
         for path in self._partial.files():
             _sync(path)
         _sync(self._folder)
+        if self._replaces:
+            replace_files(self.destination, self._partial.files(), self._folder / "replaced")
+            _sync(self.destination)
+            return self._partial.discard()
         self._folder.chmod(0o777 & ~_umask())  # a temporary folder starts as its owner's only
         self._partial.publish(self.destination)
         _sync(self.destination.parent)
@@ -194,22 +210,26 @@ class FolderWriter:
             )
 
 
-def check_destination(destination: Path) -> None:
-    """Only a folder that does not exist, or is empty, is written to.
+def check_destination(destination: Path, replace: bool = False) -> None:
+    """Only a folder that does not exist, or is empty, is written to; with `replace` any folder.
 
     Raises:
         CheckpointError: something is there, or nothing can be there.
     """
     try:
         destination = destination.resolve()
-        taken = destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
+        exists, is_folder = destination.exists(), destination.is_dir()
+        taken = exists and not is_folder if replace else exists and (not is_folder or any(destination.iterdir()))
     except RuntimeError:  # Python 3.11 and 3.12 raise it for a loop of links
         raise _unwritable(destination, OSError(errno.ELOOP, os.strerror(errno.ELOOP))) from None
     except OSError as error:
         raise _unwritable(destination, error) from None
+    if taken and replace:
+        raise CheckpointError(f"{destination} is a file; choose a folder")
     if taken:
         raise CheckpointError(f"{destination} exists and is not empty; choose another folder or remove it first")
-    nearest = next(folder for folder in destination.absolute().parents if folder.exists())
+    places = (destination, *destination.parents) if replace else destination.parents
+    nearest = next(folder for folder in places if folder.exists())
     if nearest.is_dir() and not os.access(nearest, os.W_OK | os.X_OK):
         raise CheckpointError(f"{destination} cannot be written ({nearest} is read-only); choose another folder")
 

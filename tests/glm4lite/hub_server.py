@@ -25,6 +25,8 @@ class Repo:
     """Of every answer."""
     token: str = ""
     """Only its bearer may enter."""
+    branches: tuple[str, ...] = ("main",)
+    """The revisions that it has beside its commit."""
     claimed: int = 0
     """The size that the listing tells of each file."""
     sent: dict[str, list[bytes]] = field(default_factory=dict)
@@ -137,9 +139,19 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(repo.status, b"", {})
         if repo.page:
             return self._send(200, repo.page, {"Content-Type": "text/html"})
+        asked = self._revision(path, parts)
+        if asked not in (*repo.branches, repo.sha):
+            return self._send(404, b"", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
         if path.startswith("/api/models/"):
             return self._send(200, json.dumps(_listing("/".join(parts[:2]), repo)).encode(), {})
         return self._file(repo, "/".join(parts[4:]))
+
+    @staticmethod
+    def _revision(path: str, parts: list[str]) -> str:
+        """Of /api/models/ORG/NAME/revision/REVISION, or of /ORG/NAME/resolve/REVISION/FILE."""
+        if path.startswith("/api/models/"):
+            return "/".join(parts[3:]) or "main"
+        return parts[3] if len(parts) > 3 else "main"
 
     def _file(self, repo: Repo, name: str) -> None:
         if name not in repo.files:

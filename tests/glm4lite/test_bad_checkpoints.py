@@ -30,10 +30,12 @@ def folder(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "tiny")
 
 
-def refused(folder: Path, error: type[Glm4liteError] = CheckpointError, **arguments: Any) -> str:
+def refused(
+    folder: Path, error: type[Glm4liteError] = CheckpointError, read: Callable[..., Any] = load, **arguments: Any
+) -> str:
     """The message that loading gives: one line, with the folder cut out so that it can be compared whole."""
     with pytest.raises(error) as caught:
-        load(folder, **arguments)
+        read(folder, **arguments)
     message = str(caught.value)
     assert "\n" not in message
     assert caught.value.__cause__ is None
@@ -609,5 +611,8 @@ def test_a_pre_quantized_folder_needs_no_memory_for_what_is_mapped(
 
 def test_a_head_the_checkpoint_lacks_is_not_taken_for_an_unexpected_one(folder: Path) -> None:
     edit_tensors(folder, lambda tensors: tensors.update({"score.weight": torch.zeros(3, 64)}))
-    message = refused(folder, cls=Glm4ForSequenceClassification)
-    assert message.startswith("score.weight in DIR/model.safetensors has shape [3, 64], config.json needs [2, 64]")
+    message = refused(folder, read=Glm4ForSequenceClassification.from_pretrained)
+    assert message == (
+        "score.weight in DIR/model.safetensors has shape [3, 64], num_labels=2 needs [2, 64]; load with num_labels=3, "
+        "or with ignore_mismatched_sizes=True for a new head"
+    )

@@ -105,7 +105,7 @@ def test_a_classifier_is_calibrated_too(tmp_path: Path) -> None:
     tensors = tiny_tensors(config) | {"score.weight": torch.randn(2, 64), "score.bias": torch.ones(2)}
     del tensors["lm_head.weight"]
     source = write_checkpoint(tmp_path / "bf16", config, tensors)
-    model = load(source, quant="int4", cls=Glm4ForTokenClassification)
+    model = Glm4ForTokenClassification.from_pretrained(source, quant="int4")
     assert model.config.quantization_config["calibration"]["tokens"] > 0
 
 

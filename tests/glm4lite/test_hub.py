@@ -62,14 +62,18 @@ print(json.dumps({"xet_off": os.environ.get("HF_HUB_DISABLE_XET"), "torch": "tor
 """
 
 
-def find(endpoint: str, home: Path, *sources: str, mode: str = "", **extra: str) -> list[dict[str, Any]]:
-    """What `resolve` gives for each source in a fresh process; the last item tells about the process itself."""
+def variables(endpoint: str, home: Path, **extra: str) -> dict[str, str]:
+    """The environment of a process whose Hub is `endpoint`."""
     names = ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "HF_HUB_CACHE", "TRANSFORMERS_OFFLINE")
     inherited = {key: value for key, value in os.environ.items() if key not in names and "proxy" not in key.lower()}
-    variables = inherited | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home)} | extra
+    return inherited | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home)} | extra
+
+
+def find(endpoint: str, home: Path, *sources: str, mode: str = "", **extra: str) -> list[dict[str, Any]]:
+    """What `resolve` gives for each source in a fresh process; the last item tells about the process itself."""
     done = subprocess.run(
         [sys.executable, "-c", RESOLVE, mode, *sources],
-        env=variables,
+        env=variables(endpoint, home, **extra),
         capture_output=True,
         text=True,
         timeout=120,

@@ -142,7 +142,7 @@ def test_a_legacy_checkpoint_gives_the_same_logits(tmp_path: Path) -> None:
 def test_a_classifier_from_a_chat_checkpoint_starts_a_new_head_and_says_so(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model: Any = load(folder, cls=Glm4ForSequenceClassification)
+    model: Any = Glm4ForSequenceClassification.from_pretrained(folder)
     assert caplog.messages == [
         "lm_head.weight is not used: Glm4ForSequenceClassification has no such head",
         "score.weight is not in the checkpoint and starts from random values: train it before use",
@@ -158,20 +158,20 @@ def test_a_stored_classification_head_is_read(tmp_path: Path, quant: str | None)
     tensors = tiny_tensors(config)
     del tensors["lm_head.weight"]
     tensors |= {"score.weight": torch.randn(3, 64).bfloat16(), "score.bias": torch.ones(3).bfloat16()}
-    model: Any = load(write_checkpoint(tmp_path, config, tensors), quant=quant, cls=Glm4ForTokenClassification)
+    model: Any = Glm4ForTokenClassification.from_pretrained(write_checkpoint(tmp_path, config, tensors), quant=quant)
     assert torch.equal(model.score.weight.bfloat16(), tensors["score.weight"])
     assert logits(model).shape == (1, 7, 3)
 
 
 def test_a_token_classifiers_dropout_is_the_configs(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, tiny_config(hidden_dropout=0.25))
-    assert load(folder, cls=Glm4ForTokenClassification).dropout.p == 0.25
+    assert Glm4ForTokenClassification.from_pretrained(folder).dropout.p == 0.25
 
 
 def test_the_bare_trunk_is_loaded_too(folder: Path) -> None:
-    trunk = load(folder, cls=Glm4Model)
+    trunk = Glm4Model.from_pretrained(folder)
     assert torch.equal(trunk.state_dict()["norm.weight"], tiny_tensors(tiny_config())["model.norm.weight"])
-    assert isinstance(load(folder, cls=Glm4Model, quant="int4").get_submodule("embed_tokens"), QuantEmbedding)
+    assert isinstance(Glm4Model.from_pretrained(folder, quant="int4").get_submodule("embed_tokens"), QuantEmbedding)
 
 
 def test_progress_counts_every_byte_once(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from glm4lite.engine import Engine
 from glm4lite.errors import CheckpointError, ConfigError, ContextLengthError, DeviceError
 from glm4lite.generate import Generation, PrefixCache
 from glm4lite.inventory import devices, kernel_names, rings
-from glm4lite.loader import quantize_checkpoint, save_quantized
+from glm4lite.loader import quantize_checkpoint
 from glm4lite.offload import OnDisk
 from glm4lite.placement import Machine, Placement, Share, place
 from glm4lite.weights.destinations import Destinations
@@ -322,11 +323,16 @@ def test_only_stored_layers_can_lie_on_disk(tmp_path: Path) -> None:
         load(source, quant="int4", ram="200MiB")
 
 
-def test_a_streamed_model_is_not_saved_without_its_layers(
-    folder: Path, tmp_path: Path, streamed: Glm4ForCausalLM
+def test_a_streamed_model_is_saved_with_its_layers_also_over_its_own_files(
+    folder: Path, tmp_path: Path, budget: Callable[[int], int]
 ) -> None:
-    with pytest.raises(CheckpointError, match="lie on disk: copy the folder"):
-        save_quantized(streamed, folder, tmp_path / "out")
+    own = shutil.copytree(folder, tmp_path / "own")
+    wanted = logits_of(load(folder), PIECES)[0]
+    model = load(own, ram=budget(4), context=CONTEXT, kv="float")
+    for target in (tmp_path / "out", own):
+        model.save_pretrained(target)
+        assert torch.equal(logits_of(load(target), PIECES)[0], wanted)
+        assert torch.equal(logits_of(model, PIECES)[0], wanted)
 
 
 def test_the_notice_says_that_the_cache_became_int8(

@@ -22,7 +22,7 @@ from glm4lite.config import Glm4Config
 from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.events import Progress
 from glm4lite.heads import Glm4ForTokenClassification
-from glm4lite.loader import load, quantize_checkpoint, save_quantized
+from glm4lite.loader import load, quantize_checkpoint
 from glm4lite.weights import partial, writer
 from glm4lite_quant import QuantConfig, QuantLinear
 from tests.glm4lite.checkpoints import legacy_checkpoint, tiny_config, tiny_tensors, write_checkpoint
@@ -46,11 +46,11 @@ def test_a_pre_quantized_folder_gives_bit_equal_logits(tmp_path: Path, quant: st
     source = write_checkpoint(tmp_path / "bf16", tiny_config(**changes))
     direct = load(source, quant=quant)
     written = quantize_checkpoint(source, tmp_path / "streamed", quant)
-    saved = save_quantized(direct, source, tmp_path / "saved")
+    direct.save_pretrained(tmp_path / "saved")
     expected = logits(direct)
     assert torch.equal(logits(load(written)), expected)
     assert torch.equal(logits(load(written, quant=quant)), expected)
-    assert torch.equal(logits(load(saved)), expected)
+    assert torch.equal(logits(load(tmp_path / "saved")), expected)
 
 
 def test_the_written_folder_is_an_ordinary_checkpoint(folder: Path, tmp_path: Path) -> None:
@@ -113,8 +113,8 @@ def test_a_classifier_keeps_its_head(tmp_path: Path) -> None:
     del tensors["lm_head.weight"]
     source = write_checkpoint(tmp_path / "bf16", config, tensors)
     written = quantize_checkpoint(source, tmp_path / "q", "int4")
-    model = load(written, cls=Glm4ForTokenClassification)
-    assert torch.equal(logits(model), logits(load(source, quant="int4", cls=Glm4ForTokenClassification)))
+    model = Glm4ForTokenClassification.from_pretrained(written)
+    assert torch.equal(logits(model), logits(Glm4ForTokenClassification.from_pretrained(source, quant="int4")))
 
 
 def test_progress_counts_the_source(folder: Path, tmp_path: Path) -> None:
@@ -179,9 +179,7 @@ def test_a_legacy_checkpoint_without_token_ids_keeps_it_so(tmp_path: Path) -> No
     assert (written.pad_token_id, written.eos_token_ids) == (None, [])
 
 
-def test_an_unquantized_model_is_not_saved_as_quantized(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="the model is not quantized; load it with quant='int4' or 'int8' first"):
-        save_quantized(load(folder), folder, tmp_path / "q")
+def test_quantizing_to_nothing_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="quant 'none' leaves nothing to do; use int4 or int8"):
         quantize_checkpoint(folder, tmp_path / "q", "none")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,6 +149,41 @@ def test_exports_are_downloads_with_a_safe_name(client: httpx.Client, site: Site
     assert answer.status_code == 200
     assert answer.headers["content-disposition"] == "attachment; filename*=utf-8''b-x-X-y.md"
     assert answer.headers["content-type"].startswith("text/markdown")
+
+
+def test_all_chats_are_one_archive(client: httpx.Client, site: Site) -> None:
+    for question in ("Hi", "你好"):
+        site.runtime.store.save(Chat.of(Turn(question), title=question))
+    answer = client.get("/export/all.zip")
+    assert answer.headers["content-type"] == "application/zip"
+    assert answer.headers["content-disposition"].startswith("attachment; filename=glm4lite-chats-")
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as packed:
+        assert sorted(name.split("-")[0] for name in packed.namelist()) == ["json/Hi", "json/你好", "md/Hi", "md/你好"]
+        assert packed.testzip() is None
+
+
+def test_an_exported_archive_is_imported(client: httpx.Client, site: Site) -> None:
+    chat = Chat.of(Turn("Hi"), title="Hi")
+    site.runtime.store.save(chat)
+    archive = client.get("/export/all.zip").content
+    site.runtime.store.delete(chat.id)
+    answer = client.post("/page/import?name=chats.zip", content=archive)
+    assert answer.json() == {"said": "Imported 1 chat.", "chats": [chat.id], "skipped": [], "left_out": {}}
+    again = client.post("/page/import?name=chats.zip", content=archive).json()
+    assert again["skipped"] == [["Hi", "it is here already"]]
+    refused = client.post("/page/import?name=../a%0Ab.txt", content=b"no")
+    assert refused.status_code == 409
+    assert refused.json()["error"].startswith("ab.txt cannot be imported: it is no JSON")
+    elsewhere = client.post("/page/import?name=a", content=archive, headers={"Origin": "http://example.com"})
+    assert elsewhere.status_code == 403
+
+
+def test_an_import_that_is_too_large_is_refused_while_it_comes(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glm4lite_ui.transfer.LARGEST", 1 << 20)
+    answer = client.post("/page/import?name=a.json", content=b"[" + b" " * (2 << 20))
+    assert "a.json cannot be imported: it is larger than 1 MiB" in answer.json()["error"]
 
 
 def test_the_api_is_served_beside_the_page(client: httpx.Client, site: Site, tmp_path: Path) -> None:

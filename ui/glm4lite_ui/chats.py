@@ -67,11 +67,14 @@ class Part:
 
 @dataclass
 class Attachment:
-    """A text file sent with a message."""
+    """A file sent with a message, as text. `form`, `encoding` and `pages` say how it was read (attachments.py)."""
 
     name: str
     text: str
     tokens: _Integer
+    form: str = "text"
+    encoding: str = ""
+    pages: _Integer | None = None
 
 
 @dataclass
@@ -204,11 +207,8 @@ class Chat:
 
     def show(self, turn: Turn) -> None:
         """Makes the path lead through this turn."""
-        while True:
-            self.shown[turn.after] = turn.id
-            if not turn.after:
-                return
-            turn = self.find(turn.after)
+        for one in self._way_to(turn):
+            self.shown[one.after] = one.id
 
     def remove(self, turn: Turn) -> None:
         """Takes the turn out. What follows it stays, behind the turn before it; else the version before it is shown."""
@@ -229,10 +229,7 @@ class Chat:
 
     def branch(self, turn: Turn) -> Chat:
         """A new chat with the path that leads to this turn."""
-        path = [turn]
-        while path[-1].after:
-            path.append(self.find(path[-1].after))
-        copied = _CHAT.validate_python(asdict(replace(self, tree=path[::-1], shown={})))
+        copied = _CHAT.validate_python(asdict(replace(self, tree=self._way_to(turn)[::-1], shown={})))
         now = time.time()
         return replace(copied, id=secrets.token_hex(8), created=now, updated=now, pinned=False)
 
@@ -256,6 +253,13 @@ class Chat:
         if after in self.shown:
             self.shown[after] = turn.id
         return turn
+
+    def _way_to(self, turn: Turn) -> list[Turn]:
+        """The turn and those before it, from the last on."""
+        by_id, way = {one.id: one for one in self.tree}, [turn]
+        while way[-1].after:
+            way.append(by_id[way[-1].after])
+        return way
 
     def _shown_after(self, turn_id: str) -> Turn | None:
         versions = [turn for turn in self.tree if turn.after == turn_id]

@@ -1,11 +1,13 @@
-"""A chat as a file: Markdown for people, JSON for programs."""
+"""Chats as files: Markdown for people, JSON for programs (and for importing them again); all of them as one archive."""
 
 from __future__ import annotations
 
 import json
 import re
 import time
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterable
+from typing import IO
 
 from markdown_it import MarkdownIt
 
@@ -67,6 +69,15 @@ def _draws(text: str) -> bool:
 
 def _without_html(text: str) -> str:
     return safe_markdown(text).translate(_FORMULA_SIGNS)
+
+
+def write_archive(chats: Iterable[Chat], file: IO[bytes]) -> None:
+    """A zip archive with each chat as JSON and as Markdown."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for chat in chats:
+            for kind, text in (("json", as_json(chat)), ("md", as_markdown(chat))):
+                name = file_name(chat, kind).removesuffix(f".{kind}")
+                archive.writestr(f"{kind}/{name}-{chat.id}.{kind}", text.encode("utf-8", "replace"))
 
 
 def file_name(chat: Chat, kind: str) -> str:

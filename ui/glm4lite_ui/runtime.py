@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from glm4lite.engine import Engine
@@ -17,6 +18,7 @@ from glm4lite.tools import Tool
 from glm4lite.weights.memory import readable
 from glm4lite.worker import EngineWorker
 from glm4lite_ui.answering import Answer
+from glm4lite_ui.attachments import read
 from glm4lite_ui.chats import Attachment, Chat, ChatError, Settings
 from glm4lite_ui.history import messages
 from glm4lite_ui.saved.preferences import Draft, Drafts, Preferences
@@ -160,15 +162,10 @@ class Runtime:
         """Tokens of a text."""
         return len(self.engine.tokenizer.ids(text))
 
-    def attachment(self, name: str, data: bytes) -> Attachment:
-        """A text file as it goes into the prompt; Glm4liteError for what is no text."""
-        try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise Glm4liteError(f"{name} is not a UTF-8 text file: {error.reason} at byte {error.start}") from None
-        if "\0" in text:
-            raise Glm4liteError(f"{name} is not a text file")
-        return Attachment(name, text, self.count(text))
+    def attachment(self, name: str, source: Path | bytes) -> Attachment:
+        """A file as it goes into the prompt; UnreadableError, which names it, for what holds no text."""
+        file = read(source, name)
+        return Attachment(file.name, file.text, self.count(file.text), file.form, file.encoding, file.pages)
 
     def drop_oldest(self, chat: Chat) -> int:
         """Drops turns, oldest first, until the rest leaves a quarter of the context free; how many were dropped.

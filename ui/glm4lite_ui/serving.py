@@ -7,10 +7,9 @@ import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
-from urllib.parse import quote
+from typing import TYPE_CHECKING
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,8 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from glm4lite.server import create_app, serve
 from glm4lite.server.errors import ApiError
 from glm4lite.server.launch import url_of
-from glm4lite_ui.export import KINDS, as_json, as_markdown, file_name
 from glm4lite_ui.routes import add_routes
+from glm4lite_ui.transfer import add_transfers
 
 if TYPE_CHECKING:
     from glm4lite_ui.runtime import Runtime
@@ -48,7 +47,7 @@ def _own_environment() -> Iterator[None]:
 
 def mount(app: FastAPI, runtime: Runtime) -> FastAPI:
     """Puts the page at "/" of `app`; routes that `app` has already stay."""
-    _add_exports(app, runtime)
+    add_transfers(app, runtime)
     add_routes(app, runtime)
     with _own_environment():
         return _mount_gradio(app)
@@ -118,20 +117,6 @@ class Gate:
             await PlainTextResponse("not found", 404)(scope, receive, guarded)
         else:
             await self.app(scope, receive, guarded)
-
-
-def _add_exports(app: FastAPI, runtime: Runtime) -> None:
-    """GET /export/<chat>.md and .json: a saved chat as a download."""
-
-    def export(chat_id: str, kind: Literal["md", "json"]) -> Response:
-        if not runtime.store.holds(chat_id):
-            return PlainTextResponse("this chat is not there", 404)
-        chat = runtime.open(chat_id)
-        text = as_markdown(chat) if kind == "md" else as_json(chat)
-        headers = {"Content-Disposition": f"attachment; filename*=utf-8''{quote(file_name(chat, kind))}"}
-        return Response(text, media_type=f"{KINDS[kind]}; charset=utf-8", headers=headers)
-
-    app.add_api_route("/export/{chat_id}.{kind}", export, methods=["GET", "HEAD"], response_class=Response)
 
 
 def serve_page(runtime: Runtime, listening: socket.socket, say: Callable[[str], None]) -> None:

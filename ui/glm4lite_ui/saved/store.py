@@ -22,7 +22,8 @@ import tempfile
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -88,10 +89,8 @@ class ChatStore:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryFile(dir=self.folder):  # a folder that was there may be read-only
                 pass
-            for part in [
-                *self.folder.glob("*.part"),
-                *self.folder.glob("kept/*.part"),
-            ]:  # half of a chat, left by a run that was killed while it saved
+            halves = [*self.folder.glob("*.part"), *self.folder.glob("kept/*.part")]
+            for part in halves:  # left by a run that was killed while it saved
                 if part.stat().st_mtime < time.time() - _STALE_S:
                     part.unlink(missing_ok=True)
         except OSError as error:
@@ -136,7 +135,13 @@ class ChatStore:
 
     def find(self, query: str = "") -> list[Chat]:
         """As `summaries`, but the chats themselves, each read from its file."""
-        return [self.load(summary.id) for summary in self.summaries(query)]
+        return list(self.every(query))
+
+    def every(self, query: str = "") -> Iterator[Chat]:
+        """As `find`, one at a time; what is deleted meanwhile is left out."""
+        for summary in self.summaries(query):
+            with suppress(ChatError):
+                yield self.load(summary.id)
 
     def _refresh(self) -> None:
         """Reads what is new or was changed, and forgets what is gone."""

@@ -1,0 +1,1 @@
+"""What `glm4lite.tokenizer.Tokenizer` is made of."""

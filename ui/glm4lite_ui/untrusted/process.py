@@ -1,0 +1,93 @@
+"""The process that reads a stranger's file: `python -m glm4lite_ui.untrusted.process READER LIMITS`, run by apart.py.
+
+The file is stdin; what is found goes to stdout, a JSON object a line, the last one {"end": true} or {"error": why}.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import IO, Any
+
+Reading = Callable[[IO[bytes]], Iterator[dict[str, Any]]]
+
+_READABLE = ("/usr", "/lib", "/lib64", "/nix/store", "/etc/ld.so.cache")
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+
+
+def _limit(memory: int, seconds: float) -> None:
+    """Of memory and time; no files written, no processes. Windows has none of these: there apart.py's clock is left."""
+    try:
+        import resource
+    except ImportError:
+        return
+    wanted = {"RLIMIT_AS": memory, "RLIMIT_CPU": int(seconds) + 1, "RLIMIT_FSIZE": 0, "RLIMIT_CORE": 0}
+    for name, value in (wanted | {"RLIMIT_NPROC": 0}).items():
+        with suppress(OSError, ValueError):  # macOS knows RLIMIT_AS and refuses it
+            resource.setrlimit(getattr(resource, name), (value, value))
+
+
+def _wall_in() -> None:
+    """On Linux: ends with its parent, opens no files but Python's own, makes no connections."""
+    if sys.platform != "linux":
+        return
+    import signal
+
+    from glm4lite.sandbox import landlock, seccomp
+    from glm4lite.sandbox.kernel import call
+
+    own = [*sys.path, sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()]
+    with suppress(OSError):
+        call("prctl", 1, int(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG
+        call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS, which the two below ask for
+        with suppress(OSError):
+            landlock.restrict([*_READABLE, *filter(None, own)], _DEVICES, [])
+        seccomp.install(False, False)
+
+
+def _reading(reader: str) -> Reading:
+    """The reader, with all that it imports."""
+    if reader == "chats":
+        from glm4lite_ui.untrusted.archives import read_chats
+
+        return read_chats
+    from glm4lite_ui.untrusted import documents
+
+    return documents.READERS[reader]()
+
+
+def _say(said: dict[str, Any]) -> None:
+    text = json.dumps(said, ensure_ascii=False).encode("utf-8", "replace")
+    sys.stdout.buffer.write(text + b"\n")
+
+
+def main(reader: str, limits: dict[str, Any]) -> None:
+    """Reads stdin with the reader."""
+    from glm4lite_ui.untrusted.documents import Refused
+
+    reading = _reading(reader)
+    gc.disable()  # it would look through millions of lists many times; what leaks here ends with the process
+    _limit(limits["memory"], limits["seconds"])
+    _wall_in()
+    try:
+        for said in reading(sys.stdin.buffer):
+            _say(said)
+        last: dict[str, Any] = {"end": True}
+    except Refused as refused:
+        last = {"error": str(refused)}
+    except MemoryError:
+        last = {"error": f"reading it takes more than {limits['memory'] >> 20} MiB of memory"}
+    except RecursionError:
+        last = {"error": "it is nested too deeply"}
+    except Exception as error:  # of a library, about a file that is damaged
+        reason = " ".join(str(error).split())[:200]
+        last = {"error": f"it is damaged ({reason or type(error).__name__})"}
+    _say(last)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))
