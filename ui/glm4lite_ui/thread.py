@@ -90,7 +90,7 @@ def turn_json(chat: Chat, turn: Turn, answer: Answer | None, view: TurnView) -> 
     under_way = answer is not None and turn is answer.turn
     return {
         "user": turn.user,
-        "files": [{"name": file.name, "tokens": file.tokens} for file in turn.files],
+        "files": [{name: value for name, value in vars(file).items() if name != "text"} for file in turn.files],
         "parts": view.parts(turn, under_way),
         "error": None if under_way else turn.error,
         "ending": None if under_way or turn.counts is None else turn.counts.finish_reason,

@@ -12,7 +12,8 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from glm4lite_ui.answering import Answer
 from glm4lite_ui.chats import Chat, Turn
@@ -58,6 +59,22 @@ class Windows:
             window.tell(message)
 
 
+@dataclass
+class _Known:
+    """What a window has of the turns it shows, in one visit of a chat."""
+
+    views: dict[str, TurnView] = field(default_factory=dict)
+    parts: dict[str, list[Json]] = field(default_factory=dict)
+    meta: dict[str, Json] = field(default_factory=dict)
+
+    def keep_only(self, shown: set[str]) -> None:
+        """A turn that leaves the window is told whole when it comes back."""
+        known: tuple[dict[str, Any], ...] = (self.views, self.parts, self.meta)
+        for one in known:
+            for turn_id in one.keys() - shown:
+                del one[turn_id]
+
+
 class Window:
     """What one window shows and has been told. `show`, `ack` and `messages` belong to the server's event loop."""
 
@@ -70,12 +87,12 @@ class Window:
         self._told: list[Json] = []
         self._following: Answer | None = None
         self._watched: dict[str, tuple[Answer, ExitStack]] = {}
-        self._forget()
+        self._known = _Known()
 
     def show(self, chat_id: str, visit: int, turns: int) -> None:
         """The window has gone to a chat, or wants more of its turns."""
         if (chat_id, visit) != (self._chat, self._visit):
-            self._forget()
+            self._known = _Known()
         self._chat, self._visit, self._shown = chat_id, visit, max(turns, SHOWN)
         self._stale = True
         self._wake.set()
@@ -113,20 +130,20 @@ class Window:
                 yield {"type": "list"}
             answer = self.runtime.answers.get(self._chat) if self._chat else None
             if self._stale or (answer is not self._following and self._chat):
-                self._stale, self._following = False, answer
-                self._watch(answer)
-                yield await self._made(self._whole, answer)
+                self._stale = False
+                yield await self._made(self._whole)
+                self._watch(self._following)
             elif answer is not None and self._acked == self._number and time.monotonic() >= due:
                 began = time.monotonic()
-                yield await self._made(self._growth, answer)
+                yield await self._made(self._growth)
                 due = time.monotonic() + max(PAUSE_S, SHARE * (time.monotonic() - began))
             await self._wait(answer, due)
 
-    async def _made(self, make: Callable[[str, Answer | None], Json], answer: Answer | None) -> Json:
+    async def _made(self, make: Callable[[str, _Known], Json]) -> Json:
         """A message made in a thread of its own, for the chat that is shown as it begins."""
         self._number += 1
         head = {"type": "chat", "chat": self._chat, "visit": self._visit, "number": self._number}
-        return head | await asyncio.to_thread(make, self._chat, answer)
+        return head | await asyncio.to_thread(make, self._chat, self._known)
 
     async def _wait(self, answer: Answer | None, due: float) -> None:
         """Until something has changed; at most until the next drawing, or look at the answer, is due."""
@@ -155,24 +172,14 @@ class Window:
 
     # What a message holds
 
-    def _forget(self) -> None:
-        self._views: dict[str, TurnView] = {}
-        self._had: dict[str, list[Json]] = {}
-        self._meta: dict[str, Json] = {}
-
-    def _forget_all_but(self, shown: set[str]) -> None:
-        """A turn that leaves the window is told whole when it comes back."""
-        for known in (self._views, self._had, self._meta):
-            for turn_id in known.keys() - shown:
-                del known[turn_id]
-
-    def _whole(self, chat_id: str, answer: Answer | None) -> Json:
+    def _whole(self, chat_id: str, known: _Known) -> Json:
         """All that the window shows of a chat; of turns only what it has not got yet."""
+        self._following = answer = self.runtime.answers.get(chat_id)
         chat = answer.chat if answer is not None else self.runtime.open(chat_id)
         turns = chat.turns
         first = max(0, len(turns) - self._shown)
-        self._forget_all_but({turn.id for turn in turns[first:]})
-        deltas = [self._turn(chat, turn, answer) for turn in turns[first:]]
+        known.keep_only({turn.id for turn in turns[first:]})
+        deltas = [self._turn(chat, turn, answer, known) for turn in turns[first:]]
         return {
             "title": chat.title,
             "saved": self.runtime.store.holds(chat_id),
@@ -185,13 +192,13 @@ class Window:
             **self._now(chat, answer),
         }
 
-    def _growth(self, chat_id: str, answer: Answer | None) -> Json:
+    def _growth(self, chat_id: str, known: _Known) -> Json:
         """What changed since the last message, while an answer grows."""
-        if answer is None:
-            return {}
-        chat = answer.chat
-        delta = self._turn(chat, answer.turn, answer)
-        return {"turns": [delta] if len(delta) > 1 else [], **self._now(chat, answer)}
+        answer = self._following
+        if answer is None or answer.chat.id != chat_id:
+            return self._whole(chat_id, known)
+        delta = self._turn(answer.chat, answer.turn, answer, known)
+        return {"turns": [delta] if len(delta) > 1 else [], **self._now(answer.chat, answer)}
 
     def _now(self, chat: Chat, answer: Answer | None) -> Json:
         counts = next((turn.counts for turn in reversed(chat.turns) if turn.counts), None)
@@ -203,16 +210,16 @@ class Window:
             "context": {"used": used, "total": self.runtime.engine.model.context},
         }
 
-    def _turn(self, chat: Chat, turn: Turn, answer: Answer | None) -> Json:
-        meta = turn_json(chat, turn, answer, self._views.setdefault(turn.id, TurnView()))
+    def _turn(self, chat: Chat, turn: Turn, answer: Answer | None, known: _Known) -> Json:
+        meta = turn_json(chat, turn, answer, known.views.setdefault(turn.id, TurnView()))
         meta["full"] = self._is_full(chat, turn.id)
         parts = meta.pop("parts")
         delta: Json = {"id": turn.id}
-        if meta != self._meta.get(turn.id):
+        if meta != known.meta.get(turn.id):
             delta["meta"] = meta
-        if changes := difference(self._had.get(turn.id, []), parts):
+        if changes := difference(known.parts.get(turn.id, []), parts):
             delta["changes"] = changes
-        self._meta[turn.id], self._had[turn.id] = meta, parts
+        known.meta[turn.id], known.parts[turn.id] = meta, parts
         return delta
 
     def _is_full(self, chat: Chat, turn_id: str) -> bool:

@@ -42,7 +42,7 @@ export async function submit() {
   if (state.answering) return toast(t('This chat is being answered; stop that first.'));
   if (reading) return toast(t('A file is still being read.'));
   if (files.some(file => file.problem)) files = files.filter(file => !file.problem);
-  const sent = files.map(({name, text, tokens}) => ({name, text, tokens}));
+  const sent = files.map(({reading, problem, ...file}) => file);
   const chat = state.chat;
   sending = true;
   const done = editing
@@ -149,9 +149,15 @@ export async function addFiles(list) {
   }
 }
 
+/** A file's name, what it was read as where that is not plain text, and its size for the model. */
+export function nameOf(file) {
+  const form = file.form === 'text' ? file.encoding : file.pages ? t('{form}, {count} pages', {form: t(file.form), count: count(file.pages)}) : t(file.form ?? '');
+  return t('{name} · {count} tokens', {name: form ? `${file.name} · ${form}` : file.name, count: count(file.tokens)});
+}
+
 function drawChips() {
   const chips = files.map(file => {
-    const said = file.problem ?? (file.reading ? t('{name}: being read', file) : t('{name} · {count} tokens', {name: file.name, count: count(file.tokens)}));
+    const said = file.problem ?? (file.reading ? t('{name}: being read', file) : nameOf(file));
     return element('li', {class: file.problem ? 'chip problem' : 'chip'}, said, iconButton('close', t('Remove {name}', file), () => {
       files = files.filter(other => other !== file);
       drawChips();

@@ -14,6 +14,8 @@ export function setUp(shared) {
     clearTimeout(waiting);
     waiting = setTimeout(refresh, 100);
   });
+  find('#import').addEventListener('click', () => find('#import-file').click());
+  find('#import-file').addEventListener('change', event => importFile(event.target));
   find('#open-library').addEventListener('click', () => isOpen() ? close(true) : open());
   find('#library-shade').addEventListener('click', () => close());
   find('#library').addEventListener('keydown', event => { if (event.key === 'Escape' && !WIDE.matches) close(); });
@@ -26,6 +28,18 @@ export function open() {
   if (WIDE.matches) localStorage.removeItem('library');
   setOpen(true);
   if (!WIDE.matches) find('#search').focus();
+}
+
+/** Chats of this program, of ChatGPT or of Open WebUI. */
+async function importFile(input) {
+  const [file] = input.files;
+  input.value = '';
+  if (!file) return;
+  find('#import').disabled = true;
+  const came = await tell(`/import?name=${encodeURIComponent(file.name)}`, file);
+  find('#import').disabled = false;
+  if (came) state.toast(came.said, 'done');
+  refresh();
 }
 
 /** The list lies over the chat where there is little room, and goes when something was chosen. */

@@ -21,7 +21,7 @@ const KEYS = [
 ];
 
 // What the parts of the page share: the chat that is shown, as far as the server has told, and what can be done with it.
-const state = {...NEW, settings: NO_SETTINGS, chat: '', model: null, open, toast, colour, send: composer.send, edit: composer.edit};
+const state = {...NEW, settings: NO_SETTINGS, chat: '', model: null, open, toast, colour, send: composer.send, edit: composer.edit, nameOf: composer.nameOf};
 let pieces = 0;
 
 /** A piece of the page is there (layout.py); the last one begins it. */

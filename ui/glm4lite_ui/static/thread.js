@@ -103,7 +103,7 @@ function drawTurn(delta) {
 
 function drawQuestion(turn) {
   const {user, files, dropped} = turn.meta;
-  const chips = files.map(file => element('li', {class: 'chip'}, t('{name} · {count} tokens', {name: file.name, count: count(file.tokens)})));
+  const chips = files.map(file => element('li', {class: 'chip'}, state.nameOf(file)));
   turn.question.replaceChildren(
     dropped ? element('p', {class: 'note'}, t('The model no longer reads this: its context was full.')) : '',
     element('div', {class: 'said', dir: 'auto'}, user),
