@@ -54,6 +54,13 @@ def test_a_first_visitor_asks_and_sees_the_calculator_and_its_answer(serve: Serv
     assert page.get_attribute("#open-settings", "aria-label") == "Settings of this chat"
 
 
+def test_the_page_fetches_no_player_of_films_and_no_fonts(serve: Serve, visit: Visit) -> None:
+    page = visit(serve().url)
+    fetched = page.evaluate("performance.getEntriesByType('resource').map(one => one.name)")
+    assert any("page.js" in address for address in fetched)
+    assert not [address for address in fetched if "hls" in address or "fonts" in address]
+
+
 def test_stop_ends_the_answer_and_the_engine_within_a_second(serve: Serve, visit: Visit, nano: Engine) -> None:
     site = serve(slow_engine(nano, "word " * 3000))
     page = visit(site.url)

@@ -238,3 +238,31 @@ def test_proxies_are_there_again_for_downloads(serve: Serve, monkeypatch: pytest
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     serve()
     assert os.environ["HTTPS_PROXY"] == "http://127.0.0.1:9"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this system tells no process's time in /proc")
+def test_the_first_line_comes_before_what_is_slow_and_an_idle_page_computes_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "glm4lite", "ui", "--port", "0", "--chats", str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines = list[str]()
+        try:
+            while not lines or "Open http://" not in lines[-1]:
+                lines.append(process.stderr.readline())
+            (first,) = [place for place, line in enumerate(lines) if line.startswith("nano is")]
+            slow = [line.rsplit("|")[-1].strip() in ("torch", "gradio", "numpy") for line in lines]
+            assert any(slow)
+            assert not any(slow[:first])
+            url = lines[-1].split()[1]
+            with httpx.Client(base_url=url, trust_env=False) as client, client.stream("GET", "/page/events?window=x"):
+                time.sleep(1)
+                before = cpu_seconds(process.pid)
+                time.sleep(4)
+                assert cpu_seconds(process.pid) - before < 0.05
+        finally:
+            process.terminate()
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
