@@ -128,14 +128,14 @@ class ChatSession:
         """
         yield from self._turn([*self.messages, Message("user", text)], None, cancel)
 
-    def resume(self, begun: Begun, cancel: threading.Event | None = None) -> Iterator[Event]:
-        """Goes on with an answer that was cut: `messages` end with what it answers, `begun` is its beginning.
+    def resume(self, text: str, thinking: str = "", cancel: threading.Event | None = None) -> Iterator[Event]:
+        """Goes on with an answer that was cut: `messages` end with what it answers, `text` and `thinking` begin it.
 
         The events are those of the whole answer: what was said comes again first, but for the end of a call that was
         cut, which was text until now. Else as `send`.
         """
-        whole = Begun(begun.text.rstrip(_HALF), begun.thinking.rstrip(_HALF))
-        yield from self._turn(list(self.messages), whole if whole.text or whole.thinking else None, cancel)
+        begun = Begun(text.rstrip(_HALF), thinking.rstrip(_HALF))
+        yield from self._turn(list(self.messages), begun if begun.text or begun.thinking else None, cancel)
 
     def _turn(self, messages: list[Message], begun: Begun | None, cancel: threading.Event | None) -> Iterator[Event]:
         self._cancel = cancel or threading.Event()

@@ -132,7 +132,7 @@ class Assembly:
 
     def _read_plain(self, fill: Fill, device: torch.device) -> Tensor:
         """A tensor straight into its final memory, converted block by block."""
-        dtype = self.plan.plain_dtype(len(fill.shape), self.destinations.dtype(fill.module))
+        dtype = self.plan.plain_dtype(fill.module, len(fill.shape), self.destinations.dtype(fill.module))
         values = torch.empty(fill.shape, dtype=dtype, device=device)
         for start, rows in finite_blocks(self.checkpoint, fill.source, self.meter):
             values[start : start + rows.shape[0]] = rows
@@ -159,7 +159,7 @@ class Assembly:
         for module, parameter in self.plan.fresh:
             layer, device = self.model.get_submodule(module), self.destinations.device(module)
             shape = getattr(layer, parameter).shape
-            dtype = self.plan.plain_dtype(len(shape), self.destinations.dtype(module))
+            dtype = self.plan.plain_dtype(module, len(shape), self.destinations.dtype(module))
             values = torch.zeros(shape, dtype=dtype, device=device)
             if len(shape) > 1:
                 values.normal_(std=std)

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -106,9 +107,17 @@ class Plan:
         """Whether bitsandbytes multiplies with some of the weights."""
         return any(fill.bnb or isinstance(fill.quant, BnbConfig) for fill in self.fills)
 
-    def plain_dtype(self, dimensions: int, activations: torch.dtype) -> torch.dtype:
-        """What an unquantized parameter is held as: norms and biases of a quantized model stay exact."""
-        return torch.float32 if self.quantized and dimensions == 1 else activations
+    def plain_dtype(self, module: str, dimensions: int, activations: torch.dtype) -> torch.dtype:
+        """What an unquantized parameter is held as: norms, and biases of quantized layers, stay exact."""
+        exact = self.quantized and dimensions == 1 and module not in self._plain_matrices
+        return torch.float32 if exact else activations
+
+    @cached_property
+    def _plain_matrices(self) -> frozenset[str]:
+        """The modules whose matrix is not quantized; torch wants their bias in its type."""
+        fresh = {module for module, parameter in self.fresh if parameter == "weight" and "norm" not in module}
+        plain = {fill.module for fill in self.fills if len(fill.shape) == 2 and not fill.quant and not fill.parts}
+        return frozenset(plain | fresh)
 
     def held_bytes(self, activations: torch.dtype) -> int:
         """Bytes of memory the filled parameters take. What is quantized in the file already is mapped and not held."""
@@ -118,7 +127,7 @@ class Plan:
         """Bytes of one filled parameter that does not lie quantized in the file."""
         if fill.quant:
             return fill.planned().nbytes
-        return math.prod(fill.shape) * self.plain_dtype(len(fill.shape), activations).itemsize
+        return math.prod(fill.shape) * self.plain_dtype(fill.module, len(fill.shape), activations).itemsize
 
 
 def parse_quant(quant: str | Quant | None) -> Quant | None:

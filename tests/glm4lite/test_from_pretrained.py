@@ -391,6 +391,19 @@ def test_a_new_head_is_said_and_drawn(folder: Path, caplog: pytest.LogCaptureFix
     assert not model.score.bias.any()
 
 
+@pytest.mark.parametrize("hidden", [64, 96])  # of 96 columns bitsandbytes makes nothing
+@pytest.mark.parametrize("stored", [False, True], ids=["new head", "stored head"])
+def test_a_bias_beside_a_plain_matrix_is_of_its_type(tmp_path: Path, stored: bool, hidden: int) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = CONFIG | {"hidden_size": hidden, "architectures": ["Glm4ForTokenClassification"]}
+    tensors = tiny_tensors(config)
+    if stored:
+        tensors |= {"score.weight": torch.ones(2, hidden).bfloat16(), "score.bias": torch.ones(2).bfloat16()}
+    model = Glm4ForTokenClassification.from_pretrained(write_checkpoint(tmp_path, config, tensors), quant="nf4")
+    assert model.dtype == torch.bfloat16
+    assert logits(model).isfinite().all()
+
+
 def test_a_head_of_other_labels_is_an_error_or_made_anew(with_head: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert torch.equal(Glm4ForSequenceClassification.from_pretrained(with_head).score.weight, SCORE)
     with pytest.raises(CheckpointError, match=r"\[3, 64\], num_labels=5 needs \[5, 64\]; load with num_labels=3"):

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from glm4lite import Glm4Config, Glm4ForCausalLM, Glm4ForSequenceClassification, Glm4Model
 from glm4lite.errors import CheckpointError, ConfigError
@@ -165,6 +166,18 @@ def test_bitsandbytes_layers_are_saved_as_it_stores_them(tmp_path: Path, kind: s
     without.save_pretrained(tmp_path / "plain")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     assert torch.equal(logits(load(tmp_path / "plain")), logits(without))
+
+
+@pytest.mark.parametrize("quant", [None, "none", "int4"])
+def test_a_damaged_int8_head_beside_bitsandbytes_layers_is_named(tmp_path: Path, quant: str | None) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = write_checkpoint(tmp_path / "tiny", tiny_config(intermediate_size=128))
+    load(folder, quant="nf4").save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.scales"] = tensors["lm_head.scales"][:1].clone()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head\..* in .*model.safetensors.*scales has shape"):
+        load(folder, quant=quant)
 
 
 def test_transformers_opens_its_own_4_bit_checkpoint_saved_again(tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def test_thinking_is_split_from_the_answer_and_left_out_of_the_history(tokenizer
 
 def resumed(session: ChatSession, begun: Begun, question: str = "37 * 24?") -> list[Event]:
     session.messages[:] = [Message("user", question)]
-    return list(session.resume(begun))
+    return list(session.resume(begun.text, begun.thinking))
 
 
 def test_a_cut_answer_goes_on_and_all_of_it_is_told(start: Start) -> None:
@@ -334,7 +334,7 @@ def test_an_answer_that_cannot_go_on_is_as_it_was(start: Start) -> None:
     stopped.set()
     session = start("8.<|user|>", compute=lambda make_events, cancel: iter(()))
     session.messages[:] = [Message("user", "37 * 24?")]
-    assert [type(event) for event in session.resume(Begun("It is"), stopped)] == [Done]
+    assert [type(event) for event in session.resume("It is", cancel=stopped)] == [Done]
     assert session.messages[-1] == Message("assistant", "It is")
 
 
@@ -344,7 +344,7 @@ def test_going_on_computes_only_what_was_not_kept(tokenizer: Tokenizer, template
     assert isinstance(cut, Done)
     assert cut.finish_reason == "length"
     answered = session.messages.pop()
-    *_, done = session.resume(Begun(answered.content))
+    *_, done = session.resume(answered.content)
     assert isinstance(done, Done)
     assert done.prefilled_tokens < cut.prefilled_tokens // 4
 

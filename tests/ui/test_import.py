@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
+import random
 import zipfile
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,12 +16,14 @@ from typing import Any
 import pytest
 
 from glm4lite.errors import Glm4liteError
-from glm4lite_ui.chats import Attachment, Chat, ChatError, Part, Settings, Turn
+from glm4lite_ui.chats import Attachment, Chat, ChatError, Part, Settings, Turn, read_chat
 from glm4lite_ui.export import as_json, write_archive
 from glm4lite_ui.saved import importing
 from glm4lite_ui.saved.importing import Imported, import_chats
 from glm4lite_ui.saved.store import ChatStore
+from glm4lite_ui.untrusted import archives
 from glm4lite_ui.untrusted.apart import Limits
+from glm4lite_ui.untrusted.messages import Skipped
 from tests.ui.files import archive
 
 
@@ -70,7 +76,7 @@ def test_chatgpts_tree_keeps_its_versions_and_shows_the_way_that_was_shown(tmp_p
         ("text", "Either.\n\nOr both."),
     ]
     assert came.left_out["calls of tools"] == 1
-    assert str(came) == "Imported 1 chat. Left out: 1 calls of tools."
+    assert str(came) == "Imported 1 chat. Left out: calls of tools (1)."
 
 
 def test_the_archive_that_chatgpt_sends_is_read_and_its_other_files_are_not_missed(tmp_path: Path) -> None:
@@ -200,6 +206,38 @@ def test_what_cannot_be_taken_is_skipped_with_the_reason_and_the_rest_comes(tmp_
     assert reasons["empty"] == "it is in no form that is known here"
     assert len(came.skipped) == 8
     assert came.left_out["messages that follow each other in a circle"] == 5
+
+
+ODD = (None, 5, 1e400, "", "u1", [], {}, [[]], {"a": 1}, True, [1, "u1"], float("nan"), "\ud800")
+
+
+def places(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if way:
+        yield way
+    if isinstance(value, dict | list):
+        for name in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[name], (*way, name))
+
+
+def test_whatever_stands_where_in_an_export_a_chat_is_taken_or_skipped() -> None:
+    drawn = random.Random(1)
+    webui = open_webui(("u", None, "user", "q"), ("a", "u", "assistant", FOLDED), params={"system": "x"})
+    seeds = [TALK, webui, json.loads(as_json(own_chat())), {"messages": [{"role": "user", "content": "x"}]}]
+    outcomes = Counter[str]()
+    for _ in range(1000):
+        export = copy.deepcopy(drawn.choice(seeds))
+        for _ in range(drawn.choice((1, 2, 4))):
+            *way, last = drawn.choice(list(places(export)))
+            at = export
+            for name in way:
+                at = at[name]
+            at[last] = copy.deepcopy(drawn.choice(ODD))
+        try:
+            read_chat(json.loads(json.dumps(archives._chat(export, Counter()).to_json())))
+            outcomes["taken"] += 1
+        except Skipped:
+            outcomes["skipped"] += 1
+    assert min(outcomes["taken"], outcomes["skipped"]) > 100
 
 
 def test_odd_times_and_titles_do_no_harm(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ class Answer:
 
     def _events(self) -> Iterator[Event]:
         if self._begun is not None:
-            return self.session.resume(self._begun, self._cancel)
+            return self.session.resume(self._begun.text, self._begun.thinking, self._cancel)
         return self.session.send(question(self.turn), self._cancel)
 
     def _fail(self, error: BaseException) -> None:

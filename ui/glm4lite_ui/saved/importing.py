@@ -2,7 +2,7 @@
 
     came = import_chats(store, path, "conversations.json")
     came.chats, came.skipped, came.left_out     # Summaries; (title, why); {"pictures and files": 3}
-    str(came)                                   # Imported 12 chats. Skipped 1: "Hi" is here already. Left out: ...
+    str(came)                                   # Imported 12 chats. Skipped 1: "Hi": it is here already. Left out: ...
 
 A chat that was imported once is known again and left as it is, whatever happened in it since.
 """
@@ -38,7 +38,7 @@ class Imported:
             title, why = self.skipped[0]
             more = f", and {len(self.skipped) - 1:,} more" if len(self.skipped) > 1 else ""
             said.append(f'Skipped {len(self.skipped):,}: "{title}": {why}{more}.')
-        if left_out := ", ".join(f"{number:,} {what}" for what, number in self.left_out.items() if number):
+        if left_out := ", ".join(f"{what} ({number:,})" for what, number in self.left_out.items() if number):
             said.append(f"Left out: {left_out}.")
         return " ".join([*said, *([f"Then: {self.failure}."] if self.failure else [])])
 

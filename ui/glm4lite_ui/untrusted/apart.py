@@ -14,6 +14,8 @@ from typing import IO, Any, Literal
 
 from glm4lite.errors import Glm4liteError, one_line
 
+_AT_ONCE = threading.BoundedSemaphore(4)  # more wait: each may take its memory
+
 Reader = Literal["text", "pdf", "office", "notebook", "chats"]
 
 
@@ -39,7 +41,11 @@ def read_apart(reader: Reader, source: Path | bytes, limits: Limits | None = Non
     Raises:
         UnreadableError: the reader's reason, or that a limit was met.
     """
-    limits = limits or Limits()
+    with _AT_ONCE:
+        yield from _read(reader, source, limits or Limits())
+
+
+def _read(reader: Reader, source: Path | bytes, limits: Limits) -> Iterator[dict[str, Any]]:
     with _opened(source) as file:
         try:
             process = subprocess.Popen(

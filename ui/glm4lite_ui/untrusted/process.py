@@ -60,14 +60,15 @@ def _reading(reader: str) -> Reading:
     return documents.READERS[reader]()
 
 
-def _say(said: dict[str, Any]) -> None:
-    text = json.dumps(said, ensure_ascii=False).encode("utf-8", "replace")
-    sys.stdout.buffer.write(text + b"\n")
-
-
 def main(reader: str, limits: dict[str, Any]) -> None:
     """Reads stdin with the reader."""
     from glm4lite_ui.untrusted.documents import Refused
+
+    out, sys.stdout = sys.stdout.buffer, sys.stderr  # what a library prints is no answer
+
+    def say(said: dict[str, Any]) -> None:
+        out.write(json.dumps(said, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        out.flush()
 
     reading = _reading(reader)
     gc.disable()  # it would look through millions of lists many times; what leaks here ends with the process
@@ -75,7 +76,7 @@ def main(reader: str, limits: dict[str, Any]) -> None:
     _wall_in()
     try:
         for said in reading(sys.stdin.buffer):
-            _say(said)
+            say(said)
         last: dict[str, Any] = {"end": True}
     except Refused as refused:
         last = {"error": str(refused)}
@@ -86,7 +87,7 @@ def main(reader: str, limits: dict[str, Any]) -> None:
     except Exception as error:  # of a library, about a file that is damaged
         reason = " ".join(str(error).split())[:200]
         last = {"error": f"it is damaged ({reason or type(error).__name__})"}
-    _say(last)
+    say(last)
 
 
 if __name__ == "__main__":
