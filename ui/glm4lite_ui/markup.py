@@ -1,8 +1,9 @@
 """Markdown in, Markdown out: what a text says, written anew so that every reader finds the same in it. For exports.
 
 Readers of Markdown differ. What one takes for code is HTML to the next: some link bare addresses before they look for
-code, take formulas out before they look for anything, or make HTML of diagrams. So a text is parsed once, by markdown-it and without HTML, and what was found is written in its plainest form: a sign that
-could mean something stands as its entity, code lies in fences that nothing in it can close, pictures become links.
+code, take formulas out before they look for anything, or make HTML of diagrams. So a text is parsed once, by
+markdown-it and without HTML, and what was found is written in its plainest form: a sign that could mean something
+stands as its entity, code lies in fences that nothing in it can close, pictures become links.
 """
 
 from __future__ import annotations
