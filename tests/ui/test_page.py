@@ -680,8 +680,11 @@ def test_another_model_is_loaded_and_a_wrong_one_leaves_the_old(serve: Serve, vi
     page.wait_for_selector("#load-progress:has-text('/nowhere/at/all')")
     visit.errors.clear()  # type: ignore[attr-defined]  # Chromium logs each answer that is a refusal
     before = site.runtime.engine
+    assert "nano" in page.evaluate("[...document.querySelectorAll('#known-models option')].map(one => one.value)")
     page.fill("#source", str(NANO))
     page.select_option("#quant", "int8")
+    page.click("#plan")
+    page.wait_for_selector("#planned >> text=tokens/s")
     page.get_by_role("button", name="Load", exact=True).click()
     page.wait_for_selector("#load-progress >> text=is loaded")
     assert site.runtime.engine is not before

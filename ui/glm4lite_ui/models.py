@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
+from glm4lite.budget import Budget
 from glm4lite.errors import Glm4liteError
 from glm4lite.events import Progress
-from glm4lite.hub import locate
+from glm4lite.hub import NANO, locate
 from glm4lite.inventory import devices, kernel_names
+from glm4lite.planner import plan
+from glm4lite.weights.hub_client import cached_models
 from glm4lite.weights.memory import readable
 from glm4lite_ui.loading import Loading
 from glm4lite_ui.runtime import BusyError, Runtime
@@ -29,6 +32,7 @@ class Models:
         self._lock, self._cancelled = threading.Lock(), threading.Event()
         self._progress: dict[str, Any] | None = None
         self._ended = ""
+        self._loaded = [runtime.source]  # newest last; offered again
 
     def about(self) -> dict[str, Any]:
         """The model, the values it samples with, the tools there are, and how far a load is."""
@@ -46,15 +50,22 @@ class Models:
             ],
             "takes_tools": takes_tools,
             "quants": QUANTS,
+            "known": list(dict.fromkeys([*self._loaded, NANO, *cached_models()])),
             "loading": self._progress,
             "ended": self._ended,
         }
 
+    def plan(self, source: str, quant: str) -> list[tuple[str, str]]:
+        """What loading it would take and give, as `glm4lite plan` says it."""
+        options = self.runtime.load_options
+        budget = Budget.of(
+            *(options.get(name) for name in ("gpu_memory", "ram", "context")), options.get("kv") or "auto"
+        )
+        return list(plan(_named(source), None if quant == "auto" else quant, budget).lines())
+
     def load(self, source: str, quant: str) -> None:
         """Begins a load; raises what can be known at once."""
-        if not source:
-            raise Glm4liteError("name a model: a folder, or a Hub repository")
-        locate(source)
+        locate(_named(source))
         if not self._lock.acquire(blocking=False):
             raise BusyError("another window is loading a model")
         self._cancelled.clear()
@@ -77,6 +88,7 @@ class Models:
                     self._progress = {"source": source, **_progress(progress, *began[1:])}
                     self._tell(self._state())
             self._ended = f"{source} is loaded."
+            self._loaded.append(source)
         except Glm4liteError as error:
             self._ended = str(error) if source in str(error) else f"{source}: {error}"
         finally:
@@ -100,6 +112,12 @@ class Models:
         tools = ", ".join(tool.name for tool in runtime.tools) or "none"
         takes = runtime.engine.chat_template().takes_tools
         yield "Tools", tools if takes else "this model's template has no place for any"
+
+
+def _named(source: str) -> str:
+    if not source.strip():
+        raise Glm4liteError("name a model: a folder, or a Hub repository")
+    return source.strip()
 
 
 def _progress(progress: Progress, began: float, begun_with: int) -> dict[str, Any]:

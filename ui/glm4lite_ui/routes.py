@@ -334,11 +334,15 @@ class _Model:
 
     def add(self, router: APIRouter) -> None:
         router.add_api_route("/model", self.about, methods=["GET"])
+        router.add_api_route("/model/plan", self.plan, methods=["POST"])
         router.add_api_route("/model/load", self.load, methods=["POST"])
         router.add_api_route("/model/cancel", self.cancel, methods=["POST"])
 
     def about(self) -> dict[str, Any]:
         return self.models.about()
+
+    def plan(self, source: Annotated[str, Body()], quant: Annotated[str, Body()] = "auto") -> list[tuple[str, str]]:
+        return self.models.plan(source, quant)
 
     def load(self, source: Annotated[str, Body()], quant: Annotated[str, Body()] = "auto") -> None:
         self.models.load(source.strip(), quant)

@@ -22,7 +22,6 @@ export async function refresh() {
 
 function draw() {
   const about = state.model, body = find('#model .sheet-body');
-  const rows = about.facts.map(([name, value]) => element('tr', {}, element('th', {scope: 'row'}, t(name)), element('td', {}, value)));
   const source = element('input', {id: 'source', autocomplete: 'off', spellcheck: 'false', list: 'known-models', placeholder: 'zai-org/GLM-4-9B-0414'});
   const quant = element('select', {id: 'quant'}, ...about.quants.map(name => element('option', {value: name}, name)));
   const form = element('form', {id: 'load', on: {submit: event => {
@@ -31,18 +30,31 @@ function draw() {
   }}},
     element('div', {class: 'field'}, element('label', {for: 'source'}, t('Another model')), source, element('p', {class: 'about'}, t('nano, a folder, or a repository of the Hugging Face Hub.'))),
     element('div', {class: 'field'}, element('label', {for: 'quant'}, t('Weights')), quant),
-    element('button', {type: 'submit', class: 'main'}, t('Load')));
-  body.replaceChildren(element('table', {id: 'facts'}, element('tbody', {}, ...rows)), form, element('div', {id: 'load-progress', role: 'status'}));
+    element('datalist', {id: 'known-models'}, ...about.known.map(name => element('option', {value: name}))),
+    element('div', {class: 'buttons'}, element('button', {type: 'submit', class: 'main'}, t('Load')),
+      element('button', {type: 'button', class: 'plain', id: 'plan', on: {click: () => plan(source.value, quant.value)}}, t('Will it fit?'))));
+  body.replaceChildren(table(about.facts, 'facts'), form, element('div', {id: 'load-progress', role: 'status'}));
   progress(about);
 }
 
+const table = (rows, id) => element('table', {id, class: 'facts'}, element('tbody', {}, ...rows.map(([name, value]) =>
+  element('tr', {}, element('th', {scope: 'row'}, t(name)), element('td', {}, value)))));
+
 async function load(source, quant) {
   find('#load-progress').replaceChildren();
-  try {
-    await ask('/model/load', {source, quant});
-  } catch (problem) {
-    find('#load-progress').replaceChildren(element('p', {class: 'note problem'}, problem.message.includes(source) ? problem.message : `${source}: ${problem.message}`));
-  }
+  await ask('/model/load', {source, quant}).catch(problem => refused(source, problem));
+}
+
+/** What the model would take here, before it is loaded. */
+async function plan(source, quant) {
+  find('#load-progress').replaceChildren(element('p', {class: 'note'}, t('Looking at the model…')));
+  const lines = await ask('/model/plan', {source, quant}).catch(problem => refused(source, problem));
+  if (lines) find('#load-progress').replaceChildren(table(lines, 'planned'));
+}
+
+function refused(source, problem) {
+  const said = problem.message.includes(source) ? problem.message : `${source}: ${problem.message}`;
+  find('#load-progress').replaceChildren(element('p', {class: 'note problem'}, said));
 }
 
 /** A load goes on, or is over. */

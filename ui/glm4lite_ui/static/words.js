@@ -58,6 +58,7 @@ const CHINESE = {
   'Later version': '下一个版本',
   'Light': '浅色',
   'Load': '加载',
+  'Looking at the model…': '正在查看模型…',
   'Loading {source}': '正在加载 {source}',
   'Max tokens': '最多词元数',
   'Min-p': 'Min-p',
@@ -136,6 +137,7 @@ const CHINESE = {
   'What the model is told before the conversation.': '对话开始前告诉模型的内容。',
   'What time is it in Tokyo?': '东京现在几点？',
   'Which one': '选择哪一个',
+  'Will it fit?': '放得下吗？',
   'Word': 'Word',
   'Wrap lines': '自动换行',
   'You change a message; the old one is kept beside it.': '正在修改消息；原来的那一条会保留。',
@@ -166,6 +168,14 @@ const CHINESE = {
   '{name}: being read': '{name}：正在读取',
   '{seconds} s left': '还剩 {seconds} 秒',
   '{speed} tokens/s': '{speed} 词元/秒',
+  'model': '模型',
+  'mapped': '映射',
+  'cache': '缓存',
+  'decode': '生成',
+  'prompt': '读取提示',
+  'fits': '放得下',
+  'measured': '实测',
+  'assumed': '假定',
 };
 
 const chosen = localStorage.getItem('language') || (navigator.language || 'en');
