@@ -7,7 +7,7 @@ from typing import Any
 
 def ask(page: Any, text: str) -> None:
     """Sends a message; returns when it stands in the chat."""
-    last = "[...document.querySelectorAll('.turn')].at(-1)?.dataset.turn"
+    last = "([...document.querySelectorAll('.turn')].at(-1)?.dataset.turn ?? null)"
     before = page.evaluate(last)
     page.fill("#message", text)
     page.press("#message", "Enter")

@@ -51,6 +51,21 @@ def test_a_chat_is_pinned_and_put_into_a_folder(serve: Serve, visit: Visit) -> N
     assert page.locator("#chats a").all_inner_texts() == ["One", "Two", "Three"]
 
 
+def test_a_chat_that_is_damaged_or_no_chat_is_said_and_a_new_one_begun(serve: Serve, visit: Visit) -> None:
+    site = serve()
+    chat = Chat.of(Turn("Hi"), title="Broken")
+    site.runtime.store.save(chat)
+    (site.runtime.store.folder / f"{chat.id}.json").write_text("{")
+    page = visit(f"{site.url}/?chat={chat.id}")
+    page.wait_for_selector(".toast >> text=this chat cannot be read")
+    page.wait_for_selector("#greeting")
+    page.goto(f"{site.url}/?chat=../../etc")
+    page.wait_for_selector("#greeting")
+    ask(page, "Hi")
+    wait_for_end(page)
+    assert len(site.runtime.store.summaries()) == 1
+
+
 def test_chats_of_another_program_are_imported(serve: Serve, visit: Visit, tmp_path: Path) -> None:
     site = serve()
     message = {"author": {"role": "user"}, "content": {"content_type": "text", "parts": ["Hello from there"]}}

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from glm4lite.errors import Glm4liteError
 from glm4lite_ui.answering import Answer
 from glm4lite_ui.chats import Chat, Turn
 from glm4lite_ui.runtime import Runtime
@@ -143,7 +144,10 @@ class Window:
         """A message made in a thread of its own, for the chat that is shown as it begins."""
         self._number += 1
         head = {"type": "chat", "chat": self._chat, "visit": self._visit, "number": self._number}
-        return head | await asyncio.to_thread(make, self._chat, self._known)
+        try:
+            return head | await asyncio.to_thread(make, self._chat, self._known)
+        except Glm4liteError as error:  # a chat whose file was damaged, say
+            return {"type": "problem", "chat": self._chat, "said": str(error)}
 
     async def _wait(self, answer: Answer | None, due: float) -> None:
         """Until something has changed; at most until the next drawing, or look at the answer, is due."""

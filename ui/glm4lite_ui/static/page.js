@@ -50,7 +50,8 @@ async function start() {
   document.body.dataset.ready = 'true';
 }
 
-const addressed = () => new URL(location).searchParams.get('chat') ?? unsent() ?? newId();
+const isId = text => /^[0-9a-f]{16}$/.test(text ?? '');
+const addressed = () => [new URL(location).searchParams.get('chat'), unsent(), newId()].find(isId);
 const unsent = () => localStorage.getItem('unsent');
 
 /** Opens a chat, a new one without an id; the way back leads to the one that was shown. */
@@ -83,6 +84,11 @@ function visit(id) {
 function hear(message) {
   if (message.type === 'list') return library.refresh();
   if (message.type === 'model') return model.hear(message);
+  if (message.type === 'problem') {
+    if (message.chat !== state.chat) return;
+    toast(message.said);
+    return open(newId());
+  }
   state.answering = message.answering;
   if (message.order) {
     Object.assign(state, {saved: message.saved, memory: message.memory, settings: message.settings});
