@@ -33,6 +33,7 @@ from glm4lite.load_options import LoadOptions
 from glm4lite.loader import load_class
 from glm4lite.machine import beyond_caches, bus_bandwidth, gpu_bandwidth, read_rate
 from glm4lite.model import DecoderLayer, Glm4ForCausalLM
+from glm4lite.runner import graphs_of
 from glm4lite.sampling import SamplingParams
 from glm4lite.weights.memory import readable
 from glm4lite.weights.plan import read_config
@@ -339,7 +340,8 @@ def _repeat(
 def _decoding(model: Glm4ForCausalLM, gpu: torch.device) -> str:
     """How a GPU's layers decode a token."""
     first = next(layer for layer in model.model.layers if isinstance(layer, DecoderLayer) and layer.device == gpu)
-    refused = model.model.graphs.reason(first)
+    graphs = graphs_of(model.model)
+    refused = "" if graphs is None else graphs.reason(first)
     return f"eager: {refused}" if refused else graph.status(gpu)
 
 

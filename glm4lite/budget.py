@@ -8,7 +8,8 @@ from typing import cast
 
 from glm4lite.cache import KVType
 from glm4lite.errors import ConfigError
-from glm4lite.placement import Machine, Needs, Placement, place
+from glm4lite.placement import place
+from glm4lite.resources import Machine, Needs, Placement
 from glm4lite.weights.memory import parse_size
 
 logger = logging.getLogger("glm4lite")

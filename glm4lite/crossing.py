@@ -12,25 +12,21 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from glm4lite.cache import AwayCache, Cache, HomeCache
-from glm4lite.offload import Place, twin_of
+from glm4lite.model import DecoderLayer, WeightStore
+from glm4lite.offload import twin_of
+from glm4lite.resources import BUS_BLOCK_BYTES, BUS_BLOCKS, BUS_BUFFERS
 from glm4lite_quant import QuantLinear, QuantTensor
 from glm4lite_quant.tensor import NAMES
 
-if TYPE_CHECKING:
-    from glm4lite.model import DecoderLayer
-
 logger = logging.getLogger("glm4lite")
 
-BUFFERS = 2  # layers on the GPU: one is computed with while the other is filled
 ALIGNMENT = 256  # bytes: what a GPU's allocator gives
-BLOCK_BYTES = 16 << 20  # of pinned memory, a power of two as torch rounds it up to one
-BLOCKS = 2  # one is written while the other crosses
 
 
 class _Part(NamedTuple):
@@ -46,25 +42,25 @@ class _Part(NamedTuple):
 class Crossing:
     """A layer whose own place is `home`, and that long prompts find on the bus's GPU."""
 
-    at_home: bool
+    resident: bool
 
-    def __init__(self, home: Place, bus: Bus, index: int) -> None:
+    def __init__(self, home: WeightStore, bus: Bus, index: int) -> None:
         self.home, self.bus, self._index = home, bus, index
-        self.at_home = home.at_home
+        self.resident = home.resident
         self._twin: DecoderLayer | None = None
 
     def where(self, tokens: int) -> tuple[torch.device, torch.dtype] | None:
         return (self.bus.device, self.bus.dtype) if tokens >= self.bus.threshold else None
 
-    def native(self, layer: DecoderLayer) -> bool:
-        return self.home.native(layer)
+    def fused(self, layer: DecoderLayer) -> bool:
+        return self.home.fused(layer)
 
     @contextmanager
-    def at_hand(
+    def acquire(
         self, layer: DecoderLayer, device: torch.device, cache: HomeCache | None
     ) -> Iterator[tuple[DecoderLayer, Cache | None]]:
         if not self.bus.carries(device):
-            with self.home.at_hand(layer, device, cache) as lent:
+            with self.home.acquire(layer, device, cache) as lent:
                 yield lent
             return
         twin = self._twin = self._twin or twin_of(layer)
@@ -85,7 +81,7 @@ class Bus:
     ) -> None:
         self.device, self.dtype, self.threshold = device, dtype, threshold
         self._layers = [weakref.ref(layer) for layer in layers]  # which hold the bus: a cycle would keep their memory
-        self._homes = [layer.place for layer in layers]
+        self._homes = [layer.store for layer in layers]
         self._parts: dict[int, list[_Part]] = {}
         self._slots: list[_Slot] = []
         self._staging: _Staging | None = None
@@ -105,7 +101,7 @@ class Bus:
             self._sent = -1
         if self._sent != index:
             self._send(index)
-        slot = self._slots[index % BUFFERS]
+        slot = self._slots[index % BUS_BUFFERS]
         slot.wait()
         return {
             part.name: slot.memory[part.at : part.at + part.nbytes].view(part.dtype).view(part.shape)
@@ -114,7 +110,7 @@ class Bus:
 
     def leave(self, index: int, following: _Following | None) -> None:
         """The layer's kernels are launched: the next layer is sent, the keys and values of the one before stored."""
-        self._slots[index % BUFFERS].free()
+        self._slots[index % BUS_BUFFERS].free()
         self._at = index
         new = [] if following is None else [following]
         last = index + 1 == len(self._layers)
@@ -129,7 +125,7 @@ class Bus:
 
     def _send(self, index: int) -> None:
         layer = self._layer(index)
-        with self._homes[index].at_hand(layer, torch.device("cpu"), None):
+        with self._homes[index].acquire(layer, torch.device("cpu"), None):
             tensors = {
                 name: tensor
                 for named in (layer.named_parameters(), layer.named_buffers())
@@ -158,9 +154,9 @@ class Bus:
             size = max(_size(self._layer(at)) for at in range(len(self._layers)))
             with torch.inference_mode(False):  # else a script could not go on under no_grad
                 stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-                self._slots = [_Slot(size, self.device, stream) for _ in range(BUFFERS)]
+                self._slots = [_Slot(size, self.device, stream) for _ in range(BUS_BUFFERS)]
                 self._staging = _Staging(stream)
-        return self._slots[index % BUFFERS], self._staging
+        return self._slots[index % BUS_BUFFERS], self._staging
 
 
 class _Slot:
@@ -203,13 +199,13 @@ class _Staging:
 
     def __init__(self, stream: torch.cuda.Stream | None) -> None:
         self._stream, self._turn = stream, 0
-        self._blocks = [_pinned(BLOCK_BYTES) if stream is not None else None for _ in range(BLOCKS)]
-        self._crossed: list[torch.cuda.Event | None] = [None] * BLOCKS
+        self._blocks = [_pinned(BUS_BLOCK_BYTES) if stream is not None else None for _ in range(BUS_BLOCKS)]
+        self._crossed: list[torch.cuda.Event | None] = [None] * BUS_BLOCKS
 
     def send(self, source: Tensor, target: Tensor) -> None:
         """uint8 on the CPU -> uint8 of the same size on the GPU, where it arrives on the bus's stream."""
-        for start in range(0, source.numel(), BLOCK_BYTES):
-            piece = slice(start, start + BLOCK_BYTES)
+        for start in range(0, source.numel(), BUS_BLOCK_BYTES):
+            piece = slice(start, start + BUS_BLOCK_BYTES)
             self._send_block(source[piece], target[piece])
 
     def _send_block(self, source: Tensor, target: Tensor) -> None:
@@ -223,7 +219,7 @@ class _Staging:
         with torch.cuda.stream(self._stream):
             target.copy_(staged, non_blocking=True)
         self._crossed[self._turn] = self._stream.record_event(crossed or torch.cuda.Event())
-        self._turn = (self._turn + 1) % BLOCKS
+        self._turn = (self._turn + 1) % BUS_BLOCKS
 
 
 class _Following:
@@ -301,5 +297,5 @@ def put_on_bus(layers: Sequence[DecoderLayer], device: torch.device, dtype: torc
     """Gives layers, in the order of a pass, a way to the GPU for prompts of at least `threshold` tokens."""
     bus = Bus(layers, device, dtype, threshold)
     for index, layer in enumerate(layers):
-        layer.place = Crossing(layer.place, bus, index)
+        layer.store = Crossing(layer.store, bus, index)
     return bus

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glm4lite.attention import Visibility
 from glm4lite.cache import Cache, PackedLayerCache
+from glm4lite.model import DecoderLayer
 from glm4lite_quant import QuantLinear
 from glm4lite_quant.kernels import decoder
 from glm4lite_quant.kernels.decoder import DecoderKernel
 
-if TYPE_CHECKING:
-    from glm4lite.attention import Visibility
-    from glm4lite.model import DecoderLayer
 
-STEP_TOKENS = 8  # so few go through all layers in one call, which nothing can stop half-way
-
-
-class FusedLayer:
-    """Holds the native form of one layer, and makes it anew when the layer's tensors have moved."""
+class FusedLayers:
+    """Runs layers in the native library, whose form of each it makes anew when the layer's tensors have moved."""
 
     def __init__(self) -> None:
-        self._kernel: DecoderKernel | None = None
-        self._source: tuple[int, ...] | None = None
+        self._made: weakref.WeakKeyDictionary[DecoderLayer, tuple[tuple[int, ...], DecoderKernel | None]]
+        self._made = weakref.WeakKeyDictionary()
 
     def kernel(self, layer: DecoderLayer) -> DecoderKernel | None:
         """None where the layer must run as torch code: not quantized, on another device, or no native library."""
@@ -36,42 +32,35 @@ class FusedLayer:
         norms = _norms(layer)
         held = (*(linear.qweight for linear in linears.values()), *norms.values())
         source = tuple(tensor.data_ptr() for tensor in held if tensor is not None)
-        if source != self._source:
-            self._kernel, self._source = _make(layer, linears, norms), source
-        return self._kernel
+        known = self._made.get(layer)
+        if known is None or known[0] != source:
+            known = self._made[layer] = source, _make(layer, linears, norms)
+        return known[1]
 
-    def __getstate__(self) -> dict[str, None]:
-        return {"_kernel": None, "_source": None}  # addresses: a copy makes its own
-
-
-def run(
-    layers: Iterable[DecoderLayer],
-    x: Tensor,
-    dtype: torch.dtype,
-    rotary: tuple[Tensor, Tensor],
-    visible: Visibility,
-    caches: Sequence[Cache | None],
-) -> Tensor | None:
-    """x [1, T, H] after the layers; None, with nothing done, where they must run as torch code."""
-    fits = x.device.type == "cpu" and dtype == torch.float32 and x.shape[0] == 1 and x.shape[1] > 0
-    if not fits or not visible.causal_only or (torch.is_grad_enabled() and x.requires_grad):
-        return None
-    packed = [cache for cache in caches if isinstance(cache, PackedLayerCache)]
-    kernels = [kernel for layer in layers if (kernel := layer.kernel()) is not None]
-    if len(packed) != len(caches) or len(kernels) != len(caches):
-        return None
-    heads, tokens = kernels[0].heads, x.shape[1]
-    out = x.detach().clone(memory_format=torch.contiguous_format)
-    cos, sin = (part.expand(1, 1, tokens, -1)[0, 0].contiguous() for part in rotary)
-    decoder.run(kernels, [cache.view(tokens, heads, x.device, dtype) for cache in packed], out[0], cos, sin)
-    for cache in packed:
-        cache.length += tokens
-    return out
-
-
-def hooked(layers: Iterable[nn.Module]) -> bool:
-    """Whether someone waits for a layer to be called."""
-    return any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+    def run(
+        self,
+        layers: Iterable[DecoderLayer],
+        x: Tensor,
+        dtype: torch.dtype,
+        rotary: tuple[Tensor, Tensor],
+        visible: Visibility,
+        caches: Sequence[Cache | None],
+    ) -> Tensor | None:
+        """x [1, T, H] after the layers; None, with nothing done, where they must run as torch code."""
+        fits = dtype == torch.float32 and x.shape[0] == 1 and x.shape[1] > 0
+        if not fits or not visible.causal_only or (torch.is_grad_enabled() and x.requires_grad):
+            return None
+        packed = [cache for cache in caches if isinstance(cache, PackedLayerCache)]
+        kernels = [kernel for layer in layers if (kernel := self.kernel(layer)) is not None]
+        if len(packed) != len(caches) or len(kernels) != len(caches):
+            return None
+        heads, tokens = kernels[0].heads, x.shape[1]
+        out = x.detach().clone(memory_format=torch.contiguous_format)
+        cos, sin = (part.expand(1, 1, tokens, -1)[0, 0].contiguous() for part in rotary)
+        decoder.run(kernels, [cache.view(tokens, heads, x.device, dtype) for cache in packed], out[0], cos, sin)
+        for cache in packed:
+            cache.length += tokens
+        return out
 
 
 def _linears(layer: DecoderLayer) -> dict[str, QuantLinear] | None:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 
 from glm4lite.errors import ContextLengthError, DeviceError
-from glm4lite.fused import STEP_TOKENS
 from glm4lite.model import DecoderLayer, Glm4ForCausalLM
 from glm4lite.out_of_memory import ran_out
 from glm4lite.sampling import Sampler, SamplingParams
@@ -205,7 +204,7 @@ def _stoppable(model: Glm4ForCausalLM, tokens: int, cancelled: Callable[[], bool
             raise Stopped
 
     layers = (module for module in model.modules() if isinstance(module, DecoderLayer))
-    slow = (layer for layer in layers if tokens > STEP_TOKENS or not layer.place.at_home)
+    slow = (layer for layer in layers if tokens > layer.runner.few or not layer.store.resident)
     handles = [layer.register_forward_pre_hook(check) for layer in slow]
     try:
         yield

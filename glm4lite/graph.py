@@ -14,25 +14,21 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glm4lite.attention import Visibility
 from glm4lite.cache import HomeCache
 from glm4lite.errors import ConfigError, one_line
+from glm4lite.model import Attention, DecoderLayer
 from glm4lite_quant.kernels import gpu
 from glm4lite_quant.kernels.decoder import CacheView
-
-if TYPE_CHECKING:
-    from glm4lite.attention import Visibility
-    from glm4lite.model import Attention, DecoderLayer
 
 logger = logging.getLogger("glm4lite")
 
 VARIABLE, CHOICES = "GLM4LITE_GPU_DECODE", ("graph", "eager")
-Caches = Sequence[HomeCache | None]
 
 
 def eager_by_choice() -> bool:
@@ -68,26 +64,25 @@ class StepGraphs:
         dtype: torch.dtype,
         rotary: tuple[Tensor, Tensor],
         visible: Visibility,
-        caches: Caches,
+        caches: Sequence[HomeCache],
     ) -> Tensor | None:
         """x [1, 1, H], the float32 residual stream on a GPU, after the layers; it is overwritten by the next call.
 
         None, with nothing done, where they must run one by one as torch code.
         """
-        held = [cache for cache in caches if cache is not None]
         plain = x.shape[:2] == (1, 1) and visible.causal_only and not torch.is_grad_enabled()
-        if not plain or len(held) != len(layers) or id(layers[0]) in self._refused:
+        if not plain or id(layers[0]) in self._refused:
             return None
         # A script may go on under no_grad: tensors made in inference mode could not be written there.
         with torch.inference_mode(False), torch.no_grad():
             try:
-                step = self._step(layers, x, dtype, rotary, held)
+                step = self._step(layers, x, dtype, rotary, caches)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # a kernel that cannot be recorded: each library has errors of its own
                 self._refuse(layers[0], one_line(error) or type(error).__name__)
                 return None
-            return None if step is None else step.run(x, rotary, held)
+            return None if step is None else step.run(x, rotary, caches)
 
     def reason(self, layer: DecoderLayer) -> str:
         """Why the layers from `layer` on are not recorded, "" where they are or were not tried yet."""
@@ -122,12 +117,6 @@ class StepGraphs:
         """Forgets all recordings and refusals: the model's tensors have moved."""
         self._steps.clear()
         self._refused.clear()
-
-    def __deepcopy__(self, memo: object) -> StepGraphs:
-        return StepGraphs()  # recordings hold addresses: a copy makes its own
-
-    def __getstate__(self) -> dict[str, dict[int, object]]:
-        return {"_steps": {}, "_refused": {}}
 
 
 def _unfit(layers: Sequence[DecoderLayer], dtype: torch.dtype) -> str:

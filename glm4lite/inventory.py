@@ -58,8 +58,8 @@ def _read(module: nn.Module) -> int:
 
 def bus_of(model: nn.Module) -> Bus | None:
     """What carries layers to a GPU for long prompts; None where nothing has to."""
-    places = (module.place for module in model.modules() if isinstance(module, DecoderLayer))
-    return next((place.bus for place in places if isinstance(place, Crossing)), None)
+    stores = (module.store for module in model.modules() if isinstance(module, DecoderLayer))
+    return next((store.bus for store in stores if isinstance(store, Crossing)), None)
 
 
 def rings(model: nn.Module) -> list[WeightRing]:

@@ -18,6 +18,7 @@ from glm4lite.errors import CheckpointError
 from glm4lite.hub import resolve
 from glm4lite.load_options import LoadOptions, Size
 from glm4lite.out_of_memory import enough_for
+from glm4lite.runner import attach
 from glm4lite.weights import memory
 from glm4lite.weights.assembly import Assembly, check_as_stored
 from glm4lite.weights.calibration import layer_bytes
@@ -125,6 +126,7 @@ def load_class(cls: type[Model], source: str | Path, options: LoadOptions) -> tu
         if isinstance(stored, QuantConfig):
             check_as_stored(model, checkpoint, stored)
         assembly.finish()
+    attach(model)
     if plan.quantized:
         model.requires_grad_(False)
         made = recorded(stored or wanted or QuantConfig(), calibrator)

@@ -12,10 +12,9 @@ from typing import Any, cast
 import torch
 
 from glm4lite.errors import CheckpointError
-from glm4lite.placement import Machine
+from glm4lite.resources import Machine
 from glm4lite.weights import memory
-from glm4lite.weights.direct import ALIGNMENT, DirectFile
-from glm4lite.weights.ring import Extent
+from glm4lite.weights.direct import ALIGNMENT, DirectFile, Extent
 from glm4lite_quant import QuantConfig, QuantLinear, QuantTensor, pages
 from glm4lite_quant.kernels import native
 

@@ -8,13 +8,13 @@ the model's dtype: o_proj and down_proj outputs of GLM-4 pass 65 504, float16's 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Self
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glm4lite import fused
 from glm4lite.activations import ACTIVATIONS
 from glm4lite.attention import Visibility, attend, attend_with_weights
 from glm4lite.cache import (
@@ -29,16 +29,97 @@ from glm4lite.cache import (
     bytes_per_token,
 )
 from glm4lite.config import Glm4Config
-from glm4lite.fused import FusedLayer
-from glm4lite.graph import Caches, StepGraphs
-from glm4lite.offload import AT_HOME, Place
 from glm4lite.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, GenerateDecoderOnlyOutput
 from glm4lite.pretrained import Glm4PreTrainedModel, draw, ids_problem, labels_problem
 from glm4lite.rotary import RotaryEmbedding, apply_rotary
-from glm4lite_quant.kernels.decoder import DecoderKernel, Heads
+from glm4lite_quant.kernels.decoder import Heads
 
 CPU_CHUNK, GPU_CHUNK = 512, 2048
 """Tokens of a prompt computed at a time: they bound the memory of activations."""
+
+
+Caches = Sequence[HomeCache | None]
+
+
+class WeightStore(Protocol):
+    """Where a decoder layer's weights are when they are needed: the layer asks, and does not know."""
+
+    @property
+    def resident(self) -> bool:
+        """Whether the layer's modules have their weights at all times."""
+
+    def where(self, tokens: int) -> tuple[torch.device, torch.dtype] | None:
+        """Where and in what so many tokens are computed; None: on the layer's own device, in its own type."""
+
+    def acquire(
+        self, layer: DecoderLayer, device: torch.device, cache: HomeCache | None
+    ) -> AbstractContextManager[tuple[DecoderLayer, Cache | None]]:
+        """For an input on `device`: the layer that computes, which has its weights while this is open, and its cache.
+
+        Raises CheckpointError where the disk fails.
+        """
+
+    def fused(self, layer: DecoderLayer) -> bool:
+        """Whether the layer runs in the native library once its weights are there."""
+
+
+class Resident:
+    """The weights are in the layer's modules."""
+
+    resident = True
+
+    def where(self, tokens: int) -> None:
+        return None
+
+    def acquire(
+        self, layer: DecoderLayer, device: torch.device, cache: HomeCache | None
+    ) -> AbstractContextManager[tuple[DecoderLayer, Cache | None]]:
+        return nullcontext((layer, cache))
+
+    def fused(self, layer: DecoderLayer) -> bool:
+        return layer.runner.fuses(layer)
+
+
+class LayerRunner(Protocol):
+    """Computes layers faster than torch's code, where it can; `glm4lite.runner` gives a loaded model one."""
+
+    few: int
+    """Tokens that go through all layers in one call, which nothing can stop half-way."""
+
+    def run(
+        self,
+        layers: Sequence[DecoderLayer],
+        x: Tensor,
+        dtype: torch.dtype,
+        rotary: tuple[Tensor, Tensor],
+        visible: Visibility,
+        caches: Sequence[Cache | None],
+    ) -> Tensor | None:
+        """x after the layers, resident ones of one device; None, with nothing done, where torch's code has to run."""
+
+    def fuses(self, layer: DecoderLayer) -> bool:
+        """Whether the native library has code for this layer as it is."""
+
+    def clear(self) -> None:
+        """The model's tensors have moved."""
+
+
+class TorchRunner:
+    """Leaves everything to torch's code, which is the specification."""
+
+    few = 0
+
+    def run(self, *_: Any) -> None:
+        return None
+
+    def fuses(self, layer: DecoderLayer) -> bool:
+        return False
+
+    def clear(self) -> None:
+        pass
+
+
+RESIDENT, TORCH = Resident(), TorchRunner()
 
 
 class RMSNorm(nn.Module):
@@ -121,9 +202,9 @@ class DecoderLayer(nn.Module):
         if self.sandwich:
             self.post_self_attn_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.post_mlp_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.place: Place = AT_HOME
+        self.store: WeightStore = RESIDENT
+        self.runner: LayerRunner = TORCH
         self.dtype: torch.dtype | None = None  # of its linears' inputs, where that is not the embedding's
-        self._fused = FusedLayer()
 
     def forward(
         self,
@@ -135,7 +216,7 @@ class DecoderLayer(nn.Module):
         want_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """x: the residual stream, float32 [B, T, H]; `dtype` is what the linears compute in."""
-        with self.place.at_hand(self, x.device, cache) as (layer, lent):
+        with self.store.acquire(self, x.device, cache) as (layer, lent):
             return layer._run(x, dtype, rotary, visible, lent, want_weights)
 
     def _run(
@@ -147,9 +228,9 @@ class DecoderLayer(nn.Module):
         cache: Cache | None,
         want_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        native = None if want_weights else fused.run((self,), x, dtype, rotary, visible, (cache,))
-        if native is not None:
-            return native, None
+        faster = None if want_weights else self.runner.run((self,), x, dtype, rotary, visible, (cache,))
+        if faster is not None:
+            return faster, None
         attended, weights = self.self_attn(self.input_layernorm(x, dtype), rotary, visible, cache, want_weights)
         if self.sandwich:
             attended = self.post_self_attn_layernorm(attended, dtype)
@@ -166,11 +247,7 @@ class DecoderLayer(nn.Module):
 
     def where(self, tokens: int, dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
         """Where and in what so many tokens are computed; `dtype` where the layer has no type of its own."""
-        return self.place.where(tokens) or (self.device, self.dtype or dtype)
-
-    def kernel(self) -> DecoderKernel | None:
-        """The layer as the native library takes it; None where it has no code for this layer as it is."""
-        return self._fused.kernel(self)
+        return self.store.where(tokens) or (self.device, self.dtype or dtype)
 
 
 class Glm4Model(Glm4PreTrainedModel):
@@ -189,7 +266,7 @@ class Glm4Model(Glm4PreTrainedModel):
         self.rotary_emb = RotaryEmbedding(config)
         self.kv: KVType = "float"
         self.context = config.context_length  # tokens a cache may hold; a memory budget allows fewer
-        self.graphs = StepGraphs()
+        self.runner: LayerRunner = TORCH
         self.checkpointed: Callable[..., Any] | None = None  # calls a layer so that it is computed again for gradients
         self._init_weights()
 
@@ -212,13 +289,8 @@ class Glm4Model(Glm4PreTrainedModel):
                 yield slice(begin, end)
                 begin = end
 
-    def _together(self, layers: list[DecoderLayer], x: Tensor, stage: _Stage, caches: Caches) -> Tensor | None:
-        """x after several layers that one native call or one recorded graph takes; None where they go one by one."""
-        run = fused.run if stage.device.type == "cpu" else self.graphs.run
-        return run(layers, x, *stage.inputs, caches)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.graphs.clear()
+        self.runner.clear()
         return super()._apply(fn, recurse)
 
     @property
@@ -232,7 +304,7 @@ class Glm4Model(Glm4PreTrainedModel):
         return KVCache.of([self._layer_cache(layer, batch) for layer in self._layers()])
 
     def _layer_cache(self, layer: DecoderLayer, batch: int) -> HomeCache:
-        native = batch == 1 and (layer.dtype or self.dtype) == torch.float32 and layer.place.native(layer)
+        native = batch == 1 and (layer.dtype or self.dtype) == torch.float32 and layer.store.fused(layer)
         int8 = self.kv == "int8"
         return PackedLayerCache(int8, self.context) if native or int8 else LayerCache(self.context)
 
@@ -309,7 +381,7 @@ class Glm4Model(Glm4PreTrainedModel):
         """[B, T, H] after the final norm."""
         length = embeds.shape[1]
         caches: Sequence[HomeCache | None] = [None] * len(self.layers) if cache is None else cache.layers
-        few = cache is not None and cache.dynamic is None and length <= fused.STEP_TOKENS and not collected.wanted
+        few = cache is not None and cache.dynamic is None and length <= self.runner.few and not collected.wanted
         call: Callable[..., Any] = self.checkpointed if self.checkpointed and self.training else _call
         x, stage = embeds.float(), stages.of(embeds.device, embeds.dtype)
         collected.hidden(embeds)
@@ -317,7 +389,7 @@ class Glm4Model(Glm4PreTrainedModel):
             layers = list(self._layers())[run]
             stage = stages.of(*layers[0].where(length, embeds.dtype))
             x = x.to(stage.device)
-            whole = self._together(layers, x, stage, caches[run]) if len(layers) > 1 else None
+            whole = self.runner.run(layers, x, *stage.inputs, caches[run]) if len(layers) > 1 else None
             if whole is not None:
                 x = whole
                 continue
@@ -347,8 +419,8 @@ def _check_beside(embeds: Tensor, positions: Tensor, mask: Tensor | None, past: 
 
 def _kind(layer: DecoderLayer, tokens: int) -> tuple[torch.device, torch.dtype | None] | None:
     """Layers of one kind go together; None: alone, for its weights come and go, or somebody waits for it."""
-    place = layer.place
-    if not place.at_home or place.where(tokens) is not None or fused.hooked((layer,)):
+    store, hooked = layer.store, layer._forward_hooks or layer._forward_pre_hooks
+    if not store.resident or store.where(tokens) is not None or hooked:
         return None
     return layer.device, layer.dtype
 

@@ -1,6 +1,6 @@
-"""Where a decoder layer's weights are when they are needed: the layer asks its place, and does not know.
+"""Layers whose weights are on disk: a weight store (glm4lite.model.WeightStore) that reads them when they are needed.
 
-At home: in the layer's modules, for good. On disk: read ahead into a ring of buffers (glm4lite.weights.ring), in the
+They are read ahead into a ring of buffers (glm4lite.weights.ring), in the
 layer's modules only while the layer runs, and nowhere in between: whoever looks then finds no weights, not old ones.
 """
 
@@ -8,85 +8,40 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from glm4lite.cache import Cache, HomeCache
 from glm4lite.errors import CheckpointError
-from glm4lite.fused import FusedLayer
+from glm4lite.model import RESIDENT, DecoderLayer
 from glm4lite.weights.direct import DirectFile
 from glm4lite.weights.ring import Span, WeightRing, span_of
 from glm4lite.weights.shard import StoredTensor, torch_dtype
 from glm4lite_quant import QuantLinear, QuantTensor, pages
-
-if TYPE_CHECKING:
-    from glm4lite.model import DecoderLayer
 
 M = TypeVar("M", bound=nn.Module)
 Planes = Mapping[str, Mapping[str, StoredTensor]]
 """A layer's quantized weights: module -> plane (qweight, scales, ...) -> where it lies."""
 
 
-class Place(Protocol):
-    """Where a layer's weights are."""
-
-    @property
-    def at_home(self) -> bool:
-        """Whether the layer's modules have their weights at all times."""
-
-    def where(self, tokens: int) -> tuple[torch.device, torch.dtype] | None:
-        """Where and in what so many tokens are computed; None: on the layer's own device, in its own type."""
-
-    def at_hand(
-        self, layer: DecoderLayer, device: torch.device, cache: HomeCache | None
-    ) -> AbstractContextManager[tuple[DecoderLayer, Cache | None]]:
-        """For an input on `device`: the layer that computes, which has its weights while this is open, and its cache.
-
-        Raises CheckpointError where the disk fails.
-        """
-
-    def native(self, layer: DecoderLayer) -> bool:
-        """Whether the layer runs in the native library once its weights are at hand."""
-
-
-class AtHome:
-    """The weights are in the layer's modules."""
-
-    at_home = True
-
-    def where(self, tokens: int) -> None:
-        return None
-
-    def at_hand(
-        self, layer: DecoderLayer, device: torch.device, cache: HomeCache | None
-    ) -> AbstractContextManager[tuple[DecoderLayer, Cache | None]]:
-        return nullcontext((layer, cache))
-
-    def native(self, layer: DecoderLayer) -> bool:
-        return layer.kernel() is not None
-
-
-AT_HOME = AtHome()
-
-
 class OnDisk:
     """One layer of those that a ring reads."""
 
-    at_home = False
+    resident = False
 
     def __init__(self, ring: WeightRing, index: int, layout: _Layout) -> None:
         self.ring, self._index, self._layout = ring, index, layout
         self._weights: dict[int, dict[str, QuantTensor]] = {}  # by the buffer they lie in
-        self._native: bool | None = None
+        self._fused: bool | None = None
 
     def where(self, tokens: int) -> None:
         return None
 
     @contextmanager
-    def at_hand(
+    def acquire(
         self, layer: DecoderLayer, device: torch.device, cache: HomeCache | None
     ) -> Iterator[tuple[DecoderLayer, Cache | None]]:
         memory = self.ring.acquire(self._index)
@@ -97,10 +52,11 @@ class OnDisk:
             _take_back(layer)
             self.ring.release()
 
-    def native(self, layer: DecoderLayer) -> bool:
-        if self._native is None:
-            self._native = self.shaped(layer).kernel() is not None
-        return self._native
+    def fused(self, layer: DecoderLayer) -> bool:
+        if self._fused is None:
+            shaped = self.shaped(layer)
+            self._fused = shaped.runner.fuses(shaped)
+        return self._fused
 
     def shaped(self, layer: DecoderLayer) -> DecoderLayer:
         """A twin with weights of the same shapes, for questions that those answer, in any thread: no value is there."""
@@ -133,7 +89,7 @@ def _take_back(layer: nn.Module) -> None:
 def twin_of(layer: DecoderLayer) -> DecoderLayer:
     """The same layer for tensors that lie elsewhere."""
     twin = _shell(layer)
-    twin._fused, twin.place = FusedLayer(), AT_HOME
+    twin.store = RESIDENT
     return twin
 
 
@@ -175,8 +131,8 @@ class _Layout:
 
 def streamed(layer: DecoderLayer) -> OnDisk | None:
     """The layer's place on disk, also where prompts take it on to a GPU; None where it has none."""
-    place = getattr(layer.place, "home", layer.place)
-    return place if isinstance(place, OnDisk) else None
+    store = getattr(layer.store, "home", layer.store)
+    return store if isinstance(store, OnDisk) else None
 
 
 def put_on_disk(layers: Mapping[int, DecoderLayer], planes: Mapping[int, Planes]) -> WeightRing:
@@ -190,5 +146,5 @@ def put_on_disk(layers: Mapping[int, DecoderLayer], planes: Mapping[int, Planes]
     layouts = {number: _Layout(planes[number], files) for number in sorted(layers)}
     ring = WeightRing([layout.span for layout in layouts.values()])
     for index, (number, layout) in enumerate(layouts.items()):
-        layers[number].place = OnDisk(ring, index, layout)
+        layers[number].store = OnDisk(ring, index, layout)
     return ring

@@ -11,7 +11,7 @@ from glm4lite import machine as machines
 from glm4lite.budget import Budget, place_within
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import ConfigError
-from glm4lite.placement import Machine, Needs, Placement, Share
+from glm4lite.resources import Machine, Needs, Placement, Share
 from glm4lite.weights.memory import readable
 from glm4lite.weights.needs import headers, needs_of
 from glm4lite.weights.plan import parse_quant

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from glm4lite.placement import Machine, Needs, Placement
+from glm4lite.resources import Machine, Needs, Placement
 
 # The share of a device's bandwidth that decoding reaches: measured on a CPU (bench/RESULTS.md), a target elsewhere.
 CPU_SHARE, GPU_SHARE, DISK_SHARE = 0.9, 0.7, 0.95

@@ -17,7 +17,7 @@ from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import CheckpointError, ConfigError
 from glm4lite.machine import crossing_speeds, free_ram
 from glm4lite.model import CPU_CHUNK, GPU_CHUNK
-from glm4lite.placement import Machine, Needs, Placement
+from glm4lite.resources import Machine, Needs, Placement
 from glm4lite.weights import memory
 from glm4lite.weights.plan import Plan, automatic_dtype
 

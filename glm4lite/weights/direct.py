@@ -11,6 +11,7 @@ import errno
 import os
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 from glm4lite.errors import CheckpointError
 
@@ -108,3 +109,12 @@ def _no_cache_command() -> int | None:
     except ImportError:  # Windows
         return None
     return getattr(fcntl, "F_NOCACHE", None)
+
+
+class Extent(NamedTuple):
+    """`nbytes` of a file from `offset` go to `at` of a buffer; all three are multiples of ALIGNMENT."""
+
+    file: DirectFile
+    offset: int
+    nbytes: int
+    at: int

@@ -13,7 +13,7 @@ from glm4lite.checkpoint import Checkpoint
 from glm4lite.config import Glm4Config
 from glm4lite.errors import ConfigError
 from glm4lite.hub import locate
-from glm4lite.placement import Needs
+from glm4lite.resources import Needs
 from glm4lite.weights.calibration import layer_bytes
 from glm4lite.weights.files import CONFIG, INDEX, SINGLE, read_json
 from glm4lite.weights.folders import other_weights

@@ -17,22 +17,13 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
-from glm4lite.weights.direct import ALIGNMENT, DirectFile
+from glm4lite.resources import RING_BUFFERS
+from glm4lite.weights.direct import ALIGNMENT, DirectFile, Extent
 from glm4lite_quant import pages
 
 BLOCK_BYTES = 8 << 20  # of one read: smaller ones leave the disk waiting
-SLOTS = 3  # one is computed with while two are filled
 READERS = 2
 CLOSING_S = 5.0  # waited for a thread in the middle of a read, at most
-
-
-class Extent(NamedTuple):
-    """`nbytes` of a file from `offset` go to `at` of a buffer; all three are multiples of ALIGNMENT."""
-
-    file: DirectFile
-    offset: int
-    nbytes: int
-    at: int
 
 
 @dataclass(frozen=True)
@@ -82,7 +73,7 @@ class WeightRing:
     anew) starts reading from there.
     """
 
-    def __init__(self, spans: Sequence[Span], slots: int = SLOTS, readers: int = READERS) -> None:
+    def __init__(self, spans: Sequence[Span], slots: int = RING_BUFFERS, readers: int = READERS) -> None:
         self._spans = spans
         self._shared = shared = _Shared()
         size = max(span.nbytes for span in spans)

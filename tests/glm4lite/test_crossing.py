@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 import torch
 
-from glm4lite import Glm4ForCausalLM, SamplingParams, crossing, fused, load
+from glm4lite import Glm4ForCausalLM, SamplingParams, crossing, load
 from glm4lite.crossing import Bus, Crossing, put_on_bus
+from glm4lite.fused import FusedLayers
 from glm4lite.generate import Generation, PrefixCache
 from glm4lite.inventory import devices, kernel_names
 from glm4lite.loader import quantize_checkpoint
-from glm4lite.placement import Machine, Placement, Share
+from glm4lite.resources import Machine, Placement, Share
 from glm4lite.speed import crossing_tokens
 from glm4lite.weights.destinations import _bus
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
@@ -53,7 +54,7 @@ def standing_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Crossing, "where", noted)
     monkeypatch.setattr(Bus, "carries", lambda bus, device: state["crosses"])
-    monkeypatch.setattr(fused, "run", lambda *_: None)
+    monkeypatch.setattr(FusedLayers, "run", lambda *_: None)
 
 
 def crossing_model(folder: Path, layers: slice = slice(0, 4), **options: Any) -> tuple[Glm4ForCausalLM, Bus]:

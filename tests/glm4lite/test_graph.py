@@ -22,7 +22,7 @@ from glm4lite.cache import LayerCache
 from glm4lite.errors import ConfigError
 from glm4lite.generate import Generation, PrefixCache
 from glm4lite.graph import StepGraphs
-from glm4lite.model import Glm4Model
+from glm4lite.runner import FastRunner
 from glm4lite_quant.kernels import REFERENCE
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 
@@ -57,9 +57,9 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
         monkeypatch.setattr(graph, "record", made.record)
         monkeypatch.setattr("glm4lite_quant.kernels.gpu.problem", lambda name, device: "")
         monkeypatch.setattr(
-            Glm4Model,
-            "_together",
-            lambda model, layers, x, stage, caches: model.graphs.run(layers, x, *stage.inputs, caches),
+            FastRunner,
+            "run",
+            lambda runner, layers, *rest: runner.graphs.run(layers, *rest) if len(layers) > 1 else None,
         )
         monkeypatch.setattr("glm4lite.cache.STEP", 16)
         monkeypatch.setattr("glm4lite_quant.kernels.triton_step.PARTS", 4)  # the interpreter runs them in turn
@@ -187,7 +187,7 @@ def test_where_nothing_can_be_recorded_the_reason_is_said_once(
         logits_of(model, [4, 1, 1])
     (said,) = caplog.records
     assert said.message.endswith("without a CUDA graph, which is slower: triton is not here")
-    assert model.model.graphs.reason(model.model.layers[0]) == "triton is not here"
+    assert model.model.runner.graphs.reason(model.model.layers[0]) == "triton is not here"
 
 
 def test_a_layer_that_asks_the_gpu_for_a_number_is_not_recorded(

@@ -65,8 +65,12 @@ def test_what_cannot_be_loaded_is_said_as_load_says_it(tmp_path: Path, changes: 
 
 
 def test_texts_of_a_checkpoint_cannot_write_to_the_terminal(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path, tiny_config(torch_dtype="\x1b]0;title\x07"))
+    title = "\x1b]0;title\x07"
+    folder = write_checkpoint(tmp_path / "texts", tiny_config(architectures=[title], transformers_version=title))
     assert all(value.isprintable() for value in facts(folder).values())
+    with pytest.raises(ConfigError, match="dtype must be the name of a") as refused:
+        facts(write_checkpoint(tmp_path / "type", tiny_config(torch_dtype=title)))
+    assert str(refused.value).isprintable()
 
 
 def test_info_gives_no_notices(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -23,7 +23,8 @@ from glm4lite.generate import Generation, PrefixCache
 from glm4lite.inventory import devices, kernel_names, rings
 from glm4lite.loader import quantize_checkpoint
 from glm4lite.offload import OnDisk
-from glm4lite.placement import Machine, Placement, Share, place
+from glm4lite.placement import place
+from glm4lite.resources import Machine, Placement, Share
 from glm4lite.weights.destinations import Destinations
 from glm4lite.weights.needs import needs_of
 from glm4lite_quant import QuantError
@@ -67,7 +68,7 @@ def streamed(folder: Path, budget: Callable[[int], int]) -> Glm4ForCausalLM:
 
 
 def on_disk(model: Glm4ForCausalLM) -> list[OnDisk]:
-    return [layer.place for layer in model.model.layers if isinstance(layer.place, OnDisk)]
+    return [layer.store for layer in model.model.layers if isinstance(layer.store, OnDisk)]
 
 
 def logits_of(model: Glm4ForCausalLM, pieces: list[torch.Tensor], **more: Any) -> list[torch.Tensor]:
@@ -126,7 +127,7 @@ def test_whoever_looks_at_the_model_meanwhile_changes_nothing(folder: Path, stre
 
 def test_a_layer_has_no_weights_between_its_turns(streamed: Glm4ForCausalLM) -> None:
     logits_of(streamed, PIECES[:1])
-    layer = next(layer for layer in streamed.model.layers if isinstance(layer.place, OnDisk))
+    layer = next(layer for layer in streamed.model.layers if isinstance(layer.store, OnDisk))
     with pytest.raises(QuantError, match="no weight yet"):
         layer.mlp.gate_up_proj(torch.zeros(1, 128))
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from glm4lite.errors import ConfigError, ContextLengthError
-from glm4lite.placement import Machine, Needs, Placement, place
+from glm4lite.placement import place
+from glm4lite.resources import Machine, Needs, Placement
 from glm4lite.weights.needs import imagined, needs_of
 
 GIB = 1 << 30

@@ -16,8 +16,8 @@ from glm4lite import machine
 from glm4lite.budget import Budget
 from glm4lite.errors import CheckpointError, ConfigError, Glm4liteError
 from glm4lite.loader import quantize_checkpoint
-from glm4lite.placement import Machine
 from glm4lite.planner import plan
+from glm4lite.resources import Machine
 from glm4lite.weights.memory import enough, parse_size
 from glm4lite.weights.needs import headers, imagined, needs_of
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from glm4lite import Glm4ForCausalLM
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.events import TextDelta
+from glm4lite.hub import nano_folder
 from glm4lite.loader import load
 from glm4lite.session import ChatSession
 from glm4lite.tokenizer import Tokenizer
@@ -45,6 +47,25 @@ def test_float32_logits_equal_the_references(smollm: Path) -> None:
     found, wanted = ours(ids).logits, oracle(ids).logits
     assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-4
     assert tokenizer.text([int(found[0, -1].argmax())]) == " Paris"
+
+
+@pytest.mark.parametrize("model", ["nano", "smollm"])
+def test_the_example_of_transformers_page_gives_its_text_with_another_import(
+    model: str, request: pytest.FixtureRequest
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = nano_folder() if model == "nano" else request.getfixturevalue("smollm")
+    theirs = {"nano": transformers.Glm4ForCausalLM, "smollm": transformers.GlmForCausalLM}[model]
+    texts = []
+    for causal_lm, auto_tokenizer in ((Glm4ForCausalLM, Tokenizer), (theirs, transformers.AutoTokenizer)):
+        model = causal_lm.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = auto_tokenizer.from_pretrained(folder)
+        prompt = "Hey, are you conscious? Can you talk to me?"
+        inputs = tokenizer(prompt, return_tensors="pt")
+        generate_ids = model.generate(inputs.input_ids, max_length=30, do_sample=False)
+        texts += tokenizer.batch_decode(generate_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("Hey, are you conscious?")
 
 
 @pytest.mark.parametrize("quant", [None, "int8", "int4"])

@@ -12,8 +12,8 @@ from glm4lite_ui.markdown import Growing, blocks, code
 from tests.ui.test_markup import KNOWN, nasty
 
 TAGS = {
-    "p", "h1", "h2", "h3", "h4", "h5", "h6", "ul", "ol", "li", "blockquote", "hr", "br", "em", "strong", "s", "a", "code",
-    "pre", "span", "div", "table", "thead", "tbody", "tr", "th", "td",
+    "p", "h1", "h2", "h3", "h4", "h5", "h6", "ul", "ol", "li", "blockquote", "hr", "br", "em", "strong", "s", "a",
+    "code", "pre", "span", "div", "table", "thead", "tbody", "tr", "th", "td",
 }  # fmt: skip
 
 

@@ -57,10 +57,8 @@ class Models:
 
     def plan(self, source: str, quant: str) -> list[tuple[str, str]]:
         """What loading it would take and give, as `glm4lite plan` says it."""
-        options = self.runtime.load_options
-        budget = Budget.of(
-            *(options.get(name) for name in ("gpu_memory", "ram", "context")), options.get("kv") or "auto"
-        )
+        limits = self.runtime.load_options
+        budget = Budget.of(limits.get("gpu_memory"), limits.get("ram"), limits.get("context"), limits.get("kv", "auto"))
         return list(plan(_named(source), None if quant == "auto" else quant, budget).lines())
 
     def load(self, source: str, quant: str) -> None:
