@@ -160,7 +160,7 @@ def _highlighted(text: str, language: str) -> str:
     from pygments.util import ClassNotFound
 
     try:
-        lexer = get_lexer_by_name(language, stripnl=False, ensurenl=False)
+        lexer = get_lexer_by_name({"svg": "xml"}.get(language.lower(), language), stripnl=False, ensurenl=False)
     except ClassNotFound:
         return plain(text)
     shown = str(highlight(text.encode("utf-8", "replace").decode(), lexer, HtmlFormatter(nowrap=True)))
