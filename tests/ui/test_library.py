@@ -10,7 +10,7 @@ from typing import Any
 
 from glm4lite.engine import Engine
 from glm4lite_ui.chats import Chat, Part, Settings, Turn
-from tests.ui.acts import ask, wait_for_end
+from tests.ui.acts import ask, start_long_answer, wait_for_end
 from tests.ui.conftest import Serve
 from tests.ui.slow_model import slow_engine
 
@@ -177,4 +177,39 @@ def test_the_status_says_that_a_tool_runs(serve: Serve, visit: Visit, nano: Engi
     ask(page, "Wait")
     page.wait_for_selector("#status >> text=running wait")
     page.click("#stop")
+    wait_for_end(page)
+
+
+def test_settings_typed_before_another_chat_is_opened_stay_with_theirs(serve: Serve, visit: Visit) -> None:
+    site = serve()
+    for title in ("One", "Two"):
+        site.runtime.store.save(Chat.of(Turn(title), title=title))
+    page = visit(site.url)
+    page.click("#chats >> text=One")
+    page.wait_for_selector(".said >> text=One")
+    page.click("#chats >> text=Two")
+    page.wait_for_selector(".said >> text=Two")
+    page.route("**/set", lambda route: (time.sleep(0.5), route.continue_()))  # a server that has other work
+    page.click("#open-settings")
+    page.fill("#system", "For two")
+    page.go_back()
+    page.wait_for_selector(".said >> text=One")
+    page.wait_for_function("document.querySelector('#system').value === ''")
+    page.fill("#seed", "5")
+    page.wait_for_timeout(1500)
+    kept = {chat.title: (chat.settings.system, chat.settings.seed) for chat in site.runtime.store.find()}
+    assert kept == {"One": ("", 5), "Two": ("For two", None)}
+
+
+def test_escape_closes_a_menu_and_leaves_the_answer(serve: Serve, visit: Visit, nano: Engine) -> None:
+    site = serve(slow_engine(nano, "word " * 3000))
+    page = visit(site.url)
+    start_long_answer(page)
+    page.get_by_label("More about Write for long").click()
+    page.wait_for_selector("[role=menu]")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("[role=menu]", state="detached")
+    page.wait_for_timeout(300)
+    assert site.runtime.answers
+    page.keyboard.press("Escape")
     wait_for_end(page)

@@ -18,7 +18,6 @@ export function setUp(shared) {
   find('#import-file').addEventListener('change', event => importFile(event.target));
   find('#open-library').addEventListener('click', () => isOpen() ? close(true) : open());
   find('#library-shade').addEventListener('click', () => close());
-  find('#library').addEventListener('keydown', event => { if (event.key === 'Escape' && !WIDE.matches) close(); });
   find('#chats').addEventListener('keydown', walk);
   WIDE.addEventListener('change', () => setOpen(WIDE.matches));
   setOpen(WIDE.matches && localStorage.getItem('library') !== 'closed');
@@ -49,6 +48,13 @@ function close(always = false) {
   const within = find('#library').contains(document.activeElement);
   setOpen(false);
   if (within) find('#open-library').focus();
+}
+
+/** Takes the list away where it lies over the chat; whether it did. */
+export function uncover() {
+  const over = isOpen() && !WIDE.matches;
+  close();
+  return over;
 }
 
 const isOpen = () => !find('#library').hidden;

@@ -129,7 +129,8 @@ function setUpKeys() {
   addEventListener('keydown', event => {
     if (event.isComposing) return;
     const command = event.ctrlKey || event.metaKey, key = event.key.toLowerCase();
-    if (event.key === 'Escape' && !document.querySelector('dialog[open]')) {
+    if (event.key === 'Escape') {
+      if (document.querySelector('dialog[open], :popover-open') || library.uncover()) return;  // it closes that alone
       if (composer.isEditing()) composer.stopEditing();
       else composer.stop();
     } else if (command && key === 'k') library.search();

@@ -181,7 +181,9 @@ export async function save() {
   }
   running = false;
   if (chat === state.chat) showProblem(problem);
+  else if (problem) state.toast(problem);
   if (pending) await save();
+  else if (chat !== state.chat) fill();  // which waited for what was typed in the other chat
 }
 
 function showProblem(problem) {
