@@ -23,7 +23,8 @@ class Visibility:
     """Which keys each query of a forward pass may see; the mask is made when a layer asks for it.
 
     `padding` is the caller's attention_mask: [B, past + T] with 0 at padding, or [B, 1 or heads, T, S] used as it is
-    (bool, or a float that is added to the scores). A query that sees no key (padding at the left) sees itself, so that no softmax row is empty.
+    (bool, or a float that is added to the scores). A query that sees no key, padding at the left, sees itself, so that
+    no softmax row is empty.
     """
 
     def __init__(self, padding: Tensor | None, past: int, length: int, device: torch.device) -> None:

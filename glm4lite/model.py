@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -478,6 +478,9 @@ class _Collected:
 class Glm4ForCausalLM(Glm4PreTrainedModel):
     """The trunk and the language-model head."""
 
+    accepts_loss_kwargs = True
+    loss_type: ClassVar[str] = "ForCausalLM"  # tells Transformers' Trainer that a row's first label does not count
+
     def __init__(self, config: Glm4Config) -> None:
         super().__init__(config)
         self.model = Glm4Model(self.config)
@@ -515,11 +518,15 @@ class Glm4ForCausalLM(Glm4PreTrainedModel):
         logits_to_keep: int | Tensor = 0,
         *,
         cache_position: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast:
         """Arguments as Glm4Model. labels [B, T], shifted inside, -100 is ignored.
+
+        num_items_in_batch: labels of all batches whose gradients are added up; the loss is this batch's share of their
+        mean. None: the mean over this batch.
 
         logits_to_keep: an int n keeps the last n positions (0: all), a 1-D tensor picks positions. Logits of all
         positions of a long prompt take 600 KB each at GLM-4's vocabulary: generation asks for the last one only.
@@ -540,7 +547,7 @@ class Glm4ForCausalLM(Glm4PreTrainedModel):
             raise ValueError(problem)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(trunk.last_hidden_state[:, keep])
-        loss = None if labels is None else causal_lm_loss(logits, labels)
+        loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch)
         output = CausalLMOutputWithPast(loss, logits, trunk.past_key_values, trunk.hidden_states, trunk.attentions)
         return self._returned(output, return_dict)
 
@@ -567,9 +574,10 @@ class Glm4ForCausalLM(Glm4PreTrainedModel):
         return transition_scores(sequences, scores, normalize_logits)
 
 
-def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy in float32 of logits[:, t] against labels[:, t + 1]; labels of -100 do not count."""
+def causal_lm_loss(logits: Tensor, labels: Tensor, items: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy in float32 of logits[:, t] against labels[:, t + 1]; labels of -100 do not count."""
     if problem := labels_problem(labels, logits.shape[:2], logits.shape[2]):
         raise ValueError(problem)
     shifted = F.pad(labels.long(), (0, 1), value=-100)[:, 1:]
-    return F.cross_entropy(logits.float().flatten(0, 1), shifted.flatten().to(logits.device), ignore_index=-100)
+    flat, targets = logits.float().flatten(0, 1), shifted.flatten().to(logits.device)
+    return F.cross_entropy(flat, targets) if items is None else F.cross_entropy(flat, targets, reduction="sum") / items

@@ -41,7 +41,7 @@ class Glm4PreTrainedModel(nn.Module):
     main_input_name: ClassVar[str] = "input_ids"
     supports_gradient_checkpointing: ClassVar[bool] = True
     _no_split_modules: ClassVar[list[str]] = ["DecoderLayer"]  # tells accelerate what lies on one device
-    accepts_loss_kwargs: ClassVar[bool] = False  # tells Transformers' Trainer that losses are means over the batch
+    accepts_loss_kwargs: ClassVar[bool] = False  # tells Transformers' Trainer whether forward takes num_items_in_batch
 
     def __init__(self, config: Glm4Config) -> None:
         super().__init__()
@@ -305,6 +305,18 @@ class Glm4PreTrainedModel(nn.Module):
         options = {"use_reentrant": False} | dict(gradient_checkpointing_kwargs or {})
         self.base_model.checkpointed = partial(checkpoint, **options)
         self.base_model.checkpoint_every = every_n_layers
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """The newer name of `gradient_checkpointing_enable`."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
+
+    def activation_checkpointing_disable(self) -> None:
+        self.base_model.checkpointed = None
 
     def gradient_checkpointing_disable(self) -> None:
         self.base_model.checkpointed = None
