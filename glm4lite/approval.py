@@ -8,6 +8,7 @@ import shutil
 import sys
 from typing import TYPE_CHECKING
 
+from glm4lite.echo import echo
 from glm4lite.messages import ToolCall
 from glm4lite.tools import Tool, abandoned
 
@@ -34,7 +35,8 @@ class TerminalApproval:
         while True:
             sys.stderr.write(QUESTION.format(name=tool.full_name))
             sys.stderr.flush()
-            answer = _line()
+            with echo(True):
+                answer = _line()
             if answer is None:
                 return False
             if answer in ("a", "always"):

@@ -63,8 +63,11 @@ class Engine:
         gpu_memory: int | str | None = None,
         ram: int | str | None = None,
         context: int | str | None = None,
+        before_weights: Callable[[], None] | None = None,
     ) -> Engine:
         """Arguments as `glm4lite.load`; quant "auto" is int4, or as the checkpoint is stored if that is quantized.
+
+        `before_weights` is called once all that is cheap to check was right: the time to unload another model.
 
         What is cheap to check (tokenizer, template) is read before the weights. Raises TemplateError where a chat
         template is needed and there is none.
@@ -86,8 +89,14 @@ class Engine:
             options = replace(options, quant="int4")
         if options.quant == "int4" and sum(map(checkpoint.nbytes, checkpoint.names())) > LARGE:
             logger.warning("calibrating and quantizing takes minutes at each start; `glm4lite quantize` does it once")
+        if before_weights is not None:
+            before_weights()
         model, _ = load_class(Glm4ForCausalLM, folder, options)
         return cls(model, tokenizer, template, checkpoint.generation_config)
+
+    def unload(self) -> None:
+        """Gives the model's memory back; this engine computes nothing any more."""
+        del self.model, self.prefixes
 
     def chat_template(self) -> ChatTemplate:
         """The template; TemplateError for a base model, which has none."""

@@ -1,10 +1,14 @@
 """The one stream every front end draws: the terminal, `--json`, the HTTP API and the web page.
 
-`to_json()` gives the line of `glm4lite chat --json`: an object whose "type" names the event.
+`to_json()` gives the line of `glm4lite chat --json`: an object whose "type" names the event. The first line tells the
+version of these forms (`FORMAT_VERSION`); docs/events.schema.json is their JSON schema.
 """
 
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, TypeAlias
+
+FORMAT_VERSION = 1
+"""Goes up when a line changes or loses a field, or a field its meaning; new fields and new types do not count."""
 
 
 class _Event:
@@ -15,6 +19,14 @@ class _Event:
     def to_json(self) -> dict[str, Any]:
         """This event as a JSON object, `type` first."""
         return {"type": self.type, **asdict(self)}  # type: ignore[call-overload]  # every subclass is a dataclass
+
+
+@dataclass(frozen=True)
+class Start(_Event):
+    """The first line of `--json`; no part of an answer."""
+
+    version: int = FORMAT_VERSION
+    type: ClassVar[str] = "start"
 
 
 @dataclass(frozen=True)

@@ -188,8 +188,8 @@ def _advice(request: _Request, placement: Placement, short: tuple[str, int] | No
     ways += [f"--context {fitting}"] if fitting else []
     if not needs.stored and _arrange(replace(request, needs=replace(needs, stored=True, loading=0)))[1] is None:
         ways.append("the folder that `glm4lite quantize` writes")
-    ways += ["--quant int4"] if needs.quant not in ("int4", "nf4") else []
-    return f"{readable(request.ram)} of RAM do not suffice: it takes {', or '.join(ways)}"
+    bits = "" if needs.quant in ("int4", "nf4") else "; `glm4lite plan` tells whether fewer bits would do"
+    return f"{readable(request.ram)} of RAM do not suffice: it takes {', or '.join(ways)}{bits}"
 
 
 def _faster(request: _Request, placement: Placement) -> str:

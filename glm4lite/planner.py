@@ -11,6 +11,7 @@ from glm4lite import machine as machines
 from glm4lite.budget import Budget, place_within
 from glm4lite.checkpoint import Checkpoint
 from glm4lite.errors import ConfigError
+from glm4lite.proposals import Attempt, Changes, Proposal, proposals, smaller_quants
 from glm4lite.resources import Machine, Needs, Placement, Share
 from glm4lite.weights.memory import readable
 from glm4lite.weights.needs import headers, needs_of
@@ -19,13 +20,17 @@ from glm4lite.weights.plan import parse_quant
 
 @dataclass(frozen=True)
 class PlacementReport:
-    """A placement with what it rests on; `assumed` was not measured, or is not so here and now."""
+    """A placement with what it rests on; `assumed` was not measured, or is not so here and now.
+
+    `proposals`: under which changes it would fit, where it does not.
+    """
 
     model: str
     needs: Needs
     machine: Machine
     placement: Placement
     assumed: tuple[str, ...]
+    proposals: tuple[Proposal, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """One object, as `glm4lite plan --json` prints it: bytes, tokens per second, layers by number from 0."""
@@ -43,10 +48,16 @@ class PlacementReport:
             "embedding": placed.embedding,
             "decode_tokens_per_s": round(placed.decode_tokens_per_s, 3),
             "prefill_tokens_per_s": round(placed.prefill_tokens_per_s, 3),
-            "advice": placed.advice,
+            "advice": placed.advice if placed.fits else self._refusal,
+            "proposals": [proposal.to_json() for proposal in self.proposals],
             "measured": list(self.machine.measured),
             "assumed": list(self.assumed),
         }
+
+    @property
+    def _refusal(self) -> str:
+        """What is missing, without the ways out: those that hold are `proposals`."""
+        return self.placement.advice.partition(": ")[0]
 
     def rows(self) -> Iterator[tuple[str, ...]]:
         """A table's rows, the header first."""
@@ -71,7 +82,9 @@ class PlacementReport:
             yield "prompt", f"about {placed.prefill_tokens_per_s:.0f} tokens/s"
             yield "fits", f"yes{f'; {placed.advice}' if placed.advice else ''}"
         else:
-            yield "fits", f"no: {placed.advice}"
+            yield "fits", f"no: {self._refusal}"
+            for proposal in self.proposals:
+                yield "would fit", str(proposal)
         if self.machine.measured:
             yield "measured", ", ".join(self.machine.measured)
         for note in self.assumed:
@@ -90,7 +103,7 @@ def plan(
 
     Raises:
         Glm4liteError: an argument cannot be used, the model cannot be found, or `load` would refuse its files.
-            What does not fit is no error: `placement.fits` tells it, `placement.advice` what to change.
+            What does not fit is no error: `placement.fits` tells it, `proposals` what to change.
     """
     budget = budget or Budget()
     if gpu_bandwidth == 0:
@@ -101,7 +114,8 @@ def plan(
         quant = "int4"
     needs = needs_of(checkpoint, quant)
     machine = _machine(budget, gpu_bandwidth, quantized=needs.quant not in ("bfloat16", "float32"))
-    placement, needs, notes = _placed(needs, machine, budget)
+    asked = needs
+    placement, needs, notes = _placed(asked, machine, budget)
     if placement.share("disk").layers:
         measured = _disk_bandwidth(checkpoint)
         if measured is None:
@@ -110,12 +124,17 @@ def plan(
             told = (*machine.measured, f"disk {measured / 1e9:.1f} GB/s")
             machine = replace(machine, disk_bandwidth=measured, measured=told)
             placement, needs, _ = _placed(needs, machine, budget)
-    return PlacementReport(str(source), needs, machine, placement, machine.assumed + notes)
+    changes = () if placement.fits else tuple(_proposals(checkpoint, asked, machine, budget))
+    return PlacementReport(str(source), needs, machine, placement, machine.assumed + notes, changes)
 
 
 def _machine(budget: Budget, gpu_bandwidth: float | None, quantized: bool) -> Machine:
     """This machine, with what the budget speaks of and it has not."""
-    machine = machines.this_machine(quantized)
+    machine = _allowing(machines.this_machine(quantized), budget)
+    return machine if gpu_bandwidth is None else replace(machine, gpu_bandwidth=gpu_bandwidth)
+
+
+def _allowing(machine: Machine, budget: Budget) -> Machine:
     if budget.ram is not None and budget.ram > machine.ram:
         note = f"{readable(budget.ram)} of RAM ({readable(machine.ram)} are free here now)"
         machine = replace(machine, ram=budget.ram, assumed=(*machine.assumed, note))
@@ -125,7 +144,25 @@ def _machine(budget: Budget, gpu_bandwidth: float | None, quantized: bool) -> Ma
         note = f"{readable(budget.gpu_memory)} of GPU memory ({readable(min(machine.gpus))} are free here now)"
         gpus = tuple(max(free, budget.gpu_memory) for free in machine.gpus)
         machine = replace(machine, gpus=gpus, assumed=(*machine.assumed, note))
-    return machine if gpu_bandwidth is None else replace(machine, gpu_bandwidth=gpu_bandwidth)
+    return machine
+
+
+def _proposals(checkpoint: Checkpoint, needs: Needs, machine: Machine, budget: Budget) -> Iterator[Proposal]:
+    """Each is planned as `plan` would plan it."""
+    of_quant = {needs.quant: needs}
+    declared = checkpoint.config.get("quantization_config") is not None  # then it stays as it is
+
+    def attempt(changes: Changes) -> Attempt:
+        quant = changes.get("quant", needs.quant)
+        if quant not in of_quant:
+            of_quant[quant] = needs_of(checkpoint, quant)
+        changed = replace(budget, **{name: value for name, value in changes.items() if name != "quant"})
+        placement, _, notes = _placed(of_quant[quant], _allowing(machine, changed), changed)
+        return Attempt(placement, quantize=quant if notes else None)
+
+    placed = attempt({}).placement
+    quants = () if declared else smaller_quants(needs.quant)
+    yield from proposals(attempt, quants, placed.kv, placed.context, budget.gpu_memory)
 
 
 def _placed(needs: Needs, machine: Machine, budget: Budget) -> tuple[Placement, Needs, tuple[str, ...]]:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from glm4lite.engine import Engine, Totals
-from glm4lite.errors import ModelReplaced
+from glm4lite.errors import ModelReplaced, TemplateError
 from glm4lite.events import Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
 from glm4lite.generate import Generation
 from glm4lite.messages import Message, ToolCall
 from glm4lite.sampling import SamplingParams
-from glm4lite.template import Begun
+from glm4lite.template import END_OF_THOUGHT, Begun
 from glm4lite.tool_calls import Call, OutputParser, Segment, Thinking
 from glm4lite.tools import Approve, Tool, nobody_to_ask, run_tool
 
@@ -78,9 +78,10 @@ class ChatSession:
         self.max_tool_rounds, self.tool_timeout = max_tool_rounds, tool_timeout
         self.approve = approve
         self.allowed = set[str]()
-        self._compute: Compute = compute or (lambda make_events, _: make_events(engine))
+        self._compute: Compute = compute or (lambda make_events, _: make_events(self.engine))
         self._cancel = threading.Event()
         self._calls_made = 0
+        self._thinks = True
         self.messages: list[Message] = []
         self.reset()
 
@@ -111,6 +112,44 @@ class ChatSession:
         """Forgets the conversation and what was allowed in it; the system prompt and the tools stay."""
         self.allowed.clear()
         self.messages[:] = [Message("system", self.system)] if self.system else []
+
+    def recall(self, messages: Sequence[Message]) -> None:
+        """Goes on from a conversation that was held before, with its system prompt."""
+        self.reset()
+        self.messages[:] = messages
+        self.system = messages[0].content if messages and messages[0].role == "system" else None
+        self._calls_made = sum(len(message.tool_calls) for message in messages)  # so that no id comes twice
+
+    def use(self, engine: Engine) -> None:
+        """Goes on with another model, with its checkpoint's sampling; the conversation, the prompt and tools stay.
+
+        Raises TemplateError for a base model.
+        """
+        self.template = engine.chat_template()
+        self.engine, self.params = engine, engine.params()
+        self._thinks = True
+
+    def instruct(self, system: str | None) -> None:
+        """Sets the system prompt, from the next message on; None: there is none."""
+        self.system = system
+        if self.messages and self.messages[0].role == "system":
+            del self.messages[0]
+        if system:
+            self.messages.insert(0, Message("system", system))
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the model thinks before it answers."""
+        return self._thinks and self.template.thinks
+
+    def think(self, on: bool) -> None:
+        """Lets a thinking model think, or makes it answer at once: its thought is then closed where it begins.
+
+        Raises TemplateError where a model that does not think is to.
+        """
+        if on and not self.template.thinks:
+            raise TemplateError("this model does not think: its chat template begins no thought")
+        self._thinks = on
 
     def prompt_tokens(self, messages: Sequence[Message]) -> int:
         """Length of the prompt that these messages make, with the tools' descriptions."""
@@ -172,7 +211,13 @@ class ChatSession:
 
     def _prompt(self, messages: Sequence[Message], begun: Begun | None = None) -> list[int]:
         schemas = [tool.schema() for tool in self.tools.values()]
-        return self.template.encode(self.engine.tokenizer, messages, schemas, begun=begun)
+        prompt = self.template.encode(self.engine.tokenizer, messages, schemas, begun=begun)
+        if begun is None and not self._thinks and self._starts_thinking(prompt):
+            prompt += self.engine.tokenizer.ids(END_OF_THOUGHT, special=True)
+        return prompt
+
+    def _starts_thinking(self, prompt: list[int]) -> bool:
+        return self.template.starts_thinking(self.engine.tokenizer.text(prompt[-8:], keep_special=True))
 
     def _answer(self, prompt: list[int], answer: _Answer, engine: Engine) -> Iterator[Event]:
         if engine is not self.engine:
@@ -191,8 +236,7 @@ class ChatSession:
 
     def _segments(self, generation: Generation, begun: Begun | None) -> Iterator[Segment]:
         if begun is None:
-            prompt_end = self.engine.tokenizer.text(generation.prompt[-8:], keep_special=True)
-            parser = OutputParser(self.tools, thinking=self.template.starts_thinking(prompt_end))
+            parser = OutputParser(self.tools, thinking=self._starts_thinking(generation.prompt))
         else:
             parser = OutputParser(self.tools, thinking=bool(begun.thinking))
             yield from parser.feed("\n" + (begun.written() if begun.thinking else begun.text))  # as GLM starts each

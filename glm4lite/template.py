@@ -29,6 +29,9 @@ from glm4lite.tokenization.codec import Codec, token_text
 from glm4lite.weights.files import decoded, open_file, read_json
 from glm4lite.weights.magic import START_BYTES, dangling, mistaken_for
 
+END_OF_THOUGHT = "\n</think>\n\n"
+"""Behind a prompt that opens a thought: the model answers at once."""
+
 TIME_LIMIT_S = 5.0  # a real template takes a millisecond; this much, that a busy machine fails none
 _MAX_SOURCE = 1_000_000  # characters; real templates have a few thousand
 _ROLES = ("system", "user", "assistant", "tool")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 import time
-from collections.abc import Iterable
-from typing import Protocol, TextIO
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from rich import box
 from rich.console import Console
@@ -17,51 +16,47 @@ from rich.progress import Progress as ProgressBars
 from rich.table import Table
 from rich.text import Text
 
-from glm4lite.errors import one_line
-from glm4lite.events import Done, Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
+from glm4lite.events import Done, Event, Progress, Start, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
+from glm4lite.printable import CONTROL, printable, printable_line
 
-# What a model or a tool says must not move the cursor, change the title or answer for the user.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-
-
-def printable(text: str) -> str:
-    """`text` without control characters (line ends and tabs stay), each shown as the replacement character."""
-    return _CONTROL.sub("\ufffd", text.replace("\r\n", "\n"))
-
-
-def printable_line(text: object) -> str:
-    """`text` as a single printable line, for messages that may quote a checkpoint."""
-    return printable(one_line(text))
+if TYPE_CHECKING:
+    from glm4lite.markdown import MarkdownStream
 
 
 def json_line(value: object) -> str:
     """`value` as one line of JSON, whatever its reader or a terminal takes for a line's end or a command."""
     text = json.dumps(value, ensure_ascii=False)
-    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
 class Notices(logging.Handler):
     """Warnings (a type converted, a head left out), other packages' too, as lines on stderr; never a traceback."""
 
-    def __init__(self, err: TextIO) -> None:
+    def __init__(self, err: TextIO, before: Callable[[], None] = lambda: None) -> None:
+        """`before` is called before each line: what is being drawn on the same terminal has to be left alone then."""
         super().__init__(logging.WARNING)
-        self._err = err
+        self._err, self._before = err, before
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             message = record.getMessage()
         except Exception:  # another package's arguments do not fit its format
             message = str(record.msg)
+        self._before()
         self._err.write(printable_line(message)[:2000] + "\n")
         self._err.flush()
 
 
 class Renderer(Protocol):
-    """Where a command's events and remarks go."""
+    """Where a command's events and remarks go. `markdown`: whether that of an answer is drawn, where it can be."""
+
+    markdown: bool = False
 
     def show(self, event: Event) -> None: ...
 
     def remark(self, text: str) -> None: ...
+
+    def end_line(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -75,10 +70,14 @@ class Renderer(Protocol):
 
 
 class JsonLines(Renderer):
-    """Every line of stdout is one event; remarks go to stderr. Of progress, ten lines a second and each stage's end."""
+    """Every line of stdout is one event, behind one with the version; remarks go to stderr.
+
+    Of progress there are ten lines a second and each stage's end.
+    """
 
     def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
         self._out, self._err = out or sys.stdout, err or sys.stderr
+        self._started = False
         self._next_progress = 0.0
 
     def show(self, event: Event) -> None:
@@ -86,6 +85,9 @@ class JsonLines(Renderer):
             if time.monotonic() < self._next_progress:
                 return
             self._next_progress = time.monotonic() + 0.1
+        if not self._started:
+            self._started = True
+            self._out.write(json_line(Start().to_json()))
         self._out.write(json_line(event.to_json()))
         self._out.flush()
 
@@ -93,15 +95,23 @@ class JsonLines(Renderer):
         self._err.write(printable(text) + "\n")
         self._err.flush()
 
+    def end_line(self) -> None:
+        """Every line has its end."""
+
     def close(self) -> None:
         """Nothing is held back."""
 
 
 class Terminal(Renderer):
-    """The answer on stdout as it comes; thoughts, tool calls, progress and remarks on stderr: pipes stay clean."""
+    """The answer on stdout as it comes; thoughts, tool calls, progress and remarks on stderr: pipes stay clean.
 
-    def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
+    Where stdout is a terminal the answer's Markdown is drawn.
+    """
+
+    def __init__(self, out: TextIO | None = None, err: TextIO | None = None, markdown: bool = True) -> None:
         self._out = out or sys.stdout
+        self.markdown = markdown
+        self._drawn: MarkdownStream | None = None  # the text that is being drawn
         self._console = Console(file=err or sys.stderr, highlight=False, emoji=False)
         self._bars: ProgressBars | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -129,21 +139,35 @@ class Terminal(Renderer):
 
     def close(self) -> None:
         self._close_bars()
-        self._end_line()
+        self.end_line()
 
     def _write(self, stream: str, text: str) -> None:
         if self._line_open not in (None, stream):
-            self._end_line()
-        if stream == "text":
+            self.end_line()
+        if stream == "text" and (drawn := self._drawing()) is not None:
+            drawn.feed(text)
+        elif stream == "text":
             self._out.write(printable(text) if self._out.isatty() else text)
             self._out.flush()
         else:
             self._console.print(_text((text, "dim")), end="", soft_wrap=True)
         if text:
-            self._line_open = None if text.endswith("\n") else stream
+            self._line_open = None if text.endswith("\n") and self._drawn is None else stream
 
-    def _end_line(self) -> None:
-        if self._line_open == "text":
+    def _drawing(self) -> MarkdownStream | None:
+        """What draws the answer, until its last line is ended; None where it is written as it is."""
+        if self._drawn is None and self.markdown and self._line_open is None:
+            from glm4lite.markdown import MarkdownStream, can_draw
+
+            self._drawn = MarkdownStream(self._out) if can_draw(self._out) else None
+        return self._drawn
+
+    def end_line(self) -> None:
+        """Ends a text or a thought whose last line is open; what comes then begins a line."""
+        if self._drawn is not None:
+            self._drawn.finish()
+            self._drawn = None
+        elif self._line_open == "text":
             self._out.write("\n")
             self._out.flush()
         elif self._line_open == "thinking":
@@ -151,11 +175,11 @@ class Terminal(Renderer):
         self._line_open = None
 
     def _note(self, *parts: str | tuple[str, str]) -> None:
-        self._end_line()
+        self.end_line()
         self._console.print(_text(*parts), soft_wrap=True)
 
     def _done(self, event: Done) -> None:
-        self._end_line()
+        self.end_line()
         if event.finish_reason != "stop":
             self._note((_REASONS.get(event.finish_reason, event.finish_reason), "yellow"))
         if self._console.is_terminal:

@@ -30,7 +30,8 @@ ALLOWED = {
     "fastapi": {"glm4lite/server/app.py", "ui/glm4lite_ui/serving.py", "ui/glm4lite_ui/transfer.py"},
     "uvicorn": {"glm4lite/server/launch.py", "glm4lite/server/connection.py"},
     "pypdf": {"ui/glm4lite_ui/untrusted/documents.py"},
-    "charset_normalizer": {"ui/glm4lite_ui/untrusted/encodings.py"},
+    "prompt_toolkit": {f"glm4lite/cli/chat/{name}.py" for name in ("keyboard", "history")},
+    "charset_normalizer": {"glm4lite/encodings.py"},
     "pickle": set(),
     "huggingface_hub": {"glm4lite/weights/hub_client.py", "glm4lite/weights/hub_errors.py"},
 }

@@ -19,7 +19,10 @@ from glm4lite.cli.startup import settle
 from glm4lite.cli.streams import owned_stdout
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Runs GLM-4 models locally."
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Runs GLM-4 models locally.",
 )
 
 
@@ -62,7 +65,7 @@ def main() -> None:
         settle()
         _add_commands()
         with leaving_on_signals():
-            app()
+            app(prog_name="glm4lite")  # also under python -m: completion is asked for by this name
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

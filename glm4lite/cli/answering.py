@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,15 +10,17 @@ import typer
 
 from glm4lite.cli import options
 from glm4lite.cli.running import interrupt_stops, nano_remark, rendering, use_threads
-from glm4lite.cli.streams import InputError, is_interactive, lent_terminal, piped_line, piped_lines, piped_text, streams
-from glm4lite.errors import ConfigError, Glm4liteError, one_line
+from glm4lite.cli.streams import InputError, is_interactive, piped_text, streams, typed_text
+from glm4lite.errors import ConfigError, Glm4liteError
+from glm4lite.user_folder import user_folder
 
 if TYPE_CHECKING:
-    from glm4lite.session import ChatSession
-    from glm4lite.terminal import Renderer
+    from collections.abc import Callable
+    from pathlib import Path
 
-CHAT_HELP = "/reset forgets the conversation, /exit leaves, Ctrl-C stops an answer."
-COMMANDS = {"/reset": "reset", "/clear": "reset", "/exit": "exit", "/quit": "exit", "/help": "help", "/?": "help"}
+    from glm4lite.cli.chat.conversation import Conversation
+    from glm4lite.cli.chat.keyboard import Keyboard
+    from glm4lite.terminal import Renderer
 
 
 def chat(
@@ -29,6 +29,8 @@ def chat(
     lines: options.Lines = False,
     quant: options.Quant = None,
     as_json: options.Json = False,
+    raw: options.Raw = False,
+    no_history: options.NoHistory = False,
     system: options.System = None,
     tools: options.Tools = None,
     no_tools: options.NoTools = False,
@@ -48,50 +50,37 @@ def chat(
     threads: options.Threads = None,
 ) -> None:
     """Chat with a model: at a terminal, or one answer to -p, to what is piped, or to both."""
-    from glm4lite.approval import TerminalApproval
-    from glm4lite.session import ChatSession
+    from glm4lite.cli.chat.conversation import Conversation, Source
+    from glm4lite.sampling import SamplingParams
     from glm4lite.toolbox import Toolbox
 
     if lines and prompt is not None:
         raise ConfigError("--lines and -p contradict each other: each line is a turn, or all is one message")
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed, "stop": tuple(stop or ())}
+    sampling["max_new_tokens"] = max_new_tokens
+    SamplingParams.check(**sampling)
     use_threads(threads)
-    with rendering(as_json) as renderer, ExitStack() as open_tools:
-        message = None if lines or (prompt is None and is_interactive()) else _message(prompt, renderer)
+    with rendering(as_json, raw) as renderer, ExitStack() as open_tools:
+        message = None if lines or (prompt is None and is_interactive()) else _question(prompt, renderer)
         box = open_tools.enter_context(Toolbox(tools or (), mcp or (), not no_tools, approve))
         if model == "nano":
             renderer.remark(nano_remark("chat"))
-        session = ChatSession.load(
-            model,
-            quant=quant or "auto",
-            tools=box.tools,
-            system=system,
-            device=device,
-            dtype=dtype,
-            progress=renderer.show,
-            kv=kv,
-            gpu_memory=gpu_memory,
-            ram=ram,
-            context=context,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop=tuple(stop or ()),
-            max_new_tokens=max_new_tokens,
-        )
-        if box.tools and not session.template.takes_tools:
-            renderer.remark("(this model's chat template has no place for tools: they are not offered)")
+        limits: dict[str, Any] = {"device": device, "dtype": dtype}
+        limits |= {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
+        source = Source(model, quant or "auto", limits)
+        conversation = Conversation.begin(source, renderer, box.tools, sampling, system, is_interactive())
+        if message is None and not as_json and is_interactive() and streams().err.isatty():
+            conversation.ask_before_tools()
         if message is None:
-            if not as_json and is_interactive() and streams().err.isatty():
-                session.approve = TerminalApproval(session, renderer)
-            _converse(session, renderer)
+            conversation.go_on(_keyboard(conversation, no_history))
         else:
-            _answer(session, message, renderer)
+            conversation.ask(message)
 
 
 def generate(
     model: options.Model = "nano",
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Text to go on from; what stdin holds comes below it.")
+        str | None, typer.Option("--prompt", "-p", help="Text to go on from, what stdin holds below it; - is stdin.")
     ] = None,
     quant: options.Quant = None,
     as_json: options.Json = False,
@@ -117,7 +106,7 @@ def generate(
     sampling |= {"max_new_tokens": max_new_tokens, "stop": tuple(stop or ())}
     SamplingParams.check(**sampling)
     use_threads(threads)
-    with rendering(as_json) as renderer:
+    with rendering(as_json, raw=True) as renderer:
         text = "" if prompt is None and is_interactive() else _piped(prompt, renderer)
         limits: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
         completion = Completion(Engine.load(model, quant or "auto", device, dtype, renderer.show, **limits))
@@ -164,7 +153,12 @@ def serve(
         serve_app(served, listening, lambda: renderer.remark(ready))
 
 
-def _message(prompt: str | None, renderer: Renderer) -> str:
+def _question(prompt: str | None, renderer: Renderer) -> str:
+    """The message of one answer: files that -p names are put in; what stdin holds is text."""
+    from glm4lite.cli.chat.mentions import with_files
+
+    if prompt is not None and prompt != "-":
+        prompt = with_files(prompt, remark=renderer.remark)
     message = _piped(prompt, renderer)
     if not message.strip():
         raise InputError("-p is empty: there is nothing to answer")
@@ -172,66 +166,33 @@ def _message(prompt: str | None, renderer: Renderer) -> str:
 
 
 def _piped(prompt: str | None, renderer: Renderer) -> str:
-    """The prompt, and below it what stdin holds; the line end that files and echo have is none of the text's."""
-    piped = piped_text(optional=prompt is not None, remark=renderer.remark).rstrip("\n")
+    """The prompt, and below it what stdin holds; `-` is stdin alone, typed where it is a terminal.
+
+    The line end that files and echo have is none of the text's.
+    """
+    prompt = None if prompt == "-" else prompt
+    if prompt is None and is_interactive():
+        renderer.remark("(type the text; Ctrl-D on a line of its own ends it)")
+        piped = typed_text()
+    else:
+        piped = piped_text(optional=prompt is not None, remark=renderer.remark)
+    piped = piped.rstrip("\n")
     if prompt is None and not piped.strip():
         raise InputError("stdin is empty: give a text there, or with -p")
     return "\n\n".join(text for text in (prompt, piped) if text)
 
 
-def _answer(session: ChatSession, text: str, renderer: Renderer) -> None:
-    with interrupt_stops(session):
-        renderer.show_all(session.send(text))
+def _keyboard(conversation: Conversation, no_history: bool) -> Keyboard:
+    from glm4lite.cli.chat import commands, keyboard
+
+    remark = conversation.renderer.remark
+    history = None if no_history or not conversation.by_hand else _history_file(remark)
+    return keyboard.opened(partial(commands.offers, conversation), history, remark)
 
 
-def _converse(session: ChatSession, renderer: Renderer) -> None:
-    """Reads lines until /exit or end of input. An error of one turn does not end the conversation."""
-    with suppress(ImportError):  # Windows has its own line editing
-        import readline  # noqa: F401  # gives input() editing and history
-    read = _typed_line if is_interactive() else partial(piped_line, piped_lines())
-    renderer.remark(CHAT_HELP)
-    while True:
-        try:
-            line = read()
-        except KeyboardInterrupt:
-            renderer.remark("\n" + CHAT_HELP)
-            continue
-        text = line.strip()
-        command = COMMANDS.get(text)
-        if not line or command == "exit":
-            return
-        if command == "reset":
-            session.reset()
-            renderer.remark("(the conversation is forgotten)")
-        elif command == "help":
-            renderer.remark(CHAT_HELP)
-        elif text and not _is_misspelt_command(text, renderer):
-            _turn(session, text, renderer)
-
-
-def _typed_line() -> str:
-    """The next line with its end; "" at the end of input."""
+def _history_file(remark: Callable[[str], None]) -> Path | None:
     try:
-        with lent_terminal():
-            return input("> " if streams().out.isatty() else "") + "\n"
-    except EOFError:
-        return ""
-
-
-def _is_misspelt_command(text: str, renderer: Renderer) -> bool:
-    """A lone word that is nearly a command is worth a hint; all else is a message, such as a path or a comment."""
-    if not re.fullmatch(r"/\w+", text):
-        return False
-    near = difflib.get_close_matches(text, COMMANDS, 1, 0.8)
-    said = f"{text} is not a command"
-    renderer.remark(f"({said} and was not sent; is it {near[0]}?)" if near else f"({said}: it is sent as a message)")
-    return bool(near)
-
-
-def _turn(session: ChatSession, text: str, renderer: Renderer) -> None:
-    try:
-        _answer(session, text, renderer)
+        return user_folder() / "history"
     except Glm4liteError as error:
-        renderer.remark(f"error: {one_line(error)}")
-    except KeyboardInterrupt:
-        renderer.remark("(interrupted)")
+        remark(f"(what you type is not kept: {error})")
+        return None

@@ -25,7 +25,7 @@ def told(error: Exception) -> int:
 
 
 def _say(line: str) -> None:
-    from glm4lite.terminal import printable_line
+    from glm4lite.printable import printable_line
 
     with suppress(OSError, ValueError):
         streams().err.write(f"error: {printable_line(line)}\n")

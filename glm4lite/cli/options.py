@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="A folder, a Hub repository such as zai-org/GLM-4-9B-0414, or nano.")]
+from glm4lite.cli.paths import models
+
+
+def _among(*words: str) -> Callable[[str], list[str]]:
+    """For a shell's completion: those that go on from what is typed."""
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A folder, a Hub repository such as zai-org/GLM-4-9B-0414, or nano.",
+        autocompletion=lambda incomplete: list(models(incomplete)),
+    ),
+]
 Quant = Annotated[
-    str | None, typer.Option(help="int4, int8, nf4, fp4 or none.", show_default="int4, or as the checkpoint is stored")
+    str | None,
+    typer.Option(
+        help="int4, int8, nf4, fp4 or none.",
+        show_default="int4, or as the checkpoint is stored",
+        autocompletion=_among("int4", "int8", "nf4", "fp4", "none"),
+    ),
 ]
 Prompt = Annotated[
-    str | None, typer.Option("--prompt", "-p", help="Answer this, with what stdin holds below it, and leave.")
+    str | None,
+    typer.Option(
+        "--prompt", "-p", help="Answer this, with what stdin holds below it, and leave; @FILE adds a file, - is stdin."
+    ),
 ]
 Lines = Annotated[bool, typer.Option("--lines", help="Each line of stdin is a turn, not all of it one message.")]
 Json = Annotated[bool, typer.Option("--json", help="Every line of stdout is one event as JSON.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Write the answer's text as it is; do not draw its Markdown.")]
+NoHistory = Annotated[bool, typer.Option("--no-history", help="Keep nothing of what is typed.")]
 System = Annotated[str | None, typer.Option(help="System prompt.")]
 Tools = Annotated[
     list[str] | None,
@@ -27,18 +52,30 @@ Mcp = Annotated[
 ]
 Approve = Annotated[
     str,
-    typer.Option(metavar="WHEN", help="ask: for tools that want it; every: before every call; all: nothing is asked."),
+    typer.Option(
+        metavar="WHEN",
+        help="ask: for tools that want it; every: before every call; all: nothing is asked.",
+        autocompletion=_among("ask", "every", "all"),
+    ),
 ]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the checkpoint's")]
 TopP = Annotated[float | None, typer.Option(show_default="the checkpoint's")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", autocompletion=_among("auto", "cpu", "cuda"))]
+Dtype = Annotated[
+    str, typer.Option(help="auto, bfloat16 or float32.", autocompletion=_among("auto", "bfloat16", "float32"))
+]
 # Read as text, so that what is no number is answered in one line too.
 Threads = Annotated[str | None, typer.Option(metavar="N", help="CPU threads.", show_default="all cores")]
-KV = Annotated[str, typer.Option(help="Cache of keys and values: float, int8, or auto (int8 where it would not fit).")]
+KV = Annotated[
+    str,
+    typer.Option(
+        help="Cache of keys and values: float, int8, or auto (int8 where it would not fit).",
+        autocompletion=_among("auto", "float", "int8"),
+    ),
+]
 GpuMemory = Annotated[
     str | None, typer.Option(help="What may be used of each GPU, such as 8GiB.", show_default="what is free")
 ]

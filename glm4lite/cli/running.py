@@ -42,13 +42,13 @@ def use_threads(count: str | None) -> None:
 
 
 @contextmanager
-def rendering(as_json: bool) -> Iterator[Renderer]:
-    """Where events go; the terminal is left in order whatever happens."""
+def rendering(as_json: bool, raw: bool = False) -> Iterator[Renderer]:
+    """Where events go; the terminal is left in order whatever happens. `raw`: Markdown is not drawn."""
     from glm4lite.terminal import JsonLines, Notices, Terminal
 
     own = streams()
-    renderer: Renderer = JsonLines(own.out, own.err) if as_json else Terminal(own.out, own.err)
-    logging.getLogger().addHandler(notices := Notices(own.err))
+    renderer: Renderer = JsonLines(own.out, own.err) if as_json else Terminal(own.out, own.err, not raw)
+    logging.getLogger().addHandler(notices := Notices(own.err, renderer.end_line))
     try:
         yield renderer
     finally:
@@ -110,7 +110,7 @@ def print_report(report: Benchmark | Evaluation | PlacementReport, as_json: bool
 
 
 def print_facts(facts: list[tuple[str, str]]) -> None:
-    from glm4lite.terminal import printable_line
+    from glm4lite.printable import printable_line
 
     width = max(len(name) for name, _ in facts)
     streams().out.writelines(f"{name:<{width}}  {printable_line(value)}\n" for name, value in facts)

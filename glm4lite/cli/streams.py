@@ -145,6 +145,12 @@ def piped_text(optional: bool, remark: Remark) -> str:
         timer.cancel()
 
 
+def typed_text() -> str:
+    """All that is typed until Ctrl-D. Raises InputError for more than MAX_INPUT."""
+    number = streams().stdin
+    return "" if number is None else _read_all(number).decode("utf-8", "replace")
+
+
 def piped_lines() -> TextIO:
     """Stdin for `piped_line`."""
     number = streams().stdin
@@ -262,7 +268,7 @@ class _OfOthers(io.TextIOWrapper):
     """What tools and libraries print. They may print what a model or a server wrote, which no terminal obeys."""
 
     def write(self, text: str, /) -> int:
-        from glm4lite.terminal import printable
+        from glm4lite.printable import printable
 
         if self.isatty():  # a progress bar returns to the start of its line
             super().write("\r".join(printable(part) for part in text.split("\r")))

@@ -14,10 +14,9 @@ from glm4lite.server.declared import check_name, declared_tools, forced_names
 from glm4lite.server.errors import ApiError
 from glm4lite.server.requests import ChatRequest, CompletionRequest
 from glm4lite.server.unsupported import refuse_in_message
-from glm4lite.template import ChatTemplate
+from glm4lite.template import END_OF_THOUGHT, ChatTemplate
 
 MOST_ITEMS = 4096  # parts or calls of one message
-_END_OF_THOUGHT = "\n</think>\n\n"
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def chat_question(engine: Engine, request: ChatRequest) -> Question:
         raise ApiError(str(error), param="messages") from None
     thinking = template.starts_thinking(engine.tokenizer.text(prompt[-8:], keep_special=True))
     if forced and thinking:  # a call that must come first leaves no room for a thought
-        prompt, thinking = prompt + engine.tokenizer.ids(_END_OF_THOUGHT, special=True), False
+        prompt, thinking = prompt + engine.tokenizer.ids(END_OF_THOUGHT, special=True), False
     return Question(
         engine,
         _fitting(engine, prompt, "messages"),

@@ -108,6 +108,26 @@ void extreme_values(const Case& c, int isa) {
     }
 }
 
+// A row has the same bits alone and among any others.
+void alone_and_together(const Case& c, int isa, Random& random) {
+  announce(c, "alone and together");
+  Weight w(c.n, c.k, c.bits, c.group);
+  w.randomize(random);
+  const Input x(c, 1);
+  for (int64_t r = 0; r < c.m; ++r)
+    for (int64_t i = 0; i < c.k; ++i) x.set(r, i, random.bell());
+  const std::vector<float> together = multiply(c, w, x, nullptr, isa);
+  compare(c, together, product(x.dense(), c.m, w, nullptr, c.parts));
+  Case one = c;
+  one.m = 1;
+  for (int64_t r = 0; r < c.m; ++r) {
+    const Input row(one, 0);
+    for (int64_t i = 0; i < c.k; ++i) row.set(0, i, x.get(r, i));
+    const std::vector<float> alone = multiply(one, w, row, nullptr, isa);
+    if (memcmp(alone.data(), together.data() + r * c.n, sizeof(float) * c.n) != 0) fail("row %d", static_cast<int>(r));
+  }
+}
+
 // One activation that is no number, or too large for any sum, spoils its own row and no other bit.
 void spoiled_row(const Case& c, int isa, Random& random) {
   announce(c, "a spoiled row");
@@ -145,6 +165,11 @@ void check_products(int isa) {
         }
       random_values({261, 33, group, bits, group, 3, group == 64, true, bits / 4}, isa, random);
       extreme_values({3, 17, 256, bits, group, 2, group == 64, false, 1}, isa);
+      for (int m = 1; m <= 13; ++m) {  // and weights that are gone through in several pieces
+        const int64_t k = group * random.whole(512 / group + 1, 1280 / group);
+        alone_and_together({m, 37, k, bits, group, 2, false, false, 1 + m / 2 % 2}, isa, random);
+      }
+      alone_and_together({150, 17, 512 + group, bits, group, 3, false, false, 1}, isa, random);
       for (int m : {1, 2, 7, 13}) spoiled_row({m, 37, 128, bits, group, 2, m == 2, false, 1 + m / 2 % 2}, isa, random);
     }
   random_values({1100, 18, 32, 4, 32, 300, true, true, 2}, isa, random);  // more rows than are quantized at once

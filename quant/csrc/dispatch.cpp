@@ -55,6 +55,9 @@ uint32_t host_isas() {
   const uint32_t avx512 = bit(16) | bit(17) | bit(30) | bit(31);  // F, DQ, BW, VL
   const bool vnni = (r[ECX] & bit(11)) != 0;
   if ((r[EBX] & avx512) == avx512 && vnni && (saved_state() & 0xE6) == 0xE6) isas |= bit(GLM4_AVX512VNNI);
+#if defined(GLM4LITE_EVEX_VNNI)
+  if (isas & bit(GLM4_AVX512VNNI)) return isas | bit(GLM4_AVXVNNI);
+#endif
   if (r[EAX] < 1) return isas;  // no subleaf 1
   cpuid(7, 1, r);
   return r[EAX] & bit(4) ? isas | bit(GLM4_AVXVNNI) : isas;

@@ -15,6 +15,8 @@ using glm4::Source;
 
 constexpr int64_t kChunkRows = 512;         // rows of x quantized at once: bounds the scratch
 constexpr int64_t kCacheBytes = 256 << 10;  // activations that stay in the second-level cache over one item
+constexpr int64_t kMaxColumns = 144;        // that one tile is multiplied with at once, and their panels
+constexpr int64_t kMaxPanels = 36;
 constexpr int64_t kMaxItemTiles = 8;        // several tiles use a panel of activations while it is in cache
 constexpr int64_t kMaxItemTilesOfOne = 2;   // one panel stays there anyway: small items end at the same time
 constexpr int64_t kSerialWork = 1 << 18;  // multiplications not worth waking a thread for
@@ -113,16 +115,19 @@ struct Product {
   const Activations& x;
   int64_t first;  // row of y that row 0 of the activations belongs to
 
-  // Row scales and bias of one tile and panel: out [rows of x][16].
-  void finish(const Sink& sink, int64_t tile, const glm4_panel& panel, float* out) const {
-    float min[GLM4_MAX_WIDTH * GLM4_ROWS];
-    isa.tile(sink.w, tile, &panel, out, min);
+  // One tile times panels p0..p1 - 1 with row scales and bias: out [rows of x][16].
+  void finish(const Sink& sink, int64_t tile, int64_t p0, int64_t p1, float* out) const {
+    float min[kMaxColumns * GLM4_ROWS];
+    glm4_panel panels[kMaxPanels];
+    for (int64_t p = p0; p < p1; ++p) panels[p - p0] = x.panel(p);
+    isa.tile(sink.w, tile, panels, p1 - p0, out, min);
     const glm4_weight& w = *sink.w;
-    if (x.parts() == 2) add_parts(panel.width / 2, out);
-    if (x.parts() == 2 && w.mins) add_parts(panel.width / 2, min);
+    const int64_t width = x.start(p1) - x.start(p0);
+    if (x.parts() == 2) add_parts(width, out);
+    if (x.parts() == 2 && w.mins) add_parts(width, min);
     const int64_t n0 = tile * GLM4_ROWS;
     const int rows = static_cast<int>(std::min<int64_t>(GLM4_ROWS, w.n - n0));
-    for (int c = 0; c < panel.width / x.parts(); ++c) {
+    for (int64_t c = 0; c < width; ++c) {
       float* to = out + GLM4_ROWS * c;
       for (int r = 0; r < rows; ++r) to[r] *= w.row_scale[n0 + r];
       if (w.row_min)
@@ -132,16 +137,16 @@ struct Product {
     }
   }
 
-  static void add_parts(int width, float* sums) {
-    for (int c = 0; c < width; ++c)
+  static void add_parts(int64_t width, float* sums) {
+    for (int64_t c = 0; c < width; ++c)
       for (int r = 0; r < GLM4_ROWS; ++r)
         sums[GLM4_ROWS * c + r] = sums[GLM4_ROWS * 2 * c + r] + sums[GLM4_ROWS * (2 * c + 1) + r];
   }
 
-  void store(const Sink& sink, int64_t tile, int64_t row, int width, const float* out) const {
+  void store(const Sink& sink, int64_t tile, int64_t row, int64_t width, const float* out) const {
     const int64_t n0 = tile * GLM4_ROWS;
     const int64_t whole = GLM4_ROWS, rows = sink.swiglu ? whole : std::min(whole, sink.w->n - n0);
-    for (int c = 0; c < width; ++c) {
+    for (int64_t c = 0; c < width; ++c) {
       const int64_t at = (first + row + c) * sink.y.stride + n0;
       const float* from = out + GLM4_ROWS * c;
       if (sink.y.dtype == GLM4_FLOAT32) {
@@ -152,27 +157,29 @@ struct Product {
     }
   }
 
-  void tile(const Sink& sink, int64_t tile, int64_t p) const {
-    const glm4_panel panel = x.panel(p);
-    float out[GLM4_MAX_WIDTH * GLM4_ROWS], up[GLM4_MAX_WIDTH * GLM4_ROWS];
-    finish(sink, tile, panel, out);
+  void tile(const Sink& sink, int64_t tile, int64_t p0, int64_t p1) const {
+    float out[kMaxColumns * GLM4_ROWS];
+    const int64_t width = x.start(p1) - x.start(p0);
+    finish(sink, tile, p0, p1, out);
     if (sink.swiglu) {
-      finish(sink, tile + tiles_of(sink), panel, up);
-      isa.rows->swiglu(out, up, GLM4_ROWS * (panel.width / x.parts()), out);
+      float up[kMaxColumns * GLM4_ROWS];
+      finish(sink, tile + tiles_of(sink), p0, p1, up);
+      isa.rows->swiglu(out, up, GLM4_ROWS * width, out);
     }
-    store(sink, tile, x.start(p), panel.width / x.parts(), out);
+    store(sink, tile, x.start(p0), width, out);
   }
 
   // A few row tiles with all panels: as many panels as stay in cache are used by every tile before the next ones come.
   void tiles(int64_t begin, int64_t end) const {
     const Sink* sink = sinks;
+    const int64_t most = std::min(kMaxPanels, kMaxColumns / isa.width);
     while (begin >= tiles_of(*sink)) begin -= tiles_of(*sink), end -= tiles_of(*sink), ++sink;
     while (begin < end) {
       const int64_t stop = std::min(end, tiles_of(*sink));
-      const int64_t in_cache = std::max<int64_t>(1, kCacheBytes / (sink->w->k * isa.width));
-      for (int64_t p0 = 0; p0 < x.panels(); p0 += in_cache)
-        for (int64_t t = begin; t < stop; ++t)
-          for (int64_t p = p0; p < std::min(p0 + in_cache, x.panels()); ++p) tile(*sink, t, p);
+      const int64_t in_cache = std::clamp<int64_t>(kCacheBytes / (sink->w->k * isa.width), 1, most);
+      const int64_t turns = (x.panels() + in_cache - 1) / in_cache;
+      for (int64_t i = 0; i < turns; ++i)
+        for (int64_t t = begin; t < stop; ++t) tile(*sink, t, x.panels() * i / turns, x.panels() * (i + 1) / turns);
       end -= tiles_of(*sink), begin = 0, ++sink;
     }
   }

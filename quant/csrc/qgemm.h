@@ -98,8 +98,10 @@ struct glm4_panel_column {
   int64_t width;
 };
 
-// One row tile times one panel, without row scales: dot[c][r] = sum of scales * q * x, min[c][r] = sum of mins * x.
-typedef void (*glm4_tile_kernel)(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* dot, float* min);
+// One row tile times `count` panels, without row scales: dot[c][r] = sum of scales * q * x, and for 4 bits min[c][r] =
+// sum of mins * x; c counts through the columns of all panels.
+typedef void (*glm4_tile_kernel)(const glm4_weight* w, int64_t tile, const glm4_panel* x, int64_t count, float* dot,
+                                 float* min);
 
 // Queries of one key/value head against its tokens begin..end-1 (begin a multiple of GLM4_TOKENS). Row r is query head
 // r % per_token of token r / per_token; row 0 sees `visible` tokens, each later token one more.
@@ -138,12 +140,12 @@ const glm4_isa* glm4_isa_of(int32_t isa);
 // parts.
 enum { GLM4_SCALAR_WIDTH = 4, GLM4_AVX2_WIDTH = 4, GLM4_AVXVNNI_WIDTH = 6, GLM4_AVX512VNNI_WIDTH = 12 };
 enum { GLM4_NEON_WIDTH = 6, GLM4_NEONI8MM_WIDTH = 6, GLM4_MAX_WIDTH = 12 };
-void glm4_tile_scalar(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
-void glm4_tile_avx2(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
-void glm4_tile_avxvnni(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
-void glm4_tile_avx512vnni(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
-void glm4_tile_neon(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
-void glm4_tile_neoni8mm(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
+void glm4_tile_scalar(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);
+void glm4_tile_avx2(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);
+void glm4_tile_avxvnni(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);
+void glm4_tile_avx512vnni(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);
+void glm4_tile_neon(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);
+void glm4_tile_neoni8mm(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);
 extern const glm4_rows glm4_rows_scalar;
 extern const glm4_rows glm4_rows_avx2;
 extern const glm4_rows glm4_rows_avx512;

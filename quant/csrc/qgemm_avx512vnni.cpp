@@ -73,9 +73,12 @@ inline void dot_int8(const uint8_t* tile, const int32_t* a, const int32_t* sum, 
   add_chains<C>(acc, out);
 }
 
-constexpr int kAhead = 4096;  // bytes of codes asked for before they are used, where memory is what limits
+// Bytes of codes that are asked for, for the second-level cache, before they are used: the processor's own prefetching
+// loses its way among several streams. It is left alone with few columns of 8 bits, which wait for memory only.
+constexpr int kAhead = 16384;
+constexpr int kWaiting = 4;
 
-constexpr int kFewColumns = 2;  // so few wait for memory and for each other's results, not for the multiplier
+constexpr int kFewColumns = 2;  // so few wait for each other's results, not for the multiplier
 
 template <int C>
 inline void add_min(const uint8_t* m, const float* group_sum, __m512* total) {
@@ -100,8 +103,8 @@ void dots(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* out, f
     if (with_mins) add_min<C>(w->mins + (tile * groups + g) * GLM4_ROWS, x->group_sum + g * C, low);
     const __m512 s = bytes_to_float(scales + g * GLM4_ROWS);
     for (int64_t b = 0; b < per_group; ++b) {
-      if (few)
-        for (int i = 0; i < Bits; ++i) _mm_prefetch(reinterpret_cast<const char*>(codes + kAhead + 64 * i), _MM_HINT_T0);
+      if (Bits == 4 || C > kWaiting)
+        for (int i = 0; i < Bits; ++i) _mm_prefetch(reinterpret_cast<const char*>(codes + kAhead + 64 * i), _MM_HINT_T1);
       __m512i acc[C];
       if (Bits == 4) {
         dot_int4<C>(codes, a, acc);
@@ -141,12 +144,14 @@ void tile_of(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* dot
   if (C > kFewColumns) mins<C>(w, tile, x, min);
 }
 
-constexpr glm4_tile_kernel kByWidth[GLM4_AVX512VNNI_WIDTH] = {
+using OnePanel = void (*)(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
+constexpr OnePanel kByWidth[GLM4_AVX512VNNI_WIDTH] = {
     tile_of<1>, tile_of<2>, tile_of<3>, tile_of<4>,  tile_of<5>,  tile_of<6>,
     tile_of<7>, tile_of<8>, tile_of<9>, tile_of<10>, tile_of<11>, tile_of<12>};
 
 }  // namespace
 
-void glm4_tile_avx512vnni(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* dot, float* min) {
-  kByWidth[x->width - 1](w, tile, x, dot, min);
+void glm4_tile_avx512vnni(const glm4_weight* w, int64_t tile, const glm4_panel* x, int64_t count, float* dot, float* min) {
+  for (; count > 0; dot += GLM4_ROWS * x->width, min += GLM4_ROWS * x->width, ++x, --count)
+    kByWidth[x->width - 1](w, tile, x, dot, min);
 }

@@ -126,11 +126,13 @@ void tile_of(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* dot
   if (w->bits == 4) mins(w, tile, x, min);
 }
 
-constexpr glm4_tile_kernel kByWidth[GLM4_NEON_WIDTH] = {tile_of<1>, tile_of<2>, tile_of<3>,
+using OnePanel = void (*)(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);
+constexpr OnePanel kByWidth[GLM4_NEON_WIDTH] = {tile_of<1>, tile_of<2>, tile_of<3>,
                                                         tile_of<4>, tile_of<5>, tile_of<6>};
 
 }  // namespace
 
-void glm4_tile_neon(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* dot, float* min) {
-  kByWidth[x->width - 1](w, tile, x, dot, min);
+void glm4_tile_neon(const glm4_weight* w, int64_t tile, const glm4_panel* x, int64_t count, float* dot, float* min) {
+  for (; count > 0; dot += GLM4_ROWS * x->width, min += GLM4_ROWS * x->width, ++x, --count)
+    kByWidth[x->width - 1](w, tile, x, dot, min);
 }

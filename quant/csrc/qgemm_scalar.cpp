@@ -22,9 +22,7 @@ void unpack(const uint8_t* tile, int bits, int8_t* codes) {
       }
 }
 
-}  // namespace
-
-void glm4_tile_scalar(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* dot, float* min) {
+void multiply(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* dot, float* min) {
   const int64_t blocks = w->k / GLM4_COLS, groups = w->k / w->group, per_group = w->group / GLM4_COLS;
   const int tile_bytes = 64 * w->bits, width = x->width;
   const uint8_t* codes = w->qweight + tile * blocks * tile_bytes;
@@ -51,4 +49,11 @@ void glm4_tile_scalar(const glm4_weight* w, int64_t tile, const glm4_panel* x, f
     for (int c = 0; c < width; ++c)
       for (int r = 0; r < GLM4_ROWS; ++r)
         min[GLM4_ROWS * c + r] += static_cast<float>(mins[g * GLM4_ROWS + r]) * x->group_sum[g * width + c];
+}
+
+}  // namespace
+
+void glm4_tile_scalar(const glm4_weight* w, int64_t tile, const glm4_panel* x, int64_t count, float* dot, float* min) {
+  for (; count > 0; dot += GLM4_ROWS * x->width, min += GLM4_ROWS * x->width, ++x, --count)
+    multiply(w, tile, x, dot, min);
 }

@@ -21,12 +21,6 @@ constexpr int kRowBlock = 8;
 constexpr int kTileTokens = 64;  // tokens whose scores are computed before their values are added
 static_assert(kRowBlock <= GLM4_ATTENTION_ROWS && kTileTokens % GLM4_TOKENS == 0, "blocks nest");
 
-inline void narrow(int8_t* to, Vec shifted) {
-  int32_t bits[kLanes];
-  memcpy(bits, &shifted, sizeof(bits));
-  for (int i = 0; i < kLanes; ++i) to[i] = static_cast<int8_t>(bits[i]);
-}
-
 // 32 values -> int8 codes, their sum and the scale; NaN as the scale where a value is not finite.
 inline void quantize_block(const float* v, int8_t* codes, float* scale, int32_t* sum) {
   constexpr int parts = GLM4_COLS / kLanes;
@@ -45,11 +39,13 @@ inline void quantize_block(const float* v, int8_t* codes, float* scale, int32_t*
     return;
   }
   const Vec inverse = all(127.0f / largest), round = all(12582912.0f);  // 1.5 * 2^23: adding it rounds
+  Ints whole[parts];
   for (int i = 0; i < parts; ++i) {
     const Vec shifted = x[i] * inverse + round;
-    narrow(codes + kLanes * i, shifted);
+    whole[i] = bits_of(shifted);  // of which the lowest byte is the code
     total += shifted - round;
   }
+  narrow(whole, codes);
   *sum = static_cast<int32_t>(sum_of(total));
   *scale = largest / 127.0f;
 }

@@ -49,6 +49,28 @@ inline Vec widen(const int8_t* p) {
 #endif
 }
 
+// The lowest bytes of 32 whole numbers. By name for the same reason.
+inline void narrow(const Ints* v, int8_t* to) {
+#if defined(__AVX512F__)
+  for (int i = 0; i < 2; ++i)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to) + i, _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v[i])));
+#elif defined(__AVX2__)
+  __m256i low[4];
+  for (int i = 0; i < 4; ++i) low[i] = _mm256_and_si256(reinterpret_cast<__m256i>(v[i]), _mm256_set1_epi32(255));
+  const __m256i bytes = _mm256_packus_epi16(_mm256_packus_epi32(low[0], low[1]), _mm256_packus_epi32(low[2], low[3]));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+#elif defined(__ARM_NEON)
+  for (int i = 0; i < 8; i += 2) {
+    const int16x4_t first = vmovn_s32(reinterpret_cast<int32x4_t>(v[i]));
+    const int16x4_t second = vmovn_s32(reinterpret_cast<int32x4_t>(v[i + 1]));
+    vst1_s8(to + 4 * i, vmovn_s16(vcombine_s16(first, second)));
+  }
+#else
+  for (int i = 0; i < 32; ++i) to[i] = static_cast<int8_t>(v[i / GLM4_LANES][i % GLM4_LANES]);
+#endif
+}
+
 #else  // a compiler without vector types: the same meaning, element by element
 
 struct Ints {
@@ -94,6 +116,9 @@ inline Vec float_of(Ints a) {
 }
 inline Vec choose(Ints m, Vec yes, Vec no) { return each([&](int i) { return m.v[i] ? yes.v[i] : no.v[i]; }); }
 inline Vec widen(const int8_t* p) { return each([&](int i) { return static_cast<float>(p[i]); }); }
+inline void narrow(const Ints* v, int8_t* to) {
+  for (int i = 0; i < 32; ++i) to[i] = static_cast<int8_t>(v[i / GLM4_LANES].v[i % GLM4_LANES]);
+}
 
 #endif
 
@@ -106,20 +131,32 @@ inline void store(float* p, Vec v) { memcpy(p, &v, sizeof(v)); }
 inline Vec larger(Vec a, Vec b) { return choose(a < b, b, a); }
 inline Vec magnitude(Vec v) { return float_of(bits_of(v) & 0x7fffffff); }
 
-inline float sum_of(Vec v) {
+// The lower lanes with the upper ones until one is left; everywhere in this order, which a sum of floats depends on.
+template <class F>
+inline float reduce(Vec v, F both) {
+#if defined(__GNUC__) && defined(__AVX2__) && !defined(GLM4LITE_PLAIN_VECTORS)
+#if defined(__AVX512F__)
+  const __m256 eight = both(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+#else
+  const __m256 eight = v;
+#endif
+  const __m128 four = both(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = both(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(both(two, _mm_movehdup_ps(two)));
+#else
   float part[GLM4_LANES];
-  store(part, v);
+  memcpy(part, &v, sizeof(v));
   for (int half = GLM4_LANES / 2; half >= 1; half /= 2)
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+    for (int i = 0; i < half; ++i) part[i] = both(part[i], part[i + half]);
   return part[0];
+#endif
 }
 
+inline float sum_of(Vec v) {
+  return reduce(v, [](auto a, auto b) { return a + b; });
+}
 inline float largest_of(Vec v) {
-  float part[GLM4_LANES];
-  store(part, v);
-  for (int half = GLM4_LANES / 2; half >= 1; half /= 2)
-    for (int i = 0; i < half; ++i) part[i] = part[i] < part[i + half] ? part[i + half] : part[i];
-  return part[0];
+  return reduce(v, [](auto a, auto b) { return a < b ? b : a; });
 }
 
 // e^x with a relative error below 2e-7 (Cephes' polynomial); 0 below -87, e^87 above 87, NaN for NaN.

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from glm4lite import machine
 from glm4lite.budget import Budget
 from glm4lite.errors import CheckpointError, ConfigError, Glm4liteError
 from glm4lite.loader import quantize_checkpoint
-from glm4lite.planner import plan
+from glm4lite.planner import PlacementReport, plan
+from glm4lite.proposals import Proposal
 from glm4lite.resources import Machine
 from glm4lite.weights.memory import enough, parse_size
 from glm4lite.weights.needs import headers, imagined, needs_of
+from glm4lite_quant import QuantConfig
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 from tests.glm4lite.hub_server import HubServer, Repo
 from tests.glm4lite.test_placement import GIB, NINE, NINE_BYTES, THIRTY_TWO, THIRTY_TWO_BYTES
@@ -164,6 +167,58 @@ def test_what_cannot_be_planned_is_said(
     assert message in str(caught.value)
 
 
+# --- what to change
+
+
+REFUSED = [
+    (None, Budget(ram=GIB)),
+    (None, Budget(ram=2 * GIB, kv="float")),
+    (None, Budget(gpu_memory=GIB)),
+    (None, Budget(ram=GIB, gpu_memory=0)),
+    ("none", Budget(ram=2 * GIB, kv="float")),
+    ("none", Budget(ram=3 * GIB, context=32768)),
+    ("none", Budget(ram=3 * GIB // 2, context=1024)),
+    ("int8", Budget(ram=5 * GIB // 2, context=32768, kv="float")),
+    ("nf4", Budget(ram=3 * GIB, context=32768)),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "quant", "budget"),
+    [(NINE, *asked) for asked in REFUSED] + [(THIRTY_TWO, *REFUSED[place]) for place in (0, 2, 7)],
+    ids=lambda value: value.get("num_hidden_layers") if isinstance(value, dict) else str(value),
+)
+def test_every_proposal_makes_it_fit_and_a_little_less_does_not(
+    tmp_path: Path, here: Machine, config: dict[str, Any], quant: str | None, budget: Budget
+) -> None:
+    folder = bare(tmp_path / "plain", config)
+    found = plan(folder, quant, budget)
+    assert not found.placement.fits
+    assert found.proposals
+    assert [text for name, text in found.lines() if name == "would fit"] == [str(one) for one in found.proposals]
+
+    def applied(proposal: Proposal, **less: Any) -> PlacementReport:
+        changes = {"quant": quant, **asdict(budget), **proposal.changes, **less}
+        asked, model = changes.pop("quant"), folder
+        if proposal.quantize_first is not None:
+            stored = QuantConfig(int(proposal.quantize_first.removeprefix("int"))).to_dict()
+            asked, model = None, bare(tmp_path / "stored", config | {"quantization_config": stored})
+        return plan(model, asked, Budget.of(**changes))
+
+    for proposal in found.proposals:
+        report = applied(proposal)
+        assert report.placement.fits, proposal
+        assert report.placement.decode_tokens_per_s == pytest.approx(proposal.decode_tokens_per_s)
+        for name in proposal.changes.keys() & {"ram", "gpu_memory"}:
+            size = proposal.changes[name]
+            less = applied(proposal, **{name: max(parse_size(size) - GIB // 4, 0)}) if size else None
+            other_way = less is not None and any("`glm4lite quantize`" in note for note in less.assumed)
+            assert less is None or other_way or not less.placement.fits, proposal
+        if "context" in proposal.changes:
+            longer = applied(proposal, context=proposal.changes["context"] + 256)
+            assert not longer.placement.fits, proposal
+
+
 # --- the command
 
 
@@ -179,7 +234,8 @@ def test_the_table_names_every_device_and_what_to_change(tmp_path: Path) -> None
     assert refused.returncode == 0
     found = json.loads(refused.stdout)
     assert found["fits"] is False
-    assert found["advice"] == "1.0 GiB of RAM do not suffice: it takes 2.2GiB of RAM"
+    assert found["advice"] == "1.0 GiB of RAM do not suffice"
+    assert any({"ram": "2.2GiB", "quantize_first": "int4"}.items() <= one.items() for one in found["proposals"])
     assert found["weight_bytes"] == NINE_BYTES
 
 

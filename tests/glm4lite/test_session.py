@@ -360,3 +360,28 @@ def test_a_prompt_never_meets_a_model_that_was_loaded_meanwhile(tokenizer: Token
 def test_a_base_model_is_sent_to_generate(tokenizer: Tokenizer) -> None:
     with pytest.raises(TemplateError, match="glm4lite generate"):
         ChatSession(Engine(None, tokenizer, None))  # type: ignore[arg-type]
+
+
+def test_a_conversation_that_is_recalled_goes_on_with_ids_of_its_own(start: Start) -> None:
+    first = start(CALL + "<|observation|>", "\n888.<|user|>", system="Be brief.")
+    list(first.send("What is 37 * 24?"))
+    second = start(CALL + "<|observation|>", "\n888.<|user|>")
+    second.recall(first.messages)
+    assert second.system == "Be brief."
+    list(second.send("And again?"))
+    calls = [call.id for message in second.messages for call in message.tool_calls]
+    assert calls == ["call_1", "call_2"]
+    second.reset()
+    assert second.messages == [Message("system", "Be brief.")]
+
+
+def test_the_system_prompt_can_be_set_changed_and_taken_away(start: Start) -> None:
+    session = start("\nHi.<|user|>")
+    session.instruct("One.")
+    list(session.send("Hello"))
+    session.instruct("Two.")
+    assert [message.content for message in session.messages] == ["Two.", "Hello", "Hi."]
+    session.instruct(None)
+    assert [message.role for message in session.messages] == ["user", "assistant"]
+    session.reset()
+    assert session.messages == []

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from glm4lite.events import Done, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
-from glm4lite.terminal import JsonLines, Terminal, printable
+from glm4lite.printable import printable
+from glm4lite.terminal import JsonLines, Terminal
 
 TURN = [
     Progress("prefill", 512, 1024, "tokens"),
@@ -32,7 +33,7 @@ def test_control_characters_never_reach_the_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    Terminal().show_all(iter([*TURN, TextDelta("\x1b[31mred \x9b1A up\x07"), ThinkingDelta("\x1b[1A")]))
+    Terminal(markdown=False).show_all(iter([*TURN, TextDelta("\x1b[31mred \x9b1A up\x07"), ThinkingDelta("\x1b[1A")]))
     found = capsys.readouterr()
     assert not set("\x1b\x9b\x07") & set(found.out + found.err)
 
@@ -50,7 +51,7 @@ def test_no_text_is_markup(text: str, capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_line_of_json_has_one_end_and_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     text = "a\x85b\u2028c\x9b2Jd\u202ee\x7f 你好"
     JsonLines().show(TextDelta(text))
-    (line,) = capsys.readouterr().out.splitlines()
+    _, line = capsys.readouterr().out.splitlines()
     assert json.loads(line)["text"] == text
     assert line.isprintable()
     assert "你好" in line
@@ -64,5 +65,6 @@ def test_line_ends_tabs_and_letters_stay() -> None:
 def test_progress_in_json_is_thinned_and_its_end_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     JsonLines().show_all(Progress("load", done, 5000, "bytes") for done in range(1, 5001))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert 2 <= len(lines) < 50
+    assert lines[0] == {"type": "start", "version": 1}
+    assert 3 <= len(lines) < 50
     assert lines[-1] == {"type": "progress", "stage": "load", "done": 5000, "total": 5000, "unit": "bytes"}

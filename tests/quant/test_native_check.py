@@ -56,6 +56,14 @@ def test_every_isa_is_right_under_address_and_undefined_behaviour_sanitizers(tmp
 
 
 @pytest.mark.slow
+def test_avx_vnni_is_right_where_only_avx_512_has_its_instruction(tmp_path: Path) -> None:
+    program = sanitized(tmp_path, "address,undefined", "-DGLM4LITE_EVEX_VNNI")
+    if subprocess.run([str(program), "avx512vnni", "threads"]).returncode:
+        pytest.skip("this host has no AVX-512 VNNI")
+    assert finished(str(program), "avxvnni").endswith("all right\n")
+
+
+@pytest.mark.slow
 def test_no_two_threads_touch_the_same_memory_and_compilers_without_vectors_are_served(tmp_path: Path) -> None:
     program = str(sanitized(tmp_path, "thread", "-DGLM4LITE_PLAIN_VECTORS"))
     finished(program, "threads", TSAN_OPTIONS="halt_on_error=1")

@@ -114,8 +114,8 @@ def test_the_largest_codes_do_not_overflow(isa: str, bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_row_gives_the_same_bits_alone_and_in_a_batch(isa: str, bits: int) -> None:
-    own = layer(45, 256, QuantConfig(bits))
-    x = torch.randn(29, 256)
+    own = layer(45, 1152, QuantConfig(bits))
+    x = torch.randn(29, 1152)
     assert torch.equal(own(x), torch.cat([own(row[None]) for row in x]))
 
 

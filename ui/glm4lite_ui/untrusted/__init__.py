@@ -1,7 +1,7 @@
 """Files of strangers, read in a process of their own with limits of memory and time.
 
 apart.py       starts that process, reads its lines, ends it in time    process.py   what runs there: walls, a reader
-documents.py   PDF, Word, notebooks, text files -> text                 encodings.py bytes whose encoding nobody says
+documents.py   PDF, Word, notebooks, text files -> text
 archives.py    other programs' exports -> chats in our own form         messages.py  their messages -> a tree of turns
 
 A PDF or an archive of some kilobytes can take any amount of memory or time, in a library as in code of one's own; what

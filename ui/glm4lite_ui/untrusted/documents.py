@@ -197,7 +197,7 @@ def _fenced(code: str, language: str) -> str:
 
 
 def _text() -> Callable[[IO[bytes]], Iterator[dict[str, Any]]]:
-    from glm4lite_ui.untrusted.encodings import decoded
+    from glm4lite.encodings import decoded
 
     def read(file: IO[bytes]) -> Iterator[dict[str, Any]]:
         data = file.read(4 * LONGEST + 1)

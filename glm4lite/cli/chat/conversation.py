@@ -1,0 +1,208 @@
+"""A conversation at the terminal, or over lines of stdin: questions to the model, commands to the program."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glm4lite.cli.chat import commands, saved
+from glm4lite.cli.chat.keyboard import Keyboard, Typed, unquoted
+from glm4lite.cli.chat.mentions import with_files
+from glm4lite.cli.chat.settings import Settings
+from glm4lite.cli.running import interrupt_stops
+from glm4lite.echo import echo
+from glm4lite.engine import Engine
+from glm4lite.errors import ConfigError, Glm4liteError, one_line
+from glm4lite.events import Progress
+from glm4lite.hub import locate
+from glm4lite.session import ChatSession
+
+if TYPE_CHECKING:
+    from glm4lite.terminal import Renderer
+    from glm4lite.tools import Tool
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model came from: its name, and what else `Engine.load` was given."""
+
+    model: str
+    quant: str
+    options: dict[str, Any]
+
+    def load(self, progress: Callable[[Progress], None], before_weights: Callable[[], None] | None = None) -> Engine:
+        return Engine.load(
+            self.model, self.quant, progress=progress, need_template=True, before_weights=before_weights, **self.options
+        )
+
+
+@dataclass
+class Conversation:
+    """A session with what a user may change of it by commands.
+
+    `tools` are those that can be offered; `by_hand`: at a terminal.
+    """
+
+    session: ChatSession
+    renderer: Renderer
+    source: Source
+    settings: Settings
+    tools: tuple[Tool, ...] = ()
+    by_hand: bool = True
+    file: Path | None = None  # where it was saved last
+
+    @classmethod
+    def begin(
+        cls,
+        source: Source,
+        renderer: Renderer,
+        tools: tuple[Tool, ...],
+        sampling: dict[str, Any],
+        system: str | None,
+        by_hand: bool,
+    ) -> Conversation:
+        """Loads the model; `sampling` is what was given of SamplingParams. Raises what `Engine.load` raises."""
+        engine = source.load(renderer.show)
+        session = ChatSession(engine, tools, system, engine.params(**sampling))
+        if tools and not session.template.takes_tools:
+            renderer.remark("(this model's chat template has no place for tools: they are not offered)")
+        return cls(session, renderer, source, Settings(session, renderer, tools, sampling), tools, by_hand)
+
+    def ask_before_tools(self) -> None:
+        """From now on tools that want it are asked for at the keyboard."""
+        from glm4lite.approval import TerminalApproval
+
+        self.session.approve = TerminalApproval(self.session, self.renderer)
+
+    def go_on(self, keyboard: Keyboard) -> None:
+        """Reads until /exit or the end of input. An error of one turn does not end the conversation."""
+        help_line = commands.SHORT_HELP if self.by_hand else commands.PIPED_HELP
+        self.renderer.remark(help_line)
+        while True:
+            try:
+                typed = keyboard.read()
+            except KeyboardInterrupt:
+                self.renderer.remark(help_line)
+                continue
+            if typed is None:
+                return
+            try:
+                self._take(typed)
+            except commands.Leave:
+                return
+            except Glm4liteError as error:
+                self.renderer.remark(f"error: {one_line(error)}")
+            except KeyboardInterrupt:
+                self.renderer.remark("(interrupted)")
+
+    def _take(self, typed: Typed) -> None:
+        text = typed.text.strip()
+        if typed.by_hand and "\n" in text:  # the first line of code keeps its indentation
+            text = typed.text.strip("\n").rstrip()
+        command = commands.of(text, typed.by_hand)
+        if command is not None:
+            command[0].run(self, command[1])
+        elif text and not commands.is_misspelt(text, typed.by_hand, self.renderer):
+            if typed.by_hand:
+                text = with_files(unquoted(text), typed.pasted, self.renderer.remark)
+            self.ask(text)
+
+    def ask(self, text: str) -> None:
+        """Sends a message and shows the answer."""
+        with interrupt_stops(self.session), echo(False):
+            self.renderer.show_all(self.session.send(text))
+
+    # --- what commands do
+
+    def reset(self) -> None:
+        self.session.reset()
+        self.file = None
+        self.renderer.remark("(the conversation is forgotten)")
+
+    def save(self, name: str) -> None:
+        """To `name`, or once more to where it was saved."""
+        path = saved.path_of(name) if name else self.file
+        if path is None:
+            raise ConfigError("usage: /save NAME")
+        if not any(message.role != "system" for message in self.session.messages):
+            raise ConfigError("there is nothing to save yet")
+        sampling = {name: value for name, value in self.settings.sampling.items() if value not in (None, ())}
+        saved.save(path, saved.Saved(self.source.model, self.session.messages, sampling), path == self.file)
+        self.file = path
+        self.renderer.remark(f"(saved: {path})")
+
+    def load(self, name: str) -> None:
+        """In place of this conversation; the model stays."""
+        if not name:
+            known = ", ".join(saved.names())
+            raise ConfigError(f"usage: /load NAME{f'; saved are: {known}' if known else ''}")
+        path = saved.path_of(name)
+        found = saved.load(path)
+        tokens = self._tokens(found.messages)
+        self.settings.restore(found.settings)
+        self.session.recall(found.messages)
+        self.file = path
+        asked = sum(message.role == "user" for message in found.messages)
+        other = "" if found.model == self.source.model else f", held with {found.model}"
+        self.renderer.remark(f"(loaded: {asked} questions, {tokens} tokens{other})")
+
+    def change_model(self, model: str, quant: str | None = None) -> None:
+        """Loads another model and keeps the conversation.
+
+        The old one leaves memory before the weights are read, since both may be more than there is; it is loaded again
+        where the new one then fails.
+        """
+        locate(model)
+        new, old = Source(model, quant or self.source.quant, self.source.options), self.source
+        unloaded = False
+
+        def unload() -> None:
+            nonlocal unloaded
+            unloaded = True
+            self.session.engine.unload()
+            gc.collect()
+
+        try:
+            self._use(new.load(self.renderer.show, unload), new)
+        except (Exception, KeyboardInterrupt) as error:
+            if not unloaded:
+                raise
+            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
+            self.renderer.remark(f"error: {reason}; {old.model} is loaded again")
+            del error
+            self._use(old.load(self.renderer.show), old)
+        finally:
+            self.renderer.close()
+
+    def _use(self, engine: Engine, source: Source) -> None:
+        self.session.use(engine)
+        self.settings.renew()
+        self.source = source
+
+    # --- what they tell
+
+    def model_line(self) -> str:
+        model = self.session.engine.model
+        return f"{self.source.model}: {model.config.num_hidden_layers} layers, context {model.context} tokens"
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """(name, value) of all that is in force."""
+        context = self.session.engine.model.context
+        asked = sum(message.role == "user" for message in self.session.messages)
+        yield "model", f"{self.source.model}, {self.session.engine.model.config.num_hidden_layers} layers"
+        yield "context", f"{self._tokens(self.session.messages)} of {context} tokens, {asked} questions"
+        yield "saved", str(self.file or "no")
+        yield from self.settings.lines()
+
+    def tool_lines(self) -> Iterator[str]:
+        for tool in self.tools:
+            asks = "" if tool.needs_approval is False else "asks before it runs; "
+            allowed = "allowed in this chat; " if tool.name in self.session.allowed else ""
+            state = "" if tool.name in self.session.tools else "off; "
+            yield f"{tool.full_name}: {state}{allowed or asks}{one_line(tool.description, 200)}"
+
+    def _tokens(self, messages: Sequence[Any]) -> int:
+        return self.session.prompt_tokens(messages) if messages else 0
