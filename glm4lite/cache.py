@@ -368,7 +368,7 @@ def as_cache(
     else:
         name = type(given).__name__
         raise ValueError(
-            f"past_key_values must be a KVCache, a plain DynamicCache or (key, value) pairs, found {name}; "
+            f"past_key_values must be a KVCache, a DynamicCache or (key, value) pairs, found {name}; "
             "leave it out, or give DynamicCache()"
         )
     layers = len(given)
