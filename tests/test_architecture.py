@@ -15,8 +15,8 @@ PACKAGES = {
 }
 
 
-# The files of ui/ that draw with Gradio; chats, history and the rest do without.
-PAGE = ("app", "conversation", "drawing", "layout", "library", "model_page", "serving")
+# The files of ui/ that know Gradio; all others do without.
+PAGE = ("layout", "serving")
 
 # module -> the only places that may import it
 ALLOWED = {
@@ -27,7 +27,12 @@ ALLOWED = {
     "bitsandbytes": {"quant/glm4lite_quant/bnb.py"},
     "gradio": {f"ui/glm4lite_ui/{name}.py" for name in PAGE},
     "triton": {f"quant/glm4lite_quant/kernels/triton_{name}.py" for name in ("gpu", "kernels", "step", "step_kernels")},
-    "fastapi": {"glm4lite/server/app.py", "ui/glm4lite_ui/serving.py", "ui/glm4lite_ui/transfer.py"},
+    "fastapi": {
+        "glm4lite/server/app.py",
+        "ui/glm4lite_ui/routes.py",
+        "ui/glm4lite_ui/serving.py",
+        "ui/glm4lite_ui/transfer.py",
+    },
     "uvicorn": {"glm4lite/server/launch.py", "glm4lite/server/connection.py"},
     "pypdf": {"ui/glm4lite_ui/untrusted/documents.py"},
     "prompt_toolkit": {f"glm4lite/cli/chat/{name}.py" for name in ("keyboard", "history")},

@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+PAGES = ("README.md", "README.zh.md", "CONTRIBUTING.md", "nano/README.md")
+EXAMPLES = [
+    code
+    for page in PAGES[:2]
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+]
 
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=lambda code: code.strip().splitlines()[0])
@@ -17,7 +22,7 @@ def test_a_python_example_runs(code: str, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_links_lead_to_files() -> None:
-    for page in ("README.md", "CONTRIBUTING.md", "nano/README.md"):
+    for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"

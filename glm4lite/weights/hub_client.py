@@ -197,6 +197,16 @@ def cached_folder(repo_id: str, options: HubOptions, file: str = CONFIG) -> Path
     return Path(config).parent if isinstance(config, str) else None
 
 
+def cached_models() -> list[str]:
+    """The repos in the cache of which a config.json is there that says GLM-4, in alphabetical order."""
+    found = set[str]()
+    for config in Path(constants.HF_HUB_CACHE).glob(f"models--*--*/snapshots/*/{CONFIG}"):
+        with suppress(OSError, ValueError):
+            if re.search(rb'"model_type"\s*:\s*"(glm4?|chatglm)"', config.read_bytes()[:1_000_000]):
+                found.add(config.parents[2].name.removeprefix("models--").replace("--", "/", 1))
+    return sorted(found, key=str.casefold)
+
+
 def beginning(repo: Repo, file: str, size: int) -> bytes:
     """The first bytes of a file. Of a server that ignores ranges and sends all of it, no more is read."""
     url = hf_hub_url(repo.repo_id, file, subfolder=repo.options.subfolder or None, revision=repo.commit)

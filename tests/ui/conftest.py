@@ -110,8 +110,7 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
         # Chromium announces what a policy refused as a request that failed, too.
         page.on("requestfailed", lambda asked: foreign.remove(asked.url) if asked.failure == "csp" else None)
         page.goto(url)
-        page.wait_for_selector("#message textarea")
-        page.wait_for_selector("#live span")
+        page.wait_for_selector("body[data-ready]")
         return page
 
     open_page.errors = errors  # type: ignore[attr-defined]  # a test may expect one

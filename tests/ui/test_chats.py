@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import html
 import json
 import os
 import stat
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from glm4lite.engine import Engine
 from glm4lite.events import Done, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
 from glm4lite.messages import Message, ToolCall
 from glm4lite.tools import Tool
-from glm4lite.worker import EngineWorker
-from glm4lite_ui.answering import Answer, Asking, TurnWriter
-from glm4lite_ui.artifacts import artifacts, previews
+from glm4lite_ui.answering import Asking, TurnWriter
+from glm4lite_ui.artifacts import artifacts, artifacts_of
 from glm4lite_ui.chats import Attachment, Chat, ChatError, Counts, Part, Settings, Turn, read_chat
 from glm4lite_ui.export import as_json, as_markdown, file_name
 from glm4lite_ui.history import messages
-from glm4lite_ui.panels import question_about
-from glm4lite_ui.render import chat_messages, turn_at
-from glm4lite_ui.runtime import Runtime
+from glm4lite_ui.markdown import blocks
 from glm4lite_ui.saved.store import ChatStore
+from glm4lite_ui.thread import TurnView, arguments_blocks, asking_json, difference
 
 CALL = Part("call", 0, "888", "calculator", '{"expression": "37 * 24"}', seconds=0.01)
 CHAT = Chat.of(
@@ -238,22 +235,47 @@ def test_events_become_parts_with_rounds_and_durations() -> None:
     assert turn.counts == Counts(10, 5, "stop", 7.0, 3)
 
 
-def test_thoughts_and_calls_are_panels_that_close_when_done() -> None:
-    growing = Chat.of(Turn("x", parts=[Part("thinking", 0, "hm")]))
-    assert chat_messages(growing, answering=True)[1]["metadata"] == {"title": "Thinking", "status": "pending"}
-    growing.turns[0].parts[0].seconds = 1.234
-    assert chat_messages(growing)[1]["metadata"] == {"title": "Thought", "status": "done", "duration": 1.23}
-    panel = chat_messages(CHAT)[1]
-    assert panel["metadata"] == {"title": "calculator", "status": "done", "duration": 0.01, "log": "888"}
-    assert '"expression": "37 * 24"' in panel["content"]["text"]
+def test_thoughts_and_calls_say_whether_they_go_on_and_how_long_they_took() -> None:
+    turn = Turn("x", parts=[Part("thinking", 0, "hm")])
+    (thought,) = TurnView().parts(turn, under_way=True)
+    assert thought["head"] == {"kind": "thinking", "open": True, "seconds": None}
+    turn.parts[0].seconds = 1.234
+    (thought,) = TurnView().parts(turn, under_way=True)
+    assert thought["head"] == {"kind": "thinking", "open": False, "seconds": 1.234}
+    call, text = TurnView().parts(CHAT.turns[0], under_way=False)
+    assert (call["head"]["name"], call["head"]["failed"], call["results"]) == ("calculator", False, 1)
+    assert "37 * 24" in call["blocks"][0]
+    assert "888" in call["blocks"][1]
+    assert text["blocks"] == list(blocks("888."))
 
 
-def test_a_clicked_message_belongs_to_its_turn() -> None:
-    shown = chat_messages(CHAT)
-    assert [turn_at(CHAT, place) for place in range(len(shown))] == [0, 0, 0, 1, 1, 1]
-    asked = [place for place in range(len(shown)) if turn_at(CHAT, place, question=True) is not None]
-    assert ["this" in shown[place]["content"]["text"] for place in asked] == [False, True]
-    assert turn_at(CHAT, 99) is None
+def test_a_difference_is_the_last_blocks_and_makes_the_old_the_new() -> None:
+    text, view, turn, told = "one\n\n```py\nx = 1\n```\n\n- a\n- b", TurnView(), Turn("x"), list[Any]()
+    had: list[Any] = []
+    turn.parts = [Part("thinking", 0, "")]
+    for end in range(1, len(text) + 1):
+        turn.parts[0].text = text[:end]
+        now = view.parts(turn, under_way=True)
+        (change,) = difference(had, now) or [None]
+        if change is not None:
+            assert len(change["blocks"]) <= 2
+            del told[change["from"] :]
+            told += change["blocks"]
+        had = now
+    assert told == list(blocks(text))
+    turn.parts = []
+    assert difference(had, view.parts(turn, under_way=False)) == [{"part": 0, "gone": True}]
+
+
+def test_a_program_in_a_calls_arguments_is_shown_as_a_program() -> None:
+    program, rest = arguments_blocks('{"code": "if x:\\n    y()", "timeout": 5}')
+    assert 'data-language="python"' in program
+    assert "\n    " in program
+    assert "timeout" in rest
+    assert arguments_blocks("no {json") == (
+        '<div class="code"><div class="lines" tabindex="0" role="region" '
+        'aria-label="code"><pre><code>no {json</code></pre></div></div>',
+    )
 
 
 def test_only_fences_called_html_or_svg_are_previewed_and_the_policy_comes_first() -> None:
@@ -263,10 +285,14 @@ def test_only_fences_called_html_or_svg_are_previewed_and_the_policy_comes_first
     assert found[0].document().index("default-src 'none'") < found[0].document().index("<p>")
 
 
-def test_a_preview_stays_until_another_answer_holds_one() -> None:
+def test_every_artifact_of_a_chat_can_be_shown() -> None:
     drawn, plain = Part("text", 0, "```svg\n<svg></svg>\n```"), Part("text", 0, "Glad you like it.")
-    assert "Preview SVG" in previews([Turn("Draw", parts=[drawn]), Turn("Nice", parts=[plain]), Turn("And")])
-    assert previews([Turn("x", parts=[plain])]) == ""
+    page = Part("text", 0, "```html\n<title>A &lt;clock&gt;</title><script>x</script>\n```")
+    found = artifacts_of(Chat.of(Turn("Draw", parts=[drawn]), Turn("Nice", parts=[plain]), Turn("And", parts=[page])))
+    assert [(one["kind"], one["name"], one["scripts"]) for one in found] == [
+        ("SVG", "svg", False),
+        ("HTML", "A <clock>", True),
+    ]
 
 
 def test_exports_hold_the_conversation() -> None:
@@ -291,17 +317,7 @@ def test_half_a_chat_of_a_killed_run_goes_and_one_that_is_being_saved_stays(tmp_
 
 def test_a_question_says_what_the_system_cannot_limit() -> None:
     tool = Tool("python", "Runs code.", {}, print, needs_approval=True, caution="This system cannot limit: network.")
-    question = question_about(Asking(ToolCall("1", "python", "{}"), tool))
-    assert "Run python" in question
-    assert "This system cannot limit: network." in html.unescape(question)
-
-
-def test_an_answer_that_takes_long_to_draw_is_drawn_less_often(nano: Engine, tmp_path: Path) -> None:
-    runtime, chat = Runtime(EngineWorker(nano), ChatStore(tmp_path)), Chat.of(Turn("Hi"))
-    updates = Answer(chat, runtime.session(chat), lambda _: None).updates()
-    next(updates)
-    time.sleep(0.2)
-    began = time.monotonic()
-    next(updates)
-    assert time.monotonic() - began > 0.7
-    runtime.close()
+    question = asking_json(Asking(ToolCall("1", "python", "{}"), tool))
+    assert question is not None
+    assert question["name"] == "python"
+    assert question["caution"] == "This system cannot limit: network."

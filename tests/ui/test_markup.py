@@ -5,21 +5,15 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
 import pytest
 from markdown_it import MarkdownIt
 
-from glm4lite.engine import Engine
 from glm4lite_ui.chats import Chat, Part, Turn
 from glm4lite_ui.export import as_markdown
 from glm4lite_ui.formulas import DISPLAY, INLINE, parser
 from glm4lite_ui.markup import code_block, literal, safe_markdown, text_html
-from tests.ui.conftest import Serve
-from tests.ui.slow_model import slow_engine
 
 COMMONMARK = MarkdownIt("commonmark", {"html": True})
 GFM = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
@@ -202,94 +196,3 @@ def test_an_export_without_html_is_as_it_was_said() -> None:
     assert said in as_markdown(Chat.of(Turn("Hi", parts=[Part("text", 0, said)])))
     safe = as_markdown(Chat.of(Turn("<b>", parts=[Part("text", 0, "so $$a$$ and \\(b\\)")])))
     assert "so $$a$$ and \\(b\\)" in safe
-
-
-# In a browser
-
-STRANGERS = """() => [...document.querySelectorAll('#chatbot .md *, #marked .md *, #asking .md *')]
-  .filter(one => !one.closest('.katex, .copy_code_button'))
-  .filter(one => one.matches(`form, input, select, textarea, button, img, svg, picture, video, audio, iframe, object,
-      embed, script, style, link, meta, base, details, b, i, .mermaid, [onerror], [onload], [onclick], [style], [id]`)
-    || (one.localName === 'a' && !/^(https?:|mailto:)/.test(one.getAttribute('href'))))
-  .map(one => one.outerHTML.slice(0, 200))"""
-
-
-def saved(site: Any, texts: list[str]) -> Chat:
-    turns = [
-        Turn(text, parts=[Part("thinking", 0, text, seconds=1), Part("text", 0, text, seconds=1)]) for text in texts
-    ]
-    turns[0].parts.append(Part("call", 0, texts[0], f"`{FORM}`", '{"a": "``` <b>"}', seconds=1))
-    turns[-1].error = FORM
-    chat = Chat.of(*turns, title=FORM)
-    site.runtime.store.save(chat)
-    return chat
-
-
-def test_nothing_that_a_text_wrote_stands_on_the_page(serve: Serve, visit: Callable[..., Any]) -> None:
-    site, chance = serve(), random.Random(5)
-    chat = saved(site, [*KNOWN, *(nasty(chance) for _ in range(60))])
-    page = visit(f"{site.url}/?chat={chat.id}")
-    page.wait_for_function(f"document.querySelectorAll('#chatbot .message-row').length >= {2 * len(chat.turns)}")
-    page.evaluate("document.querySelectorAll('.thought-group [role=button]').forEach(one => one.click())")
-    page.wait_for_function("document.querySelectorAll('.thought-group .md form, .thought-group .md code').length > 50")
-    assert page.evaluate(STRANGERS) == []
-    page.get_by_label("Delete turn").first.click()
-    page.wait_for_selector("#marked .md p")
-    assert page.evaluate(STRANGERS) == []
-
-
-def test_nor_while_an_answer_grows(serve: Serve, visit: Callable[..., Any], nano: Engine) -> None:
-    text = "\n\n".join([*KNOWN[:6], *KNOWN[7:9], *KNOWN[11:16]])
-    page = visit(serve(slow_engine(nano, text, seconds=0.005)).url)
-    page.evaluate(
-        f"""() => {{
-          const look = {STRANGERS};
-          window.strangers = [];
-          new MutationObserver(() => window.strangers.push(...look()))
-            .observe(document.querySelector('#chatbot'), {{childList: true, subtree: true}});
-        }}"""
-    )
-    page.fill("#message textarea", "Go")
-    page.keyboard.press("Enter")
-    page.wait_for_selector("#chatbot .copy_code_button")
-    page.wait_for_selector("#message .stop-button", state="detached")
-    assert page.evaluate("window.strangers") == []
-
-
-def test_what_is_copied_and_edited_is_what_was_said(serve: Serve, visit: Callable[..., Any]) -> None:
-    site, said = serve(), "a<b & `c<d>`\n\n* ![x](http://a.example/) 中文\n\n```make\nall:\techo &lt;\n```"
-    chat = Chat.of(Turn(said, parts=[Part("thinking", 0, "1 < 2", seconds=1), Part("text", 0, said, seconds=1)]))
-    site.runtime.store.save(chat)
-    page = visit(f"{site.url}/?chat={chat.id}", permissions=["clipboard-read", "clipboard-write"])
-    page.wait_for_selector("#chatbot .copy_code_button")
-    copied = "navigator.clipboard.readText()"
-    page.get_by_label("Copy message").first.click()
-    assert page.evaluate(copied) == said
-    page.get_by_label("Copy message").last.click()
-    assert said in page.evaluate(copied)
-    assert "1 < 2" in page.evaluate(copied)
-    page.locator("#chatbot .copy_code_button").last.click()
-    assert page.evaluate(copied) == "all:\techo &lt;"
-    page.get_by_label("Edit").first.click()
-    page.wait_for_function("document.querySelector('#chatbot textarea')?.value.startsWith('a<b')")
-    assert page.locator("#chatbot textarea").input_value() == said
-    page.evaluate(
-        """window.drawn = [];
-        new MutationObserver(() => drawn.push(...[...document.querySelectorAll('#chatbot img')].map(one => one.src)))
-          .observe(document.body, {childList: true, subtree: true});"""
-    )
-    page.click("#chatbot button[aria-label=Submit]")
-    page.wait_for_selector("#message .stop-button", state="detached")
-    assert not [address for address in page.evaluate("drawn") if "a.example" in address]
-    assert site.runtime.store.load(chat.id).turns[0].user == said
-
-
-def test_an_error_is_told_as_text(serve: Serve, visit: Callable[..., Any], tmp_path: Path) -> None:
-    page = visit(serve().url)
-    (tmp_path / "<b>not<b>.txt").write_bytes(b"\xff\xd8\xff")
-    page.set_input_files("#message input[type=file]", tmp_path / "<b>not<b>.txt")
-    page.wait_for_selector("#live >> text=is a picture; the model reads text only")
-    page.fill("#message textarea", "Read it")
-    page.keyboard.press("Enter")
-    page.wait_for_selector(".toast-body >> text=is a picture; the model reads text only")
-    assert page.locator(".toast-body b, #live b").count() == 0

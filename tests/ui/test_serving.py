@@ -6,7 +6,6 @@ import io
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from glm4lite.errors import Glm4liteError
 from glm4lite_ui.chats import Chat, Turn
 from tests.ui.conftest import Serve, Site
 
@@ -42,7 +40,7 @@ def test_the_page_may_load_and_reach_only_itself(client: httpx.Client) -> None:
     assert "googleapis" not in answer.text
 
 
-ROUTES = ["/", "/config", "/gradio_api/queue/data?session_hash=x", "/gradio_api/heartbeat/x", "/export/x.md"]
+ROUTES = ["/", "/config", "/page/events?window=x", "/page/chats", "/page/static/page.js", "/export/x.md"]
 
 
 @pytest.mark.parametrize("path", ROUTES)
@@ -50,19 +48,53 @@ def test_a_rebound_name_is_refused_everywhere(client: httpx.Client, path: str) -
     assert client.get(path, headers={"Host": "evil.example"}).status_code == 403
 
 
-@pytest.mark.parametrize("path", ["/gradio_api/run/predict", "/gradio_api/queue/join", "/gradio_api/cancel"])
+@pytest.mark.parametrize("path", ["/page/show", "/page/chats/0123456789abcdef/send", "/page/model/load", "/page/ack"])
 def test_a_foreign_page_cannot_post(client: httpx.Client, path: str) -> None:
     for origin in ("http://evil.example", "null"):
         assert client.post(path, json={"data": []}, headers={"Origin": origin}).status_code == 403
     assert client.post(path, json={"data": []}, headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
 
 
-def test_a_foreign_page_cannot_upload_or_listen(client: httpx.Client) -> None:
-    files = {"files": ("a.txt", b"text")}
-    refused = client.post("/gradio_api/upload", files=files, headers={"Origin": "http://evil.example"})
+def test_a_foreign_page_cannot_upload_listen_or_send_a_form(client: httpx.Client, site: Site) -> None:
+    refused = client.post("/page/files?name=a.txt", content=b"text", headers={"Origin": "http://evil.example"})
     assert refused.status_code == 403
-    stream = client.get("/gradio_api/queue/data?session_hash=x", headers={"Sec-Fetch-Site": "cross-site"})
+    stream = client.get("/page/events?window=x", headers={"Sec-Fetch-Site": "cross-site"})
     assert stream.status_code == 403
+    form = {"Content-Type": "text/plain"}  # what a page may send without asking first; a browser adds its Origin
+    sent = client.post("/page/chats/0123456789abcdef/send", content=b'{"text": "Hi"}', headers=form)
+    assert sent.status_code == 422
+    assert site.runtime.store.summaries() == []
+
+
+def test_no_answer_of_the_pages_routes_is_a_page_or_may_be_shared(client: httpx.Client) -> None:
+    for path in ("/page/chats", "/page/model", "/page/static/page.js", "/page/chats/x/turns/y"):
+        answer = client.get(path)
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "problem"),
+    [
+        ("/page/chats/..%2f..%2fx/send", {"text": "Hi"}, ""),
+        ("/page/chats/x/send", {"text": "Hi"}, "is not the name of a chat"),
+        ("/page/chats/0123456789abcdef/send", {"text": " "}, "the message is empty"),
+        ("/page/chats/0123456789abcdef/send", {"text": 5}, "text: "),
+        ("/page/chats/0123456789abcdef/set", {"top_p": 7}, "top_p must be"),
+        ("/page/chats/0123456789abcdef/turns/abc/regenerate", {}, "this turn is not there any more"),
+        ("/page/model/load", {"source": " "}, "name a model"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(
+    client: httpx.Client, site: Site, path: str, body: dict[str, object], problem: str
+) -> None:
+    answer = client.post(path, json=body)
+    assert answer.status_code in (404, 409, 422)
+    assert problem in answer.text
+    assert "Traceback" not in answer.text
+    assert site.runtime.store.summaries() == []
 
 
 @pytest.mark.parametrize(
@@ -79,6 +111,12 @@ def test_a_foreign_page_cannot_upload_or_listen(client: httpx.Client) -> None:
         "/gradio_api/openapi.json",
         "/gradio_api/info",
         "/gradio_api/runs",
+        "/gradio_api/queue/data?session_hash=x",
+        "/gradio_api/heartbeat/x",
+        "/gradio_api/startup-events",
+        "/gradio_api/app_id",
+        "/page/static/..%2fserving.py",
+        "/page/static/../serving.py",
         "/gradio_api/vibe-code/",
         "/monitoring",
         "/docs",
@@ -92,64 +130,16 @@ def test_no_file_and_no_page_of_gradios_own_is_served(client: httpx.Client, path
     assert "root:" not in answer.text
 
 
-def test_direct_calls_of_the_pages_functions_by_name_are_not_there(client: httpx.Client) -> None:
-    for path in (
-        "/gradio_api/call/send",
-        "/gradio_api/api/send",
-        "/gradio_api/run/send",
-        "/gradio_api/component_server",
-    ):
-        assert client.post(path, json={"data": []}).status_code in (404, 405)
+def test_none_of_gradios_own_calls_is_there(client: httpx.Client) -> None:
+    for path in ("call/send", "api/send", "run/predict", "component_server", "queue/join", "upload", "cancel", "reset"):
+        assert client.post(f"/gradio_api/{path}", json={"data": []}).status_code in (404, 405)
 
 
-@pytest.fixture
-def small_uploads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glm4lite_ui.serving.UPLOAD_LIMIT", "2mb")
-
-
-@pytest.mark.usefixtures("small_uploads")  # before the site is served
-def test_an_upload_is_limited_in_size_and_not_served_again(client: httpx.Client) -> None:
-    assert client.post("/gradio_api/upload", files={"files": ("a.txt", b"x" * 3_000_000)}).status_code == 413
-    kept = client.post("/gradio_api/upload", files={"files": ("a.txt", b"text")})
-    assert kept.status_code == 200
-    assert client.get(f"/gradio_api/file={kept.json()[0]}").status_code == 404
-
-
-@pytest.mark.parametrize("kind", ["path", "address"])
-def test_a_file_that_was_not_uploaded_cannot_be_attached(
-    client: httpx.Client, site: Site, tmp_path: Path, kind: str
-) -> None:
-    """A path that somebody made up, in place of an upload's; Gradio itself checks it only outside a mounted app."""
-    (tmp_path / "secret.txt").write_text("do not read")
-    path = str(tmp_path / "secret.txt") if kind == "path" else f"{site.url}/health?secret.txt"
-    named = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "secret.txt"}
-    kept = client.post("/gradio_api/upload", files={"files": ("mine.txt", b"read this")}).json()[0]
-    uploaded = {"path": kept, "meta": {"_type": "gradio.FileData"}, "orig_name": "mine.txt"}
-    assert "mine.txt: " in weigh(client, uploaded)
-    assert "secret" not in weigh(client, named)
-
-
-def test_an_example_is_text_whatever_its_event_names(client: httpx.Client, site: Site, tmp_path: Path) -> None:
-    (tmp_path / "secret.txt").write_text("do not read")
-    events = client.get("/config").json()["dependencies"]
-    (number,) = [event["id"] for event in events if event["targets"][0][1] == "example_select"]
-    value = {"text": "Hi", "files": [str(tmp_path / "secret.txt")]}
-    body = {"data": ["0" * 16], "event_data": {"index": 0, "value": value}, "fn_index": number, "session_hash": "s"}
-    assert client.post("/gradio_api/queue/join", json=body).status_code == 200
-    with client.stream("GET", "/gradio_api/queue/data?session_hash=s") as stream:
-        next(line for line in stream.iter_lines() if "process_completed" in line)
-    (chat,) = site.runtime.store.find()
-    assert [(turn.user, turn.files) for turn in chat.turns] == [("Hi", [])]
-
-
-def weigh(client: httpx.Client, file: dict[str, object]) -> str:
-    """What the handler that counts an attachment's tokens says, called as the page calls it."""
-    events = client.get("/config").json()["dependencies"]
-    (number,) = [event["id"] for event in events if len(event["inputs"]) == 3 and event["targets"][0][1] == "change"]
-    body = {"data": [{"text": "x", "files": [file]}, None, None], "fn_index": number, "session_hash": "s"}
-    assert client.post("/gradio_api/queue/join", json=body).status_code == 200
-    with client.stream("GET", "/gradio_api/queue/data?session_hash=s") as stream:
-        return next(line for line in stream.iter_lines() if "process_completed" in line)
+def test_a_file_is_read_and_kept_nowhere(client: httpx.Client, site: Site) -> None:
+    read = client.post("/page/files?name=../../a.txt", content="text 中".encode())
+    assert (read.json()["text"], read.json()["tokens"] > 0) == ("text 中", True)
+    assert client.post("/page/files?name=a", content=b"x" * (65 << 20)).status_code == 409
+    assert [path for path in site.runtime.store.folder.rglob("*") if path.is_file()] == []
 
 
 def test_exports_are_downloads_with_a_safe_name(client: httpx.Client, site: Site) -> None:
@@ -204,20 +194,11 @@ def test_the_api_is_served_beside_the_page(client: httpx.Client, site: Site, tmp
     assert client.get("/v1/models").json()["data"][0]["id"] == tmp_path.name
 
 
-def test_the_folder_of_uploads_is_gone_after_the_end(client: httpx.Client, site: Site) -> None:
-    kept = Path(client.post("/gradio_api/upload", files={"files": ("a.txt", b"text")}).json()[0])
-    assert kept.read_bytes() == b"text"
-    folder = Path(os.environ["GRADIO_TEMP_DIR"])
-    assert kept.is_relative_to(folder)
-    site.close()
-    assert not folder.exists()
-
-
 def test_ending_with_an_open_page_is_quick_and_logs_nothing(
     client: httpx.Client, site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("WARNING")
-    with client.stream("GET", "/gradio_api/heartbeat/x") as stream:
+    with client.stream("GET", "/page/events?window=x") as stream:
         assert next(stream.iter_lines()) is not None
         started = time.monotonic()
         site.close()
@@ -259,7 +240,29 @@ def test_proxies_are_there_again_for_downloads(serve: Serve, monkeypatch: pytest
     assert os.environ["HTTPS_PROXY"] == "http://127.0.0.1:9"
 
 
-def test_without_a_place_for_uploads_nothing_is_served(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
-    with pytest.raises(Glm4liteError, match=r"uploads cannot be kept .* set TMPDIR to a folder you can write"):
-        serve()
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this system tells no process's time in /proc")
+def test_the_first_line_comes_before_what_is_slow_and_an_idle_page_computes_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "glm4lite", "ui", "--port", "0", "--chats", str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines = list[str]()
+        try:
+            while not lines or "Open http://" not in lines[-1]:
+                lines.append(process.stderr.readline())
+            (first,) = [place for place, line in enumerate(lines) if line.startswith("nano is")]
+            slow = [line.rsplit("|")[-1].strip() in ("torch", "gradio", "numpy") for line in lines]
+            assert any(slow)
+            assert not any(slow[:first])
+            url = lines[-1].split()[1]
+            with httpx.Client(base_url=url, trust_env=False) as client, client.stream("GET", "/page/events?window=x"):
+                time.sleep(1)
+                before = cpu_seconds(process.pid)
+                time.sleep(4)
+                assert cpu_seconds(process.pid) - before < 0.05
+        finally:
+            process.terminate()
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -25,7 +25,6 @@ from glm4lite_ui.history import cut_answer, messages, question
 
 logger = logging.getLogger("glm4lite")
 
-UPDATE_S = 0.1  # the page is drawn ten times a second, a long answer less often
 LEFT_S = 2.0  # without any window before an answer stops: a page that is loaded again comes back sooner
 Decision = Literal["approve", "deny", "always"]
 
@@ -174,14 +173,6 @@ class Answer:
                 leaving = threading.Timer(LEFT_S, self._stop_unwatched)
                 leaving.daemon = True
                 leaving.start()
-
-    def updates(self) -> Iterator[None]:
-        """Yields when the page should be drawn again, until all is said; drawing takes a fifth of the time at most."""
-        pause = UPDATE_S
-        while not self.over.wait(pause):
-            began = time.monotonic()
-            yield
-            pause = max(UPDATE_S, 4 * (time.monotonic() - began))
 
     def stop(self) -> None:
         """Ends the answer; a call that waits for the user's word is denied."""

@@ -10,12 +10,11 @@ script may send what the preview holds.
 
 from __future__ import annotations
 
+import html
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from glm4lite_ui.chats import Turn
-from glm4lite_ui.markup import text_html
+from glm4lite_ui.chats import Chat, Turn
 
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; "
@@ -23,33 +22,8 @@ POLICY = (
 )
 _FENCE = re.compile(r"^```[ \t]*(html|svg|xml)[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE | re.IGNORECASE)
 
+_TITLE = re.compile(r"<title[^>]*>([^<]{1,200})</title>", re.IGNORECASE)
 _SCRIPT = re.compile(r"<script|\bon\w+\s*=|javascript:", re.IGNORECASE)
-RUN_SCRIPTS = (
-    '<p class="g-scripts"><button type="button" class="g-run">Run its scripts</button> '
-    "They see nothing of this page, but may send over WebRTC what the preview holds.</p>"
-)
-
-# A frame exists only while its preview is open, and is made anew each time.
-PREVIEW_JS = """
-element.addEventListener('toggle', event => {
-  const details = event.target, box = details.querySelector('.g-frame');
-  if (!box) return;
-  box.replaceChildren();
-  if (details.open) draw(box, '');
-}, true);
-element.addEventListener('click', event => {
-  const button = event.target.closest('.g-run');
-  if (button) draw(button.closest('.g-preview').querySelector('.g-frame'), 'allow-scripts');
-});
-function draw(box, allowed) {
-  const frame = document.createElement('iframe');
-  frame.setAttribute('sandbox', allowed);
-  frame.setAttribute('referrerpolicy', 'no-referrer');
-  frame.title = 'Preview';
-  frame.srcdoc = box.dataset.document;
-  box.replaceChildren(frame);
-}
-"""
 
 
 @dataclass(frozen=True)
@@ -58,6 +32,12 @@ class Artifact:
 
     kind: str
     source: str
+
+    def name(self) -> str:
+        """Its title where it has one."""
+        titled = _TITLE.search(self.source)
+        words = " ".join(html.unescape(titled[1]).split())[:60] if titled else ""
+        return words or self.kind.lower()
 
     def document(self) -> str:
         """A whole page; the policy stands before anything that the model wrote."""
@@ -77,15 +57,16 @@ def artifacts(turn: Turn) -> list[Artifact]:
     return found
 
 
-def previews(turns: Sequence[Turn]) -> str:
-    """A closed preview per artifact of the last answer that holds any."""
-    return "".join(map(_preview, next(filter(None, map(artifacts, reversed(turns))), [])))
-
-
-def _preview(artifact: Artifact) -> str:
-    size = f"{len(artifact.source):,} characters"
-    run = RUN_SCRIPTS if _SCRIPT.search(artifact.source) else ""
-    return (
-        f'<details class="g-preview"><summary>Preview {artifact.kind} ({size})</summary>{run}'
-        f'<div class="g-frame" data-document="{text_html(artifact.document())}"></div></details>'
-    )
+def artifacts_of(chat: Chat) -> list[dict[str, object]]:
+    """Those of all turns shown, as JSON: what they are, their source, the document that draws it."""
+    found = [artifact for turn in chat.turns for artifact in artifacts(turn)]
+    return [
+        {
+            "kind": artifact.kind,
+            "name": artifact.name(),
+            "source": artifact.source,
+            "document": artifact.document(),
+            "scripts": bool(_SCRIPT.search(artifact.source)),
+        }
+        for artifact in found
+    ]

@@ -21,8 +21,6 @@ not be changed (`Runtime.change` refuses that).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import secrets
 import time
 from collections import defaultdict
@@ -238,11 +236,6 @@ class Chat:
         if self.title == NEW_TITLE and self.tree:
             words = " ".join(self.turns[0].user.split()) or NEW_TITLE
             self.title = words if len(words) <= TITLE_CHARACTERS else words[: TITLE_CHARACTERS - 1] + "…"
-
-    def state(self) -> str:
-        """Another text for other turns or another path: what a window shows is compared by it with what there is."""
-        turns = json.dumps([[asdict(turn) for turn in self.tree], [turn.id for turn in self.turns]])
-        return hashlib.sha256(turns.encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}

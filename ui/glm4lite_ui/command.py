@@ -29,21 +29,22 @@ def ui(
     chats: Annotated[Path | None, typer.Option(help="Where chats are kept.", show_default="your data folder")] = None,
 ) -> None:
     """Chat with a model in the browser, on this machine only."""
-    from glm4lite.engine import Engine
-    from glm4lite.server import Address
-    from glm4lite.toolbox import Toolbox
-    from glm4lite.worker import EngineWorker
-    from glm4lite_ui.runtime import Runtime
-    from glm4lite_ui.saved.store import ChatStore
-    from glm4lite_ui.serving import serve_page
+    limits: dict[str, Any] = {"device": device, "dtype": dtype}
+    limits |= {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
+    with rendering(as_json=False) as renderer:
+        # Before what takes seconds to import.
+        renderer.remark(nano_remark("ui") if model == "nano" else f"Starting the page with {model} ...")
+        from glm4lite.engine import Engine
+        from glm4lite.server import Address
+        from glm4lite.toolbox import Toolbox
+        from glm4lite.worker import EngineWorker
+        from glm4lite_ui.runtime import Runtime
+        from glm4lite_ui.saved.store import ChatStore
+        from glm4lite_ui.serving import serve_page
 
-    use_threads(threads)
-    store, listening = ChatStore(chats), Address("127.0.0.1", port).listen()
-    with rendering(as_json=False) as renderer, Toolbox(tools or (), mcp or (), not no_tools, approve) as box:
-        if model == "nano":
-            renderer.remark(nano_remark("ui"))
-        limits: dict[str, Any] = {"device": device, "dtype": dtype}
-        limits |= {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
-        engine = Engine.load(model, quant or "auto", progress=renderer.show, need_template=True, **limits)
-        runtime = Runtime(EngineWorker(engine), store, box.tools, model, limits)
-        serve_page(runtime, listening, renderer.remark)
+        use_threads(threads)
+        store, listening = ChatStore(chats), Address("127.0.0.1", port).listen()
+        with Toolbox(tools or (), mcp or (), not no_tools, approve) as box:
+            engine = Engine.load(model, quant or "auto", progress=renderer.show, need_template=True, **limits)
+            runtime = Runtime(EngineWorker(engine), store, box.tools, model, limits)
+            serve_page(runtime, listening, renderer.remark)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from markdown_it import MarkdownIt
 from markdown_it.rules_block import StateBlock
 from markdown_it.rules_inline import StateInline, image, link
@@ -10,6 +12,7 @@ from markdown_it.rules_inline import StateInline, image, link
 INLINE, DISPLAY = ("\ufdd0", "\ufdd1"), ("\ufdd2", "\ufdd3")
 NESTED = 100  # quotes and lists in each other; the parser drops what lies deeper
 LINKS = 3000  # attempts at one; each may look through the rest of its paragraph
+_DOLLARS = re.compile(r"\$(?![\s$])((?:[^$\\\n]|\\.){0,500}?)(?<!\s)\$(?![\d$])")
 _FORMULAS = [("$$", "$$", DISPLAY), ("\\[", "\\]", DISPLAY), ("\\(", "\\)", INLINE)]
 
 
@@ -36,7 +39,19 @@ def _formula_in_line(state: StateInline, silent: bool) -> bool:
             state.tokens[-1].content = state.src[begin:end].strip()
         state.pos = end + len(right)
         return True
-    return False
+    return _formula_between_dollars(state, silent)
+
+
+def _formula_between_dollars(state: StateInline, silent: bool) -> bool:
+    """`$x < y$`, but not what costs $5 or 6$: as in Pandoc, the formula touches its signs and no digit follows."""
+    found = _DOLLARS.match(state.src, state.pos, state.posMax)
+    if not found:
+        return False
+    if not silent:
+        state.push("formula", "", 0).meta["between"] = INLINE
+        state.tokens[-1].content = found[1]
+    state.pos = found.end()
+    return True
 
 
 def _formula_block(state: StateBlock, start: int, end: int, silent: bool) -> bool:

@@ -1,14 +1,13 @@
-"""Markdown in, Markdown out: what a text says, written anew so that every reader finds the same in it.
+"""Markdown in, Markdown out: what a text says, written anew so that every reader finds the same in it. For exports.
 
-Readers of Markdown differ. What one takes for code is HTML to the next; the page's own (marked, in Gradio) links bare
-addresses before it looks for code, takes formulas out before it looks for anything, and makes HTML of diagrams. So a
-text is parsed once, by markdown-it and without HTML, and what was found is written in its plainest form: a sign that
-could mean something stands as its entity, code lies in fences that nothing in it can close, pictures become links.
+Readers of Markdown differ. What one takes for code is HTML to the next: some link bare addresses before they look for
+code, take formulas out before they look for anything, or make HTML of diagrams. So a text is parsed once, by
+markdown-it and without HTML, and what was found is written in its plainest form: a sign that could mean something
+stands as its entity, code lies in fences that nothing in it can close, pictures become links.
 """
 
 from __future__ import annotations
 
-import base64
 import html
 import re
 import unicodedata
@@ -21,7 +20,6 @@ from glm4lite_ui.formulas import NESTED, parser
 
 LONGEST = 300_000  # characters that are read as Markdown: more than a context holds
 _PARSER = parser()
-ORIGINAL, ORIGINAL_END = "\ufdd4", "\ufdd5"
 _RESERVED = dict.fromkeys(range(0xFDD0, 0xFDF0), "\ufffd")  # what Unicode keeps for a program's own use
 _MEANS_SOMETHING = re.compile(r"[\\`*_\[\]<>&~|:@!]|(?<=www)\.", re.IGNORECASE)
 _ADDRESS = re.compile(r"https?://[!#-;=?-\[\]_a-z~]+", re.IGNORECASE)
@@ -34,7 +32,7 @@ def literal(text: str) -> str:
 
 
 def code_block(text: str, language: str = "") -> str:
-    """A fence that is longer than any inside. Gradio makes HTML of a diagram's source, so none is called one."""
+    """A fence that is longer than any inside. Some readers make HTML of a diagram's source, so none is called one."""
     runs = (len(run) for run in re.findall(r"`{3,}", text))
     fence = "`" * (max(runs, default=2) + 1)
     named = language if _LANGUAGE.fullmatch(language) and language.casefold() != "mermaid" else ""
@@ -45,24 +43,6 @@ def text_html(text: object) -> str:
     """For HTML that Gradio reads as a template too: nothing of it may look like one."""
     escaped = html.escape(str(text))
     return escaped.translate({ord(sign): f"&#{ord(sign)};" for sign in "{}$`\\"})
-
-
-def with_original(shown: str, original: str) -> str:
-    """`shown` between two link definitions, which are not drawn.
-
-    From the first the page's copy button and edit box have what was said (panels.ORIGINAL_JS).
-    """
-    data = base64.b64encode(original.encode("utf-8", "replace")).decode()
-    return f"[{ORIGINAL}]: #{data}\n\n{shown}\n\n[{ORIGINAL_END}]: #"
-
-
-def original_of(shown: str) -> str:
-    """What `with_original` (or the page, of an edited message) was given; any other text as it is."""
-    found = re.match(rf"\[{ORIGINAL}\]: #(\S*)\n\n", shown)
-    try:
-        return base64.b64decode(found[1], validate=True).decode("utf-8", "replace") if found else shown
-    except ValueError:  # somebody wrote it by hand
-        return shown
 
 
 def safe_markdown(text: str) -> str:

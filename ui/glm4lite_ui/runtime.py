@@ -15,6 +15,7 @@ from glm4lite.sampling import SamplingParams
 from glm4lite.server.launch import name_of
 from glm4lite.session import ChatSession
 from glm4lite.tools import Tool
+from glm4lite.weights.memory import readable
 from glm4lite.worker import EngineWorker
 from glm4lite_ui.answering import Answer
 from glm4lite_ui.attachments import read
@@ -40,7 +41,6 @@ class Runtime:
     source: str = "nano"
     load_options: dict[str, Any] = field(default_factory=dict)  # of Engine.load, for the next model too
     answers: dict[str, Answer] = field(default_factory=dict)
-    shown: dict[str, str] = field(default_factory=dict)  # the chat that each window shows
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -128,9 +128,13 @@ class Runtime:
                 raise ChatError("this answer is whole; ask again for another one")
             chat.name_after_first_turn()
             answer = Answer(chat, self.session(chat), self._keep, resume)
-            self.store.save(chat)
-            self.drafts.keep(chat.id, replace(self.drafts.of(chat.id), settings=None))
-            self.answers[chat.id] = answer
+            self.answers[chat.id] = answer  # before the windows hear of the turn: it is under way
+            try:
+                self.store.save(chat)
+                self.drafts.keep(chat.id, replace(self.drafts.of(chat.id), settings=None))
+            except Glm4liteError:
+                del self.answers[chat.id]
+                raise
         answer.start()
         return answer
 
@@ -177,9 +181,11 @@ class Runtime:
             turn.dropped = True
         return dropped
 
-    def weight_bytes(self) -> int:
-        """Of all weights, wherever they lie."""
-        return sum(place["weights"] for place in devices(self.engine.model).values())
+    def memory(self) -> str:
+        """What weights take, wherever they lie, and the conversations that are kept."""
+        weights = sum(place["weights"] for place in devices(self.engine.model).values())
+        kept = self.engine.prefixes.nbytes
+        return f"weights {readable(weights)}" + (f" · KV {readable(kept)}" if kept else "")
 
     def close(self) -> None:
         """Stops every answer and the engine's thread; what was said is saved."""

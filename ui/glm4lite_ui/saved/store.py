@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -84,6 +84,7 @@ class ChatStore:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or data_folder()
         self._index, self._lock = dict[str, _Entry](), threading.Lock()
+        self.listeners: list[Callable[[str], None]] = []  # each is told the id of a chat that was saved or deleted
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryFile(dir=self.folder):  # a folder that was there may be read-only
@@ -101,6 +102,7 @@ class ChatStore:
             chat.updated = time.time()
         text = json.dumps(chat.to_json(), ensure_ascii=False, indent=1).encode("utf-8", "replace")
         write_whole(self._path(chat.id), text)
+        self._changed(chat.id)
 
     def load(self, chat_id: str) -> Chat:
         """Raises ChatError for a chat that is not there or whose file was damaged."""
@@ -118,6 +120,7 @@ class ChatStore:
 
     def delete(self, chat_id: str) -> None:
         self._path(chat_id).unlink(missing_ok=True)
+        self._changed(chat_id)
 
     def summaries(self, query: str = "") -> list[Summary]:
         """Newest first; with a query those that contain all its words, each in any case and as a part of a word too.
@@ -163,6 +166,10 @@ class ChatStore:
             return _Entry(seen)
         turns = len(chat.turns)
         return _Entry(seen, Summary(chat.id, chat.title, chat.updated, chat.pinned, chat.folder, turns), _text(chat))
+
+    def _changed(self, chat_id: str) -> None:
+        for tell in self.listeners:
+            tell(chat_id)
 
     def _path(self, chat_id: str) -> Path:
         if not _ID.fullmatch(chat_id):

@@ -1,0 +1,131 @@
+"""What is loaded, where it lies, which kernels compute it; and another model in its place, with its progress."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from glm4lite.budget import Budget
+from glm4lite.errors import Glm4liteError
+from glm4lite.events import Progress
+from glm4lite.hub import NANO, locate
+from glm4lite.inventory import devices, kernel_names
+from glm4lite.planner import plan
+from glm4lite.weights.hub_client import cached_models
+from glm4lite.weights.memory import readable
+from glm4lite_ui.loading import Loading
+from glm4lite_ui.runtime import BusyError, Runtime
+
+QUANTS = ("auto", "int4", "int8", "nf4", "fp4", "none")
+Tell = Callable[[dict[str, Any]], None]
+
+
+class Models:
+    """One load at a time, in a thread of its own; every window is told how far it is."""
+
+    def __init__(self, runtime: Runtime, tell: Tell) -> None:
+        self.runtime, self._tell = runtime, tell
+        self._loading = Loading(runtime)
+        self._lock, self._cancelled = threading.Lock(), threading.Event()
+        self._progress: dict[str, Any] | None = None
+        self._ended = ""
+        self._loaded = [runtime.source]  # newest last; offered again
+
+    def about(self) -> dict[str, Any]:
+        """The model, the values it samples with, the tools there are, and how far a load is."""
+        runtime = self.runtime
+        takes_tools = runtime.engine.chat_template().takes_tools
+        return {
+            "name": runtime.name,
+            "source": runtime.source,
+            "facts": [[name, value] for name, value in self._facts()],
+            "own": {name: value for name, value in asdict(runtime.engine.params()).items() if name != "max_new_tokens"},
+            "context": runtime.engine.model.context,
+            "tools": [
+                {"name": tool.name, "about": tool.description, "origin": tool.origin, "asks": bool(tool.needs_approval)}
+                for tool in runtime.tools
+            ],
+            "takes_tools": takes_tools,
+            "quants": QUANTS,
+            "known": list(dict.fromkeys([*self._loaded, NANO, *cached_models()])),
+            "loading": self._progress,
+            "ended": self._ended,
+        }
+
+    def plan(self, source: str, quant: str) -> list[tuple[str, str]]:
+        """What loading it would take and give, as `glm4lite plan` says it."""
+        limits = self.runtime.load_options
+        budget = Budget.of(limits.get("gpu_memory"), limits.get("ram"), limits.get("context"), limits.get("kv", "auto"))
+        return list(plan(_named(source), None if quant == "auto" else quant, budget).lines())
+
+    def load(self, source: str, quant: str) -> None:
+        """Begins a load; raises what can be known at once."""
+        locate(_named(source))
+        if not self._lock.acquire(blocking=False):
+            raise BusyError("another window is loading a model")
+        self._cancelled.clear()
+        self._ended, self._progress = "", {"source": source}
+        self._tell(self._state())
+        threading.Thread(target=self._run, args=(source, quant), name="model", daemon=True).start()
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def _run(self, source: str, quant: str) -> None:
+        began: tuple[str, float, int] | None = None
+        try:
+            for progress in self._loading.load(source, quant):
+                if self._cancelled.is_set():
+                    raise Glm4liteError("loading was stopped; the model from before is still there")
+                if progress is not None:
+                    if began is None or began[0] != progress.stage:
+                        began = progress.stage, time.monotonic(), progress.done
+                    self._progress = {"source": source, **_progress(progress, *began[1:])}
+                    self._tell(self._state())
+            self._ended = f"{source} is loaded."
+            self._loaded.append(source)
+        except Glm4liteError as error:
+            self._ended = str(error) if source in str(error) else f"{source}: {error}"
+        finally:
+            self._progress = None
+            self._lock.release()
+            self._tell(self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return {"type": "model", "name": self.runtime.name, "loading": self._progress, "ended": self._ended}
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        runtime, model = self.runtime, self.runtime.engine.model
+        config = model.config
+        yield "Model", runtime.source
+        yield "Shape", f"{config.model_type}, {config.num_hidden_layers} layers, {config.hidden_size} wide"
+        yield "Kernels", ", ".join(f"{name} ({count} layers)" for name, count in kernel_names(model).items())
+        for device, held in devices(model).items():
+            yield f"On {device}", f"{held['layers']} layers, {readable(held['weights'])} of weights"
+        yield "Context", f"{model.context:,} tokens"
+        yield "Kept conversations", f"{len(runtime.engine.prefixes)}, {readable(runtime.engine.prefixes.nbytes)}"
+        tools = ", ".join(tool.name for tool in runtime.tools) or "none"
+        takes = runtime.engine.chat_template().takes_tools
+        yield "Tools", tools if takes else "this model's template has no place for any"
+
+
+def _named(source: str) -> str:
+    if not source.strip():
+        raise Glm4liteError("name a model: a folder, or a Hub repository")
+    return source.strip()
+
+
+def _progress(progress: Progress, began: float, begun_with: int) -> dict[str, Any]:
+    """How far, and how many seconds more at the pace so far."""
+    done, total = (readable(n) if progress.unit == "bytes" else f"{n:,}" for n in (progress.done, progress.total))
+    gone, moved = time.monotonic() - began, progress.done - begun_with
+    left = gone * (progress.total - progress.done) / moved if moved > 0 and gone > 1 else None
+    return {
+        "stage": progress.stage,
+        "share": progress.done / max(progress.total, 1),
+        "said": f"{done} / {total}",
+        "left": None if left is None else round(left),
+    }

@@ -1,0 +1,157 @@
+// The chats on the left: found as one types, in groups by when they were last used.
+
+import {element, find, iconButton} from './dom.js';
+import {ask, tell} from './server.js';
+import {language, t} from './words.js';
+
+const WIDE = matchMedia('(min-width: 900px)');
+let state = null, asked = 0, waiting = null, folders = [];
+
+export function setUp(shared) {
+  state = shared;
+  find('#new-chat').addEventListener('click', () => { state.open(); close(); });
+  find('#search').addEventListener('input', () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(refresh, 100);
+  });
+  find('#import').addEventListener('click', () => find('#import-file').click());
+  find('#import-file').addEventListener('change', event => importFile(event.target));
+  find('#open-library').addEventListener('click', () => isOpen() ? close(true) : open());
+  find('#library-shade').addEventListener('click', () => close());
+  find('#chats').addEventListener('keydown', walk);
+  WIDE.addEventListener('change', () => setOpen(WIDE.matches));
+  setOpen(WIDE.matches && localStorage.getItem('library') !== 'closed');
+}
+
+export function open() {
+  if (WIDE.matches) localStorage.removeItem('library');
+  setOpen(true);
+  if (!WIDE.matches) find('#search').focus();
+}
+
+/** Chats of this program, of ChatGPT or of Open WebUI. */
+async function importFile(input) {
+  const [file] = input.files;
+  input.value = '';
+  if (!file) return;
+  find('#import').disabled = true;
+  const came = await tell(`/import?name=${encodeURIComponent(file.name)}`, file);
+  find('#import').disabled = false;
+  if (came) state.toast(came.said, 'done');
+  refresh();
+}
+
+/** The list lies over the chat where there is little room, and goes when something was chosen. */
+function close(always = false) {
+  if (WIDE.matches && !always) return;
+  if (WIDE.matches) localStorage.setItem('library', 'closed');
+  const within = find('#library').contains(document.activeElement);
+  setOpen(false);
+  if (within) find('#open-library').focus();
+}
+
+/** Takes the list away where it lies over the chat; whether it did. */
+export function uncover() {
+  const over = isOpen() && !WIDE.matches;
+  close();
+  return over;
+}
+
+const isOpen = () => !find('#library').hidden;
+
+function setOpen(open) {
+  find('#library').hidden = !open;
+  find('#library-shade').hidden = !open || WIDE.matches;
+  find('#open-library').setAttribute('aria-expanded', open);
+}
+
+export function search() {
+  open();
+  find('#search').focus();
+  find('#search').select();
+}
+
+/** Asks for the list anew. Of answers that cross, the one to the last question is drawn. */
+export async function refresh() {
+  const number = ++asked, query = find('#search').value;
+  const groups = await ask(`/chats?query=${encodeURIComponent(query)}`, undefined, 'GET').catch(() => null);
+  if (groups && number === asked) draw(groups, query.trim());
+}
+
+export function mark() {
+  for (const link of find('#chats').querySelectorAll('a')) {
+    if (link.dataset.chat === state.chat) link.setAttribute('aria-current', 'page');
+    else link.removeAttribute('aria-current');
+  }
+}
+
+const GROUPS = {pinned: t('Pinned'), today: t('Today'), week: t('Last 7 days'), older: t('Older')};
+
+function draw(groups, query) {
+  const list = find('#chats'), focused = document.activeElement?.closest?.('#chats a')?.dataset.chat;
+  list.replaceChildren();
+  folders = groups.filter(group => group.kind === 'folder').map(group => group.name);
+  for (const group of groups) list.append(element('h2', {}, GROUPS[group.kind] ?? group.name), element('ul', {}, ...group.chats.map(row)));
+  if (!groups.length) list.append(element('p', {class: 'empty'}, query ? t('No chat matches.') : t('No chats yet.')));
+  mark();
+  if (focused) list.querySelector(`a[data-chat="${focused}"]`)?.focus();
+}
+
+function row(chat) {
+  const when = new Date(chat.updated * 1000).toLocaleString(language === 'zh' ? 'zh-CN' : 'en-GB', {dateStyle: 'medium', timeStyle: 'short'});
+  const link = element('a', {href: `?chat=${chat.id}`, 'data-chat': chat.id, title: `${chat.title}\n${when}`, dir: 'auto'}, chat.title);
+  link.addEventListener('click', event => {
+    if (event.ctrlKey || event.metaKey || event.shiftKey) return;  // another window
+    event.preventDefault();
+    state.open(chat.id);
+    close();
+  });
+  const more = iconButton('more', t('More about {title}', chat), () => menu(chat, more), {'aria-haspopup': 'menu'});
+  return element('li', {}, link, more);
+}
+
+/** What can be done with a chat of the list, beside its button. */
+function menu(chat, button) {
+  const box = element('div', {class: 'menu', popover: 'auto', role: 'menu'});
+  const entry = (label, act, kind = '') => element('button', {type: 'button', role: 'menuitem', class: kind, on: {click: () => {
+    box.hidePopover();
+    act();
+  }}}, label);
+  const place = change => tell(`/chats/${chat.id}/place`, {pinned: chat.pinned, folder: chat.folder, ...change});
+  box.append(
+    entry(chat.pinned ? t('Unpin') : t('Pin'), () => place({pinned: !chat.pinned})),
+    ...folders.filter(name => name !== chat.folder).map(name => entry(t('Move to {name}', {name}), () => place({folder: name}))),
+    entry(t('Move to a new folder…'), () => {
+      const name = prompt(t('Name of the folder'));
+      if (name?.trim()) place({folder: name});
+    }),
+    ...chat.folder ? [entry(t('Out of {folder}', chat), () => place({folder: ''}))] : [],
+    element('a', {role: 'menuitem', href: `/export/${chat.id}.md`, download: true}, t('Export as Markdown')),
+    element('a', {role: 'menuitem', href: `/export/${chat.id}.json`, download: true}, t('Export as JSON')),
+    entry(t('Delete'), async () => {
+      if (!confirm(t('Delete this chat? It cannot be brought back.'))) return;
+      if (await tell(`/chats/${chat.id}`, undefined, 'DELETE') && chat.id === state.chat) state.open();
+    }, 'problem'));
+  find('#library').append(box);
+  box.addEventListener('toggle', event => { if (event.newState === 'closed') box.remove(); });
+  box.addEventListener('keydown', event => {
+    const entries = [...box.children], step = {ArrowDown: 1, ArrowUp: -1}[event.key];
+    if (!step) return;
+    event.preventDefault();
+    entries[(entries.indexOf(document.activeElement) + step + entries.length) % entries.length].focus();
+  });
+  box.showPopover();
+  const at = button.getBoundingClientRect();
+  box.style.left = `${Math.min(at.left, innerWidth - box.offsetWidth - 8)}px`;
+  box.style.top = `${Math.min(at.bottom, innerHeight - box.offsetHeight - 8)}px`;
+  box.firstElementChild.focus();
+}
+
+/** Arrow keys go through the list. */
+function walk(event) {
+  if (event.key !== 'ArrowDown' && event.key !== 'ArrowUp') return;
+  const links = [...find('#chats').querySelectorAll('a')], place = links.indexOf(event.target);
+  if (place < 0) return;
+  event.preventDefault();
+  links[place + (event.key === 'ArrowDown' ? 1 : -1)]?.focus();
+}
