@@ -23,7 +23,7 @@ constexpr int64_t kBlockBytes = GLM4_ROWS * GLM4_COLS;  // of an unpacked block
 // loses its way among several streams. It is left alone with one column of 8 bits, which waits for memory only.
 template <int Bits>
 inline void fetch_ahead(const uint8_t* codes) {
-  constexpr int ahead = 16384;
+  constexpr int ahead = 8192;
   for (int i = 0; i < Bits; ++i) _mm_prefetch(reinterpret_cast<const char*>(codes + ahead + 64 * i), _MM_HINT_T1);
 }
 

@@ -73,10 +73,19 @@ inline void dot_int8(const uint8_t* tile, const int32_t* a, const int32_t* sum, 
   add_chains<C>(acc, out);
 }
 
-// Bytes of codes that are asked for, for the second-level cache, before they are used: the processor's own prefetching
-// loses its way among several streams. It is left alone with few columns of 8 bits, which wait for memory only.
-constexpr int kAhead = 16384;
-constexpr int kWaiting = 4;
+// Asks for the codes of a block long before they are used: the processor's own prefetching loses its way among several
+// streams. One column waits for memory and gains nothing from the second-level cache; few columns of 8 bits are left
+// to the processor.
+template <int C, int Bits>
+inline void fetch_ahead(const uint8_t* codes) {
+  if (Bits == 8 && C <= 4) return;
+  for (int i = 0; i < Bits; ++i)
+    if (C == 1) {
+      _mm_prefetch(reinterpret_cast<const char*>(codes + 4096 + 64 * i), _MM_HINT_T0);
+    } else {
+      _mm_prefetch(reinterpret_cast<const char*>(codes + 16384 + 64 * i), _MM_HINT_T1);
+    }
+}
 
 constexpr int kFewColumns = 2;  // so few wait for each other's results, not for the multiplier
 
@@ -103,8 +112,7 @@ void dots(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* out, f
     if (with_mins) add_min<C>(w->mins + (tile * groups + g) * GLM4_ROWS, x->group_sum + g * C, low);
     const __m512 s = bytes_to_float(scales + g * GLM4_ROWS);
     for (int64_t b = 0; b < per_group; ++b) {
-      if (Bits == 4 || C > kWaiting)
-        for (int i = 0; i < Bits; ++i) _mm_prefetch(reinterpret_cast<const char*>(codes + kAhead + 64 * i), _MM_HINT_T1);
+      fetch_ahead<C, Bits>(codes);
       __m512i acc[C];
       if (Bits == 4) {
         dot_int4<C>(codes, a, acc);
