@@ -9,11 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def packed_mask(positions: Tensor) -> Tensor | None:
+    """Positions [B, T] that begin anew inside a row: sequences packed one behind the other, each of which sees itself
+    alone, as bool [B, 1, T, T]. None where every row is one sequence. Source: Transformers' masking_utils.
+    """
+    sequence = (positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(-1)
+    if not bool(sequence[:, -1].any()):
+        return None
+    return (sequence[:, None, :, None] == sequence[:, None, None, :]).tril()
+
+
 class Visibility:
     """Which keys each query of a forward pass may see; the mask is made when a layer asks for it.
 
     `padding` is the caller's attention_mask: [B, past + T] with 0 at padding, or [B, 1 or heads, T, S] used as it is
-    (bool, or a float that is added to the scores). A padded query sees itself, so that no softmax row is empty.
+    (bool, or a float that is added to the scores). A query that sees no key, padding at the left, sees itself, so that
+    no softmax row is empty.
     """
 
     def __init__(self, padding: Tensor | None, past: int, length: int, device: torch.device) -> None:
@@ -38,12 +49,15 @@ class Visibility:
         keys = torch.arange(past + length, device=self._device)[None, :]
         visible = (keys <= queries)[None, None]
         if padding is not None:
-            visible = visible & padding[:, None, None, : past + length].bool() | (keys == queries)
+            visible = visible & padding[:, None, None, : past + length].bool()
+            visible = visible | (~visible.any(-1, keepdim=True) & (keys == queries))
         return visible
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:
     """q [B, heads, T, D], k and v [B, kv_heads, S, D] -> [B, heads, T, D]."""
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(q.dtype)
     batch, heads, length, head_dim = q.shape
     kv_heads = k.shape[1]
     if length == 1:  # the query heads of a kv head become its rows, so that K and V are read once

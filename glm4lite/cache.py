@@ -330,6 +330,10 @@ class KVCache:
         past = first.past() if first.buffer is None else (first.buffer, first.buffer)
         return None if past is None else past[0].shape[0]
 
+    def crop(self, max_length: int) -> None:
+        """Transformers' name: keeps so many positions, or with a negative number forgets so many of the last."""
+        self.truncate(max_length if max_length >= 0 else max(self.get_seq_length() + max_length, 0))
+
     def truncate(self, length: int) -> None:
         """Forgets everything after the first `length` positions."""
         for layer in self.layers:
@@ -348,25 +352,42 @@ class KVCache:
 
 
 def as_cache(
-    given: PastKeyValues | Sequence[tuple[Tensor, Tensor]], new_cache: Callable[[], KVCache], num_layers: int
+    given: PastKeyValues | Sequence[tuple[Tensor, Tensor]], new_cache: Callable[[], KVCache], config: Glm4Config
 ) -> KVCache:
-    """What a script may pass as past_key_values, as a KVCache of `num_layers`. Raises ValueError for anything else."""
+    """What a script may pass as past_key_values, as a KVCache of the model. Raises ValueError for anything else."""
+    num_layers = config.num_hidden_layers
     if isinstance(given, KVCache):
         cache = given
     elif isinstance(given, list | tuple):
         cache = new_cache()
         if len(given) == num_layers:
-            for layer, pair in zip(cache.layers, given, strict=True):
-                layer.append(*pair[:2])
+            for number, (layer, pair) in enumerate(zip(cache.layers, given, strict=True)):
+                layer.append(*_checked(number, pair, config))
     elif _grows(given):
         return KVCache.over(given, num_layers)
     else:
         name = type(given).__name__
-        raise ValueError(f"past_key_values must be a KVCache, a DynamicCache or (key, value) pairs, found {name}")
+        raise ValueError(
+            f"past_key_values must be a KVCache, a DynamicCache or (key, value) pairs, found {name}; "
+            "leave it out, or give DynamicCache()"
+        )
     layers = len(given)
     if layers != num_layers:
         raise ValueError(f"past_key_values has {layers} layers, the model {num_layers}")
     return cache
+
+
+def _checked(layer: int, pair: Any, config: Glm4Config) -> tuple[Tensor, Tensor]:
+    """The keys and values of a layer, which must be [B, kv heads, S, head_dim] both."""
+    given = list(pair)[:2] if isinstance(pair, list | tuple) else []
+    if len(given) != 2 or not all(isinstance(part, Tensor) and part.is_floating_point() for part in given):
+        raise ValueError(f"past_key_values must hold a pair of float tensors a layer; layer {layer} has none")
+    keys, values = given
+    heads, head_dim = config.num_key_value_heads, config.head_dim
+    if keys.dim() != 4 or keys.shape != values.shape or (keys.shape[1], keys.shape[3]) != (heads, head_dim):
+        found = f"{list(keys.shape)} and {list(values.shape)}"
+        raise ValueError(f"past_key_values: keys and values are [batch, {heads}, tokens, {head_dim}], found {found}")
+    return keys, values
 
 
 def _grows(value: object) -> bool:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from glm4lite.cache import PastKeyValues
 from glm4lite.config import Glm4Config
+from glm4lite.inputs import labels_problem, tensor_problem
 from glm4lite.model import Glm4Model
 from glm4lite.outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
-from glm4lite.pretrained import Glm4PreTrainedModel, draw, labels_problem
+from glm4lite.pretrained import Glm4PreTrainedModel, draw
 
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
@@ -86,6 +87,8 @@ class Glm4ForSequenceClassification(Glm4PreTrainedModel):
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Regression, one label or several, told apart (and remembered) as the reference does."""
+        if problem := tensor_problem("labels", labels):
+            raise ValueError(problem)
         labels, classes = labels.to(logits.device), self.config.num_labels
         kind = self.config.problem_type
         if kind is None:
@@ -166,6 +169,6 @@ class Glm4ForTokenClassification(Glm4PreTrainedModel):
             if problem := labels_problem(labels, logits.shape[:2], self.config.num_labels):
                 raise ValueError(problem)
             flat = logits.float().view(-1, self.config.num_labels)
-            loss = F.cross_entropy(flat, labels.view(-1).to(logits.device))
+            loss = F.cross_entropy(flat, labels.view(-1).to(logits.device, torch.long))
         output = TokenClassifierOutput(loss, logits, trunk.hidden_states, trunk.attentions)
         return self._returned(output, return_dict)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glm4lite.activations import ACTIVATIONS
-from glm4lite.attention import Visibility, attend, attend_with_weights
+from glm4lite.attention import Visibility, attend, attend_with_weights, packed_mask
 from glm4lite.cache import (
     Cache,
     HomeCache,
@@ -29,8 +29,9 @@ from glm4lite.cache import (
     bytes_per_token,
 )
 from glm4lite.config import Glm4Config
+from glm4lite.inputs import beside_problem, embeds_problem, ids_problem, keep_problem, labels_problem
 from glm4lite.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, GenerateDecoderOnlyOutput
-from glm4lite.pretrained import Glm4PreTrainedModel, draw, ids_problem, labels_problem
+from glm4lite.pretrained import Glm4PreTrainedModel, draw
 from glm4lite.rotary import RotaryEmbedding, apply_rotary
 from glm4lite_quant.kernels.decoder import Heads
 
@@ -216,6 +217,8 @@ class DecoderLayer(nn.Module):
         want_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """x: the residual stream, float32 [B, T, H]; `dtype` is what the linears compute in."""
+        if self.store is RESIDENT:  # no context: torch.compile does not follow one that gives a tuple
+            return self._run(x, dtype, rotary, visible, cache, want_weights)
         with self.store.acquire(self, x.device, cache) as (layer, lent):
             return layer._run(x, dtype, rotary, visible, lent, want_weights)
 
@@ -268,6 +271,7 @@ class Glm4Model(Glm4PreTrainedModel):
         self.context = config.context_length  # tokens a cache may hold; a memory budget allows fewer
         self.runner: LayerRunner = TORCH
         self.checkpointed: Callable[..., Any] | None = None  # calls a layer so that it is computed again for gradients
+        self.checkpoint_every = 1  # layers of which one is
         self._init_weights()
 
     def _layers(self) -> Iterator[DecoderLayer]:
@@ -325,19 +329,26 @@ class Glm4Model(Glm4PreTrainedModel):
         """input_ids [B, T] or inputs_embeds [B, T, H]; attention_mask [B, past + T]; position_ids [B or 1, T].
 
         Positions count on from the cache unless given (`cache_position` [T] serves where `position_ids` is not): with
-        left padding the caller derives them from the mask. past_key_values: a KVCache, a DynamicCache of Transformers
-        (which then holds the new keys and values too), or a (key, value) pair a layer. The switches that are None are
-        config's; with return_dict=False a tuple comes back.
+        left padding the caller derives them from the mask. Without mask and cache, positions that begin anew inside a
+        row tell several sequences, which do not see each other.
+        past_key_values: a KVCache, a DynamicCache of Transformers (which then holds the new keys and values too), or a
+        (key, value) pair a layer. The switches that are None are config's; with return_dict=False a tuple comes back.
 
         Raises ValueError for inputs that do not fit the model or each other, naming the argument.
         """
         embeds = self._embedded(input_ids, inputs_embeds)
         cache = self._cache(past_key_values, use_cache, embeds)
         past, length = 0 if cache is None else cache.get_seq_length(), embeds.shape[1]
-        if position_ids is None:
-            counted = torch.arange(past, past + length, device=embeds.device)
-            position_ids = (counted if cache_position is None else cache_position)[None]
-        _check_beside(embeds, position_ids, attention_mask, past)
+        given = cache_position[None] if isinstance(cache_position, Tensor) else cache_position
+        given = given if position_ids is None else position_ids
+        if problem := beside_problem(embeds, given, attention_mask, past, self.config.num_attention_heads):
+            raise ValueError(problem)
+        if given is None:
+            position_ids = torch.arange(past, past + length, device=embeds.device)[None]
+        else:
+            position_ids = given
+            if attention_mask is None and cache is None:
+                attention_mask = packed_mask(position_ids)
         weights_wanted = self._switch("output_attentions", output_attentions)
         collected = _Collected(self._switch("output_hidden_states", output_hidden_states), weights_wanted)
         stages = _Stages(self.rotary_emb, embeds, position_ids, attention_mask, past)
@@ -352,13 +363,12 @@ class Glm4Model(Glm4PreTrainedModel):
         if input_ids is not None and inputs_embeds is None:
             if problem := ids_problem(input_ids, self.config.vocab_size):
                 raise ValueError(problem)
-            looked_up: Tensor = self.embed_tokens(input_ids.to(self.device))
+            looked_up: Tensor = self.embed_tokens(input_ids.to(self.device, torch.long))
             return looked_up
         if inputs_embeds is None or input_ids is not None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        shape, hidden = list(inputs_embeds.shape), self.config.hidden_size
-        if len(shape) != 3 or shape[2] != hidden or not inputs_embeds.numel():
-            raise ValueError(f"inputs_embeds must be [batch, tokens, {hidden}], found a tensor of shape {shape}")
+        if problem := embeds_problem(inputs_embeds, self.config.hidden_size, self.dtype):
+            raise ValueError(problem)
         return inputs_embeds
 
     def _cache(
@@ -372,7 +382,7 @@ class Glm4Model(Glm4PreTrainedModel):
         if given is None:
             wanted = self._switch("use_cache", use_cache) and not (self.training and self.checkpointed)
             return self.new_cache(batch) if wanted else None
-        cache = as_cache(given, lambda: self.new_cache(batch), len(self.layers))
+        cache = as_cache(given, lambda: self.new_cache(batch), self.config)
         if cache.batch not in (None, batch):
             raise ValueError(f"past_key_values holds {cache.batch} sequences, the input {batch}")
         return cache
@@ -382,7 +392,7 @@ class Glm4Model(Glm4PreTrainedModel):
         length = embeds.shape[1]
         caches: Sequence[HomeCache | None] = [None] * len(self.layers) if cache is None else cache.layers
         few = cache is not None and cache.dynamic is None and length <= self.runner.few and not collected.wanted
-        call: Callable[..., Any] = self.checkpointed if self.checkpointed and self.training else _call
+        checkpointed = self.checkpointed if self.training else None
         x, stage = embeds.float(), stages.of(embeds.device, embeds.dtype)
         collected.hidden(embeds)
         for run in self._runs(length, few):
@@ -393,7 +403,8 @@ class Glm4Model(Glm4PreTrainedModel):
             if whole is not None:
                 x = whole
                 continue
-            for layer, layer_cache in zip(layers, caches[run], strict=True):
+            for number, layer, layer_cache in zip(range(run.start, run.stop), layers, caches[run], strict=True):
+                call = checkpointed if checkpointed and number % self.checkpoint_every == 0 else _call
                 x, weights = call(layer, x, *stage.inputs, layer_cache, collected.attentions is not None)
                 collected.attention(weights)
                 if layer is not self.layers[-1]:
@@ -405,16 +416,6 @@ class Glm4Model(Glm4PreTrainedModel):
 
 def _call(layer: DecoderLayer, *inputs: Any) -> Any:
     return layer(*inputs)
-
-
-def _check_beside(embeds: Tensor, positions: Tensor, mask: Tensor | None, past: int) -> None:
-    """ValueError where what is given beside the tokens does not belong to them."""
-    batch, length = embeds.shape[:2]
-    if positions.dim() != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != length:
-        raise ValueError(f"position_ids must be [{batch} or 1, {length}], found {list(positions.shape)}")
-    if mask is not None and mask.dim() != 4 and list(mask.shape) != [batch, past + length]:
-        beside = f" ({past} tokens of the cache and {length} new ones)" if past else ""
-        raise ValueError(f"attention_mask must be [{batch}, {past + length}]{beside}, found {list(mask.shape)}")
 
 
 def _kind(layer: DecoderLayer, tokens: int) -> tuple[torch.device, torch.dtype | None] | None:
@@ -477,6 +478,9 @@ class _Collected:
 class Glm4ForCausalLM(Glm4PreTrainedModel):
     """The trunk and the language-model head."""
 
+    accepts_loss_kwargs = True
+    loss_type: ClassVar[str] = "ForCausalLM"  # tells Transformers' Trainer that a row's first label does not count
+
     def __init__(self, config: Glm4Config) -> None:
         super().__init__(config)
         self.model = Glm4Model(self.config)
@@ -514,11 +518,15 @@ class Glm4ForCausalLM(Glm4PreTrainedModel):
         logits_to_keep: int | Tensor = 0,
         *,
         cache_position: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast:
         """Arguments as Glm4Model. labels [B, T], shifted inside, -100 is ignored.
+
+        num_items_in_batch: labels of all batches whose gradients are added up; the loss is this batch's share of their
+        mean. None: the mean over this batch.
 
         logits_to_keep: an int n keeps the last n positions (0: all), a 1-D tensor picks positions. Logits of all
         positions of a long prompt take 600 KB each at GLM-4's vocabulary: generation asks for the last one only.
@@ -535,9 +543,11 @@ class Glm4ForCausalLM(Glm4PreTrainedModel):
             output_attentions=output_attentions,
             return_dict=True,
         )
+        if problem := keep_problem(logits_to_keep, trunk.last_hidden_state.shape[1]):
+            raise ValueError(problem)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(trunk.last_hidden_state[:, keep])
-        loss = None if labels is None else causal_lm_loss(logits, labels)
+        loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch)
         output = CausalLMOutputWithPast(loss, logits, trunk.past_key_values, trunk.hidden_states, trunk.attentions)
         return self._returned(output, return_dict)
 
@@ -564,9 +574,10 @@ class Glm4ForCausalLM(Glm4PreTrainedModel):
         return transition_scores(sequences, scores, normalize_logits)
 
 
-def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy in float32 of logits[:, t] against labels[:, t + 1]; labels of -100 do not count."""
+def causal_lm_loss(logits: Tensor, labels: Tensor, items: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy in float32 of logits[:, t] against labels[:, t + 1]; labels of -100 do not count."""
     if problem := labels_problem(labels, logits.shape[:2], logits.shape[2]):
         raise ValueError(problem)
-    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
-    return F.cross_entropy(logits.float().flatten(0, 1), shifted.flatten().to(logits.device), ignore_index=-100)
+    shifted = F.pad(labels.long(), (0, 1), value=-100)[:, 1:]
+    flat, targets = logits.float().flatten(0, 1), shifted.flatten().to(logits.device)
+    return F.cross_entropy(flat, targets) if items is None else F.cross_entropy(flat, targets, reduction="sum") / items

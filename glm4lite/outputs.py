@@ -16,7 +16,18 @@ if TYPE_CHECKING:
 class ModelOutput:
     """Fields by attribute, and as Transformers' ModelOutput a mapping of those that are not None: `out["logits"]`,
     `out.keys()`, `"loss" in out`. An int or a slice takes from them in order: `out[0]`, `out[:2]`.
+
+    A mapping, or pairs of names and values, may stand in place of the first field: so libraries that move outputs
+    between devices make them anew.
     """
+
+    def __post_init__(self) -> None:
+        first = fields(self)[0].name
+        given = getattr(self, first)
+        if isinstance(given, Mapping | Iterator | list | tuple):
+            setattr(self, first, None)
+            for name, value in given.items() if isinstance(given, Mapping) else given:
+                self[name] = value
 
     def _present(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, cast, overload
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, cast, o
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from glm4lite.config import Glm4Config
-from glm4lite.errors import ConfigError, one_line
+from glm4lite.errors import ConfigError, one_line, shown
 from glm4lite.outputs import ModelOutput
 from glm4lite_quant import BnbLinear, QuantEmbedding, QuantLinear
 
@@ -39,7 +40,8 @@ class Glm4PreTrainedModel(nn.Module):
     base_model_prefix: ClassVar[str] = "model"
     main_input_name: ClassVar[str] = "input_ids"
     supports_gradient_checkpointing: ClassVar[bool] = True
-    accepts_loss_kwargs: ClassVar[bool] = False  # tells Transformers' Trainer that losses are means over the batch
+    _no_split_modules: ClassVar[list[str]] = ["DecoderLayer"]  # tells accelerate what lies on one device
+    accepts_loss_kwargs: ClassVar[bool] = False  # tells Transformers' Trainer whether forward takes num_items_in_batch
 
     def __init__(self, config: Glm4Config) -> None:
         super().__init__()
@@ -50,6 +52,7 @@ class Glm4PreTrainedModel(nn.Module):
         self.config = config
         self.stored_generation_config: Mapping[str, Any] = {}  # of generation_config.json, read when it is needed
         self._generation_config: GenerationConfig | None = None
+        self._input_hook: RemovableHandle | None = None
 
     @overload
     @classmethod
@@ -189,6 +192,21 @@ class Glm4PreTrainedModel(nn.Module):
 
         self._generation_config = GenerationConfig.of(value)
 
+    @property
+    def name_or_path(self) -> str:
+        """What it was loaded from, "" for a model made of a config."""
+        return self.config.name_or_path
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return self.config.vocab_size
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the weights; return_buffers=False leaves out those that are no parameters, as quantized ones."""
+        found = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in found)
+
     def can_generate(self) -> bool:
         """Whether the class has `generate`."""
         return hasattr(self, "generate")
@@ -209,6 +227,20 @@ class Glm4PreTrainedModel(nn.Module):
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.base_model.embed_tokens = value
+
+    def get_decoder(self) -> Glm4Model:
+        """The trunk, under the name that scripts for several families have for it."""
+        return self.base_model
+
+    def enable_input_require_grads(self) -> None:
+        """The embedding's output asks for gradients, for adapters over frozen weights with gradient checkpointing."""
+        self.disable_input_require_grads()
+        self._input_hook = self.get_input_embeddings().register_forward_hook(_with_gradients)
+
+    def disable_input_require_grads(self) -> None:
+        if self._input_hook is not None:
+            self._input_hook.remove()
+            self._input_hook = None
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The language-model head; None for classes that have none."""
@@ -234,6 +266,9 @@ class Glm4PreTrainedModel(nn.Module):
         embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
         if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear | None):
             raise ValueError("a quantized embedding or head cannot be resized; load with quant='none'")
+        for name, number in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if number is not None and not isinstance(number, int):
+                raise ValueError(f"{name} must be a whole number, found {shown(number)}")
         size = embedding.num_embeddings if new_num_tokens is None else new_num_tokens
         multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
         if size < 1 or multiple < 1:
@@ -254,10 +289,34 @@ class Glm4PreTrainedModel(nn.Module):
     def is_gradient_checkpointing(self) -> bool:
         return self.base_model.checkpointed is not None
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
-        """In training, layers are computed again for the gradients instead of keeping their activations."""
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """In training, layers are computed again for the gradients instead of keeping their activations: one of every
+        so many. Raises ValueError for offload, which is not there.
+        """
+        if offload:
+            raise ValueError("gradient_checkpointing_enable(offload=True) is not supported; leave it out")
+        if not isinstance(every_n_layers, int) or every_n_layers < 1:
+            raise ValueError(f"every_n_layers must be a whole number from 1, found {shown(every_n_layers)}")
         options = {"use_reentrant": False} | dict(gradient_checkpointing_kwargs or {})
         self.base_model.checkpointed = partial(checkpoint, **options)
+        self.base_model.checkpoint_every = every_n_layers
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """The newer name of `gradient_checkpointing_enable`."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
+
+    def activation_checkpointing_disable(self) -> None:
+        self.base_model.checkpointed = None
 
     def gradient_checkpointing_disable(self) -> None:
         self.base_model.checkpointed = None
@@ -269,6 +328,11 @@ class Glm4PreTrainedModel(nn.Module):
                 "float16 is refused: GLM-4's activations reach 68000, float16 ends at 65504; use bfloat16 or float32"
             )
         return super()._apply(fn, recurse)
+
+    def post_init(self) -> None:
+        """What a class of a script's own calls last, with its own modules beside the trunk: all get initial values."""
+        self._init_weights()
+        self.tie_weights()
 
     def _init_weights(self) -> None:
         """The reference's initialization: N(0, initializer_range), biases 0, norms 1, the padding row 0."""
@@ -282,6 +346,10 @@ class Glm4PreTrainedModel(nn.Module):
                 if module.padding_idx is not None:
                     with torch.no_grad():
                         module.weight[module.padding_idx].zero_()
+
+
+def _with_gradients(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    output.requires_grad_(True)
 
 
 def _numel(module: nn.Module) -> int:
@@ -313,28 +381,3 @@ def _like_rows(rows: Tensor, count: int) -> Tensor:
     # With z ~ N(0, 1) for each row, z @ centred / sqrt(V) has the rows' covariance, without a factorization.
     noise = torch.randn(count, len(rows), device=rows.device) @ centred / len(rows) ** 0.5
     return mean + noise * 1e-9**0.5
-
-
-def ids_problem(ids: Tensor, vocab_size: int) -> str:
-    """What is wrong with token ids [B, T], "" where nothing is."""
-    if ids.dim() != 2:
-        return f"input_ids must be [batch, tokens], found a tensor of shape {list(ids.shape)}"
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        return f"input_ids must be whole numbers, found {ids.dtype}"
-    if not ids.numel():
-        return f"input_ids holds no tokens: its shape is {list(ids.shape)}"
-    low, high = (int(bound) for bound in ids.aminmax())
-    if low < 0 or high >= vocab_size:
-        return f"input_ids holds {low if low < 0 else high}; this model's ids are 0 to {vocab_size - 1}"
-    return ""
-
-
-def labels_problem(labels: Tensor, shape: Iterable[int], classes: int) -> str:
-    """What is wrong with labels that are class numbers, "" where nothing is; -100 does not count."""
-    if list(labels.shape) != list(shape):
-        return f"labels must have the shape {list(shape)}, found {list(labels.shape)}"
-    counted = labels[labels != -100]
-    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < classes:
-        wrong = int(counted.min()) if int(counted.min()) < 0 else int(counted.max())
-        return f"labels holds {wrong}; classes are 0 to {classes - 1}, and -100 for what does not count"
-    return ""

@@ -56,6 +56,9 @@ class PretrainedConfig(BaseModel):
     }
     """Keys of which several say one thing, each with the others."""
 
+    is_encoder_decoder: ClassVar[bool] = False
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]  # tells Trainer what is no prediction
+
     architectures: list[str] | None = None
     dtype: torch.dtype | None = None
     id2label: dict[int, str] = Field(default_factory=dict, max_length=_MOST_LABELS)
@@ -139,6 +142,11 @@ class PretrainedConfig(BaseModel):
     def use_return_dict(self) -> bool:
         """The older name of `return_dict`."""
         return self.return_dict
+
+    @property
+    def per_layer_config(self) -> list[Self]:
+        """The config of each layer, which all share: what Transformers' caches ask, `DynamicCache(config=config)`."""
+        return [self] * int(getattr(self, "num_hidden_layers", 0))
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Self:
         """The config itself: GLM-4 is a text model."""

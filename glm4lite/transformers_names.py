@@ -147,7 +147,6 @@ _SAVING_OFF: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "safe_serialization": ((True,), "only safetensors are written, since pickle files can run code"),
     "variant": ((), "weights are written as model.safetensors, or as shards and their index"),
     "token": ((), "nothing is sent to the Hub"),
-    "save_function": ((), "files are written whole or not at all"),
     "save_peft_format": ((True, False), ""),  # of adapters, which are not there
     "save_original_format": ((True, False), ""),  # tensors have the checkpoint's names anyway
     "distributed_checkpoint": ((False,), _ONE_PROCESS),
@@ -157,6 +156,7 @@ _SAVING_OFF: Mapping[str, tuple[tuple[Any, ...], str]] = {
 def check_saving(given: Mapping[str, Any]) -> None:
     """The arguments of `save_pretrained` that ask for nothing else than it does. ConfigError for others."""
     names = dict(given)
+    names.pop("save_function", None)  # of accelerate's scripts: what would write pickle files, here and there unused
     _check_off(names, _SAVING_OFF)
     for name in names:
         own = ("save_directory", "is_main_process", "state_dict", "max_shard_size")

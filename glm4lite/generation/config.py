@@ -7,7 +7,7 @@ import logging
 import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
@@ -18,6 +18,7 @@ from glm4lite.weights.files import read_json
 logger = logging.getLogger("glm4lite")
 
 FILE = "generation_config.json"
+IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 DEFAULT_NEW_TOKENS, DEFAULT_TOP_K = 20, 50
 """Where neither the call nor the checkpoint says: Transformers' own."""
 
@@ -57,6 +58,19 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
     "compile_config": (),
     "continuous_batching_config": (),
     "speculation_type": (),
+}
+# Of those, what a processor of Transformers' does, which `generate` takes as it is.
+_PROCESSORS: Mapping[str, str] = {
+    "epsilon_cutoff": "EpsilonLogitsWarper",
+    "eta_cutoff": "EtaLogitsWarper",
+    "top_h": "TopHLogitsWarper",
+    "bad_words_ids": "NoBadWordsLogitsProcessor",
+    "forced_bos_token_id": "ForcedBOSTokenLogitsProcessor",
+    "remove_invalid_values": "InfNanRemoveLogitsProcessor",
+    "exponential_decay_length_penalty": "ExponentialDecayLengthPenalty",
+    "sequence_bias": "SequenceBiasLogitsProcessor",
+    "guidance_scale": "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+    "watermarking_config": "WatermarkLogitsProcessor",
 }
 # Settings that change nothing here: how drafts are made without a draft model, metadata, compilation.
 _WITHOUT_EFFECT = frozenset(
@@ -140,6 +154,18 @@ class GenerationConfig(BaseModel):
         except ValidationError as error:
             raise ConfigError(_problem(error)) from None
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """None for a setting of Transformers' that asks for nothing here, for scripts that look at it."""
+            return None if name in _OFF else super().__getattr__(name)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_number(cls, value: Any) -> Any:
+        """A number of numpy's or torch's as Python's."""
+        return value.item() if getattr(value, "shape", None) == () else value
+
     @field_validator("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", mode="before")
     @classmethod
     def _as_list(cls, value: Any) -> Any:
@@ -151,7 +177,7 @@ class GenerationConfig(BaseModel):
     @field_validator("pad_token_id", "bos_token_id", mode="before")
     @classmethod
     def _as_id(cls, value: Any) -> Any:
-        return int(value) if isinstance(value, Tensor) and value.numel() == 1 else value
+        return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
     @field_validator("stop_strings", mode="before")
     @classmethod
@@ -183,10 +209,27 @@ class GenerationConfig(BaseModel):
             raise ConfigError(f"{origin}: {error}") from None
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """Reads a folder's generation_config.json. Raises ConfigError naming the file."""
+    def from_pretrained(cls, folder: str | Path, **changes: Any) -> Self:
+        """Reads a folder's generation_config.json, with `changes`. ConfigError names what is wrong."""
         file = Path(folder) / FILE
-        return cls.from_stored(read_json(file), str(file))
+        return cls.from_stored(read_json(file), str(file)).with_changes(**changes)
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **changes: Any) -> Self:
+        """What `to_dict` gave, with `changes`. Raises ConfigError."""
+        return cls(**{**config_dict, **changes})
+
+    @classmethod
+    def from_model_config(cls, model_config: Any) -> Self:
+        """The ids that a Glm4Config, ours or Transformers', names."""
+        return cls(**{name: getattr(model_config, name, None) for name in IDS})
+
+    def update(self, **values: Any) -> dict[str, Any]:
+        """Sets settings; returns those that are none. Raises ConfigError for a value that cannot be used."""
+        for name, value in values.items():
+            if is_setting(name):
+                setattr(self, name, value)
+        return {name: value for name, value in values.items() if not is_setting(name)}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes generation_config.json into a folder, which is made where it is missing."""
@@ -199,11 +242,17 @@ class GenerationConfig(BaseModel):
         eos = values.get("eos_token_id")
         return values | ({"eos_token_id": eos[0]} if eos is not None and len(eos) == 1 else {})
 
+    to_diff_dict = to_dict
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """What is said, as JSON with sorted keys; use_diff=False: what is not said too, as null."""
+        return json.dumps(self.to_dict() if use_diff else self.model_dump(), indent=2, sort_keys=True) + "\n"
+
     def over(self, other: GenerationConfig) -> GenerationConfig:
         """These settings; where one is None, the other's."""
         return self.model_copy(update={k: v for k, v in other.model_dump().items() if getattr(self, k) is None})
 
-    def with_changes(self, **values: Any) -> GenerationConfig:
+    def with_changes(self, **values: Any) -> Self:
         """Settings that are given win, None too: `eos_token_id=None` ends no text. Raises ConfigError."""
         return type(self)(**{**self.model_dump(), **values})
 
@@ -216,7 +265,8 @@ def _says_nothing(name: str, value: Any) -> bool:
         return False
     if not isinstance(value, list | dict | Tensor) and value in _OFF[name]:
         return True
-    raise ConfigError(f"{name}={reprlib.repr(value)} is not supported by glm4lite's generate; leave it out")
+    instead = f"give Transformers' {_PROCESSORS[name]} in logits_processor" if name in _PROCESSORS else "leave it out"
+    raise ConfigError(f"{name}={reprlib.repr(value)} is not supported by glm4lite's generate; {instead}")
 
 
 def is_setting(name: str) -> bool:

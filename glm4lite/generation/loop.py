@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from glm4lite.cache import KVCache, as_cache
-from glm4lite.errors import ConfigError, ContextLengthError, ModelError
+from glm4lite.errors import ConfigError, ContextLengthError, ModelError, shown
 from glm4lite.generation.config import DEFAULT_NEW_TOKENS, DEFAULT_TOP_K, GenerationConfig, is_setting, unknown
 from glm4lite.generation.processors import LogitsProcessor, processors
 from glm4lite.generation.stopping import Decoder, StoppingCriterion, criteria, stopped
+from glm4lite.inputs import embeds_problem, ids_problem, tensor_problem
 from glm4lite.outputs import GenerateDecoderOnlyOutput
-from glm4lite.pretrained import ids_problem
 
 if TYPE_CHECKING:
     from glm4lite.model import Glm4ForCausalLM
@@ -71,7 +71,8 @@ def generate(
         prefix_allowed_tokens_fn: called with a sequence's number and its ids; only the ids it returns are possible.
         streamer: gets the prompt and each new id (one sequence only).
         tokenizer: what decodes ids, for `stop_strings`.
-        inputs_embeds: vectors [B, T, H] instead of the ids, of which then only new ones are returned.
+        inputs_embeds: vectors [B, T, H], computed instead of the ids; only new ids are returned, behind `inputs` where
+            these are given too.
         attention_mask: [B, T], 0 where the prompt is padding. None: where ids are the pad id and that ends no text.
         past_key_values: a cache of the first positions of `inputs`, which are not computed again.
         settings: fields of GenerationConfig.
@@ -93,7 +94,10 @@ def generate(
     prompt = prompt.repeated(config.num_return_sequences or 1)
     if streamer is not None and len(prompt.ids) > 1:
         raise ValueError("a streamer takes one sequence, not a batch")
-    given = list(logits_processor or ())
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise ValueError(f"streamer must have put and end, as TextStreamer, found {shown(streamer)}")
+    given = _callables("logits_processor", logits_processor)
+    rules = _callables("stopping_criteria", stopping_criteria)
     if prefix_allowed_tokens_fn is not None:
         given.insert(0, _allowed(prefix_allowed_tokens_fn))
     batch = _Batch(
@@ -102,7 +106,7 @@ def generate(
         prompt,
         _cache_of(model, prompt, past_key_values, config),
         processors(config, prompt.ids.shape[1], prompt.length, new_tokens, prompt.mask, given),
-        criteria(config, tokenizer, list(stopping_criteria or ())),
+        criteria(config, tokenizer, rules),
         new_tokens,
     )
     if streamer is None:
@@ -113,9 +117,25 @@ def generate(
     return done
 
 
+def _callables(name: str, given: Any) -> list[Any]:
+    """A list of functions; ValueError for a function alone, and for anything else."""
+    if given is not None and (not isinstance(given, list | tuple) or not all(map(callable, given))):
+        raise ValueError(f"{name} must be a list of functions (ids, scores), found {shown(given)}")
+    return list(given or ())
+
+
 def transition_scores(sequences: Tensor, scores: Sequence[Tensor], normalize_logits: bool = False) -> Tensor:
     """The score [B, new] of each new id, from `generate`'s sequences and scores; log probabilities if normalized."""
-    stacked = torch.stack(list(scores), 1)
+    given = list(scores or ())
+    shapes = {tuple(step.shape) for step in given if isinstance(step, Tensor)}
+    if not given or len(shapes) != 1 or next(iter(shapes))[:1] != sequences.shape[:1]:
+        raise ValueError(
+            "scores must hold a tensor [batch, vocabulary] a step, as generate returns them with "
+            "return_dict_in_generate=True and output_scores=True"
+        )
+    stacked = torch.stack(given, 1)
+    if stacked.dim() != 3 or stacked.shape[1] > sequences.shape[1] or int(sequences.max()) >= stacked.shape[2]:
+        raise ValueError(f"scores of shape {list(stacked.shape)} do not belong to sequences {list(sequences.shape)}")
     if normalize_logits:
         stacked = stacked.log_softmax(-1)
     return stacked.gather(2, sequences[:, -stacked.shape[1] :, None]).squeeze(2)
@@ -144,7 +164,9 @@ def _only(inputs: Tensor | None, input_ids: Tensor | None) -> Tensor | None:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """ids [B, T] (T = 0 where vectors [B, length, H] are given instead); mask and positions [B, length]."""
+    """ids [B, T]; mask and positions [B, length]. Where vectors [B, length, H] are computed in place of the ids, these
+    only begin the answer (or T = 0); else T = length.
+    """
 
     ids: Tensor
     embeds: Tensor | None
@@ -161,18 +183,25 @@ class _Prompt:
         positions: Tensor | None,
         config: GenerationConfig,
     ) -> _Prompt:
-        if ids is not None and embeds is not None:
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
         if embeds is not None:
-            ids = torch.empty(embeds.shape[0], 0, dtype=torch.long, device=embeds.device)
+            if problem := embeds_problem(embeds, model.config.hidden_size, model.dtype):
+                raise ValueError(problem)
+            none = torch.empty(embeds.shape[0], 0, dtype=torch.long, device=embeds.device)
+            ids = none if ids is None else ids
         elif ids is None:
             if config.bos_token_id is None:
                 raise ValueError("there is no prompt, and no bos_token_id to begin with; give input_ids")
             ids = torch.tensor([[config.bos_token_id]], device=model.device)
-        if embeds is None and (problem := ids_problem(ids, model.config.vocab_size)):
+        none_given = isinstance(ids, Tensor) and embeds is not None and ids.shape[1:] == (0,)
+        if not none_given and (problem := ids_problem(ids, model.config.vocab_size)):
             raise ValueError(problem)
+        if embeds is not None and len(ids) != len(embeds):
+            raise ValueError(f"input_ids has {len(ids)} sequences, inputs_embeds {len(embeds)}")
         ids = ids.long()
         shape = tuple((ids if embeds is None else embeds).shape[:2])
+        for name, given in (("attention_mask", mask), ("position_ids", positions)):
+            if given is not None and (problem := tensor_problem(name, given)):
+                raise ValueError(problem)
         mask = _mask(ids, shape, config) if mask is None else mask.to(ids.device)
         if tuple(mask.shape) != shape:
             raise ValueError(f"attention_mask must be {list(shape)} as the prompt, found {list(mask.shape)}")
@@ -180,6 +209,8 @@ class _Prompt:
             warnings.warn("the prompt is padded on the right: pad on the left to generate", stacklevel=4)
         if positions is None:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        elif tuple(positions.shape) not in (shape, (1, shape[1]), shape[1:]):
+            raise ValueError(f"position_ids must be {list(shape)} as the prompt, found {list(positions.shape)}")
         return cls(ids, embeds, mask, positions.expand(*shape))
 
     @property
@@ -233,9 +264,14 @@ def _allowed(function: Callable[[int, Tensor], Sequence[int]]) -> LogitsProcesso
     def apply(ids: Tensor, scores: Tensor) -> Tensor:
         kept = torch.full_like(scores, float("-inf"))
         for row, sequence in enumerate(ids):
-            allowed = list(function(row, sequence))
+            found = function(row, sequence)
+            allowed = found.tolist() if isinstance(found, Tensor) else list(found or ())
             if not allowed:
                 raise ValueError(f"prefix_allowed_tokens_fn allows no id for sequence {row}")
+            if not all(isinstance(one, int) and 0 <= one < scores.shape[1] for one in allowed):
+                raise ValueError(
+                    f"prefix_allowed_tokens_fn must return ids below {scores.shape[1]}, found {shown(found)}"
+                )
             kept[row, allowed] = scores[row, allowed]
         return kept
 
@@ -245,7 +281,7 @@ def _allowed(function: Callable[[int, Tensor], Sequence[int]]) -> LogitsProcesso
 def _cache_of(model: Glm4ForCausalLM, prompt: _Prompt, given: Any, config: GenerationConfig) -> KVCache | None:
     if given is None:
         return model.new_cache(len(prompt.mask)) if config.use_cache is not False else None
-    cache = as_cache(given, lambda: model.new_cache(len(prompt.mask)), model.config.num_hidden_layers)
+    cache = as_cache(given, lambda: model.new_cache(len(prompt.mask)), model.config)
     if cache.get_seq_length() >= prompt.length:
         raise ValueError(
             f"past_key_values holds {cache.get_seq_length()} tokens, the prompt has {prompt.length}: "
@@ -271,6 +307,11 @@ class _Batch:
         config, ids = self.config, self.prompt.ids
         eos, wanted = config.eos_token_id, self._wanted()
         pad = config.pad_token_id if config.pad_token_id is not None else (eos or [0])[0]
+        if eos and len(ids) > 1 and not 0 <= pad < self.model.config.vocab_size:
+            raise ValueError(
+                f"pad_token_id is {pad}, which fills up sequences that end first; ids are 0 to "
+                f"{self.model.config.vocab_size - 1}"
+            )
         self.kept = dict.fromkeys(wanted, ())
         going, step = torch.ones(len(ids), dtype=torch.bool, device=ids.device), self._prefill(wanted)
         for count in range(1, self.new_tokens + 1):
@@ -302,6 +343,11 @@ class _Batch:
         scores = logits
         for processor in self.processors:
             scores = processor(ids, scores)
+            if not isinstance(scores, Tensor) or scores.shape != logits.shape:
+                found = list(scores.shape) if isinstance(scores, Tensor) else shown(scores)
+                raise ValueError(f"a logits processor must return scores {list(logits.shape)}, found {found}")
+        if bool((scores.isnan() | (scores == float("inf"))).any()):
+            raise ValueError("the logits processors leave scores that are not finite (nan or inf)")
         if bool((scores.amax(-1) == float("-inf")).any()):
             raise ValueError("the logits processors leave no id that may follow")
         return scores
@@ -334,11 +380,12 @@ class _Batch:
             positions = torch.cat((positions, positions[:, -1:] + further), 1)
         vectors = self.prompt.embeds if self.prompt.embeds is not None and begin < self.prompt.length else None
         given: dict[str, Tensor] = {}
+        begun = self.prompt.ids.shape[1]
         if vectors is None:
-            offset = self.prompt.length - self.prompt.ids.shape[1]
+            offset = self.prompt.length - begun
             given["input_ids"] = ids[:, begin - offset : end - offset]
         else:
-            tail = ids if after > 0 else ids[:, :0]
+            tail = ids[:, begun : begun + max(after, 0)]
             embedded = [self.model.get_input_embeddings()(tail.to(self.model.device))] if tail.shape[1] else []
             given["inputs_embeds"] = torch.cat([vectors[:, begin:end], *embedded], 1)
         output = self.model(

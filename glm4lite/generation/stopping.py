@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from glm4lite.errors import shown
 from glm4lite.generation.config import GenerationConfig
 
 StoppingCriterion = Callable[[Tensor, Any], "Tensor | bool"]
@@ -31,6 +32,8 @@ def criteria(
     if config.stop_strings:
         if tokenizer is None:
             raise ValueError("stop_strings needs the model's tokenizer: generate(..., stop_strings=…, tokenizer=…)")
+        if not hasattr(tokenizer, "decode"):
+            raise ValueError(f"tokenizer must have decode, as the model's Tokenizer, found {shown(tokenizer)}")
         found.append(StopTexts(config.stop_strings, tokenizer))
     if config.eos_token_id:
         ends = torch.tensor(config.eos_token_id)
@@ -42,7 +45,13 @@ def stopped(found: Sequence[StoppingCriterion], ids: Tensor, scores: Any) -> Ten
     """bool [B]: which sequences end here."""
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for criterion in found:
-        done = done | torch.as_tensor(criterion(ids, scores), device=ids.device).to(torch.bool)
+        found_here = criterion(ids, scores)
+        if not isinstance(found_here, bool | Tensor) or (
+            isinstance(found_here, Tensor) and found_here.dim() and found_here.shape != done.shape
+        ):
+            given = list(found_here.shape) if isinstance(found_here, Tensor) else shown(found_here)
+            raise ValueError(f"a stopping criterion must return a bool, or a tensor of {len(ids)} bools, found {given}")
+        done = done | torch.as_tensor(found_here, device=ids.device).to(torch.bool)
     return done
 
 

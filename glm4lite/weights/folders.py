@@ -56,6 +56,11 @@ def described(folder: Path) -> str | None:
     if saving is not None:
         before = folder / saving / "replaced"
         return f"a save into {folder} was not finished; save the model again (what was there before is in {before})"
+    if os.path.lexists(folder / "training_args.bin") and not os.path.lexists(folder / CONFIG):
+        return (
+            f"{folder} holds weights, but no {CONFIG}, as Transformers' Trainer leaves them of a model that is not its "
+            f"own: write it with model.config.save_pretrained(folder), or the whole model with save_pretrained"
+        )
     other = other_weights(folder)
     if other is not None:
         return other

@@ -189,7 +189,8 @@ def make_plan(
         weight = find_weight(checkpoint, source)
         parts = weight.parts if weight else _stored_parts(checkpoint, f"{prefix}{module}", parameter)
         if not parts and source not in checkpoint:
-            (plan.fresh if module == "score" else missing).append((module, parameter))
+            new = not prefix and module.partition(".")[0] not in ("model", "lm_head")  # a head for another task
+            (plan.fresh if new else missing).append((module, parameter))
             continue
         config = None if parts else _quant_for(model, module, parameter, shape, quant, plan.kept)
         plan.fills.append(Fill(module, parameter, source, shape, config, parts, weight))

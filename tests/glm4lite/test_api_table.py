@@ -762,6 +762,126 @@ def libraries(tmp_path: Path) -> tuple[Library, Library]:
     return found
 
 
+# --- what scripts do besides ---------------------------------------------------------------------------------------
+
+PACKED = torch.cat((torch.arange(9), torch.arange(12)))[None]
+works("model(input_ids, position_ids=packed, use_cache=False)", _forward(position_ids=PACKED, use_cache=False))
+works(
+    "model(input_ids, labels=labels, num_items_in_batch=12)",
+    lambda lib: lib.model()(IDS, labels=IDS, num_items_in_batch=12).loss,
+)
+
+
+def _dynamic_of_config(lib: Library) -> Any:
+    model = lib.model()
+    cache = transformers.DynamicCache(config=model.config)
+    model(IDS[:, :15], past_key_values=cache)
+    return model(IDS[:, 15:], past_key_values=cache).logits, cache.get_seq_length()
+
+
+works("model(input_ids, past_key_values=DynamicCache(config=config))", _dynamic_of_config)
+refused("model([[1, 2]])", lambda lib: lib.model()([[1, 2]]), "must be a torch tensor, found list", theirs_too=True)
+
+
+def _static(lib: Library) -> Any:
+    model = lib.model()
+    return model(IDS, past_key_values=transformers.StaticCache(config=model.config, max_cache_len=32)).logits
+
+
+refused("model(input_ids, past_key_values=StaticCache(...))", _static, "found StaticCache; leave it out, or give Dyn")
+
+
+def _every_second(lib: Library) -> Any:
+    model = lib.model()
+    model.activation_checkpointing_enable(every_n_layers=2)
+    return model.train()(IDS, labels=IDS).loss
+
+
+works("model.activation_checkpointing_enable(every_n_layers=2)", _every_second)
+works(
+    "model.vocab_size, model.get_decoder()",
+    lambda lib: (lambda model: (model.vocab_size, model.get_decoder() is model.model))(lib.model()),
+)
+works("model.name_or_path", lambda lib: str(lib.loaded().name_or_path))
+
+
+def _input_gradients(lib: Library) -> bool:
+    model = lib.model().requires_grad_(False)
+    model.enable_input_require_grads()
+    return bool(model(IDS).logits.requires_grad)
+
+
+works("model.enable_input_require_grads()", _input_gradients)
+works("torch.compile(model)", lambda lib: torch.compile(lib.model(), backend="eager")(IDS, use_cache=False).logits)
+
+works(
+    "GenerationConfig.from_pretrained(folder, max_new_tokens=8)",
+    lambda lib: (lambda config: (config.max_new_tokens, config.eos_token_id))(
+        lib.GenerationConfig.from_pretrained(lib.saved(), max_new_tokens=8)
+    ),
+)
+
+
+def _updated(lib: Library) -> Any:
+    config = lib.GenerationConfig(do_sample=False)
+    unused = config.update(max_new_tokens=8, foo=1)
+    values = config.to_diff_dict()
+    return unused, {name: values[name] for name in ("max_new_tokens", "do_sample")}
+
+
+works("generation_config.update(max_new_tokens=8), to_diff_dict()", _updated)
+works(
+    "GenerationConfig.from_model_config(config)",
+    lambda lib: lib.GenerationConfig.from_model_config(lib.model().config).eos_token_id,
+)
+works(
+    "generate(input_ids, inputs_embeds=...)",
+    _generated(
+        IDS,
+        inputs_embeds=torch.ones(2, 24, SMALL["hidden_size"]),
+        attention_mask=torch.ones(2, 24, dtype=torch.long),
+        max_new_tokens=4,
+    ),
+)
+
+
+def _pipeline(lib: Library) -> Any:
+    pipe = transformers.pipeline("text-generation", model=lib.loaded(dtype=torch.float32), tokenizer=lib.tokenizer())
+    return pipe(CHAT, max_new_tokens=5, do_sample=False)
+
+
+works('pipeline("text-generation", model, tokenizer=tokenizer)', _pipeline)
+refused("generate(bad_words_ids=[[5]])", _generated(IDS, bad_words_ids=[[5]]), "give Transformers' NoBadWordsLogitsPr")
+refused(
+    "generate(cache_implementation='static')",
+    _generated(IDS, cache_implementation="static", max_new_tokens=2, disable_compile=True),
+    "cache_implementation='static' is not supported",
+)
+
+
+def _saved_as_accelerate_does(lib: Library) -> list[str]:
+    model = lib.model()
+    model.save_pretrained(lib.folder / "accelerate", save_function=torch.save, state_dict=model.state_dict())
+    return sorted(path.name for path in (lib.folder / "accelerate").glob("*.safetensors"))
+
+
+works("save_pretrained(folder, save_function=accelerator.save, state_dict=...)", _saved_as_accelerate_does)
+
+
+def _saved_by_trainer(lib: Library) -> set[str]:
+    folder = lib.folder / "trainer"
+    arguments = transformers.TrainingArguments(str(folder), report_to=[], use_cpu=True)
+    transformers.Trainer(lib.model(), arguments).save_model(str(folder))
+    return {path.name for path in folder.iterdir()} & {"config.json", "model.safetensors"}
+
+
+differs(
+    "Trainer(model, ...).save_model(folder)",
+    _saved_by_trainer,
+    lambda ours, theirs: ours == {"model.safetensors"} and theirs == ours | {"config.json"},
+)
+
+
 def documented() -> dict[str, str]:
     """The rows of docs/api.md: call -> verdict."""
     rows = re.findall(r"^\| `` ?(.+?) ?`` \| (\w+) \|", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
