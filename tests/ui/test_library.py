@@ -90,7 +90,7 @@ def test_what_was_typed_is_there_after_a_restart(serve: Serve, visit: Visit, tmp
     first.close()
     serve(folder=tmp_path / "kept", port=int(first.url.rpartition(":")[2]))
     page.goto(first.url)  # without naming the chat
-    page.wait_for_function("document.querySelector('#message').value === 'half a question'")
+    page.wait_for_function("document.querySelector('#message')?.value === 'half a question'")
     ask(page, "half a question")
     wait_for_end(page)
     page.click("#new-chat")
@@ -114,14 +114,14 @@ def test_settings_are_kept_under_a_name_and_for_new_chats(serve: Serve, visit: V
     page.fill("#system", "Something else")
     page.wait_for_timeout(500)
     page.select_option("#preset", "Short")
-    page.wait_for_function("document.querySelector('#system').value === 'Be brief.'")
+    page.wait_for_function("document.querySelector('#system')?.value === 'Be brief.'")
     page.keyboard.press("Escape")
     ask(page, "Hi")
     wait_for_end(page)
     page.click("#new-chat")
     page.wait_for_selector("#greeting")
     page.click("#open-settings")
-    page.wait_for_function("document.querySelector('#temperature').value === '0.3'")
+    page.wait_for_function("document.querySelector('#temperature')?.value === '0.3'")
 
 
 def test_a_file_may_be_dropped_anywhere_in_any_encoding(serve: Serve, visit: Visit) -> None:
@@ -194,7 +194,7 @@ def test_settings_typed_before_another_chat_is_opened_stay_with_theirs(serve: Se
     page.fill("#system", "For two")
     page.go_back()
     page.wait_for_selector(".said >> text=One")
-    page.wait_for_function("document.querySelector('#system').value === ''")
+    page.wait_for_function("document.querySelector('#system')?.value === ''")
     page.fill("#seed", "5")
     page.wait_for_timeout(1500)
     kept = {chat.title: (chat.settings.system, chat.settings.seed) for chat in site.runtime.store.find()}

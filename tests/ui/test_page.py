@@ -493,7 +493,7 @@ def test_settings_belong_to_the_chat(serve: Serve, visit: Visit) -> None:
     assert settings.tools == ["current_time", "unit_convert"]
     page.click("#new-chat")
     page.click("#open-settings")
-    page.wait_for_function("document.querySelector('#system').value === ''")
+    page.wait_for_function("document.querySelector('#system')?.value === ''")
     assert page.get_by_role("checkbox", name="calculator").is_checked()
 
 
