@@ -161,6 +161,9 @@ def test_a_long_paste_becomes_a_file(serve: Serve, visit: Visit) -> None:
         }"""
     )
     page.wait_for_selector("#chips >> text=pasted-1.txt ·")
+    # The chat's first message may come later than the paste.
+    page.evaluate("import('/page/static/composer.js').then(composer => composer.showDraft('a draft'))")
+    assert page.input_value("#message") == "a draft"
     assert page.locator("#chips li").count() == 1
 
 

@@ -125,9 +125,11 @@ function saveDraft() {
   ask(`/chats/${chat}/type`, {text}).catch(() => undefined);
 }
 
-/** The first that is heard of a chat: what was typed in it. */
+/** The first that is heard of a chat: what was typed in it. Files that were given before that stay. */
 export function showDraft(text) {
-  if (!editing && !find('#message').value) set(text);
+  if (editing || find('#message').value) return;
+  find('#message').value = text;
+  fit();
 }
 
 // Files
