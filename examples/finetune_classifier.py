@@ -53,8 +53,8 @@ def train(model: Glm4ForSequenceClassification, tokenizer: Tokenizer, steps: int
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        losses.append(float(loss))
-        print(f"step {step + 1:3d}  loss {loss:.4f}")
+        losses.append(loss.item())
+        print(f"step {step + 1:3d}  loss {losses[-1]:.4f}")
     return losses
 
 

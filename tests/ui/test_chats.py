@@ -140,7 +140,7 @@ def test_a_user_without_a_home_is_told_to_name_a_folder(monkeypatch: pytest.Monk
 
     monkeypatch.delenv("GLM4LITE_CHATS", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    with pytest.raises(ChatError, match="no home folder; name another folder with --chats or GLM4LITE_CHATS"):
+    with pytest.raises(ChatError, match="no home folder, so nothing can be kept; name another folder with --chats"):
         ChatStore()
 
 

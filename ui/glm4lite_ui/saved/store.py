@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import re
-import sys
 import tempfile
 import threading
 import time
@@ -29,7 +28,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from glm4lite.errors import one_line
+from glm4lite.errors import Glm4liteError, one_line
+from glm4lite.user_folder import user_folder
 from glm4lite_ui.chats import Chat, ChatError, read_chat
 
 logger = logging.getLogger("glm4lite")
@@ -45,16 +45,9 @@ def data_folder() -> Path:
     if chosen := os.environ.get("GLM4LITE_CHATS"):
         return Path(chosen)
     try:
-        home = Path.home()
-    except RuntimeError:
-        raise ChatError(f"this user has no home folder; {_ELSEWHERE}") from None
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = home / "Library" / "Application Support"
-    else:
-        base = Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share")
-    return base / "glm4lite" / "chats"
+        return user_folder() / "chats"
+    except Glm4liteError as error:
+        raise ChatError(f"{error}; {_ELSEWHERE}") from None
 
 
 @dataclass(frozen=True)
