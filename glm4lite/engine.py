@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from glm4lite.cache import STEP
 from glm4lite.checkpoint import Checkpoint
-from glm4lite.errors import CheckpointError, TemplateError
+from glm4lite.errors import CheckpointError, NoModel, TemplateError
 from glm4lite.events import Done, Progress
 from glm4lite.generate import Generation
 from glm4lite.prefixes import PrefixPool
@@ -95,8 +95,24 @@ class Engine:
         return cls(model, tokenizer, template, checkpoint.generation_config)
 
     def unload(self) -> None:
-        """Gives the model's memory back; this engine computes nothing any more."""
-        del self.model, self.prefixes
+        """Gives the model's memory back; whoever asks this engine for `model` or `prefixes` from now on gets NoModel.
+
+        Tokenizer, template and settings stay, which take little.
+        """
+        if self.loaded:
+            del self.model, self.prefixes
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the model is in memory."""
+        return "model" in vars(self)
+
+    if not TYPE_CHECKING:  # a checker would take any name for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ("model", "prefixes"):
+                raise NoModel
+            raise AttributeError(f"an Engine has no {name!r}")
 
     def chat_template(self) -> ChatTemplate:
         """The template; TemplateError for a base model, which has none."""

@@ -135,7 +135,7 @@ class McpServers:
         connection: Connection | None = None,
         gone: threading.Event | None = None,
     ) -> _Result:
-        """Runs `work` in the background until `gone` is set: as a rule, nobody waits for the tool call it belongs to."""
+        """Runs `work` in the background until `gone` is set: else until nobody waits for its tool call."""
         if not self._thread.is_alive() or self._loop.is_closed():
             work.close()
             raise ToolError("the MCP servers were closed")
