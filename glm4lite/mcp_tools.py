@@ -141,13 +141,15 @@ class McpServers:
             raise ToolError("the MCP servers were closed")
         future, gone = asyncio.run_coroutine_threadsafe(work, self._loop), gone or abandoned()
         try:
-            while not gone.wait(0) and not future.done():
+            while not gone.wait(0) and not future.done() and self._thread.is_alive():
                 try:
                     return future.result(0.05)
                 except TimeoutError:
                     continue
             if future.done():
                 return future.result()
+            if not self._thread.is_alive():
+                raise ToolError("the MCP servers were closed")
             if connection is not None:  # told before the cancelling, which the SDK may delay
                 self._loop.call_soon_threadsafe(connection.doubt)
             raise ToolError("nobody waits for this call any more")

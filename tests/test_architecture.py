@@ -31,6 +31,7 @@ ALLOWED = {
         "glm4lite/server/app.py",
         "ui/glm4lite_ui/routes.py",
         "ui/glm4lite_ui/serving.py",
+        "ui/glm4lite_ui/tool_routes.py",
         "ui/glm4lite_ui/transfer.py",
     },
     "uvicorn": {"glm4lite/server/launch.py", "glm4lite/server/connection.py"},

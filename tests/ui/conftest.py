@@ -44,6 +44,7 @@ class Site:
     def close(self) -> None:
         self.server.should_exit = True
         self.thread.join(10)
+        self.runtime.toolset.servers.close()
 
     def idle_after(self) -> float:
         """Seconds until the engine computes nothing."""
