@@ -2,6 +2,7 @@
 
 import {element, find} from './dom.js';
 import {ask, tell} from './server.js';
+import {refresh as refreshTools} from './tools.js';
 import {name, t} from './words.js';
 
 let state = null;
@@ -15,9 +16,26 @@ export async function refresh() {
   const about = await ask('/model', undefined, 'GET').catch(() => null);
   if (!about) return;
   state.model = about;
-  find('#open-model').textContent = about.name;
-  name(find('#open-model'), `${t('The model')}: ${about.name}`);
+  const said = about.loaded ? about.name : t('No model');
+  find('#open-model').textContent = said;
+  name(find('#open-model'), `${t('The model')}: ${said}`);
   draw();
+  offer();
+}
+
+/** Where none is loaded, the composer says so and offers the last one. */
+function offer() {
+  const {loaded, loading} = state.model, place = find('#no-model');
+  place.hidden = loaded;
+  if (loaded) return place.replaceChildren();
+  const share = loading?.share == null ? '' : ` ${Math.round(loading.share * 100)} %`;
+  place.replaceChildren(element('span', {}, loading ? t('Loading {source}', loading) + share : t('No model is loaded. What you write stays here until one is.')), loading ? '' : again());
+}
+
+/** A button that loads the last model as it was. */
+function again() {
+  const {source, quant, name} = state.model;
+  return element('button', {type: 'button', class: 'plain again', on: {click: () => tell('/model/load', {source, quant})}}, t('Load {name} again', {name}));
 }
 
 function draw() {
@@ -33,7 +51,11 @@ function draw() {
     element('datalist', {id: 'known-models'}, ...about.known.map(name => element('option', {value: name}))),
     element('div', {class: 'buttons'}, element('button', {type: 'submit', class: 'main'}, t('Load')),
       element('button', {type: 'button', class: 'plain', id: 'plan', on: {click: () => plan(source.value, quant.value)}}, t('Will it fit?'))));
-  body.replaceChildren(table(about.facts, 'facts'), form, element('div', {id: 'load-progress', role: 'status'}));
+  const unload = element('button', {type: 'button', class: 'plain', id: 'unload', 'aria-describedby': 'about-unload', on: {click: () => tell('/model/unload')}}, t('Unload'));
+  const now = about.loaded
+    ? element('div', {}, table(about.facts, 'facts'), element('div', {class: 'buttons'}, unload), element('p', {class: 'about', id: 'about-unload'}, t('Gives the memory back. Until a model is loaded again, no message is sent.')))
+    : element('div', {id: 'unloaded'}, element('p', {}, t('No model is loaded. What you write stays here until one is.')), element('div', {class: 'buttons'}, again()));
+  body.replaceChildren(now, form, element('div', {id: 'load-progress', role: 'status'}));
   progress(about);
 }
 
@@ -59,14 +81,20 @@ function refused(source, problem) {
 
 /** A load goes on, or is over. */
 export function hear(message) {
-  if (message.loading) progress(message);
-  else refresh();
+  if (!message.loading) {
+    refresh();
+    refreshTools();  // another model's template may have no place for them
+    return;
+  }
+  Object.assign(state.model ?? {}, {loading: message.loading});
+  progress(message);
+  if (state.model) offer();
 }
 
 function progress({loading, ended}) {
   const place = find('#load-progress');
   if (!place) return;
-  find('#load button[type=submit]').disabled = Boolean(loading);
+  for (const button of document.querySelectorAll('#load button[type=submit], #unload, #model .again')) button.disabled = Boolean(loading);
   if (!loading) {
     place.replaceChildren(ended ? element('p', {class: 'note'}, ended) : '');
     return;
