@@ -6,6 +6,7 @@ Each has connections of its own (`McpServers`), so that one that hangs holds up 
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import threading
@@ -20,6 +21,7 @@ from glm4lite.toolbox import with_approval
 from glm4lite.tools import Tool
 from glm4lite_ui.saved.servers import ServerFile
 
+logger = logging.getLogger("glm4lite")
 State = Literal["connecting", "connected", "failed"]
 
 
@@ -93,7 +95,7 @@ class Servers:
             self._connect(server)
             self.file.put(name, entry)
         except BaseException:
-            self._drop(server)
+            self._drop(server)  # ends it, too
             raise
 
     def remove(self, name: str) -> None:
@@ -132,27 +134,33 @@ class Servers:
                 raise ToolError("--mcp names a server of the same name")
             server.config = _config(name, self.file.entries().get(name))
             self._connect(server)
-        except Glm4liteError as error:
+        except Exception as error:
+            if not isinstance(error, Glm4liteError):
+                logger.error("the MCP server %r could not be connected", name, exc_info=error)
             server.close()
-            server.state, server.problem = "failed", one_line(error)
+            server.state, server.problem = "failed", one_line(error) or type(error).__name__
             self._changed()
             if strict:
                 raise
 
     def _connect(self, server: Server) -> None:
         """Returns when its tools are known and named. Raises ToolError."""
-        server.connection = connection = McpServers([server.config], server.cancel)
-        if not server.cancel.is_set():
+        try:
+            server.connection = connection = McpServers([server.config], server.cancel)
             connection.tools()
+        except ToolError:
+            self._check_stays(server)
+            raise
         with self._lock:
-            stays = not server.cancel.is_set() and self._all.get(server.config.name) is server
-            if stays:
-                server.state = "connected"
-                self._name_tools()
-        if not stays:
-            connection.close()
-            raise ToolError(f"the MCP server {server.config.name!r} was removed while it was being connected")
+            self._check_stays(server)
+            server.state = "connected"
+            self._name_tools()
         self._changed()
+
+    def _check_stays(self, server: Server) -> None:
+        """Raises ToolError where it was removed meanwhile."""
+        if server.cancel.is_set() or self._all.get(server.config.name) is not server:
+            raise ToolError(f"the MCP server {server.config.name!r} was removed before it was connected")
 
     def _drop(self, server: Server) -> None:
         with self._lock:
