@@ -33,7 +33,7 @@ LARGE = 4 << 30  # bytes of a checkpoint that is worth quantizing once
 SEPARATOR = "<|assistant|>"
 
 
-@dataclass
+@dataclass(eq=False, repr=False)  # another model is another engine, and one without a model can be told of, too
 class Engine:
     """A model, its tokenizer, its chat template (None: a base model) and its generation_config.json.
 
@@ -99,8 +99,11 @@ class Engine:
 
         Tokenizer, template and settings stay, which take little.
         """
+        from glm4lite.weights.memory import give_back
+
         if self.loaded:
             del self.model, self.prefixes
+            give_back()
 
     @property
     def loaded(self) -> bool:

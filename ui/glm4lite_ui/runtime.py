@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -232,7 +231,6 @@ class Runtime:
             raise BusyError("a chat is being answered; stop that first")
         for _ in self.worker.run(job):
             pass
-        gc.collect()
 
     def close(self) -> None:
         """Stops every answer, the servers and the engine's thread; what was said is saved."""

@@ -25,12 +25,12 @@ export function openMenu(button, name, children) {
   if (closed.button === button && performance.now() - closed.at < 200) return null;
   const box = element('div', {class: 'menu', popover: 'auto', role: 'menu', 'aria-label': name}, ...children);
   find('#library').parentElement.append(box);
-  box.addEventListener('toggle', event => {
+  box.addEventListener('beforetoggle', event => {  // `toggle` comes after the click that closed it
     if (event.newState !== 'closed') return;
     closed = {button, at: performance.now()};
     button.setAttribute('aria-expanded', 'false');
-    box.remove();
   });
+  box.addEventListener('toggle', event => { if (event.newState === 'closed') box.remove(); });
   box.addEventListener('keydown', event => walk(event, box));
   button.setAttribute('aria-expanded', 'true');
   box.showPopover();
