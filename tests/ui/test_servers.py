@@ -404,6 +404,17 @@ def test_who_comes_through_a_proxy_may_not(client: tuple[Site, httpx.Client], he
     assert "on this machine only (a proxy asks)" in answer.json()["error"]
     assert asking.get("/page/tools", headers={header: "x"}).json()["refused"]
     assert site.runtime.toolset.servers.all() == []
+    headers = {"Origin": site.url, header: "203.0.113.9"}
+    for word, status in (("allow", 409), ("", 409), ("ask", 200)):
+        said = {"origin": "", "tool": "calculator", "word": word}
+        assert asking.post("/page/tools/trust", json=said, headers=headers).status_code == status
+
+
+def test_command_lines_are_told_on_this_machine_only(client: tuple[Site, httpx.Client]) -> None:
+    site, asking = client
+    assert post(asking, site).status_code == 200
+    assert "mcp_server.py" in asking.get("/page/tools").text
+    assert "mcp_server.py" not in asking.get("/page/tools", headers={"X-Forwarded-For": "203.0.113.9"}).text
 
 
 def test_a_program_that_does_not_say_where_its_page_is_from_may_not(client: tuple[Site, httpx.Client]) -> None:
@@ -414,6 +425,7 @@ def test_a_program_that_does_not_say_where_its_page_is_from_may_not(client: tupl
         asking.post("/page/servers", json=body),
         asking.delete("/page/servers?name=x"),
         asking.post("/page/servers/restart", json={"name": "x"}),
+        asking.post("/page/tools/trust", json={"origin": "", "tool": "calculator", "word": "allow"}),
     ):
         assert answer.status_code == 409
         assert "no page that asks" in answer.json()["error"]

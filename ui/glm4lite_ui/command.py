@@ -37,7 +37,8 @@ def ui(
     context: options.Context = None,
     threads: options.Threads = None,
     servers_from_elsewhere: Annotated[
-        bool, typer.Option(help="Let also who reaches the page from elsewhere add MCP servers, which are programs.")
+        bool,
+        typer.Option(help="Let also who reaches the page from elsewhere add MCP servers (programs) and allow tools."),
     ] = False,
     chats: Annotated[Path | None, typer.Option(help="Where chats are kept.", show_default="your data folder")] = None,
 ) -> None:

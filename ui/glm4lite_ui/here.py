@@ -1,8 +1,9 @@
 """Who asks: the user of this machine, or somebody else.
 
-An MCP server is a program that runs with the user's rights, and may be called with the user's secrets. So servers are
-added, started and removed only by the page as it is open on this machine, for this user: what else reaches the port
-(another user of the machine, a proxy or a tunnel for other machines, a tool that the model may call) is refused.
+An MCP server is a program that runs with the user's rights, and may be called with the user's secrets; a tool that is
+allowed for good runs unasked. So servers are added, started and removed, and tools allowed, only by the page as it is
+open on this machine, for this user: what else reaches the port (another user of the machine, a proxy or a tunnel for
+other machines, a tool that the model may call) is refused.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def from_elsewhere(request: Request) -> str:
 
 
 def refuse_from_elsewhere(request: Request) -> None:
-    """For what starts or ends programs. Raises Glm4liteError.
+    """For what starts or ends programs, or lets them run unasked. Raises Glm4liteError.
 
     A browser says of what a page posts where the page is from, and the Guard has compared that; a program that says
     nothing (a tool that fetches what a model names) is none.
@@ -42,8 +43,8 @@ def refuse_from_elsewhere(request: Request) -> None:
     reason = from_elsewhere(request) or ("" if "origin" in request.headers else "it is no page that asks")
     if reason:
         raise Glm4liteError(
-            f"MCP servers are added, started and removed on this machine only ({reason}); "
-            "glm4lite ui --servers-from-elsewhere allows it to everyone who reaches the page"
+            f"MCP servers, and what may run unasked, are changed on this machine only ({reason}); "
+            "glm4lite ui --servers-from-elsewhere lets everyone do so who reaches the page"
         )
 
 

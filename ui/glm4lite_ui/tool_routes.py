@@ -23,7 +23,7 @@ class Said(BaseModel):
 
 
 class Tools:
-    """The routes. Servers are changed from this machine only (here.py)."""
+    """The routes. Servers are changed, and tools allowed, from this machine only (here.py)."""
 
     def __init__(self, runtime: Runtime, windows: Windows) -> None:
         self.runtime, self.windows = runtime, windows
@@ -37,13 +37,18 @@ class Tools:
         router.add_api_route("/servers/restart", self.restart_server, methods=["POST"])
 
     def about(self, request: Request) -> dict[str, Any]:
-        """All groups, and why this window may not change servers."""
+        """All groups, and why this window may not change servers; then without command lines: secrets may be in them."""
         refused = "" if self.runtime.servers_from_elsewhere else from_elsewhere(request)
         takes = self.runtime.engine.chat_template().takes_tools
-        return {**self.runtime.toolset.about(), "takes_tools": takes, "refused": refused}
+        about = self.runtime.toolset.about()
+        for group in about["groups"] if refused else ():
+            group["about"] = ""
+        return {**about, "takes_tools": takes, "refused": refused}
 
-    def trust(self, said: Said) -> None:
-        """Whether a tool, or all of a server, may run unasked."""
+    def trust(self, request: Request, said: Said) -> None:
+        """Whether a tool, or all of a server, may run unasked. That one asks may be said from anywhere."""
+        if said.word != "ask":
+            self._check(request)
         self.runtime.toolset.say(said.origin, said.tool, said.word)
         self._changed()
 
