@@ -37,7 +37,7 @@ class Tools:
         router.add_api_route("/servers/restart", self.restart_server, methods=["POST"])
 
     def about(self, request: Request) -> dict[str, Any]:
-        """All groups, and why this window may not change servers; then without command lines, which may hold secrets."""
+        """All groups, and why this window may change none; then without command lines, which may hold secrets."""
         refused = "" if self.runtime.servers_from_elsewhere else from_elsewhere(request)
         takes = self.runtime.engine.chat_template().takes_tools
         about = self.runtime.toolset.about()
