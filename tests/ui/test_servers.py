@@ -374,6 +374,32 @@ def test_a_server_of_the_command_line_keeps_its_name(tmp_path: Path) -> None:
     assert server.config == ServerConfig("weather")  # nothing was started
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the user's folder is named otherwise")
+@pytest.mark.parametrize("switch", [(), ("--servers-from-elsewhere",)])
+def test_the_command_connects_what_lies_in_the_users_folder(tmp_path: Path, switch: tuple[str, ...]) -> None:
+    file = ServerFile(tmp_path / "glm4lite" / "mcp.json")
+    file.put("weather", entry(GOOD, "stdio"))
+    command = [sys.executable, "-m", "glm4lite", "ui", "--port", "0", "--chats", str(tmp_path / "chats"), *switch]
+    environment = os.environ | {"XDG_DATA_HOME": str(tmp_path)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            url = next(line for line in process.stderr if "Open http" in line).split()[1]
+            with httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
+                deadline, state = time.monotonic() + 30, ""
+                while state != "connected" and time.monotonic() < deadline:
+                    time.sleep(0.1)
+                    (group,) = (one for one in client.get("/page/tools").json()["groups"] if one["name"] == "weather")
+                    state = group["state"]
+                assert "get_weather" in [tool["name"] for tool in group["tools"]]
+                headers = {"Origin": url, "X-Forwarded-For": "203.0.113.9"}
+                removed = client.delete("/page/servers?name=weather", headers=headers)
+                assert removed.status_code == (200 if switch else 409)
+        finally:
+            process.terminate()
+    assert list(file.entries()) == ([] if switch else ["weather"])
+
+
 # Who may add one: it is a program that runs with the user's rights
 
 

@@ -107,6 +107,31 @@ def test_a_server_that_is_started_otherwise_or_added_again_is_not_trusted(serve:
     assert kept(site).keys() == {"weather"}
 
 
+def test_what_a_chat_allowed_is_not_for_another_server_of_that_name(serve: Serve, visit: Visit) -> None:
+    site = serve()
+    page = visit(site.url)
+    site.runtime.toolset.servers.add("weather", entry(GOOD, "stdio"))
+    ask(page, WEATHER)
+    page.wait_for_selector("#asking >> text=Run get_weather of MCP server weather?")
+    page.wait_for_timeout(500)
+    page.click("#asking button:text-is('Always for this chat')")
+    wait_for_end(page)
+    (kept_name,) = site.runtime.store.find()[0].settings.always
+    assert kept_name.startswith("get_weather (MCP server weather) #")
+    page.click("#open-settings")
+    page.wait_for_selector(".allowed:visible")
+    page.keyboard.press("Escape")
+    ask(page, "How is the weather in Oslo?")
+    page.wait_for_selector("text=18 degrees and sunny in Oslo")  # nobody was asked
+    wait_for_end(page)
+    site.runtime.toolset.remove("weather")
+    site.runtime.toolset.servers.add("weather", entry(GOOD, "stdio", env={"PYTHONPATH": "/elsewhere"}))
+    ask(page, "How is the weather in Rome?")
+    page.wait_for_selector("#asking >> text=Run get_weather of MCP server weather?")
+    page.click("#stop")
+    wait_for_end(page)
+
+
 def asks(site: Site, name: str) -> bool:
     (tool,) = (tool for tool in site.runtime.toolset.tools() if tool.name == name)
     return tool.asks({})

@@ -117,8 +117,9 @@ class Runtime:
         session = ChatSession(
             self.engine, self.chosen(chat.settings), params=self.params(chat.settings), compute=self.worker.run
         )
-        allowed = (tool.name for tool in session.tools.values() if tool.full_name in chat.settings.always)
-        session.allowed.update(allowed)
+        if always := chat.settings.always:
+            kept = self.toolset.permission
+            session.allowed.update(tool.name for tool in session.tools.values() if kept(tool) in always)
         return session
 
     def params(self, settings: Settings) -> SamplingParams:
@@ -151,7 +152,7 @@ class Runtime:
             if resume and not (chat.turns and chat.turns[-1].cut):
                 raise ChatError("this answer is whole; ask again for another one")
             chat.name_after_first_turn()
-            answer = Answer(chat, self.session(chat), self._keep, resume)
+            answer = Answer(chat, self.session(chat), self._keep, resume, self.toolset.permission)
             self.answers[chat.id] = answer  # before the windows hear of the turn: it is under way
             try:
                 self.store.save(chat)

@@ -69,6 +69,11 @@ class Toolset:
         """All of them, each asking as the user said: what is taken back holds from the next call on."""
         return [self._trusted(tool, group) for group in self.groups() for tool in group.tools]
 
+    def permission(self, tool: Tool) -> str:
+        """What a chat keeps of a tool that it allows for good: its full name, and which server it is of."""
+        of = next((group.of for group in self.groups() if group.kind == "server" and group.origin == tool.origin), "")
+        return f"{tool.full_name} #{of[:16]}" if of else tool.full_name
+
     def say(self, origin: str, name: str, word: Word) -> None:
         """Keeps whether a tool, or with `name` "" all tools of a server, may run unasked. Raises Glm4liteError."""
         for group in self.groups():
@@ -114,6 +119,7 @@ class Toolset:
             yield {
                 "name": tool.name,
                 "full_name": tool.full_name,
+                "permission": self.permission(tool),
                 "about": tool.description,
                 "caution": tool.caution,
                 "word": self.trust.word(tool.full_name, _of(tool, group)),

@@ -95,7 +95,7 @@ function drawGroup(group) {
 function drawTool(group, tool) {
   const input = element('input', {type: 'checkbox', name: 'tool', value: tool.name, 'data-key': `on ${tool.full_name}`, on: {input: event => turn([tool], event.target.checked)}});
   return element('div', {class: 'tool'},
-    element('label', {}, input, element('span', {}, element('strong', {}, tool.name), element('span', {class: 'allowed', 'data-tool': tool.full_name, hidden: true}, ` · ${t('allowed in this chat')}`),
+    element('label', {}, input, element('span', {}, element('strong', {}, tool.name), element('span', {class: 'allowed', 'data-tool': tool.permission, hidden: true}, ` · ${t('allowed in this chat')}`),
       element('span', {class: 'about'}, tool.about.split('\n', 1)[0]), tool.caution ? element('span', {class: 'about problem'}, tool.caution) : '')),
     trust(group, tool));
 }
