@@ -12,16 +12,14 @@ import shlex
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from glm4lite.errors import Glm4liteError, ToolError, one_line
 from glm4lite.mcp_client.config import ServerConfig, server_config
+from glm4lite.mcp_tools import McpServers
 from glm4lite.toolbox import with_approval
 from glm4lite.tools import Tool
 from glm4lite_ui.saved.servers import ServerFile
-
-if TYPE_CHECKING:
-    from glm4lite.mcp_tools import McpServers
 
 logger = logging.getLogger("glm4lite")
 State = Literal["connecting", "connected", "failed"]
@@ -147,8 +145,6 @@ class Servers:
 
     def _connect(self, server: Server) -> None:
         """Returns when its tools are known and named. Raises ToolError."""
-        from glm4lite.mcp_tools import McpServers  # takes a second, which a page without servers need not wait
-
         try:
             server.connection = connection = McpServers([server.config], server.cancel)
             connection.tools()
