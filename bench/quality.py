@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from glm4lite import Glm4ForCausalLM, load
-from glm4lite.checkpoint import Checkpoint
-from glm4lite.tokenizer import Tokenizer
-from glm4lite.weights.calibration import Calibrator
-from glm4lite.weights.calibration_text import CalibrationIds, calibration_ids
-from glm4lite.weights.plan import make_plan, read_config, skeleton
+from glm4lite.checkpoint.calibration import Calibrator
+from glm4lite.checkpoint.calibration_text import CalibrationIds, calibration_ids
+from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.load_plan import make_plan, read_config, skeleton
+from glm4lite.text.tokenizer import Tokenizer
 from glm4lite_quant import QuantConfig, QuantTensor
 
 WINDOW = 512

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glm4lite_quant.config import QuantConfig, QuantError
-from glm4lite_quant.kernels.reference import SCRATCH_ELEMENTS
+from glm4lite_quant.format import SCRATCH_ELEMENTS
 from glm4lite_quant.linear import UncastModule, check_input
 
 QUANT_METHOD = "bitsandbytes"

@@ -9,17 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm4lite.checkpoint import Checkpoint
+from glm4lite.base.errors import CheckpointError, ConfigError
+from glm4lite.base.events import Progress
+from glm4lite.checkpoint.calibration import Calibrator
+from glm4lite.checkpoint.calibration_text import BUNDLED, calibration_ids
+from glm4lite.checkpoint.checkpoint import Checkpoint, calibration, calibration_text
+from glm4lite.checkpoint.load_plan import make_plan, read_config, skeleton
+from glm4lite.checkpoint.quantize import model_class, quantize_checkpoint
 from glm4lite.cli import main
-from glm4lite.errors import CheckpointError, ConfigError
-from glm4lite.events import Progress
-from glm4lite.heads import Glm4ForTokenClassification
-from glm4lite.loader import load, quantize_checkpoint
-from glm4lite.weights import calibration, calibration_text
-from glm4lite.weights.calibration import Calibrator
-from glm4lite.weights.calibration_text import BUNDLED, calibration_ids
-from glm4lite.weights.plan import make_plan, read_config, skeleton
-from glm4lite.weights.quantized import model_class
+from glm4lite.pretrained.load import load
+from glm4lite.pretrained.models import Glm4ForTokenClassification
 from glm4lite_quant import QuantConfig, QuantTensor
 from tests.glm4lite.checkpoints import legacy_checkpoint, tiny_config, tiny_tensors, write_checkpoint
 

@@ -17,15 +17,16 @@ from typing import Any
 import pytest
 import torch
 
-from glm4lite import Glm4ForCausalLM, SamplingParams, crossing, load
-from glm4lite.crossing import Bus, Crossing, put_on_bus
-from glm4lite.fused import FusedLayers
-from glm4lite.generate import Generation, PrefixCache
-from glm4lite.inventory import devices, kernel_names
-from glm4lite.loader import quantize_checkpoint
-from glm4lite.resources import Machine, Placement, Share
-from glm4lite.speed import crossing_tokens
-from glm4lite.weights.destinations import _bus
+from glm4lite import Glm4ForCausalLM, SamplingParams, load
+from glm4lite.checkpoint.quantize import quantize_checkpoint
+from glm4lite.engine.decoding import Generation, PrefixCache
+from glm4lite.loading.device_map import _bus
+from glm4lite.measure.inventory import devices, kernel_names
+from glm4lite.memory.resources import Machine, Placement, Share
+from glm4lite.memory.speed import crossing_tokens
+from glm4lite.runtime import prefetch as crossing
+from glm4lite.runtime.fused import FusedLayers
+from glm4lite.runtime.prefetch import Bus, Crossing, put_on_bus
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 
 LAYERS, THRESHOLD = 6, 4
@@ -101,8 +102,8 @@ def test_every_cache_is_complete_after_a_pass(folders: dict[str, Path]) -> None:
 
 
 def test_layers_on_disk_cross_too(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glm4lite.placement.CPU_RESERVE", 0)
-    monkeypatch.setattr("glm4lite.placement.RING_BUFFERS", 0)
+    monkeypatch.setattr("glm4lite.memory.placement.CPU_RESERVE", 0)
+    monkeypatch.setattr("glm4lite.memory.placement.RING_BUFFERS", 0)
     resident, model = load(folders["int4"]), None
     whole = sum(held["weights"] for held in devices(resident).values())
     for ram in range(whole + (1 << 20), 0, -8192):
@@ -211,8 +212,8 @@ def test_a_model_that_is_let_go_is_gone_at_once(folders: dict[str, Path]) -> Non
 
 @pytest.fixture
 def needs(folders: dict[str, Path]) -> Any:
-    from glm4lite.checkpoint import Checkpoint
-    from glm4lite.weights.needs import needs_of
+    from glm4lite.checkpoint.checkpoint import Checkpoint
+    from glm4lite.loading.requirements import needs_of
 
     return needs_of(Checkpoint.open(folders["int4"]))
 
@@ -230,7 +231,7 @@ def test_the_layers_off_the_gpu_cross_where_that_is_faster(
     needs: Any, monkeypatch: pytest.MonkeyPatch, cpu_rate: float, crosses: bool
 ) -> None:
     monkeypatch.setattr(
-        "glm4lite.weights.destinations.crossing_speeds", lambda quantized: Machine(0, cpu_rate=cpu_rate, gpu_rate=3e13)
+        "glm4lite.loading.device_map.crossing_speeds", lambda quantized: Machine(0, cpu_rate=cpu_rate, gpu_rate=3e13)
     )
     shares = (Share("cuda:0", (4, 5), 0), Share("cpu", (0, 2), 0), Share("disk", (1, 3), 0))
     route = _bus(needs, Placement(shares, "cuda:0", 64, "float", 0, 0), torch.bfloat16)

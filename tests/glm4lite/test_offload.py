@@ -15,18 +15,18 @@ import pytest
 import torch
 
 from glm4lite import Glm4ForCausalLM, SamplingParams, load
-from glm4lite.budget import Budget, place_within
-from glm4lite.checkpoint import Checkpoint
-from glm4lite.engine import Engine
-from glm4lite.errors import CheckpointError, ConfigError, ContextLengthError, DeviceError
-from glm4lite.generate import Generation, PrefixCache
-from glm4lite.inventory import devices, kernel_names, rings
-from glm4lite.loader import quantize_checkpoint
-from glm4lite.offload import OnDisk
-from glm4lite.placement import place
-from glm4lite.resources import Machine, Placement, Share
-from glm4lite.weights.destinations import Destinations
-from glm4lite.weights.needs import needs_of
+from glm4lite.base.errors import CheckpointError, ConfigError, ContextLengthError, DeviceError
+from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.quantize import quantize_checkpoint
+from glm4lite.engine.decoding import Generation, PrefixCache
+from glm4lite.engine.engine import Engine
+from glm4lite.loading.device_map import Destinations
+from glm4lite.loading.requirements import needs_of
+from glm4lite.measure.inventory import devices, kernel_names, rings
+from glm4lite.memory.budget import Budget, place_within
+from glm4lite.memory.placement import place
+from glm4lite.memory.resources import Machine, Placement, Share
+from glm4lite.runtime.offload import OnDisk
 from glm4lite_quant import QuantError
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 
@@ -47,8 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def budget(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[[int], int]:
     """Bytes of RAM with which so many layers lie on disk (with no reserve: it is larger than all of the model)."""
-    monkeypatch.setattr("glm4lite.placement.CPU_RESERVE", 0)
-    monkeypatch.setattr("glm4lite.placement.RING_BUFFERS", 0)
+    monkeypatch.setattr("glm4lite.memory.placement.CPU_RESERVE", 0)
+    monkeypatch.setattr("glm4lite.memory.placement.RING_BUFFERS", 0)
     needs, huge = needs_of(Checkpoint.open(folder)), Machine(1 << 40)
 
     def of(on_disk: int) -> int:
@@ -363,7 +363,7 @@ def test_memory_that_runs_out_while_loading_is_one_line(folder: Path, monkeypatc
     def fail(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("glm4lite.weights.assembly.Assembly.fill", fail)
+    monkeypatch.setattr("glm4lite.loading.assembly.Assembly.fill", fail)
     with pytest.raises(CheckpointError, match=r"memory ran out while .* was loaded; free some"):
         load(folder)
 
@@ -374,11 +374,11 @@ def test_a_budget_for_a_gpu_that_may_not_be_used_is_said(folder: Path, caplog: p
 
 
 def test_a_chat_runs_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from glm4lite.session import ChatSession
-    from glm4lite.tools import BUILTIN_TOOLS
+    from glm4lite.chat.session import ChatSession
+    from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 
-    monkeypatch.setattr("glm4lite.placement.CPU_RESERVE", 0)
-    monkeypatch.setattr("glm4lite.placement.RING_BUFFERS", 0)
+    monkeypatch.setattr("glm4lite.memory.placement.CPU_RESERVE", 0)
+    monkeypatch.setattr("glm4lite.memory.placement.RING_BUFFERS", 0)
     nano = quantize_checkpoint("nano", tmp_path / "nano", "int8")
     whole = Engine.load(nano, ram="4GiB", context=1024, kv="float")
     needed = sum(held["weights"] for held in devices(whole.model).values())

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from glm4lite.errors import ConfigError, ContextLengthError
-from glm4lite.placement import place
-from glm4lite.resources import Machine, Needs, Placement
-from glm4lite.weights.needs import imagined, needs_of
+from glm4lite.base.errors import ConfigError, ContextLengthError
+from glm4lite.loading.requirements import imagined, needs_of
+from glm4lite.memory.placement import place
+from glm4lite.memory.resources import Machine, Needs, Placement
 
 GIB = 1 << 30
 

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from glm4lite import machine
-from glm4lite.budget import Budget
-from glm4lite.errors import CheckpointError, ConfigError, Glm4liteError
-from glm4lite.loader import quantize_checkpoint
-from glm4lite.planner import PlacementReport, plan
-from glm4lite.proposals import Proposal
-from glm4lite.resources import Machine
-from glm4lite.weights.memory import enough, parse_size
-from glm4lite.weights.needs import headers, imagined, needs_of
+from glm4lite.base.errors import CheckpointError, ConfigError, Glm4liteError
+from glm4lite.base.sizes import enough, parse_size
+from glm4lite.checkpoint.quantize import quantize_checkpoint
+from glm4lite.loading.planner import PlacementReport, plan
+from glm4lite.loading.proposals import Proposal
+from glm4lite.loading.requirements import headers, imagined, needs_of
+from glm4lite.memory import machine
+from glm4lite.memory.budget import Budget
+from glm4lite.memory.resources import Machine
 from glm4lite_quant import QuantConfig
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 from tests.glm4lite.hub_server import HubServer, Repo
@@ -128,7 +128,9 @@ def test_the_disk_is_measured_where_layers_lie_on_it(
     folder = quantize_checkpoint(write_checkpoint(tmp_path / "tiny"), tmp_path / "int4", "int4")
     asked: list[Path] = []
     monkeypatch.setattr(machine, "disk_bandwidth", lambda file: asked.append(file) or 5e9)
-    monkeypatch.setattr("glm4lite.placement.RING_BUFFERS", 0)  # of two tiny layers, three would be more than both
+    monkeypatch.setattr(
+        "glm4lite.memory.placement.RING_BUFFERS", 0
+    )  # of two tiny layers, three would be more than both
     whole = plan(folder, None, Budget(context=64, kv="float")).placement
     assert asked == []
     found = plan(folder, None, Budget(context=64, ram=whole.share("cpu").held - 1, kv="float"))
@@ -327,8 +329,8 @@ def test_repos_that_cannot_be_planned_are_named_in_one_line(tmp_path: Path) -> N
     }
     code = """if True:
         import sys
-        from glm4lite.errors import HubError
-        from glm4lite.weights.needs import headers
+        from glm4lite.base.errors import HubError
+        from glm4lite.loading.requirements import headers
         for name in sys.argv[1:]:
             try:
                 headers(name)
@@ -354,7 +356,7 @@ def test_without_a_network_a_downloaded_repo_is_planned_and_another_is_one_line(
     source = write_checkpoint(tmp_path / "tiny")
     home = {"HF_HOME": str(tmp_path / "home")}
     with HubServer({"org/tiny": Repo.of(source)}) as hub:
-        code = "from glm4lite.hub import resolve; resolve('org/tiny')"
+        code = "from glm4lite.hub.sources import resolve; resolve('org/tiny')"
         variables = clean_environment() | home | {"HF_ENDPOINT": hub.url}
         subprocess.run([sys.executable, "-c", code], env=variables, check=True, timeout=120)
     with socket.socket() as unused:

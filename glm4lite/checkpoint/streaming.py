@@ -1,0 +1,119 @@
+"""A weight's way into the quantized form: blocks of rows, read, quantized and dropped, with the bytes counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from glm4lite.base.errors import CheckpointError, ConfigError
+from glm4lite.base.events import Progress
+from glm4lite.checkpoint.calibration import Calibrator
+from glm4lite.checkpoint.calibration_text import calibration_ids, read_text
+from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.formats.bitsandbytes import Quant
+from glm4lite.checkpoint.load_plan import Fill, Plan
+from glm4lite.model.config import Glm4Config
+from glm4lite_quant import BnbConfig, BnbTensor, QuantConfig, QuantError, QuantTensor
+from glm4lite_quant.config import CALIBRATED, MINMAX
+
+ProgressCallback = Callable[[Progress], None]
+
+BLOCK_BYTES = 16 << 20
+"""Bytes of a checkpoint in memory at a time: enough rows for every thread, little beside the model."""
+
+
+class Meter:
+    """Counts bytes and reports them."""
+
+    def __init__(self, stage: str, total: int, progress: ProgressCallback | None) -> None:
+        self.stage, self.total, self.done, self._progress = stage, total, 0, progress
+
+    def add(self, count: int = 0) -> None:
+        """Reports `count` more bytes; 0 where nothing is done yet, but the user may want to stop."""
+        self.done += count
+        if self._progress is not None:
+            self._progress(Progress(self.stage, self.done, self.total, "bytes"))
+
+
+def blocks(checkpoint: Checkpoint, name: str, meter: Meter, held: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows) of a tensor in its own type, float16 widened to float32; the meter counts what was used.
+
+    `held`: the tensor, where it is in memory already.
+    """
+    if not checkpoint.shape(name):
+        raise CheckpointError(f"{name} in {checkpoint.file(name)} is a single number, not a weight")
+    for start, block in checkpoint.row_blocks(name, BLOCK_BYTES, held=held):
+        yield start, block.float() if block.dtype == torch.float16 else block
+        meter.add(block.nbytes)
+
+
+def finite_blocks(checkpoint: Checkpoint, name: str, meter: Meter) -> Iterator[tuple[int, Tensor]]:
+    """`blocks` of a tensor that stays as it is (quantizing would check it); CheckpointError for NaN or infinity."""
+    for start, rows in blocks(checkpoint, name, meter):
+        checkpoint.check_finite(name, rows, start)
+        yield start, rows
+
+
+def begin(checkpoint: Checkpoint, plan: Plan, config: Glm4Config, text: str | None, meter: Meter) -> Calibrator | None:
+    """The calibrator of a plan whose int4 weights are to be calibrated, else None."""
+    if not needs_calibration(plan):
+        return None
+    return Calibrator(checkpoint, plan, config, calibration_ids(checkpoint, config, text), meter.add)
+
+
+def calibration_text(path: str | Path | None, quant: Quant | None) -> str | None:
+    """The text of one's own to calibrate with; ConfigError where it cannot be used or nothing is calibrated."""
+    if path is None:
+        return None
+    method = quant.kind if isinstance(quant, BnbConfig) else quant and quant.method
+    if method != CALIBRATED:
+        made = "nothing is quantized" if method is None else f"the method {method!r} needs none"
+        raise ConfigError(f"a calibration text is given, but {made}; leave it out or quantize to int4")
+    return read_text(Path(path))
+
+
+def recorded(quant: Quant, calibrator: Calibrator | None) -> Quant:
+    """The config with what its weights were calibrated with."""
+    if calibrator is None or isinstance(quant, BnbConfig):
+        return quant
+    return replace(quant, calibration=calibrator.record)
+
+
+def needs_calibration(plan: Plan) -> bool:
+    return any(isinstance(fill.quant, QuantConfig) and fill.quant.method == CALIBRATED for fill in plan.fills)
+
+
+def quantize_weight(checkpoint: Checkpoint, fill: Fill, meter: Meter, calibrator: Calibrator | None) -> QuantTensor:
+    """One weight, quantized block by block; without calibration, never all of it is in memory unquantized."""
+    if not isinstance(fill.quant, QuantConfig):
+        raise CheckpointError(f"{fill.source} is not to be quantized")
+    held, importance = (None, None) if calibrator is None else calibrator.take(fill)
+    weight = QuantTensor.empty(fill.shape[0], fill.shape[1], fill.quant)
+    try:
+        for start, rows in blocks(checkpoint, fill.source, meter, held):
+            weight.quantize_rows(start, rows, importance, fast=fill.quant.method == MINMAX)
+    except QuantError as error:
+        raise _not_quantized(checkpoint, fill, error) from None
+    return weight
+
+
+def bnb_weight(checkpoint: Checkpoint, fill: Fill, meter: Meter, device: torch.device) -> BnbTensor:
+    """One weight, quantized by bitsandbytes on `device` block by block; never all of it is in memory unquantized."""
+    if not isinstance(fill.quant, BnbConfig):
+        raise CheckpointError(f"{fill.source} is not to be quantized by bitsandbytes")
+    weight = BnbTensor.empty(fill.shape[0], fill.shape[1], fill.quant, device)
+    try:
+        for start, rows in blocks(checkpoint, fill.source, meter):
+            weight.quantize_rows(start, rows)
+    except QuantError as error:
+        raise _not_quantized(checkpoint, fill, error) from None
+    return weight.double_quantized() if fill.quant.double_quant else weight
+
+
+def _not_quantized(checkpoint: Checkpoint, fill: Fill, error: QuantError) -> CheckpointError:
+    where = f"{fill.source} in {checkpoint.file(fill.source)}"
+    return CheckpointError(f"{where} cannot be quantized: {error}; download the file again")
