@@ -22,7 +22,7 @@ from glm4lite.tools.running import Approve, nobody_to_ask, run_tool
 from glm4lite.tools.tool import Tool
 
 if TYPE_CHECKING:
-    from glm4lite.checkpoint.formats.bitsandbytes import Quant
+    from glm4lite.checkpoint.formats.format import Quant
 
 
 _HALF = "\ufffd"  # stands for the first bytes of a character whose last ones were cut off

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from glm4lite.checkpoint.calibration_text import CalibrationIds
 from glm4lite.checkpoint.checkpoint import Checkpoint
-from glm4lite.checkpoint.load_plan import Fill, Plan
+from glm4lite.checkpoint.load_plan import Fill, LoadPlan
 from glm4lite.model.attention import Visibility
 from glm4lite.model.config import Glm4Config
 from glm4lite.model.rotary import RotaryEmbedding
@@ -36,7 +36,12 @@ class Calibrator:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: Plan, config: Glm4Config, source: CalibrationIds, poll: Callable[[], None]
+        self,
+        checkpoint: Checkpoint,
+        plan: LoadPlan,
+        config: Glm4Config,
+        source: CalibrationIds,
+        poll: Callable[[], None],
     ) -> None:
         self.record = source.record
         self._checkpoint, self._config, self._poll = checkpoint, config, poll
@@ -137,7 +142,7 @@ def _replace(layer: nn.Module, name: str, module: nn.Module) -> None:
     setattr(layer.get_submodule(parent), leaf, module)
 
 
-def _by_layer(plan: Plan) -> list[list[Fill]]:
+def _by_layer(plan: LoadPlan) -> list[list[Fill]]:
     layers: dict[int, list[Fill]] = {}
     for fill in plan.fills:
         place = _LAYER.fullmatch(fill.module)
@@ -146,7 +151,7 @@ def _by_layer(plan: Plan) -> list[list[Fill]]:
     return [layers[index] for index in range(len(layers))]
 
 
-def layer_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
+def layer_bytes(checkpoint: Checkpoint, plan: LoadPlan) -> int:
     """Bytes of the largest layer as it is stored: what a Calibrator holds beside the quantized model."""
     return max(sum(checkpoint.nbytes(fill.source) for fill in layer) for layer in _by_layer(plan))
 

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -21,10 +21,11 @@ from glm4lite.base.errors import CheckpointError, ConfigError
 from glm4lite.base.files import CONFIG, INDEX, some
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.folders import ADAPTER
-from glm4lite.checkpoint.formats.bitsandbytes import BnbWeight, Quant, find_weight
+from glm4lite.checkpoint.formats.format import ForeignWeight, Quant
+from glm4lite.checkpoint.formats.registry import foreign_weight
+from glm4lite.checkpoint.quantization import column_multiple, empty_weight
 from glm4lite.model.config import Glm4Config
-from glm4lite_quant import BnbConfig, BnbTensor, QuantConfig, QuantError, QuantTensor, bnb
-from glm4lite_quant.config import QUANT_METHOD
+from glm4lite_quant import BnbTensor, QuantConfig, QuantError, QuantTensor
 from glm4lite_quant.format import NAMES
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -39,16 +40,13 @@ _OTHER_PARTS = re.compile(
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
-CODE_COLUMNS = 32
-"""Input columns of one tile of codes: a layer with another width stays as it is."""
-
 
 @dataclass(frozen=True)
 class Fill:
     """One parameter of the model and how it gets its values.
 
     `quant` set: the weight is quantized while it is read. `parts` not empty: it lies quantized in the checkpoint, under
-    these tensor names (`bnb`: as bitsandbytes stores it). Neither: it is read as it is.
+    these tensor names (`foreign`: as another tool stores it). Neither: it is read as it is.
     """
 
     module: str
@@ -57,20 +55,18 @@ class Fill:
     shape: tuple[int, ...]
     quant: Quant | None = None
     parts: tuple[str, ...] = ()
-    bnb: BnbWeight | None = None
+    foreign: ForeignWeight | None = None
 
     def planned(self) -> QuantTensor | BnbTensor:
         """Shapes and types of the quantized weight (on the meta device)."""
         if self.quant is None:
             raise CheckpointError(f"{self.source} is not to be quantized")
         rows, columns = self.shape
-        if isinstance(self.quant, BnbConfig):
-            return BnbTensor.empty(rows, columns, self.quant, "meta")
-        return QuantTensor.empty(rows, columns, self.quant, "meta")
+        return empty_weight(rows, columns, self.quant, "meta")
 
 
 @dataclass
-class Plan:
+class LoadPlan:
     """All fills in the model's order; `fresh` parameters are in no file and start from their initial values.
 
     `mismatched` are those whose stored shape is another: (name, the file's, the model's); they are fresh too.
@@ -103,9 +99,9 @@ class Plan:
         return any(fill.quant or fill.parts for fill in self.fills)
 
     @property
-    def bitsandbytes(self) -> bool:
-        """Whether bitsandbytes multiplies with some of the weights."""
-        return any(fill.bnb or isinstance(fill.quant, BnbConfig) for fill in self.fills)
+    def foreign(self) -> bool:
+        """Whether some of the weights are held in another tool's format."""
+        return any(fill.foreign or not isinstance(fill.quant, QuantConfig | None) for fill in self.fills)
 
     def plain_dtype(self, module: str, dimensions: int, activations: torch.dtype) -> torch.dtype:
         """What an unquantized parameter is held as: norms, and biases of quantized layers, stay exact."""
@@ -130,20 +126,6 @@ class Plan:
         return math.prod(fill.shape) * self.plain_dtype(fill.module, len(fill.shape), activations).itemsize
 
 
-def parse_quant(quant: str | Quant | None) -> Quant | None:
-    """What `quant` stands for: "int4", "int8", "nf4", "fp4", "none", None or a config; ConfigError on anything else."""
-    if isinstance(quant, BnbConfig):
-        return quant
-    if isinstance(quant, str) and quant in bnb.QUANT_MAPS:
-        return BnbConfig(quant)
-    if quant == "llm.int8":
-        raise ConfigError(bnb.INT8_REASON)
-    try:
-        return QuantConfig.parse(quant)
-    except QuantError:
-        raise ConfigError(f"quant is {quant!r}; use int4, int8, nf4, fp4 or none") from None
-
-
 def read_config(checkpoint: Checkpoint) -> Glm4Config:
     return Glm4Config.from_dict(checkpoint.config, checkpoint.folder / CONFIG)
 
@@ -154,22 +136,22 @@ def skeleton(config: Glm4Config, cls: type[Model]) -> Model:
         return cls(config)
 
 
-def automatic_dtype(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> torch.dtype:
+def automatic_dtype(checkpoint: Checkpoint, plan: LoadPlan, device: torch.device) -> torch.dtype:
     """The type of activations and unquantized weights where none is asked for."""
     if plan.quantized and device.type != "cpu":
         return torch.bfloat16
-    if plan.quantized and not plan.bitsandbytes:
+    if plan.quantized and not plan.foreign:
         return torch.float32
     embedding = next((fill for fill in plan.fills if fill.module.endswith("embed_tokens")), plan.fills[0])
-    if embedding.parts:  # int8 beside bitsandbytes' layers, of which each says what it was
-        said = next((fill.bnb.dtype for fill in plan.fills if fill.bnb), "bfloat16")
+    if embedding.parts:  # int8 beside another tool's layers, of which each says what it was
+        said = next((fill.foreign.dtype for fill in plan.fills if fill.foreign), "bfloat16")
         return torch.bfloat16 if said == "bfloat16" else torch.float32
     return torch.bfloat16 if checkpoint.dtype(embedding.source) == "BF16" else torch.float32
 
 
-def make_plan(
+def make_load_plan(
     model: nn.Module, checkpoint: Checkpoint, quant: Quant | None, ignore_mismatched_sizes: bool = False
-) -> Plan:
+) -> LoadPlan:
     """Match a model (on the meta device) with a checkpoint; each thing that does not fit is named.
 
     ignore_mismatched_sizes: parameters that are stored in another shape are `mismatched` and `fresh` instead.
@@ -178,7 +160,7 @@ def make_plan(
         CheckpointError: tensors are missing, not expected, or of the wrong shape or type.
         ConfigError: a layer's width is not a multiple of the group size.
     """
-    plan = Plan()
+    plan = LoadPlan()
     missing: list[tuple[str, str]] = []
     plan.tied = bool(getattr(model.config, "tie_word_embeddings", False)) and hasattr(model, "lm_head")
     prefix = "" if hasattr(model, "model") else "model."  # the bare trunk's parameters lie under model. in the file
@@ -186,7 +168,7 @@ def make_plan(
         if plan.tied and module == "lm_head":
             continue
         source = f"{prefix}{module}.{parameter}"
-        weight = find_weight(checkpoint, source)
+        weight = foreign_weight(checkpoint, source)
         parts = weight.parts if weight else _stored_parts(checkpoint, f"{prefix}{module}", parameter)
         if not parts and source not in checkpoint:
             new = not prefix and module.partition(".")[0] not in ("model", "lm_head")  # a head for another task
@@ -204,7 +186,7 @@ def make_plan(
     return plan
 
 
-def _set_aside_mismatched(checkpoint: Checkpoint, plan: Plan) -> None:
+def _set_aside_mismatched(checkpoint: Checkpoint, plan: LoadPlan) -> None:
     fitting = []
     for fill in plan.fills:
         found = _stored_shape(checkpoint, fill)
@@ -242,7 +224,7 @@ def _quant_for(
     config, width = quant.for_module(module), shape[1]
     if config is None:
         return None
-    if width % (bnb.BLOCK_SIZE if isinstance(config, BnbConfig) else CODE_COLUMNS):
+    if width % column_multiple(config):
         kept.append(module)
         return None
     if isinstance(config, QuantConfig) and width % config.group_size:
@@ -263,7 +245,7 @@ def _missing(checkpoint: Checkpoint, names: list[str]) -> str:
     return f"{checkpoint.folder} lacks {some(names)}, {what}"
 
 
-def _check_unexpected(model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> None:
+def _check_unexpected(model: nn.Module, checkpoint: Checkpoint, plan: LoadPlan) -> None:
     used = {name for fill in plan.fills for name in (fill.parts or (fill.source,))}
     extra = [name for name in checkpoint.names() if name not in used]
     plan.unused = [name for name in extra if _is_of_another_head(model, name, plan.tied)]
@@ -292,8 +274,8 @@ def _predicts_ahead(model: nn.Module, name: str) -> bool:
 
 def _stored_shape(checkpoint: Checkpoint, fill: Fill) -> tuple[int, ...]:
     """Of the weight that the file's tensors make; CheckpointError where they contradict each other."""
-    if fill.bnb is not None:
-        return fill.bnb.shape
+    if fill.foreign is not None:
+        return fill.foreign.shape
     if not fill.parts:
         return checkpoint.shape(fill.source)
     try:
@@ -308,7 +290,7 @@ def _check_fill(checkpoint: Checkpoint, fill: Fill) -> None:
     stored = fill.parts[0] if fill.parts else fill.source
     where, found = f"{fill.source} in {checkpoint.file(stored)}", _stored_shape(checkpoint, fill)
     if found != fill.shape:
-        again = "quantize the original again" if fill.parts and fill.bnb is None else "download it again"
+        again = "quantize the original again" if fill.parts and fill.foreign is None else "download it again"
         what = f"config.json needs {list(fill.shape)}; correct config.json or {again}"
         if fill.module == "score":
             what = (
@@ -321,7 +303,7 @@ def _check_fill(checkpoint: Checkpoint, fill: Fill) -> None:
         raise CheckpointError(f"{where} has the type {dtype}, which cannot be loaded; use a BF16 or F32 checkpoint")
 
 
-def say_notices(model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> None:
+def say_notices(model: nn.Module, checkpoint: Checkpoint, plan: LoadPlan) -> None:
     """What is not wrong, but the user should know."""
     if plan.unused:
         why = "the config ties the head to the embedding" if plan.tied else f"{type(model).__name__} has no such head"
@@ -331,7 +313,8 @@ def say_notices(model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> None:
     if os.path.lexists(checkpoint.folder / ADAPTER):
         logger.warning("%s is not used: the model beside the adapter is run without it", checkpoint.folder / ADAPTER)
     if plan.kept:
-        why = f"their input width is not a multiple of {bnb.BLOCK_SIZE if plan.bitsandbytes else CODE_COLUMNS}"
+        narrow = max(column_multiple(fill.quant) for fill in plan.fills if fill.quant)
+        why = f"their input width is not a multiple of {narrow}"
         logger.warning("not quantized, because %s: %s", why, some(plan.kept))
     if plan.fresh:
         mismatched = [name for name, _, _ in plan.mismatched]
@@ -345,47 +328,3 @@ def say_notices(model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> None:
     if any(not fill.parts and checkpoint.dtype(fill.source) == "F16" for fill in plan.fills):
         why = "GLM-4 overflows float16"
         logger.warning("%s stores float16: read as float32, because %s", checkpoint.folder, why)
-
-
-def stored_quant(checkpoint: Checkpoint, asked: str | Quant | None = None) -> Quant | None:
-    """How the checkpoint is quantized by its config.json (None: it is not).
-
-    Raises:
-        ConfigError: a tool that is not known quantized it, config.json does not say how, or it is quantized otherwise
-            than asked: "none" asks for an unquantized one, None for nothing. (Of a BnbConfig anything may be asked.)
-    """
-    given, path = checkpoint.config.get("quantization_config"), checkpoint.folder / CONFIG
-    if given is None:
-        codes = [name for name in checkpoint.names() if name.endswith((".qweight", ".absmax"))]
-        if codes:
-            raise ConfigError(
-                f"{path} has no quantization_config, but {codes[0]} is stored; "
-                "get back the config.json that belongs to the weights"
-            )
-        return None
-    try:
-        stored = _declared(given)
-    except QuantError as error:
-        raise ConfigError(f"{path}: {error}; use the model's BF16 checkpoint") from None
-    if isinstance(stored, BnbConfig):
-        return stored
-    wanted = parse_quant(asked)
-    same = isinstance(wanted, QuantConfig) and (
-        wanted.bits == stored.bits if isinstance(asked, str) else wanted.same_format(stored)
-    )
-    if asked is None or same:
-        return stored
-    raise ConfigError(
-        f"{path} is quantized to int{stored.bits} in groups of {stored.group_size} already; load it without quant, "
-        f"or {'quantize' if wanted else 'load'} the original checkpoint"
-    )
-
-
-def _declared(given: Any) -> Quant:
-    method = given.get("quant_method") if isinstance(given, Mapping) else None
-    if method == bnb.QUANT_METHOD:
-        return BnbConfig.from_dict(given)
-    if isinstance(method, str) and method != QUANT_METHOD:
-        known = f"only {QUANT_METHOD!r} and {bnb.QUANT_METHOD!r} can be read"
-        raise QuantError(f"quantization_config.quant_method is {method!r}; {known}")
-    return QuantConfig.from_dict(given)

@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from glm4lite.base.errors import CheckpointError, ConfigError
 from glm4lite.base.files import COMPANIONS, CONFIG
 from glm4lite.checkpoint.calibration import Calibrator
 from glm4lite.checkpoint.checkpoint import Checkpoint
-from glm4lite.checkpoint.formats.bitsandbytes import Quant, adapt
-from glm4lite.checkpoint.load_plan import Fill, make_plan, parse_quant, read_config, say_notices, skeleton, stored_quant
+from glm4lite.checkpoint.formats.format import Quant
+from glm4lite.checkpoint.load_plan import Fill, say_notices
+from glm4lite.checkpoint.prepare import model_class, opened, prepare
+from glm4lite.checkpoint.quantization import parse_quant, stored_quant
 from glm4lite.checkpoint.shard import DTYPES
 from glm4lite.checkpoint.streaming import (
     Meter,
@@ -30,11 +31,8 @@ from glm4lite.checkpoint.streaming import (
     recorded,
 )
 from glm4lite.checkpoint.writer import SHARD_BYTES, FolderWriter, PlannedTensor, check_destination
-from glm4lite.hub.sources import resolve
-from glm4lite.model.causal_lm import CausalLM
-from glm4lite.model.classifiers import SequenceClassifier, TokenClassifier
 from glm4lite.model.config import Glm4Config
-from glm4lite_quant import BnbConfig, QuantConfig
+from glm4lite_quant import QuantConfig
 
 
 def quantize_checkpoint(
@@ -60,32 +58,28 @@ def quantize_checkpoint(
     """
     target = destination_folder(destination)
     config = parse_quant(quant)
-    if isinstance(config, BnbConfig):
+    if not isinstance(config, QuantConfig | None):
         how = f"`glm4lite chat MODEL --quant {config.kind}`"
         raise ConfigError(f"{config.kind} is made while a model loads ({how}); a quantized folder is int4 or int8")
     if config is None:
         raise ConfigError("quant 'none' leaves nothing to do; use int4 or int8")
     text = calibration_text(calibration, config)
-    checkpoint = Checkpoint.open(resolve(source, progress))
-    stored = stored_quant(checkpoint)
-    if isinstance(stored, BnbConfig):
-        checkpoint, _, _ = adapt(checkpoint, stored, config, asked=True)
-    elif stored is not None:
+    checkpoint = opened(source, progress)
+    if isinstance(stored_quant(checkpoint), QuantConfig):
         raise ConfigError(f"{checkpoint.folder} is quantized already; quantize the original checkpoint")
-    model_config = read_config(checkpoint)
-    model = skeleton(model_config, model_class(checkpoint))
-    plan = make_plan(model, checkpoint, config)
+    prepared = prepare(checkpoint, config, model_class(checkpoint))
+    checkpoint, plan = prepared.checkpoint, prepared.plan
     if plan.fresh:
         module, parameter = plan.fresh[0]
         raise CheckpointError(f"{checkpoint.folder} lacks {module}.{parameter}; train the head before quantizing")
-    say_notices(model, checkpoint, plan)
+    say_notices(prepared.model, checkpoint, plan)
     meter = Meter("quantize", sum(checkpoint.nbytes(fill.source) for fill in plan.fills), progress)
     planned = [tensor for fill in plan.fills for tensor in _planned(checkpoint, fill)]
     with FolderWriter(target, planned, shard_bytes) as writer:
-        calibrator = begin(checkpoint, plan, model_config, text, meter)
+        calibrator = begin(checkpoint, plan, prepared.config, text, meter)
         for fill in plan.fills:
             _write_fill(writer, checkpoint, fill, meter, calibrator)
-        _write_rest(writer, checkpoint, model_config, recorded(config, calibrator))
+        _write_rest(writer, checkpoint, prepared.config, recorded(config, calibrator))
     return target
 
 
@@ -97,14 +91,6 @@ def destination_folder(destination: str | Path, replace: bool = False) -> Path:
         raise CheckpointError(f"{destination} cannot be written ({error}); choose another folder") from None
     check_destination(target, replace)
     return target
-
-
-def model_class(checkpoint: Checkpoint) -> type[nn.Module]:
-    """The class that config.json's `architectures` names, a causal language model if it does not."""
-    named = str(checkpoint.config.get("architectures"))
-    if "ForSequenceClassification" in named:
-        return SequenceClassifier
-    return TokenClassifier if "ForTokenClassification" in named else CausalLM
 
 
 def _planned(checkpoint: Checkpoint, fill: Fill) -> Iterator[PlannedTensor]:
@@ -127,7 +113,7 @@ def _write_fill(
         for _, rows in finite_blocks(checkpoint, fill.source, meter):
             writer.append(fill.source, rows)
         return
-    for part, tensor in quantize_weight(checkpoint, fill, meter, calibrator).tensors().items():
+    for part, tensor in quantize_weight(checkpoint, fill, meter, calibrator, torch.device("cpu")).tensors().items():
         writer.write(_part_name(fill, part), tensor)
 
 

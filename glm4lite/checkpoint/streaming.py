@@ -14,10 +14,10 @@ from glm4lite.base.events import Progress
 from glm4lite.checkpoint.calibration import Calibrator
 from glm4lite.checkpoint.calibration_text import calibration_ids, read_text
 from glm4lite.checkpoint.checkpoint import Checkpoint
-from glm4lite.checkpoint.formats.bitsandbytes import Quant
-from glm4lite.checkpoint.load_plan import Fill, Plan
+from glm4lite.checkpoint.formats.format import Quant
+from glm4lite.checkpoint.load_plan import Fill, LoadPlan
 from glm4lite.model.config import Glm4Config
-from glm4lite_quant import BnbConfig, BnbTensor, QuantConfig, QuantError, QuantTensor
+from glm4lite_quant import BnbTensor, QuantConfig, QuantError, QuantTensor
 from glm4lite_quant.config import CALIBRATED, MINMAX
 
 ProgressCallback = Callable[[Progress], None]
@@ -58,7 +58,9 @@ def finite_blocks(checkpoint: Checkpoint, name: str, meter: Meter) -> Iterator[t
         yield start, rows
 
 
-def begin(checkpoint: Checkpoint, plan: Plan, config: Glm4Config, text: str | None, meter: Meter) -> Calibrator | None:
+def begin(
+    checkpoint: Checkpoint, plan: LoadPlan, config: Glm4Config, text: str | None, meter: Meter
+) -> Calibrator | None:
     """The calibrator of a plan whose int4 weights are to be calibrated, else None."""
     if not needs_calibration(plan):
         return None
@@ -69,7 +71,7 @@ def calibration_text(path: str | Path | None, quant: Quant | None) -> str | None
     """The text of one's own to calibrate with; ConfigError where it cannot be used or nothing is calibrated."""
     if path is None:
         return None
-    method = quant.kind if isinstance(quant, BnbConfig) else quant and quant.method
+    method = quant and quant.method
     if method != CALIBRATED:
         made = "nothing is quantized" if method is None else f"the method {method!r} needs none"
         raise ConfigError(f"a calibration text is given, but {made}; leave it out or quantize to int4")
@@ -78,42 +80,36 @@ def calibration_text(path: str | Path | None, quant: Quant | None) -> str | None
 
 def recorded(quant: Quant, calibrator: Calibrator | None) -> Quant:
     """The config with what its weights were calibrated with."""
-    if calibrator is None or isinstance(quant, BnbConfig):
+    if calibrator is None or not isinstance(quant, QuantConfig):
         return quant
     return replace(quant, calibration=calibrator.record)
 
 
-def needs_calibration(plan: Plan) -> bool:
+def needs_calibration(plan: LoadPlan) -> bool:
     return any(isinstance(fill.quant, QuantConfig) and fill.quant.method == CALIBRATED for fill in plan.fills)
 
 
-def quantize_weight(checkpoint: Checkpoint, fill: Fill, meter: Meter, calibrator: Calibrator | None) -> QuantTensor:
-    """One weight, quantized block by block; without calibration, never all of it is in memory unquantized."""
-    if not isinstance(fill.quant, QuantConfig):
+def quantize_weight(
+    checkpoint: Checkpoint, fill: Fill, meter: Meter, calibrator: Calibrator | None, device: torch.device
+) -> QuantTensor | BnbTensor:
+    """One weight, quantized block by block; without calibration, never all of it is in memory unquantized.
+
+    Ours are made on the CPU, another tool's on the `device` where they will be.
+    """
+    if fill.quant is None:
         raise CheckpointError(f"{fill.source} is not to be quantized")
-    held, importance = (None, None) if calibrator is None else calibrator.take(fill)
-    weight = QuantTensor.empty(fill.shape[0], fill.shape[1], fill.quant)
+    rows_count, columns = fill.shape
     try:
+        if not isinstance(fill.quant, QuantConfig):
+            foreign = BnbTensor.empty(rows_count, columns, fill.quant, device)
+            for start, rows in blocks(checkpoint, fill.source, meter):
+                foreign.quantize_rows(start, rows)
+            return foreign.double_quantized() if fill.quant.double_quant else foreign
+        held, importance = (None, None) if calibrator is None else calibrator.take(fill)
+        weight = QuantTensor.empty(rows_count, columns, fill.quant)
         for start, rows in blocks(checkpoint, fill.source, meter, held):
             weight.quantize_rows(start, rows, importance, fast=fill.quant.method == MINMAX)
+        return weight
     except QuantError as error:
-        raise _not_quantized(checkpoint, fill, error) from None
-    return weight
-
-
-def bnb_weight(checkpoint: Checkpoint, fill: Fill, meter: Meter, device: torch.device) -> BnbTensor:
-    """One weight, quantized by bitsandbytes on `device` block by block; never all of it is in memory unquantized."""
-    if not isinstance(fill.quant, BnbConfig):
-        raise CheckpointError(f"{fill.source} is not to be quantized by bitsandbytes")
-    weight = BnbTensor.empty(fill.shape[0], fill.shape[1], fill.quant, device)
-    try:
-        for start, rows in blocks(checkpoint, fill.source, meter):
-            weight.quantize_rows(start, rows)
-    except QuantError as error:
-        raise _not_quantized(checkpoint, fill, error) from None
-    return weight.double_quantized() if fill.quant.double_quant else weight
-
-
-def _not_quantized(checkpoint: Checkpoint, fill: Fill, error: QuantError) -> CheckpointError:
-    where = f"{fill.source} in {checkpoint.file(fill.source)}"
-    return CheckpointError(f"{where} cannot be quantized: {error}; download the file again")
+        where = f"{fill.source} in {checkpoint.file(fill.source)}"
+        raise CheckpointError(f"{where} cannot be quantized: {error}; download the file again") from None

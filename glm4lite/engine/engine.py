@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from glm4lite.text.tokenization.streaming import StreamingDetokenizer
 from glm4lite.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from glm4lite.checkpoint.formats.bitsandbytes import Quant
+    from glm4lite.checkpoint.formats.format import Quant
     from glm4lite.pretrained.models import Glm4ForCausalLM
 
 logger = logging.getLogger("glm4lite")
@@ -73,26 +73,25 @@ class Engine:
         What is cheap to check (tokenizer, template) is read before the weights. Raises TemplateError where a chat
         template is needed and there is none.
         """
-        from glm4lite.hub.sources import resolve
+        from glm4lite.checkpoint.prepare import opened
+        from glm4lite.checkpoint.quantization import chosen
         from glm4lite.loading.load_options import LoadOptions
-        from glm4lite.loading.loader import load_class
+        from glm4lite.loading.loader import load_checkpoint
         from glm4lite.pretrained.models import Glm4ForCausalLM
 
         budget: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
-        options = LoadOptions(None if quant == "auto" else quant, device, dtype, progress, **budget)
-        folder = resolve(source, progress)
-        checkpoint = Checkpoint.open(folder)
+        options = LoadOptions(quant, device, dtype, progress, **budget)
+        checkpoint = opened(source, progress)
+        folder = checkpoint.folder
         tokenizer, template = Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder)
         if need_template:
             _required(template)
         _check_companions(tokenizer, checkpoint)
-        if quant == "auto" and checkpoint.config.get("quantization_config") is None:
-            options = replace(options, quant="int4")
-        if options.quant == "int4" and sum(map(checkpoint.nbytes, checkpoint.names())) > LARGE:
+        if chosen(checkpoint, quant) == "int4" and sum(map(checkpoint.nbytes, checkpoint.names())) > LARGE:
             logger.warning("calibrating and quantizing takes minutes at each start; `glm4lite quantize` does it once")
         if before_weights is not None:
             before_weights()
-        model, _ = load_class(Glm4ForCausalLM, folder, options)
+        model, _ = load_checkpoint(Glm4ForCausalLM, checkpoint, options, str(folder))
         return cls(model, tokenizer, template, checkpoint.generation_config)
 
     def unload(self) -> None:

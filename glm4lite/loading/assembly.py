@@ -12,15 +12,13 @@ from torch import Tensor, nn
 from glm4lite.base.errors import CheckpointError
 from glm4lite.checkpoint.calibration import Calibrator
 from glm4lite.checkpoint.checkpoint import Checkpoint
-from glm4lite.checkpoint.formats.bitsandbytes import read_weight
-from glm4lite.checkpoint.load_plan import Fill, Plan
+from glm4lite.checkpoint.load_plan import Fill, LoadPlan
 from glm4lite.checkpoint.shard import StoredTensor
-from glm4lite.checkpoint.streaming import Meter, bnb_weight, finite_blocks, quantize_weight
-from glm4lite.loading.device_map import Destinations
-from glm4lite.runtime.offload import put_on_disk
-from glm4lite.runtime.prefetch import put_on_bus
+from glm4lite.checkpoint.streaming import Meter, finite_blocks, quantize_weight
+from glm4lite.loading.device_map import DeviceMap
+from glm4lite.runtime.offload import offload_to_disk
+from glm4lite.runtime.prefetch import prefetch_long_prompts
 from glm4lite_quant import (
-    BnbConfig,
     BnbLinear,
     BnbTensor,
     QuantConfig,
@@ -38,20 +36,18 @@ class Assembly:
 
     model: nn.Module
     checkpoint: Checkpoint
-    plan: Plan
-    destinations: Destinations
+    plan: LoadPlan
+    destinations: DeviceMap
     meter: Meter
     _streamed: dict[int, dict[str, dict[str, StoredTensor]]] = field(default_factory=lambda: defaultdict(dict))
 
     def fill(self, fill: Fill, calibrator: Calibrator | None) -> None:
         """Give one parameter its values."""
         device = self.destinations.device(fill.module)
-        if isinstance(fill.quant, BnbConfig):
-            self._replace(fill, bnb_weight(self.checkpoint, fill, self.meter, device))
-        elif fill.quant is not None:
-            self._replace(fill, quantize_weight(self.checkpoint, fill, self.meter, calibrator))
-        elif fill.bnb is not None:
-            self._replace(fill, read_weight(self.checkpoint, fill.bnb))
+        if fill.quant is not None:
+            self._replace(fill, quantize_weight(self.checkpoint, fill, self.meter, calibrator, device))
+        elif fill.foreign is not None:
+            self._replace(fill, fill.foreign.read(self.checkpoint))
             self._count(fill)
         elif fill.parts:
             self._take_stored(fill)
@@ -81,10 +77,10 @@ class Assembly:
             for number, layer in enumerate(layers):
                 layer.dtype = self.destinations.dtype(f"layers.{number}")
         if self._streamed:
-            put_on_disk({number: layers[number] for number in self._streamed}, self._streamed)
+            offload_to_disk({number: layers[number] for number in self._streamed}, self._streamed)
         bus = self.destinations.bus
         if bus is not None:
-            put_on_bus([layers[number] for number in bus.layers], bus.device, bus.dtype, bus.threshold)
+            prefetch_long_prompts([layers[number] for number in bus.layers], bus.device, bus.dtype, bus.threshold)
 
     def _count(self, fill: Fill) -> None:
         self.meter.add(sum(self.checkpoint.nbytes(part) for part in fill.parts))

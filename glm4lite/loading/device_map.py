@@ -13,11 +13,11 @@ import torch
 from glm4lite.base.errors import CheckpointError, ConfigError
 from glm4lite.base.sizes import readable
 from glm4lite.checkpoint.checkpoint import Checkpoint
-from glm4lite.checkpoint.load_plan import Plan, automatic_dtype
+from glm4lite.checkpoint.load_plan import LoadPlan, automatic_dtype
 from glm4lite.memory import speed, system
 from glm4lite.memory.budget import Budget, place_within
-from glm4lite.memory.machine import crossing_speeds, free_ram
-from glm4lite.memory.resources import Machine, Needs, Placement
+from glm4lite.memory.machine import free_ram, prefetch_speeds
+from glm4lite.memory.resources import Machine, Placement, Requirements
 from glm4lite.model.cache import KVType
 from glm4lite.model.trunk import CPU_CHUNK, GPU_CHUNK
 
@@ -27,7 +27,7 @@ _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
-class BusRoute:
+class PrefetchRoute:
     """The layers that prompts of at least `threshold` tokens find on a GPU, and how they compute there."""
 
     layers: tuple[int, ...]
@@ -37,7 +37,7 @@ class BusRoute:
 
 
 @dataclass(frozen=True)
-class Destinations:
+class DeviceMap:
     """The device of each module and the type of its activations, by kind of device.
 
     Without a placement the device is `home`, and stored weights stay in the file's pages.
@@ -46,7 +46,7 @@ class Destinations:
     home: torch.device
     types: Mapping[str, torch.dtype]
     placement: Placement | None = None
-    bus: BusRoute | None = None
+    bus: PrefetchRoute | None = None
 
     def device(self, module: str) -> torch.device:
         """Where a module's tensors lie; those of layers on disk are computed on the CPU."""
@@ -67,7 +67,7 @@ class Destinations:
         layer = _LAYER.match(module)
         return self.placement is not None and layer is not None and self.placement.device_of(int(layer[1])) == "disk"
 
-    def cache(self, needs: Needs, budget: Budget) -> tuple[KVType, int]:
+    def cache(self, needs: Requirements, budget: Budget) -> tuple[KVType, int]:
         """The cache's type, and the tokens it has room for: the model's whole context without a placement."""
         if self.placement is not None:
             return self.placement.kv, self.placement.context
@@ -83,12 +83,12 @@ class Destinations:
 
 def choose(
     checkpoint: Checkpoint,
-    plan: Plan,
-    needs: Needs,
+    plan: LoadPlan,
+    needs: Requirements,
     device: torch.device | None,
     dtype: torch.dtype | None,
     budget: Budget,
-) -> Destinations:
+) -> DeviceMap:
     """The destinations on `device` (None: what this machine has) for activations of `dtype` (None: as suits them).
 
     Raises:
@@ -97,38 +97,38 @@ def choose(
     home = torch.device("cpu") if device is None else device
     types = {kind: dtype or automatic_dtype(checkpoint, plan, torch.device(kind)) for kind in ("cpu", "cuda")}
     if home.type == "cuda" and not budget.limits:
-        return Destinations(home, types)
+        return DeviceMap(home, types)
     gpus = _free_gpus(device)
-    needs = replace(needs, stored=needs.stored and plan.quantized and not plan.bitsandbytes)
+    needs = replace(needs, stored=needs.stored and plan.quantized and not plan.foreign)
     if not gpus and not budget.limits and not needs.stored:
-        return Destinations(home, types)  # the loader itself sees whether what it makes fits
+        return DeviceMap(home, types)  # the loader itself sees whether what it makes fits
     if budget.gpu_memory and not gpus:
         logger.warning("gpu_memory is of no use: there is no GPU that may be used")
     free = free_ram()
     machine = Machine(1 << 62 if free is None else free, gpus)  # a system that does not tell: nothing is refused
     placement = place_within(needs, machine, budget)
     if not gpus and not budget.limits and not (placement.fits and placement.share("disk").layers):
-        return Destinations(home, types)  # mapped: takes no memory that others could not have back
+        return DeviceMap(home, types)  # mapped: takes no memory that others could not have back
     if not placement.fits:
         raise CheckpointError(f"{checkpoint.folder} does not fit: {placement.advice}")
     if budget.kv == "auto" and placement.kv == "int8":
         logger.warning("the cache is int8, to leave memory for weights (--kv float: as it is)")
-    return Destinations(home, types, placement, _bus(needs, placement, types["cuda"]))
+    return DeviceMap(home, types, placement, _bus(needs, placement, types["cuda"]))
 
 
-def _bus(needs: Needs, placement: Placement, dtype: torch.dtype) -> BusRoute | None:
+def _bus(needs: Requirements, placement: Placement, dtype: torch.dtype) -> PrefetchRoute | None:
     """The way of the CPU's layers to the first GPU; None where there is neither, or the CPU is as fast (measured)."""
     if not placement.gpus or not placement.on_cpu:
         return None
     largest = max(needs.layers[layer] for layer in placement.on_cpu)
-    tokens = speed.crossing_tokens(largest, needs, crossing_speeds(needs.quant in ("int4", "int8")))
+    tokens = speed.prefetch_tokens(largest, needs, prefetch_speeds(needs.quant in ("int4", "int8")))
     if tokens > GPU_CHUNK:
         return None
     device = torch.device(placement.gpus[0].device)
-    return BusRoute(placement.on_cpu, device, dtype, min(tokens, CPU_CHUNK))
+    return PrefetchRoute(placement.on_cpu, device, dtype, min(tokens, CPU_CHUNK))
 
 
-def _cache_type(needs: Needs, context: int) -> KVType:
+def _cache_type(needs: Requirements, context: int) -> KVType:
     """float, unless a cache of the model's whole context is more than the memory that is free."""
     size, free = context * len(needs.layers) * needs.kv_per_token("float", gpu=False), system.available()
     if free is None or size <= free:

@@ -12,8 +12,8 @@ import torch
 from glm4lite.base.errors import ConfigError
 from glm4lite.base.files import CONFIG
 from glm4lite.checkpoint.checkpoint import Checkpoint
-from glm4lite.checkpoint.formats.bitsandbytes import Quant
-from glm4lite.checkpoint.load_plan import parse_quant
+from glm4lite.checkpoint.formats.format import Quant
+from glm4lite.checkpoint.quantization import AUTO, parse_quant
 from glm4lite.checkpoint.streaming import ProgressCallback
 from glm4lite.hub.options import HubOptions
 from glm4lite.memory.budget import Budget
@@ -71,8 +71,8 @@ class LoadOptions:
 
     @property
     def wanted(self) -> Quant | None:
-        """What the weights are quantized to; None: nothing, or as they are stored (`quant` tells)."""
-        return parse_quant(self.quant)
+        """What the weights are quantized to, unless they are stored quantized; None: nothing, or as they are stored."""
+        return parse_quant("int4" if self.quant == AUTO else self.quant)
 
     @property
     def target(self) -> torch.device | None:

@@ -10,12 +10,12 @@ from typing import Any
 from glm4lite.base.errors import ConfigError
 from glm4lite.base.sizes import readable
 from glm4lite.checkpoint.checkpoint import Checkpoint
-from glm4lite.checkpoint.load_plan import parse_quant
+from glm4lite.checkpoint.quantization import AUTO, parse_quant
 from glm4lite.loading.proposals import Attempt, Changes, Proposal, proposals, smaller_quants
-from glm4lite.loading.requirements import headers, needs_of
+from glm4lite.loading.requirements import headers, requirements_of
 from glm4lite.memory import machine as machines
 from glm4lite.memory.budget import Budget, place_within
-from glm4lite.memory.resources import Machine, Needs, Placement, Share
+from glm4lite.memory.resources import Machine, Placement, Requirements, Share
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class PlacementReport:
     """
 
     model: str
-    needs: Needs
+    needs: Requirements
     machine: Machine
     placement: Placement
     assumed: tuple[str, ...]
@@ -110,9 +110,7 @@ def plan(
         raise ConfigError("a GPU bandwidth of 0 moves nothing; give one such as 272GB")
     parse_quant(quant)  # before a model is looked for
     checkpoint = headers(source)
-    if quant is None and checkpoint.config.get("quantization_config") is None:
-        quant = "int4"
-    needs = needs_of(checkpoint, quant)
+    needs = requirements_of(checkpoint, AUTO if quant is None else quant)
     machine = _machine(budget, gpu_bandwidth, quantized=needs.quant not in ("bfloat16", "float32"))
     asked = needs
     placement, needs, notes = _placed(asked, machine, budget)
@@ -147,7 +145,7 @@ def _allowing(machine: Machine, budget: Budget) -> Machine:
     return machine
 
 
-def _proposals(checkpoint: Checkpoint, needs: Needs, machine: Machine, budget: Budget) -> Iterator[Proposal]:
+def _proposals(checkpoint: Checkpoint, needs: Requirements, machine: Machine, budget: Budget) -> Iterator[Proposal]:
     """Each is planned as `plan` would plan it."""
     of_quant = {needs.quant: needs}
     declared = checkpoint.config.get("quantization_config") is not None  # then it stays as it is
@@ -155,7 +153,7 @@ def _proposals(checkpoint: Checkpoint, needs: Needs, machine: Machine, budget: B
     def attempt(changes: Changes) -> Attempt:
         quant = changes.get("quant", needs.quant)
         if quant not in of_quant:
-            of_quant[quant] = needs_of(checkpoint, quant)
+            of_quant[quant] = requirements_of(checkpoint, quant)
         changed = replace(budget, **{name: value for name, value in changes.items() if name != "quant"})
         placement, _, notes = _placed(of_quant[quant], _allowing(machine, changed), changed)
         return Attempt(placement, quantize=quant if notes else None)
@@ -165,7 +163,7 @@ def _proposals(checkpoint: Checkpoint, needs: Needs, machine: Machine, budget: B
     yield from proposals(attempt, quants, placed.kv, placed.context, budget.gpu_memory)
 
 
-def _placed(needs: Needs, machine: Machine, budget: Budget) -> tuple[Placement, Needs, tuple[str, ...]]:
+def _placed(needs: Requirements, machine: Machine, budget: Budget) -> tuple[Placement, Requirements, tuple[str, ...]]:
     """The placement, and the needs and the note it rests on: what must lie on disk is to be quantized once before."""
     placement = place_within(needs, machine, budget)
     if placement.fits or needs.stored or needs.quant not in ("int4", "int8"):

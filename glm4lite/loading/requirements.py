@@ -6,6 +6,7 @@ import os
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,24 +15,17 @@ from glm4lite.base.files import CONFIG, INDEX, SINGLE, read_json
 from glm4lite.checkpoint.calibration import layer_bytes
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.folders import other_weights
-from glm4lite.checkpoint.formats.bitsandbytes import Quant, adapt
-from glm4lite.checkpoint.load_plan import (
-    Fill,
-    Plan,
-    automatic_dtype,
-    make_plan,
-    parse_quant,
-    read_config,
-    skeleton,
-    stored_quant,
-)
-from glm4lite.checkpoint.quantize import model_class
+from glm4lite.checkpoint.formats.format import Quant
+from glm4lite.checkpoint.formats.registry import format_of
+from glm4lite.checkpoint.load_plan import Fill, LoadPlan, automatic_dtype
+from glm4lite.checkpoint.prepare import Prepared, model_class, prepare
+from glm4lite.checkpoint.quantization import stored_quant
 from glm4lite.checkpoint.shard import DTYPE_NAMES, StoredTensor
 from glm4lite.checkpoint.streaming import BLOCK_BYTES, needs_calibration
 from glm4lite.hub.sources import locate
-from glm4lite.memory.resources import Needs
+from glm4lite.memory.resources import Requirements
 from glm4lite.model.config import Glm4Config
-from glm4lite_quant import BnbConfig, QuantConfig, QuantTensor
+from glm4lite_quant import QuantConfig, QuantTensor
 
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 
@@ -59,10 +53,9 @@ def imagined(folder: Path) -> Checkpoint:
     config = Glm4Config.from_dict(values, folder / CONFIG)
     empty = Checkpoint(folder, values, {})
     quant = stored_quant(empty)
-    if isinstance(quant, BnbConfig):
-        raise ConfigError(
-            f"{folder} is a {quant.kind} checkpoint of bitsandbytes without weights; plan with its original"
-        )
+    if not isinstance(quant, QuantConfig | None):
+        method = format_of(quant).method
+        raise ConfigError(f"{folder} is a {quant.kind} checkpoint of {method} without weights; plan with its original")
     with torch.device("meta"):
         model = model_class(empty)(config)
     tensors: dict[str, StoredTensor] = {}
@@ -83,29 +76,25 @@ def _stored_as(name: str, parameter: torch.Tensor, quant: QuantConfig | None) ->
     return {f"{module}.{part}": tensor for part, tensor in empty.tensors().items()}
 
 
-def needs_of(checkpoint: Checkpoint, quant: str | Quant | None = None) -> Needs:
+def requirements_of(checkpoint: Checkpoint, quant: str | Quant | None = None) -> Requirements:
     """Bytes that a checkpoint asks for where it is loaded with `quant` (None: as it is stored).
 
     Raises:
         Glm4liteError: what `load` raises, before any weight is read.
     """
-    wanted, stored = parse_quant(quant), stored_quant(checkpoint, quant)
-    if isinstance(stored, BnbConfig):
-        checkpoint, stored, wanted = adapt(checkpoint, stored, wanted, quant is not None)
-    config = read_config(checkpoint)
-    plan = make_plan(skeleton(config, model_class(checkpoint)), checkpoint, None if stored else wanted)
-    return needs_for(checkpoint, plan, config, stored or wanted)
+    return requirements_for(prepare(checkpoint, quant, model_class(checkpoint)))
 
 
-def needs_for(checkpoint: Checkpoint, plan: Plan, config: Glm4Config, quant: Quant | None) -> Needs:
-    """The same where it is planned already; `quant` is what its weights will be."""
+def requirements_for(prepared: Prepared[Any]) -> Requirements:
+    """The same where it is prepared already."""
+    checkpoint, plan, config = prepared.checkpoint, prepared.plan, prepared.config
     dtype = automatic_dtype(checkpoint, plan, torch.device("cpu"))
     sizes: dict[str, int] = defaultdict(int)
     for fill in plan.fills:
         sizes[_part(fill)] += _bytes(checkpoint, plan, fill, dtype)
-    return Needs(
+    return Requirements(
         config,
-        _precision(quant, dtype),
+        _precision(prepared.quant, dtype),
         tuple(sizes[str(index)] for index in range(config.num_hidden_layers)),
         sizes["embedding"],
         sizes["head"],
@@ -124,13 +113,13 @@ def _part(fill: Fill) -> str:
     return {"embed_tokens": "embedding", "lm_head": "head"}.get(fill.module.rpartition(".")[2], "rest")
 
 
-def _bytes(checkpoint: Checkpoint, plan: Plan, fill: Fill, dtype: torch.dtype) -> int:
+def _bytes(checkpoint: Checkpoint, plan: LoadPlan, fill: Fill, dtype: torch.dtype) -> int:
     if fill.parts:
         return sum(checkpoint.nbytes(part) for part in fill.parts)
     return plan.fill_bytes(fill, dtype)
 
 
-def _as_held(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> bool:
+def _as_held(checkpoint: Checkpoint, plan: LoadPlan, dtype: torch.dtype) -> bool:
     """Whether the large weights lie in the files as they are held (norms and biases do not matter)."""
     matrices = [fill for fill in plan.fills if len(fill.shape) > 1]
     return all(
@@ -138,7 +127,7 @@ def _as_held(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> bool:
     )
 
 
-def _loading(checkpoint: Checkpoint, plan: Plan) -> int:
+def _loading(checkpoint: Checkpoint, plan: LoadPlan) -> int:
     """What is held beside the weights while they are quantized: blocks of rows, when calibrating a layer as it is."""
     if not any(fill.quant for fill in plan.fills):
         return 0
@@ -146,6 +135,6 @@ def _loading(checkpoint: Checkpoint, plan: Plan) -> int:
 
 
 def _precision(quant: Quant | None, dtype: torch.dtype) -> str:
-    if isinstance(quant, BnbConfig):
+    if not isinstance(quant, QuantConfig | None):
         return quant.kind
     return f"int{quant.bits}" if quant else str(dtype).removeprefix("torch.")

@@ -5,7 +5,6 @@ Tensors go to the file one by one, as they are; layers that lie on disk are copi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +15,12 @@ from torch import Tensor, nn
 from glm4lite.base.errors import CheckpointError, ConfigError, shown
 from glm4lite.base.files import CONFIG, some
 from glm4lite.base.sizes import parse_size
-from glm4lite.checkpoint.formats.bitsandbytes import STATE
+from glm4lite.checkpoint.formats.bitsandbytes import tensors_of
 from glm4lite.checkpoint.quantize import destination_folder
 from glm4lite.checkpoint.shard import StoredTensor, read, torch_dtype
 from glm4lite.checkpoint.writer import FolderWriter, PlannedTensor
 from glm4lite.runtime.offload import streamed
-from glm4lite_quant import BnbLinear, BnbTensor, QuantEmbedding, QuantLinear, bnb
+from glm4lite_quant import BnbLinear, QuantEmbedding, QuantLinear, bnb
 
 if TYPE_CHECKING:
     from glm4lite.model.trunk import ModelBase
@@ -79,7 +78,7 @@ def _tensors(model: ModelBase) -> dict[str, Tensor | StoredTensor]:
             continue
         if module in modules and leaf != "bias":
             if leaf == "packed":
-                found |= bnb_tensors(f"{module}.weight", modules[module].weight_tensor, model.dtype)
+                found |= tensors_of(f"{module}.weight", modules[module].weight_tensor, model.dtype)
             continue
         found[name] = on_disk.get(name, _as_narrow(tensor, model.dtype) if modules else tensor)
     empty = [name for name, tensor in found.items() if isinstance(tensor, Tensor) and tensor.is_meta]
@@ -119,29 +118,6 @@ def _is_tied(model: ModelBase) -> bool:
                 "False to save both"
             )
     return True
-
-
-def bnb_tensors(name: str, weight: BnbTensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A 4-bit weight under the names and in the shapes that bitsandbytes writes; dtype: what it is decoded to."""
-    state: dict[str, Any] = {
-        "quant_type": weight.kind,
-        "blocksize": weight.blocksize,
-        "dtype": str(dtype).removeprefix("torch."),
-        "shape": list(weight.shape),
-    }
-    tensors = {name: weight.packed.view(-1, 1), f"{name}.absmax": weight.absmax, f"{name}.quant_map": weight.quant_map}
-    if weight.nested_absmax is not None and weight.nested_quant_map is not None and weight.nested_offset is not None:
-        tensors |= {
-            f"{name}.nested_absmax": weight.nested_absmax,
-            f"{name}.nested_quant_map": weight.nested_quant_map,
-        }
-        state |= {
-            "nested_blocksize": bnb.NESTED_BLOCK_SIZE,
-            "nested_dtype": "float32",
-            "nested_offset": float(weight.nested_offset),
-        }
-    packed = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
-    return tensors | {f"{name}.{STATE}{weight.kind}": packed}
 
 
 def _given(model: ModelBase, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor | StoredTensor]:

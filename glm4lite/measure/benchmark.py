@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,14 @@ from glm4lite import __version__
 from glm4lite.base.errors import BenchmarkError, ContextLengthError
 from glm4lite.base.events import Progress
 from glm4lite.base.sizes import readable
-from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.load_plan import read_config
+from glm4lite.checkpoint.prepare import opened
+from glm4lite.checkpoint.quantization import AUTO
 from glm4lite.engine.decoding import Generation, PrefixCache
 from glm4lite.engine.sampling import SamplingParams
-from glm4lite.hub.sources import resolve
 from glm4lite.loading.load_options import LoadOptions
-from glm4lite.loading.loader import load_class
-from glm4lite.measure.inventory import bus_of, devices, kernel_names, read_bytes, rings
+from glm4lite.loading.loader import load_checkpoint
+from glm4lite.measure.inventory import devices, kernel_names, prefetcher_of, read_bytes, rings
 from glm4lite.memory.budget import Budget
 from glm4lite.memory.machine import beyond_caches, bus_bandwidth, gpu_bandwidth, read_rate
 from glm4lite.model.layers import DecoderLayer
@@ -228,23 +228,27 @@ def benchmark(
     budget = budget or Budget(kv="float")
     room = prompt_tokens + new_tokens if budget.limits else None
     options = LoadOptions(
-        quant, device, progress=progress, gpu_memory=budget.gpu_memory, ram=budget.ram, context=room, kv=budget.kv
+        AUTO if quant is None else quant,
+        device,
+        progress=progress,
+        gpu_memory=budget.gpu_memory,
+        ram=budget.ram,
+        context=room,
+        kv=budget.kv,
     )
-    checkpoint = Checkpoint.open(resolve(source, progress))
+    checkpoint = opened(source, progress)
     context = read_config(checkpoint).context_length
     if prompt_tokens + new_tokens > context:
         raise ContextLengthError(
             f"{prompt_tokens} prompt tokens and {new_tokens} new ones do not fit the model's context of {context}"
         )
-    if quant is None and checkpoint.config.get("quantization_config") is None:
-        options = replace(options, quant="int4")
     before = memory_now("RssAnon")
     peak = _Peak()
     for index in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(index)
     with peak.watched():
         started = time.perf_counter()
-        model, _ = load_class(Glm4ForCausalLM, checkpoint.folder, options)
+        model, _ = load_checkpoint(Glm4ForCausalLM, checkpoint, options, str(source))
         load_s = time.perf_counter() - started
         trial = _Trial(model, prompt_tokens, new_tokens)
         trial.run()
@@ -284,7 +288,7 @@ class _Trial:
         seeded = torch.Generator().manual_seed(0)
         self.prompt = torch.randint(0, model.config.vocab_size, (prompt_tokens,), generator=seeded).tolist()
         self.params = SamplingParams(temperature=0, max_new_tokens=new_tokens)
-        self._bus, self.bus_bytes = bus_of(model), 0
+        self._bus, self.bus_bytes = prefetcher_of(model), 0
         self._cache = PrefixCache(model)  # one for all runs: a GPU's recordings stay true
 
     def run(self) -> tuple[float, float]:
@@ -308,7 +312,7 @@ class _Probes:
     """What the devices of a model give, in gigabytes per second."""
 
     def __init__(self, model: Glm4ForCausalLM, gpus: list[torch.device]) -> None:
-        self._gpus, self._crossed = gpus, bus_of(model) is not None
+        self._gpus, self._crossed = gpus, prefetcher_of(model) is not None
         self._streamed = [extent for ring in rings(model) for extent in ring.extents]
 
     def measure(self) -> dict[str, list[float]]:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import torch
 
     from glm4lite.base.events import Progress
-    from glm4lite.checkpoint.formats.bitsandbytes import Quant
-    from glm4lite.checkpoint.load_plan import Plan
+    from glm4lite.checkpoint.formats.format import Quant
+    from glm4lite.checkpoint.load_plan import LoadPlan
     from glm4lite.model.config import Glm4Config
 
 Fact = tuple[str, str]
@@ -57,21 +57,19 @@ def model_facts(source: str, progress: Callable[[Progress], None] | None = None)
     """
     import torch
 
-    from glm4lite.checkpoint.checkpoint import Checkpoint
-    from glm4lite.checkpoint.load_plan import make_plan, read_config, skeleton, stored_quant
-    from glm4lite.checkpoint.quantize import model_class
-    from glm4lite.hub.sources import resolve
-    from glm4lite.loading.requirements import needs_of
+    from glm4lite.checkpoint.load_plan import make_load_plan, read_config, skeleton
+    from glm4lite.checkpoint.prepare import model_class, opened
+    from glm4lite.checkpoint.quantization import stored_quant
+    from glm4lite.loading.requirements import requirements_of
     from glm4lite.model.cache import bytes_per_token
 
-    checkpoint = Checkpoint.open(resolve(source, progress))
-    config = read_config(checkpoint)
-    stored = stored_quant(checkpoint)
+    checkpoint = opened(source, progress)
+    config, stored = read_config(checkpoint), stored_quant(checkpoint)
     model = skeleton(config, model_class(checkpoint))
     heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads"
     kv_bytes = bytes_per_token(config, "float", torch.bfloat16.itemsize)
-    weights = [needs_of(checkpoint, quant) for quant in _ways(stored)]
-    named = _stored_as(make_plan(model, checkpoint, None), stored) if stored else weights[-1].quant
+    weights = [requirements_of(checkpoint, quant) for quant in _ways(stored)]
+    named = _stored_as(make_load_plan(model, checkpoint, None), stored) if stored else weights[-1].quant
     return [
         ("model", str(checkpoint.folder)),
         ("architecture", f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}, {heads}"),
@@ -89,17 +87,15 @@ def _scaled(config: Glm4Config) -> str:
     return f" (YaRN, {rope['factor']:g} x {rope['original_max_position_embeddings']:,}, in short texts too)"
 
 
-def _stored_as(plan: Plan, stored: Quant) -> str:
-    from glm4lite_quant import BnbConfig, bnb
+def _stored_as(plan: LoadPlan, stored: Quant) -> str:
+    from glm4lite.checkpoint.formats.registry import format_of
+    from glm4lite_quant import QuantConfig
 
-    if not isinstance(stored, BnbConfig):
+    if isinstance(stored, QuantConfig):
         return f"int{stored.bits}, groups of {stored.group_size}"
-    found = [fill.bnb for fill in plan.fills if fill.bnb]
-    blocks = ", ".join(map(str, sorted({weight.blocksize for weight in found})))
-    double = ", double quantization" if any(weight.nested_offset is not None for weight in found) else ""
-    plain = sum(len(fill.shape) == 2 for fill in plan.fills) - len(found)
-    absent = "" if bnb.available() else "; bitsandbytes cannot be used here, so it loads as int4"
-    return f"{stored.kind} of bitsandbytes, blocks of {blocks}{double}, {plain} matrices not quantized{absent}"
+    weights = [fill.foreign for fill in plan.fills if fill.foreign]
+    plain = sum(len(fill.shape) == 2 for fill in plan.fills) - len(weights)
+    return format_of(stored).described(stored, weights, plain)
 
 
 def _ways(stored: Quant | None) -> tuple[str | None, ...]:

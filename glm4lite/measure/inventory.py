@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from glm4lite.model.layers import DecoderLayer
-from glm4lite.runtime.offload import OnDisk, streamed
-from glm4lite.runtime.prefetch import Crossing
+from glm4lite.runtime.offload import DiskStore, streamed
+from glm4lite.runtime.prefetch import PrefetchedStore
 from glm4lite_quant import BnbLinear, QuantEmbedding, QuantLinear
 
 if TYPE_CHECKING:
     from glm4lite.model.causal_lm import CausalLM
     from glm4lite.runtime.disk_ring import WeightRing
-    from glm4lite.runtime.prefetch import Bus
+    from glm4lite.runtime.prefetch import Prefetcher
 
 
 def kernel_names(model: nn.Module) -> dict[str, int]:
@@ -56,10 +56,10 @@ def _read(module: nn.Module) -> int:
     return sum(_weight_bytes(part) for part in module.modules())
 
 
-def bus_of(model: nn.Module) -> Bus | None:
+def prefetcher_of(model: nn.Module) -> Prefetcher | None:
     """What carries layers to a GPU for long prompts; None where nothing has to."""
     stores = (module.store for module in model.modules() if isinstance(module, DecoderLayer))
-    return next((store.bus for store in stores if isinstance(store, Crossing)), None)
+    return next((store.bus for store in stores if isinstance(store, PrefetchedStore)), None)
 
 
 def rings(model: nn.Module) -> list[WeightRing]:
@@ -92,7 +92,7 @@ def _weight_bytes(module: nn.Module) -> int:
     return module.weight.nbytes if isinstance(module, nn.Linear | nn.Embedding) else 0
 
 
-def _streamed(model: nn.Module) -> Iterator[tuple[DecoderLayer, OnDisk]]:
+def _streamed(model: nn.Module) -> Iterator[tuple[DecoderLayer, DiskStore]]:
     for module in model.modules():
         if isinstance(module, DecoderLayer) and (place := streamed(module)) is not None:
             yield module, place

@@ -9,7 +9,7 @@ from typing import cast
 from glm4lite.base.errors import ConfigError
 from glm4lite.base.sizes import parse_size
 from glm4lite.memory.placement import place
-from glm4lite.memory.resources import Machine, Needs, Placement
+from glm4lite.memory.resources import Machine, Placement, Requirements
 from glm4lite.model.cache import KVType
 
 logger = logging.getLogger("glm4lite")
@@ -65,7 +65,7 @@ def _tokens(text: str) -> int:
     return int(text[:20])
 
 
-def place_within(needs: Needs, machine: Machine, budget: Budget) -> Placement:
+def place_within(needs: Requirements, machine: Machine, budget: Budget) -> Placement:
     """The placement that a budget asks for; `placement.kv` says which cache "auto" became.
 
     Raises:

@@ -60,7 +60,7 @@ def free_ram() -> int | None:
     return None if free is None else int(free * MARGIN)
 
 
-def crossing_speeds(quantized: bool) -> Machine:
+def prefetch_speeds(quantized: bool) -> Machine:
     """The measured speeds that decide which prompts cross the bus to a GPU; assumed where that fails."""
     gpu = torch.device("cuda", 0)
     try:

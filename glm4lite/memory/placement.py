@@ -18,8 +18,8 @@ from glm4lite.memory.resources import (
     BUS_BUFFERS,
     RING_BUFFERS,
     Machine,
-    Needs,
     Placement,
+    Requirements,
     Share,
 )
 from glm4lite.model.cache import KVType
@@ -34,7 +34,7 @@ GPU_RESERVE = 512 << 20  # CUDA's context and libraries, and what the allocator 
 class _Request:
     """What is to be placed, and within which limits (bytes of RAM, of each GPU)."""
 
-    needs: Needs
+    needs: Requirements
     context: int
     kv: KVType
     ram: int
@@ -45,7 +45,7 @@ class _Request:
 
 
 def place(
-    needs: Needs,
+    needs: Requirements,
     machine: Machine,
     *,
     context: int,

@@ -25,7 +25,7 @@ GPU_ITEM_BYTES = 2  # activations and a float cache on a GPU are bfloat16
 
 
 @dataclass(frozen=True)
-class Needs:
+class Requirements:
     """Bytes that a model asks for.
 
     quant: "int4", "int8", "nf4", "bfloat16", "float32".

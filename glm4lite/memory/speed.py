@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-from glm4lite.memory.resources import Machine, Needs, Placement
+from glm4lite.memory.resources import Machine, Placement, Requirements
 
 # The share of a device's bandwidth that decoding reaches: measured on a CPU (bench/RESULTS.md), a target elsewhere.
 CPU_SHARE, GPU_SHARE, DISK_SHARE = 0.9, 0.7, 0.95
 
 
-def decode(placement: Placement, needs: Needs, machine: Machine) -> float:
+def decode(placement: Placement, needs: Requirements, machine: Machine) -> float:
     """Tokens per second with the cache half full: each device reads its weights and its cache.
 
     What lies on disk is read while the CPU computes the layers before; GPUs and CPU wait for each other.
@@ -22,7 +22,7 @@ def decode(placement: Placement, needs: Needs, machine: Machine) -> float:
     return 1 / (gpu_read / (machine.gpu_bandwidth * GPU_SHARE) + on_cpu)
 
 
-def prefill(placement: Placement, needs: Needs, machine: Machine) -> float:
+def prefill(placement: Placement, needs: Requirements, machine: Machine) -> float:
     """Tokens per second of a prompt's first chunk: operations over rates, while layers are read from disk.
 
     Layers off the GPU go to it over the bus for the chunk, or are computed where they are, whichever takes less time.
@@ -38,7 +38,7 @@ def prefill(placement: Placement, needs: Needs, machine: Machine) -> float:
     return placement.chunk / min(in_place, max(computing, crossing, _disk_seconds(placement, machine)))
 
 
-def crossing_tokens(layer_bytes: int, needs: Needs, machine: Machine) -> float:
+def prefetch_tokens(layer_bytes: int, needs: Requirements, machine: Machine) -> float:
     """Tokens from which on a layer is sent to the GPU and computed there in less time than on the CPU."""
     saved = 2 * needs.layer_parameters * (1 / machine.cpu_rate - 1 / machine.gpu_rate)  # seconds for each token
     return layer_bytes / machine.bus_bandwidth / saved if saved > 0 else math.inf

@@ -18,7 +18,7 @@ from glm4lite_quant import BnbLinear, QuantEmbedding, QuantLinear
 
 if TYPE_CHECKING:
     from glm4lite.base.events import Progress
-    from glm4lite.checkpoint.formats.bitsandbytes import Quant
+    from glm4lite.checkpoint.formats.format import Quant
     from glm4lite.pretrained.generation import GenerationConfig
 
 

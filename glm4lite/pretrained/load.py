@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from glm4lite.checkpoint.formats.bitsandbytes import Quant
+from glm4lite.checkpoint.formats.format import Quant
 from glm4lite.checkpoint.streaming import ProgressCallback
 from glm4lite.loading.load_options import LoadOptions, Size
 from glm4lite.loading.loader import load_class

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from glm4lite.base.errors import ConfigError, shown, unknown_name
-from glm4lite.checkpoint.formats.bitsandbytes import Quant
+from glm4lite.checkpoint.formats.format import Quant
 from glm4lite_quant import BnbConfig, QuantConfig, QuantError, bnb
 from glm4lite_quant.config import EXCEPTIONS, QUANT_METHOD
 

@@ -27,7 +27,7 @@ Planes = Mapping[str, Mapping[str, StoredTensor]]
 """A layer's quantized weights: module -> plane (qweight, scales, ...) -> where it lies."""
 
 
-class OnDisk:
+class DiskStore:
     """One layer of those that a ring reads."""
 
     resident = False
@@ -46,10 +46,10 @@ class OnDisk:
     ) -> Iterator[tuple[DecoderLayer, Cache | None]]:
         memory = self.ring.acquire(self._index)
         try:
-            _lend(layer, self._over(memory))
+            _materialize(layer, self._over(memory))
             yield layer, cache
         finally:
-            _take_back(layer)
+            _release(layer)
             self.ring.release()
 
     def fused(self, layer: DecoderLayer) -> bool:
@@ -59,10 +59,10 @@ class OnDisk:
         return self._fused
 
     def shaped(self, layer: DecoderLayer) -> DecoderLayer:
-        """A twin with weights of the same shapes, for questions that those answer, in any thread: no value is there."""
-        twin = twin_of(layer)
-        _lend(twin, self._layout.weights(pages.zeros(self._layout.span.nbytes)))
-        return twin
+        """A clone with weights of the same shapes and without values, for questions that shapes answer, in any thread."""
+        clone = shallow_clone(layer)
+        _materialize(clone, self._layout.weights(pages.zeros(self._layout.span.nbytes)))
+        return clone
 
     def stored(self) -> Mapping[str, StoredTensor]:
         """Where the layer's planes lie, by their names in the layer."""
@@ -75,30 +75,30 @@ class OnDisk:
         return self._weights[address]
 
 
-def _lend(layer: nn.Module, weights: Mapping[str, QuantTensor]) -> None:
+def _materialize(layer: nn.Module, weights: Mapping[str, QuantTensor]) -> None:
     for name, weight in weights.items():
         cast(QuantLinear, layer.get_submodule(name)).load(weight)
 
 
-def _take_back(layer: nn.Module) -> None:
+def _release(layer: nn.Module) -> None:
     for module in layer.modules():
         if isinstance(module, QuantLinear):
             module.unload()
 
 
-def twin_of(layer: DecoderLayer) -> DecoderLayer:
+def shallow_clone(layer: DecoderLayer) -> DecoderLayer:
     """The same layer for tensors that lie elsewhere."""
-    twin = _shell(layer)
-    twin.store = RESIDENT
-    return twin
+    clone = _shell(layer)
+    clone.store = RESIDENT
+    return clone
 
 
 def _shell(module: M) -> M:
     """A module of the same kind and settings with places of its own for tensors: they are set anew each time."""
-    twin = copy.copy(module)
-    twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)
-    twin._modules = {name: None if child is None else _shell(child) for name, child in module._modules.items()}
-    return twin
+    clone = copy.copy(module)
+    clone._parameters, clone._buffers = dict(module._parameters), dict(module._buffers)
+    clone._modules = {name: None if child is None else _shell(child) for name, child in module._modules.items()}
+    return clone
 
 
 class _Layout:
@@ -129,13 +129,13 @@ class _Layout:
         return {module: QuantTensor.from_tensors(tensors) for module, tensors in planes.items()}
 
 
-def streamed(layer: DecoderLayer) -> OnDisk | None:
+def streamed(layer: DecoderLayer) -> DiskStore | None:
     """The layer's place on disk, also where prompts take it on to a GPU; None where it has none."""
     store = getattr(layer.store, "home", layer.store)
-    return store if isinstance(store, OnDisk) else None
+    return store if isinstance(store, DiskStore) else None
 
 
-def put_on_disk(layers: Mapping[int, DecoderLayer], planes: Mapping[int, Planes]) -> WeightRing:
+def offload_to_disk(layers: Mapping[int, DecoderLayer], planes: Mapping[int, Planes]) -> WeightRing:
     """Gives the layers (by number) their places on disk, and starts nothing yet: the first pass does.
 
     Raises:
@@ -146,5 +146,5 @@ def put_on_disk(layers: Mapping[int, DecoderLayer], planes: Mapping[int, Planes]
     layouts = {number: _Layout(planes[number], files) for number in sorted(layers)}
     ring = WeightRing([layout.span for layout in layouts.values()])
     for index, (number, layout) in enumerate(layouts.items()):
-        layers[number].store = OnDisk(ring, index, layout)
+        layers[number].store = DiskStore(ring, index, layout)
     return ring

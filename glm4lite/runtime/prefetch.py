@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from glm4lite.memory.resources import BUS_BLOCK_BYTES, BUS_BLOCKS, BUS_BUFFERS
 from glm4lite.model.cache import AwayCache, Cache, HomeCache
 from glm4lite.model.layers import DecoderLayer, WeightStore
-from glm4lite.runtime.offload import twin_of
+from glm4lite.runtime.offload import shallow_clone
 from glm4lite_quant import QuantLinear, QuantTensor
 from glm4lite_quant.format import NAMES
 
@@ -39,15 +39,15 @@ class _Part(NamedTuple):
     nbytes: int
 
 
-class Crossing:
+class PrefetchedStore:
     """A layer whose own place is `home`, and that long prompts find on the bus's GPU."""
 
     resident: bool
 
-    def __init__(self, home: WeightStore, bus: Bus, index: int) -> None:
+    def __init__(self, home: WeightStore, bus: Prefetcher, index: int) -> None:
         self.home, self.bus, self._index = home, bus, index
         self.resident = home.resident
-        self._twin: DecoderLayer | None = None
+        self._clone: DecoderLayer | None = None
 
     def where(self, tokens: int) -> tuple[torch.device, torch.dtype] | None:
         return (self.bus.device, self.bus.dtype) if tokens >= self.bus.threshold else None
@@ -60,17 +60,17 @@ class Crossing:
         self, layer: DecoderLayer, device: torch.device, cache: HomeCache | None
     ) -> Iterator[tuple[DecoderLayer, Cache | None]]:
         if not self.bus.carries(device):
-            with self.home.acquire(layer, device, cache) as lent:
-                yield lent
+            with self.home.acquire(layer, device, cache) as borrowed:
+                yield borrowed
             return
-        twin = self._twin = self._twin or twin_of(layer)
-        _lend(twin, self.bus.arrived(self._index), self.bus.dtype)
+        clone = self._clone = self._clone or shallow_clone(layer)
+        _materialize(clone, self.bus.weights(self._index), self.bus.dtype)
         away = None if cache is None else AwayCache(cache)
-        yield twin, away
-        self.bus.leave(self._index, None if away is None else _Following(away, self.bus.device, layer.dtype))
+        yield clone, away
+        self.bus.release(self._index, None if away is None else _Writeback(away, self.bus.device, layer.dtype))
 
 
-class Bus:
+class Prefetcher:
     """Carries the weights of some layers to a GPU, in their order, one ahead.
 
     device, dtype: where and in what the layers are computed; threshold: tokens from which on they cross.
@@ -87,17 +87,17 @@ class Bus:
         self._staging: _Staging | None = None
         self._at = -1  # the layer computed last
         self._sent = -1  # the layer sent last, while a pass goes on
-        self._following: list[_Following] = []  # keys and values on their way to RAM
+        self._writebacks: list[_Writeback] = []  # keys and values on their way to RAM
         self.bytes_sent = 0
 
     def carries(self, device: torch.device) -> bool:
         """Whether an input on `device` asks for a layer on the bus's GPU."""
         return device == self.device
 
-    def arrived(self, index: int) -> Mapping[str, Tensor]:
+    def weights(self, index: int) -> Mapping[str, Tensor]:
         """The layer's tensors on the GPU, as soon as what was launched before has run."""
         if index != self._at + 1:  # a new pass, perhaps after one that was stopped
-            self._following.clear()
+            self._writebacks.clear()
             self._sent = -1
         if self._sent != index:
             self._send(index)
@@ -108,20 +108,20 @@ class Bus:
             for part in self._parts[index]
         }
 
-    def leave(self, index: int, following: _Following | None) -> None:
+    def release(self, index: int, writeback: _Writeback | None) -> None:
         """The layer's kernels are launched: the next layer is sent, the keys and values of the one before stored."""
         self._slots[index % BUS_BUFFERS].free()
         self._at = index
-        new = [] if following is None else [following]
+        new = [] if writeback is None else [writeback]
         last = index + 1 == len(self._layers)
         if last:
-            self._following += new
+            self._writebacks += new
             self._at = self._sent = -1
         else:
             self._send(index + 1)
-        for arriving in self._following:
+        for arriving in self._writebacks:
             arriving.store()
-        self._following = [] if last else new
+        self._writebacks = [] if last else new
 
     def _send(self, index: int) -> None:
         layer = self._layer(index)
@@ -222,7 +222,7 @@ class _Staging:
         self._turn = (self._turn + 1) % BUS_BLOCKS
 
 
-class _Following:
+class _Writeback:
     """Keys and values of a layer on their way into its cache in RAM."""
 
     def __init__(self, cache: AwayCache, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -275,9 +275,9 @@ def _parts(tensors: Mapping[str, Tensor]) -> list[_Part]:
     return parts
 
 
-def _lend(twin: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Gives a layer's twin its tensors; plain matrices in the type of the GPU's activations."""
-    for name, module in twin.named_modules():
+def _materialize(clone: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Gives a layer's clone its tensors; plain matrices in the type of the GPU's activations."""
+    for name, module in clone.named_modules():
         own = {leaf: tensors[f"{name}.{leaf}"] for leaf in _leaves(module) if f"{name}.{leaf}" in tensors}
         if isinstance(module, QuantLinear):
             module.load(QuantTensor.from_tensors({leaf: own.pop(leaf) for leaf in NAMES if leaf in own}))
@@ -293,9 +293,11 @@ def _leaves(module: nn.Module) -> list[str]:
     return [*module._parameters, *module._buffers]
 
 
-def put_on_bus(layers: Sequence[DecoderLayer], device: torch.device, dtype: torch.dtype, threshold: float) -> Bus:
+def prefetch_long_prompts(
+    layers: Sequence[DecoderLayer], device: torch.device, dtype: torch.dtype, threshold: float
+) -> Prefetcher:
     """Gives layers, in the order of a pass, a way to the GPU for prompts of at least `threshold` tokens."""
-    bus = Bus(layers, device, dtype, threshold)
+    bus = Prefetcher(layers, device, dtype, threshold)
     for index, layer in enumerate(layers):
-        layer.store = Crossing(layer.store, bus, index)
+        layer.store = PrefetchedStore(layer.store, bus, index)
     return bus

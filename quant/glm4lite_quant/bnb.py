@@ -112,6 +112,11 @@ class BnbConfig:
         if not isinstance(self.double_quant, bool):
             raise QuantError(f"double_quant is {self.double_quant!r}; use True or False")
 
+    @property
+    def method(self) -> str:
+        """How the scales are found, as QuantConfig.method: bitsandbytes does it its own way."""
+        return self.kind
+
     def for_module(self, name: str) -> BnbConfig | QuantConfig | None:
         """The config of one module by its dotted name (None: leave it unquantized).
 

@@ -16,7 +16,7 @@ from glm4lite.base.errors import CheckpointError, ConfigError, Glm4liteError
 from glm4lite.base.sizes import readable
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.quantize import quantize_checkpoint
-from glm4lite.loading.requirements import headers, needs_of
+from glm4lite.loading.requirements import headers, requirements_of
 from glm4lite.pretrained.load import load
 from glm4lite.pretrained.models import Glm4ForSequenceClassification
 from glm4lite_quant import QuantConfig
@@ -232,7 +232,7 @@ def test_a_stored_plane_that_does_not_fit_is_refused_before_it_is_mapped(
 
 
 def needs_of_folder(folder: Path) -> object:
-    return needs_of(headers(folder))
+    return requirements_of(headers(folder))
 
 
 def test_an_unknown_type_is_named(folder: Path) -> None:

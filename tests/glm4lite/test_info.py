@@ -82,6 +82,8 @@ def test_info_gives_no_notices(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 def test_progress_reaches_the_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path)
     given: list[object] = []
-    monkeypatch.setattr("glm4lite.hub.sources.resolve", lambda source, progress=None: given.append(progress) or folder)
+    monkeypatch.setattr(
+        "glm4lite.checkpoint.prepare.resolve", lambda source, progress=None, hub=None: given.append(progress) or folder
+    )
     info.model_facts("org/name", given.append)
     assert given == [given.append]

@@ -19,7 +19,8 @@ from safetensors import safe_open
 from glm4lite.base import owned_folder
 from glm4lite.base.errors import CheckpointError, ConfigError
 from glm4lite.base.events import Progress
-from glm4lite.checkpoint.checkpoint import Checkpoint, partial, writer
+from glm4lite.checkpoint import partial, writer
+from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.quantize import quantize_checkpoint
 from glm4lite.model.config import Glm4Config
 from glm4lite.pretrained.load import load

@@ -7,10 +7,11 @@ is 4-bit where these lie beside it and plain where they do not, whatever config.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,12 +21,11 @@ from torch import Tensor
 from glm4lite.base.errors import CheckpointError, ConfigError
 from glm4lite.base.files import parse_json
 from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.formats.format import Quant
 from glm4lite_quant import BnbConfig, BnbTensor, QuantConfig, QuantError, QuantTensor, bnb
 from glm4lite_quant.format import NAMES as PLANES
 
 logger = logging.getLogger("glm4lite")
-
-Quant = QuantConfig | BnbConfig
 
 STATE = "quant_state.bitsandbytes__"
 _SUFFIXES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(STATE + kind for kind in bnb.QUANT_MAPS))
@@ -50,6 +50,30 @@ class BnbWeight:
     @property
     def blocks(self) -> int:
         return math.ceil(math.prod(self.shape) / self.blocksize)
+
+    def read(self, checkpoint: Checkpoint) -> BnbTensor:
+        """The weight over the mapped file, its codes not copied.
+
+        Raises:
+            CheckpointError: a scale is not finite, or the values of the codes are others than this kind's.
+        """
+        name = self.parts[0]
+
+        def mapped(part: str) -> Tensor:
+            tensor = checkpoint.mapped(f"{name}.{part}").flatten()
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise _wrong(checkpoint, name, f"has a number in {part} that is not finite")
+            return tensor
+
+        quant_map = bnb.quant_map(self.kind)
+        if not torch.allclose(mapped("quant_map"), quant_map, rtol=0, atol=1e-4):
+            raise _wrong(checkpoint, name, f"has another quant_map than {self.kind}'s")
+        nested: dict[str, Tensor] = {}
+        if self.nested_offset is not None:
+            nested = {part: mapped(part) for part in ("nested_absmax", "nested_quant_map")}
+            nested["nested_offset"] = torch.tensor(self.nested_offset)
+        packed = checkpoint.mapped(name).flatten().view(torch.uint8)  # may be stored as wider elements, for sharding
+        return BnbTensor(self.kind, self.shape, self.blocksize, packed, mapped("absmax"), quant_map, **nested)
 
 
 def find_weight(checkpoint: Checkpoint, name: str) -> BnbWeight | None:
@@ -157,29 +181,27 @@ def _check_tensors(checkpoint: Checkpoint, name: str, weight: BnbWeight) -> None
         )
 
 
-def read_weight(checkpoint: Checkpoint, weight: BnbWeight) -> BnbTensor:
-    """The weight over the mapped file, its codes not copied.
-
-    Raises:
-        CheckpointError: a scale is not finite, or the values of the codes are others than this kind's.
-    """
-    name = weight.parts[0]
-
-    def mapped(part: str) -> Tensor:
-        tensor = checkpoint.mapped(f"{name}.{part}").flatten()
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise _wrong(checkpoint, name, f"has a number in {part} that is not finite")
-        return tensor
-
-    quant_map = bnb.quant_map(weight.kind)
-    if not torch.allclose(mapped("quant_map"), quant_map, rtol=0, atol=1e-4):
-        raise _wrong(checkpoint, name, f"has another quant_map than {weight.kind}'s")
-    nested: dict[str, Tensor] = {}
-    if weight.nested_offset is not None:
-        nested = {part: mapped(part) for part in ("nested_absmax", "nested_quant_map")}
-        nested["nested_offset"] = torch.tensor(weight.nested_offset)
-    packed = checkpoint.mapped(name).flatten().view(torch.uint8)  # may be stored as wider elements, for sharding
-    return BnbTensor(weight.kind, weight.shape, weight.blocksize, packed, mapped("absmax"), quant_map, **nested)
+def tensors_of(name: str, weight: BnbTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A 4-bit weight under the names and in the shapes that bitsandbytes writes; dtype: what it is decoded to."""
+    state: dict[str, Any] = {
+        "quant_type": weight.kind,
+        "blocksize": weight.blocksize,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(weight.shape),
+    }
+    tensors = {name: weight.packed.view(-1, 1), f"{name}.absmax": weight.absmax, f"{name}.quant_map": weight.quant_map}
+    if weight.nested_absmax is not None and weight.nested_quant_map is not None and weight.nested_offset is not None:
+        tensors |= {
+            f"{name}.nested_absmax": weight.nested_absmax,
+            f"{name}.nested_quant_map": weight.nested_quant_map,
+        }
+        state |= {
+            "nested_blocksize": bnb.NESTED_BLOCK_SIZE,
+            "nested_dtype": "float32",
+            "nested_offset": float(weight.nested_offset),
+        }
+    packed = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+    return tensors | {f"{name}.{STATE}{weight.kind}": packed}
 
 
 class DecodedCheckpoint(Checkpoint):
@@ -217,7 +239,7 @@ class DecodedCheckpoint(Checkpoint):
 
     def _weight(self, name: str) -> BnbTensor | QuantTensor:
         if name in self._found:
-            return read_weight(self._source, self._found[name])
+            return self._found[name].read(self._source)
         return _own_weight(self._source, self._parts[name], self._source.mapped)
 
 
@@ -240,29 +262,54 @@ def _own_weight(checkpoint: Checkpoint, parts: tuple[str, ...], read: Callable[[
     return weight
 
 
-def adapt(
-    checkpoint: Checkpoint, stored: BnbConfig, wanted: Quant | None, asked: bool
-) -> tuple[Checkpoint, BnbConfig | None, Quant | None]:
-    """(checkpoint, how it is kept, what to quantize to) for a 4-bit checkpoint and what was asked for, if anything.
+class _Bitsandbytes:
+    """The format, as `formats.format.Format` describes one."""
 
-    Raises:
-        CheckpointError: the weights are damaged, or not what config.json says.
-        ConfigError: the other 4-bit kind was asked for.
-        QuantError: its own kind was asked for, and bitsandbytes is not installed.
-    """
-    found = find_weights(checkpoint, stored)
-    if isinstance(wanted, BnbConfig):
-        if wanted.kind != stored.kind:
-            raise ConfigError(
-                f"{checkpoint.folder} is quantized to {stored.kind} already; load it without quant, or use the original"
-            )
-        bnb.library()
-    if isinstance(wanted, BnbConfig) or (not asked and bnb.available()):
-        return checkpoint, stored, None
-    if not asked:
-        wanted, why = QuantConfig(), "bitsandbytes cannot be used here"
-        once = "`glm4lite quantize` does it once"
-        logger.warning("%s: %s is decoded and quantized to int4, which loses a little; %s", why, stored.kind, once)
-    elif wanted is not None:
-        logger.warning("%s is decoded and quantized again, which loses a little", stored.kind)
-    return DecodedCheckpoint(checkpoint, found), None, wanted
+    method = bnb.QUANT_METHOD
+    cpu_note = "on a CPU bitsandbytes unpacks a whole weight at each use: quant='int4' is several times faster"
+
+    def config(self, given: Mapping[str, Any]) -> BnbConfig:
+        return BnbConfig.from_dict(given)
+
+    def owns(self, quant: Quant) -> bool:
+        return isinstance(quant, BnbConfig)
+
+    def find(self, checkpoint: Checkpoint, name: str) -> BnbWeight | None:
+        return find_weight(checkpoint, name)
+
+    def adapt(
+        self, checkpoint: Checkpoint, stored: BnbConfig, wanted: Quant | None, asked: bool
+    ) -> tuple[Checkpoint, BnbConfig | None, Quant | None]:
+        """(checkpoint, how it is kept, what to quantize to) for a 4-bit checkpoint and what was asked for, if anything.
+
+        Raises:
+            CheckpointError: the weights are damaged, or not what config.json says.
+            ConfigError: the other 4-bit kind was asked for.
+            QuantError: its own kind was asked for, and bitsandbytes is not installed.
+        """
+        found = find_weights(checkpoint, stored)
+        if isinstance(wanted, BnbConfig):
+            if wanted.kind != stored.kind:
+                raise ConfigError(
+                    f"{checkpoint.folder} is quantized to {stored.kind} already; load it without quant, or use the "
+                    "original"
+                )
+            bnb.library()
+        if isinstance(wanted, BnbConfig) or (not asked and bnb.available()):
+            return checkpoint, stored, None
+        if not asked:
+            wanted, why = QuantConfig(), "bitsandbytes cannot be used here"
+            once = "`glm4lite quantize` does it once"
+            logger.warning("%s: %s is decoded and quantized to int4, which loses a little; %s", why, stored.kind, once)
+        elif wanted is not None:
+            logger.warning("%s is decoded and quantized again, which loses a little", stored.kind)
+        return DecodedCheckpoint(checkpoint, found), None, wanted
+
+    def described(self, stored: BnbConfig, weights: Sequence[BnbWeight], plain: int) -> str:
+        blocks = ", ".join(map(str, sorted({weight.blocksize for weight in weights})))
+        double = ", double quantization" if any(weight.nested_offset is not None for weight in weights) else ""
+        absent = "" if bnb.available() else "; bitsandbytes cannot be used here, so it loads as int4"
+        return f"{stored.kind} of bitsandbytes, blocks of {blocks}{double}, {plain} matrices not quantized{absent}"
+
+
+BITSANDBYTES = _Bitsandbytes()
