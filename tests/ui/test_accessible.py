@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from glm4lite.engine import Engine
-from glm4lite.tools import BUILTIN_TOOLS
+from glm4lite.engine.engine import Engine
+from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 from glm4lite_ui.chats import Attachment, Chat, Counts, Part, Settings, Turn
 from tests.glm4lite.test_mcp import BAD, GOOD
 from tests.ui.acts import ask, wait_for_end

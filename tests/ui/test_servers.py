@@ -17,11 +17,11 @@ from typing import Any
 import httpx
 import pytest
 
-from glm4lite.errors import Glm4liteError, ToolError
-from glm4lite.mcp_client import connection
-from glm4lite.mcp_client.config import ServerConfig
-from glm4lite.messages import ToolCall
-from glm4lite.tools import run_tool
+from glm4lite.base.errors import Glm4liteError, ToolError
+from glm4lite.text.messages import ToolCall
+from glm4lite.tools.mcp_client import connection
+from glm4lite.tools.mcp_client.config import ServerConfig
+from glm4lite.tools.running import run_tool
 from glm4lite_ui.chats import Settings
 from glm4lite_ui.saved import store
 from glm4lite_ui.saved.servers import ServerFile

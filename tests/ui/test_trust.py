@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from glm4lite.mcp_client.config import ServerConfig
-from glm4lite.tool_files import load_tools
-from glm4lite.toolbox import Toolbox
-from glm4lite.tools import BUILTIN_TOOLS, Tool
+from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
+from glm4lite.tools.mcp_client.config import ServerConfig
+from glm4lite.tools.tool import Tool
+from glm4lite.tools.tool_files import load_tools
+from glm4lite.tools.toolbox import Toolbox
 from glm4lite_ui.saved.servers import ServerFile
 from glm4lite_ui.saved.trust import Trust
 from glm4lite_ui.servers import Servers

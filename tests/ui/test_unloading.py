@@ -11,10 +11,10 @@ import httpx
 import pytest
 
 import glm4lite
-from glm4lite.engine import Engine
-from glm4lite.errors import NoModel
+from glm4lite.base.errors import NoModel
+from glm4lite.engine.engine import Engine
+from glm4lite.engine.worker import EngineWorker
 from glm4lite.server.metrics import resident_bytes
-from glm4lite.worker import EngineWorker
 from glm4lite_ui.chats import Chat
 from glm4lite_ui.loading import Loading
 from glm4lite_ui.runtime import Runtime

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from starlette.requests import Request
 
-from glm4lite.errors import Glm4liteError
+from glm4lite.base.errors import Glm4liteError
 from glm4lite.server.guard import is_loopback
 
 # What proxies and tunnels say of whom they ask for.

@@ -14,11 +14,11 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from glm4lite.errors import Glm4liteError, ToolError, one_line
-from glm4lite.mcp_client.config import ServerConfig, server_config
-from glm4lite.mcp_tools import McpServers
-from glm4lite.toolbox import with_approval
-from glm4lite.tools import Tool
+from glm4lite.base.errors import Glm4liteError, ToolError, one_line
+from glm4lite.tools.mcp_client.config import ServerConfig, server_config
+from glm4lite.tools.mcp_servers import McpServers
+from glm4lite.tools.tool import Tool
+from glm4lite.tools.toolbox import with_approval
 from glm4lite_ui.saved.servers import ServerFile
 
 logger = logging.getLogger("glm4lite")

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from glm4lite.errors import ToolError
-from glm4lite.mcp_client.config import ServerConfig
-from glm4lite.tools import BUILTIN_TOOLS, Tool
+from glm4lite.base.errors import ToolError
+from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
+from glm4lite.tools.mcp_client.config import ServerConfig
+from glm4lite.tools.tool import Tool
 from glm4lite_ui.saved.trust import Trust, Word
 from glm4lite_ui.servers import Server, Servers
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from glm4lite.errors import Glm4liteError
+from glm4lite.base.errors import Glm4liteError
 from glm4lite_ui.saved.store import write_whole
 
 FORMAT = 1

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from glm4lite.errors import Glm4liteError
+from glm4lite.base.errors import Glm4liteError
 from glm4lite_ui.chats import Settings
 from glm4lite_ui.saved.kept import keep, read_kept
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from glm4lite.errors import ToolError
-from glm4lite.mcp_client.config import MAX_FILE, read_document
-from glm4lite.user_folder import make_private
+from glm4lite.base.errors import ToolError
+from glm4lite.base.user_folder import make_private
+from glm4lite.tools.mcp_client.config import MAX_FILE, read_document
 from glm4lite_ui.saved.store import write_whole
 
 

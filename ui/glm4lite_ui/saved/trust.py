@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
-from glm4lite.errors import Glm4liteError
+from glm4lite.base.errors import Glm4liteError
 from glm4lite_ui.saved.kept import keep, read_kept
 
 logger = logging.getLogger("glm4lite")
