@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "README.zh.md", "CONTRIBUTING.md", "nano/README.md")
+PAGES = (
+    "README.md",
+    "README.zh.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "docs/architecture.md",
+    "docs/security.md",
+    "nano/README.md",
+)
 EXAMPLES = [
     code
     for page in PAGES[:2]

@@ -68,7 +68,7 @@ def library() -> Any:
             import bitsandbytes
     except Exception as error:  # a broken installation raises what it likes
         why = str(error).strip().partition("\n")[0]
-        raise QuantError(f"nf4 and fp4 need bitsandbytes ({why}); pip install bitsandbytes, or use int4") from None
+        raise QuantError(f"nf4 and fp4 need bitsandbytes ({why}): pip install 'glm4lite[bnb]', or use int4") from None
     return bitsandbytes
 
 

@@ -9,6 +9,7 @@ import typer
 
 from glm4lite.cli import options
 from glm4lite.cli.running import nano_remark, rendering, use_threads
+from glm4lite.extras import require
 
 
 def ui(
@@ -33,6 +34,7 @@ def ui(
     limits |= {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
     with rendering(as_json=False) as renderer:
         # Before what takes seconds to import.
+        require("the web chat", "gradio", "nh3", "latex2mathml", "pygments", extra="ui")
         renderer.remark(nano_remark("ui") if model == "nano" else f"Starting the page with {model} ...")
         from glm4lite.engine import Engine
         from glm4lite.server import Address
