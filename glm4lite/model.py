@@ -554,7 +554,7 @@ class Glm4ForCausalLM(Glm4PreTrainedModel):
     def generate(
         self, inputs: Tensor | None = None, *arguments: Any, **options: Any
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """Continues the sequences `inputs` [B, T], padded on the left; see `glm4lite.generation.generate`."""
+        """Continues the sequences `inputs` [B, T], padded on the left; see `glm4lite.generation.loop.generate`."""
         from glm4lite.generation import generate
 
         return generate(self, inputs, *arguments, **options)

@@ -226,6 +226,7 @@ class Glm4PreTrainedModel(nn.Module):
         return self.base_model.embed_tokens
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replaces the embedding [vocabulary, hidden]; a tied head keeps the old one until `tie_weights`."""
         self.base_model.embed_tokens = value
 
     def get_decoder(self) -> Glm4Model:
@@ -238,6 +239,7 @@ class Glm4PreTrainedModel(nn.Module):
         self._input_hook = self.get_input_embeddings().register_forward_hook(_with_gradients)
 
     def disable_input_require_grads(self) -> None:
+        """Takes back `enable_input_require_grads`."""
         if self._input_hook is not None:
             self._input_hook.remove()
             self._input_hook = None
@@ -247,6 +249,7 @@ class Glm4PreTrainedModel(nn.Module):
         return getattr(self, "lm_head", None)
 
     def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces the language-model head; raises ValueError in classes that have none."""
         raise ValueError(f"{type(self).__name__} has no output embeddings")
 
     def tie_weights(self) -> None:
@@ -287,6 +290,7 @@ class Glm4PreTrainedModel(nn.Module):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
+        """Whether layers are computed again for their gradients."""
         return self.base_model.checkpointed is not None
 
     def gradient_checkpointing_enable(
@@ -316,9 +320,11 @@ class Glm4PreTrainedModel(nn.Module):
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
     def activation_checkpointing_disable(self) -> None:
+        """The newer name of `gradient_checkpointing_disable`."""
         self.base_model.checkpointed = None
 
     def gradient_checkpointing_disable(self) -> None:
+        """Activations are kept for the gradients again."""
         self.base_model.checkpointed = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
