@@ -112,6 +112,30 @@ def test_the_core_answers_with_a_tool_and_loads_a_model(core: dict[str, str]) ->
     assert done.stdout == "5\n", done.stderr
 
 
+EVERY_MODULE = """
+import importlib, pkgutil, glm4lite, glm4lite_quant
+from glm4lite.extras import MissingPackageError
+
+for package in (glm4lite, glm4lite_quant):
+    for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if found.name.endswith(("__main__", "glm4lite_kernels")):  # the command; a library of C
+            continue
+        try:
+            importlib.import_module(found.name)
+        except MissingPackageError as error:
+            print(error)
+        except ImportError as error:
+            print(error.name)
+"""
+
+
+def test_no_module_of_the_core_needs_an_extra_and_those_of_an_extra_name_it(core: dict[str, str]) -> None:
+    done = run(core, "-c", EVERY_MODULE)
+    assert done.returncode == 0, done.stderr
+    of_mcp = "using MCP servers needs mcp: pip install 'glm4lite[mcp]'"
+    assert set(done.stdout.splitlines()) == {of_mcp, "prompt_toolkit"}  # the file of what was typed before is its
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
