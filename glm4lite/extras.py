@@ -28,7 +28,7 @@ def require(what: str, *packages: str, extra: str | None = None) -> None:
     missing = [package for package in packages if not _installed(package)]
     if missing:
         command = f"pip install 'glm4lite[{extra}]'" if extra else f"pip install {' '.join(missing)}"
-        raise MissingPackageError(f"{what} needs {' and '.join(missing)}: {command}")
+        raise MissingPackageError(f"{what} needs {', '.join(missing)}: {command}")
 
 
 def _installed(package: str) -> bool:

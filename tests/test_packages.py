@@ -99,7 +99,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it() -> None:
     require("this", "json", "torch", extra="ui")
     with pytest.raises(MissingPackageError, match=r"^that needs no_such_one: pip install no_such_one$"):
         require("that", "torch", "no_such_one")
-    with pytest.raises(ImportError, match=r"^it needs no_one and no_two: pip install 'glm4lite\[ui\]'$"):
+    with pytest.raises(ImportError, match=r"^it needs no_one, no_two: pip install 'glm4lite\[ui\]'$"):
         require("it", "no_one", "no_two", extra="ui")
 
 
@@ -139,7 +139,7 @@ def test_no_module_of_the_core_needs_an_extra_and_those_of_an_extra_name_it(core
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("ui",), "the web chat needs gradio and nh3 and latex2mathml: pip install 'glm4lite[ui]'"),
+        (("ui",), "the web chat needs gradio, nh3, latex2mathml: pip install 'glm4lite[ui]'"),
         (
             ("chat", "-p", "hi", "--mcp", "mcp.json"),
             "using MCP servers needs mcp: pip install 'glm4lite[mcp]'",
