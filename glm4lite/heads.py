@@ -23,7 +23,10 @@ PROBLEMS = ("regression", "single_label_classification", "multi_label_classifica
 
 
 class Glm4ForSequenceClassification(Glm4PreTrainedModel):
-    """One label (or value) per sequence, read at its last token that is not padding."""
+    """One label (or value) per sequence, read at its last token that is not padding: logits [B, num_labels].
+
+    A checkpoint without a `score` starts from random values there, which is said.
+    """
 
     def __init__(self, config: Glm4Config) -> None:
         super().__init__(config)
@@ -122,7 +125,7 @@ def _problem(kind: str, labels: Tensor, logits: Tensor) -> str:
 
 
 class Glm4ForTokenClassification(Glm4PreTrainedModel):
-    """One label per token."""
+    """One label per token, of padding too: logits [B, T, num_labels]."""
 
     def __init__(self, config: Glm4Config) -> None:
         super().__init__(config)

@@ -254,7 +254,10 @@ class DecoderLayer(nn.Module):
 
 
 class Glm4Model(Glm4PreTrainedModel):
-    """The trunk: embeddings, layers, final norm."""
+    """The trunk: embeddings, layers, final norm. From ids [B, T] to `last_hidden_state` [B, T, hidden_size].
+
+    Source: Transformers' Glm4Model and GlmModel, which the tests compare it with. The residual stream is float32.
+    """
 
     def __init__(self, config: Glm4Config) -> None:
         super().__init__(config)
@@ -476,7 +479,14 @@ class _Collected:
 
 
 class Glm4ForCausalLM(Glm4PreTrainedModel):
-    """The trunk and the language-model head."""
+    """The trunk and the language-model head. From ids [B, T] to logits [B, T, vocab_size]; `generate` goes on from ids.
+
+        model = Glm4ForCausalLM.from_pretrained("nano", quant="int4")
+        output = model(torch.tensor([[1, 2, 3]]), logits_to_keep=1)
+        again = model(torch.tensor([[4]]), past_key_values=output.past_key_values)
+
+    Source: Transformers' Glm4ForCausalLM and GlmForCausalLM, which the tests compare it with.
+    """
 
     accepts_loss_kwargs = True
     loss_type: ClassVar[str] = "ForCausalLM"  # tells Transformers' Trainer that a row's first label does not count

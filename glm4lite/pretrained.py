@@ -34,7 +34,10 @@ def draw(weight: Tensor, std: float) -> None:
 
 
 class Glm4PreTrainedModel(nn.Module):
-    """What every GLM-4 class shares. `config` may also be Transformers' own."""
+    """What every GLM-4 class shares: loading, saving, embeddings, sizes. `config` may also be Transformers' own.
+
+    Source: Transformers' PreTrainedModel; docs/api.md lists call by call what works, what differs, what is refused.
+    """
 
     config_class: ClassVar[type[Glm4Config]] = Glm4Config
     base_model_prefix: ClassVar[str] = "model"
