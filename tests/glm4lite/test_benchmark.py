@@ -90,7 +90,7 @@ def test_progress_counts_the_repetitions() -> None:
 def test_counts_that_cannot_be_measured_are_refused(
     prompt_tokens: int, new_tokens: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "load_class", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr(module, "load_checkpoint", lambda *_, **__: pytest.fail("the weights were read"))
     with pytest.raises(error):
         benchmark("nano", None, prompt_tokens, new_tokens)
 
