@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -25,6 +24,7 @@ from glm4lite.tokenization.encoder import Encoder
 from glm4lite.tokenization.encoding import BatchEncoding
 from glm4lite.tokenization.special_tokens import PARTS, in_vocabulary
 from glm4lite.weights.files import TOKENIZER
+from glm4lite.whole_file import write_whole
 
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 _COPIED = ("special_tokens_map.json", "added_tokens.json")
@@ -96,9 +96,7 @@ class Tokenizer(Encoder):
                 if name not in files:
                     (folder / name).unlink(missing_ok=True)
             for name, content in files.items():
-                part = folder / f".{name}.{os.getpid()}.part"
-                part.write_bytes(content)
-                part.replace(folder / name)  # a link, as in the Hub's cache, is not followed
+                write_whole(folder / name, content)
         except OSError as error:
             raise TokenizerError(f"{folder} cannot be written: {error.strerror or one_line(error)}") from None
         return tuple(str(folder / name) for name in files)

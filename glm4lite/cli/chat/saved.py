@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from glm4lite.errors import Glm4liteError, one_line, shown
 from glm4lite.messages import Message
 from glm4lite.user_folder import make_private, user_folder
 from glm4lite.weights.files import read_json
+from glm4lite.whole_file import write_whole
 
 FORMAT, VERSION = "glm4lite conversation", 1
 _NAME = re.compile(r"[^\W_][\w .-]{0,99}")
@@ -69,17 +69,11 @@ def save(path: Path, saved: Saved, overwrite: bool = False) -> None:
     text = json.dumps(data, ensure_ascii=False, indent=1).encode("utf-8", "replace")
     if path.exists() and not overwrite:
         raise SavedError(f"{path} is there already; take another name or delete it")
-    part: Path | None = None
     try:
         if path.parent == folder():
             make_private(path.parent)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".part", delete=False) as file:
-            part = Path(file.name)  # for this user alone
-            file.write(text)
-        part.replace(path)
+        write_whole(path, text, private=True)
     except OSError as error:
-        if part is not None:
-            part.unlink(missing_ok=True)
         raise SavedError(f"{path} cannot be written: {error.strerror or one_line(error)}") from None
 
 

@@ -26,7 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from glm4lite.errors import Glm4liteError
 from glm4lite_ui.chats import Settings
-from glm4lite_ui.saved.store import write_whole
+from glm4lite_ui.saved.store import write_kept
 
 logger = logging.getLogger("glm4lite")
 
@@ -178,4 +178,4 @@ def _store(path: Path, data: Any) -> None:
     except OSError as error:
         raise Glm4liteError(f"{path.parent}: nothing can be kept here: {error.strerror}") from None
     text = json.dumps({"format": FORMAT, **asdict(data)}, ensure_ascii=False, indent=1)
-    write_whole(path, text.encode("utf-8", "replace"))
+    write_kept(path, text.encode("utf-8", "replace"))

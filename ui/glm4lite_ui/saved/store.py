@@ -30,13 +30,13 @@ from typing import Any, Literal
 
 from glm4lite.errors import Glm4liteError, one_line
 from glm4lite.user_folder import user_folder
+from glm4lite.whole_file import remove_leftovers, write_whole
 from glm4lite_ui.chats import Chat, ChatError, read_chat
 
 logger = logging.getLogger("glm4lite")
 
 LARGEST = 64 << 20  # bytes of a chat's file; the longest context is a hundredth of it
 _ID = re.compile(r"[0-9a-f]{16}")
-_STALE_S = 3600.0  # a chat is saved in a moment
 _ELSEWHERE = "name another folder with --chats or GLM4LITE_CHATS"
 
 
@@ -82,19 +82,17 @@ class ChatStore:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryFile(dir=self.folder):  # a folder that was there may be read-only
                 pass
-            halves = [*self.folder.glob("*.part"), *self.folder.glob("kept/*.part")]
-            for part in halves:  # left by a run that was killed while it saved
-                if part.stat().st_mtime < time.time() - _STALE_S:
-                    part.unlink(missing_ok=True)
         except OSError as error:
             raise ChatError(f"{self.folder}: chats cannot be kept here: {error.strerror}; {_ELSEWHERE}") from None
+        remove_leftovers(self.folder)
+        remove_leftovers(self.folder / "kept")
 
     def save(self, chat: Chat, said: bool = True) -> None:
         """Writes the chat; with `said` it is the newest of the list from now on. ChatError where it cannot be kept."""
         if said:
             chat.updated = time.time()
         text = json.dumps(chat.to_json(), ensure_ascii=False, indent=1).encode("utf-8", "replace")
-        write_whole(self._path(chat.id), text)
+        write_kept(self._path(chat.id), text)
         self._changed(chat.id)
 
     def load(self, chat_id: str) -> Chat:
@@ -170,19 +168,11 @@ class ChatStore:
         return self.folder / f"{chat_id}.json"
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes beside the file, to the disk, and renames: a crash leaves the old file or the new one. ChatError."""
-    part = None
+def write_kept(path: Path, data: bytes) -> None:
+    """A file of the user's alone, there whole or not at all; ChatError."""
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            part = Path(file.name)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        write_whole(path, data, private=True)
     except OSError as error:
-        if part is not None:
-            part.unlink(missing_ok=True)
         raise ChatError(f"{path.parent}: the chat could not be saved: {error.strerror}") from error
 
 
