@@ -18,6 +18,7 @@ from glm4lite.prefixes import PrefixPool
 from glm4lite.sampling import SamplingParams
 from glm4lite.stopping import StopStrings, stop_ids
 from glm4lite.template import ChatTemplate
+from glm4lite.thinking_budget import ThinkingBudget
 from glm4lite.tokenization.streaming import StreamingDetokenizer
 from glm4lite.tokenizer import Tokenizer
 
@@ -114,11 +115,14 @@ class Engine:
     ) -> Generation:
         """A Generation with this model's stop ids, on the kept prefix that suits it; `pieces` gives that back.
 
-        Ids the tokenizer does not know are never drawn. Raises ContextLengthError.
+        A thought that reaches `params.thinking_budget` is ended. Ids the tokenizer does not know are never drawn.
+        Raises ContextLengthError.
         """
         stops = stop_ids(self.model.config, self.generation_config, self.tokenizer)
         generation = Generation(self.model, prompt, params, stops, self.tokenizer.size, cancel=cancel)
         generation.cache = self.prefixes.take(prompt)
+        if params.thinking_budget is not None:
+            generation.put_in = ThinkingBudget(self.tokenizer, prompt, params.thinking_budget)
         return generation
 
     def prefill(self, generation: Generation) -> Iterator[Progress]:
@@ -148,6 +152,9 @@ class Engine:
                 yield stops.feed(detokenizer.finish()) + stops.finish()
                 yield None
                 detokenizer = StreamingDetokenizer(self.tokenizer)
+                continue
+            if generation.is_put_in:  # what the model did not say holds no stop text, and ends none
+                yield stops.finish() + detokenizer.add(token)
                 continue
             yield stops.feed(detokenizer.add(token))
             if stops.found:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from glm4lite.engine import Engine, Totals
-from glm4lite.errors import ModelReplaced, TemplateError
+from glm4lite.errors import ModelReplaced
 from glm4lite.events import Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
 from glm4lite.generate import Generation
 from glm4lite.messages import Message, ToolCall
 from glm4lite.sampling import SamplingParams
-from glm4lite.template import END_OF_THOUGHT, Begun
+from glm4lite.template import Begun
 from glm4lite.tool_calls import Call, OutputParser, Segment, Thinking
 from glm4lite.tools import Approve, Tool, nobody_to_ask, run_tool
 
@@ -67,7 +67,8 @@ class ChatSession:
         approve: Approve = nobody_to_ask,
         compute: Compute | None = None,
     ) -> None:
-        """`params` default to the checkpoint's. Raises TemplateError for a base model, which has no template.
+        """`params` default to the checkpoint's. Raises TemplateError for a base model, which has no template, and for a
+        thinking budget of a model that does not think.
 
         With `compute` (an EngineWorker's run) only generations run there; tools run in the thread that reads `send`.
         """
@@ -81,7 +82,6 @@ class ChatSession:
         self._compute: Compute = compute or (lambda make_events, _: make_events(self.engine))
         self._cancel = threading.Event()
         self._calls_made = 0
-        self._thinks = True
         self.messages: list[Message] = []
         self.reset()
 
@@ -127,7 +127,6 @@ class ChatSession:
         """
         self.template = engine.chat_template()
         self.engine, self.params = engine, engine.params()
-        self._thinks = True
 
     def instruct(self, system: str | None) -> None:
         """Sets the system prompt, from the next message on; None: there is none."""
@@ -138,18 +137,14 @@ class ChatSession:
             self.messages.insert(0, Message("system", system))
 
     @property
-    def thinks(self) -> bool:
-        """Whether the model thinks before it answers."""
-        return self._thinks and self.template.thinks
+    def params(self) -> SamplingParams:
+        """How answers are sampled. Setting it raises TemplateError where a model that does not think gets a budget."""
+        return self._params
 
-    def think(self, on: bool) -> None:
-        """Lets a thinking model think, or makes it answer at once: its thought is then closed where it begins.
-
-        Raises TemplateError where a model that does not think is to.
-        """
-        if on and not self.template.thinks:
-            raise TemplateError("this model does not think: its chat template begins no thought")
-        self._thinks = on
+    @params.setter
+    def params(self, params: SamplingParams) -> None:
+        self.template.check_thinking(params.thinking_budget)
+        self._params = params
 
     def prompt_tokens(self, messages: Sequence[Message]) -> int:
         """Length of the prompt that these messages make, with the tools' descriptions."""
@@ -211,10 +206,7 @@ class ChatSession:
 
     def _prompt(self, messages: Sequence[Message], begun: Begun | None = None) -> list[int]:
         schemas = [tool.schema() for tool in self.tools.values()]
-        prompt = self.template.encode(self.engine.tokenizer, messages, schemas, begun=begun)
-        if begun is None and not self._thinks and self._starts_thinking(prompt):
-            prompt += self.engine.tokenizer.ids(END_OF_THOUGHT, special=True)
-        return prompt
+        return self.template.encode(self.engine.tokenizer, messages, schemas, begun=begun)
 
     def _starts_thinking(self, prompt: list[int]) -> bool:
         return self.template.starts_thinking(self.engine.tokenizer.text(prompt[-8:], keep_special=True))

@@ -39,7 +39,8 @@ def chat(
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     seed: options.Seed = None,
-    max_new_tokens: options.MaxNewTokens = 1024,
+    max_new_tokens: options.MaxNewTokens = None,
+    thinking_budget: options.ThinkingBudget = None,
     stop: options.Stop = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -57,7 +58,7 @@ def chat(
     if lines and prompt is not None:
         raise ConfigError("--lines and -p contradict each other: each line is a turn, or all is one message")
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed, "stop": tuple(stop or ())}
-    sampling["max_new_tokens"] = max_new_tokens
+    sampling |= {"max_new_tokens": max_new_tokens, "thinking_budget": thinking_budget}
     SamplingParams.check(**sampling)
     use_threads(threads)
     with rendering(as_json, raw) as renderer, ExitStack() as open_tools:

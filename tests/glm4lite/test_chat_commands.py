@@ -324,9 +324,9 @@ def test_a_thinking_model_can_be_made_to_answer_at_once(talk: Talk) -> None:
     found = talk("Well.</think>\n\nFour.", "Five.", "Hm.</think>\n\nSix.", of=ChatTemplate(THINKING))
     found.go_on(Lines("2 + 2?", "/set think off", "2 + 3?", "/set think on", "2 + 4?"))
     model: Any = found.session.engine.model
-    prompts = [found.session.engine.tokenizer.text(ids, keep_special=True) for ids in model.fed if len(ids) > 1]
-    ends = [prompt.endswith("<think>\n</think>\n\n") for prompt in prompts]
-    assert ends == [False, True, False]
+    passes = [found.session.engine.tokenizer.text(ids) for ids in model.fed]
+    ended = [place for place, text in enumerate(passes) if text == "\n</think>\n\n"]
+    assert [passes[place - 1].endswith("2 + 3?\n<think>") for place in ended] == [True]
     assert [message.content for message in found.session.messages if message.role == "assistant"] == [
         "Four.",
         "Five.",

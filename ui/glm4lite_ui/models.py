@@ -42,7 +42,8 @@ class Models:
             "name": runtime.name,
             "source": runtime.source,
             "facts": [[name, value] for name, value in self._facts()],
-            "own": {name: value for name, value in asdict(runtime.engine.params()).items() if name != "max_new_tokens"},
+            "own": asdict(runtime.engine.params()),
+            "thinks": runtime.engine.chat_template().can_think,
             "context": runtime.engine.model.context,
             "tools": [
                 {"name": tool.name, "about": tool.description, "origin": tool.origin, "asks": bool(tool.needs_approval)}

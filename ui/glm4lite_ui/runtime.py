@@ -103,8 +103,12 @@ class Runtime:
         return session
 
     def params(self, settings: Settings) -> SamplingParams:
-        """The chat's sampling settings over the checkpoint's; raises SamplingError."""
-        return self.engine.params(**{"max_new_tokens": self.engine.model.context} | settings.sampling())
+        """The chat's sampling settings over the checkpoint's; raises SamplingError.
+
+        A thinking budget waits for a model that thinks; the settings say so.
+        """
+        params = self.engine.params(**settings.sampling())
+        return params if self.engine.chat_template().can_think else replace(params, thinking_budget=None)
 
     def chosen(self, settings: Settings) -> list[Tool]:
         """The tools that are on in a chat; none where the model's template has no place for them."""

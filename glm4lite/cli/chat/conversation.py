@@ -66,10 +66,12 @@ class Conversation:
     ) -> Conversation:
         """Loads the model; `sampling` is what was given of SamplingParams. Raises what `Engine.load` raises."""
         engine = source.load(renderer.show)
-        session = ChatSession(engine, tools, system, engine.params(**sampling))
+        session = ChatSession(engine, tools, system)
         if tools and not session.template.takes_tools:
             renderer.remark("(this model's chat template has no place for tools: they are not offered)")
-        return cls(session, renderer, source, Settings(session, renderer, tools, sampling), tools, by_hand)
+        settings = Settings(session, renderer, tools, sampling)
+        settings.renew()
+        return cls(session, renderer, source, settings, tools, by_hand)
 
     def ask_before_tools(self) -> None:
         """From now on tools that want it are asked for at the keyboard."""
