@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from glm4lite.engine import Engine, Totals
-from glm4lite.errors import ModelReplaced
+from glm4lite.errors import Glm4liteError, ModelReplaced
 from glm4lite.events import Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
 from glm4lite.generate import Generation
 from glm4lite.messages import Message, ToolCall
@@ -36,8 +36,17 @@ class _Answer:
 
     begun: Begun | None = None
     text: str = ""
+    thinking: str = ""
     calls: list[ToolCall] = field(default_factory=list)
     generation: Generation | None = None  # None: cancelled before it began
+
+    @property
+    def cut(self) -> Begun | None:
+        """What was said, where it ended in the middle; None where it is whole, or calls are what matters of it."""
+        if self.generation is None:
+            return self.begun or Begun()
+        whole = self.generation.finish_reason not in ("length", "cancelled")
+        return None if whole or self.calls else Begun(self.text, self.thinking)
 
 
 class ChatSession:
@@ -48,8 +57,9 @@ class ChatSession:
             if isinstance(event, TextDelta):
                 print(event.text, end="")
 
-    `messages` is the history in OpenAI's form. One turn may call several tools, in at most `max_tool_rounds` rounds;
-    a tool that fails is an error observation to the model, and a result takes at most half of the context that is left.
+    `messages` is the history in OpenAI's form. `cut` is what was said of an answer that was stopped or met a limit, and
+    `go_on` goes on with it. One turn may call several tools, in at most `max_tool_rounds` rounds; a tool that fails is
+    an error observation to the model, and a result takes at most half of the context that is left.
     Only the part of the prompt that is new is computed, also where several sessions take turns. Sessions that share an
     Engine must not run in two threads at once (EngineWorker).
     A tool that needs approval runs only when `approve(call, tool)` returns True (`run_tool` says when and in which
@@ -83,6 +93,7 @@ class ChatSession:
         self._cancel = threading.Event()
         self._calls_made = 0
         self.messages: list[Message] = []
+        self.cut: Begun | None = None
         self.reset()
 
     @classmethod
@@ -111,6 +122,7 @@ class ChatSession:
     def reset(self) -> None:
         """Forgets the conversation and what was allowed in it; the system prompt and the tools stay."""
         self.allowed.clear()
+        self.cut = None
         self.messages[:] = [Message("system", self.system)] if self.system else []
 
     def recall(self, messages: Sequence[Message]) -> None:
@@ -171,9 +183,22 @@ class ChatSession:
         begun = Begun(text.rstrip(_HALF), thinking.rstrip(_HALF))
         yield from self._turn(list(self.messages), begun if begun.text or begun.thinking else None, cancel)
 
+    def go_on(self, cancel: threading.Event | None = None) -> Iterator[Event]:
+        """Goes on with the last answer, which must be `cut`; else as `resume`, and an error leaves it as it was."""
+        if self.cut is None:
+            raise Glm4liteError("there is no answer to go on with: the last one is whole")
+        messages, cut = list(self.messages), self.cut
+        if cut.text and messages[-1:] == [Message("assistant", cut.text)]:
+            self.messages.pop()  # what was said of it
+        try:
+            yield from self.resume(cut.text, cut.thinking, cancel)
+        except Exception:
+            self.messages[:] = messages
+            raise
+
     def _turn(self, messages: list[Message], begun: Begun | None, cancel: threading.Event | None) -> Iterator[Event]:
         self._cancel = cancel or threading.Event()
-        before, self.messages[:] = list(self.messages), messages
+        before, cut, self.messages[:] = list(self.messages), self.cut, messages
         totals = Totals()
         try:
             for left in range(self.max_tool_rounds, -1, -1):
@@ -183,6 +208,7 @@ class ChatSession:
                     yield from self._compute(partial(self._answer, prompt, answer), self._cancel)
                 finally:  # what was said stays said, also when the reader goes away
                     self._remember(answer)
+                    self.cut = answer.cut
                 if (generation := answer.generation) is None:
                     yield totals.cancelled(len(prompt))
                     return
@@ -193,7 +219,7 @@ class ChatSession:
                     yield totals.done(generation, reason)
                     return
         except Exception:
-            self.messages[:] = before
+            self.messages[:], self.cut = before, cut
             raise
 
     def _ending(self, generation: Generation, answer: _Answer, rounds_left: int) -> str | None:
@@ -221,6 +247,7 @@ class ChatSession:
                 self._calls_made += 1
                 answer.calls.append(ToolCall(f"call_{self._calls_made}", segment.name, segment.arguments))
             elif isinstance(segment, Thinking):
+                answer.thinking += segment.text
                 yield ThinkingDelta(segment.text)
             else:
                 answer.text += segment.text

@@ -22,10 +22,11 @@ from glm4lite.cli.chat.mentions import completions, with_files
 from glm4lite.cli.chat.settings import Settings
 from glm4lite.engine import Engine
 from glm4lite.errors import Glm4liteError
-from glm4lite.events import Event, TextDelta
+from glm4lite.events import Done, Event, TextDelta, ThinkingDelta
 from glm4lite.messages import Message
 from glm4lite.session import ChatSession
 from glm4lite.template import ChatTemplate
+from glm4lite.terminal import ending
 from glm4lite.tokenizer import Tokenizer
 from glm4lite.tools import BUILTIN_TOOLS
 from tests.glm4lite.scripted import ScriptedModel, scripted_engine
@@ -44,14 +45,22 @@ class Heard:
 
     def __init__(self) -> None:
         self.remarks: list[str] = []
-        self.text = ""
+        self.text = self.thought = ""
+        self.ending: Callable[[Done], str] = ending
 
     def show(self, event: Event) -> None:
         if isinstance(event, TextDelta):
             self.text += event.text
+        elif isinstance(event, ThinkingDelta):
+            self.thought += event.text
+        elif isinstance(event, Done) and (said := self.ending(event)):
+            self.remarks.append(said)
 
     def remark(self, text: str) -> None:
         self.remarks.append(text)
+
+    def drawn_with(self, shown: str) -> str:
+        return ""
 
     def close(self) -> None:
         pass
@@ -332,6 +341,98 @@ def test_a_thinking_model_can_be_made_to_answer_at_once(talk: Talk) -> None:
         "Five.",
         "Six.",
     ]
+
+
+def test_a_thinking_budget_is_set_shown_and_given_back(talk: Talk) -> None:
+    found = talk("Hm.</think>\n\nFour.", of=ChatTemplate(THINKING), thinking_budget=9)
+    assert dict(found.lines())["thinking_budget"] == "9"
+    found.go_on(Lines("/set thinking_budget 3", "/set think off"))
+    assert (found.session.params.thinking_budget, dict(found.lines())["think"]) == (0, "off")
+    found.go_on(Lines("/set think on"))
+    assert (found.session.params.thinking_budget, dict(found.lines())["think"]) == (9, "on")
+    found.go_on(Lines("/set thinking_budget default", "/set thinking_budget -3"))
+    assert found.session.params.thinking_budget == 9
+    assert "error: thinking_budget must be a whole number at least 0" in remarks(found)
+
+
+def test_a_model_that_does_not_think_says_so_and_a_budget_waits_for_one_that_does(
+    talk: Talk, tokenizer: Tokenizer, template: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = talk("Four.")
+    found.go_on(Lines("/set thinking_budget 3", "/set think on", "/set thinking_budget 0", "/set think off"))
+    assert [line[:6] for line in remarks(found).splitlines() if "not think" in line] == ["error:"] * 2
+    engines = [scripted_engine(tokenizer, ChatTemplate(THINKING), []), scripted_engine(tokenizer, template, [])]
+    monkeypatch.setattr(Engine, "load", lambda *_, **__: engines.pop(0))
+    found.go_on(Lines("/model nano", "/set thinking_budget 3", "/model nano"))
+    assert found.session.params.thinking_budget is None
+    assert remarks(found).count("(this model does not think: the thinking budget changes nothing)") == 1
+    assert found.settings.sampling["thinking_budget"] == 3
+
+
+# --- an answer that was cut
+
+
+def cut_at(found: Conversation, tokens: int, *lines: str) -> None:
+    """The scripted model would say what is left of its reply to whoever asks next: as one that goes on does."""
+    found.go_on(Lines(f"/set max_new_tokens {tokens}", *lines))
+
+
+@pytest.mark.parametrize("of", [None, ChatTemplate(THINKING)], ids=["text", "thought"])
+def test_continue_shows_the_rest_of_an_answer_until_it_is_whole(talk: Talk, of: ChatTemplate | None) -> None:
+    thought = "" if of is None else "Let me see, said she.</think>\n\n"
+    found = talk(f"{thought}Two and two make four, as everybody knows.", of=of)
+    cut_at(found, 8, "2 + 2?")
+    assert remarks(found).endswith("(the answer was cut at 8 tokens; /continue goes on)")
+    while found.session.cut is not None:
+        cut_at(found, 8, "/continue")
+    assert found.renderer.text == "Two and two make four, as everybody knows."
+    thought = found.renderer.thought.partition("<")[0]  # a cut within the tag shows its beginning
+    assert thought == ("" if of is None else "Let me see, said she.")
+    assert found.session.messages == [
+        Message("user", "2 + 2?"),
+        Message("assistant", "Two and two make four, as everybody knows."),
+    ]
+    found.go_on(Lines("/continue"))
+    assert remarks(found).endswith("error: there is no answer to go on with: the last one is whole")
+
+
+def test_a_call_that_was_cut_runs_when_it_is_continued(talk: Talk) -> None:
+    found = talk('Let me see.\ncalculator\n{"expression": "37 * 24"}', "It is 888.")
+    cut_at(found, 14, "37 * 24?")
+    assert "calculator" in found.renderer.text
+    shown = len(found.renderer.text)
+    cut_at(found, 100, "/continue")
+    assert found.renderer.text[shown:] == "It is 888."
+    assert [message.role for message in found.session.messages] == ["user", "assistant", "tool", "assistant"]
+
+
+def test_what_cannot_be_continued_stays_and_can_be_after_room_was_made(talk: Talk) -> None:
+    found = talk("Two and two make four.")
+    found.go_on(Lines("/continue"))
+    cut_at(found, 5, "2 + 2?")
+    before, cut = list(found.session.messages), found.session.cut
+    found.session.engine.model.context = 10
+    found.go_on(Lines("/continue", "What?"))
+    assert remarks(found).count("error: the prompt has") == 2
+    assert (found.session.messages, found.session.cut) == (before, cut)
+    found.session.engine.model.context = 4096
+    cut_at(found, 99, "/continue")
+    assert found.session.messages[-1].content == "Two and two make four."
+
+
+@pytest.mark.parametrize("command", ["/reset", "/load other"])
+def test_another_conversation_has_no_answer_to_continue(talk: Talk, command: str) -> None:
+    saved.save(saved.path_of("other"), saved.Saved("nano", [Message("user", "Hi"), Message("assistant", "Ho")]))
+    found = talk("Two and two make four.")
+    cut_at(found, 5, "2 + 2?", command)
+    assert found.session.cut is None
+
+
+def test_a_context_that_is_full_promises_nothing(talk: Talk) -> None:
+    found = talk("word " * 100)
+    found.session.engine.model.context = 200
+    found.go_on(Lines("Write"))
+    assert remarks(found).endswith("tokens: the model's context is full)")
 
 
 # --- saved conversations

@@ -209,6 +209,16 @@ def test_keys_while_an_answer_is_drawn_wait_for_the_next_prompt(home: Path, endl
         assert chat.wait_for("> later").count("later") == 1
 
 
+def test_an_answer_that_was_cut_goes_on(home: Path, endless: Path) -> None:
+    with Screen(home, str(endless), "--max-new-tokens", "3", "--no-tools", "--temperature", "0") as chat:
+        chat.wait_for_prompt()
+        chat.type(f"Go on{ENTER}")
+        chat.wait_for("(the answer was cut at 3 tokens; /continue goes on)")
+        chat.wait_for_prompt()
+        chat.type(f"/continue{ENTER}")
+        chat.wait_for("(the answer was cut at 3 tokens; /continue goes on)", 2)
+
+
 @pytest.mark.parametrize("busy", [False, True], ids=["at the prompt", "while it answers"])
 def test_the_terminal_is_left_in_order_whatever_ends_it(busy: bool, home: Path, endless: Path) -> None:
     with Screen(home, str(endless), "--max-new-tokens", "500000") as chat:

@@ -159,6 +159,10 @@ def _model_words(_: Conversation, typed: str) -> Iterable[str]:
     return models(typed)
 
 
+def _continue(conversation: Conversation, _: str) -> None:
+    conversation.go_on_with_answer()
+
+
 def _reset(conversation: Conversation, _: str) -> None:
     conversation.reset()
 
@@ -177,6 +181,7 @@ COMMANDS = {
     "/show": Command("", "what is in force", _show),
     "/save": Command("[NAME]", "keep the conversation: in your data folder, or at a path", _save, _saved_words),
     "/load": Command("NAME", "go on with a conversation that was saved", _load, _saved_words),
+    "/continue": Command("", "go on with an answer that was cut or stopped", _continue),
     "/reset": _RESET,
     "/clear": _RESET,
     "/model": Command("NAME", "go on with another model", _model, _model_words),

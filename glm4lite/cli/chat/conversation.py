@@ -16,9 +16,11 @@ from glm4lite.cli.running import interrupt_stops
 from glm4lite.echo import echo
 from glm4lite.engine import Engine
 from glm4lite.errors import ConfigError, Glm4liteError, one_line
-from glm4lite.events import Progress
+from glm4lite.events import Done, Event, Progress, TextDelta, ThinkingDelta, ToolCallStarted
 from glm4lite.hub import locate
 from glm4lite.session import ChatSession
+from glm4lite.template import Begun
+from glm4lite.terminal import ending
 
 if TYPE_CHECKING:
     from glm4lite.terminal import Renderer
@@ -114,10 +116,30 @@ class Conversation:
 
     def ask(self, text: str) -> None:
         """Sends a message and shows the answer."""
+        self._answer(self.session.send(text))
+
+    def _answer(self, events: Iterator[Event]) -> None:
+        self.renderer.ending = self._ending
         with interrupt_stops(self.session), echo(False):
-            self.renderer.show_all(self.session.send(text))
+            self.renderer.show_all(events)
+
+    def _ending(self, done: Done) -> str:
+        """What is said of how an answer ended, and how to go on with it."""
+        way_on = "; /continue goes on" if self.by_hand and self.session.cut is not None else ""
+        if done.finish_reason != "length":
+            said = ending(done)
+            return f"{said.removesuffix(')')}{way_on})" if said else ""
+        said = f"the answer was cut at {done.new_tokens} tokens"
+        if self.session.params.max_new_tokens is None:
+            return f"({said}: the model's context is full)"
+        return f"({said}{way_on or ': --max-new-tokens allows no more'})"
 
     # --- what commands do
+
+    def go_on_with_answer(self) -> None:
+        """Shows the rest of an answer that was cut."""
+        cut = self.session.cut or Begun()
+        self._answer(_unshown(self.session.go_on(), cut, self.renderer.drawn_with(cut.text)))
 
     def reset(self) -> None:
         self.session.reset()
@@ -208,3 +230,21 @@ class Conversation:
 
     def _tokens(self, messages: Sequence[Any]) -> int:
         return self.session.prompt_tokens(messages) if messages else 0
+
+
+def _unshown(events: Iterator[Event], shown: Begun, again: str) -> Iterator[Event]:
+    """The events of an answer without what was shown of it, but for the end of its text that is shown `again`."""
+    text, thinking = len(shown.text) - len(again), len(shown.thinking)
+    for event in events:
+        if isinstance(event, TextDelta):
+            new, text = event.text[text:], max(text - len(event.text), 0)
+            if new:
+                yield TextDelta(new)
+        elif isinstance(event, ThinkingDelta):
+            new, thinking = event.text[thinking:], max(thinking - len(event.text), 0)
+            if new and not shown.text:
+                yield ThinkingDelta(new)
+        else:
+            if isinstance(event, ToolCallStarted):  # what was shown of the call is no text any more
+                text, shown = 0, Begun()
+            yield event
