@@ -29,6 +29,7 @@ from glm4lite.template import ChatTemplate
 from glm4lite.terminal import ending
 from glm4lite.tokenizer import Tokenizer
 from glm4lite.tools import BUILTIN_TOOLS
+from glm4lite.user_folder import chats_folder, user_folder
 from tests.glm4lite.scripted import ScriptedModel, scripted_engine
 
 NANO = Path(glm4lite.__file__).parent / "nano"
@@ -422,7 +423,8 @@ def test_what_cannot_be_continued_stays_and_can_be_after_room_was_made(talk: Tal
 
 @pytest.mark.parametrize("command", ["/reset", "/load other"])
 def test_another_conversation_has_no_answer_to_continue(talk: Talk, command: str) -> None:
-    saved.save(saved.path_of("other"), saved.Saved("nano", [Message("user", "Hi"), Message("assistant", "Ho")]))
+    other = saved.Saved([Message("user", "Hi"), Message("assistant", "Ho")], title="other")
+    saved.save(saved.place_for("other", None), other)
     found = talk("Two and two make four.")
     cut_at(found, 5, "2 + 2?", command)
     assert found.session.cut is None
@@ -452,13 +454,14 @@ def test_what_is_saved_comes_back(talk: Talk) -> None:
     second.go_on(Lines("/save my chat"))  # the one it was loaded from
     assert "error" not in remarks(second)
     if os.name == "posix":
-        assert stat.S_IMODE((saved.folder() / "my chat.json").stat().st_mode) == 0o600
+        (kept,) = chats_folder().glob("*.json")
+        assert stat.S_IMODE(kept.stat().st_mode) == 0o600
 
 
 def test_nothing_is_overwritten_or_saved_empty(talk: Talk) -> None:
     Path("other.json").write_text("{}")
     found = talk("Hi")
-    found.go_on(Lines("/save a", "Hello", "/save other.json", "/save missing/a.json", "/save a\\b"))
+    found.go_on(Lines("/save a", "Hello", "/save other.json", "/save missing/a.json", "/save ..."))
     assert Path("other.json").read_text() == "{}"
     nothing, there, missing, name = [line for line in remarks(found).splitlines() if line.startswith("error: ")]
     assert nothing == "error: there is nothing to save yet"
@@ -467,27 +470,42 @@ def test_nothing_is_overwritten_or_saved_empty(talk: Talk) -> None:
     assert "is no name for a conversation" in name
 
 
+def test_a_name_belongs_to_one_conversation_and_the_newest_of_a_title_is_loaded(talk: Talk) -> None:
+    first, second = talk("One."), talk("Two.")
+    first.go_on(Lines("First?", "/save trip"))
+    second.go_on(Lines("Second?", "/save trip", "/save other", "/save trip to Rome"))
+    assert remarks(second).count("error: another conversation is called trip; take another name") == 1
+    assert saved.titles() == ["trip to Rome", "other", "trip"]
+    for file in chats_folder().glob("*.json"):
+        file.write_text(file.read_text().replace('"title": "other"', '"title": "trip"'))
+    third = talk()
+    third.go_on(Lines("/load trip", "/load", "/load Trip"))
+    assert asked(third) == ["Second?"]
+    assert "\ntrip to Rome\ntrip\ntrip\n" in remarks(third)
+    assert remarks(third).endswith("error: 'Trip' is not saved; /load alone lists what is")
+
+
+def test_what_an_earlier_version_saved_is_found_by_its_name(talk: Talk) -> None:
+    file = user_folder() / "conversations" / "old one.json"
+    file.parent.mkdir(parents=True)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    file.write_text(json.dumps({"format": "glm4lite conversation", "version": 1, "model": "x", "messages": messages}))
+    found = talk()
+    found.go_on(Lines("/load old one"))
+    assert asked(found) == ["Hi"]
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         ("[]", "bad.json must hold a JSON object"),
         ("{", "is not valid JSON"),
-        ('{"format": 1, "turns": []}', "is no saved conversation"),
-        ('{"format": "glm4lite conversation", "version": 2}', "has version 2"),
-        ('{"format": "glm4lite conversation", "version": 1}', "holds no list of messages"),
-        ('{"format": "glm4lite conversation", "version": 1, "messages": [{"role": "x"}]}', "role must be one of"),
-        (
-            '{"format": "glm4lite conversation", "version": 1, "messages": [], "settings": {"temperature": "x"}}',
-            "'temperature': 'x', which cannot be used",
-        ),
-        (
-            '{"format": "glm4lite conversation", "version": 1, "messages": [], "settings": {"engine": 1}}',
-            "'engine': 1, which cannot be used",
-        ),
-        (
-            '{"format": "glm4lite conversation", "version": 1, "messages": [], "settings": {"stop": [1]}}',
-            "'stop': [1], which cannot be used",
-        ),
+        ('{"format": 1, "turns": []}', "holds no list of messages"),
+        ('{"messages": {}}', "holds no list of messages"),
+        ('{"messages": [{"role": "x"}]}', "role must be one of"),
+        ('{"messages": [], "settings": []}', "no object of settings"),
+        ('{"messages": [], "settings": {"temperature": "x"}}', "'temperature': 'x', which cannot be used"),
+        ('{"messages": [], "settings": {"stop": [1]}}', "'stop': [1], which cannot be used"),
     ],
     ids=str,
 )

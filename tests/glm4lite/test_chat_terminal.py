@@ -44,7 +44,8 @@ def questions(chat: Screen, home: Path, name: str) -> list[str]:
     """What the model was asked, as `/save` wrote it."""
     chat.type(f"/save {name}{ENTER}")
     chat.wait_for(f"{name}.json)")
-    saved = json.loads((home / "glm4lite" / "conversations" / f"{name}.json").read_text())
+    (saved,) = (json.loads(file.read_text()) for file in (home / "glm4lite" / "chats").glob("*.json"))
+    assert saved["title"] == name
     return [message["content"] for message in saved["messages"] if message["role"] == "user"]
 
 
@@ -148,7 +149,7 @@ def test_what_cannot_be_done_is_one_line_and_the_conversation_goes_on(chat: Scre
         ("/set think on", "this model does not think"),
         ("/save", "usage: /save NAME"),
         ("/save ..", "is no name for a conversation"),
-        ("/load nothing", "nothing.json does not exist"),
+        ("/load nothing", "'nothing' is not saved"),
         ("/rset", "/rset is not a command and was not sent; is it /reset?"),
         ("look at @gone.txt", "gone.txt cannot be read: No such file or directory (@@ writes an @"),
     ]:

@@ -203,7 +203,7 @@ def save_generation_config(folder: Path) -> None:
 
 
 def save_conversation(folder: Path) -> None:
-    saved.save(folder / "trip.json", saved.Saved("nano", [Message("user", "Hi")]), overwrite=True)
+    saved.save(folder / "trip.json", saved.Saved([Message("user", "Hi")]), overwrite=True)
 
 
 @pytest.mark.parametrize("save", [save_config, save_generation_config, save_conversation])

@@ -152,7 +152,7 @@ def _load(conversation: Conversation, argument: str) -> None:
 
 
 def _saved_words(_: Conversation, typed: str) -> Iterable[str]:
-    return paths(typed) if "/" in typed else saved.names()
+    return paths(typed) if "/" in typed else saved.titles()
 
 
 def _model_words(_: Conversation, typed: str) -> Iterable[str]:
@@ -179,8 +179,8 @@ COMMANDS = {
     "/?": _HELP,
     "/set": Command("NAME VALUE", "change a setting; /set alone lists them", _set, _set_words),
     "/show": Command("", "what is in force", _show),
-    "/save": Command("[NAME]", "keep the conversation: in your data folder, or at a path", _save, _saved_words),
-    "/load": Command("NAME", "go on with a conversation that was saved", _load, _saved_words),
+    "/save": Command("[NAME]", "keep the conversation, for the page too; or at a path", _save, _saved_words),
+    "/load": Command("[NAME]", "go on with a conversation, the page's too; /load lists them", _load, _saved_words),
     "/continue": Command("", "go on with an answer that was cut or stopped", _continue),
     "/reset": _RESET,
     "/clear": _RESET,

@@ -21,6 +21,7 @@ from glm4lite.hub import locate
 from glm4lite.session import ChatSession
 from glm4lite.template import Begun
 from glm4lite.terminal import ending
+from glm4lite.user_folder import chats_folder
 
 if TYPE_CHECKING:
     from glm4lite.terminal import Renderer
@@ -148,29 +149,31 @@ class Conversation:
 
     def save(self, name: str) -> None:
         """To `name`, or once more to where it was saved."""
-        path = saved.path_of(name) if name else self.file
+        path = saved.place_for(name, self.file) if name else self.file
         if path is None:
             raise ConfigError("usage: /save NAME")
         if not any(message.role != "system" for message in self.session.messages):
             raise ConfigError("there is nothing to save yet")
         sampling = {name: value for name, value in self.settings.sampling.items() if value not in (None, ())}
-        saved.save(path, saved.Saved(self.source.model, self.session.messages, sampling), path == self.file)
+        title = "" if saved.is_path(name) else name
+        kept = saved.Saved(self.session.messages, sampling, self.source.model, title)
+        title = saved.save(path, kept, path == self.file)
         self.file = path
-        self.renderer.remark(f"(saved: {path})")
+        self.renderer.remark(f"(saved: {title if path.parent == chats_folder() else path})")
 
     def load(self, name: str) -> None:
         """In place of this conversation; the model stays."""
         if not name:
-            known = ", ".join(saved.names())
-            raise ConfigError(f"usage: /load NAME{f'; saved are: {known}' if known else ''}")
-        path = saved.path_of(name)
+            self.renderer.remark(saved.listed() or "(nothing is saved yet)")
+            return
+        path = saved.find(name)
         found = saved.load(path)
         tokens = self._tokens(found.messages)
         self.settings.restore(found.settings)
         self.session.recall(found.messages)
         self.file = path
         asked = sum(message.role == "user" for message in found.messages)
-        other = "" if found.model == self.source.model else f", held with {found.model}"
+        other = f", held with {found.model}" if found.model not in ("", self.source.model) else ""
         self.renderer.remark(f"(loaded: {asked} questions, {tokens} tokens{other})")
 
     def change_model(self, model: str, quant: str | None = None) -> None:

@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glm4lite.errors import Glm4liteError, one_line
-from glm4lite.user_folder import user_folder
+from glm4lite.user_folder import chats_folder
 from glm4lite.whole_file import remove_leftovers, write_whole
-from glm4lite_ui.chats import Chat, ChatError, read_chat
+from glm4lite_ui.chats import Chat, ChatError
+from glm4lite_ui.saved.shared import from_data, to_data
 
 logger = logging.getLogger("glm4lite")
 
@@ -41,11 +42,9 @@ _ELSEWHERE = "name another folder with --chats or GLM4LITE_CHATS"
 
 
 def data_folder() -> Path:
-    """GLM4LITE_CHATS, or the place where this system keeps a program's data; ChatError where it knows none."""
-    if chosen := os.environ.get("GLM4LITE_CHATS"):
-        return Path(chosen)
+    """Where the terminal keeps chats too; ChatError where the system knows no place."""
     try:
-        return user_folder() / "chats"
+        return chats_folder()
     except Glm4liteError as error:
         raise ChatError(f"{error}; {_ELSEWHERE}") from None
 
@@ -91,15 +90,19 @@ class ChatStore:
         """Writes the chat; with `said` it is the newest of the list from now on. ChatError where it cannot be kept."""
         if said:
             chat.updated = time.time()
-        text = json.dumps(chat.to_json(), ensure_ascii=False, indent=1).encode("utf-8", "replace")
-        write_kept(self._path(chat.id), text)
+        self._write(chat)
         self._changed(chat.id)
 
     def load(self, chat_id: str) -> Chat:
         """Raises ChatError for a chat that is not there or whose file was damaged."""
+        return self._load(chat_id)[0]
+
+    def _load(self, chat_id: str) -> tuple[Chat, bool]:
+        """The chat, and whether its file holds its messages."""
         path = self._path(chat_id)
         try:
-            return read_chat(_json(path), path.stem)
+            data = _json(path)
+            return from_data(data, path.stem), "messages" in data
         except FileNotFoundError:
             raise ChatError("this chat is not there any more") from None
         except (OSError, ValueError, RecursionError) as error:
@@ -134,6 +137,14 @@ class ChatStore:
             with suppress(ChatError):
                 yield self.load(summary.id)
 
+    def add_messages(self) -> None:
+        """Gives the files of an older glm4lite what the terminal reads of them; with many it takes seconds."""
+        for path in self.folder.glob("*.json"):
+            with suppress(ChatError):
+                chat, has_messages = self._load(path.stem)
+                if not has_messages:
+                    self._write(chat)
+
     def _refresh(self) -> None:
         """Reads what is new or was changed, and forgets what is gone."""
         index = dict[str, _Entry]()
@@ -149,9 +160,13 @@ class ChatStore:
                 index[entry.name] = known if known and known.seen == seen else self._read(entry.name, seen)
         self._index = index
 
+    def _write(self, chat: Chat) -> None:
+        text = json.dumps(to_data(chat), ensure_ascii=False, indent=1).encode("utf-8", "replace")
+        write_kept(self._path(chat.id), text)
+
     def _read(self, name: str, seen: tuple[int, int, int]) -> _Entry:
         try:
-            chat = self.load(name.removesuffix(".json"))
+            chat, _ = self._load(name.removesuffix(".json"))
         except ChatError as error:
             logger.warning("%s", error)
             return _Entry(seen)
