@@ -20,9 +20,11 @@ from glm4lite.messages import Message, ToolCall
 from glm4lite.session import ChatSession
 from glm4lite.terminal import Terminal
 from glm4lite.tools import BUILTIN_TOOLS
+from glm4lite.worker import EngineWorker
 from glm4lite_ui.chats import Attachment, Chat, Counts, Part, Settings, Turn
 from glm4lite_ui.export import as_json
 from glm4lite_ui.history import messages
+from glm4lite_ui.runtime import Runtime
 from glm4lite_ui.saved.importing import import_chats
 from glm4lite_ui.saved.shared import from_data, to_data
 from glm4lite_ui.saved.store import ChatStore
@@ -30,6 +32,7 @@ from tests.glm4lite.scripted import scripted_engine
 from tests.glm4lite.test_chat_commands import Lines
 from tests.ui.acts import ask, wait_for_end
 from tests.ui.conftest import Serve
+from tests.ui.slow_model import slow_engine
 
 COUNTS = Counts(10, 4, "stop", 1.0, 10)
 
@@ -175,6 +178,21 @@ def test_what_both_went_on_with_stands_side_by_side(store: ChatStore, talk: Talk
     assert len(again.tree) == 4
     store.save(again)
     assert one(store).tree == again.tree
+
+
+def test_what_the_terminal_saves_while_the_page_answers_is_kept(store: ChatStore, talk: Talk, nano: Engine) -> None:
+    found = talk("One.", "Two, typed.")
+    found.go_on(Lines("1?", "/save sums"))
+    runtime = Runtime(EngineWorker(slow_engine(nano, "Two, clicked.", 0.05)), store)
+    chat = one(store)
+    chat.ask("2?")
+    answer = runtime.answer(chat)
+    found.go_on(Lines("2?", "/save"))
+    assert answer.over.wait(30)
+    again = one(store)
+    assert again.turns[1].parts[0].text == "Two, clicked."
+    assert {turn.parts[0].text for turn in again.versions(again.turns[1])} == {"Two, clicked.", "Two, typed."}
+    runtime.close()
 
 
 def test_a_turn_that_was_deleted_in_the_page_does_not_come_back(store: ChatStore, talk: Talk) -> None:

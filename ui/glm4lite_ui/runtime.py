@@ -156,6 +156,7 @@ class Runtime:
         with self._lock:
             if self.answers.get(answer.chat.id) is not answer:
                 return
+            self.store.take_in(answer.chat)  # what was said in the terminal meanwhile
             try:
                 self.store.save(answer.chat)
             except ChatError as error:  # nobody waits for this thread: it is said in the chat

@@ -93,6 +93,13 @@ class ChatStore:
         self._write(chat)
         self._changed(chat.id)
 
+    def take_in(self, chat: Chat) -> None:
+        """Adds the turns that another program wrote to the chat's file since it was read; the path shown stays."""
+        known, last = {turn.id for turn in chat.tree}, chat.turns[-1]
+        with suppress(ChatError):
+            chat.tree += [turn for turn in self.load(chat.id).tree if turn.id not in known]
+        chat.show(last)
+
     def load(self, chat_id: str) -> Chat:
         """Raises ChatError for a chat that is not there or whose file was damaged."""
         return self._load(chat_id)[0]
