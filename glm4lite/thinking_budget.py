@@ -37,7 +37,8 @@ class ThinkingBudget:
         self._end = tokenizer.ids(END_OF_THOUGHT, special=True)
         # GLM's tags are text; where another family's are special tokens, they stand within a part of the answer too.
         self._borders = {token for text, token in tokenizer.special.items() if text not in (_OPEN, _CLOSE)}
-        self._begin_part()
+        self._state, self._text = _State.START, ""  # what is still looked at of the part of the answer
+        self._detokenizer = self._new_detokenizer()
         border = next((place for place in range(len(prompt), 0, -1) if prompt[place - 1] in self._borders), 0)
         begun = tokenizer.text(prompt[border:], keep_special=True)
         self._read(begun)
@@ -48,7 +49,8 @@ class ThinkingBudget:
         """The ids that end the thought, to be taken in place of `drawn`; none where `drawn` may stand."""
         thinking = self._state is _State.THINKING
         if drawn in self._borders and not (thinking and self._left <= 0):
-            self._begin_part()  # another part of the answer, or its end
+            self._state, self._text = _State.START, ""  # another part of the answer, or its end
+            self._detokenizer = self._new_detokenizer()
             return []
         if self._state is _State.ANSWERING:
             return []
@@ -61,9 +63,8 @@ class ThinkingBudget:
         self._read(piece)
         return []
 
-    def _begin_part(self) -> None:
-        self._state, self._text = _State.START, ""
-        self._detokenizer = StreamingDetokenizer(self._tokenizer, keep_special=True)
+    def _new_detokenizer(self) -> StreamingDetokenizer:
+        return StreamingDetokenizer(self._tokenizer, keep_special=True)
 
     def _read(self, piece: str) -> None:
         self._text += piece

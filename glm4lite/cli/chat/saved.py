@@ -94,12 +94,13 @@ def save(path: Path, saved: Saved, overwrite: bool = False) -> str:
         raise SavedError(f"{path} is there already; take another name or delete it")
     now = time.time()
     chat_id = path.stem if _ID.fullmatch(path.stem) else secrets.token_hex(8)
-    data = {"format": FORMAT, "id": chat_id, "title": saved.title or path.stem, "created": now}
+    data: dict[str, Any] = {"format": FORMAT, "id": chat_id, "title": saved.title or path.stem, "created": now}
     data |= read_json(path, SavedError) if path.exists() else {}
     system = next((message.content for message in saved.messages if message.role == "system"), "")
-    settings = data.get("settings") if isinstance(data.get("settings"), dict) else {}
-    chosen = {name: saved.settings.get(name) for name in SAMPLING}
-    data |= {"updated": now, "model": saved.model, "settings": {**settings, **chosen, "system": system}}
+    settings: Any = data.get("settings")
+    chosen = {name: saved.settings.get(name) for name in SAMPLING} | {"system": system}
+    chosen = settings | chosen if isinstance(settings, dict) else chosen
+    data |= {"updated": now, "model": saved.model, "settings": chosen}
     data["messages"] = [message.to_dict() for message in saved.messages]
     text = json.dumps(data, ensure_ascii=False, indent=1).encode("utf-8", "replace")
     try:

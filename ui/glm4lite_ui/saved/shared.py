@@ -115,6 +115,7 @@ def _turn(exchange: Sequence[Message], after: str) -> Turn:
                 turn.parts.append(part)
                 waiting[call.id or str(len(waiting))] = part
         elif message.role == "tool" and waiting:
-            part = waiting.pop(message.tool_call_id or "", None) or waiting.pop(next(iter(waiting)))
+            named = message.tool_call_id or ""
+            part = waiting.pop(named if named in waiting else next(iter(waiting)))
             part.text, part.error, part.seconds = message.content, message.content.startswith("Error: "), 0.0
     return turn
