@@ -166,6 +166,7 @@ def test_every_command_is_in_the_help(talk: Talk) -> None:
         ("/set tools ", ["off", "on"]),
         ("/set tools o", ["off", "on"]),
         ("/load s", ["sums"]),
+        ("/load two w", ["two words"]),
         ("/model na", ["nano"]),
         ("/model f", ["folder"]),
         ("look at @no", ["notes.txt"]),
@@ -181,7 +182,7 @@ def test_what_is_offered(typed: str, offered: list[str], talk: Talk) -> None:
     for name in ("notes.txt", "my file.txt", ".hidden", "folder/in.md"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
-    found.go_on(Lines("Hello", "/save sums"))
+    found.go_on(Lines("Hello", "/save sums", "/save two words"))
     assert sorted(text for text, _ in commands.offers(found, typed)) == offered
     for text, start in commands.offers(found, typed):
         assert typed[: len(typed) + start] + text  # what is typed is replaced, and nothing before it

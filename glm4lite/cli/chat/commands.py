@@ -76,7 +76,11 @@ def offers(conversation: Conversation, before: str) -> Iterator[tuple[str, int]]
         if command is not None and command.usage:
             typed = rest.lstrip()
             *_, last = typed.split(" ")
-            yield from ((word, -len(last)) for word in command.words(conversation, typed) if word.startswith(last))
+            for word in command.words(conversation, typed):
+                if word.startswith(typed):  # which may have spaces
+                    yield word, -len(typed)
+                elif word.startswith(last):
+                    yield word, -len(last)
             return
     yield from mentions.completions(before)
 

@@ -9,12 +9,13 @@ an answer: all of that stays in a file that is written again, and what is new co
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,23 +134,29 @@ def load(path: Path) -> Saved:
 
 def _kept() -> list[tuple[str, Path]]:
     """(title, file) of what lies where chats are kept, the newest first; files that cannot be read are left out."""
+    found = list[tuple[float, str, Path]]()
     try:
         paths = [path for path in chats_folder().glob("*.json") if _ID.fullmatch(path.stem)]
     except (OSError, Glm4liteError):
         return []
-    found = [(updated, title, path) for path in paths for title, updated in _head(path)]
+    for path in paths:
+        with suppress(OSError):
+            status = path.stat()
+            if head := _head(path, status.st_mtime_ns, status.st_size):
+                found.append((*head, path))
     return [(title, path) for _, title, path in sorted(found, reverse=True)]
 
 
-def _head(path: Path) -> Iterator[tuple[str, float]]:
-    """The title and the time of a file, nothing where it has none."""
+@functools.lru_cache(4096)
+def _head(path: Path, time_ns: int, size: int) -> tuple[float, str] | None:
+    """The time and the title in a file as it is now, None where it has none; read once, not at each key."""
     try:
         data = read_json(path, SavedError)
     except SavedError:
-        return
-    updated = data.get("updated")
-    if isinstance(updated, int | float) and isinstance(data.get("messages"), Sequence) and (title := _title(data)):
-        yield title, updated
+        return None
+    updated, title = data.get("updated"), _title(data)
+    kept = isinstance(updated, int | float) and isinstance(data.get("messages"), list) and title
+    return (float(updated), title) if kept else None
 
 
 def _title(data: dict[str, Any]) -> str:
