@@ -23,6 +23,7 @@ from glm4lite.cli.chat.settings import Settings
 from glm4lite.engine import Engine
 from glm4lite.errors import Glm4liteError
 from glm4lite.events import Done, Event, TextDelta, ThinkingDelta
+from glm4lite.markdown import last_block
 from glm4lite.messages import Message
 from glm4lite.session import ChatSession
 from glm4lite.template import ChatTemplate
@@ -396,6 +397,17 @@ def test_continue_shows_the_rest_of_an_answer_until_it_is_whole(talk: Talk, of: 
     ]
     found.go_on(Lines("/continue"))
     assert remarks(found).endswith("error: there is no answer to go on with: the last one is whole")
+
+
+def test_where_markdown_is_drawn_the_last_block_is_drawn_again(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    reply = "So:\n\n```python\nx = 1\ny = 2\n```\n\nDone."
+    found = talk(reply)
+    monkeypatch.setattr(found.renderer, "drawn_with", last_block)
+    cut_at(found, 14, "Code?")
+    shown = found.renderer.text
+    assert shown.startswith("So:\n\n```python\nx")
+    cut_at(found, 99, "/continue")
+    assert found.renderer.text == shown + reply.removeprefix("So:\n\n")
 
 
 def test_a_call_that_was_cut_runs_when_it_is_continued(talk: Talk) -> None:
