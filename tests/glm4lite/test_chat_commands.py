@@ -30,7 +30,7 @@ from glm4lite.template import ChatTemplate
 from glm4lite.terminal import ending
 from glm4lite.tokenizer import Tokenizer
 from glm4lite.tools import BUILTIN_TOOLS
-from glm4lite.user_folder import chats_folder, user_folder
+from glm4lite.user_folder import chats_folder
 from tests.glm4lite.scripted import ScriptedModel, scripted_engine
 
 NANO = Path(glm4lite.__file__).parent / "nano"
@@ -498,14 +498,15 @@ def test_a_name_belongs_to_one_conversation_and_the_newest_of_a_title_is_loaded(
     assert remarks(third).endswith("error: 'Trip' is not saved; /load alone lists what is")
 
 
-def test_what_an_earlier_version_saved_is_found_by_its_name(talk: Talk) -> None:
-    file = user_folder() / "conversations" / "old one.json"
-    file.parent.mkdir(parents=True)
+def test_messages_of_another_program_are_loaded_and_its_file_is_left_alone(talk: Talk) -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
-    file.write_text(json.dumps({"format": "glm4lite conversation", "version": 1, "model": "x", "messages": messages}))
-    found = talk()
-    found.go_on(Lines("/load old one"))
-    assert asked(found) == ["Hi"]
+    text = json.dumps({"model": "gpt", "messages": messages, "tools": []})
+    Path("request.json").write_text(text)
+    found = talk("Bye.")
+    found.go_on(Lines("/load request.json", "Bye", "/save", "/save request.json"))
+    assert asked(found) == ["Hi", "Bye"]
+    assert remarks(found).count("error: ") == 2
+    assert Path("request.json").read_text() == text
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ class Conversation:
         tokens = self._tokens(found.messages)
         self.settings.restore(found.settings)
         self.session.recall(found.messages)
-        self.file = path
+        self.file = path if found.in_our_form else None
         asked = sum(message.role == "user" for message in found.messages)
         other = f", held with {found.model}" if found.model not in ("", self.source.model) else ""
         self.renderer.remark(f"(loaded: {asked} questions, {tokens} tokens{other})")

@@ -23,7 +23,7 @@ from typing import Any
 from glm4lite.cli.chat.settings import SAMPLING
 from glm4lite.errors import Glm4liteError, one_line, shown
 from glm4lite.messages import Message
-from glm4lite.user_folder import chats_folder, make_private, user_folder
+from glm4lite.user_folder import chats_folder, make_private
 from glm4lite.weights.files import read_json
 from glm4lite.whole_file import write_whole
 
@@ -39,12 +39,16 @@ class SavedError(Glm4liteError):
 
 @dataclass
 class Saved:
-    """A conversation: the messages with the system prompt, the sampling that was chosen, the model's name."""
+    """A conversation: the messages with the system prompt, the sampling that was chosen, the model's name.
+
+    `in_our_form`: whether its file may be written again; that of another program holds what would be lost.
+    """
 
     messages: list[Message]
     settings: dict[str, Any] = field(default_factory=dict)
     model: str = ""
     title: str = ""
+    in_our_form: bool = True
 
 
 def titles() -> list[str]:
@@ -62,12 +66,9 @@ def listed() -> str:
 def find(name: str) -> Path:
     """The file of this title, the newest where several have it; else the path that the name is. SavedError."""
     found = next((path for title, path in _kept() if title == name), None)
-    older = _older(name)
-    if found is not None or older is not None:
-        return found or older or Path()
-    if is_path(name):
-        return Path(name).expanduser()
-    raise SavedError(f"{shown(name)} is not saved; /load alone lists what is")
+    if found is None and not is_path(name):
+        raise SavedError(f"{shown(name)} is not saved; /load alone lists what is")
+    return found or Path(name).expanduser()
 
 
 def place_for(name: str, own: Path | None) -> Path:
@@ -129,7 +130,8 @@ def load(path: Path) -> Saved:
         said = [Message.from_dict(message) for message in messages]
     except Glm4liteError as error:
         raise SavedError(f"{path}: {error}") from None
-    return Saved(said, known, str(data.get("model", "")), _title(data) or path.stem)
+    in_our_form = isinstance(data.get("format"), int)
+    return Saved(said, known, str(data.get("model", "")), _title(data) or path.stem, in_our_form)
 
 
 def _kept() -> list[tuple[str, Path]]:
@@ -162,14 +164,3 @@ def _head(path: Path, time_ns: int, size: int) -> tuple[float, str] | None:
 def _title(data: dict[str, Any]) -> str:
     title = data.get("title")
     return one_line(title) if isinstance(title, str) else ""
-
-
-def _older(name: str) -> Path | None:
-    """Where an earlier version kept what has this name."""
-    if is_path(name):
-        return None
-    try:
-        path = user_folder() / "conversations" / f"{name}.json"
-        return path if path.exists() else None
-    except (OSError, Glm4liteError):
-        return None
