@@ -159,11 +159,6 @@ class ChatTemplate:
         """True if generation from this prompt starts inside `<think>`, as Z1's does."""
         return rendered.rstrip().endswith("<think>")
 
-    @functools.cached_property
-    def thinks(self) -> bool:
-        """True if this template's generation prompt opens `<think>`."""
-        return self.starts_thinking(self.render([Message("user", "Hi")]))
-
     @property
     def can_think(self) -> bool:
         """False for a template that knows no thoughts: its model was not trained to think before it answers."""

@@ -136,6 +136,13 @@ def test_bytes_that_never_become_a_character_do_not_go_on(tokenizer: Tokenizer) 
     assert [bool(ids) for ids in taken].index(True) <= 2 + 3
 
 
+def test_a_prompt_with_a_line_end_written_out_opens_a_thought_too(tokenizer: Tokenizer) -> None:
+    source = HISTORY + "{% if add_generation_prompt %}<|assistant|>\\n<think>{% endif %}"  # as shipped with a Z1
+    found = session(tokenizer, after(tokenizer, WELL, 3, "Four.<|user|>"), source=source, thinking_budget=3)
+    assert "\\n<think>" in found.template.render([Message("user", "Hi")])
+    assert said(list(found.send("2 + 2?")))[1] == "Four."
+
+
 # --- what goes with it
 
 
