@@ -40,9 +40,8 @@ class ThinkingBudget:
         self._state, self._text = _State.START, ""  # what is still looked at of the part of the answer
         self._detokenizer = self._new_detokenizer()
         border = next((place for place in range(len(prompt), 0, -1) if prompt[place - 1] in self._borders), 0)
-        begun = tokenizer.text(prompt[border:], keep_special=True).removeprefix(
-            "\\n"
-        )  # which one shipped template writes
+        begun = tokenizer.text(prompt[border:], keep_special=True)
+        begun = begun.removeprefix("\\n")  # a line end that one shipped template writes out
         self._read(begun)
         if self._state is _State.THINKING:
             self._left -= len(tokenizer.ids(begun.partition(_OPEN)[2]))

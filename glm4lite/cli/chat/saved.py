@@ -157,8 +157,9 @@ def _head(path: Path, time_ns: int, size: int) -> tuple[float, str] | None:
     except SavedError:
         return None
     updated, title = data.get("updated"), _title(data)
-    kept = isinstance(updated, int | float) and isinstance(data.get("messages"), list) and title
-    return (float(updated), title) if kept else None
+    if not isinstance(updated, int | float) or not isinstance(data.get("messages"), list) or not title:
+        return None
+    return float(updated), title
 
 
 def _title(data: dict[str, Any]) -> str:
