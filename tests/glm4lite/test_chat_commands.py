@@ -14,23 +14,24 @@ from typing import Any
 import pytest
 
 import glm4lite
+from glm4lite.base.errors import Glm4liteError
+from glm4lite.base.events import Done, Event, TextDelta, ThinkingDelta
+from glm4lite.base.user_folder import chats_folder
+from glm4lite.chat.session import ChatSession
 from glm4lite.cli import main
 from glm4lite.cli.chat import commands, saved
 from glm4lite.cli.chat.conversation import Conversation, Source
 from glm4lite.cli.chat.keyboard import Typed, unfinished, unquoted
+from glm4lite.cli.chat.loop import converse
 from glm4lite.cli.chat.mentions import completions, with_files
 from glm4lite.cli.chat.settings import Settings
-from glm4lite.engine import Engine
-from glm4lite.errors import Glm4liteError
-from glm4lite.events import Done, Event, TextDelta, ThinkingDelta
-from glm4lite.markdown import last_block
-from glm4lite.messages import Message
-from glm4lite.session import ChatSession
-from glm4lite.template import ChatTemplate
-from glm4lite.terminal import ending
-from glm4lite.tokenizer import Tokenizer
-from glm4lite.tools import BUILTIN_TOOLS
-from glm4lite.user_folder import chats_folder
+from glm4lite.cli.markdown import last_block
+from glm4lite.cli.terminal import ending
+from glm4lite.engine.engine import Engine
+from glm4lite.text.messages import Message
+from glm4lite.text.template import ChatTemplate
+from glm4lite.text.tokenizer import Tokenizer
+from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 from tests.glm4lite.scripted import ScriptedModel, scripted_engine
 
 NANO = Path(glm4lite.__file__).parent / "nano"
@@ -146,7 +147,7 @@ def test_what_begins_with_a_slash(text: str, is_command: bool) -> None:
 
 def test_piped_lines_know_the_few_commands_they_always_knew(talk: Talk) -> None:
     found = talk("one", "two", by_hand=False)
-    found.go_on(Lines("/set temperature 1", "/save x.json", "/reset", "/exit", "never", by_hand=False))
+    converse(found, Lines("/set temperature 1", "/save x.json", "/reset", "/exit", "never", by_hand=False))
     assert asked(found) == []
     assert found.renderer.text == "onetwo"
     assert not Path("x.json").exists()
@@ -154,7 +155,7 @@ def test_piped_lines_know_the_few_commands_they_always_knew(talk: Talk) -> None:
 
 def test_every_command_is_in_the_help(talk: Talk) -> None:
     found = talk()
-    found.go_on(Lines("/help"))
+    converse(found, Lines("/help"))
     listed = {line.split()[0] for line in remarks(found).splitlines() if line.startswith("/")}
     assert listed >= set(commands.COMMANDS) - {"/?", "/clear", "/quit", "/bye"}
 
@@ -183,7 +184,7 @@ def test_what_is_offered(typed: str, offered: list[str], talk: Talk) -> None:
     for name in ("notes.txt", "my file.txt", ".hidden", "folder/in.md"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
-    found.go_on(Lines("Hello", "/save sums", "/save two words"))
+    converse(found, Lines("Hello", "/save sums", "/save two words"))
     assert sorted(text for text, _ in commands.offers(found, typed)) == offered
     for text, start in commands.offers(found, typed):
         assert typed[: len(typed) + start] + text  # what is typed is replaced, and nothing before it
@@ -259,7 +260,7 @@ def test_a_file_that_is_missing_is_refused(name: str, notes: str) -> None:
 
 def test_a_refused_file_asks_nothing(talk: Talk) -> None:
     found = talk("never")
-    found.go_on(Lines("See @gone.txt"))
+    converse(found, Lines("See @gone.txt"))
     assert asked(found) == []
     assert "error: gone.txt cannot be read" in remarks(found)
 
@@ -276,7 +277,7 @@ def test_a_file_that_p_names_and_is_missing_is_one_line(
 
 def test_what_a_model_or_a_pipe_says_names_no_file(talk: Talk, notes: str) -> None:
     found = talk("See @notes.txt", "Yes")
-    found.go_on(Lines("Hello @notes.txt", by_hand=False))
+    converse(found, Lines("Hello @notes.txt", by_hand=False))
     assert asked(found) == ["Hello @notes.txt"]
     assert found.session.messages[-1].content == "See @notes.txt"
 
@@ -296,10 +297,11 @@ def test_completions_of_files_are_bounded(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_settings_are_in_force_and_shown(talk: Talk) -> None:
     found = talk("Hi", top_p=0.5)
-    found.go_on(
+    converse(
+        found,
         Lines(
             "/set temperature 0.7", "/set seed 7", '/set stop " end"', "/set max-new-tokens 99", "/set system Be brief."
-        )
+        ),
     )
     params = found.session.params
     assert (params.temperature, params.top_p, params.seed, params.stop) == (0.7, 0.5, 7, (" end",))
@@ -308,7 +310,7 @@ def test_settings_are_in_force_and_shown(talk: Talk) -> None:
     shown = dict(found.lines())
     assert (shown["temperature"], shown["seed"], shown["system"], shown["stop"]) == ("0.7", "7", "Be brief.", "' end'")
     assert shown["top_k"] == "0 (the checkpoint's)"
-    found.go_on(Lines("/set temperature default", "/set top_p default", "/set system default", "/set seed default"))
+    converse(found, Lines("/set temperature default", "/set top_p default", "/set system default", "/set seed default"))
     assert found.session.params.temperature == 0  # the scripted checkpoint's
     assert found.session.params.top_p == 0.5  # given at the start
     assert (found.session.messages, found.session.params.seed) == ([], None)
@@ -317,24 +319,26 @@ def test_settings_are_in_force_and_shown(talk: Talk) -> None:
 def test_a_setting_that_cannot_be_changes_nothing(talk: Talk) -> None:
     found = talk()
     before = found.session.params
-    found.go_on(Lines("/set temperature -1", "/set seed 1.5", "/set tools maybe", "/set nothing 1", "/set top_p nan"))
+    converse(
+        found, Lines("/set temperature -1", "/set seed 1.5", "/set tools maybe", "/set nothing 1", "/set top_p nan")
+    )
     assert found.session.params == before
     assert remarks(found).count("error: ") == 5
 
 
 def test_tools_can_be_switched_off(talk: Talk) -> None:
     found = talk()
-    found.go_on(Lines("/set tools off"))
+    converse(found, Lines("/set tools off"))
     assert found.session.tools == {}
     assert "calculator: off; Evaluate" in "\n".join(found.tool_lines())
-    found.go_on(Lines("/set tools on", "/set markdown off"))
+    converse(found, Lines("/set tools on", "/set markdown off"))
     assert list(found.session.tools) == [tool.name for tool in BUILTIN_TOOLS]
     assert found.renderer.markdown is False
 
 
 def test_a_thinking_model_can_be_made_to_answer_at_once(talk: Talk) -> None:
     found = talk("Well.</think>\n\nFour.", "Five.", "Hm.</think>\n\nSix.", of=ChatTemplate(THINKING))
-    found.go_on(Lines("2 + 2?", "/set think off", "2 + 3?", "/set think on", "2 + 4?"))
+    converse(found, Lines("2 + 2?", "/set think off", "2 + 3?", "/set think on", "2 + 4?"))
     model: Any = found.session.engine.model
     passes = [found.session.engine.tokenizer.text(ids) for ids in model.fed]
     ended = [place for place, text in enumerate(passes) if text == "\n</think>\n\n"]
@@ -349,11 +353,11 @@ def test_a_thinking_model_can_be_made_to_answer_at_once(talk: Talk) -> None:
 def test_a_thinking_budget_is_set_shown_and_given_back(talk: Talk) -> None:
     found = talk("Hm.</think>\n\nFour.", of=ChatTemplate(THINKING), thinking_budget=9)
     assert dict(found.lines())["thinking_budget"] == "9"
-    found.go_on(Lines("/set thinking_budget 3", "/set think off"))
+    converse(found, Lines("/set thinking_budget 3", "/set think off"))
     assert (found.session.params.thinking_budget, dict(found.lines())["think"]) == (0, "off")
-    found.go_on(Lines("/set think on"))
+    converse(found, Lines("/set think on"))
     assert (found.session.params.thinking_budget, dict(found.lines())["think"]) == (9, "on")
-    found.go_on(Lines("/set thinking_budget default", "/set thinking_budget -3"))
+    converse(found, Lines("/set thinking_budget default", "/set thinking_budget -3"))
     assert found.session.params.thinking_budget == 9
     assert "error: thinking_budget must be a whole number at least 0" in remarks(found)
 
@@ -362,11 +366,11 @@ def test_a_model_that_does_not_think_says_so_and_a_budget_waits_for_one_that_doe
     talk: Talk, tokenizer: Tokenizer, template: ChatTemplate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = talk("Four.")
-    found.go_on(Lines("/set thinking_budget 3", "/set think on", "/set thinking_budget 0", "/set think off"))
+    converse(found, Lines("/set thinking_budget 3", "/set think on", "/set thinking_budget 0", "/set think off"))
     assert [line[:6] for line in remarks(found).splitlines() if "not think" in line] == ["error:"] * 2
     engines = [scripted_engine(tokenizer, ChatTemplate(THINKING), []), scripted_engine(tokenizer, template, [])]
     monkeypatch.setattr(Engine, "load", lambda *_, **__: engines.pop(0))
-    found.go_on(Lines("/model nano", "/set thinking_budget 3", "/model nano"))
+    converse(found, Lines("/model nano", "/set thinking_budget 3", "/model nano"))
     assert found.session.params.thinking_budget is None
     assert remarks(found).count("(this model does not think: the thinking budget changes nothing)") == 1
     assert found.settings.sampling["thinking_budget"] == 3
@@ -377,7 +381,7 @@ def test_a_model_that_does_not_think_says_so_and_a_budget_waits_for_one_that_doe
 
 def cut_at(found: Conversation, tokens: int, *lines: str) -> None:
     """The scripted model would say what is left of its reply to whoever asks next: as one that goes on does."""
-    found.go_on(Lines(f"/set max_new_tokens {tokens}", *lines))
+    converse(found, Lines(f"/set max_new_tokens {tokens}", *lines))
 
 
 @pytest.mark.parametrize("of", [None, ChatTemplate(THINKING)], ids=["text", "thought"])
@@ -395,7 +399,7 @@ def test_continue_shows_the_rest_of_an_answer_until_it_is_whole(talk: Talk, of: 
         Message("user", "2 + 2?"),
         Message("assistant", "Two and two make four, as everybody knows."),
     ]
-    found.go_on(Lines("/continue"))
+    converse(found, Lines("/continue"))
     assert remarks(found).endswith("error: there is no answer to go on with: the last one is whole")
 
 
@@ -422,11 +426,11 @@ def test_a_call_that_was_cut_runs_when_it_is_continued(talk: Talk) -> None:
 
 def test_what_cannot_be_continued_stays_and_can_be_after_room_was_made(talk: Talk) -> None:
     found = talk("Two and two make four.")
-    found.go_on(Lines("/continue"))
+    converse(found, Lines("/continue"))
     cut_at(found, 5, "2 + 2?")
     before, cut = list(found.session.messages), found.session.cut
     found.session.engine.model.context = 10
-    found.go_on(Lines("/continue", "What?"))
+    converse(found, Lines("/continue", "What?"))
     assert remarks(found).count("error: the prompt has") == 2
     assert (found.session.messages, found.session.cut) == (before, cut)
     found.session.engine.model.context = 4096
@@ -446,7 +450,7 @@ def test_another_conversation_has_no_answer_to_continue(talk: Talk, command: str
 def test_a_context_that_is_full_promises_nothing(talk: Talk) -> None:
     found = talk("word " * 100)
     found.session.engine.model.context = 200
-    found.go_on(Lines("Write"))
+    converse(found, Lines("Write"))
     assert remarks(found).endswith("tokens: the model's context is full)")
 
 
@@ -455,16 +459,17 @@ def test_a_context_that_is_full_promises_nothing(talk: Talk) -> None:
 
 def test_what_is_saved_comes_back(talk: Talk) -> None:
     first = talk("Hello.", seed=3)
-    first.go_on(
-        Lines("/set system Be brief.", "Hi", "/set temperature 0.25", "/save my chat", "/save", "/save there.json")
+    converse(
+        first,
+        Lines("/set system Be brief.", "Hi", "/set temperature 0.25", "/save my chat", "/save", "/save there.json"),
     )
     second = talk("Again.")
-    second.go_on(Lines("/load my chat", "And?"))
+    converse(second, Lines("/load my chat", "And?"))
     assert second.session.messages[:3] == first.session.messages
     assert second.session.system == "Be brief."
     assert (second.session.params.temperature, second.session.params.seed) == (0.25, 3)
     assert json.loads(Path("there.json").read_text())["messages"][1] == {"role": "user", "content": "Hi"}
-    second.go_on(Lines("/save my chat"))  # the one it was loaded from
+    converse(second, Lines("/save my chat"))  # the one it was loaded from
     assert "error" not in remarks(second)
     if os.name == "posix":
         (kept,) = chats_folder().glob("*.json")
@@ -474,7 +479,7 @@ def test_what_is_saved_comes_back(talk: Talk) -> None:
 def test_nothing_is_overwritten_or_saved_empty(talk: Talk) -> None:
     Path("other.json").write_text("{}")
     found = talk("Hi")
-    found.go_on(Lines("/save a", "Hello", "/save other.json", "/save missing/a.json", "/save ..."))
+    converse(found, Lines("/save a", "Hello", "/save other.json", "/save missing/a.json", "/save ..."))
     assert Path("other.json").read_text() == "{}"
     nothing, there, missing, name = [line for line in remarks(found).splitlines() if line.startswith("error: ")]
     assert nothing == "error: there is nothing to save yet"
@@ -485,14 +490,14 @@ def test_nothing_is_overwritten_or_saved_empty(talk: Talk) -> None:
 
 def test_a_name_belongs_to_one_conversation_and_the_newest_of_a_title_is_loaded(talk: Talk) -> None:
     first, second = talk("One."), talk("Two.")
-    first.go_on(Lines("First?", "/save trip"))
-    second.go_on(Lines("Second?", "/save trip", "/save other", "/save trip to Rome"))
+    converse(first, Lines("First?", "/save trip"))
+    converse(second, Lines("Second?", "/save trip", "/save other", "/save trip to Rome"))
     assert remarks(second).count("error: another conversation is called trip; take another name") == 1
     assert saved.titles() == ["trip to Rome", "other", "trip"]
     for file in chats_folder().glob("*.json"):
         file.write_text(file.read_text().replace('"title": "other"', '"title": "trip"'))
     third = talk()
-    third.go_on(Lines("/load trip", "/load", "/load Trip"))
+    converse(third, Lines("/load trip", "/load", "/load Trip"))
     assert asked(third) == ["Second?"]
     assert "\ntrip to Rome\ntrip\ntrip\n" in remarks(third)
     assert remarks(third).endswith("error: 'Trip' is not saved; /load alone lists what is")
@@ -503,7 +508,7 @@ def test_messages_of_another_program_are_loaded_and_its_file_is_left_alone(talk:
     text = json.dumps({"model": "gpt", "messages": messages, "tools": []})
     Path("request.json").write_text(text)
     found = talk("Bye.")
-    found.go_on(Lines("/load request.json", "Bye", "/save", "/save request.json"))
+    converse(found, Lines("/load request.json", "Bye", "/save", "/save request.json"))
     assert asked(found) == ["Hi", "Bye"]
     assert remarks(found).count("error: ") == 2
     assert Path("request.json").read_text() == text
@@ -526,7 +531,7 @@ def test_messages_of_another_program_are_loaded_and_its_file_is_left_alone(talk:
 def test_a_file_that_is_no_conversation_changes_nothing(content: str, said: str, talk: Talk) -> None:
     Path("bad.json").write_text(content)
     found = talk("Hello.")
-    found.go_on(Lines("Hi", "/load bad.json"))
+    converse(found, Lines("Hi", "/load bad.json"))
     assert asked(found) == ["Hi"]
     (line,) = [line for line in remarks(found).splitlines() if line.startswith("error: ")]
     assert said in line
@@ -550,7 +555,7 @@ def test_the_old_model_is_gone_before_the_new_ones_weights_are_read(
         return made
 
     monkeypatch.setattr(Engine, "load", load)
-    found.go_on(Lines("First?", "/model nano int8", "Second?"))
+    converse(found, Lines("First?", "/model nano int8", "Second?"))
     assert seen == [True]
     assert asked(found) == ["First?", "Second?"]
     assert found.renderer.text == "One.Two."
@@ -571,7 +576,7 @@ def test_the_old_model_comes_back_where_the_new_one_fails(
         return scripted_engine(tokenizer, template, ["\nTwo.<|user|>"])
 
     monkeypatch.setattr(Engine, "load", load)
-    found.go_on(Lines("First?", "/model nano int8", "Second?"))
+    converse(found, Lines("First?", "/model nano int8", "Second?"))
     assert "; nano is loaded again" in remarks(found)
     assert found.source.quant == "auto"
     assert found.renderer.text == "One.Two."
@@ -580,7 +585,7 @@ def test_the_old_model_comes_back_where_the_new_one_fails(
 def test_a_model_that_is_refused_at_once_costs_nothing(talk: Talk) -> None:
     found = talk("One.", "Two.")
     model = found.session.engine.model
-    found.go_on(Lines("First?", "/model ./gone", "/model nano int3", "/model a b c", "/model", "Second?"))
+    converse(found, Lines("First?", "/model ./gone", "/model nano int3", "/model a b c", "/model", "Second?"))
     assert remarks(found).count("error: ") == 3
     assert found.session.engine.model is model
     assert isinstance(model, ScriptedModel)

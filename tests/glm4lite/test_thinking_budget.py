@@ -11,16 +11,16 @@ import pytest
 import torch
 
 import glm4lite
-from glm4lite.engine import Engine
-from glm4lite.errors import SamplingError, TemplateError
-from glm4lite.events import Done, Event, TextDelta, ThinkingDelta
-from glm4lite.messages import Message
-from glm4lite.sampling import SamplingParams
-from glm4lite.session import ChatSession
-from glm4lite.template import END_OF_THOUGHT, ChatTemplate
-from glm4lite.thinking_budget import ThinkingBudget
-from glm4lite.tokenizer import Tokenizer
-from glm4lite.tools import BUILTIN_TOOLS
+from glm4lite.base.errors import SamplingError, TemplateError
+from glm4lite.base.events import Done, Event, TextDelta, ThinkingDelta
+from glm4lite.chat.session import ChatSession
+from glm4lite.engine.engine import Engine
+from glm4lite.engine.sampling import SamplingParams
+from glm4lite.engine.thinking_budget import ThinkingBudget
+from glm4lite.text.messages import Message
+from glm4lite.text.template import END_OF_THOUGHT, ChatTemplate
+from glm4lite.text.tokenizer import Tokenizer
+from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 from tests.glm4lite.scripted import scripted_engine
 from tests.glm4lite.served import served
 

@@ -14,19 +14,19 @@ from pathlib import Path
 
 import pytest
 
+from glm4lite.base.errors import Glm4liteError
+from glm4lite.base.whole_file import remove_leftovers, write_whole
 from glm4lite.cli.chat import saved
-from glm4lite.config import Glm4Config
-from glm4lite.errors import Glm4liteError
-from glm4lite.generation.config import GenerationConfig
-from glm4lite.messages import Message
-from glm4lite.whole_file import remove_leftovers, write_whole
+from glm4lite.model.config import Glm4Config
+from glm4lite.pretrained.generation.config import GenerationConfig
+from glm4lite.text.messages import Message
 
 posix = pytest.mark.skipif(os.name != "posix", reason="modes, signals and limits of POSIX")
 HOUR_S = 3600
 
 
 def child(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    head = "import os, resource, signal, sys; from pathlib import Path; from glm4lite.whole_file import write_whole\n"
+    head = "import os, resource, signal, sys\nfrom glm4lite.base.whole_file import write_whole\n"
     command = [sys.executable, "-c", head + program, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 

@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 
+from glm4lite.chat.session import ChatSession
 from glm4lite.cli.chat import saved
 from glm4lite.cli.chat.conversation import Conversation, Source
+from glm4lite.cli.chat.loop import converse
 from glm4lite.cli.chat.settings import Settings as TerminalSettings
-from glm4lite.engine import Engine
-from glm4lite.messages import Message, ToolCall
-from glm4lite.session import ChatSession
-from glm4lite.terminal import Terminal
-from glm4lite.tools import BUILTIN_TOOLS
-from glm4lite.worker import EngineWorker
+from glm4lite.cli.terminal import Terminal
+from glm4lite.engine.engine import Engine
+from glm4lite.engine.worker import EngineWorker
+from glm4lite.text.messages import Message, ToolCall
+from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 from glm4lite_ui.chats import Attachment, Chat, Counts, Part, Settings, Turn
 from glm4lite_ui.export import as_json
 from glm4lite_ui.history import messages
@@ -104,7 +105,7 @@ def test_the_terminal_lists_and_opens_the_pages_chats(
     store.save(chat)
     store.save(Chat.of(Turn("Hi"), title="Newer"))
     found = talk()
-    found.go_on(Lines("/load", "/load What is 3/4 of it?"))
+    converse(found, Lines("/load", "/load What is 3/4 of it?"))
     assert "Newer\nWhat is 3/4 of it?\n" in capsys.readouterr().err
     assert found.session.messages == messages(chat)
     assert found.session.system == "Be brief."
@@ -116,7 +117,7 @@ def test_what_is_said_in_the_terminal_stands_behind_what_was_said_in_the_page(st
     chat = page_chat()
     store.save(chat)
     found = talk("Third.", "Fourth.")
-    found.go_on(Lines("/load What is 3/4 of it?", "3?", "/set temperature 0.9", "/save", "4?", "/save"))
+    converse(found, Lines("/load What is 3/4 of it?", "3?", "/set temperature 0.9", "/save", "4?", "/save"))
     again = one(store)
     assert [turn.user for turn in again.turns] == ["Old", "Look", "Failed", "And?", "3?", "4?"]
     assert [turn.parts[0].text for turn in again.turns[-2:]] == ["Third.", "Fourth."]
@@ -131,7 +132,7 @@ def test_an_export_is_opened_in_the_terminal_with_all_of_the_path_shown(store: C
     chat = page_chat()
     Path("export.json").write_text(as_json(chat), "utf-8")
     found = talk("Third.")
-    found.go_on(Lines("/load export.json", "3?", "/save export.json", "/save ./other.json"))
+    converse(found, Lines("/load export.json", "3?", "/save export.json", "/save ./other.json"))
     assert found.session.messages[:-2] == messages(chat)
     came = import_chats(store, Path("export.json"), "export.json")
     assert came.skipped == []
@@ -152,7 +153,7 @@ def test_chats_of_an_older_page_can_be_opened_once_the_page_was_started(store: C
 
 def test_a_conversation_of_the_terminal_stands_in_the_pages_list(store: ChatStore, talk: Talk) -> None:
     found = talk('calculator\n{"expression": "37 * 24"}', "It is 888.", "Bye.")
-    found.go_on(Lines("/set system Be brief.", "/set seed 3", "37 * 24?", "/save sums", "Bye", "/save"))
+    converse(found, Lines("/set system Be brief.", "/set seed 3", "37 * 24?", "/save sums", "Bye", "/save"))
     assert [(one.title, one.turns) for one in store.summaries()] == [("sums", 2)]
     assert [chat.title for chat in store.find("888")] == ["sums"]
     chat = one(store)
@@ -167,11 +168,11 @@ def test_a_conversation_of_the_terminal_stands_in_the_pages_list(store: ChatStor
 
 def test_what_both_went_on_with_stands_side_by_side(store: ChatStore, talk: Talk) -> None:
     found = talk("One.", "Two, typed.", "Three, typed.")
-    found.go_on(Lines("1?", "/save sums"))
+    converse(found, Lines("1?", "/save sums"))
     chat = one(store)
     chat.ask("2?").parts = [Part("text", 0, "Two, clicked.", seconds=1.0)]
     store.save(chat)
-    found.go_on(Lines("2?", "3?", "/save"))
+    converse(found, Lines("2?", "3?", "/save"))
     again = one(store)
     assert [turn.parts[0].text for turn in again.turns] == ["One.", "Two, typed.", "Three, typed."]
     assert [turn.parts[0].text for turn in again.versions(again.turns[1])] == ["Two, clicked.", "Two, typed."]
@@ -182,12 +183,12 @@ def test_what_both_went_on_with_stands_side_by_side(store: ChatStore, talk: Talk
 
 def test_what_the_terminal_saves_while_the_page_answers_is_kept(store: ChatStore, talk: Talk, nano: Engine) -> None:
     found = talk("One.", "Two, typed.")
-    found.go_on(Lines("1?", "/save sums"))
+    converse(found, Lines("1?", "/save sums"))
     runtime = Runtime(EngineWorker(slow_engine(nano, "Two, clicked.", 0.05)), store)
     chat = one(store)
     chat.ask("2?")
     answer = runtime.answer(chat)
-    found.go_on(Lines("2?", "/save"))
+    converse(found, Lines("2?", "/save"))
     assert answer.over.wait(30)
     again = one(store)
     assert again.turns[1].parts[0].text == "Two, clicked."
@@ -197,7 +198,7 @@ def test_what_the_terminal_saves_while_the_page_answers_is_kept(store: ChatStore
 
 def test_a_turn_that_was_deleted_in_the_page_does_not_come_back(store: ChatStore, talk: Talk) -> None:
     found = talk("One.", "Two.")
-    found.go_on(Lines("1?", "2?", "/save sums"))
+    converse(found, Lines("1?", "2?", "/save sums"))
     chat = one(store)
     chat.remove(chat.turns[1])
     store.save(chat)
@@ -208,7 +209,7 @@ def test_a_turn_that_was_deleted_in_the_page_does_not_come_back(store: ChatStore
 
 def test_a_file_of_the_terminal_is_imported_by_the_page_once(store: ChatStore, talk: Talk) -> None:
     found = talk("One.")
-    found.go_on(Lines("1?", "/save ./trip.json"))
+    converse(found, Lines("1?", "/save ./trip.json"))
     for expected in (1, 0):
         came = import_chats(store, Path("trip.json"), "trip.json")
         assert len(came.chats) == expected
@@ -282,7 +283,7 @@ def test_the_page_shows_and_goes_on_with_what_the_terminal_saved(
     site = serve(folder=store.folder)
     page = visit(site.url)
     found = talk("Two and two make four.")
-    found.go_on(Lines("2 + 2?", "/save sums"))
+    converse(found, Lines("2 + 2?", "/save sums"))
     page.reload()
     page.wait_for_selector("#chats a >> text=sums")
     page.click("#chats a >> text=sums")
@@ -290,7 +291,7 @@ def test_the_page_shows_and_goes_on_with_what_the_terminal_saved(
     ask(page, "What is 37 * 24?")
     wait_for_end(page)
     again = talk("Bye.")
-    again.go_on(Lines("/load sums"))
+    converse(again, Lines("/load sums"))
     assert [message.content for message in again.session.messages if message.role == "user"] == [
         "2 + 2?",
         "What is 37 * 24?",

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from prompt_toolkit.history import FileHistory
 
-from glm4lite.user_folder import make_private
-from glm4lite.whole_file import write_whole
+from glm4lite.base.user_folder import make_private
+from glm4lite.base.whole_file import write_whole
 
 MOST_BYTES = 1 << 20
 LONGEST = 8 << 10  # bytes of an entry

@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from glm4lite.base.errors import Glm4liteError, one_line, shown
+from glm4lite.base.files import read_json
+from glm4lite.base.user_folder import chats_folder, make_private
+from glm4lite.base.whole_file import write_whole
 from glm4lite.cli.chat.settings import SAMPLING
-from glm4lite.errors import Glm4liteError, one_line, shown
-from glm4lite.messages import Message
-from glm4lite.user_folder import chats_folder, make_private
-from glm4lite.weights.files import read_json
-from glm4lite.whole_file import write_whole
+from glm4lite.text.messages import Message
 
 FORMAT = 2
 LONGEST_TITLE = 120

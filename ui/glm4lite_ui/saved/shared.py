@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from glm4lite.errors import Glm4liteError
-from glm4lite.messages import Message
+from glm4lite.base.errors import Glm4liteError
+from glm4lite.text.messages import Message
 from glm4lite_ui.chats import Chat, Part, Turn, read_chat
 from glm4lite_ui.history import is_passed_over, messages
 

@@ -28,9 +28,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from glm4lite.errors import Glm4liteError, one_line
-from glm4lite.user_folder import chats_folder
-from glm4lite.whole_file import remove_leftovers, write_whole
+from glm4lite.base.errors import Glm4liteError, one_line
+from glm4lite.base.user_folder import chats_folder
+from glm4lite.base.whole_file import remove_leftovers, write_whole
 from glm4lite_ui.chats import Chat, ChatError
 from glm4lite_ui.saved.shared import from_data, to_data
 
