@@ -43,9 +43,9 @@ def history(home: Path) -> str:
 def questions(chat: Screen, home: Path, name: str) -> list[str]:
     """What the model was asked, as `/save` wrote it."""
     chat.type(f"/save {name}{ENTER}")
-    chat.wait_for(f"{name}.json)")
-    (saved,) = (json.loads(file.read_text()) for file in (home / "glm4lite" / "chats").glob("*.json"))
-    assert saved["title"] == name
+    chat.wait_for(f"(saved: {name})")
+    kept = [json.loads(file.read_text()) for file in (home / "glm4lite" / "chats").glob("*.json")]
+    (saved,) = (one for one in kept if one["title"] == name)
     return [message["content"] for message in saved["messages"] if message["role"] == "user"]
 
 
@@ -118,8 +118,8 @@ def test_a_conversation_is_saved_loaded_and_goes_on_with_another_model(chat: Scr
     chat.wait_for("37 * 24 = 888.")
     chat.wait_for_prompt()
     chat.type(f"/save sums{ENTER}")
-    chat.wait_for("(saved: ")
-    file = home / "glm4lite" / "conversations" / "sums.json"
+    chat.wait_for("(saved: sums)")
+    (file,) = (home / "glm4lite" / "chats").glob("*.json")
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     chat.type(f"/reset{ENTER}/show{ENTER}")
     chat.wait_for("0 of 4096 tokens, 0 questions")
