@@ -24,6 +24,12 @@ def user_folder() -> Path:
     return base / "glm4lite"
 
 
+def chats_folder() -> Path:
+    """Where the terminal and the page keep chats: GLM4LITE_CHATS, else in the user's folder; Glm4liteError."""
+    chosen = os.environ.get("GLM4LITE_CHATS")
+    return Path(chosen) if chosen else user_folder() / "chats"
+
+
 def make_private(folder: Path) -> None:
     """The folder with those above it, for this user alone; raises OSError."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

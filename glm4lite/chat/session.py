@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from glm4lite.base.errors import ModelReplaced, TemplateError
+from glm4lite.base.errors import Glm4liteError, ModelReplaced
 from glm4lite.base.events import Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
 from glm4lite.engine.decoding import Generation
 from glm4lite.engine.engine import Engine, Totals
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.text.messages import Message, ToolCall
 from glm4lite.text.output_parser import Call, OutputParser, Segment, Thinking
-from glm4lite.text.template import END_OF_THOUGHT, Begun
+from glm4lite.text.template import Begun
 from glm4lite.tools.running import Approve, nobody_to_ask, run_tool
 from glm4lite.tools.tool import Tool
 
@@ -37,8 +37,17 @@ class _Answer:
 
     begun: Begun | None = None
     text: str = ""
+    thinking: str = ""
     calls: list[ToolCall] = field(default_factory=list)
     generation: Generation | None = None  # None: cancelled before it began
+
+    @property
+    def cut(self) -> Begun | None:
+        """What was said, where it ended in the middle; None where it is whole, or calls are what matters of it."""
+        if self.generation is None:
+            return self.begun or Begun()
+        whole = self.generation.finish_reason not in ("length", "cancelled")
+        return None if whole or self.calls else Begun(self.text, self.thinking)
 
 
 class ChatSession:
@@ -49,8 +58,9 @@ class ChatSession:
             if isinstance(event, TextDelta):
                 print(event.text, end="")
 
-    `messages` is the history in OpenAI's form. One turn may call several tools, in at most `max_tool_rounds` rounds;
-    a tool that fails is an error observation to the model, and a result takes at most half of the context that is left.
+    `messages` is the history in OpenAI's form. `cut` is what was said of an answer that was stopped or met a limit, and
+    `go_on` goes on with it. One turn may call several tools, in at most `max_tool_rounds` rounds; a tool that fails is
+    an error observation to the model, and a result takes at most half of the context that is left.
     Only the part of the prompt that is new is computed, also where several sessions take turns. Sessions that share an
     Engine must not run in two threads at once (EngineWorker).
     A tool that needs approval runs only when `approve(call, tool)` returns True (`run_tool` says when and in which
@@ -68,7 +78,8 @@ class ChatSession:
         approve: Approve = nobody_to_ask,
         compute: Compute | None = None,
     ) -> None:
-        """`params` default to the checkpoint's. Raises TemplateError for a base model, which has no template.
+        """`params` default to the checkpoint's. Raises TemplateError for a base model, which has no template, and for a
+        thinking budget of a model that does not think.
 
         With `compute` (an EngineWorker's run) only generations run there; tools run in the thread that reads `send`.
         """
@@ -82,8 +93,8 @@ class ChatSession:
         self._compute: Compute = compute or (lambda make_events, _: make_events(self.engine))
         self._cancel = threading.Event()
         self._calls_made = 0
-        self._thinks = True
         self.messages: list[Message] = []
+        self.cut: Begun | None = None
         self.reset()
 
     @classmethod
@@ -112,6 +123,7 @@ class ChatSession:
     def reset(self) -> None:
         """Forgets the conversation and what was allowed in it; the system prompt and the tools stay."""
         self.allowed.clear()
+        self.cut = None
         self.messages[:] = [Message("system", self.system)] if self.system else []
 
     def recall(self, messages: Sequence[Message]) -> None:
@@ -128,7 +140,6 @@ class ChatSession:
         """
         self.template = engine.chat_template()
         self.engine, self.params = engine, engine.params()
-        self._thinks = True
 
     def instruct(self, system: str | None) -> None:
         """Sets the system prompt, from the next message on; None: there is none."""
@@ -139,18 +150,14 @@ class ChatSession:
             self.messages.insert(0, Message("system", system))
 
     @property
-    def thinks(self) -> bool:
-        """Whether the model thinks before it answers."""
-        return self._thinks and self.template.thinks
+    def params(self) -> SamplingParams:
+        """How answers are sampled. Setting it raises TemplateError where a model that does not think gets a budget."""
+        return self._params
 
-    def think(self, on: bool) -> None:
-        """Lets a thinking model think, or makes it answer at once: its thought is then closed where it begins.
-
-        Raises TemplateError where a model that does not think is to.
-        """
-        if on and not self.template.thinks:
-            raise TemplateError("this model does not think: its chat template begins no thought")
-        self._thinks = on
+    @params.setter
+    def params(self, params: SamplingParams) -> None:
+        self.template.check_thinking(params.thinking_budget)
+        self._params = params
 
     def prompt_tokens(self, messages: Sequence[Message]) -> int:
         """Length of the prompt that these messages make, with the tools' descriptions."""
@@ -177,9 +184,22 @@ class ChatSession:
         begun = Begun(text.rstrip(_HALF), thinking.rstrip(_HALF))
         yield from self._turn(list(self.messages), begun if begun.text or begun.thinking else None, cancel)
 
+    def go_on(self, cancel: threading.Event | None = None) -> Iterator[Event]:
+        """Goes on with the last answer, which must be `cut`; else as `resume`, and an error leaves it as it was."""
+        if self.cut is None:
+            raise Glm4liteError("there is no answer to go on with: the last one is whole")
+        messages, cut = list(self.messages), self.cut
+        if cut.text and messages[-1:] == [Message("assistant", cut.text)]:
+            self.messages.pop()  # what was said of it
+        try:
+            yield from self.resume(cut.text, cut.thinking, cancel)
+        except Exception:
+            self.messages[:] = messages
+            raise
+
     def _turn(self, messages: list[Message], begun: Begun | None, cancel: threading.Event | None) -> Iterator[Event]:
         self._cancel = cancel or threading.Event()
-        before, self.messages[:] = list(self.messages), messages
+        before, cut, self.messages[:] = list(self.messages), self.cut, messages
         totals = Totals()
         try:
             for left in range(self.max_tool_rounds, -1, -1):
@@ -189,6 +209,7 @@ class ChatSession:
                     yield from self._compute(partial(self._answer, prompt, answer), self._cancel)
                 finally:  # what was said stays said, also when the reader goes away
                     self._remember(answer)
+                    self.cut = answer.cut
                 if (generation := answer.generation) is None:
                     yield totals.cancelled(len(prompt))
                     return
@@ -199,7 +220,7 @@ class ChatSession:
                     yield totals.done(generation, reason)
                     return
         except Exception:
-            self.messages[:] = before
+            self.messages[:], self.cut = before, cut
             raise
 
     def _ending(self, generation: Generation, answer: _Answer, rounds_left: int) -> str | None:
@@ -212,10 +233,7 @@ class ChatSession:
 
     def _prompt(self, messages: Sequence[Message], begun: Begun | None = None) -> list[int]:
         schemas = [tool.schema() for tool in self.tools.values()]
-        prompt = self.template.encode(self.engine.tokenizer, messages, schemas, begun=begun)
-        if begun is None and not self._thinks and self._starts_thinking(prompt):
-            prompt += self.engine.tokenizer.ids(END_OF_THOUGHT, special=True)
-        return prompt
+        return self.template.encode(self.engine.tokenizer, messages, schemas, begun=begun)
 
     def _starts_thinking(self, prompt: list[int]) -> bool:
         return self.template.starts_thinking(self.engine.tokenizer.text(prompt[-8:], keep_special=True))
@@ -230,6 +248,7 @@ class ChatSession:
                 self._calls_made += 1
                 answer.calls.append(ToolCall(f"call_{self._calls_made}", segment.name, segment.arguments))
             elif isinstance(segment, Thinking):
+                answer.thinking += segment.text
                 yield ThinkingDelta(segment.text)
             else:
                 answer.text += segment.text

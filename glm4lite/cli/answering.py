@@ -39,7 +39,8 @@ def chat(
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     seed: options.Seed = None,
-    max_new_tokens: options.MaxNewTokens = 1024,
+    max_new_tokens: options.MaxNewTokens = None,
+    thinking_budget: options.ThinkingBudget = None,
     stop: options.Stop = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -58,18 +59,19 @@ def chat(
     if lines and prompt is not None:
         raise ConfigError("--lines and -p contradict each other: each line is a turn, or all is one message")
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed, "stop": tuple(stop or ())}
-    sampling["max_new_tokens"] = max_new_tokens
+    sampling |= {"max_new_tokens": max_new_tokens, "thinking_budget": thinking_budget}
     SamplingParams.check(**sampling)
     use_threads(threads)
     with rendering(as_json, raw) as renderer, ExitStack() as open_tools:
-        message = None if lines or (prompt is None and is_interactive()) else _question(prompt, renderer)
+        by_hand = prompt is None and is_interactive()
+        message = None if lines or by_hand else _question(prompt, renderer)
         box = open_tools.enter_context(Toolbox(tools or (), mcp or (), not no_tools, approve))
         if model == "nano":
             renderer.remark(nano_remark("chat"))
         limits: dict[str, Any] = {"device": device, "dtype": dtype}
         limits |= {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
         source = Source(model, quant or "auto", limits)
-        conversation = Conversation.begin(source, renderer, box.tools, sampling, system, is_interactive())
+        conversation = Conversation.begin(source, renderer, box.tools, sampling, system, by_hand)
         if message is None and not as_json and is_interactive() and streams().err.isatty():
             conversation.ask_before_tools()
         if message is None:

@@ -42,6 +42,12 @@ def can_draw(out: TextIO) -> bool:
     return not Console(file=out).legacy_windows
 
 
+def last_block(text: str) -> str:
+    """The end of a text from where its last block begins."""
+    *_, last = "", *(block.text for block in _blocks(text))
+    return last
+
+
 class MarkdownStream:
     """Draws one text on a terminal as its pieces come; `finish` ends it, and the next one begins anew."""
 

@@ -61,7 +61,13 @@ Approve = Annotated[
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the checkpoint's")]
 TopP = Annotated[float | None, typer.Option(show_default="the checkpoint's")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(help="Longest answer, in tokens, its thought included.", show_default="what the context leaves"),
+]
+ThinkingBudget = Annotated[
+    int | None, typer.Option(help="Longest thought, in tokens; 0 is none.", show_default="no limit")
+]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", autocompletion=_among("auto", "cpu", "cuda"))]
 Dtype = Annotated[

@@ -56,10 +56,21 @@ class Notices(logging.Handler):
         self._err.flush()
 
 
+def ending(done: Done) -> str:
+    """What people are told of an answer that did not end by itself; "" of one that did."""
+    if done.finish_reason == "length":
+        return f"(the answer was cut at {done.new_tokens} tokens: --max-new-tokens or the model's context is used up)"
+    return _REASONS.get(done.finish_reason, f"({done.finish_reason})")
+
+
 class Renderer(Protocol):
-    """Where a command's events and remarks go. `markdown`: whether that of an answer is drawn, where it can be."""
+    """Where a command's events and remarks go.
+
+    `markdown`: whether that of an answer is drawn, where it can be. `ending`: what is said of how an answer ended.
+    """
 
     markdown: bool = False
+    ending: Callable[[Done], str] = staticmethod(ending)
 
     def show(self, event: Event) -> None: ...
 
@@ -68,6 +79,10 @@ class Renderer(Protocol):
     def end_line(self) -> None: ...
 
     def close(self) -> None: ...
+
+    def drawn_with(self, shown: str) -> str:
+        """The end of a text that was shown which has to be shown again, so that what goes on from it is drawn right."""
+        return ""
 
     def show_all(self, events: Iterable[Event]) -> None:
         """Shows a whole turn, and always leaves the terminal in order."""
@@ -165,11 +180,22 @@ class Terminal(Renderer):
 
     def _drawing(self) -> MarkdownStream | None:
         """What draws the answer, until its last line is ended; None where it is written as it is."""
-        if self._drawn is None and self.markdown and self._line_open is None:
-            from glm4lite.cli.markdown import MarkdownStream, can_draw
+        if self._drawn is None and self._line_open is None and self._can_draw():
+            from glm4lite.cli.markdown import MarkdownStream
 
-            self._drawn = MarkdownStream(self._out) if can_draw(self._out) else None
+            self._drawn = MarkdownStream(self._out)
         return self._drawn
+
+    def _can_draw(self) -> bool:
+        from glm4lite.cli.markdown import can_draw
+
+        return self.markdown and can_draw(self._out)
+
+    def drawn_with(self, shown: str) -> str:
+        """The last block of Markdown: in the middle of a block of code, a line is code."""
+        from glm4lite.cli.markdown import last_block
+
+        return last_block(shown) if self._can_draw() else ""
 
     def end_line(self) -> None:
         """Ends a text or a thought whose last line is open; what comes then begins a line."""
@@ -189,8 +215,8 @@ class Terminal(Renderer):
 
     def _done(self, event: Done) -> None:
         self.end_line()
-        if event.finish_reason != "stop":
-            self._note((_REASONS.get(event.finish_reason, event.finish_reason), "yellow"))
+        if said := self.ending(event):
+            self._note((said, "yellow"))
         if self._console.is_terminal:
             self._note(
                 (
@@ -228,7 +254,7 @@ def _text(*parts: str | tuple[str, str]) -> Text:
 
 
 _REASONS = {
-    "length": "(the answer was cut: --max-new-tokens or the model's context is used up)",
+    "stop": "",
     "cancelled": "(stopped)",
     "tool_rounds": "(stopped: the model kept calling tools)",
 }

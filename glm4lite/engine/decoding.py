@@ -77,7 +77,9 @@ class Generation:
     Raises ContextLengthError at once when the prompt leaves no room in the model's context.
 
     May be set before iteration: `force`, which is given each drawn id and its logits and returns the id to take;
-    `top_logprobs`, with which `logprobs` gets an entry for each new id, stop ids left out.
+    `put_in`, which is given each drawn id first and returns ids to take in its place, all of them, or none;
+    `top_logprobs`, with which `logprobs` gets an entry for each drawn id, stop ids left out.
+    `is_put_in`: whether the id that was given last came from `put_in`.
     """
 
     def __init__(
@@ -105,9 +107,11 @@ class Generation:
         self.cache = cache or PrefixCache(model)
         self.cancel = cancel or threading.Event()
         self.force: Callable[[int, torch.Tensor], int] | None = None
+        self.put_in: Callable[[int], list[int]] | None = None
+        self.is_put_in = False
         self.top_logprobs: int | None = None
         self.logprobs: list[TokenLogprobs] = []
-        self.limit = min(params.max_new_tokens, context - len(prompt))
+        self.limit = min(params.max_new_tokens or context, context - len(prompt))
         self.ids: list[int] = []
         self.finish_reason = "length"
         self.stop_id: int | None = None
@@ -140,20 +144,26 @@ class Generation:
         sampler, seen, started = Sampler(self.params), list(self.prompt), time.perf_counter()
         while self._logits is not None and not self.cancel.is_set():
             token = sampler(self._logits, seen)
-            if self.force is not None:
-                token = self.force(token, self._logits)
+            taken = self.put_in(token) if self.put_in is not None else []
+            self.is_put_in = bool(taken)
+            if not taken:
+                token = self.force(token, self._logits) if self.force is not None else token
+                taken = [token]
             self.seconds = time.perf_counter() - started
-            if token in self.stop_ids:
+            if not self.is_put_in and token in self.stop_ids:
                 self.finish_reason, self.stop_id = "stop", token
                 return
-            if self.top_logprobs is not None:
+            if len(self.ids) + len(taken) > self.limit:
+                return
+            if self.top_logprobs is not None and not self.is_put_in:
                 self.logprobs.append(_logprobs(self._logits, token, self.top_logprobs))
-            self.ids.append(token)
-            seen.append(token)
-            yield token
+            for token in taken:
+                self.ids.append(token)
+                seen.append(token)
+                yield token
             if len(self.ids) >= self.limit:
                 return
-            self._forward([token])
+            self._forward(taken)
         self.finish_reason = "cancelled"
 
     @torch.inference_mode()

@@ -16,6 +16,7 @@ from glm4lite.engine.decoding import Generation
 from glm4lite.engine.prefixes import PrefixPool
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.engine.stop_ids import stop_ids
+from glm4lite.engine.thinking_budget import ThinkingBudget
 from glm4lite.model.cache import STEP
 from glm4lite.text.stop_strings import StopStrings
 from glm4lite.text.template import ChatTemplate
@@ -136,11 +137,14 @@ class Engine:
     ) -> Generation:
         """A Generation with this model's stop ids, on the kept prefix that suits it; `pieces` gives that back.
 
-        Ids the tokenizer does not know are never drawn. Raises ContextLengthError.
+        A thought that reaches `params.thinking_budget` is ended. Ids the tokenizer does not know are never drawn.
+        Raises ContextLengthError.
         """
         stops = stop_ids(self.model.config, self.generation_config, self.tokenizer)
         generation = Generation(self.model, prompt, params, stops, self.tokenizer.size, cancel=cancel)
         generation.cache = self.prefixes.take(prompt)
+        if params.thinking_budget is not None:
+            generation.put_in = ThinkingBudget(self.tokenizer, prompt, params.thinking_budget)
         return generation
 
     def prefill(self, generation: Generation) -> Iterator[Progress]:
@@ -170,6 +174,9 @@ class Engine:
                 yield stops.feed(detokenizer.finish()) + stops.finish()
                 yield None
                 detokenizer = StreamingDetokenizer(self.tokenizer)
+                continue
+            if generation.is_put_in:  # what the model did not say holds no stop text, and ends none
+                yield stops.finish() + detokenizer.add(token)
                 continue
             yield stops.feed(detokenizer.add(token))
             if stops.found:

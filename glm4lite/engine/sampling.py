@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 FEW = 1024  # ids among which a CPU looks first
 
+_OPTIONAL = ("seed", "max_new_tokens", "thinking_budget")
 # (name, type, smallest, largest) of every number; None: no bound
 _RANGES: tuple[tuple[str, type, float, float | None], ...] = (
     ("temperature", float, 0, None),
@@ -22,6 +23,7 @@ _RANGES: tuple[tuple[str, type, float, float | None], ...] = (
     ("repetition_penalty", float, 1e-3, None),
     ("seed", int, 0, 2**63 - 1),
     ("max_new_tokens", int, 1, None),
+    ("thinking_budget", int, 0, None),
 )
 
 
@@ -29,8 +31,10 @@ _RANGES: tuple[tuple[str, type, float, float | None], ...] = (
 class SamplingParams:
     """How tokens are chosen. temperature 0 is greedy; top_k 0, top_p 1, min_p 0, repetition_penalty 1 switch off.
 
-    `stop` are texts that end the answer (and are not part of it); `max_new_tokens` counts the answer alone. The same
-    seed gives the same text; without one each answer differs. Raises SamplingError for a value out of range.
+    `stop` are texts that end the answer (and are not part of it). The same seed gives the same text; without one
+    each answer differs. max_new_tokens counts the answer with its thought; None is what the context leaves.
+    thinking_budget counts the thought alone, which is then ended, and the answer begins: 0 is no thought, None no
+    limit. Raises SamplingError for a value out of range.
     """
 
     temperature: float = 0.6
@@ -40,12 +44,13 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    max_new_tokens: int = 1024
+    max_new_tokens: int | None = None
+    thinking_budget: int | None = None
 
     def __post_init__(self) -> None:
         for name, kind, smallest, largest in _RANGES:
             value = getattr(self, name)
-            if name == "seed" and value is None:
+            if value is None and name in _OPTIONAL:
                 continue
             upper = math.inf if largest is None else largest
             if not _is_number(value, kind) or not smallest <= value <= upper:

@@ -8,7 +8,6 @@ each start. A digest is "sha256:<hex>", or "git:<hex>" for the id that git gives
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from glm4lite.base.errors import HubError
+from glm4lite.base.whole_file import write_whole
 
 NOTES = ".glm4lite-verified.json"
 
@@ -155,11 +155,4 @@ def _write_notes(path: Path, notes: Mapping[str, Any]) -> None:
     """Notes of files that are gone are dropped. Where they cannot be written, the files are hashed once more."""
     kept = {key: note for key, note in notes.items() if (path.parent / key).exists()}
     with suppress(OSError):
-        descriptor, temporary = tempfile.mkstemp(prefix=f"{NOTES}.", dir=path.parent)
-        try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                json.dump(kept, file)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_whole(path, json.dumps(kept).encode())

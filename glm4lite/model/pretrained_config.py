@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 
 from glm4lite.base.errors import ConfigError, one_line
 from glm4lite.base.files import CONFIG, check_values, read_json
+from glm4lite.base.whole_file import write_whole
 
 logger = logging.getLogger("glm4lite")
 
@@ -254,14 +254,10 @@ class PretrainedConfig(BaseModel):
     def to_json_file(self, json_file_path: str | Path, use_diff: bool = True) -> None:
         """Writes `to_json_string` to a file, which is there whole or not at all. Raises ConfigError."""
         path = Path(json_file_path)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            part.write_text(self.to_json_string(use_diff), encoding="utf-8")
-            part.replace(path)
+            write_whole(path, self.to_json_string(use_diff).encode())
         except OSError as error:
-            raise ConfigError(f"{path} cannot be written: {one_line(error)}") from None
-        finally:
-            part.unlink(missing_ok=True)
+            raise ConfigError(f"{path} cannot be written: {error.strerror or one_line(error)}") from None
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False) -> None:
         """Writes config.json into a folder, which is made where it is missing. Raises ConfigError."""

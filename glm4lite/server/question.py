@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from glm4lite.base.errors import ContextLengthError, Glm4liteError, SamplingError, TemplateError
@@ -47,19 +47,22 @@ def chat_question(engine: Engine, request: ChatRequest) -> Question:
         template = engine.chat_template()
         if tools and not template.takes_tools:
             raise ApiError("tools: this model's chat template has no place for them", param="tools")
-        _check_thinking(request, template)
+        budget = _thinking_budget(request, template)
         prompt = template.encode(engine.tokenizer, messages, tools, context=engine.model.context)
     except ContextLengthError as error:
         raise _too_long(error, "messages") from None
     except TemplateError as error:
         raise ApiError(str(error), param="messages") from None
     thinking = template.starts_thinking(engine.tokenizer.text(prompt[-8:], keep_special=True))
-    if forced and thinking:  # a call that must come first leaves no room for a thought
+    params = _params(engine, request, thinking_budget=budget)
+    if forced:  # no stop text may end a call in its middle, and one that must come first leaves no room for a thought
+        params = replace(params, thinking_budget=None, stop=())
+    if forced and thinking:
         prompt, thinking = prompt + engine.tokenizer.ids(END_OF_THOUGHT, special=True), False
     return Question(
         engine,
         _fitting(engine, prompt, "messages"),
-        _params(engine, request, forced=bool(forced)),
+        params,
         chat=True,
         tools=frozenset(names),
         forced=forced,
@@ -132,12 +135,14 @@ def _message(data: dict[str, Any], place: int, structure: Structure) -> Message:
     return message
 
 
-def _check_thinking(request: ChatRequest, template: ChatTemplate) -> None:
-    """Whether a model thinks is its template's doing; a request may say what is so anyway."""
+def _thinking_budget(request: ChatRequest, template: ChatTemplate) -> int | None:
+    """The limit of the thought; a model that does not think may be asked for none, and for nothing else."""
     wanted = request.wanted_thinking
-    if wanted is not None and wanted[1] != template.thinks:
-        does = "always thinks" if template.thinks else "does not think"
-        raise ApiError(f"{wanted[0]}: another way is not supported, this model {does}", param=wanted[0])
+    if wanted is None:
+        return None
+    if not template.can_think and wanted.budget != 0:
+        raise ApiError(f"{wanted.field}: a thought is not supported, this model does not think", param=wanted.field)
+    return wanted.budget
 
 
 def _too_long(error: ContextLengthError, param: str) -> ApiError:
@@ -157,11 +162,8 @@ def _fitting(engine: Engine, prompt: list[int], param: str) -> list[int]:
     return prompt
 
 
-def _params(engine: Engine, request: ChatRequest | CompletionRequest, forced: bool = False) -> SamplingParams:
-    sampling = request.sampling(most=engine.model.context)
-    if forced:  # a stop text must not end a call in its middle
-        sampling["stop"] = ()
+def _params(engine: Engine, request: ChatRequest | CompletionRequest, **instead: Any) -> SamplingParams:
     try:
-        return engine.params(**sampling)
+        return engine.params(**request.sampling() | instead)
     except SamplingError as error:
         raise ApiError(str(error)) from None

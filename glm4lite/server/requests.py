@@ -6,12 +6,13 @@ What other fields may hold is in unsupported.py; names that nobody here knows ar
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from glm4lite.base.errors import one_line, shown
 from glm4lite.server.errors import ApiError
+from glm4lite.server.thinking import BUDGETS, Budget, TemplateVariables, Thinking, WantedThinking, wanted_thinking
 from glm4lite.server.unsupported import ignored, refuse_unsupported
 
 R = TypeVar("R", bound="_Request")
@@ -58,6 +59,9 @@ class _Request(BaseModel):
             field = problems[0]["loc"][0]
             problem = max((one for one in problems if one["loc"][0] == field), key=lambda one: len(one["loc"]))
             param = where(problem["loc"])
+            if problem["type"] == "extra_forbidden":
+                said = f"{param}: {shown(problem['input'])} is not supported"
+                raise ApiError(one_line(said), param=param, code="unsupported_value") from None
             found = "" if problem["type"] in ("missing", "value_error") else f", found {shown(problem['input'])}"
             message = problem["msg"].removeprefix("Value error, ")
             raise ApiError(one_line(f"{param}: {message}{found}"), param=param) from None
@@ -76,26 +80,19 @@ class _Request(BaseModel):
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling(self, most: int) -> dict[str, Any]:
-        """Fields of SamplingParams; `most` tokens where no number is asked for."""
+    def sampling(self) -> dict[str, Any]:
+        """Fields of SamplingParams, None where nothing is asked for."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         given = {name: getattr(self, name) for name in names}
         if self.top_k == -1:
             given["top_k"] = 0
         seed = None if self.seed is None else self.seed % 2**63
-        return given | {"seed": seed, "stop": stop, "max_new_tokens": self.most_tokens or most}
+        return given | {"seed": seed, "stop": stop, "max_new_tokens": self.most_tokens}
 
     @property
     def most_tokens(self) -> int | None:
         return self.max_tokens
-
-
-class Thinking(BaseModel):
-    """`enable_thinking` in another dialect."""
-
-    model_config = ConfigDict(strict=True)
-    type: Literal["enabled", "disabled"]
 
 
 class ChatRequest(_Request):
@@ -110,6 +107,11 @@ class ChatRequest(_Request):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     enable_thinking: bool | None = None
     thinking: Thinking | None = None
+    thinking_budget: Budget | None = None
+    thinking_token_budget: Budget | None = None
+    thinking_budget_tokens: Budget | None = None
+    reasoning_budget_tokens: Budget | None = None
+    chat_template_kwargs: TemplateVariables | None = None
 
     @field_validator("messages", mode="before")
     @classmethod
@@ -129,11 +131,21 @@ class ChatRequest(_Request):
         return self.max_completion_tokens or self.max_tokens
 
     @property
-    def wanted_thinking(self) -> tuple[str, bool] | None:
-        """The field that says whether the model should think, and what it says."""
-        if self.enable_thinking is not None:
-            return "enable_thinking", self.enable_thinking
-        return ("thinking", self.thinking.type == "enabled") if self.thinking else None
+    def wanted_thinking(self) -> WantedThinking | None:
+        """What is asked of the thought, None where nothing is; ApiError for fields that contradict each other."""
+        thinking, variables = self.thinking or Thinking(), self.chat_template_kwargs or TemplateVariables()
+        return wanted_thinking(
+            switches={
+                "enable_thinking": self.enable_thinking,
+                "thinking": thinking.enabled,
+                "chat_template_kwargs.enable_thinking": variables.enable_thinking,
+            },
+            budgets={
+                **{name: getattr(self, name) for name in BUDGETS},
+                "thinking.budget_tokens": thinking.budget_tokens,
+                "chat_template_kwargs.thinking_budget": variables.thinking_budget,
+            },
+        )
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -152,6 +164,11 @@ class CompletionRequest(_Request):
         | Annotated[list[int], Field(min_length=1, fail_fast=True)]
     )
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """OpenAI's default, which vLLM has too: a base model does not end by itself."""
+        return self.max_tokens or 16
 
     @field_validator("prompt", mode="before")
     @classmethod

@@ -50,7 +50,7 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
     **_named("use_beam_search early_stopping"),
     # what the prompt is made of
     **_named(
-        "echo suffix continue_final_message chat_template chat_template_kwargs truncate_prompt_tokens documents "
+        "echo suffix continue_final_message chat_template truncate_prompt_tokens documents "
         "lora lora_path mm_processor_kwargs options system images"
     ),
     **_named("add_generation_prompt add_special_tokens", (None, True)),

@@ -30,7 +30,7 @@ from glm4lite.text.templating.process import TemplateProcess
 from glm4lite.text.tokenization.codec import Codec, token_text
 
 END_OF_THOUGHT = "\n</think>\n\n"
-"""Behind a prompt that opens a thought: the model answers at once."""
+"""Between a thought and its answer, as GLM-Z1 writes it."""
 
 TIME_LIMIT_S = 5.0  # a real template takes a millisecond; this much, that a busy machine fails none
 _MAX_SOURCE = 1_000_000  # characters; real templates have a few thousand
@@ -51,7 +51,7 @@ class Begun:
         """As the model wrote it behind the `<think>` that its prompt ended with."""
         if not self.text:
             return self.thinking
-        return f"{self.thinking.rstrip()}\n</think>\n\n{self.text}"
+        return f"{self.thinking.rstrip()}{END_OF_THOUGHT}{self.text}"
 
 
 class SchemaSource(Protocol):
@@ -159,10 +159,15 @@ class ChatTemplate:
         """True if generation from this prompt starts inside `<think>`, as Z1's does."""
         return rendered.rstrip().endswith("<think>")
 
-    @functools.cached_property
-    def thinks(self) -> bool:
-        """True if this template's generation prompt opens `<think>`."""
-        return self.starts_thinking(self.render([Message("user", "Hi")]))
+    @property
+    def can_think(self) -> bool:
+        """False for a template that knows no thoughts: its model was not trained to think before it answers."""
+        return any("<think>" in source or "</think>" in source for source in self.sources.values())
+
+    def check_thinking(self, budget: int | None) -> None:
+        """Raises TemplateError where a model that does not think is allowed to."""
+        if budget and not self.can_think:
+            raise TemplateError("this model does not think, so it has no use for a thinking budget")
 
     @property
     def takes_tools(self) -> bool:

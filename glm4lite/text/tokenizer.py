@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -19,6 +18,7 @@ import tokenizers
 
 from glm4lite.base.errors import TokenizerError, one_line, shown, unknown_name
 from glm4lite.base.files import TOKENIZER
+from glm4lite.base.whole_file import write_whole
 from glm4lite.hub.options import HubOptions
 from glm4lite.hub.sources import resolve
 from glm4lite.text.template import ChatTemplate, read_sources
@@ -97,9 +97,7 @@ class Tokenizer(Encoder):
                 if name not in files:
                     (folder / name).unlink(missing_ok=True)
             for name, content in files.items():
-                part = folder / f".{name}.{os.getpid()}.part"
-                part.write_bytes(content)
-                part.replace(folder / name)  # a link, as in the Hub's cache, is not followed
+                write_whole(folder / name, content)
         except OSError as error:
             raise TokenizerError(f"{folder} cannot be written: {error.strerror or one_line(error)}") from None
         return tuple(str(folder / name) for name in files)

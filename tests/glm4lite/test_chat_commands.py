@@ -15,7 +15,8 @@ import pytest
 
 import glm4lite
 from glm4lite.base.errors import Glm4liteError
-from glm4lite.base.events import Event, TextDelta
+from glm4lite.base.events import Done, Event, TextDelta, ThinkingDelta
+from glm4lite.base.user_folder import chats_folder
 from glm4lite.chat.session import ChatSession
 from glm4lite.cli import main
 from glm4lite.cli.chat import commands, saved
@@ -24,6 +25,8 @@ from glm4lite.cli.chat.keyboard import Typed, unfinished, unquoted
 from glm4lite.cli.chat.loop import converse
 from glm4lite.cli.chat.mentions import completions, with_files
 from glm4lite.cli.chat.settings import Settings
+from glm4lite.cli.markdown import last_block
+from glm4lite.cli.terminal import ending
 from glm4lite.engine.engine import Engine
 from glm4lite.text.messages import Message
 from glm4lite.text.template import ChatTemplate
@@ -45,14 +48,22 @@ class Heard:
 
     def __init__(self) -> None:
         self.remarks: list[str] = []
-        self.text = ""
+        self.text = self.thought = ""
+        self.ending: Callable[[Done], str] = ending
 
     def show(self, event: Event) -> None:
         if isinstance(event, TextDelta):
             self.text += event.text
+        elif isinstance(event, ThinkingDelta):
+            self.thought += event.text
+        elif isinstance(event, Done) and (said := self.ending(event)):
+            self.remarks.append(said)
 
     def remark(self, text: str) -> None:
         self.remarks.append(text)
+
+    def drawn_with(self, shown: str) -> str:
+        return ""
 
     def close(self) -> None:
         pass
@@ -157,6 +168,7 @@ def test_every_command_is_in_the_help(talk: Talk) -> None:
         ("/set tools ", ["off", "on"]),
         ("/set tools o", ["off", "on"]),
         ("/load s", ["sums"]),
+        ("/load two w", ["two words"]),
         ("/model na", ["nano"]),
         ("/model f", ["folder"]),
         ("look at @no", ["notes.txt"]),
@@ -172,7 +184,7 @@ def test_what_is_offered(typed: str, offered: list[str], talk: Talk) -> None:
     for name in ("notes.txt", "my file.txt", ".hidden", "folder/in.md"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
-    converse(found, Lines("Hello", "/save sums"))
+    converse(found, Lines("Hello", "/save sums", "/save two words"))
     assert sorted(text for text, _ in commands.offers(found, typed)) == offered
     for text, start in commands.offers(found, typed):
         assert typed[: len(typed) + start] + text  # what is typed is replaced, and nothing before it
@@ -328,14 +340,118 @@ def test_a_thinking_model_can_be_made_to_answer_at_once(talk: Talk) -> None:
     found = talk("Well.</think>\n\nFour.", "Five.", "Hm.</think>\n\nSix.", of=ChatTemplate(THINKING))
     converse(found, Lines("2 + 2?", "/set think off", "2 + 3?", "/set think on", "2 + 4?"))
     model: Any = found.session.engine.model
-    prompts = [found.session.engine.tokenizer.text(ids, keep_special=True) for ids in model.fed if len(ids) > 1]
-    ends = [prompt.endswith("<think>\n</think>\n\n") for prompt in prompts]
-    assert ends == [False, True, False]
+    passes = [found.session.engine.tokenizer.text(ids) for ids in model.fed]
+    ended = [place for place, text in enumerate(passes) if text == "\n</think>\n\n"]
+    assert [passes[place - 1].endswith("2 + 3?\n<think>") for place in ended] == [True]
     assert [message.content for message in found.session.messages if message.role == "assistant"] == [
         "Four.",
         "Five.",
         "Six.",
     ]
+
+
+def test_a_thinking_budget_is_set_shown_and_given_back(talk: Talk) -> None:
+    found = talk("Hm.</think>\n\nFour.", of=ChatTemplate(THINKING), thinking_budget=9)
+    assert dict(found.lines())["thinking_budget"] == "9"
+    converse(found, Lines("/set thinking_budget 3", "/set think off"))
+    assert (found.session.params.thinking_budget, dict(found.lines())["think"]) == (0, "off")
+    converse(found, Lines("/set think on"))
+    assert (found.session.params.thinking_budget, dict(found.lines())["think"]) == (9, "on")
+    converse(found, Lines("/set thinking_budget default", "/set thinking_budget -3"))
+    assert found.session.params.thinking_budget == 9
+    assert "error: thinking_budget must be a whole number at least 0" in remarks(found)
+
+
+def test_a_model_that_does_not_think_says_so_and_a_budget_waits_for_one_that_does(
+    talk: Talk, tokenizer: Tokenizer, template: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = talk("Four.")
+    converse(found, Lines("/set thinking_budget 3", "/set think on", "/set thinking_budget 0", "/set think off"))
+    assert [line[:6] for line in remarks(found).splitlines() if "not think" in line] == ["error:"] * 2
+    engines = [scripted_engine(tokenizer, ChatTemplate(THINKING), []), scripted_engine(tokenizer, template, [])]
+    monkeypatch.setattr(Engine, "load", lambda *_, **__: engines.pop(0))
+    converse(found, Lines("/model nano", "/set thinking_budget 3", "/model nano"))
+    assert found.session.params.thinking_budget is None
+    assert remarks(found).count("(this model does not think: the thinking budget changes nothing)") == 1
+    assert found.settings.sampling["thinking_budget"] == 3
+
+
+# --- an answer that was cut
+
+
+def cut_at(found: Conversation, tokens: int, *lines: str) -> None:
+    """The scripted model would say what is left of its reply to whoever asks next: as one that goes on does."""
+    converse(found, Lines(f"/set max_new_tokens {tokens}", *lines))
+
+
+@pytest.mark.parametrize("of", [None, ChatTemplate(THINKING)], ids=["text", "thought"])
+def test_continue_shows_the_rest_of_an_answer_until_it_is_whole(talk: Talk, of: ChatTemplate | None) -> None:
+    thought = "" if of is None else "Let me see, said she.</think>\n\n"
+    found = talk(f"{thought}Two and two make four, as everybody knows.", of=of)
+    cut_at(found, 8, "2 + 2?")
+    assert remarks(found).endswith("(the answer was cut at 8 tokens; /continue goes on)")
+    while found.session.cut is not None:
+        cut_at(found, 8, "/continue")
+    assert found.renderer.text == "Two and two make four, as everybody knows."
+    thought = found.renderer.thought.partition("<")[0]  # a cut within the tag shows its beginning
+    assert thought == ("" if of is None else "Let me see, said she.")
+    assert found.session.messages == [
+        Message("user", "2 + 2?"),
+        Message("assistant", "Two and two make four, as everybody knows."),
+    ]
+    converse(found, Lines("/continue"))
+    assert remarks(found).endswith("error: there is no answer to go on with: the last one is whole")
+
+
+def test_where_markdown_is_drawn_the_last_block_is_drawn_again(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    reply = "So:\n\n```python\nx = 1\ny = 2\n```\n\nDone."
+    found = talk(reply)
+    monkeypatch.setattr(found.renderer, "drawn_with", last_block)
+    cut_at(found, 14, "Code?")
+    shown = found.renderer.text
+    assert shown.startswith("So:\n\n```python\nx")
+    cut_at(found, 99, "/continue")
+    assert found.renderer.text == shown + reply.removeprefix("So:\n\n")
+
+
+def test_a_call_that_was_cut_runs_when_it_is_continued(talk: Talk) -> None:
+    found = talk('Let me see.\ncalculator\n{"expression": "37 * 24"}', "It is 888.")
+    cut_at(found, 14, "37 * 24?")
+    assert "calculator" in found.renderer.text
+    shown = len(found.renderer.text)
+    cut_at(found, 100, "/continue")
+    assert found.renderer.text[shown:] == "It is 888."
+    assert [message.role for message in found.session.messages] == ["user", "assistant", "tool", "assistant"]
+
+
+def test_what_cannot_be_continued_stays_and_can_be_after_room_was_made(talk: Talk) -> None:
+    found = talk("Two and two make four.")
+    converse(found, Lines("/continue"))
+    cut_at(found, 5, "2 + 2?")
+    before, cut = list(found.session.messages), found.session.cut
+    found.session.engine.model.context = 10
+    converse(found, Lines("/continue", "What?"))
+    assert remarks(found).count("error: the prompt has") == 2
+    assert (found.session.messages, found.session.cut) == (before, cut)
+    found.session.engine.model.context = 4096
+    cut_at(found, 99, "/continue")
+    assert found.session.messages[-1].content == "Two and two make four."
+
+
+@pytest.mark.parametrize("command", ["/reset", "/load other"])
+def test_another_conversation_has_no_answer_to_continue(talk: Talk, command: str) -> None:
+    other = saved.Saved([Message("user", "Hi"), Message("assistant", "Ho")], title="other")
+    saved.save(saved.place_for("other", None), other)
+    found = talk("Two and two make four.")
+    cut_at(found, 5, "2 + 2?", command)
+    assert found.session.cut is None
+
+
+def test_a_context_that_is_full_promises_nothing(talk: Talk) -> None:
+    found = talk("word " * 100)
+    found.session.engine.model.context = 200
+    converse(found, Lines("Write"))
+    assert remarks(found).endswith("tokens: the model's context is full)")
 
 
 # --- saved conversations
@@ -356,13 +472,14 @@ def test_what_is_saved_comes_back(talk: Talk) -> None:
     converse(second, Lines("/save my chat"))  # the one it was loaded from
     assert "error" not in remarks(second)
     if os.name == "posix":
-        assert stat.S_IMODE((saved.folder() / "my chat.json").stat().st_mode) == 0o600
+        (kept,) = chats_folder().glob("*.json")
+        assert stat.S_IMODE(kept.stat().st_mode) == 0o600
 
 
 def test_nothing_is_overwritten_or_saved_empty(talk: Talk) -> None:
     Path("other.json").write_text("{}")
     found = talk("Hi")
-    converse(found, Lines("/save a", "Hello", "/save other.json", "/save missing/a.json", "/save a\\b"))
+    converse(found, Lines("/save a", "Hello", "/save other.json", "/save missing/a.json", "/save ..."))
     assert Path("other.json").read_text() == "{}"
     nothing, there, missing, name = [line for line in remarks(found).splitlines() if line.startswith("error: ")]
     assert nothing == "error: there is nothing to save yet"
@@ -371,27 +488,43 @@ def test_nothing_is_overwritten_or_saved_empty(talk: Talk) -> None:
     assert "is no name for a conversation" in name
 
 
+def test_a_name_belongs_to_one_conversation_and_the_newest_of_a_title_is_loaded(talk: Talk) -> None:
+    first, second = talk("One."), talk("Two.")
+    converse(first, Lines("First?", "/save trip"))
+    converse(second, Lines("Second?", "/save trip", "/save other", "/save trip to Rome"))
+    assert remarks(second).count("error: another conversation is called trip; take another name") == 1
+    assert saved.titles() == ["trip to Rome", "other", "trip"]
+    for file in chats_folder().glob("*.json"):
+        file.write_text(file.read_text().replace('"title": "other"', '"title": "trip"'))
+    third = talk()
+    converse(third, Lines("/load trip", "/load", "/load Trip"))
+    assert asked(third) == ["Second?"]
+    assert "\ntrip to Rome\ntrip\ntrip\n" in remarks(third)
+    assert remarks(third).endswith("error: 'Trip' is not saved; /load alone lists what is")
+
+
+def test_messages_of_another_program_are_loaded_and_its_file_is_left_alone(talk: Talk) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    text = json.dumps({"model": "gpt", "messages": messages, "tools": []})
+    Path("request.json").write_text(text)
+    found = talk("Bye.")
+    converse(found, Lines("/load request.json", "Bye", "/save", "/save request.json"))
+    assert asked(found) == ["Hi", "Bye"]
+    assert remarks(found).count("error: ") == 2
+    assert Path("request.json").read_text() == text
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         ("[]", "bad.json must hold a JSON object"),
         ("{", "is not valid JSON"),
-        ('{"format": 1, "turns": []}', "is no saved conversation"),
-        ('{"format": "glm4lite conversation", "version": 2}', "has version 2"),
-        ('{"format": "glm4lite conversation", "version": 1}', "holds no list of messages"),
-        ('{"format": "glm4lite conversation", "version": 1, "messages": [{"role": "x"}]}', "role must be one of"),
-        (
-            '{"format": "glm4lite conversation", "version": 1, "messages": [], "settings": {"temperature": "x"}}',
-            "'temperature': 'x', which cannot be used",
-        ),
-        (
-            '{"format": "glm4lite conversation", "version": 1, "messages": [], "settings": {"engine": 1}}',
-            "'engine': 1, which cannot be used",
-        ),
-        (
-            '{"format": "glm4lite conversation", "version": 1, "messages": [], "settings": {"stop": [1]}}',
-            "'stop': [1], which cannot be used",
-        ),
+        ('{"format": 1, "turns": []}', "holds no list of messages"),
+        ('{"messages": {}}', "holds no list of messages"),
+        ('{"messages": [{"role": "x"}]}', "role must be one of"),
+        ('{"messages": [], "settings": []}', "no object of settings"),
+        ('{"messages": [], "settings": {"temperature": "x"}}', "'temperature': 'x', which cannot be used"),
+        ('{"messages": [], "settings": {"stop": [1]}}', "'stop': [1], which cannot be used"),
     ],
     ids=str,
 )

@@ -43,8 +43,9 @@ def history(home: Path) -> str:
 def questions(chat: Screen, home: Path, name: str) -> list[str]:
     """What the model was asked, as `/save` wrote it."""
     chat.type(f"/save {name}{ENTER}")
-    chat.wait_for(f"{name}.json)")
-    saved = json.loads((home / "glm4lite" / "conversations" / f"{name}.json").read_text())
+    chat.wait_for(f"(saved: {name})")
+    kept = [json.loads(file.read_text()) for file in (home / "glm4lite" / "chats").glob("*.json")]
+    (saved,) = (one for one in kept if one["title"] == name)
     return [message["content"] for message in saved["messages"] if message["role"] == "user"]
 
 
@@ -117,8 +118,8 @@ def test_a_conversation_is_saved_loaded_and_goes_on_with_another_model(chat: Scr
     chat.wait_for("37 * 24 = 888.")
     chat.wait_for_prompt()
     chat.type(f"/save sums{ENTER}")
-    chat.wait_for("(saved: ")
-    file = home / "glm4lite" / "conversations" / "sums.json"
+    chat.wait_for("(saved: sums)")
+    (file,) = (home / "glm4lite" / "chats").glob("*.json")
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     chat.type(f"/reset{ENTER}/show{ENTER}")
     chat.wait_for("0 of 4096 tokens, 0 questions")
@@ -148,7 +149,7 @@ def test_what_cannot_be_done_is_one_line_and_the_conversation_goes_on(chat: Scre
         ("/set think on", "this model does not think"),
         ("/save", "usage: /save NAME"),
         ("/save ..", "is no name for a conversation"),
-        ("/load nothing", "nothing.json does not exist"),
+        ("/load nothing", "'nothing' is not saved"),
         ("/rset", "/rset is not a command and was not sent; is it /reset?"),
         ("look at @gone.txt", "gone.txt cannot be read: No such file or directory (@@ writes an @"),
     ]:
@@ -207,6 +208,16 @@ def test_keys_while_an_answer_is_drawn_wait_for_the_next_prompt(home: Path, endl
         chat.type("later")
         chat.wait_for("the answer was cut")
         assert chat.wait_for("> later").count("later") == 1
+
+
+def test_an_answer_that_was_cut_goes_on(home: Path, endless: Path) -> None:
+    with Screen(home, str(endless), "--max-new-tokens", "3", "--no-tools", "--temperature", "0") as chat:
+        chat.wait_for_prompt()
+        chat.type(f"Go on{ENTER}")
+        chat.wait_for("(the answer was cut at 3 tokens; /continue goes on)")
+        chat.wait_for_prompt()
+        chat.type(f"/continue{ENTER}")
+        chat.wait_for("(the answer was cut at 3 tokens; /continue goes on)", 2)
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["at the prompt", "while it answers"])

@@ -199,7 +199,14 @@ def test_any_language_goes_through_any_locale() -> None:
 
 def test_an_answer_that_is_cut_says_so(endless: Path) -> None:
     result = run("chat", endless, "-p", "Hi", "--max-new-tokens", "5", "--temperature", "0")
-    assert "the answer was cut" in result.stderr
+    assert "(the answer was cut at 5 tokens: --max-new-tokens allows no more)" in result.stderr
+
+
+def test_an_answer_may_take_what_the_context_leaves(tmp_path: Path) -> None:
+    small = write_checkpoint(tmp_path / "small", tiny_config(max_position_embeddings=1200))
+    result = run("chat", small, "-p", "Hi", "--temperature", "0", "--json", "--no-tools")
+    done = json.loads(result.stdout.splitlines()[-1])
+    assert (done["finish_reason"], done["prompt_tokens"] + done["new_tokens"]) == ("length", 1200)
 
 
 def test_the_same_seed_gives_the_same_text(endless: Path) -> None:

@@ -207,6 +207,15 @@ def test_logprobs_belong_to_the_tokens_of_the_answer(nano: Served) -> None:
     assert nano.chat().choices[0].logprobs is None
 
 
+def test_without_a_limit_a_chat_takes_what_the_context_leaves_and_a_completion_16_tokens() -> None:
+    with served(scripted("word " * 400, "word " * 40, context=300)) as server:
+        answer = server.chat()
+        assert (answer.choices[0].finish_reason, answer.usage.total_tokens) == ("length", 300)
+        server.worker.engine.model.left.clear()  # type: ignore[operator, union-attr]
+        text = server.client.completions.create(model="nano", prompt="On")
+        assert (text.choices[0].finish_reason, text.usage.completion_tokens) == ("length", 16)
+
+
 def test_completions_go_on_from_a_text(nano: Served) -> None:
     create = nano.client.completions.create
     whole = create(model="nano", prompt="Hello", max_tokens=8, temperature=0, logprobs=2)

@@ -169,7 +169,6 @@ UNSUPPORTED: dict[str, Any] = {
     "add_generation_prompt": False,
     "continue_final_message": True,
     "chat_template": "{{ messages }}",
-    "chat_template_kwargs": {"enable_thinking": False},
     "truncate_prompt_tokens": 5,
     "skip_special_tokens": False,
     "include_reasoning": False,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import glm4lite
-from glm4lite.base.errors import ContextLengthError, ModelReplaced, TemplateError
+from glm4lite.base.errors import ContextLengthError, Glm4liteError, ModelReplaced, TemplateError
 from glm4lite.base.events import Done, Event, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
 from glm4lite.chat.session import ChatSession
 from glm4lite.cli.terminal import Terminal
@@ -386,3 +386,18 @@ def test_the_system_prompt_can_be_set_changed_and_taken_away(start: Start) -> No
     assert [message.role for message in session.messages] == ["user", "assistant"]
     session.reset()
     assert session.messages == []
+
+
+def test_a_stopped_answer_goes_on_as_if_it_had_not_been() -> None:
+    engine = Engine.load("nano")
+    whole, session = (ChatSession(engine, params=SamplingParams(temperature=0)) for _ in range(2))
+    said = text_of(list(whole.send("Tell me about the moon")))
+    for number, _ in enumerate(session.send("Tell me about the moon")):
+        if number == 2:
+            session.stop()
+    assert session.cut is not None
+    assert session.messages[-1] == Message("assistant", session.cut.text)
+    assert text_of(list(session.go_on())) == said
+    assert (session.messages, session.cut) == (whole.messages, None)
+    with pytest.raises(Glm4liteError, match="the last one is whole"):
+        list(session.go_on())

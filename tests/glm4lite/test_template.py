@@ -93,8 +93,8 @@ def test_an_answer_goes_on_where_transformers_goes_on_with_a_final_message(path:
     reference = pytest.importorskip("transformers.utils.chat_template_utils").render_jinja_template
     source, template, tokenizer = path.read_text(encoding="utf-8"), shared_template(path.stem), glm_tokenizer()
     for text in ("It is 8", "Two lines\n\n- and", "你好，"):
-        if template.thinks:  # whose templates drop the thought, where the model goes on behind it
-            prompt = template.render([Message("user", "Hi")])
+        prompt = template.render([Message("user", "Hi")])
+        if template.starts_thinking(prompt):  # whose templates drop the thought, where the model goes on behind it
             wanted = prompt + f"\nHm.\n</think>\n\n{text}"
             found = template.encode(tokenizer, [Message("user", "Hi")], begun=Begun(text, "Hm."))
         else:
@@ -181,9 +181,12 @@ def test_rendering_is_that_of_transformers(path: Path, name: str, with_tools: bo
 
 
 @needs_templates
-def test_only_z1_starts_inside_a_thought() -> None:
-    thinking = {path.stem for path in TEMPLATES if shared_template(path.stem).thinks}
-    assert thinking == {"GLM-Z1-0414"}
+def test_only_z1_starts_inside_a_thought_and_rumination_may_begin_one() -> None:
+    templates = {path.stem: shared_template(path.stem) for path in TEMPLATES}
+    prompts = {name: template.render([Message("user", "Hi")]) for name, template in templates.items()}
+    assert {name for name, prompt in prompts.items() if ChatTemplate.starts_thinking(prompt)} == {"GLM-Z1-0414"}
+    able = {name for name, template in templates.items() if template.can_think}
+    assert able == {"GLM-Z1-0414", "GLM-Z1-Rumination-32B-0414"}
     assert ChatTemplate.starts_thinking("<|assistant|>\\n<think>")  # as one shipped template writes it
     assert not ChatTemplate.starts_thinking("<|user|>\n<think><|assistant|>")
 

@@ -306,7 +306,7 @@ def test_exports_hold_the_conversation() -> None:
 
 
 def test_half_a_chat_of_a_killed_run_goes_and_one_that_is_being_saved_stays(tmp_path: Path) -> None:
-    stale, fresh = tmp_path / "tmpstale.part", tmp_path / "tmpfresh.part"
+    stale, fresh = tmp_path / ".a.json.0123abcd.part", tmp_path / ".b.json.0123abcd.part"
     for part in (stale, fresh):
         part.write_text("{")
     os.utime(stale, (time.time() - 7200,) * 2)

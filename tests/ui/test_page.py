@@ -522,12 +522,19 @@ def test_a_value_that_cannot_be_used_is_said_where_it_stands_and_not_kept(serve:
     ask(page, "Hi")
     wait_for_end(page)
     page.click("#open-settings")
-    for field, value in {"top_p": "7", "temperature": "-1", "max_new_tokens": "0", "seed": "many"}.items():
+    for field, value in {
+        "top_p": "7",
+        "temperature": "-1",
+        "max_new_tokens": "0",
+        "thinking_budget": "-1",
+        "seed": "many",
+    }.items():
         page.fill(f"#{field}", value)
         page.wait_for_selector(f"[data-field={field}] .wrong >> text={field} must be")
         page.fill(f"#{field}", "")
         page.wait_for_selector(f"[data-field={field}] .wrong", state="hidden")
     assert site.runtime.store.find()[0].settings == Settings()
+    assert "does not think" in page.inner_text("#about-thinking_budget")
     visit.errors.clear()  # type: ignore[attr-defined]  # Chromium logs each answer that is a refusal
 
 

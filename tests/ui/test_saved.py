@@ -71,8 +71,8 @@ def test_chats_are_read_once_not_each_time_the_list_is_drawn(tmp_path: Path, mon
     store, read = ChatStore(tmp_path), list[str]()
     for number in range(5):
         store.save(chat_of(f"chat {number}"))
-    load = store.load
-    monkeypatch.setattr(store, "load", lambda chat_id: read.append(chat_id) or load(chat_id))
+    load = store._load
+    monkeypatch.setattr(store, "_load", lambda chat_id: read.append(chat_id) or load(chat_id))
     for query in ("", "chat 3", "absent"):
         store.summaries(query)
     assert len(read) == 5

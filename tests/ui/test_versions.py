@@ -12,13 +12,15 @@ from glm4lite.engine.engine import Engine
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.engine.worker import EngineWorker
 from glm4lite.text.messages import Message, ToolCall
-from glm4lite.text.template import Begun
+from glm4lite.text.template import Begun, ChatTemplate
 from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 from glm4lite_ui.answering import Answer, TurnWriter
 from glm4lite_ui.chats import Attachment, Chat, ChatError, Counts, Part, Settings, Turn, read_chat
 from glm4lite_ui.history import cut_answer, messages
+from glm4lite_ui.models import Models
 from glm4lite_ui.runtime import Runtime
 from glm4lite_ui.saved.store import ChatStore
+from tests.glm4lite.scripted import scripted_engine
 from tests.ui.slow_model import slow_engine
 
 CUT = Counts(10, 4, "length", 1.0, 10)
@@ -264,8 +266,41 @@ def test_a_stopped_answer_goes_on(nano: Engine, tmp_path: Path) -> None:
 
 def test_an_answer_may_be_as_long_as_the_context_unless_the_chat_says_otherwise(nano: Engine, tmp_path: Path) -> None:
     runtime = Runtime(EngineWorker(nano), ChatStore(tmp_path))
-    assert runtime.params(Settings()).max_new_tokens == nano.model.context
+    assert runtime.params(Settings()).max_new_tokens is None
     chosen = Settings(temperature=0.5, top_k=3, min_p=0.1, repetition_penalty=1.1, max_new_tokens=7, stop=["x"], seed=1)
     params = SamplingParams(0.5, 3, runtime.params(Settings()).top_p, 0.1, 1.1, 1, ("x",), 7)
     assert runtime.params(chosen) == params
+    runtime.close()
+
+
+THINKING = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content.split('</think>')[-1] }}{% endfor %}<|assistant|>\n<think>"
+)
+
+
+def test_a_thought_ends_at_the_chats_budget_also_when_its_answer_is_gone_on_with(nano: Engine, tmp_path: Path) -> None:
+    tokenizer, thought = nano.tokenizer, "\nOne, two, three, four"
+    kept = [tokenizer.text(tokenizer.ids(thought)[:count]) for count in (3, 6, 7)]
+    replies = [kept[0] + " five", kept[1].removeprefix(kept[0]) + " Four.<|user|>"]
+    runtime = Runtime(
+        EngineWorker(scripted_engine(tokenizer, ChatTemplate(THINKING), replies)), ChatStore(tmp_path), BUILTIN_TOOLS
+    )
+    chat = Chat(settings=Settings(max_new_tokens=3, thinking_budget=6))
+    turn = chat.ask("2 + 2?")
+    answer(runtime, chat)
+    assert (turn.cut, [(part.kind, part.text) for part in turn.parts]) == (True, [("thinking", kept[0].lstrip())])
+    model = runtime.engine.model
+    model.left.clear()  # type: ignore[operator, union-attr]  # what the scripted model did not come to say
+    chat.settings = Settings(thinking_budget=6)
+    answer(runtime, chat, resume=True)
+    assert [(part.kind, part.text) for part in turn.parts] == [("thinking", kept[1].lstrip() + "\n"), ("text", "Four.")]
+    assert turn.counts is not None
+    assert turn.counts.finish_reason == "stop"
+    runtime.close()
+
+
+def test_a_budget_waits_for_a_model_that_thinks(nano: Engine, tmp_path: Path) -> None:
+    runtime = Runtime(EngineWorker(nano), ChatStore(tmp_path))
+    assert runtime.params(Settings(thinking_budget=5)).thinking_budget is None
+    assert Models(runtime, lambda told: None).about()["thinks"] is False
     runtime.close()

@@ -113,7 +113,8 @@ class Turn:
 
 @dataclass
 class Settings:
-    """Of one chat; None is the checkpoint's own value, and of `max_new_tokens` what the context leaves.
+    """Of one chat; None is the checkpoint's own value, of `max_new_tokens` what the context leaves, of
+    `thinking_budget` no limit.
 
     `tools` None: all that are on by default.
     """
@@ -125,6 +126,7 @@ class Settings:
     min_p: _Number | None = None
     repetition_penalty: _Number | None = None
     max_new_tokens: _Integer | None = None
+    thinking_budget: _Integer | None = None
     seed: _Integer | None = None
     stop: list[str] | None = None
     tools: list[str] | None = None
@@ -136,7 +138,7 @@ class Settings:
         return named | ({} if self.stop is None else {"stop": tuple(self.stop)})
 
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "seed")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "thinking_budget", "seed")
 
 
 @dataclass

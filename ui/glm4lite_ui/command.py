@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Thread
 from typing import Annotated, Any
 
 import typer
@@ -60,8 +61,11 @@ def ui(
 
         use_threads(threads)
         store, listening = ChatStore(chats), Address("127.0.0.1", port).listen()
+        older = Thread(target=store.add_messages)
+        older.start()
         with Toolbox(tools or (), mcp or (), not no_tools, approve) as box:
             engine = Engine.load(model, quant or "auto", progress=renderer.show, need_template=True, **limits)
+            older.join()
             runtime = Runtime(
                 EngineWorker(engine),
                 store,

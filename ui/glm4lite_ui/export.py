@@ -14,8 +14,9 @@ from markdown_it import MarkdownIt
 from glm4lite.base.errors import one_line
 from glm4lite_ui.chats import Chat, Part
 from glm4lite_ui.formulas import DISPLAY, INLINE
-from glm4lite_ui.history import messages, question
+from glm4lite_ui.history import question
 from glm4lite_ui.markup import code_block, literal, safe_markdown, text_html
+from glm4lite_ui.saved.shared import to_data
 
 _COMMONMARK = MarkdownIt("commonmark")
 _OWN = re.compile(r"</?details>|<summary>[^<]*</summary>")
@@ -25,8 +26,7 @@ KINDS = {"md": "text/markdown", "json": "application/json"}
 
 def as_json(chat: Chat) -> str:
     """The saved chat, and under "messages" the conversation in OpenAI's form."""
-    data = chat.to_json() | {"messages": [message.to_dict() for message in messages(chat)]}
-    return json.dumps(data, ensure_ascii=False, indent=2)
+    return json.dumps(to_data(chat), ensure_ascii=False, indent=2)
 
 
 def as_markdown(chat: Chat) -> str:

@@ -18,13 +18,18 @@ def messages(chat: Chat, until: int | None = None) -> list[Message]:
     found = [Message("system", chat.settings.system)] if chat.settings.system.strip() else []
     turns, calls = chat.turns, 0
     for turn in turns[:until]:
-        if turn.dropped or (turn.error and not turn.parts and turn is not turns[-1]):
-            continue  # a question that failed stands on the page, and was never answered
+        if is_passed_over(turn, turns[-1]):
+            continue
         found.append(Message("user", question(turn)))
         for message in _answer(turn.parts, calls):
             calls += len(message.tool_calls)
             found.append(message)
     return found
+
+
+def is_passed_over(turn: Turn, last: Turn) -> bool:
+    """Whether a turn of a path is none of its messages: dropped, or a question that failed and was never answered."""
+    return turn.dropped or bool(turn.error and not turn.parts and turn is not last)
 
 
 def cut_answer(chat: Chat) -> tuple[list[Message], Begun]:

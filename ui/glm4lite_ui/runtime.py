@@ -123,10 +123,14 @@ class Runtime:
         return session
 
     def params(self, settings: Settings) -> SamplingParams:
-        """The chat's sampling settings over the checkpoint's; raises SamplingError."""
+        """The chat's sampling settings over the checkpoint's; raises SamplingError.
+
+        A thinking budget waits for a model that thinks; the settings say so.
+        """
         engine = self.engine
-        longest = {"max_new_tokens": engine.model.context} if engine.loaded else {}
-        return engine.params(**longest | settings.sampling())
+        params = engine.params(**settings.sampling())
+        thinks = engine.loaded and engine.chat_template().can_think
+        return params if thinks else replace(params, thinking_budget=None)
 
     def chosen(self, settings: Settings) -> list[Tool]:
         """The tools that are on in a chat; none where the model's template has no place for them."""
@@ -177,6 +181,7 @@ class Runtime:
         with self._lock:
             if self.answers.get(answer.chat.id) is not answer:
                 return
+            self.store.take_in(answer.chat)  # what was said in the terminal meanwhile
             try:
                 self.store.save(answer.chat)
             except ChatError as error:  # nobody waits for this thread: it is said in the chat

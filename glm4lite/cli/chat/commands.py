@@ -76,7 +76,11 @@ def offers(conversation: Conversation, before: str) -> Iterator[tuple[str, int]]
         if command is not None and command.usage:
             typed = rest.lstrip()
             *_, last = typed.split(" ")
-            yield from ((word, -len(last)) for word in command.words(conversation, typed) if word.startswith(last))
+            for word in command.words(conversation, typed):
+                if word.startswith(typed):  # which may have spaces
+                    yield word, -len(typed)
+                elif word.startswith(last):
+                    yield word, -len(last)
             return
     yield from mentions.completions(before)
 
@@ -152,11 +156,15 @@ def _load(conversation: Conversation, argument: str) -> None:
 
 
 def _saved_words(_: Conversation, typed: str) -> Iterable[str]:
-    return paths(typed) if "/" in typed else saved.names()
+    return paths(typed) if "/" in typed else saved.titles()
 
 
 def _model_words(_: Conversation, typed: str) -> Iterable[str]:
     return models(typed)
+
+
+def _continue(conversation: Conversation, _: str) -> None:
+    conversation.go_on_with_answer()
 
 
 def _reset(conversation: Conversation, _: str) -> None:
@@ -175,8 +183,9 @@ COMMANDS = {
     "/?": _HELP,
     "/set": Command("NAME VALUE", "change a setting; /set alone lists them", _set, _set_words),
     "/show": Command("", "what is in force", _show),
-    "/save": Command("[NAME]", "keep the conversation: in your data folder, or at a path", _save, _saved_words),
-    "/load": Command("NAME", "go on with a conversation that was saved", _load, _saved_words),
+    "/save": Command("[NAME]", "keep the conversation, for the page too; or at a path", _save, _saved_words),
+    "/load": Command("[NAME]", "go on with a conversation, the page's too; /load lists them", _load, _saved_words),
+    "/continue": Command("", "go on with an answer that was cut or stopped", _continue),
     "/reset": _RESET,
     "/clear": _RESET,
     "/model": Command("NAME", "go on with another model", _model, _model_words),

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm4lite.base.errors import ConfigError, one_line
-from glm4lite.base.events import Progress
+from glm4lite.base.events import Done, Event, Progress, TextDelta, ThinkingDelta, ToolCallStarted
+from glm4lite.base.user_folder import chats_folder
 from glm4lite.chat.session import ChatSession
 from glm4lite.cli.chat import saved
 from glm4lite.cli.chat.settings import Settings
 from glm4lite.cli.echo import echo
 from glm4lite.cli.running import interrupt_stops
+from glm4lite.cli.terminal import ending
 from glm4lite.engine.engine import Engine
 from glm4lite.hub.sources import locate
+from glm4lite.text.template import Begun
 
 if TYPE_CHECKING:
     from glm4lite.cli.terminal import Renderer
@@ -63,10 +66,12 @@ class Conversation:
     ) -> Conversation:
         """Loads the model; `sampling` is what was given of SamplingParams. Raises what `Engine.load` raises."""
         engine = source.load(renderer.show)
-        session = ChatSession(engine, tools, system, engine.params(**sampling))
+        session = ChatSession(engine, tools, system)
         if tools and not session.template.takes_tools:
             renderer.remark("(this model's chat template has no place for tools: they are not offered)")
-        return cls(session, renderer, source, Settings(session, renderer, tools, sampling), tools, by_hand)
+        settings = Settings(session, renderer, tools, sampling)
+        settings.renew()
+        return cls(session, renderer, source, settings, tools, by_hand)
 
     def ask_before_tools(self) -> None:
         """From now on tools that want it are asked for at the keyboard."""
@@ -76,10 +81,30 @@ class Conversation:
 
     def ask(self, text: str) -> None:
         """Sends a message and shows the answer."""
+        self._answer(self.session.send(text))
+
+    def _answer(self, events: Iterator[Event]) -> None:
+        self.renderer.ending = self._ending
         with interrupt_stops(self.session), echo(False):
-            self.renderer.show_all(self.session.send(text))
+            self.renderer.show_all(events)
+
+    def _ending(self, done: Done) -> str:
+        """What is said of how an answer ended, and how to go on with it."""
+        way_on = "; /continue goes on" if self.by_hand and self.session.cut is not None else ""
+        if done.finish_reason != "length":
+            said = ending(done)
+            return f"{said.removesuffix(')')}{way_on})" if said else ""
+        said = f"the answer was cut at {done.new_tokens} tokens"
+        if self.session.params.max_new_tokens is None:
+            return f"({said}: the model's context is full)"
+        return f"({said}{way_on or ': --max-new-tokens allows no more'})"
 
     # --- what commands do
+
+    def go_on_with_answer(self) -> None:
+        """Shows the rest of an answer that was cut."""
+        cut = self.session.cut or Begun()
+        self._answer(_unshown(self.session.go_on(), cut, self.renderer.drawn_with(cut.text)))
 
     def reset(self) -> None:
         self.session.reset()
@@ -88,29 +113,31 @@ class Conversation:
 
     def save(self, name: str) -> None:
         """To `name`, or once more to where it was saved."""
-        path = saved.path_of(name) if name else self.file
+        path = saved.place_for(name, self.file) if name else self.file
         if path is None:
             raise ConfigError("usage: /save NAME")
         if not any(message.role != "system" for message in self.session.messages):
             raise ConfigError("there is nothing to save yet")
         sampling = {name: value for name, value in self.settings.sampling.items() if value not in (None, ())}
-        saved.save(path, saved.Saved(self.source.model, self.session.messages, sampling), path == self.file)
+        title = "" if saved.is_path(name) else name
+        kept = saved.Saved(self.session.messages, sampling, self.source.model, title)
+        title = saved.save(path, kept, path == self.file)
         self.file = path
-        self.renderer.remark(f"(saved: {path})")
+        self.renderer.remark(f"(saved: {title if path.parent == chats_folder() else path})")
 
     def load(self, name: str) -> None:
         """In place of this conversation; the model stays."""
         if not name:
-            known = ", ".join(saved.names())
-            raise ConfigError(f"usage: /load NAME{f'; saved are: {known}' if known else ''}")
-        path = saved.path_of(name)
+            self.renderer.remark(saved.listed() or "(nothing is saved yet)")
+            return
+        path = saved.find(name)
         found = saved.load(path)
         tokens = self._tokens(found.messages)
         self.settings.restore(found.settings)
         self.session.recall(found.messages)
-        self.file = path
+        self.file = path if found.in_our_form else None
         asked = sum(message.role == "user" for message in found.messages)
-        other = "" if found.model == self.source.model else f", held with {found.model}"
+        other = f", held with {found.model}" if found.model not in ("", self.source.model) else ""
         self.renderer.remark(f"(loaded: {asked} questions, {tokens} tokens{other})")
 
     def change_model(self, model: str, quant: str | None = None) -> None:
@@ -169,3 +196,21 @@ class Conversation:
 
     def _tokens(self, messages: Sequence[Any]) -> int:
         return self.session.prompt_tokens(messages) if messages else 0
+
+
+def _unshown(events: Iterator[Event], shown: Begun, again: str) -> Iterator[Event]:
+    """The events of an answer without what was shown of it, but for the end of its text that is shown `again`."""
+    text, thinking = len(shown.text) - len(again), len(shown.thinking)
+    for event in events:
+        if isinstance(event, TextDelta):
+            new, text = event.text[text:], max(text - len(event.text), 0)
+            if new:
+                yield TextDelta(new)
+        elif isinstance(event, ThinkingDelta):
+            new, thinking = event.text[thinking:], max(thinking - len(event.text), 0)
+            if new and not shown.text:
+                yield ThinkingDelta(new)
+        else:
+            if isinstance(event, ToolCallStarted):  # what was shown of the call is no text any more
+                text, shown = 0, Begun()
+            yield event

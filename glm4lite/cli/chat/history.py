@@ -7,13 +7,13 @@ It holds what was typed at the prompt and nothing else: no answers, no tools' ar
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from prompt_toolkit.history import FileHistory
 
 from glm4lite.base.user_folder import make_private
+from glm4lite.base.whole_file import write_whole
 
 MOST_BYTES = 1 << 20
 LONGEST = 8 << 10  # bytes of an entry
@@ -58,6 +58,4 @@ def _shorten(file: Path) -> None:
     """Entries begin with an empty line and a comment."""
     data = file.read_bytes()[-MOST_BYTES // 2 :]
     kept = data[max(data.find(b"\n# "), 0) :]
-    with tempfile.NamedTemporaryFile(dir=file.parent, prefix="history-", delete=False) as part:
-        part.write(kept)
-    os.replace(part.name, file)
+    write_whole(file, kept, private=True)

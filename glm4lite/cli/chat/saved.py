@@ -1,29 +1,36 @@
-"""Conversations that `/save` keeps and `/load` brings back: one JSON file each, written whole or not at all.
+"""Conversations that `/save` keeps and `/load` brings back: one JSON file each, where the page keeps its chats too.
 
-    {"format": "glm4lite conversation", "version": 1, "model": "nano", "settings": {"temperature": 0.7},
-     "messages": [{"role": "user", "content": "Hi"}, …]}
+    {"format": 2, "id": "8f3a…", "title": "Trip", "created": 1.8e9, "updated": 1.8e9, "model": "nano",
+     "settings": {"system": "", "temperature": 0.7}, "messages": [{"role": "user", "content": "Hi"}, …]}
 
-`messages` are OpenAI's, so that other programs can read them.
+`messages` are OpenAI's, so that other programs can read them, too. The page keeps more beside them, such as versions of
+an answer: all of that stays in a file that is written again, and what is new comes to it when the page reads the file.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
-import tempfile
-from collections.abc import Iterator, Sequence
+import secrets
+import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from glm4lite.base.errors import Glm4liteError, one_line, shown
 from glm4lite.base.files import read_json
-from glm4lite.base.user_folder import make_private, user_folder
+from glm4lite.base.user_folder import chats_folder, make_private
+from glm4lite.base.whole_file import write_whole
+from glm4lite.cli.chat.settings import SAMPLING
 from glm4lite.text.messages import Message
 
-FORMAT, VERSION = "glm4lite conversation", 1
-_NAME = re.compile(r"[^\W_][\w .-]{0,99}")
+FORMAT = 2
+LONGEST_TITLE = 120
+MOST_LISTED = 30
+_ID = re.compile(r"[0-9a-f]{16}")
 
 
 class SavedError(Glm4liteError):
@@ -32,74 +39,129 @@ class SavedError(Glm4liteError):
 
 @dataclass
 class Saved:
-    """A conversation: the model's name, the settings that were changed, the messages with the system prompt."""
+    """A conversation: the messages with the system prompt, the sampling that was chosen, the model's name.
 
-    model: str
+    `in_our_form`: whether its file may be written again; that of another program holds what would be lost.
+    """
+
     messages: list[Message]
     settings: dict[str, Any] = field(default_factory=dict)
+    model: str = ""
+    title: str = ""
+    in_our_form: bool = True
 
 
-def path_of(name: str) -> Path:
-    """A bare name lies in the user's data folder; what holds a `/` or ends in .json is a path."""
-    if "/" in name or os.sep in name or name.endswith(".json"):
+def titles() -> list[str]:
+    """Of the kept conversations, the newest first."""
+    return [title for title, _ in _kept()]
+
+
+def listed() -> str:
+    """The newest titles, a line each."""
+    known = titles()
+    more = [f"(and {len(known) - MOST_LISTED} more)"] if len(known) > MOST_LISTED else []
+    return "\n".join(known[:MOST_LISTED] + more)
+
+
+def find(name: str) -> Path:
+    """The file of this title, the newest where several have it; else the path that the name is. SavedError."""
+    found = next((path for title, path in _kept() if title == name), None)
+    if found is None and not is_path(name):
+        raise SavedError(f"{shown(name)} is not saved; /load alone lists what is")
+    return found or Path(name).expanduser()
+
+
+def place_for(name: str, own: Path | None) -> Path:
+    """Where to keep a conversation under this name; `own` is where it lies. SavedError where another has the name."""
+    if is_path(name):
         return Path(name).expanduser()
-    if not _NAME.fullmatch(name) or name.endswith((".", " ")):
+    if not name.isprintable() or len(name) > LONGEST_TITLE or not any(map(str.isalnum, name)):
         raise SavedError(
-            f"{shown(name)} is no name for a conversation; use letters, digits, spaces, - and _; or a path"
+            f"{shown(name)} is no name for a conversation; use a line of at most {LONGEST_TITLE} characters, or a path"
         )
-    return folder() / f"{name}.json"
+    taken = next((path for title, path in _kept() if title == name), None)
+    if taken is not None and taken != own:
+        raise SavedError(f"another conversation is called {name}; take another name")
+    return taken or chats_folder() / f"{secrets.token_hex(8)}.json"
 
 
-def folder() -> Path:
-    return user_folder() / "conversations"
+def is_path(name: str) -> bool:
+    """Whether a name is that of a file, which is kept where the user says."""
+    return "/" in name or os.sep in name or name.endswith(".json")
 
 
-def names() -> Iterator[str]:
-    """Of what lies in the user's data folder, in order."""
-    try:
-        yield from sorted(file.stem for file in folder().glob("*.json"))
-    except (OSError, Glm4liteError):
-        return
-
-
-def save(path: Path, saved: Saved, overwrite: bool = False) -> None:
-    """Raises SavedError where something else lies there already, or nothing can be written."""
-    data = {"format": FORMAT, "version": VERSION, "model": saved.model, "settings": saved.settings}
-    data["messages"] = [message.to_dict() for message in saved.messages]
-    text = json.dumps(data, ensure_ascii=False, indent=1).encode("utf-8", "replace")
+def save(path: Path, saved: Saved, overwrite: bool = False) -> str:
+    """Returns the title it has. Raises SavedError where something else lies there, or nothing can be written."""
     if path.exists() and not overwrite:
         raise SavedError(f"{path} is there already; take another name or delete it")
-    part: Path | None = None
+    now = time.time()
+    chat_id = path.stem if _ID.fullmatch(path.stem) else secrets.token_hex(8)
+    data: dict[str, Any] = {"format": FORMAT, "id": chat_id, "title": saved.title or path.stem, "created": now}
+    data |= read_json(path, SavedError) if path.exists() else {}
+    system = next((message.content for message in saved.messages if message.role == "system"), "")
+    settings: Any = data.get("settings")
+    chosen = {name: saved.settings.get(name) for name in SAMPLING} | {"system": system}
+    chosen = settings | chosen if isinstance(settings, dict) else chosen
+    data |= {"updated": now, "model": saved.model, "settings": chosen}
+    data["messages"] = [message.to_dict() for message in saved.messages]
+    text = json.dumps(data, ensure_ascii=False, indent=1).encode("utf-8", "replace")
     try:
-        if path.parent == folder():
+        if path.parent == chats_folder():
             make_private(path.parent)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".part", delete=False) as file:
-            part = Path(file.name)  # for this user alone
-            file.write(text)
-        part.replace(path)
+        write_whole(path, text, private=True)
     except OSError as error:
-        if part is not None:
-            part.unlink(missing_ok=True)
         raise SavedError(f"{path} cannot be written: {error.strerror or one_line(error)}") from None
+    return _title(data)
 
 
 def load(path: Path) -> Saved:
-    """Raises SavedError for what is missing, or was not written by `save`."""
+    """What the terminal or the page saved or exported. Raises SavedError for what is missing, or holds no messages."""
     if not path.exists():
-        known = ", ".join(names())
-        raise SavedError(f"{path} does not exist{f'; saved are: {known}' if known else ''}")
+        raise SavedError(f"{path} does not exist")
     try:
         data = read_json(path, SavedError)
     except SavedError as error:
         raise SavedError(str(error).partition(";")[0]) from None  # what follows is advice about a model's files
-    if data.get("format") != FORMAT:
-        raise SavedError(f"{path} is no saved conversation: its format is {shown(data.get('format'))}")
-    if data.get("version") != VERSION:
-        raise SavedError(f"{path} has version {shown(data.get('version'))}; this glm4lite reads {VERSION}")
     messages, settings = data.get("messages"), data.get("settings", {})
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not isinstance(settings, dict):
+    if not isinstance(messages, list) or not isinstance(settings, dict):
         raise SavedError(f"{path} holds no list of messages, or no object of settings")
+    known = {name: settings[name] for name in SAMPLING if settings.get(name) is not None}
     try:
-        return Saved(str(data.get("model", "")), [Message.from_dict(message) for message in messages], settings)
+        said = [Message.from_dict(message) for message in messages]
     except Glm4liteError as error:
         raise SavedError(f"{path}: {error}") from None
+    in_our_form = isinstance(data.get("format"), int)
+    return Saved(said, known, str(data.get("model", "")), _title(data) or path.stem, in_our_form)
+
+
+def _kept() -> list[tuple[str, Path]]:
+    """(title, file) of what lies where chats are kept, the newest first; files that cannot be read are left out."""
+    found = list[tuple[float, str, Path]]()
+    try:
+        paths = [path for path in chats_folder().glob("*.json") if _ID.fullmatch(path.stem)]
+    except (OSError, Glm4liteError):
+        return []
+    for path in paths:
+        with suppress(OSError):
+            status = path.stat()
+            if head := _head(path, status.st_mtime_ns, status.st_size):
+                found.append((*head, path))
+    return [(title, path) for _, title, path in sorted(found, reverse=True)]
+
+
+@functools.lru_cache(4096)
+def _head(path: Path, time_ns: int, size: int) -> tuple[float, str] | None:
+    """The time and the title in a file as it is now, None where it has none; read once, not at each key."""
+    try:
+        data = read_json(path, SavedError)
+    except SavedError:
+        return None
+    updated, title = data.get("updated"), _title(data)
+    if not isinstance(updated, int | float) or not isinstance(data.get("messages"), list) or not title:
+        return None
+    return float(updated), title
+
+
+def _title(data: dict[str, Any]) -> str:
+    title = data.get("title")
+    return one_line(title) if isinstance(title, str) else ""

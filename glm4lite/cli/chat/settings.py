@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from glm4lite.base.errors import ConfigError, Glm4liteError, SamplingError, shown
+from glm4lite.base.errors import ConfigError, Glm4liteError, SamplingError, TemplateError, shown
 
 if TYPE_CHECKING:
     from glm4lite.chat.session import ChatSession
@@ -24,7 +24,8 @@ SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
     "min_p": (float, "leave out what is less likely than this part of the likeliest"),
     "repetition_penalty": (float, "above 1: repeat less"),
     "seed": (int, "the same seed gives the same text"),
-    "max_new_tokens": (int, "longest answer, in tokens"),
+    "max_new_tokens": (int, "longest answer, in tokens, its thought included"),
+    "thinking_budget": (int, "longest thought, in tokens; 0: none"),
     "stop": (lambda text: (text,), "a text that ends the answer"),
 }
 SWITCHES = {
@@ -74,7 +75,7 @@ class Settings:
         self._apply({name: value for name, value in self.sampling.items() if name not in known} | known)
 
     def renew(self) -> None:
-        """After another model came: what was not given is its checkpoint's now."""
+        """When a model came: what was not given is its checkpoint's."""
         self._apply(self.sampling)
 
     def lines(self) -> Iterator[tuple[str, str]]:
@@ -84,7 +85,7 @@ class Settings:
             value = getattr(session.params, name)
             text = " ".join(map(repr, value)) if isinstance(value, tuple) else str(value)
             own = "" if self.sampling.get(name) is not None else " (the checkpoint's)"
-            yield name, "none" if value in (None, ()) else text + ("" if name in _OURS else own)
+            yield name, _UNSET.get(name, "none") if value in (None, ()) else text + ("" if name in _OURS else own)
         yield "system", session.system or "none"
         for name in SWITCHES:
             yield name, "on" if self._is_on(name) else "off"
@@ -98,16 +99,25 @@ class Settings:
         return ["on", "off"] if name in SWITCHES else [DEFAULT] if name in HELP else []
 
     def _sample(self, name: str, value: Any) -> None:
+        if name == "thinking_budget":
+            self.session.template.check_thinking(value)
         self._apply({**self.sampling, name: value})
 
     def _apply(self, sampling: dict[str, Any]) -> None:
-        self.session.params = self.session.engine.params(**sampling)
+        """A thinking budget waits for a model that thinks."""
+        used = sampling
+        if sampling.get("thinking_budget") and not self.session.template.can_think:
+            used = sampling | {"thinking_budget": None}
+            self.renderer.remark("(this model does not think: the thinking budget changes nothing)")
+        self.session.params = self.session.engine.params(**used)
         self.sampling = sampling
 
     def _is_on(self, name: str) -> bool:
         if name == "tools":
             return bool(self.session.tools)
-        return self.session.thinks if name == "think" else self.renderer.markdown
+        if name == "think":
+            return self.session.template.can_think and self.session.params.thinking_budget != 0
+        return self.renderer.markdown
 
     def _switch(self, name: str, on: bool) -> None:
         if name == "tools":
@@ -115,12 +125,19 @@ class Settings:
                 raise ConfigError("there are no tools: glm4lite was started with --no-tools")
             self.session.tools = {tool.name: tool for tool in self.tools} if on else {}
         elif name == "think":
-            self.session.think(on)
+            self._think(on)
         else:
             self.renderer.markdown = on
 
+    def _think(self, on: bool) -> None:
+        """A thinking budget of 0 and back to what it was at the start, in a word."""
+        if on and not self.session.template.can_think:
+            raise TemplateError("this model does not think: its chat template knows no thoughts")
+        self._sample("thinking_budget", (self.start.get("thinking_budget") or None) if on else 0)
 
-_OURS = ("seed", "max_new_tokens", "stop")  # no checkpoint has them
+
+_OURS = ("seed", "max_new_tokens", "thinking_budget", "stop")  # no checkpoint has them
+_UNSET = {"max_new_tokens": "what the context leaves", "thinking_budget": "no limit"}
 
 
 def _is_number(value: object) -> bool:

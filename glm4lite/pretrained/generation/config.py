@@ -14,6 +14,7 @@ from torch import Tensor
 
 from glm4lite.base.errors import ConfigError, unknown_name
 from glm4lite.base.files import read_json
+from glm4lite.base.whole_file import write_whole
 
 logger = logging.getLogger("glm4lite")
 
@@ -232,9 +233,13 @@ class GenerationConfig(BaseModel):
         return {name: value for name, value in values.items() if not is_setting(name)}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes generation_config.json into a folder, which is made where it is missing."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Writes generation_config.json into a folder, which is made where it is missing. Raises ConfigError."""
+        path = Path(folder, FILE)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, f"{json.dumps(self.to_dict(), indent=2)}\n".encode())
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """What is said; a single eos_token_id as a number."""

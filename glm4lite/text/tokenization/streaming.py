@@ -33,6 +33,11 @@ class StreamingDetokenizer:
             return ""
         return self._emit(text)
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether the last id ended within a character."""
+        return bool(self._utf8.getstate()[0]) if self._utf8 is not None else self._read < len(self._window)
+
     def finish(self) -> str:
         """What is still held back: U+FFFD for a character that never became whole, else nothing."""
         if self._utf8 is not None:

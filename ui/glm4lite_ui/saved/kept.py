@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from glm4lite.base.errors import Glm4liteError
-from glm4lite_ui.saved.store import write_whole
+from glm4lite_ui.saved.store import write_kept
 
 FORMAT = 1
 _LARGEST = 8 << 20  # bytes
@@ -44,4 +44,4 @@ def keep(path: Path, data: Any) -> None:
     except OSError as error:
         raise Glm4liteError(f"{path.parent}: nothing can be kept here: {error.strerror}") from None
     text = json.dumps({"format": FORMAT, **asdict(data)}, ensure_ascii=False, indent=1)
-    write_whole(path, text.encode("utf-8", "replace"), path.name)
+    write_kept(path, text.encode("utf-8", "replace"), path.name)

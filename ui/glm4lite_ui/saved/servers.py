@@ -15,7 +15,7 @@ from typing import Any
 from glm4lite.base.errors import ToolError
 from glm4lite.base.user_folder import make_private
 from glm4lite.tools.mcp_client.config import MAX_FILE, read_document
-from glm4lite_ui.saved.store import write_whole
+from glm4lite_ui.saved.store import write_kept
 
 
 class ServerFile:
@@ -52,4 +52,4 @@ class ServerFile:
                 make_private(path.parent)
             except OSError as error:
                 raise ToolError(f"{path.parent}: no MCP server can be kept here: {error.strerror}") from None
-            write_whole(path, text, "the MCP server")
+            write_kept(path, text, "the MCP server")

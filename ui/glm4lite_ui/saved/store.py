@@ -29,23 +29,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glm4lite.base.errors import Glm4liteError, one_line
-from glm4lite.base.user_folder import user_folder
-from glm4lite_ui.chats import Chat, ChatError, read_chat
+from glm4lite.base.user_folder import chats_folder
+from glm4lite.base.whole_file import remove_leftovers, write_whole
+from glm4lite_ui.chats import Chat, ChatError
+from glm4lite_ui.saved.shared import from_data, to_data
 
 logger = logging.getLogger("glm4lite")
 
 LARGEST = 64 << 20  # bytes of a chat's file; the longest context is a hundredth of it
 _ID = re.compile(r"[0-9a-f]{16}")
-_STALE_S = 3600.0  # a chat is saved in a moment
 _ELSEWHERE = "name another folder with --chats or GLM4LITE_CHATS"
 
 
 def data_folder() -> Path:
-    """GLM4LITE_CHATS, or the place where this system keeps a program's data; ChatError where it knows none."""
-    if chosen := os.environ.get("GLM4LITE_CHATS"):
-        return Path(chosen)
+    """Where the terminal keeps chats too; ChatError where the system knows no place."""
     try:
-        return user_folder() / "chats"
+        return chats_folder()
     except Glm4liteError as error:
         raise ChatError(f"{error}; {_ELSEWHERE}") from None
 
@@ -82,26 +81,35 @@ class ChatStore:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryFile(dir=self.folder):  # a folder that was there may be read-only
                 pass
-            halves = [*self.folder.glob("*.part"), *self.folder.glob("kept/*.part")]
-            for part in halves:  # left by a run that was killed while it saved
-                if part.stat().st_mtime < time.time() - _STALE_S:
-                    part.unlink(missing_ok=True)
         except OSError as error:
             raise ChatError(f"{self.folder}: chats cannot be kept here: {error.strerror}; {_ELSEWHERE}") from None
+        remove_leftovers(self.folder)
+        remove_leftovers(self.folder / "kept")
 
     def save(self, chat: Chat, said: bool = True) -> None:
         """Writes the chat; with `said` it is the newest of the list from now on. ChatError where it cannot be kept."""
         if said:
             chat.updated = time.time()
-        text = json.dumps(chat.to_json(), ensure_ascii=False, indent=1).encode("utf-8", "replace")
-        write_whole(self._path(chat.id), text)
+        self._write(chat)
         self._changed(chat.id)
+
+    def take_in(self, chat: Chat) -> None:
+        """Adds the turns that another program wrote to the chat's file since it was read; the path shown stays."""
+        known, last = {turn.id for turn in chat.tree}, chat.turns[-1]
+        with suppress(ChatError):
+            chat.tree += [turn for turn in self.load(chat.id).tree if turn.id not in known]
+        chat.show(last)
 
     def load(self, chat_id: str) -> Chat:
         """Raises ChatError for a chat that is not there or whose file was damaged."""
+        return self._load(chat_id)[0]
+
+    def _load(self, chat_id: str) -> tuple[Chat, bool]:
+        """The chat, and whether its file holds its messages."""
         path = self._path(chat_id)
         try:
-            return read_chat(_json(path), path.stem)
+            data = _json(path)
+            return from_data(data, path.stem), "messages" in data
         except FileNotFoundError:
             raise ChatError("this chat is not there any more") from None
         except (OSError, ValueError, RecursionError) as error:
@@ -136,6 +144,14 @@ class ChatStore:
             with suppress(ChatError):
                 yield self.load(summary.id)
 
+    def add_messages(self) -> None:
+        """Gives the files of an older glm4lite what the terminal reads of them; with many it takes seconds."""
+        for path in self.folder.glob("*.json"):
+            with suppress(ChatError):
+                chat, has_messages = self._load(path.stem)
+                if not has_messages:
+                    self._write(chat)
+
     def _refresh(self) -> None:
         """Reads what is new or was changed, and forgets what is gone."""
         index = dict[str, _Entry]()
@@ -151,9 +167,13 @@ class ChatStore:
                 index[entry.name] = known if known and known.seen == seen else self._read(entry.name, seen)
         self._index = index
 
+    def _write(self, chat: Chat) -> None:
+        text = json.dumps(to_data(chat), ensure_ascii=False, indent=1).encode("utf-8", "replace")
+        write_kept(self._path(chat.id), text)
+
     def _read(self, name: str, seen: tuple[int, int, int]) -> _Entry:
         try:
-            chat = self.load(name.removesuffix(".json"))
+            chat, _ = self._load(name.removesuffix(".json"))
         except ChatError as error:
             logger.warning("%s", error)
             return _Entry(seen)
@@ -170,19 +190,11 @@ class ChatStore:
         return self.folder / f"{chat_id}.json"
 
 
-def write_whole(path: Path, data: bytes, what: str = "the chat") -> None:
-    """Writes beside the file, to the disk, and renames: a crash leaves the old file or the new one. ChatError."""
-    part = None
+def write_kept(path: Path, data: bytes, what: str = "the chat") -> None:
+    """A file of the user's alone, there whole or not at all; ChatError."""
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            part = Path(file.name)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        write_whole(path, data, private=True)
     except OSError as error:
-        if part is not None:
-            part.unlink(missing_ok=True)
         raise ChatError(f"{path.parent}: {what} could not be saved: {error.strerror}") from error
 
 

@@ -14,10 +14,12 @@ const FIELDS = [
   ['top_k', 'Top-k', 'Only this many of the likeliest words; 0 is no limit.', 1],
   ['min_p', 'Min-p', 'Only words at least this likely beside the likeliest one.', 0.05],
   ['repetition_penalty', 'Repetition penalty', 'Above 1, words that were said become less likely.', 0.05],
-  ['max_new_tokens', 'Max tokens', 'The longest answer; empty is what the context leaves.', 1],
+  ['max_new_tokens', 'Max tokens', 'The longest answer, its thought included; empty is what the context leaves.', 1],
+  ['thinking_budget', 'Thinking budget', 'The longest thought, in tokens; 0 is none, empty is no limit.', 1],
   ['seed', 'Seed', 'The same seed gives the same answer; empty is another one each time.', 1],
 ];
 let state = null, pending = null, timer = 0, running = false;
+const UNSET = {seed: t('random'), max_new_tokens: t('what is left'), thinking_budget: t('no limit')};
 const inputs = new Map();
 
 export function setUp(shared) {
@@ -34,8 +36,9 @@ export function build() {
   body.append(field('system', t('System prompt'), t('What the model is told before the conversation.'), system));
   for (const [name, label, about, step] of FIELDS) {
     const own = state.model.own[name];
-    const input = element('input', {id: name, inputmode: step === 1 ? 'numeric' : 'decimal', autocomplete: 'off', placeholder: own ?? (name === 'seed' ? t('random') : t('what is left'))});
-    body.append(field(name, t(label), t(about), input));
+    const input = element('input', {id: name, inputmode: step === 1 ? 'numeric' : 'decimal', autocomplete: 'off', placeholder: own ?? UNSET[name]});
+    const idle = name === 'thinking_budget' && !state.model.thinks;
+    body.append(field(name, t(label), idle ? t('This model does not think, so this changes nothing.') : t(about), input));
   }
   body.append(field('stop', t('Stop at'), t('Texts that end the answer, one a line.'), element('textarea', {id: 'stop-texts', rows: 2})));
   body.append(tools.section(change => {

@@ -15,7 +15,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import IO, Any
 
-from glm4lite_ui.chats import NEW_TITLE, Chat, Settings, read_chat
+from glm4lite_ui.chats import FORMAT, NEW_TITLE, Chat, Settings, Turn, read_chat
+from glm4lite_ui.saved.shared import from_data
 from glm4lite_ui.untrusted.documents import Refused
 from glm4lite_ui.untrusted.messages import (
     MOST_TURNS,
@@ -31,6 +32,7 @@ from glm4lite_ui.untrusted.messages import (
 LARGEST_JSON = 256 << 20  # bytes of one file, unpacked
 LARGEST_TOTAL = 1 << 30  # bytes of all of them
 MOST_FILES = 20_000  # of an archive
+_TERMINAL = "glm4lite conversation"  # of an earlier version; now it saves in the page's form
 LARGEST_CHAT = 16 << 20  # bytes of a chat in our form
 
 
@@ -114,6 +116,8 @@ def _next(text: str, place: int) -> int:
 def _chat(item: Any, left_out: Counter[str]) -> Chat:
     if not isinstance(item, dict):
         raise Skipped("it is no chat")
+    if item.get("format") == _TERMINAL:
+        return _own(_of_terminal(item))
     if "format" in item:
         return _own(item)
     inner = object_of(item, "chat") or item
@@ -135,11 +139,24 @@ def _chat(item: Any, left_out: Counter[str]) -> Chat:
     return read_chat(json.loads(json.dumps(chat.to_json()).encode("utf-8", "replace")))
 
 
+def _of_terminal(item: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier terminal saved, in the form that both have now."""
+    messages = item.get("messages")
+    said = [message for message in messages if isinstance(message, dict)] if isinstance(messages, list) else []
+    system = next((text_of(message, "content") for message in said if message.get("role") == "system"), "")
+    asked = next((text_of(message, "content") for message in said if message.get("role") == "user"), "")
+    made = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+    settings = object_of(item, "settings") | {"system": system}
+    chat = Chat.of(Turn(asked), id=made)
+    chat.name_after_first_turn()
+    return {"format": FORMAT, "id": made, "title": chat.title, "settings": settings, "messages": messages}
+
+
 def _own(item: dict[str, Any]) -> Chat:
     try:
         if len(item.get("tree") or item.get("turns") or ()) > MOST_TURNS:
             raise Skipped(f"it has more than {MOST_TURNS:,} turns")
-        chat = read_chat(item)
+        chat = from_data(item)
         json.dumps(chat.to_json(), ensure_ascii=False).encode()
     except (ValueError, TypeError) as error:
         raise Skipped(f"it cannot be read: {' '.join(str(error).split())[:200]}") from None
