@@ -7,6 +7,8 @@ import unicodedata
 
 import charset_normalizer
 
+from glm4lite.sentences import Sentence
+
 # What is looked for in bytes that are not UTF-8, and how the user is told.
 _ENCODINGS = {
     "gb18030": "GB18030", "big5": "Big5", "cp932": "Shift-JIS", "euc_jp": "EUC-JP", "cp949": "EUC-KR",
@@ -20,12 +22,12 @@ _SAMPLE = 64 << 10  # bytes that are looked at to tell an encoding
 _SPACE = "\t\n\r\f\v\x1b\b"  # a log may hold a terminal's colours
 
 
-def decoded(data: bytes) -> tuple[str, str]:
+def decoded(data: bytes) -> tuple[str, Sentence]:
     """The text, and how the user is told its encoding: "" for UTF-8. ValueError says why there is none."""
     text, encoding = _decoded(data)
     if not _is_text(text):
-        raise ValueError("it is no text")
-    return text, encoding
+        raise ValueError(Sentence("it is no text"))
+    return text, Sentence.from_json(encoding)
 
 
 def _decoded(data: bytes) -> tuple[str, str]:
@@ -41,11 +43,11 @@ def _decoded(data: bytes) -> tuple[str, str]:
     except ValueError:  # most of its letters are not UTF-8
         sample = data[:_SAMPLE]
         if sum(byte < 32 and chr(byte) not in _SPACE for byte in sample) * 100 > len(sample):
-            raise ValueError("it is no text") from None
+            raise ValueError(Sentence("it is no text")) from None
         sample = sample[: sample.rfind(b"\n") + 1] or sample if len(data) > _SAMPLE else sample
         guess = _guessed(sample)
         if guess is None:
-            raise ValueError("its encoding is not known; save it as UTF-8") from None
+            raise ValueError(Sentence("its encoding is not known; save it as UTF-8")) from None
         return _mostly(data, guess, _ENCODINGS[guess])
 
 
@@ -64,8 +66,8 @@ def _mostly(data: bytes, encoding: str, name: str) -> tuple[str, str]:
         text = data.decode(encoding, "replace")
     lost, letters = text.count("\ufffd"), sum(map(str.isascii, text))
     if lost * 20 > len(text) - letters:
-        raise ValueError(f"it is no text in {name or 'UTF-8'}")
-    return text, f"{name or 'UTF-8'}, {lost} unreadable"
+        raise ValueError(Sentence("it is no text in {encoding}", encoding=name or "UTF-8"))
+    return text, Sentence("{encoding}, {count} unreadable", encoding=name or "UTF-8", count=lost)
 
 
 def _east_asian(sample: bytes) -> str | None:

@@ -19,6 +19,7 @@ from glm4lite.hub import resolve
 from glm4lite.load_options import LoadOptions, Size
 from glm4lite.out_of_memory import enough_for
 from glm4lite.runner import attach
+from glm4lite.sentences import Sentence
 from glm4lite.weights import memory
 from glm4lite.weights.assembly import Assembly, check_as_stored
 from glm4lite.weights.calibration import layer_bytes
@@ -148,11 +149,15 @@ def _check_memory(checkpoint: Checkpoint, plan: Plan, wanted: Quant | None, dest
         needed += layer_bytes(checkpoint, plan)
     if destinations.home.type != "cpu" or destinations.placement is not None or free is None or needed <= free:
         return
-    advice = "load a folder made by `glm4lite quantize`, which is mapped"
+    advice = Sentence("load a folder made by `glm4lite quantize`, which is mapped")
     if wanted is None and not plan.quantized:
-        advice = f"quantize it (quant='int4'), or {advice}"
+        advice = Sentence("quantize it (quant='int4'), or {advice}", advice=advice)
     elif isinstance(wanted, QuantConfig) and wanted.bits == 8:
-        advice = f"use quant='int4', or {advice}"
+        advice = Sentence("use quant='int4', or {advice}", advice=advice)
     raise CheckpointError(
-        f"{checkpoint.folder} needs {memory.readable(needed)} of memory, {memory.readable(free)} are free; {advice}"
+        "{model} needs {size} of memory, {free} are free; {advice}",
+        model=checkpoint.folder,
+        size=memory.readable(needed),
+        free=memory.readable(free),
+        advice=advice,
     )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from glm4lite.errors import ToolError
 from glm4lite.mcp_client.config import ServerConfig, read_config
 from glm4lite.mcp_client.connection import Connection
+from glm4lite.sentences import Sentence
 from glm4lite.tool_schema import check_schema
 from glm4lite.tools import Tool, ToolResult, abandoned
 
@@ -121,9 +122,8 @@ class McpServers:
         def call(**arguments: Any) -> ToolResult:
             return self._wait(connection.call(offered.name, arguments), connection)
 
-        return Tool(
-            name, description, schema, call, needs_approval=not reads, origin=f"MCP server {connection.config.name}"
-        )
+        origin = Sentence("MCP server {name}", name=connection.config.name)
+        return Tool(name, description, schema, call, needs_approval=not reads, origin=origin)
 
     def _wait(self, work: Coroutine[Any, Any, _Result], connection: Connection | None = None) -> _Result:
         """Runs `work` in the background until nobody waits for the tool call this belongs to."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from glm4lite.errors import ToolError
 from glm4lite.sandbox.process import Limits, run_python
+from glm4lite.sentences import Sentence
 from glm4lite.tools import Tool, ToolResult, abandoned, tool
 
 logger = logging.getLogger("glm4lite")
@@ -35,6 +36,7 @@ def python_tool() -> Tool:
         raise ToolError(f"--tools python: {error}") from error
     if not missing:
         return python
-    caution = f"python: this system cannot limit: {', '.join(missing)}. Read the code before you allow it."
+    limits = [Sentence(name) for name in missing]
+    caution = Sentence("python: this system cannot limit: {limits}. Read the code before you allow it.", limits=limits)
     logger.warning(caution)
     return replace(python, caution=caution)

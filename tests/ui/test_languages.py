@@ -1,42 +1,33 @@
-"""The page in Chinese: by the browser's language, with a choice, and no text left out."""
+"""The page in Chinese: by the browser's language, with a choice, and no text left out, whoever says it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import glm4lite_ui
 from tests.ui.acts import ask, wait_for_end
 from tests.ui.conftest import Serve
+from tests.ui.words import errors_without_a_pattern, table, texts_of_the_page, texts_of_the_server
 
-STATIC = Path(glm4lite_ui.__file__).with_name("static")
-SAID = re.compile(r"\bt\((?:'((?:[^'\\]|\\.)*)'|\"([^\"]*)\")")
-IN_TEMPLATES = re.compile(r'data-(?:t|label|hint)="([^"]*)"')
-LISTED = re.compile(r"const (?:KEYS|FIELDS) = \[\n(.*?)\n\];", re.DOTALL)
-SHORT = re.compile(r"'((?:[^'\\]|\\.)*)'")
+PLACE = re.compile(r"\{\w+\}")
 
 
-def texts_of_the_page() -> set[str]:
-    found = set[str]()
-    for script in STATIC.glob("*.js"):
-        text = script.read_text(encoding="utf-8")
-        found |= {one or other for one, other in SAID.findall(text)}
-        for listed in LISTED.findall(text):
-            rows = (SHORT.findall(row) for line in listed.splitlines() for row in line.split("], ["))
-            found |= {words[1] for words in rows if len(words) > 1} | {words[2] for words in rows if len(words) > 2}
-    for template in STATIC.glob("*.html"):
-        found |= set(IN_TEMPLATES.findall(template.read_text(encoding="utf-8")))
-    return {text.replace("\\'", "'") for text in found if text}
+def test_every_text_of_the_page_and_every_sentence_of_the_server_is_there_in_chinese_and_none_besides() -> None:
+    page, server = texts_of_the_page(), texts_of_the_server()
+    assert len(page) > 120
+    assert len(server) > 150
+    known = set(table())
+    assert (page | server) - known == set()
+    assert known - page - server == set()
 
 
-def test_every_text_of_the_page_is_there_in_chinese() -> None:
-    table = (STATIC / "words.js").read_text(encoding="utf-8").split("const CHINESE = {")[1].split("\n};")[0]
-    known = {line.strip().split("': '")[0].lstrip("'").replace("\\'", "'") for line in table.splitlines() if line}
-    texts = texts_of_the_page()
-    assert len(texts) > 120
-    assert texts - known == set()
+def test_a_translation_has_the_places_of_its_sentence() -> None:
+    assert [said for said, chinese in table().items() if {*PLACE.findall(said)} != {*PLACE.findall(chinese)}] == []
+
+
+def test_what_the_page_s_errors_say_can_be_looked_up() -> None:
+    assert errors_without_a_pattern() == []
 
 
 def test_a_chinese_browser_gets_a_chinese_page_and_another_language_can_be_chosen(

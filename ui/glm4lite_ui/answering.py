@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from glm4lite.errors import ContextLengthError, Glm4liteError, one_line
+from glm4lite.errors import ContextLengthError, Glm4liteError, said_by
 from glm4lite.events import Done, Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
 from glm4lite.messages import Message, ToolCall
 from glm4lite.session import ChatSession
@@ -224,4 +224,4 @@ class Answer:
         self.context_full = isinstance(error, ContextLengthError)
         if not isinstance(error, Glm4liteError):
             logger.error("the answer failed", exc_info=error)
-        self.turn.error = one_line(error) or type(error).__name__
+        self.turn.error = said_by(error)

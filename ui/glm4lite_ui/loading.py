@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from glm4lite.engine import Engine
-from glm4lite.errors import Glm4liteError
+from glm4lite.errors import Glm4liteError, said_by
 from glm4lite.events import Progress
 from glm4lite.hub import locate
 from glm4lite_ui.runtime import BusyError, Runtime
@@ -75,7 +75,7 @@ class Loading:
         finally:
             cancel.set()
         if failures:
-            raise Glm4liteError(str(failures[0])) from failures[0]
+            raise Glm4liteError(said_by(failures[0])) from failures[0]
 
     def _replace(self, source: str, quant: str, hear: Callable[[Progress], None]) -> None:
         runtime = self.runtime

@@ -9,17 +9,19 @@ from dataclasses import asdict
 from typing import Any
 
 from glm4lite.budget import Budget
-from glm4lite.errors import Glm4liteError
+from glm4lite.errors import Glm4liteError, said_by
 from glm4lite.events import Progress
 from glm4lite.hub import NANO, locate
 from glm4lite.inventory import devices, kernel_names
 from glm4lite.planner import plan
+from glm4lite.sentences import Sentence
 from glm4lite.weights.hub_client import cached_models
 from glm4lite.weights.memory import readable
 from glm4lite_ui.loading import Loading
 from glm4lite_ui.runtime import BusyError, Runtime
 
 QUANTS = ("auto", "int4", "int8", "nf4", "fp4", "none")
+_DEVICES = {"cpu": "CPU", "disk": Sentence("the disk")}
 Tell = Callable[[dict[str, Any]], None]
 
 
@@ -31,7 +33,7 @@ class Models:
         self._loading = Loading(runtime)
         self._lock, self._cancelled = threading.Lock(), threading.Event()
         self._progress: dict[str, Any] | None = None
-        self._ended = ""
+        self._ended: Sentence | None = None
         self._loaded = [runtime.source]  # newest last; offered again
 
     def about(self) -> dict[str, Any]:
@@ -41,25 +43,32 @@ class Models:
         return {
             "name": runtime.name,
             "source": runtime.source,
-            "facts": [[name, value] for name, value in self._facts()],
+            "facts": [[name.to_json(), value.to_json()] for name, value in self._facts()],
             "own": {name: value for name, value in asdict(runtime.engine.params()).items() if name != "max_new_tokens"},
             "context": runtime.engine.model.context,
             "tools": [
-                {"name": tool.name, "about": tool.description, "origin": tool.origin, "asks": bool(tool.needs_approval)}
+                {
+                    "name": tool.name,
+                    "about": tool.description,
+                    "origin": tool.origin,
+                    "from": (Sentence.from_json(tool.origin) if tool.origin else Sentence("Built in")).to_json(),
+                    "asks": bool(tool.needs_approval),
+                }
                 for tool in runtime.tools
             ],
             "takes_tools": takes_tools,
             "quants": QUANTS,
             "known": list(dict.fromkeys([*self._loaded, NANO, *cached_models()])),
             "loading": self._progress,
-            "ended": self._ended,
+            "ended": self._said(),
         }
 
-    def plan(self, source: str, quant: str) -> list[tuple[str, str]]:
+    def plan(self, source: str, quant: str) -> list[list[dict[str, Any]]]:
         """What loading it would take and give, as `glm4lite plan` says it."""
         limits = self.runtime.load_options
         budget = Budget.of(limits.get("gpu_memory"), limits.get("ram"), limits.get("context"), limits.get("kv", "auto"))
-        return list(plan(_named(source), None if quant == "auto" else quant, budget).lines())
+        report = plan(_named(source), None if quant == "auto" else quant, budget)
+        return [[name.to_json(), said.to_json()] for name, said in report.lines()]
 
     def load(self, source: str, quant: str) -> None:
         """Begins a load; raises what can be known at once."""
@@ -67,7 +76,7 @@ class Models:
         if not self._lock.acquire(blocking=False):
             raise BusyError("another window is loading a model")
         self._cancelled.clear()
-        self._ended, self._progress = "", {"source": source}
+        self._ended, self._progress = None, {"source": source}
         self._tell(self._state())
         threading.Thread(target=self._run, args=(source, quant), name="model", daemon=True).start()
 
@@ -85,31 +94,43 @@ class Models:
                         began = progress.stage, time.monotonic(), progress.done
                     self._progress = {"source": source, **_progress(progress, *began[1:])}
                     self._tell(self._state())
-            self._ended = f"{source} is loaded."
+            self._ended = Sentence("{source} is loaded.", source=source)
             self._loaded.append(source)
         except Glm4liteError as error:
-            self._ended = str(error) if source in str(error) else f"{source}: {error}"
+            said = said_by(error)
+            self._ended = said if source in said else Sentence("{name}: {why}", name=source, why=said)
         finally:
             self._progress = None
             self._lock.release()
             self._tell(self._state())
 
     def _state(self) -> dict[str, Any]:
-        return {"type": "model", "name": self.runtime.name, "loading": self._progress, "ended": self._ended}
+        return {"type": "model", "name": self.runtime.name, "loading": self._progress, "ended": self._said()}
 
-    def _facts(self) -> Iterator[tuple[str, str]]:
+    def _said(self) -> dict[str, Any] | None:
+        return self._ended.to_json() if self._ended else None
+
+    def _facts(self) -> Iterator[tuple[Sentence, Sentence]]:
         runtime, model = self.runtime, self.runtime.engine.model
         config = model.config
-        yield "Model", runtime.source
-        yield "Shape", f"{config.model_type}, {config.num_hidden_layers} layers, {config.hidden_size} wide"
-        yield "Kernels", ", ".join(f"{name} ({count} layers)" for name, count in kernel_names(model).items())
+        yield Sentence("Model"), Sentence("{name}", name=runtime.source)
+        shape = {"type": config.model_type, "layers": config.num_hidden_layers, "width": config.hidden_size}
+        yield Sentence("Shape"), Sentence("{type}, {layers} layers, {width} wide", **shape)
+        names = kernel_names(model).items()
+        kernels = [Sentence("{name} ({layers} layers)", name=name, layers=layers) for name, layers in names]
+        yield Sentence("Kernels"), Sentence("{list}", list=kernels)
         for device, held in devices(model).items():
-            yield f"On {device}", f"{held['layers']} layers, {readable(held['weights'])} of weights"
-        yield "Context", f"{model.context:,} tokens"
-        yield "Kept conversations", f"{len(runtime.engine.prefixes)}, {readable(runtime.engine.prefixes.nbytes)}"
-        tools = ", ".join(tool.name for tool in runtime.tools) or "none"
-        takes = runtime.engine.chat_template().takes_tools
-        yield "Tools", tools if takes else "this model's template has no place for any"
+            where, size = _DEVICES.get(device, device), readable(held["weights"])
+            lies = Sentence("{layers} layers, {size} of weights", layers=held["layers"], size=size)
+            yield Sentence("On {device}", device=where), lies
+        yield Sentence("Context"), Sentence("{count} tokens", count=model.context)
+        kept = runtime.engine.prefixes
+        yield Sentence("Kept conversations"), Sentence("{count}, {size}", count=len(kept), size=readable(kept.nbytes))
+        if runtime.engine.chat_template().takes_tools:
+            tools = [tool.name for tool in runtime.tools] or [Sentence("none")]
+            yield Sentence("Tools"), Sentence("{list}", list=tools)
+        else:
+            yield Sentence("Tools"), Sentence("This model's template has no place for tools.")
 
 
 def _named(source: str) -> str:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from glm4lite.engine import Engine
-from glm4lite.errors import Glm4liteError, one_line
+from glm4lite.errors import Glm4liteError, said_by
 from glm4lite.inventory import devices
 from glm4lite.sampling import SamplingParams
+from glm4lite.sentences import Sentence
 from glm4lite.server.launch import name_of
 from glm4lite.session import ChatSession
 from glm4lite.tools import Tool
@@ -155,7 +156,7 @@ class Runtime:
             try:
                 self.store.save(answer.chat)
             except ChatError as error:  # nobody waits for this thread: it is said in the chat
-                answer.turn.error = one_line(error)
+                answer.turn.error = said_by(error)
             del self.answers[answer.chat.id]
 
     def count(self, text: str) -> int:
@@ -181,11 +182,12 @@ class Runtime:
             turn.dropped = True
         return dropped
 
-    def memory(self) -> str:
+    def memory(self) -> Sentence:
         """What weights take, wherever they lie, and the conversations that are kept."""
         weights = sum(place["weights"] for place in devices(self.engine.model).values())
         kept = self.engine.prefixes.nbytes
-        return f"weights {readable(weights)}" + (f" · KV {readable(kept)}" if kept else "")
+        held = {"weights": readable(weights)} | ({"kept": readable(kept)} if kept else {})
+        return Sentence("weights {weights} · KV {kept}" if kept else "weights {weights}", **held)
 
     def close(self) -> None:
         """Stops every answer and the engine's thread; what was said is saved."""

@@ -24,7 +24,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from glm4lite.errors import Glm4liteError
+from glm4lite.errors import Glm4liteError, said_by
+from glm4lite.sentences import Sentence
 from glm4lite_ui.chats import Settings
 from glm4lite_ui.saved.store import write_whole
 
@@ -80,11 +81,11 @@ class Preferences:
         """Keeps it under this name, in place of one that has it. Glm4liteError for a name that cannot be shown."""
         name = " ".join(name.split())
         if not name or len(name) > LONGEST_NAME:
-            raise Glm4liteError(f"a preset needs a name of at most {LONGEST_NAME} characters")
+            raise Glm4liteError("a preset needs a name of at most {count} characters", count=LONGEST_NAME)
         with self._lock:
             chosen = self._read(strict=True)
             if len(chosen.presets) >= MOST_PRESETS and name not in chosen.presets:
-                raise Glm4liteError(f"there are {MOST_PRESETS} presets already; delete one")
+                raise Glm4liteError("there are {count} presets already; delete one", count=MOST_PRESETS)
             self._write(replace(chosen, presets=chosen.presets | {name: _without_permissions(settings)}))
 
     def delete_preset(self, name: str) -> None:
@@ -100,10 +101,10 @@ class Preferences:
         except FileNotFoundError:
             return _Chosen()
         except ValueError as error:
-            said = f"{self._path} cannot be read ({error}); move it away"
+            damaged = Glm4liteError("{path} cannot be read ({why}); move it away", path=self._path, why=said_by(error))
             if strict:
-                raise Glm4liteError(said) from None
-            logger.warning("%s", said)
+                raise damaged from None
+            logger.warning("%s", damaged)
             return _Chosen()
 
     def _write(self, chosen: _Chosen) -> None:
@@ -136,7 +137,9 @@ class Drafts:
         if not _DRAFT_FILE.fullmatch(path.name):
             raise Glm4liteError("this is not the name of a chat")
         if len(draft.text) > LONGEST_DRAFT:
-            raise Glm4liteError(f"a text of more than {LONGEST_DRAFT:,} characters is not kept before it is sent")
+            raise Glm4liteError(
+                "a text of more than {count} characters is not kept before it is sent", count=LONGEST_DRAFT
+            )
         if draft == Draft():
             path.unlink(missing_ok=True)
         else:
@@ -157,11 +160,11 @@ def _load(path: Path, adapter: TypeAdapter[Any]) -> Any:
         if not path.exists():
             raise FileNotFoundError
         if not path.is_file() or path.stat().st_size > _LARGEST:
-            raise ValueError(f"it is no file of at most {_LARGEST >> 20} MiB")
+            raise ValueError(Sentence("it is no file of at most {size} MiB", size=_LARGEST >> 20))
         data = json.loads(path.read_bytes())
         json.dumps(data, ensure_ascii=False).encode()  # refuses half a sign
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError("a newer glm4lite wrote it, or it is damaged")
+            raise ValueError(Sentence("a newer glm4lite wrote it, or it is damaged"))
         return adapter.validate_python(data)
     except FileNotFoundError:
         raise
@@ -169,13 +172,15 @@ def _load(path: Path, adapter: TypeAdapter[Any]) -> Any:
         problem = error.errors(include_url=False)[0]
         raise ValueError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(str(error).splitlines()[0]) from None
+        raise ValueError(said_by(error)) from None
 
 
 def _store(path: Path, data: Any) -> None:
     try:
         path.parent.mkdir(exist_ok=True, mode=0o700)
     except OSError as error:
-        raise Glm4liteError(f"{path.parent}: nothing can be kept here: {error.strerror}") from None
+        raise Glm4liteError(
+            "{folder}: nothing can be kept here: {problem}", folder=path.parent, problem=error.strerror
+        ) from None
     text = json.dumps({"format": FORMAT, **asdict(data)}, ensure_ascii=False, indent=1)
     write_whole(path, text.encode("utf-8", "replace"))

@@ -28,7 +28,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from glm4lite.errors import Glm4liteError, one_line
+from glm4lite.errors import Glm4liteError, one_line, said_by
+from glm4lite.sentences import Sentence
 from glm4lite.user_folder import user_folder
 from glm4lite_ui.chats import Chat, ChatError, read_chat
 
@@ -37,7 +38,6 @@ logger = logging.getLogger("glm4lite")
 LARGEST = 64 << 20  # bytes of a chat's file; the longest context is a hundredth of it
 _ID = re.compile(r"[0-9a-f]{16}")
 _STALE_S = 3600.0  # a chat is saved in a moment
-_ELSEWHERE = "name another folder with --chats or GLM4LITE_CHATS"
 
 
 def data_folder() -> Path:
@@ -47,7 +47,9 @@ def data_folder() -> Path:
     try:
         return user_folder() / "chats"
     except Glm4liteError as error:
-        raise ChatError(f"{error}; {_ELSEWHERE}") from None
+        raise ChatError(
+            "{problem}; name another folder with --chats or GLM4LITE_CHATS", problem=said_by(error)
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,11 @@ class ChatStore:
                 if part.stat().st_mtime < time.time() - _STALE_S:
                     part.unlink(missing_ok=True)
         except OSError as error:
-            raise ChatError(f"{self.folder}: chats cannot be kept here: {error.strerror}; {_ELSEWHERE}") from None
+            raise ChatError(
+                "{folder}: chats cannot be kept here: {problem}; name another folder with --chats or GLM4LITE_CHATS",
+                folder=self.folder,
+                problem=error.strerror,
+            ) from None
 
     def save(self, chat: Chat, said: bool = True) -> None:
         """Writes the chat; with `said` it is the newest of the list from now on. ChatError where it cannot be kept."""
@@ -105,7 +111,7 @@ class ChatStore:
         except FileNotFoundError:
             raise ChatError("this chat is not there any more") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise ChatError(f"{path}: this chat cannot be read: {str(error).splitlines()[0]}") from error
+            raise ChatError("{path}: this chat cannot be read: {why}", path=path, why=said_by(error)) from error
 
     def holds(self, chat_id: str) -> bool:
         """Whether a chat is saved under this id, whatever is given as one."""
@@ -166,7 +172,7 @@ class ChatStore:
 
     def _path(self, chat_id: str) -> Path:
         if not _ID.fullmatch(chat_id):
-            raise ChatError(f"{one_line(chat_id)[:100]} is not the name of a chat")
+            raise ChatError("{name} is not the name of a chat", name=one_line(chat_id, 100))
         return self.folder / f"{chat_id}.json"
 
 
@@ -183,7 +189,9 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError as error:
         if part is not None:
             part.unlink(missing_ok=True)
-        raise ChatError(f"{path.parent}: the chat could not be saved: {error.strerror}") from error
+        raise ChatError(
+            "{folder}: the chat could not be saved: {problem}", folder=path.parent, problem=error.strerror
+        ) from error
 
 
 def _json(path: Path) -> Any:
@@ -191,7 +199,7 @@ def _json(path: Path) -> Any:
     if not path.exists():
         raise FileNotFoundError
     if not path.is_file() or path.stat().st_size > LARGEST:
-        raise ValueError(f"it is no file of at most {LARGEST >> 20} MiB")
+        raise ValueError(Sentence("it is no file of at most {size} MiB", size=LARGEST >> 20))
     data = json.loads(path.read_bytes())
     json.dumps(data, ensure_ascii=False).encode()  # refuses half a sign
     return data

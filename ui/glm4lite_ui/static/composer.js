@@ -3,7 +3,7 @@
 import {element, find, iconButton, toast} from './dom.js';
 import {ask, tell} from './server.js';
 import {lastTurn, toEnd} from './thread.js';
-import {count, t} from './words.js';
+import {count, say, t} from './words.js';
 
 const LONG_PASTE = 2000;  // characters from which on pasted text becomes a file
 let state = null, files = [], editing = null, beforeEditing = '', reading = 0, sending = false, pasted = 0;
@@ -153,7 +153,7 @@ export async function addFiles(list) {
 
 /** A file's name, what it was read as where that is not plain text, and its size for the model. */
 export function nameOf(file) {
-  const form = file.form === 'text' ? file.encoding : file.pages ? t('{form}, {count} pages', {form: t(file.form), count: count(file.pages)}) : t(file.form ?? '');
+  const form = file.form === 'text' ? say(file.encoding) : file.pages ? t('{form}, {count} pages', {form: t(file.form), count: count(file.pages)}) : t(file.form ?? '');
   return t('{name} · {count} tokens', {name: form ? `${file.name} · ${form}` : file.name, count: count(file.tokens)});
 }
 
@@ -219,7 +219,7 @@ export function drawStatus(message) {
       prompt: count(counts.prompt_tokens), reused: count(Math.max(counts.prompt_tokens - computed, 0)), computed: count(computed)}));
   }
   if (used) said.push(t('context {used} of {total}', {used: count(used), total: count(total)}));
-  more.push(...[state.model?.name, state.memory].filter(Boolean));
+  more.push(...[state.model?.name, say(state.memory)].filter(Boolean));
   find('#status').textContent = said.join(' · ');
   find('#status').title = more.join(' · ');
   const meter = find('#context'), share = used / total;

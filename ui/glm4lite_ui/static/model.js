@@ -2,7 +2,7 @@
 
 import {element, find} from './dom.js';
 import {ask, tell} from './server.js';
-import {name, t} from './words.js';
+import {explain, name, say, t} from './words.js';
 
 let state = null;
 
@@ -38,7 +38,7 @@ function draw() {
 }
 
 const table = (rows, id) => element('table', {id, class: 'facts'}, element('tbody', {}, ...rows.map(([name, value]) =>
-  element('tr', {}, element('th', {scope: 'row'}, t(name)), element('td', {}, value)))));
+  element('tr', {}, element('th', {scope: 'row'}, say(name)), element('td', {}, say(value))))));
 
 async function load(source, quant) {
   find('#load-progress').replaceChildren();
@@ -68,7 +68,7 @@ function progress({loading, ended}) {
   if (!place) return;
   find('#load button[type=submit]').disabled = Boolean(loading);
   if (!loading) {
-    place.replaceChildren(ended ? element('p', {class: 'note'}, ended) : '');
+    place.replaceChildren(ended ? element('p', {class: 'note'}, explain(ended)) : '');
     return;
   }
   const left = loading.left == null ? '' : t('{seconds} s left', {seconds: loading.left});

@@ -10,7 +10,7 @@ import * as sheets from './sheets.js';
 import * as thread from './thread.js';
 import {addIcons, element, find, toast} from './dom.js';
 import {listen, newId, show, tell} from './server.js';
-import {language, t, translate} from './words.js';
+import {explain, language, t, translate} from './words.js';
 
 const PIECES = 6;  // layout.py
 const NEW = {title: 'New chat', saved: false, heard: false, answering: false};
@@ -86,7 +86,7 @@ function hear(message) {
   if (message.type === 'model') return model.hear(message);
   if (message.type === 'problem') {
     if (message.chat !== state.chat) return;
-    toast(message.said);
+    toast(explain(message.said));
     return open(newId());
   }
   state.answering = message.answering;

@@ -3,7 +3,7 @@
 
 import {element, find, iconButton} from './dom.js';
 import {ask, tell} from './server.js';
-import {language, t} from './words.js';
+import {language, say, t} from './words.js';
 
 const PAUSE_MS = 250;
 const FIELDS = [
@@ -95,12 +95,12 @@ function field(name, label, about, input) {
 function toolList() {
   const groups = new Map();
   for (const tool of state.model.tools) {
-    const origin = tool.origin || t('Built in');
+    const origin = say(tool.from);
     groups.set(origin, [...groups.get(origin) ?? [], tool]);
   }
   const made = [...groups].map(([origin, tools]) => element('fieldset', {class: 'tools-of'}, element('legend', {}, `${t('Tools')}: ${origin}`), ...tools.map(tool => {
     const input = element('input', {type: 'checkbox', name: 'tool', value: tool.name, on: {input: changed}});
-    return element('label', {}, input, element('span', {}, element('strong', {}, tool.name), tool.asks ? ` · ${t('asks first')}` : '', element('span', {class: 'about'}, tool.about.split('\n', 1)[0])));
+    return element('label', {}, input, element('span', {}, element('strong', {}, tool.name), tool.asks ? ` · ${t('asks first')}` : '', element('span', {class: 'about'}, t(tool.about.split('\n', 1)[0]))));
   })));
   return element('div', {}, ...made, state.model.takes_tools ? '' : element('p', {class: 'note'}, t("This model's template has no place for tools.")));
 }
@@ -173,26 +173,26 @@ export async function save() {
   let problem = null;
   const odd = Object.entries(settings).find(([, value]) => Number.isNaN(value));
   try {
-    if (odd) throw new Error(t('{name} must be a number', {name: odd[0]}));
+    if (odd) throw Object.assign(new Error(t('{name} must be a number', {name: odd[0]})), {about: odd[0]});
     await ask(`/chats/${chat}/set`, settings);
     if (chat === state.chat) state.settings = {...settings, always: state.settings.always};
   } catch (error) {
-    problem = error.message;
+    problem = error;
   }
   running = false;
   if (chat === state.chat) showProblem(problem);
-  else if (problem) state.toast(problem);
+  else if (problem) state.toast(problem.message);
   if (pending) await save();
   else if (chat !== state.chat) fill();  // which waited for what was typed in the other chat
 }
 
 function showProblem(problem) {
   for (const box of document.querySelectorAll('#settings .field')) {
-    const mine = Boolean(problem?.startsWith(box.dataset.field)), wrong = box.querySelector('.wrong');
+    const mine = problem?.about === box.dataset.field, wrong = box.querySelector('.wrong');
     if (!wrong) continue;
     wrong.hidden = !mine;
-    wrong.textContent = mine ? problem : '';
+    wrong.textContent = mine ? problem.message : '';
     inputs.get(box.dataset.field).input.toggleAttribute('aria-invalid', mine);
   }
-  if (problem && !find('#settings .wrong:not([hidden])')) state.toast(problem);
+  if (problem && !find('#settings .wrong:not([hidden])')) state.toast(problem.message);
 }

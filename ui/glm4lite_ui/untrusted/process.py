@@ -62,6 +62,8 @@ def _reading(reader: str) -> Reading:
 
 def main(reader: str, limits: dict[str, Any]) -> None:
     """Reads stdin with the reader."""
+    from glm4lite.errors import said_by
+    from glm4lite.sentences import Sentence
     from glm4lite_ui.untrusted.documents import Refused
 
     out, sys.stdout = sys.stdout.buffer, sys.stderr  # what a library prints is no answer
@@ -79,14 +81,15 @@ def main(reader: str, limits: dict[str, Any]) -> None:
             say(said)
         last: dict[str, Any] = {"end": True}
     except Refused as refused:
-        last = {"error": str(refused)}
+        last = {"error": said_by(refused).to_json()}
     except MemoryError:
-        last = {"error": f"reading it takes more than {limits['memory'] >> 20} MiB of memory"}
+        said = Sentence("reading it takes more than {size} MiB of memory", size=limits["memory"] >> 20)
+        last = {"error": said.to_json()}
     except RecursionError:
-        last = {"error": "it is nested too deeply"}
+        last = {"error": Sentence("it is nested too deeply").to_json()}
     except Exception as error:  # of a library, about a file that is damaged
-        reason = " ".join(str(error).split())[:200]
-        last = {"error": f"it is damaged ({reason or type(error).__name__})"}
+        said = Sentence("it is damaged ({problem})", problem=said_by(error)[:200])
+        last = {"error": said.to_json()}
     say(last)
 
 
