@@ -312,6 +312,7 @@ const CHINESE = {
   'yes': '放得下',
   'yes; {advice}': '放得下；{advice}',
   '{changes}: about {speed} tokens/s': '{changes}：约 {speed} 词元/秒',
+  '{encoding}, a guess': '{encoding}（推测）',
   '{encoding}, {count} unreadable': '{encoding}，{count} 处无法读取',
   '{folder} with {options}': '{folder}，加上 {options}',
   '{folder}: chats cannot be kept here: {problem}; name another folder with --chats or GLM4LITE_CHATS': '{folder}：无法在此保存对话：{problem}；请用 --chats 或 GLM4LITE_CHATS 指定另一个文件夹',
