@@ -125,7 +125,7 @@ class Models:
             yield Sentence("On {device}", device=where), lies
         yield Sentence("Context"), Sentence("{count} tokens", count=model.context)
         kept = runtime.engine.prefixes
-        yield Sentence("Kept conversations"), Sentence("{count}, {size}", count=len(kept), size=readable(kept.nbytes))
+        yield Sentence("Kept conversations"), Sentence("{count} conversations, {size}", count=len(kept), size=readable(kept.nbytes))
         if runtime.engine.chat_template().takes_tools:
             tools = [tool.name for tool in runtime.tools] or [Sentence("none")]
             yield Sentence("Tools"), Sentence("{list}", list=tools)

@@ -349,7 +349,7 @@ class _Model:
     def about(self) -> dict[str, Any]:
         return self.models.about()
 
-    def plan(self, source: Annotated[str, Body()], quant: Annotated[str, Body()] = "auto") -> list[tuple[str, str]]:
+    def plan(self, source: Annotated[str, Body()], quant: Annotated[str, Body()] = "auto") -> list[list[dict[str, Any]]]:
         return self.models.plan(source, quant)
 
     def load(self, source: Annotated[str, Body()], quant: Annotated[str, Body()] = "auto") -> None:

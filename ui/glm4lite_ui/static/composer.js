@@ -135,11 +135,11 @@ export function showDraft(text) {
 // Files
 
 export async function addFiles(list) {
-  for (const file of list) {
-    const entry = {name: file.name, reading: true};
-    files.push(entry);
-    drawChips();
-    reading += 1;
+  const given = [...list].map(file => [file, {name: file.name, reading: true}]);  // the list of an input lives and is emptied
+  files.push(...given.map(([, entry]) => entry));
+  reading += given.length;
+  drawChips();
+  for (const [file, entry] of given) {
     try {
       Object.assign(entry, await ask(`/files?name=${encodeURIComponent(file.name)}`, file));
     } catch (problem) {

@@ -1,6 +1,6 @@
 // Elements from values. Text is always set as text; HTML comes only from the server's sanitizer (html()).
 
-import {t} from './words.js';
+import {languageOf, t} from './words.js';
 
 const ICONS = {
   menu: 'M4 6h16M4 12h16M4 18h16',
@@ -46,6 +46,8 @@ export function element(tag, attributes = {}, ...children) {
 export function html(block) {
   const made = element('div', {class: 'block'});
   made.innerHTML = block;
+  const spoken = languageOf(made.textContent);
+  if (spoken) made.lang = spoken;
   for (const labelled of made.querySelectorAll('[aria-label]')) labelled.setAttribute('aria-label', t(labelled.getAttribute('aria-label')));
   return made;
 }

@@ -16,7 +16,7 @@ export async function refresh() {
   if (!about) return;
   state.model = about;
   find('#open-model').textContent = about.name;
-  name(find('#open-model'), `${t('The model')}: ${about.name}`);
+  name(find('#open-model'), t('The model: {name}', about));
   draw();
 }
 

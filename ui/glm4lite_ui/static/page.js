@@ -33,7 +33,7 @@ export function mounted(piece) {
 }
 
 async function start() {
-  document.documentElement.lang = language;
+  document.documentElement.lang = language === 'zh' ? 'zh-CN' : language;  // the letters' Chinese form
   colour();
   for (const part of [thread, composer, library, settings, model, pane, sheets]) part.setUp(state);
   code.setUp(pane.open);

@@ -98,7 +98,7 @@ function toolList() {
     const origin = say(tool.from);
     groups.set(origin, [...groups.get(origin) ?? [], tool]);
   }
-  const made = [...groups].map(([origin, tools]) => element('fieldset', {class: 'tools-of'}, element('legend', {}, `${t('Tools')}: ${origin}`), ...tools.map(tool => {
+  const made = [...groups].map(([origin, tools]) => element('fieldset', {class: 'tools-of'}, element('legend', {}, t('Tools: {origin}', {origin})), ...tools.map(tool => {
     const input = element('input', {type: 'checkbox', name: 'tool', value: tool.name, on: {input: changed}});
     return element('label', {}, input, element('span', {}, element('strong', {}, tool.name), tool.asks ? ` · ${t('asks first')}` : '', element('span', {class: 'about'}, t(tool.about.split('\n', 1)[0]))));
   })));

@@ -3,7 +3,7 @@
 import {copy, element, find, html, icon, iconButton} from './dom.js';
 import {dressCode} from './code.js';
 import {ask, showMore, tell} from './server.js';
-import {count, explain, say, t} from './words.js';
+import {count, explain, languageOf, say, t} from './words.js';
 
 const NEAR = 80;  // pixels from the end at which the page goes along with an answer that grows
 const turns = new Map();  // id -> {element, meta, parts}
@@ -106,7 +106,7 @@ function drawQuestion(turn) {
   const chips = files.map(file => element('li', {class: 'chip'}, state.nameOf(file)));
   turn.question.replaceChildren(
     dropped ? element('p', {class: 'note'}, t('The model no longer reads this: its context was full.')) : '',
-    element('div', {class: 'said', dir: 'auto'}, user),
+    element('div', {class: 'said', dir: 'auto', lang: languageOf(user)}, user),
     chips.length ? element('ul', {class: 'chips'}, ...chips) : '',
     element('div', {class: 'tools'},
       iconButton('copy', t('Copy message'), event => copyPart(turn, 'user', event.currentTarget)),
@@ -196,7 +196,7 @@ function replaceFrom(body, from, blocks) {
   }
 }
 
-const lasted = seconds => seconds == null ? '' : ` · ${Math.max(seconds, 0.01).toFixed(seconds < 10 ? 2 : 0)} s`;
+const lasted = seconds => seconds == null ? '' : ' · ' + t('{seconds} s', {seconds: Math.max(seconds, 0.01).toFixed(seconds < 10 ? 2 : 0)});
 
 function drawThought(part) {
   const open = part.head.open;

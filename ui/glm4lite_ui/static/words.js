@@ -109,6 +109,7 @@ const CHINESE = {
   'Texts that end the answer, one a line.': '遇到这些文本就结束回答，每行一个。',
   'The answer was cut: the longest answer allowed, or the context, is used up.': '回答被截断：已达到长度上限，或上下文已用完。',
   'The longest answer; empty is what the context leaves.': '回答的最大长度；留空则由剩余上下文决定。',
+  'The model: {name}': '模型：{name}',
   'The model': '模型',
   'The model no longer reads this: its context was full.': '模型不再读取这一轮：上下文已满。',
   'The same seed gives the same answer; empty is another one each time.': '种子相同则回答相同；留空则每次不同。',
@@ -126,6 +127,7 @@ const CHINESE = {
   'To the end': '到末尾',
   'Today': '今天',
   'Tools': '工具',
+  'Tools: {origin}': '工具：{origin}',
   'Top-k': 'Top-k',
   'Top-p': 'Top-p',
   'Unpin': '取消置顶',
@@ -164,6 +166,7 @@ const CHINESE = {
   '{name} must be a number': '{name} 必须是数字',
   '{name} · {count} tokens': '{name} · {count} 词元',
   '{name}: being read': '{name}：正在读取',
+  '{seconds} s': '{seconds} 秒',
   '{seconds} s left': '还剩 {seconds} 秒',
   '{speed} tokens/s': '{speed} 词元/秒',
   // What the server says: patterns of sentences (glm4lite/sentences.py).
@@ -308,7 +311,7 @@ const CHINESE = {
   'weights {weights} · KV {kept}': '权重 {weights} · KV {kept}',
   'with {size} of RAM no layer would be read from disk': '有 {size} 内存就不必从磁盘读取任何层',
   'with {size} of RAM, or --kv int8, no layer would be read from disk': '有 {size} 内存，或用 --kv int8，就不必从磁盘读取任何层',
-  'would fit': '改为',
+  'would fit': '可行方案',
   'yes': '放得下',
   'yes; {advice}': '放得下；{advice}',
   '{changes}: about {speed} tokens/s': '{changes}：约 {speed} 词元/秒',
@@ -345,6 +348,7 @@ const CHINESE = {
   '{size} of RAM ({free} are free here now)': '{size} 内存（现在可用 {free}）',
   '{size} of RAM do not suffice': '{size} 内存不够',
   '{size} of the weights stay in the file\'s pages: not held, outside a budget': '其中 {size} 权重留在文件的页中：不占用内存，不计入限制',
+  '{count} conversations, {size}': '{count} 个，{size}',
   '{source} is loaded.': '{source} 已加载。',
   '{type}, {layers} layers, {width} wide': '{type}，{layers} 层，宽 {width}',
   '{where} ran out at {tokens} tokens; shorten the conversation, or load with kv int8': '在 {tokens} 词元处{where}用尽；请缩短对话，或以 kv int8 加载',
@@ -359,7 +363,7 @@ const CHINESE = {
   'cache': '缓存',
   'decode': '生成',
   'prompt': '读取提示',
-  'fits': '放得下',
+  'fits': '能否放下',
   'measured': '实测',
   'assumed': '假定',
 };
@@ -386,6 +390,14 @@ export function say(sentence) {
 export function explain(sentence) {
   const known = language === 'en' || Object.hasOwn(CHINESE, sentence.said);
   return known ? say(sentence) : t('It was said: {said}', {said: say(sentence)});
+}
+
+/** The language of a text whose letters tell it, for the forms of these; null where they are as the rest of the page. */
+export function languageOf(text) {
+  const many = letters => text.match(letters)?.length ?? 0, han = many(/[\u4e00-\u9fff]/g);
+  if (many(/[\u3040-\u30ff]/g) * 4 > han) return 'ja';
+  if (many(/[\uac00-\ud7af]/g) * 4 > han) return 'ko';
+  return language !== 'zh' && han ? 'zh-CN' : null;
 }
 
 /** A number with the signs that the language sets between thousands. */
