@@ -22,6 +22,7 @@ from glm4lite_ui.runtime import BusyError, Runtime
 
 QUANTS = ("auto", "int4", "int8", "nf4", "fp4", "none")
 _DEVICES = {"cpu": "CPU", "disk": Sentence("the disk")}
+Row = list[dict[str, Any]]  # two sentences as JSON
 Tell = Callable[[dict[str, Any]], None]
 
 
@@ -63,7 +64,7 @@ class Models:
             "ended": self._said(),
         }
 
-    def plan(self, source: str, quant: str) -> list[list[dict[str, Any]]]:
+    def plan(self, source: str, quant: str) -> list[Row]:
         """What loading it would take and give, as `glm4lite plan` says it."""
         limits = self.runtime.load_options
         budget = Budget.of(limits.get("gpu_memory"), limits.get("ram"), limits.get("context"), limits.get("kv", "auto"))
@@ -124,8 +125,8 @@ class Models:
             lies = Sentence("{layers} layers, {size} of weights", layers=held["layers"], size=size)
             yield Sentence("On {device}", device=where), lies
         yield Sentence("Context"), Sentence("{count} tokens", count=model.context)
-        kept = runtime.engine.prefixes
-        yield Sentence("Kept conversations"), Sentence("{count} conversations, {size}", count=len(kept), size=readable(kept.nbytes))
+        kept, size = runtime.engine.prefixes, readable(runtime.engine.prefixes.nbytes)
+        yield Sentence("Kept conversations"), Sentence("{count} conversations, {size}", count=len(kept), size=size)
         if runtime.engine.chat_template().takes_tools:
             tools = [tool.name for tool in runtime.tools] or [Sentence("none")]
             yield Sentence("Tools"), Sentence("{list}", list=tools)

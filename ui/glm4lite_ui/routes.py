@@ -25,7 +25,7 @@ from glm4lite.sentences import Sentence
 from glm4lite_ui.answering import Decision
 from glm4lite_ui.artifacts import artifacts_of
 from glm4lite_ui.chats import NEW_TITLE, Attachment, Chat, Settings, to_json
-from glm4lite_ui.models import Models
+from glm4lite_ui.models import Models, Row
 from glm4lite_ui.runtime import Runtime
 from glm4lite_ui.saved.store import grouped
 from glm4lite_ui.windows import Windows
@@ -349,7 +349,7 @@ class _Model:
     def about(self) -> dict[str, Any]:
         return self.models.about()
 
-    def plan(self, source: Annotated[str, Body()], quant: Annotated[str, Body()] = "auto") -> list[list[dict[str, Any]]]:
+    def plan(self, source: Annotated[str, Body()], quant: Annotated[str, Body()] = "auto") -> list[Row]:
         return self.models.plan(source, quant)
 
     def load(self, source: Annotated[str, Body()], quant: Annotated[str, Body()] = "auto") -> None:

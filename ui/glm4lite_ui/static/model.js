@@ -4,6 +4,7 @@ import {element, find} from './dom.js';
 import {ask, tell} from './server.js';
 import {explain, name, say, t} from './words.js';
 
+const QUANTS = {auto: t('automatic'), none: t('as stored')};
 let state = null;
 
 export function setUp(shared) {
@@ -23,7 +24,7 @@ export async function refresh() {
 function draw() {
   const about = state.model, body = find('#model .sheet-body');
   const source = element('input', {id: 'source', autocomplete: 'off', spellcheck: 'false', list: 'known-models', placeholder: 'zai-org/GLM-4-9B-0414'});
-  const quant = element('select', {id: 'quant'}, ...about.quants.map(name => element('option', {value: name}, name)));
+  const quant = element('select', {id: 'quant'}, ...about.quants.map(name => element('option', {value: name}, QUANTS[name] ?? name)));
   const form = element('form', {id: 'load', on: {submit: event => {
     event.preventDefault();
     load(source.value, quant.value);

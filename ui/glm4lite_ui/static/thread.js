@@ -212,7 +212,7 @@ function drawCall(part, change) {
   replaceFrom(part.body, 0, part.blocks);
   if (results) part.body.children[given].before(element('p', {class: 'label'}, failed ? t('Error') : t('Result')));
   if (not_run) part.body.append(element('p', {class: 'label'}, t('It was not run.')));
-  const said = results ? part.body.lastElementChild.querySelector('code').textContent.trim().split('\n', 1)[0] : '';
+  const said = results ? part.body.lastElementChild.querySelector('code').textContent.trim().split('\n', 1)[0].replace(/^Error: /, '') : '';
   part.summary.replaceChildren(
     element('strong', {}, failed ? t('{name} failed', {name}) : name),
     said ? ` → ${said.length > 60 ? said.slice(0, 59) + '…' : said}` : '', lasted(seconds));
