@@ -64,7 +64,7 @@ ENGLISH = """
   for (const element of document.querySelectorAll('gradio-app *')) {
     if (element.closest(theirs) || !element.checkVisibility()) continue;
     const own = [...element.childNodes].filter(node => node.nodeType === 3).map(node => node.data);
-    const names = ['aria-label', 'title', 'placeholder', 'aria-valuetext'].map(name => element.getAttribute(name) ?? '');
+    const names = ['aria-label', 'title', 'placeholder', 'aria-valuetext'].map(one => element.getAttribute(one) ?? '');
     found.push(...own, ...names);
   }
   return [...found, document.title];
@@ -76,8 +76,9 @@ NAMES = frozenset(
         r"\w+",
         """
         glm4lite GLM nano zai org calculator current time unit convert weather MCP Python python CPU KV int4 int8
-        nf4 fp4 float native avx2 avxvnni avx512vnni scalar neon neoni8mm glm4 MiB KiB GiB GB TOP Top Min Markdown JSON Hugging
-        Face Hub English WebRTC HTML temperature config json safetensors nowhere organisation txt png bad GB18030
+        nf4 fp4 float native avx2 avxvnni avx512vnni scalar neon neoni8mm glm4 MiB KiB GiB GB TOP Top Min Markdown JSON
+        Hugging Face Hub English WebRTC HTML temperature config json safetensors nowhere organisation txt png bad
+        GB18030
         """,
     )
 )

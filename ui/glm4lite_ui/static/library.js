@@ -5,6 +5,7 @@ import {ask, tell} from './server.js';
 import {language, say, t} from './words.js';
 
 const WIDE = matchMedia('(min-width: 900px)');
+const TIME = new Intl.DateTimeFormat(language === 'zh' ? 'zh-CN' : 'en-GB', {dateStyle: 'medium', timeStyle: 'short'});
 let state = null, asked = 0, waiting = null, folders = [];
 
 export function setUp(shared) {
@@ -98,7 +99,7 @@ function draw(groups, query) {
 }
 
 function row(chat) {
-  const when = new Date(chat.updated * 1000).toLocaleString(language === 'zh' ? 'zh-CN' : 'en-GB', {dateStyle: 'medium', timeStyle: 'short'});
+  const when = TIME.format(chat.updated * 1000);
   const titled = chat.title === 'New chat' ? t('New chat') : chat.title;  // nothing was typed in it
   const link = element('a', {href: `?chat=${chat.id}`, 'data-chat': chat.id, title: `${titled}\n${when}`, dir: 'auto'}, titled);
   link.addEventListener('click', event => {
