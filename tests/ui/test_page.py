@@ -724,5 +724,5 @@ def test_the_model_page_says_what_is_loaded(serve: Serve, visit: Visit) -> None:
     page.wait_for_selector("#facts >> text=5 layers, 256 wide")
     facts = page.inner_text("#facts")
     assert "int4" in facts
-    assert "On cpu" in facts
+    assert "On CPU" in facts
     assert "calculator" in facts
