@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from glm4lite.encodings import decoded
+from glm4lite.text.encodings import decoded
 
 _SECTION = re.compile(r"^(.+):\n((?:.+\n)+)", re.MULTILINE)
 WORDS = {

@@ -12,8 +12,8 @@ from typing import Any, get_args
 import pytest
 from jsonschema import Draft202012Validator, ValidationError
 
-from glm4lite.events import FORMAT_VERSION, Done, Event, Start, TextDelta, ToolCallStarted
-from glm4lite.terminal import JsonLines
+from glm4lite.base.events import FORMAT_VERSION, Done, Event, Start, TextDelta, ToolCallStarted
+from glm4lite.cli.terminal import JsonLines
 
 SCHEMA: dict[str, Any] = json.loads((Path(__file__).parents[2] / "docs" / "events.schema.json").read_text())
 EVENTS = (Start, *get_args(Event))

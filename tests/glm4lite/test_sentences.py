@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from glm4lite.errors import HubError, QueueFull, said_by
-from glm4lite.sentences import Sentence
+from glm4lite.base.errors import HubError, QueueFull, said_by
+from glm4lite.base.sentences import Sentence
 
 LONG = Sentence("it takes {all}", all=["1", 2000])
 NESTED = Sentence("{name}: {why}, {count}", name="a{why}.txt", why=LONG, count=1234)

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from glm4lite.engine import Engine
-from glm4lite.errors import ToolError
-from glm4lite.sentences import Sentence
-from glm4lite.tools import BUILTIN_TOOLS, Tool
+from glm4lite.base.errors import ToolError
+from glm4lite.base.sentences import Sentence
+from glm4lite.engine.engine import Engine
+from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
+from glm4lite.tools.tool import Tool
 from glm4lite_ui.chats import Chat, Counts, Part, Turn
 from tests.ui.acts import ask, given, wait_for_end
 from tests.ui.conftest import Serve

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import glm4lite
 import glm4lite_ui
-from glm4lite.python_tool import python
-from glm4lite.tools import BUILTIN_TOOLS
+from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
+from glm4lite.tools.python import python
 from glm4lite_ui.markdown import blocks
 
 CORE, PAGE = Path(glm4lite.__file__).parent, Path(glm4lite_ui.__file__).parent
@@ -22,9 +22,9 @@ _LISTED = re.compile(r"const (?:KEYS|FIELDS) = \[\n(.*?)\n\];", re.DOTALL)
 _SHORT = re.compile(r"'((?:[^'\\]|\\.)*)'")
 _LABEL = re.compile(r'aria-label="([^"]*)"')
 _KEY = re.compile(r"^  '((?:[^'\\]|\\.)*)': '((?:[^'\\]|\\.)*)',$")
-_ELSEWHERE = ("benchmark", "evaluate", "quantized")  # commands of the terminal
+_ELSEWHERE = ("benchmark", "evaluate", "quantize")  # commands of the terminal
 _MARKDOWN = "- [x] a\n- [ ] b\n\n| a |\n|---|\n| b |\n\n```\nc\n```\n\n$$x$$"
-_PYTHON_LIMITS = CORE / "sandbox" / "jail.py"
+_PYTHON_LIMITS = CORE / "tools" / "sandbox" / "jail.py"
 
 
 def table() -> dict[str, str]:

@@ -16,8 +16,8 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm4lite.errors import said_by
-from glm4lite.sentences import Sentence
+from glm4lite.base.errors import said_by
+from glm4lite.base.sentences import Sentence
 from glm4lite_ui.untrusted.apart import Reader, UnreadableError, read_apart
 
 LARGEST = 64 << 20  # bytes of a file

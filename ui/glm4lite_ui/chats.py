@@ -30,8 +30,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 
-from glm4lite.errors import Glm4liteError
-from glm4lite.sentences import Sentence
+from glm4lite.base.errors import Glm4liteError
+from glm4lite.base.sentences import Sentence
 
 TITLE_CHARACTERS = 60
 NEW_TITLE = "New chat"

@@ -20,8 +20,8 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from glm4lite.errors import Glm4liteError, said_by
-from glm4lite.sentences import Sentence
+from glm4lite.base.errors import Glm4liteError, said_by
+from glm4lite.base.sentences import Sentence
 from glm4lite_ui.answering import Decision
 from glm4lite_ui.artifacts import artifacts_of
 from glm4lite_ui.chats import NEW_TITLE, Attachment, Chat, Settings, to_json

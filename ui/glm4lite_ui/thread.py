@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
-from glm4lite.sentences import Sentence
+from glm4lite.base.sentences import Sentence
 from glm4lite_ui.answering import Answer, Asking
 from glm4lite_ui.chats import Chat, Part, Turn, to_json
 from glm4lite_ui.markdown import Growing, blocks, code

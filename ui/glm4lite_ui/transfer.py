@@ -20,8 +20,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
-from glm4lite.errors import Glm4liteError, said_by
-from glm4lite.sentences import Sentence
+from glm4lite.base.errors import Glm4liteError, said_by
+from glm4lite.base.sentences import Sentence
 from glm4lite_ui.attachments import shown_name
 from glm4lite_ui.export import KINDS, as_json, as_markdown, file_name, write_archive
 from glm4lite_ui.runtime import Runtime

@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from glm4lite.errors import Glm4liteError, said_by
-from glm4lite.sentences import Sentence
+from glm4lite.base.errors import Glm4liteError, said_by
+from glm4lite.base.sentences import Sentence
 from glm4lite_ui.chats import Chat, read_chat
 from glm4lite_ui.saved.store import ChatStore
 from glm4lite_ui.untrusted.apart import Limits, UnreadableError, read_apart

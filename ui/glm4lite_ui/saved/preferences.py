@@ -24,8 +24,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from glm4lite.errors import Glm4liteError, said_by
-from glm4lite.sentences import Sentence
+from glm4lite.base.errors import Glm4liteError, said_by
+from glm4lite.base.sentences import Sentence
 from glm4lite_ui.chats import Settings
 from glm4lite_ui.saved.store import write_whole
 

@@ -171,7 +171,7 @@ const CHINESE = {
   '{seconds} s': '{seconds} 秒',
   '{seconds} s left': '还剩 {seconds} 秒',
   '{speed} tokens/s': '{speed} 词元/秒',
-  // What the server says: patterns of sentences (glm4lite/sentences.py).
+  // What the server says: patterns of sentences (glm4lite/base/sentences.py).
   'It was said: {said}': '程序报告（原文）：{said}',
   'code': '代码',
   'done': '已完成',
@@ -379,7 +379,7 @@ export function t(text, values = {}) {
   return said.replace(/\{(\w+)\}/g, (whole, name) => values[name] ?? whole);
 }
 
-/** A sentence of the server's (glm4lite/sentences.py): its pattern in the page's language, with its values. */
+/** A sentence of the server's (glm4lite/base/sentences.py): its pattern in the page's language, with its values. */
 export function say(sentence) {
   if (Array.isArray(sentence)) return sentence.map(say).join(t(', '));
   if (typeof sentence === 'number') return count(sentence);

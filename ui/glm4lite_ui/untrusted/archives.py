@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import IO, Any
 
-from glm4lite.errors import said_by
-from glm4lite.sentences import Sentence
+from glm4lite.base.errors import said_by
+from glm4lite.base.sentences import Sentence
 from glm4lite_ui.chats import NEW_TITLE, Chat, Settings, read_chat
 from glm4lite_ui.untrusted.documents import Refused
 from glm4lite_ui.untrusted.messages import (

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 from xml.parsers import expat
 
-from glm4lite.errors import Glm4liteError, said_by
-from glm4lite.sentences import Sentence
+from glm4lite.base.errors import Glm4liteError, said_by
+from glm4lite.base.sentences import Sentence
 
 MOST_PAGES = 2000
 LONGEST = 4_000_000  # characters of a text; the longest context, a million tokens, is about as long
@@ -200,7 +200,7 @@ def _fenced(code: str, language: str) -> str:
 
 
 def _text() -> Callable[[IO[bytes]], Iterator[dict[str, Any]]]:
-    from glm4lite.encodings import decoded
+    from glm4lite.text.encodings import decoded
 
     def read(file: IO[bytes]) -> Iterator[dict[str, Any]]:
         data = file.read(4 * LONGEST + 1)

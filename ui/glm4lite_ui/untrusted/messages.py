@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from glm4lite.errors import Glm4liteError
+from glm4lite.base.errors import Glm4liteError
 from glm4lite_ui.chats import Chat, Part, Turn
 
 MOST_TURNS = 20_000  # of a chat

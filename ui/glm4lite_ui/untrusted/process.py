@@ -37,8 +37,8 @@ def _wall_in() -> None:
         return
     import signal
 
-    from glm4lite.sandbox import landlock, seccomp
-    from glm4lite.sandbox.kernel import call
+    from glm4lite.tools.sandbox import landlock, seccomp
+    from glm4lite.tools.sandbox.kernel import call
 
     own = [*sys.path, sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()]
     with suppress(OSError):
@@ -62,8 +62,8 @@ def _reading(reader: str) -> Reading:
 
 def main(reader: str, limits: dict[str, Any]) -> None:
     """Reads stdin with the reader."""
-    from glm4lite.errors import said_by
-    from glm4lite.sentences import Sentence
+    from glm4lite.base.errors import said_by
+    from glm4lite.base.sentences import Sentence
     from glm4lite_ui.untrusted.documents import Refused
 
     out, sys.stdout = sys.stdout.buffer, sys.stderr  # what a library prints is no answer
