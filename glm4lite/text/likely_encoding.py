@@ -23,7 +23,7 @@ from glm4lite.text.common_letters import CYRILLIC, KANJI, LATIN, SIMPLIFIED, SYL
 SAMPLE = 4 << 10  # bytes that are looked at
 _NEAR = 3.0  # a reading that is not e^3 times as likely as the next is called a guess
 _USUAL = -5.0  # of a byte beyond ASCII: less is called a guess
-_STRANGE = -6.0  # the same: less is a text in none of the languages
+_STRANGE = -5.7  # the same: less is a text in none of the languages
 _LEAST = 12  # of these bytes for either verdict; a short text may be of rare letters
 
 # Natural logarithms of how often a letter is met, chosen by hand after counts and tried on lists of words.
