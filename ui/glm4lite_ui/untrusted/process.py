@@ -83,13 +83,13 @@ def main(reader: str, limits: dict[str, Any]) -> None:
     except Refused as refused:
         last = {"error": said_by(refused).to_json()}
     except MemoryError:
-        said = Sentence("reading it takes more than {size} MiB of memory", size=limits["memory"] >> 20)
-        last = {"error": said.to_json()}
+        why = Sentence("reading it takes more than {size} MiB of memory", size=limits["memory"] >> 20)
+        last = {"error": why.to_json()}
     except RecursionError:
         last = {"error": Sentence("it is nested too deeply").to_json()}
     except Exception as error:  # of a library, about a file that is damaged
-        said = Sentence("it is damaged ({problem})", problem=said_by(error)[:200])
-        last = {"error": said.to_json()}
+        why = Sentence("it is damaged ({problem})", problem=said_by(error)[:200])
+        last = {"error": why.to_json()}
     say(last)
 
 
