@@ -170,12 +170,12 @@ def test_an_exported_archive_is_imported(client: httpx.Client, site: Site) -> No
     archive = client.get("/export/all.zip").content
     site.runtime.store.delete(chat.id)
     answer = client.post("/page/import?name=chats.zip", content=archive)
-    assert answer.json() == {"said": "Imported 1 chat.", "chats": [chat.id], "skipped": [], "left_out": {}}
+    assert answer.json() == {"said": [{"said": "Imported 1 chat."}], "chats": [chat.id], "skipped": [], "left_out": {}}
     again = client.post("/page/import?name=chats.zip", content=archive).json()
     assert again["skipped"] == [["Hi", "it is here already"]]
     refused = client.post("/page/import?name=../a%0Ab.txt", content=b"no")
     assert refused.status_code == 409
-    assert refused.json()["error"].startswith("ab.txt cannot be imported: it is no JSON")
+    assert Sentence.from_json(refused.json()["error"]).startswith("ab.txt cannot be imported: it is no JSON")
     elsewhere = client.post("/page/import?name=a", content=archive, headers={"Origin": "http://example.com"})
     assert elsewhere.status_code == 403
 
@@ -185,7 +185,7 @@ def test_an_import_that_is_too_large_is_refused_while_it_comes(
 ) -> None:
     monkeypatch.setattr("glm4lite_ui.transfer.LARGEST", 1 << 20)
     answer = client.post("/page/import?name=a.json", content=b"[" + b" " * (2 << 20))
-    assert "a.json cannot be imported: it is larger than 1 MiB" in answer.json()["error"]
+    assert "a.json cannot be imported: it is larger than 1 MiB" in Sentence.from_json(answer.json()["error"])
 
 
 def test_the_api_is_served_beside_the_page(client: httpx.Client, site: Site, tmp_path: Path) -> None:
