@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "README.zh.md", "CONTRIBUTING.md", "nano/README.md")
+PAGES = (
+    "README.md",
+    "README.zh.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "docs/architecture.md",
+    "docs/security.md",
+    "nano/README.md",
+)
 EXAMPLES = [
     code
     for page in PAGES[:2]
@@ -43,3 +52,10 @@ def test_the_chinese_readme_has_the_sections_commands_and_figures_of_the_english
         assert sorted(word for word in words if word.isascii() and word[1:-1] not in theirs) == []
         figures = set(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]| 亿)", ours))
         assert sorted(figures - set(re.findall(r"\d+\.\d+", theirs))) == []
+
+
+def test_files_that_are_named_exist() -> None:
+    named = re.compile(r"`((?:glm4lite|quant|ui|tests|bench|docs|examples|nano)/[\w./-]+)`")
+    for page in PAGES:
+        for path in named.findall((ROOT / page).read_text(encoding="utf-8")):
+            assert (ROOT / path).exists(), f"{page} names {path}"

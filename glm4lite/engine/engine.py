@@ -38,6 +38,9 @@ SEPARATOR = "<|assistant|>"
 class Engine:
     """A model, its tokenizer, its chat template (None: a base model) and its generation_config.json.
 
+        engine = Engine.load("nano")
+        session, other = ChatSession(engine), ChatSession(engine, system="Answer in one word.")
+
     What was computed for the last prompts is kept in `prefixes`, whoever asked; `totals` counts all that was generated.
     For one thread at a time.
     """

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from glm4lite.base.extras import require
 from glm4lite.cli import options
 from glm4lite.cli.running import nano_remark, rendering, use_threads
 
@@ -33,6 +34,7 @@ def ui(
     limits |= {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
     with rendering(as_json=False) as renderer:
         # Before what takes seconds to import.
+        require("the web chat", "gradio", "nh3", "latex2mathml", "pygments", extra="ui")
         renderer.remark(nano_remark("ui") if model == "nano" else f"Starting the page with {model} ...")
         from glm4lite.engine.engine import Engine
         from glm4lite.engine.worker import EngineWorker
