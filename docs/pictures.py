@@ -1,4 +1,7 @@
-"""Draws docs/img: the page of `glm4lite ui` with nano, in Chromium. `python docs/pictures.py`"""
+"""Draws docs/img: the page of `glm4lite ui` with nano, in Chromium. `python docs/pictures.py`
+
+The Chinese one needs fonts (Debian: fonts-noto-cjk).
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,13 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from glm4lite.base.sentences import Sentence
 from glm4lite.engine.engine import Engine
 from glm4lite.engine.worker import EngineWorker
 from glm4lite.server import create_app
 from glm4lite.server.launch import Address, Server, url_of
 from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
-from glm4lite_ui.chats import Chat, Counts, Part, Turn
+from glm4lite_ui.chats import Attachment, Chat, Counts, Part, Turn
 from glm4lite_ui.runtime import Runtime
 from glm4lite_ui.saved.store import ChatStore
 from glm4lite_ui.serving import mount
@@ -36,6 +40,23 @@ CLOCK = """Here is a clock face as SVG:
 ```
 
 The hour hand turns by $\\frac{360^\\circ}{12}$ each hour.
+"""
+TITLES = ("读取 GBK 编码的文件", "把这封邮件翻译成英文", "周末去哪里玩")
+COMPARED = """下面是三个城市的简单比较：
+
+| 城市 | 人口（万） | 特点 |
+|---|---|---|
+| 北京 | 2189 | 政治和文化中心，有故宫、长城等名胜 |
+| 上海 | 2487 | 经济和金融中心，外滩夜景有名 |
+| 广州 | 1868 | 商贸中心，美食之都 |
+
+```python
+# 平均人口
+人口 = [2189, 2487, 1868]
+print(f"{sum(人口) / len(人口):.0f} 万")
+```
+
+公式：$\\bar{x} = \\frac{1}{n}\\sum_{i=1}^{n} x_i$。
 """
 
 
@@ -56,8 +77,8 @@ def served(folder: Path, asks: bool) -> Iterator[tuple[str, Runtime]]:
     thread.join(10)
 
 
-def visit(browser: Browser, url: str, width: int = 1200, scheme: str = "light") -> Page:
-    options = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme, "device_scale_factor": 1}
+def visit(browser: Browser, url: str, width: int = 1200, scheme: str = "light", locale: str = "en-GB") -> Page:
+    options = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme, "locale": locale}
     page = browser.new_context(**options).new_page()  # type: ignore[arg-type]
     page.goto(url)
     page.wait_for_selector("body[data-ready]")
@@ -93,11 +114,25 @@ def draw(browser: Browser, folder: Path) -> None:
         page = visit(browser, f"{url}/?chat={clock}")
         page.get_by_label("Preview").click()
         save(page, "preview")
+    draw_chinese(browser, folder / "chinese")
     with served(folder, asks=True) as (url, _):
         page = visit(browser, url)
         ask(page)
         page.wait_for_selector("#asking >> text=calculator")
         save(page, "approval")
+
+
+def draw_chinese(browser: Browser, folder: Path) -> None:
+    with served(folder, asks=False) as (url, runtime):
+        for title in TITLES:
+            runtime.store.save(Chat.of(Turn(title), title=title))
+        files = [Attachment("城市.csv", "", 96, encoding=Sentence("GB18030"))]
+        parts = [Part("text", 0, COMPARED, seconds=3.1)]
+        turn = Turn("比较这三个城市，再算出平均人口。", files, parts, Counts(160, 188, "stop", 12.4, 160))
+        runtime.store.save(chat := Chat.of(turn, title="比较三个城市"))
+        page = visit(browser, f"{url}/?chat={chat.id}", locale="zh-CN")
+        page.wait_for_selector(".turn table")
+        save(page, "chinese")
 
 
 def main() -> None:

@@ -44,7 +44,6 @@ ALLOWED = {
     "uvicorn": {"glm4lite/server/launch.py", "glm4lite/server/connection.py"},
     "pypdf": {"ui/glm4lite_ui/untrusted/documents.py"},
     "prompt_toolkit": {f"glm4lite/cli/chat/{name}.py" for name in ("keyboard", "history")},
-    "charset_normalizer": {"glm4lite/text/encodings.py"},
     "pickle": set(),
     "huggingface_hub": {"glm4lite/hub/client.py", "glm4lite/hub/errors.py"},
 }

@@ -4,12 +4,27 @@ import difflib
 import reprlib
 from collections.abc import Iterable
 
+from glm4lite.base.sentences import Sentence
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 76
 
 
 class Glm4liteError(Exception):
-    """Base of every error a user can cause: one line naming the thing, what was found and what to do."""
+    """Base of every error a user can cause: one line naming the thing, what was found and what to do.
+
+    raise Glm4liteError("{name} is larger than {size} MiB", name=name, size=64)   # of the page, in any language
+    raise Glm4liteError(f"{name}: tensor {tensor} is missing")                    # in English alone
+    """
+
+    def __init__(self, *said: object, **values: object) -> None:
+        super().__init__(*([Sentence(str(said[0]), **values)] if values else said))
+
+
+def said_by(error: BaseException) -> Sentence:
+    """What an error says, its kind where that is nothing; of another library's error one line of 500 characters."""
+    said = error.args[0] if len(error.args) == 1 else None
+    return said if isinstance(said, Sentence) else Sentence(one_line(error, 500) or type(error).__name__)
 
 
 def one_line(text: object, most: int | None = None) -> str:
@@ -104,5 +119,9 @@ class QueueFull(Glm4liteError):
     """More questions wait for the model than it takes; `retry_after` is in how many seconds to ask again."""
 
     def __init__(self, waiting: int, retry_after: int) -> None:
-        super().__init__(f"{waiting} requests wait for the model already; try again in {retry_after} s")
+        super().__init__(
+            "{waiting} requests wait for the model already; try again in {seconds} s",
+            waiting=waiting,
+            seconds=retry_after,
+        )
         self.retry_after = retry_after

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +109,7 @@ def print_report(report: Benchmark | Evaluation | PlacementReport, as_json: bool
         print_facts(list(report.lines()))
 
 
-def print_facts(facts: list[tuple[str, str]]) -> None:
+def print_facts(facts: Sequence[tuple[str, str]]) -> None:
     from glm4lite.cli.printable import printable_line
 
     width = max(len(name) for name, _ in facts)

@@ -98,8 +98,10 @@ class Generation:
             raise ContextLengthError("the prompt is empty: there is nothing to go on from")
         if len(prompt) >= context:
             raise ContextLengthError(
-                f"the prompt has {len(prompt)} tokens and the model's context is {context}; "
-                f"shorten the conversation or start a new one"
+                "the prompt has {tokens} tokens and the model's context is {context}; "
+                "shorten the conversation or start a new one",
+                tokens=str(len(prompt)),
+                context=str(context),
             )
         self.model, self.prompt, self.params = model, prompt, params
         self.stop_ids = frozenset(stop_ids)
@@ -199,7 +201,11 @@ def _logprobs(logits: torch.Tensor, token: int, count: int) -> TokenLogprobs:
 def _device_failure(error: BaseException, tokens: int) -> DeviceError | None:
     """What a user is told where a device gave out; None where the error is another one."""
     if where := ran_out(error):
-        return DeviceError(f"{where} ran out at {tokens} tokens; shorten the conversation, or load with kv int8")
+        return DeviceError(
+            "{where} ran out at {tokens} tokens; shorten the conversation, or load with kv int8",
+            where=where,
+            tokens=str(tokens),
+        )
     if isinstance(error, getattr(torch, "AcceleratorError", ())):
         why = str(error).partition("\n")[0][:200]
         return DeviceError(f"the GPU failed ({why}); start again, or use --device cpu")

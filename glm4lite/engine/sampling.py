@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from glm4lite.base.errors import ModelError, SamplingError
+from glm4lite.base.sentences import Sentence
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -54,9 +55,14 @@ class SamplingParams:
                 continue
             upper = math.inf if largest is None else largest
             if not _is_number(value, kind) or not smallest <= value <= upper:
-                what = "a whole number" if kind is int else "a number"
-                bounds = f"at least {smallest}" if largest is None else f"between {smallest} and {largest}"
-                raise SamplingError(f"{name} must be {what} {bounds}, found {str(value)[:40]}")
+                what = Sentence("a whole number") if kind is int else Sentence("a number")
+                bounds = Sentence("at least {least}", least=str(smallest))
+                if largest is not None:
+                    bounds = Sentence("between {least} and {most}", least=str(smallest), most=str(largest))
+                found = str(value)[:40]
+                raise SamplingError(
+                    "{name} must be {what} {bounds}, found {found}", name=name, what=what, bounds=bounds, found=found
+                )
         if isinstance(self.stop, str):
             raise SamplingError(f"stop must be a list of texts, found {self.stop!r}")
         if not all(self.stop):

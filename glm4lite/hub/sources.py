@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from glm4lite.base.errors import HubError
 from glm4lite.base.events import Progress
 from glm4lite.base.files import CONFIG
+from glm4lite.base.sentences import Sentence
 from glm4lite.hub.options import HubOptions
 
 logger = logging.getLogger("glm4lite")
@@ -20,7 +21,7 @@ NANO = "nano"
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _LONGEST_ID = 96  # the Hub's rule, as the others of _is_repo_id
-_HOW = "give a folder, a Hub repo id (organisation/name, for example zai-org/GLM-4-9B-0414), or nano"
+_HOW = Sentence("give a folder, a Hub repo id (organisation/name, for example zai-org/GLM-4-9B-0414), or nano")
 
 
 def resolve(
@@ -66,14 +67,14 @@ def locate(source: str | Path) -> Path | str:
         return nano_folder()
     text = str(source)
     if not text.strip():
-        raise HubError(f"the model's name is empty; {_HOW}")
+        raise HubError("the model's name is empty; {how}", how=_HOW)
     folder = _existing(text)
     if folder is not None:
         return folder
     if isinstance(source, Path) or _looks_like_a_path(text):
-        raise HubError(f"{_cut(text)} does not exist; {_HOW}")
+        raise HubError("{name} does not exist; {how}", name=_cut(text), how=_HOW)
     if not _is_repo_id(text):
-        raise HubError(f"{_cut(text)!r} is neither a folder nor a Hub repo id; {_HOW}")
+        raise HubError("{name} is neither a folder nor a Hub repo id; {how}", name=repr(_cut(text)), how=_HOW)
     _check_environment()
     return text
 
@@ -111,9 +112,11 @@ def _existing(text: str) -> Path | None:
     except RuntimeError:  # "~name" of a user who does not exist
         return None
     except OSError as error:
-        raise HubError(f"{_cut(text)} cannot be opened ({error.strerror or error}); {_HOW}") from None
+        raise HubError(
+            "{name} cannot be opened ({problem}); {how}", name=_cut(text), problem=error.strerror or error, how=_HOW
+        ) from None
     if exists:
-        raise HubError(f"{path} is a file; give the folder that holds config.json and the safetensors files")
+        raise HubError("{path} is a file; give the folder that holds config.json and the safetensors files", path=path)
     return None
 
 

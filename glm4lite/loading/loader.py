@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from glm4lite.base.errors import CheckpointError
+from glm4lite.base.sentences import Sentence
 from glm4lite.base.sizes import readable
 from glm4lite.checkpoint.calibration import layer_bytes
 from glm4lite.checkpoint.checkpoint import Checkpoint
@@ -83,11 +84,15 @@ def _check_memory(checkpoint: Checkpoint, plan: LoadPlan, wanted: Quant | None, 
         needed += layer_bytes(checkpoint, plan)
     if device_map.home.type != "cpu" or device_map.placement is not None or free is None or needed <= free:
         return
-    advice = "load a folder made by `glm4lite quantize`, which is mapped"
+    advice = Sentence("load a folder made by `glm4lite quantize`, which is mapped")
     if wanted is None and not plan.quantized:
-        advice = f"quantize it (quant='int4'), or {advice}"
+        advice = Sentence("quantize it (quant='int4'), or {advice}", advice=advice)
     elif isinstance(wanted, QuantConfig) and wanted.bits == 8:
-        advice = f"use quant='int4', or {advice}"
+        advice = Sentence("use quant='int4', or {advice}", advice=advice)
     raise CheckpointError(
-        f"{checkpoint.folder} needs {readable(needed)} of memory, {readable(free)} are free; {advice}"
+        "{model} needs {size} of memory, {free} are free; {advice}",
+        model=checkpoint.folder,
+        size=readable(needed),
+        free=readable(free),
+        advice=advice,
     )

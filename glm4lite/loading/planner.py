@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from glm4lite.base.errors import ConfigError
+from glm4lite.base.sentences import Sentence
 from glm4lite.base.sizes import readable
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.quantization import AUTO, parse_quant
@@ -29,7 +30,7 @@ class PlacementReport:
     needs: Requirements
     machine: Machine
     placement: Placement
-    assumed: tuple[str, ...]
+    assumed: tuple[Sentence, ...]
     proposals: tuple[Proposal, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -55,9 +56,9 @@ class PlacementReport:
         }
 
     @property
-    def _refusal(self) -> str:
+    def _refusal(self) -> object:
         """What is missing, without the ways out: those that hold are `proposals`."""
-        return self.placement.advice.partition(": ")[0]
+        return self.placement.advice.values["missing"]
 
     def rows(self) -> Iterator[tuple[str, ...]]:
         """A table's rows, the header first."""
@@ -69,26 +70,36 @@ class PlacementReport:
             parts += [name for name in ("head", "embedding") if getattr(self.placement, name) == share.device]
             yield share.device, ", ".join(parts), *(readable(size) if size else "" for size in sizes), readable(total)
 
-    def lines(self) -> Iterator[tuple[str, str]]:
+    def lines(self) -> Iterator[tuple[Sentence, Sentence]]:
         """What stands below the table."""
         placed = self.placement
-        yield "model", f"{self.model}, {self.needs.quant}: {readable(placed.weight_bytes)} of weights"
+        weights = readable(placed.weight_bytes)
+        named = {"model": self.model, "quant": self.needs.quant, "size": weights}
+        yield Sentence("model"), Sentence("{model}, {quant}: {size} of weights", **named)
         if mapped := placed.share("cpu").mapped:
-            yield "mapped", f"{readable(mapped)} of the weights stay in the file's pages: not held, outside a budget"
-        cache = f"{readable(placed.kv_bytes)} for {placed.context} tokens ({placed.kv})"
-        yield "cache", f"{cache}, {readable(placed.kv_bytes * 1024 // placed.context)} for each 1024"
+            said = Sentence(
+                "{size} of the weights stay in the file's pages: not held, outside a budget", size=readable(mapped)
+            )
+            yield Sentence("mapped"), said
+        cache = {"size": readable(placed.kv_bytes), "tokens": str(placed.context), "kv": placed.kv}
+        each = readable(placed.kv_bytes * 1024 // placed.context)
+        yield Sentence("cache"), Sentence("{size} for {tokens} tokens ({kv}), {each} for each 1024", **cache, each=each)
         if self.placement.fits:
-            yield "decode", f"about {placed.decode_tokens_per_s:.2f} tokens/s, with the cache half full"
-            yield "prompt", f"about {placed.prefill_tokens_per_s:.0f} tokens/s"
-            yield "fits", f"yes{f'; {placed.advice}' if placed.advice else ''}"
+            decode, prompt = f"{placed.decode_tokens_per_s:.2f}", f"{placed.prefill_tokens_per_s:.0f}"
+            yield Sentence("decode"), Sentence("about {speed} tokens/s, with the cache half full", speed=decode)
+            yield Sentence("prompt"), Sentence("about {speed} tokens/s", speed=prompt)
+            yield (
+                Sentence("fits"),
+                Sentence("yes; {advice}", advice=placed.advice) if placed.advice else Sentence("yes"),
+            )
         else:
-            yield "fits", f"no: {self._refusal}"
+            yield Sentence("fits"), Sentence("no: {why}", why=self._refusal)
             for proposal in self.proposals:
-                yield "would fit", str(proposal)
+                yield Sentence("would fit"), proposal.said()
         if self.machine.measured:
-            yield "measured", ", ".join(self.machine.measured)
+            yield Sentence("measured"), Sentence("{list}", list=self.machine.measured)
         for note in self.assumed:
-            yield "assumed", note
+            yield Sentence("assumed"), note
 
 
 def plan(
@@ -117,9 +128,10 @@ def plan(
     if placement.share("disk").layers:
         measured = _disk_bandwidth(checkpoint)
         if measured is None:
-            notes += (f"a disk of {machine.disk_bandwidth / 1e9:.1f} GB/s (no shard is here to measure it with)",)
+            speed = f"{machine.disk_bandwidth / 1e9:.1f}"
+            notes += (Sentence("a disk of {speed} GB/s (no shard is here to measure it with)", speed=speed),)
         else:
-            told = (*machine.measured, f"disk {measured / 1e9:.1f} GB/s")
+            told = (*machine.measured, Sentence("disk {speed} GB/s", speed=f"{measured / 1e9:.1f}"))
             machine = replace(machine, disk_bandwidth=measured, measured=told)
             placement, needs, _ = _placed(needs, machine, budget)
     changes = () if placement.fits else tuple(_proposals(checkpoint, asked, machine, budget))
@@ -134,12 +146,14 @@ def _machine(budget: Budget, gpu_bandwidth: float | None, quantized: bool) -> Ma
 
 def _allowing(machine: Machine, budget: Budget) -> Machine:
     if budget.ram is not None and budget.ram > machine.ram:
-        note = f"{readable(budget.ram)} of RAM ({readable(machine.ram)} are free here now)"
+        sizes = {"size": readable(budget.ram), "free": readable(machine.ram)}
+        note = Sentence("{size} of RAM ({free} are free here now)", **sizes)
         machine = replace(machine, ram=budget.ram, assumed=(*machine.assumed, note))
     if budget.gpu_memory and not machine.gpus:
         machine = machines.with_assumed_gpu(machine, budget.gpu_memory)
     elif budget.gpu_memory and budget.gpu_memory > min(machine.gpus):
-        note = f"{readable(budget.gpu_memory)} of GPU memory ({readable(min(machine.gpus))} are free here now)"
+        sizes = {"size": readable(budget.gpu_memory), "free": readable(min(machine.gpus))}
+        note = Sentence("{size} of GPU memory ({free} are free here now)", **sizes)
         gpus = tuple(max(free, budget.gpu_memory) for free in machine.gpus)
         machine = replace(machine, gpus=gpus, assumed=(*machine.assumed, note))
     return machine
@@ -163,13 +177,17 @@ def _proposals(checkpoint: Checkpoint, needs: Requirements, machine: Machine, bu
     yield from proposals(attempt, quants, placed.kv, placed.context, budget.gpu_memory)
 
 
-def _placed(needs: Requirements, machine: Machine, budget: Budget) -> tuple[Placement, Requirements, tuple[str, ...]]:
+def _placed(
+    needs: Requirements, machine: Machine, budget: Budget
+) -> tuple[Placement, Requirements, tuple[Sentence, ...]]:
     """The placement, and the needs and the note it rests on: what must lie on disk is to be quantized once before."""
     placement = place_within(needs, machine, budget)
     if placement.fits or needs.stored or needs.quant not in ("int4", "int8"):
         return placement, needs, ()
     once = replace(needs, stored=True, loading=0)
-    note = "the folder that `glm4lite quantize` writes once: only stored layers can be read as they are needed"
+    note = Sentence(
+        "the folder that `glm4lite quantize` writes once: only stored layers can be read as they are needed"
+    )
     return place_within(once, machine, budget), once, (note,)
 
 

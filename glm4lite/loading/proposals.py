@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, TypeAlias
 
+from glm4lite.base.sentences import Sentence
 from glm4lite.base.sizes import enough, parse_size
 from glm4lite.memory.resources import Placement
 
@@ -43,11 +44,15 @@ class Proposal:
         speed = round(self.decode_tokens_per_s, 3)
         return {**self.changes, "quantize_first": self.quantize_first, "decode_tokens_per_s": speed}
 
-    def __str__(self) -> str:
+    def said(self) -> Sentence:
+        """As a command's options."""
         given = {name: value for name, value in self.changes.items() if name != "quant" or not self.quantize_first}
         options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
-        folder = f"the folder of `glm4lite quantize --quant {self.quantize_first}`" if self.quantize_first else ""
-        return f"{' with '.join(filter(None, (folder, options)))}: about {self.decode_tokens_per_s:.2f} tokens/s"
+        changes: str = options
+        if self.quantize_first:
+            folder = Sentence("the folder of `glm4lite quantize --quant {quant}`", quant=self.quantize_first)
+            changes = Sentence("{folder} with {options}", folder=folder, options=options) if options else folder
+        return Sentence("{changes}: about {speed} tokens/s", changes=changes, speed=f"{self.decode_tokens_per_s:.2f}")
 
 
 def proposals(

@@ -13,6 +13,7 @@ import torch
 
 from glm4lite.base.direct_io import ALIGNMENT, DirectFile, Extent
 from glm4lite.base.errors import CheckpointError
+from glm4lite.base.sentences import Sentence
 from glm4lite.base.sizes import readable
 from glm4lite.memory import system
 from glm4lite.memory.resources import Machine
@@ -42,13 +43,16 @@ def this_machine(quantized: bool = True) -> Machine:
     quantized: the CPU's speeds are those of int4 layers, else of bfloat16.
     """
     free, bandwidth, rate = free_ram(), ram_bandwidth(quantized), cpu_rate(quantized)
-    unknown = f"{readable(UNKNOWN_RAM)} of RAM (this system does not tell what is free)"
-    what, rates = "int4 layers" if quantized else "memory", (bandwidth / 1e9, rate / 1e12)
+    unknown = Sentence("{size} of RAM (this system does not tell what is free)", size=readable(UNKNOWN_RAM))
+    speeds = (
+        Sentence("int4 layers {speed} GB/s" if quantized else "memory {speed} GB/s", speed=f"{bandwidth / 1e9:.1f}"),
+        Sentence("prompts on the CPU {speed} TOP/s", speed=f"{rate / 1e12:.2f}"),
+    )
     machine = Machine(
         UNKNOWN_RAM if free is None else free,
         ram_bandwidth=bandwidth,
         cpu_rate=rate,
-        measured=(f"{what} {rates[0]:.1f} GB/s", f"prompts on the CPU {rates[1]:.2f} TOP/s"),
+        measured=speeds,
         assumed=(unknown,) if free is None else (),
     )
     return _with_gpus(machine) if torch.cuda.is_available() else machine
@@ -73,8 +77,13 @@ def prefetch_speeds(quantized: bool) -> Machine:
 def with_assumed_gpu(machine: Machine, size: int) -> Machine:
     """The machine with one GPU more than it has: an RTX 4060's speeds, `size` bytes free."""
     assumed = Machine(0)
-    speeds = f"{assumed.gpu_bandwidth / 1e9:.0f} GB/s, {assumed.gpu_rate / 1e12:.0f} TFLOP/s, as an RTX 4060"
-    note = f"a GPU of {readable(size)}, {speeds}; its bus {assumed.bus_bandwidth / 1e9:.0f} GB/s"
+    note = Sentence(
+        "a GPU of {size}, {speed} GB/s, {rate} TFLOP/s, as an RTX 4060; its bus {bus} GB/s",
+        size=readable(size),
+        speed=f"{assumed.gpu_bandwidth / 1e9:.0f}",
+        rate=f"{assumed.gpu_rate / 1e12:.0f}",
+        bus=f"{assumed.bus_bandwidth / 1e9:.0f}",
+    )
     return replace(machine, gpus=(size,), assumed=(*machine.assumed, note))
 
 
@@ -147,9 +156,13 @@ def _with_gpus(machine: Machine) -> Machine:
     try:
         copied, crossed, rate = gpu_bandwidth(gpu), bus_bandwidth(gpu), gpu_rate(gpu)
     except RuntimeError:  # out of memory, no pinned memory: the free bytes are known all the same
-        note = "speeds of an RTX 4060 (this GPU could not be measured)"
+        note = Sentence("speeds of an RTX 4060 (this GPU could not be measured)")
         return replace(machine, gpus=free, assumed=(*machine.assumed, note))
-    found = (f"GPU {copied / 1e9:.0f} GB/s", f"{rate / 1e12:.0f} TFLOP/s", f"its bus {crossed / 1e9:.1f} GB/s")
+    found = (
+        Sentence("GPU {speed} GB/s", speed=f"{copied / 1e9:.0f}"),
+        Sentence("{rate} TFLOP/s", rate=f"{rate / 1e12:.0f}"),
+        Sentence("its bus {speed} GB/s", speed=f"{crossed / 1e9:.1f}"),
+    )
     measured = (*machine.measured, *found)
     return replace(machine, gpus=free, gpu_bandwidth=copied, bus_bandwidth=crossed, gpu_rate=rate, measured=measured)
 

@@ -8,8 +8,10 @@ through a ring of buffers, and are spread among those held in RAM, so that readi
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
 
 from glm4lite.base.errors import ConfigError, ContextLengthError
+from glm4lite.base.sentences import Sentence
 from glm4lite.base.sizes import enough, readable
 from glm4lite.memory import speed
 from glm4lite.memory.resources import (
@@ -181,31 +183,39 @@ def _least_gpu(request: _Request) -> int:
     return fixed + buffers + needs.layers[-1] + request.kv_bytes(1, gpu=True)
 
 
-def _advice(request: _Request, placement: Placement, short: tuple[str, int] | None) -> str:
-    """One line: what to change where it does not fit, what would be faster where layers are read from disk."""
+def _advice(request: _Request, placement: Placement, short: tuple[str, int] | None) -> Sentence:
+    """What to change where it does not fit (`missing` and `remedy`), what would be faster where layers are on disk."""
     needs = request.needs
     if short is None:
         return _faster(request, placement)
     if short[0] == "gpu":
-        least = enough(_least_gpu(request))
-        return f"the GPU memory given holds not even the head and one layer: give --gpu-memory {least}, or leave it out"
-    ways = [f"{enough(request.ram + short[1])} of RAM"]
+        missing = Sentence("the GPU memory given holds not even the head and one layer")
+        remedy = Sentence("give --gpu-memory {least}, or leave it out", least=enough(_least_gpu(request)))
+        return Sentence("{missing}: {remedy}", missing=missing, remedy=remedy)
+    ways = [Sentence("{size} of RAM", size=enough(request.ram + short[1]))]
     if request.kv == "float" and _arrange(replace(request, kv="int8"))[1] is None:
-        ways.append("--kv int8")
+        ways.append(Sentence("--kv int8"))
     shorter = (request.context >> halvings for halvings in range(1, 8))
     fitting = next((c for c in shorter if c > 0 and _arrange(replace(request, context=c))[1] is None), None)
-    ways += [f"--context {fitting}"] if fitting else []
+    ways += [Sentence("--context {tokens}", tokens=str(fitting))] if fitting else []
     if not needs.stored and _arrange(replace(request, needs=replace(needs, stored=True, loading=0)))[1] is None:
-        ways.append("the folder that `glm4lite quantize` writes")
-    bits = "" if needs.quant in ("int4", "nf4") else "; `glm4lite plan` tells whether fewer bits would do"
-    return f"{readable(request.ram)} of RAM do not suffice: it takes {', or '.join(ways)}{bits}"
+        ways.append(Sentence("the folder that `glm4lite quantize` writes"))
+    missing = Sentence("{size} of RAM do not suffice", size=readable(request.ram))
+    way = reduce(lambda one, other: Sentence("{one}, or {other}", one=one, other=other), ways)
+    remedy = Sentence("it takes {way}", way=way)
+    if needs.quant not in ("int4", "nf4"):
+        remedy = Sentence("{remedy}; `glm4lite plan` tells whether fewer bits would do", remedy=remedy)
+    return Sentence("{missing}: {remedy}", missing=missing, remedy=remedy)
 
 
-def _faster(request: _Request, placement: Placement) -> str:
+def _faster(request: _Request, placement: Placement) -> Sentence:
     if placement.share("disk").layers:
-        missing = _cpu_share(request, placement.on_cpu, (), placement.gpus).held
+        size = enough(_cpu_share(request, placement.on_cpu, (), placement.gpus).held)
         in_int8 = request.kv == "float" and not _arrange(replace(request, kv="int8"))[0].share("disk").layers
-        return f"with {enough(missing)} of RAM{', or --kv int8,' if in_int8 else ''} no layer would be read from disk"
+        if in_int8:
+            return Sentence("with {size} of RAM, or --kv int8, no layer would be read from disk", size=size)
+        return Sentence("with {size} of RAM no layer would be read from disk", size=size)
     if any(request.gpus) and not placement.gpus:
-        return f"the GPU is not used: it takes {enough(_least_gpu(request))} of its memory to hold the head and a layer"
-    return ""
+        least = enough(_least_gpu(request))
+        return Sentence("the GPU is not used: it takes {size} of its memory to hold the head and a layer", size=least)
+    return Sentence("")

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from glm4lite.base.sentences import Sentence
 from glm4lite.model.cache import KVType, bytes_per_token
 from glm4lite.model.config import Glm4Config
 from glm4lite.model.trunk import CPU_CHUNK, GPU_CHUNK
+
+_NOTHING = Sentence("")
 
 RING_BUFFERS = 3
 """Layers in RAM at a time of those that are read from disk: computed, just read, being read."""
@@ -98,8 +101,8 @@ class Machine:
     bus_bandwidth: float = 12e9
     cpu_rate: float = 1e12
     gpu_rate: float = 30e12
-    measured: tuple[str, ...] = ()
-    assumed: tuple[str, ...] = ()
+    measured: tuple[Sentence, ...] = ()
+    assumed: tuple[Sentence, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ class Placement:
     decode_tokens_per_s: float = 0.0
     prefill_tokens_per_s: float = 0.0
     fits: bool = True
-    advice: str = ""
+    advice: Sentence = _NOTHING
     embedding: str = "cpu"
 
     def share(self, device: str) -> Share:

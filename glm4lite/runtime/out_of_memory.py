@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from glm4lite.base.errors import CheckpointError
+from glm4lite.base.sentences import Sentence
 
 
 def ran_out(error: BaseException) -> str | None:
@@ -17,9 +18,9 @@ def ran_out(error: BaseException) -> str | None:
     https://github.com/pytorch/pytorch/blob/main/c10/core/impl/alloc_cpu.cpp
     """
     if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory"
+        return Sentence("the GPU's memory")
     is_torch = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return "memory" if is_torch or isinstance(error, MemoryError) else None
+    return Sentence("memory") if is_torch or isinstance(error, MemoryError) else None
 
 
 @contextmanager
@@ -31,7 +32,11 @@ def enough_for(folder: Path) -> Iterator[None]:
         where = ran_out(error)
         if where is None:
             raise
-        advice = "give less of it with gpu_memory" if isinstance(error, torch.OutOfMemoryError) else "free some"
+        gpu = isinstance(error, torch.OutOfMemoryError)
+        advice = Sentence("give less of it with gpu_memory") if gpu else Sentence("free some")
         raise CheckpointError(
-            f"{where} ran out while {folder} was loaded; {advice}, or quantize (a smaller type of weights)"
+            "{where} ran out while {model} was loaded; {advice}, or quantize (a smaller type of weights)",
+            where=where,
+            model=folder,
+            advice=advice,
         ) from error

@@ -5,6 +5,7 @@ import logging
 from dataclasses import replace
 
 from glm4lite.base.errors import ToolError
+from glm4lite.base.sentences import Sentence
 from glm4lite.tools.running import ToolResult, abandoned
 from glm4lite.tools.sandbox.process import Limits, run_python
 from glm4lite.tools.tool import Tool, tool
@@ -36,6 +37,7 @@ def python_tool() -> Tool:
         raise ToolError(f"--tools python: {error}") from error
     if not missing:
         return python
-    caution = f"python: this system cannot limit: {', '.join(missing)}. Read the code before you allow it."
+    limits = [Sentence(name) for name in missing]
+    caution = Sentence("python: this system cannot limit: {limits}. Read the code before you allow it.", limits=limits)
     logger.warning(caution)
     return replace(python, caution=caution)

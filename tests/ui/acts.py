@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 
+def given(name: str, content: bytes) -> dict[str, Any]:
+    """A file for `set_input_files`."""
+    return {"name": name, "mimeType": "", "buffer": content}
+
+
 def ask(page: Any, text: str) -> None:
     """Sends a message; returns when it stands in the chat."""
     last = "([...document.querySelectorAll('.turn')].at(-1)?.dataset.turn ?? null)"

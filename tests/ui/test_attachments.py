@@ -90,7 +90,7 @@ def test_what_holds_no_text_is_refused_with_the_reason_under_any_name(data: byte
     for name in ("a file.txt", "x"):
         with pytest.raises(UnreadableError) as caught:
             read(data, name)
-        assert str(caught.value).startswith(f"{name} {why}")
+        assert str(caught.value).startswith(f"{name} cannot be read: it {why}")
         assert "\n" not in str(caught.value)
 
 
@@ -223,9 +223,9 @@ def test_a_notebook_that_is_none_is_refused(data: bytes) -> None:
 def test_a_file_that_is_too_large_is_not_even_opened(tmp_path: Path) -> None:
     with (tmp_path / "a.txt").open("wb") as huge:
         huge.truncate(1 << 40)
-    with pytest.raises(UnreadableError, match=r"a\.txt is larger than 64 MiB"):
+    with pytest.raises(UnreadableError, match=r"a\.txt cannot be read: it is larger than 64 MiB"):
         read(tmp_path / "a.txt", "a.txt")
-    with pytest.raises(UnreadableError, match=r"a\.txt holds more than 4,000,000 characters"):
+    with pytest.raises(UnreadableError, match=r"a\.txt cannot be read: it holds more than 4,000,000 characters"):
         read(b"x" * 4_000_001, "a.txt")
     with pytest.raises(UnreadableError, match="b cannot be read"):
         read(tmp_path / "b", "b")

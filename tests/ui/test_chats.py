@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from glm4lite.base.events import Done, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
+from glm4lite.base.sentences import Sentence
 from glm4lite.text.messages import Message, ToolCall
 from glm4lite.tools.tool import Tool
 from glm4lite_ui.answering import Asking, TurnWriter
@@ -21,7 +22,7 @@ from glm4lite_ui.export import as_json, as_markdown, file_name
 from glm4lite_ui.history import messages
 from glm4lite_ui.markdown import blocks
 from glm4lite_ui.saved.store import ChatStore
-from glm4lite_ui.thread import TurnView, arguments_blocks, asking_json, difference
+from glm4lite_ui.thread import TurnView, arguments_blocks, asking_json, difference, turn_json
 
 CALL = Part("call", 0, "888", "calculator", '{"expression": "37 * 24"}', seconds=0.01)
 CHAT = Chat.of(
@@ -42,7 +43,7 @@ def test_a_chat_is_the_same_after_saving(tmp_path: Path) -> None:
 def test_a_damaged_file_is_left_out_and_named_when_opened(tmp_path: Path) -> None:
     store = ChatStore(tmp_path)
     store.save(CHAT)
-    for place, content in enumerate(("{", "[]", '{"format": 3}', '{"format": 1, "turns": 5}', "\x00")):
+    for place, content in enumerate(("{", "[]", '{"format": 4}', '{"format": 1, "turns": 5}', "\x00")):
         (tmp_path / f"{place:016x}.json").write_text(content)
         with pytest.raises(ChatError, match="cannot be read"):
             store.load(f"{place:016x}")
@@ -51,9 +52,9 @@ def test_a_damaged_file_is_left_out_and_named_when_opened(tmp_path: Path) -> Non
 
 def test_a_chat_of_a_newer_version_is_refused_in_one_line(tmp_path: Path) -> None:
     store = ChatStore(tmp_path)
-    (tmp_path / f"{1:016x}.json").write_text(json.dumps(CHAT.to_json() | {"format": 3}))
+    (tmp_path / f"{1:016x}.json").write_text(json.dumps(CHAT.to_json() | {"format": 4}))
     with pytest.raises(
-        ChatError, match=r"a newer glm4lite saved it \(format 3, this one reads up to 2\); update"
+        ChatError, match=r"a newer glm4lite saved it \(format 4, this one reads up to 3\); update"
     ) as said:
         store.load(f"{1:016x}")
     assert "\n" not in str(said.value)
@@ -88,8 +89,23 @@ def test_a_chat_of_the_first_version_is_read_the_same_each_time_and_saved_in_the
     assert chat.settings == Settings(system="Be brief.", top_p=0.5, always=["calculator"])  # 1024 was everybody's
     assert store.load(path.stem) == chat
     store.save(chat)
-    assert json.loads(path.read_text())["format"] == 2
+    assert json.loads(path.read_text())["format"] == 3
     assert store.load(path.stem) == chat
+
+
+def test_an_error_keeps_its_values_for_another_language_and_one_of_an_older_file_is_a_sentence(tmp_path: Path) -> None:
+    store, failed = ChatStore(tmp_path), Chat.of(Turn("Hi"))
+    failed.turns[0].error = Sentence("the prompt has {tokens} tokens", tokens="9,000")
+    store.save(failed)
+    again = store.load(failed.id).turns[0].error
+    assert again is not None
+    assert again == "the prompt has 9,000 tokens"
+    assert again.to_json() == {"said": "the prompt has {tokens} tokens", "values": {"tokens": "9,000"}}
+    path = tmp_path / f"{failed.id}.json"
+    old = json.loads(path.read_text()) | {"format": 2}
+    old["tree"][0]["error"] = "It failed."
+    path.write_text(json.dumps(old))
+    assert turn_json(chat := store.load(failed.id), chat.turns[0], None, TurnView())["error"] == {"said": "It failed."}
 
 
 ODD = [
@@ -320,4 +336,4 @@ def test_a_question_says_what_the_system_cannot_limit() -> None:
     question = asking_json(Asking(ToolCall("1", "python", "{}"), tool))
     assert question is not None
     assert question["name"] == "python"
-    assert question["caution"] == "This system cannot limit: network."
+    assert question["caution"] == {"said": "This system cannot limit: network."}

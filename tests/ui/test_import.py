@@ -76,7 +76,7 @@ def test_chatgpts_tree_keeps_its_versions_and_shows_the_way_that_was_shown(tmp_p
         ("text", "Either.\n\nOr both."),
     ]
     assert came.left_out["calls of tools"] == 1
-    assert str(came) == "Imported 1 chat. Left out: calls of tools (1)."
+    assert " ".join(came.said()) == "Imported 1 chat. Left out: calls of tools (1)."
 
 
 def test_the_archive_that_chatgpt_sends_is_read_and_its_other_files_are_not_missed(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_one_exported_chat_comes_back_and_a_second_time_it_is_left_as_it_is(tmp_
     store.save(changed)
     store, came = imported(tmp_path, as_json(chat).encode())
     assert (came.chats, came.skipped) == ([], [("Eigener / Titel", "it is here already")])
-    assert str(came) == 'Imported 0 chats. Skipped 1: "Eigener / Titel": it is here already.'
+    assert " ".join(came.said()) == 'Imported 0 chats. Skipped 1: "Eigener / Titel": it is here already.'
     assert store.load(chat.id).title == "changed"
     for _ in range(2):
         store, came = imported(tmp_path, [TALK])
@@ -253,7 +253,7 @@ REFUSED = [
     (b"{", "no JSON at character 0"), (b"", "holds no chats"), (b"[]", "holds no chats"),
     (b"\xff\xfe", "no JSON in UTF-8"), (b"[" * 200_000, "nested too deeply"),
     (b'[{"a": ' * 200_000, "nested too deeply"), (b"PK\3\4 broken", "is damaged"),
-    (archive(**{"a.txt": "x"}), "holds no chats"), (archive(**{"a.json": "{"}), "a.json is no JSON"),
+    (archive(**{"a.txt": "x"}), "holds no chats"), (archive(**{"a.json": "{"}), "a.json: it is no JSON"),
     (archive(**{f"{place}.json": "{}" for place in range(20_001)}), "holds 20,001 files"),
 ]  # fmt: skip
 
@@ -275,7 +275,7 @@ def test_an_archive_that_grows_without_bound_is_refused(tmp_path: Path) -> None:
     ):
         for _ in range(257):
             big.write(b" " * (1 << 20))
-    with pytest.raises(Glm4liteError, match=r"a\.json takes more than 256 MiB"):
+    with pytest.raises(Glm4liteError, match=r"a\.json: it takes more than 256 MiB"):
         imported(tmp_path, file.getvalue())
 
 
@@ -294,8 +294,8 @@ def test_chats_that_came_before_the_file_failed_stay_and_that_is_said(tmp_path: 
     ):
         store, came = imported(tmp_path, text.replace('"c1"', f'"d{number}"').encode())
         assert [chat.title for chat in store.summaries()] == ["A talk"] * (number + 1)
-        assert str(came).startswith("Imported 1 chat. ")
-        assert f"Then: it {why}" in str(came)
+        assert " ".join(came.said()).startswith("Imported 1 chat. ")
+        assert f"Then: it {why}" in " ".join(came.said())
 
 
 def test_a_full_disk_is_said_with_what_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

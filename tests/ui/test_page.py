@@ -232,7 +232,9 @@ def test_a_file_that_cannot_be_read_is_said_and_blocks_nothing(serve: Serve, vis
     page = visit(site.url)
     (tmp_path / "<b>not<b>.txt").write_bytes(b"\xff\xd8\xff\0")
     page.set_input_files("#files", tmp_path / "<b>not<b>.txt")
-    page.wait_for_selector("#chips .problem >> text=<b>not<b>.txt is a picture; the model reads text only")
+    page.wait_for_selector(
+        "#chips .problem >> text=<b>not<b>.txt cannot be read: it is a picture; the model reads text only"
+    )
     assert page.locator("#chips b").count() == 0
     visit.errors.clear()  # type: ignore[attr-defined]  # Chromium logs each answer that is a refusal
     ask(page, "Hi")
@@ -730,5 +732,5 @@ def test_the_model_page_says_what_is_loaded(serve: Serve, visit: Visit) -> None:
     page.wait_for_selector("#facts >> text=5 layers, 256 wide")
     facts = page.inner_text("#facts")
     assert "int4" in facts
-    assert "On cpu" in facts
+    assert "On CPU" in facts
     assert "calculator" in facts

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from glm4lite.base.sentences import Sentence
 from glm4lite_ui.chats import Chat, Turn
 from tests.ui.conftest import Serve, Site
 
@@ -81,8 +82,8 @@ def test_no_answer_of_the_pages_routes_is_a_page_or_may_be_shared(client: httpx.
         ("/page/chats/..%2f..%2fx/send", {"text": "Hi"}, ""),
         ("/page/chats/x/send", {"text": "Hi"}, "is not the name of a chat"),
         ("/page/chats/0123456789abcdef/send", {"text": " "}, "the message is empty"),
-        ("/page/chats/0123456789abcdef/send", {"text": 5}, "text: "),
-        ("/page/chats/0123456789abcdef/set", {"top_p": 7}, "top_p must be"),
+        ("/page/chats/0123456789abcdef/send", {"text": 5}, "text cannot be used: "),
+        ("/page/chats/0123456789abcdef/set", {"top_p": 7}, "top_p must be a number between 0 and 1, found 7"),
         ("/page/chats/0123456789abcdef/turns/abc/regenerate", {}, "this turn is not there any more"),
         ("/page/model/load", {"source": " "}, "name a model"),
     ],
@@ -92,7 +93,8 @@ def test_what_cannot_be_done_is_said_in_a_line(
 ) -> None:
     answer = client.post(path, json=body)
     assert answer.status_code in (404, 409, 422)
-    assert problem in answer.text
+    if problem:
+        assert problem in Sentence.from_json(answer.json()["error"])
     assert "Traceback" not in answer.text
     assert site.runtime.store.summaries() == []
 
@@ -168,12 +170,12 @@ def test_an_exported_archive_is_imported(client: httpx.Client, site: Site) -> No
     archive = client.get("/export/all.zip").content
     site.runtime.store.delete(chat.id)
     answer = client.post("/page/import?name=chats.zip", content=archive)
-    assert answer.json() == {"said": "Imported 1 chat.", "chats": [chat.id], "skipped": [], "left_out": {}}
+    assert answer.json() == {"said": [{"said": "Imported 1 chat."}], "chats": [chat.id], "skipped": [], "left_out": {}}
     again = client.post("/page/import?name=chats.zip", content=archive).json()
     assert again["skipped"] == [["Hi", "it is here already"]]
     refused = client.post("/page/import?name=../a%0Ab.txt", content=b"no")
     assert refused.status_code == 409
-    assert refused.json()["error"].startswith("ab.txt cannot be imported: it is no JSON")
+    assert Sentence.from_json(refused.json()["error"]).startswith("ab.txt cannot be imported: it is no JSON")
     elsewhere = client.post("/page/import?name=a", content=archive, headers={"Origin": "http://example.com"})
     assert elsewhere.status_code == 403
 
@@ -183,7 +185,7 @@ def test_an_import_that_is_too_large_is_refused_while_it_comes(
 ) -> None:
     monkeypatch.setattr("glm4lite_ui.transfer.LARGEST", 1 << 20)
     answer = client.post("/page/import?name=a.json", content=b"[" + b" " * (2 << 20))
-    assert "a.json cannot be imported: it is larger than 1 MiB" in answer.json()["error"]
+    assert "a.json cannot be imported: it is larger than 1 MiB" in Sentence.from_json(answer.json()["error"])
 
 
 def test_the_api_is_served_beside_the_page(client: httpx.Client, site: Site, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from glm4lite.base.errors import ContextLengthError, Glm4liteError, one_line
+from glm4lite.base.errors import ContextLengthError, Glm4liteError, said_by
 from glm4lite.base.events import Done, Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
 from glm4lite.chat.session import ChatSession
 from glm4lite.text.messages import Message, ToolCall
@@ -232,4 +232,4 @@ class Answer:
         self.context_full = isinstance(error, ContextLengthError)
         if not isinstance(error, Glm4liteError):
             logger.error("the answer failed", exc_info=error)
-        self.turn.error = one_line(error) or type(error).__name__
+        self.turn.error = said_by(error)

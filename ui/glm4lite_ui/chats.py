@@ -28,18 +28,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 
 from glm4lite.base.errors import Glm4liteError
+from glm4lite.base.sentences import Sentence
 
 TITLE_CHARACTERS = 60
 NEW_TITLE = "New chat"
-FORMAT = 2  # of the file; 1 had a list of turns, and 1024 for "as many tokens as there is room for"
+# Of the file: 1 had a list of turns, and 1024 for "as many tokens as there is room for"; 2 had errors in English alone.
+FORMAT = 3
 _OLD_MAX_NEW_TOKENS = 1024
 # What the page can show: a number JSON has (no NaN), a time that a calendar has, an integer that JavaScript has.
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Time = Annotated[float, Field(ge=0, le=32503680000, allow_inf_nan=False)]
 _Integer = Annotated[int, Field(ge=-(2**53), le=2**53)]
+_Said = Annotated[Sentence, PlainValidator(Sentence.from_json)]
+_UTF8 = Sentence("")
 _TurnId = Annotated[str, Field(pattern=r"^[0-9a-f]{1,32}$")]
 
 
@@ -71,7 +75,7 @@ class Attachment:
     text: str
     tokens: _Integer
     form: str = "text"
-    encoding: str = ""
+    encoding: _Said = _UTF8
     pages: _Integer | None = None
 
 
@@ -98,7 +102,7 @@ class Turn:
     files: list[Attachment] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     counts: Counts | None = None
-    error: str | None = None
+    error: _Said | None = None
     dropped: bool = False
     id: _TurnId = field(default_factory=lambda: secrets.token_hex(8))
     after: str = ""
@@ -240,7 +244,7 @@ class Chat:
             self.title = words if len(words) <= TITLE_CHARACTERS else words[: TITLE_CHARACTERS - 1] + "…"
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self)}
+        return {"format": FORMAT, **to_json(self)}
 
     def _put(self, turn: Turn, after: str) -> Turn:
         turn.after = after
@@ -266,18 +270,35 @@ class Chat:
         return path[-1].id if path else ""
 
 
+def to_json(one: Any) -> dict[str, Any]:
+    """A dataclass of this file as values of JSON; a Sentence that has values keeps them, for another language."""
+
+    def kept(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {
+            name: value.to_json() if isinstance(value, Sentence) and value.values else value for name, value in fields
+        }
+
+    return asdict(one, dict_factory=kept)
+
+
 _CHAT = TypeAdapter(Chat)
 
 
 def read_chat(data: object, chat_id: str | None = None) -> Chat:
     """A chat from `to_json()`'s form, also of older versions; ValueError names what cannot be read."""
     if not isinstance(data, Mapping) or not isinstance(found := data.get("format"), int) or found < 1:
-        raise ValueError("this is no chat of glm4lite: it has no format")
+        raise ValueError(Sentence("this is no chat of glm4lite: it has no format"))
     if found > FORMAT:
-        raise ValueError(f"a newer glm4lite saved it (format {found}, this one reads up to {FORMAT}); update glm4lite")
+        raise ValueError(
+            Sentence(
+                "a newer glm4lite saved it (format {found}, this one reads up to {known}); update glm4lite",
+                found=found,
+                known=FORMAT,
+            )
+        )
     fields = dict(data) | ({"id": chat_id} if chat_id else {})
     try:
-        chat: Chat = _CHAT.validate_python(fields if found == FORMAT else _from_list(fields))
+        chat: Chat = _CHAT.validate_python(_from_list(fields) if found == 1 else fields)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         raise ValueError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None

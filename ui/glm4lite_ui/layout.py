@@ -16,8 +16,6 @@ STATIC = Path(__file__).with_name("static")
 # Not as Gradio's css, whose selectors it writes anew.
 HEAD = "".join(f'<link rel="stylesheet" href="/page/static/{name}.css">' for name in ("page", "thread", "code"))
 PIECES = ("header", "library", "thread", "composer", "pane", "sheets")
-FONTS = ["system-ui", "Noto Sans", "Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "sans-serif"]
-MONO = ["Cascadia Mono", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "Noto Sans Mono CJK SC", "monospace"]
 
 
 def piece(name: str) -> gr.HTML:
@@ -39,8 +37,8 @@ class Page(gr.Blocks):
 
 
 def theme() -> gr.themes.Base:
-    """The system's own fonts: nothing is fetched."""
-    return gr.themes.Base(font=FONTS, font_mono=MONO)
+    """The system's own fonts, so that nothing is fetched; page.css names them."""
+    return gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
 
 
 def build() -> Page:

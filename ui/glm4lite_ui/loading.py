@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 
-from glm4lite.base.errors import Glm4liteError
+from glm4lite.base.errors import Glm4liteError, said_by
 from glm4lite.base.events import Progress
 from glm4lite.engine.engine import Engine
 from glm4lite.hub.sources import locate
@@ -76,7 +76,7 @@ class Loading:
         finally:
             cancel.set()
         if failures:
-            raise Glm4liteError(str(failures[0])) from failures[0]
+            raise Glm4liteError(said_by(failures[0])) from failures[0]
 
     def _replace(self, source: str, quant: str, hear: Callable[[Progress], None]) -> None:
         runtime = self.runtime

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from glm4lite.base.errors import Glm4liteError
+from glm4lite.base.errors import Glm4liteError, said_by
 from glm4lite.base.events import Progress
+from glm4lite.base.sentences import Sentence
 from glm4lite.base.sizes import readable
 from glm4lite.hub.client import cached_models
 from glm4lite.hub.sources import NANO, locate
@@ -20,6 +21,8 @@ from glm4lite_ui.loading import Loading
 from glm4lite_ui.runtime import BusyError, Runtime
 
 QUANTS = ("auto", "int4", "int8", "nf4", "fp4", "none")
+_DEVICES = {"cpu": "CPU", "disk": Sentence("the disk")}
+Row = list[dict[str, Any]]  # two sentences as JSON
 Tell = Callable[[dict[str, Any]], None]
 
 
@@ -31,7 +34,7 @@ class Models:
         self._loading = Loading(runtime)
         self._lock, self._cancelled = threading.Lock(), threading.Event()
         self._progress: dict[str, Any] | None = None
-        self._ended = ""
+        self._ended: Sentence | None = None
         self._loaded = [runtime.source]  # newest last; offered again
 
     def about(self) -> dict[str, Any]:
@@ -43,20 +46,21 @@ class Models:
             "source": runtime.source,
             "quant": runtime.quant,
             "loaded": loaded,
-            "facts": [[name, value] for name, value in self._facts()] if loaded else [],
+            "facts": [[name.to_json(), value.to_json()] for name, value in self._facts()] if loaded else [],
             "own": asdict(runtime.engine.params()),
             "thinks": loaded and runtime.engine.chat_template().can_think,
             "quants": QUANTS,
             "known": list(dict.fromkeys([*self._loaded, NANO, *cached_models()])),
             "loading": self._progress,
-            "ended": self._ended,
+            "ended": self._said(),
         }
 
-    def plan(self, source: str, quant: str) -> list[tuple[str, str]]:
+    def plan(self, source: str, quant: str) -> list[Row]:
         """What loading it would take and give, as `glm4lite plan` says it."""
         limits = self.runtime.load_options
         budget = Budget.of(limits.get("gpu_memory"), limits.get("ram"), limits.get("context"), limits.get("kv", "auto"))
-        return list(plan(_named(source), None if quant == "auto" else quant, budget).lines())
+        report = plan(_named(source), None if quant == "auto" else quant, budget)
+        return [[name.to_json(), said.to_json()] for name, said in report.lines()]
 
     def load(self, source: str, quant: str) -> None:
         """Begins a load; raises what can be known at once."""
@@ -64,7 +68,7 @@ class Models:
         if not self._lock.acquire(blocking=False):
             raise BusyError("another window is loading a model")
         self._cancelled.clear()
-        self._ended, self._progress = "", {"source": source}
+        self._ended, self._progress = None, {"source": source}
         self._tell(self._state())
         threading.Thread(target=self._run, args=(source, quant), name="model", daemon=True).start()
 
@@ -77,7 +81,7 @@ class Models:
             raise BusyError("another window is loading a model")
         try:
             self.runtime.unload()
-            self._ended = ""
+            self._ended = None
         finally:
             self._lock.release()
             self._tell(self._state())
@@ -94,10 +98,11 @@ class Models:
                         began = progress.stage, time.monotonic(), progress.done
                     self._progress = {"source": source, **_progress(progress, *began[1:])}
                     self._tell(self._state())
-            self._ended = f"{source} is loaded."
+            self._ended = Sentence("{source} is loaded.", source=source)
             self._loaded.append(source)
         except Glm4liteError as error:
-            self._ended = str(error) if source in str(error) else f"{source}: {error}"
+            said = said_by(error)
+            self._ended = said if source in said else Sentence("{name}: {why}", name=source, why=said)
         finally:
             self._progress = None
             self._lock.release()
@@ -105,21 +110,32 @@ class Models:
 
     def _state(self) -> dict[str, Any]:
         name, loaded = self.runtime.name, self.runtime.engine.loaded
-        return {"type": "model", "name": name, "loaded": loaded, "loading": self._progress, "ended": self._ended}
+        return {"type": "model", "name": name, "loaded": loaded, "loading": self._progress, "ended": self._said()}
 
-    def _facts(self) -> Iterator[tuple[str, str]]:
+    def _said(self) -> dict[str, Any] | None:
+        return self._ended.to_json() if self._ended else None
+
+    def _facts(self) -> Iterator[tuple[Sentence, Sentence]]:
         runtime, model = self.runtime, self.runtime.engine.model
         config = model.config
-        yield "Model", runtime.source
-        yield "Shape", f"{config.model_type}, {config.num_hidden_layers} layers, {config.hidden_size} wide"
-        yield "Kernels", ", ".join(f"{name} ({count} layers)" for name, count in kernel_names(model).items())
+        yield Sentence("Model"), Sentence("{name}", name=runtime.source)
+        shape = {"type": config.model_type, "layers": config.num_hidden_layers, "width": config.hidden_size}
+        yield Sentence("Shape"), Sentence("{type}, {layers} layers, {width} wide", **shape)
+        names = kernel_names(model).items()
+        kernels = [Sentence("{name} ({layers} layers)", name=name, layers=layers) for name, layers in names]
+        yield Sentence("Kernels"), Sentence("{list}", list=kernels)
         for device, held in devices(model).items():
-            yield f"On {device}", f"{held['layers']} layers, {readable(held['weights'])} of weights"
-        yield "Context", f"{model.context:,} tokens"
-        yield "Kept conversations", f"{len(runtime.engine.prefixes)}, {readable(runtime.engine.prefixes.nbytes)}"
-        tools = ", ".join(tool.name for tool in runtime.toolset.tools()) or "none"
-        takes = runtime.engine.chat_template().takes_tools
-        yield "Tools", tools if takes else "this model's template has no place for any"
+            where, size = _DEVICES.get(device, device), readable(held["weights"])
+            lies = Sentence("{layers} layers, {size} of weights", layers=held["layers"], size=size)
+            yield Sentence("On {device}", device=where), lies
+        yield Sentence("Context"), Sentence("{count} tokens", count=model.context)
+        kept, size = runtime.engine.prefixes, readable(runtime.engine.prefixes.nbytes)
+        yield Sentence("Kept conversations"), Sentence("{count} conversations, {size}", count=len(kept), size=size)
+        if runtime.engine.chat_template().takes_tools:
+            tools = [tool.name for tool in runtime.toolset.tools()] or [Sentence("none")]
+            yield Sentence("Tools"), Sentence("{list}", list=tools)
+        else:
+            yield Sentence("Tools"), Sentence("This model's template has no place for tools.")
 
 
 def _named(source: str) -> str:

@@ -1,7 +1,7 @@
 """What the page asks of the server: JSON under /page/, beside one stream of messages per window (windows.py).
 
 All of it passes the server's Guard, so that no other site's page gets through; bodies are JSON, which such a page could
-not send without asking first, or a file's bytes. What a user can cause is an answer with a line in "error".
+not send without asking first, or a file's bytes. What a user can cause is an answer with a sentence in "error".
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from glm4lite.base.errors import Glm4liteError, one_line
+from glm4lite.base.errors import Glm4liteError, said_by
+from glm4lite.base.sentences import Sentence
 from glm4lite_ui.answering import Decision
 from glm4lite_ui.artifacts import artifacts_of
-from glm4lite_ui.chats import NEW_TITLE, Attachment, Chat, Settings
-from glm4lite_ui.models import Models
+from glm4lite_ui.chats import NEW_TITLE, Attachment, Chat, Settings, to_json
+from glm4lite_ui.models import Models, Row
 from glm4lite_ui.runtime import Runtime
 from glm4lite_ui.saved.store import grouped
 from glm4lite_ui.tool_routes import Tools
@@ -69,6 +70,10 @@ class Shown(BaseModel):
     turns: int = 0
 
 
+def _refusal(said: Sentence, status: int) -> JSONResponse:
+    return JSONResponse({"error": said.to_json()}, status)
+
+
 class _Told(APIRoute):
     """A user's mistake is an answer, and so is what went wrong here, which is logged too."""
 
@@ -78,16 +83,19 @@ class _Told(APIRoute):
         async def told(request: Request) -> Response:
             try:
                 if int(request.headers.get("content-length") or 0) > LARGEST_BODY:
-                    raise Glm4liteError(f"this is more than {LARGEST_BODY >> 20} MiB")
+                    raise Glm4liteError("this is more than {size} MiB", size=LARGEST_BODY >> 20)
                 answer = await handler(request)
             except Glm4liteError as error:
-                answer = JSONResponse({"error": str(error)}, 409)
+                answer = _refusal(said_by(error), 409)
             except RequestValidationError as error:
                 problem = error.errors()[0]
-                answer = JSONResponse({"error": f"{problem['loc'][-1]}: {problem['msg']}"}, 422)
+                said = Sentence(
+                    "{name} cannot be used: {problem}", name=str(problem["loc"][-1]), problem=problem["msg"]
+                )
+                answer = _refusal(said, 422)
             except Exception as error:
                 logger.error("the page failed", exc_info=error)
-                answer = JSONResponse({"error": one_line(error) or type(error).__name__}, 500)
+                answer = _refusal(Sentence("something went wrong: {problem}", problem=said_by(error)), 500)
             answer.headers.update(HEADERS)
             return answer
 
@@ -171,7 +179,7 @@ class _Chats:
     async def read_file(self, name: str, request: Request) -> dict[str, Any]:
         """A file as it will be sent: its text and how many tokens that is."""
         data = await request.body()
-        return asdict(await run_in_threadpool(self.runtime.attachment, name, data))
+        return to_json(await run_in_threadpool(self.runtime.attachment, name, data))
 
     def artifacts(self, chat_id: str) -> list[dict[str, object]]:
         return artifacts_of(self.runtime.open(chat_id))
@@ -200,7 +208,7 @@ class _Chats:
         """Answers again without the turns that no longer fit."""
         chat = self.runtime.change(chat_id)
         if not self.runtime.drop_oldest(chat):
-            raise Glm4liteError("The last message alone does not fit the context: shorten it.")
+            raise Glm4liteError("the last message alone does not fit the context: shorten it")
         failed = chat.turns[-1]
         chat.another(failed)
         chat.remove(failed)
@@ -344,7 +352,7 @@ class _Model:
     def about(self) -> dict[str, Any]:
         return self.models.about()
 
-    def plan(self, source: Annotated[str, Body()], quant: Annotated[str, Body()] = "auto") -> list[tuple[str, str]]:
+    def plan(self, source: Annotated[str, Body()], quant: Annotated[str, Body()] = "auto") -> list[Row]:
         return self.models.plan(source, quant)
 
     def load(self, source: Annotated[str, Body()], quant: Annotated[str, Body()] = "auto") -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from glm4lite.base.errors import Glm4liteError, NoModel, one_line
+from glm4lite.base.errors import Glm4liteError, NoModel, said_by
+from glm4lite.base.sentences import Sentence
 from glm4lite.base.sizes import readable
 from glm4lite.chat.session import ChatSession
 from glm4lite.engine.engine import Engine
@@ -185,7 +186,7 @@ class Runtime:
             try:
                 self.store.save(answer.chat)
             except ChatError as error:  # nobody waits for this thread: it is said in the chat
-                answer.turn.error = one_line(error)
+                answer.turn.error = said_by(error)
             del self.answers[answer.chat.id]
 
     def count(self, text: str) -> int:
@@ -211,13 +212,14 @@ class Runtime:
             turn.dropped = True
         return dropped
 
-    def memory(self) -> str:
+    def memory(self) -> Sentence:
         """What weights take, wherever they lie, and the conversations that are kept; "" without a model."""
         if not self.engine.loaded:
-            return ""
+            return Sentence("")
         weights = sum(place["weights"] for place in devices(self.engine.model).values())
         kept = self.engine.prefixes.nbytes
-        return f"weights {readable(weights)}" + (f" · KV {readable(kept)}" if kept else "")
+        held = {"weights": readable(weights)} | ({"kept": readable(kept)} if kept else {})
+        return Sentence("weights {weights} · KV {kept}" if kept else "weights {weights}", **held)
 
     def unload(self) -> None:
         """Gives the model's memory back, on the engine's thread, behind what it computes for others.

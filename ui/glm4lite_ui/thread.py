@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
+from glm4lite.base.sentences import Sentence
 from glm4lite_ui.answering import Answer, Asking
-from glm4lite_ui.chats import Chat, Part, Turn
+from glm4lite_ui.chats import Chat, Part, Turn, to_json
 from glm4lite_ui.markdown import Growing, blocks, code
 
 SHOWN = 30  # turns that are drawn at first, and with every "Show earlier"
@@ -90,9 +91,9 @@ def turn_json(chat: Chat, turn: Turn, answer: Answer | None, view: TurnView) -> 
     under_way = answer is not None and turn is answer.turn
     return {
         "user": turn.user,
-        "files": [{name: value for name, value in vars(file).items() if name != "text"} for file in turn.files],
+        "files": [{name: value for name, value in to_json(file).items() if name != "text"} for file in turn.files],
         "parts": view.parts(turn, under_way),
-        "error": None if under_way else turn.error,
+        "error": None if under_way or not turn.error else turn.error.to_json(),
         "ending": None if under_way or turn.counts is None else turn.counts.finish_reason,
         "counts": None if under_way or turn.counts is None else vars(turn.counts),
         "dropped": turn.dropped,
@@ -108,7 +109,12 @@ def asking_json(asking: Asking | None) -> Json | None:
         return None
     tool = asking.tool
     shown = list(arguments_blocks(asking.call.arguments))
-    return {"id": asking.id, "name": asking.call.name, "origin": tool.origin, "caution": tool.caution, "blocks": shown}
+    said = {"from": _said(tool.origin), "caution": _said(tool.caution)}
+    return {"id": asking.id, "name": asking.call.name, "origin": tool.origin, **said, "blocks": shown}
+
+
+def _said(text: str) -> Json | None:
+    return Sentence.from_json(text).to_json() if text else None
 
 
 def status_json(answer: Answer | None) -> Json:

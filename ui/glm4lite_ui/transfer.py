@@ -2,9 +2,9 @@
 
 GET  /export/<chat>.md and .json   a saved chat as a download
 GET  /export/all.zip               every one
-POST /page/import?name=<file>      a file's bytes; {"said": one line for the user, "chats": ids,
+POST /page/import?name=<file>      a file's bytes; {"said": sentences for the user, "chats": ids,
                                    "skipped": [[title, why]], "left_out": {what: number}},
-                                   or {"error": one line} where not one chat was read
+                                   or {"error": a sentence} where not one chat was read
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
-from glm4lite.base.errors import Glm4liteError
+from glm4lite.base.errors import Glm4liteError, said_by
+from glm4lite.base.sentences import Sentence
 from glm4lite_ui.attachments import shown_name
 from glm4lite_ui.export import KINDS, as_json, as_markdown, file_name, write_archive
 from glm4lite_ui.runtime import Runtime
@@ -53,7 +54,7 @@ def add_transfers(app: FastAPI, runtime: Runtime) -> None:
         try:
             return JSONResponse(await _import(runtime, shown_name(name), request))
         except Glm4liteError as error:
-            return JSONResponse({"error": str(error)}, 409)
+            return JSONResponse({"error": said_by(error).to_json()}, 409)
 
     app.add_api_route("/export/all.zip", export_all, methods=["GET"], response_class=Response)
     app.add_api_route("/export/{chat_id}.{kind}", export, methods=["GET", "HEAD"], response_class=Response)
@@ -67,7 +68,9 @@ async def _import(runtime: Runtime, name: str, request: Request) -> dict[str, An
             async for piece in request.stream():
                 size += len(piece)
                 if size > LARGEST:
-                    raise Glm4liteError(f"{name} cannot be imported: it is larger than {LARGEST >> 20} MiB")
+                    larger = Sentence("it is larger than {size} MiB", size=LARGEST >> 20)
+                    raise Glm4liteError("{name} cannot be imported: {why}", name=name, why=larger)
                 file.write(piece)
         came = await run_in_threadpool(import_chats, runtime.store, path, name)
-    return {"said": str(came), "chats": came.chats, "skipped": came.skipped[:_TOLD], "left_out": came.left_out}
+    said, skipped = [one.to_json() for one in came.said()], came.skipped[:_TOLD]
+    return {"said": said, "chats": came.chats, "skipped": skipped, "left_out": came.left_out}

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from glm4lite.base.errors import Glm4liteError
+from glm4lite.base.errors import Glm4liteError, said_by
 from glm4lite_ui.answering import Answer
 from glm4lite_ui.chats import Chat, Turn
 from glm4lite_ui.runtime import Runtime
@@ -147,7 +147,7 @@ class Window:
         try:
             return head | await asyncio.to_thread(make, self._chat, self._known)
         except Glm4liteError as error:  # a chat whose file was damaged, say
-            return {"type": "problem", "chat": self._chat, "said": str(error)}
+            return {"type": "problem", "chat": self._chat, "said": said_by(error).to_json()}
 
     async def _wait(self, answer: Answer | None, due: float) -> None:
         """Until something has changed; at most until the next drawing, or look at the answer, is due."""
@@ -189,7 +189,7 @@ class Window:
             "saved": self.runtime.store.holds(chat_id),
             "settings": asdict(chat.settings),
             "earlier": first,
-            "memory": self.runtime.memory(),
+            "memory": self.runtime.memory().to_json(),
             "draft": self.runtime.drafts.of(chat_id).text,
             "order": [turn.id for turn in turns[first:]],
             "turns": [delta for delta in deltas if len(delta) > 1],

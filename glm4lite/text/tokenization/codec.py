@@ -213,8 +213,11 @@ def clean(text: str) -> str:
 
 def _too_long(text: str, tokens: str, context: int) -> ContextLengthError:
     return ContextLengthError(
-        f"the prompt has {len(text)} characters, {tokens} tokens, and the model's context is {context}; "
-        "shorten the conversation or start a new one"
+        "the prompt has {characters} characters, {tokens} tokens, and the model's context is {context}; "
+        "shorten the conversation or start a new one",
+        characters=str(len(text)),
+        tokens=tokens,
+        context=str(context),
     )
 
 

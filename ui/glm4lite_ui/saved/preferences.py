@@ -22,7 +22,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from glm4lite.base.errors import Glm4liteError
+from glm4lite.base.errors import Glm4liteError, said_by
 from glm4lite_ui.chats import Settings
 from glm4lite_ui.saved.kept import keep, read_kept
 
@@ -76,11 +76,11 @@ class Preferences:
         """Keeps it under this name, in place of one that has it. Glm4liteError for a name that cannot be shown."""
         name = " ".join(name.split())
         if not name or len(name) > LONGEST_NAME:
-            raise Glm4liteError(f"a preset needs a name of at most {LONGEST_NAME} characters")
+            raise Glm4liteError("a preset needs a name of at most {count} characters", count=LONGEST_NAME)
         with self._lock:
             chosen = self._read(strict=True)
             if len(chosen.presets) >= MOST_PRESETS and name not in chosen.presets:
-                raise Glm4liteError(f"there are {MOST_PRESETS} presets already; delete one")
+                raise Glm4liteError("there are {count} presets already; delete one", count=MOST_PRESETS)
             self._write(replace(chosen, presets=chosen.presets | {name: _without_permissions(settings)}))
 
     def delete_preset(self, name: str) -> None:
@@ -96,10 +96,10 @@ class Preferences:
         except FileNotFoundError:
             return _Chosen()
         except ValueError as error:
-            said = f"{self._path} cannot be read ({error}); move it away"
+            damaged = Glm4liteError("{path} cannot be read ({why}); move it away", path=self._path, why=said_by(error))
             if strict:
-                raise Glm4liteError(said) from None
-            logger.warning("%s", said)
+                raise damaged from None
+            logger.warning("%s", damaged)
             return _Chosen()
 
     def _write(self, chosen: _Chosen) -> None:
@@ -132,7 +132,9 @@ class Drafts:
         if not _DRAFT_FILE.fullmatch(path.name):
             raise Glm4liteError("this is not the name of a chat")
         if len(draft.text) > LONGEST_DRAFT:
-            raise Glm4liteError(f"a text of more than {LONGEST_DRAFT:,} characters is not kept before it is sent")
+            raise Glm4liteError(
+                "a text of more than {count} characters is not kept before it is sent", count=LONGEST_DRAFT
+            )
         if draft == Draft():
             path.unlink(missing_ok=True)
         else:

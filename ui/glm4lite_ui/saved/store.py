@@ -28,7 +28,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from glm4lite.base.errors import Glm4liteError, one_line
+from glm4lite.base.errors import Glm4liteError, one_line, said_by
+from glm4lite.base.sentences import Sentence
 from glm4lite.base.user_folder import chats_folder
 from glm4lite.base.whole_file import remove_leftovers, write_whole
 from glm4lite_ui.chats import Chat, ChatError
@@ -38,7 +39,6 @@ logger = logging.getLogger("glm4lite")
 
 LARGEST = 64 << 20  # bytes of a chat's file; the longest context is a hundredth of it
 _ID = re.compile(r"[0-9a-f]{16}")
-_ELSEWHERE = "name another folder with --chats or GLM4LITE_CHATS"
 
 
 def data_folder() -> Path:
@@ -46,7 +46,9 @@ def data_folder() -> Path:
     try:
         return chats_folder()
     except Glm4liteError as error:
-        raise ChatError(f"{error}; {_ELSEWHERE}") from None
+        raise ChatError(
+            "{problem}; name another folder with --chats or GLM4LITE_CHATS", problem=said_by(error)
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,11 @@ class ChatStore:
             with tempfile.TemporaryFile(dir=self.folder):  # a folder that was there may be read-only
                 pass
         except OSError as error:
-            raise ChatError(f"{self.folder}: chats cannot be kept here: {error.strerror}; {_ELSEWHERE}") from None
+            raise ChatError(
+                "{folder}: chats cannot be kept here: {problem}; name another folder with --chats or GLM4LITE_CHATS",
+                folder=self.folder,
+                problem=error.strerror,
+            ) from None
         remove_leftovers(self.folder)
         remove_leftovers(self.folder / "kept")
 
@@ -113,7 +119,7 @@ class ChatStore:
         except FileNotFoundError:
             raise ChatError("this chat is not there any more") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise ChatError(f"{path}: this chat cannot be read: {str(error).splitlines()[0]}") from error
+            raise ChatError("{path}: this chat cannot be read: {why}", path=path, why=said_by(error)) from error
 
     def holds(self, chat_id: str) -> bool:
         """Whether a chat is saved under this id, whatever is given as one."""
@@ -186,7 +192,7 @@ class ChatStore:
 
     def _path(self, chat_id: str) -> Path:
         if not _ID.fullmatch(chat_id):
-            raise ChatError(f"{one_line(chat_id)[:100]} is not the name of a chat")
+            raise ChatError("{name} is not the name of a chat", name=one_line(chat_id, 100))
         return self.folder / f"{chat_id}.json"
 
 
@@ -195,7 +201,9 @@ def write_kept(path: Path, data: bytes, what: str = "the chat") -> None:
     try:
         write_whole(path, data, private=True)
     except OSError as error:
-        raise ChatError(f"{path.parent}: {what} could not be saved: {error.strerror}") from error
+        raise ChatError(
+            "{folder}: {what} could not be saved: {problem}", folder=path.parent, what=what, problem=error.strerror
+        ) from error
 
 
 def _json(path: Path) -> Any:
@@ -203,7 +211,7 @@ def _json(path: Path) -> Any:
     if not path.exists():
         raise FileNotFoundError
     if not path.is_file() or path.stat().st_size > LARGEST:
-        raise ValueError(f"it is no file of at most {LARGEST >> 20} MiB")
+        raise ValueError(Sentence("it is no file of at most {size} MiB", size=LARGEST >> 20))
     data = json.loads(path.read_bytes())
     json.dumps(data, ensure_ascii=False).encode()  # refuses half a sign
     return data

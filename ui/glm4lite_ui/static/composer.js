@@ -3,7 +3,7 @@
 import {element, find, iconButton, toast} from './dom.js';
 import {ask, tell} from './server.js';
 import {lastTurn, toEnd} from './thread.js';
-import {count, t} from './words.js';
+import {count, say, t} from './words.js';
 
 const LONG_PASTE = 2000;  // characters from which on pasted text becomes a file
 let state = null, files = [], editing = null, beforeEditing = '', reading = 0, sending = false, pasted = 0;
@@ -136,11 +136,11 @@ export function showDraft(text) {
 // Files
 
 export async function addFiles(list) {
-  for (const file of list) {
-    const entry = {name: file.name, reading: true};
-    files.push(entry);
-    drawChips();
-    reading += 1;
+  const given = [...list].map(file => [file, {name: file.name, reading: true}]);  // the list of an input lives and is emptied
+  files.push(...given.map(([, entry]) => entry));
+  reading += given.length;
+  drawChips();
+  for (const [file, entry] of given) {
     try {
       Object.assign(entry, await ask(`/files?name=${encodeURIComponent(file.name)}`, file));
     } catch (problem) {
@@ -154,7 +154,7 @@ export async function addFiles(list) {
 
 /** A file's name, what it was read as where that is not plain text, and its size for the model. */
 export function nameOf(file) {
-  const form = file.form === 'text' ? file.encoding : file.pages ? t('{form}, {count} pages', {form: t(file.form), count: count(file.pages)}) : t(file.form ?? '');
+  const form = file.form === 'text' ? say(file.encoding) : file.pages ? t('{form}, {count} pages', {form: t(file.form), count: count(file.pages)}) : t(file.form ?? '');
   return t('{name} · {count} tokens', {name: form ? `${file.name} · ${form}` : file.name, count: count(file.tokens)});
 }
 
@@ -220,7 +220,7 @@ export function drawStatus(message) {
       prompt: count(counts.prompt_tokens), reused: count(Math.max(counts.prompt_tokens - computed, 0)), computed: count(computed)}));
   }
   if (used && total) said.push(t('context {used} of {total}', {used: count(used), total: count(total)}));
-  more.push(...[state.model?.name, state.memory].filter(Boolean));
+  more.push(...[state.model?.name, say(state.memory)].filter(Boolean));
   find('#status').textContent = said.join(' · ');
   find('#status').title = more.join(' · ');
   const meter = find('#context'), share = used / total;

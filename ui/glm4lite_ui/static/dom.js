@@ -1,5 +1,7 @@
 // Elements from values. Text is always set as text; HTML comes only from the server's sanitizer (html()).
 
+import {languageOf, t} from './words.js';
+
 const ICONS = {
   menu: 'M4 6h16M4 12h16M4 18h16',
   plus: 'M12 5v14M5 12h14',
@@ -44,6 +46,9 @@ export function element(tag, attributes = {}, ...children) {
 export function html(block) {
   const made = element('div', {class: 'block'});
   made.innerHTML = block;
+  const spoken = languageOf(made.textContent);
+  if (spoken) made.lang = spoken;
+  for (const labelled of made.querySelectorAll('[aria-label]')) labelled.setAttribute('aria-label', t(labelled.getAttribute('aria-label')));
   return made;
 }
 

@@ -3,9 +3,10 @@
 import {element, find, iconButton} from './dom.js';
 import {entry, openMenu} from './menu.js';
 import {ask, tell} from './server.js';
-import {language, t} from './words.js';
+import {language, say, t} from './words.js';
 
 const WIDE = matchMedia('(min-width: 900px)');
+const TIME = new Intl.DateTimeFormat(language === 'zh' ? 'zh-CN' : 'en-GB', {dateStyle: 'medium', timeStyle: 'short'});
 let state = null, asked = 0, waiting = null, folders = [];
 
 export function setUp(shared) {
@@ -38,7 +39,7 @@ async function importFile(input) {
   find('#import').disabled = true;
   const came = await tell(`/import?name=${encodeURIComponent(file.name)}`, file);
   find('#import').disabled = false;
-  if (came) state.toast(came.said, 'done');
+  if (came) state.toast(came.said.map(say).join(t(' ')), 'done');
   refresh();
 }
 
@@ -99,8 +100,9 @@ function draw(groups, query) {
 }
 
 function row(chat) {
-  const when = new Date(chat.updated * 1000).toLocaleString(language === 'zh' ? 'zh-CN' : 'en-GB', {dateStyle: 'medium', timeStyle: 'short'});
-  const link = element('a', {href: `?chat=${chat.id}`, 'data-chat': chat.id, title: `${chat.title}\n${when}`, dir: 'auto'}, chat.title);
+  const when = TIME.format(chat.updated * 1000);
+  const titled = chat.title === 'New chat' ? t('New chat') : chat.title;  // nothing was typed in it
+  const link = element('a', {href: `?chat=${chat.id}`, 'data-chat': chat.id, title: `${titled}\n${when}`, dir: 'auto'}, titled);
   link.addEventListener('click', event => {
     if (event.ctrlKey || event.metaKey || event.shiftKey) return;  // another window
     event.preventDefault();

@@ -3,9 +3,10 @@
 import {element, find} from './dom.js';
 import {ask, tell} from './server.js';
 import {refresh as refreshTools} from './tools.js';
-import {name, t} from './words.js';
+import {explain, name, say, t} from './words.js';
 
-let state = null, said = '';
+const QUANTS = {auto: t('automatic'), none: t('as stored')};
+let state = null, said = 'null';
 
 export function setUp(shared) {
   state = shared;
@@ -18,7 +19,7 @@ export async function refresh() {
   state.model = about;
   const called = about.loaded ? about.name : t('No model');
   find('#open-model').textContent = called;
-  name(find('#open-model'), `${t('The model')}: ${called}`);
+  name(find('#open-model'), t('The model: {name}', {name: called}));
   draw();
   offer();
 }
@@ -48,14 +49,15 @@ function draw() {
     : [element('p', {id: 'unloaded'}, t('No model is loaded. What you write stays here until one is.')), element('div', {class: 'buttons'}, again())]);
   if (focused) find('#now button').focus();
   find('#known-models').replaceChildren(...about.known.map(name => element('option', {value: name})));
-  if (about.loading || about.ended !== said) progress(about);
-  said = about.loading ? null : about.ended;
+  const ended = JSON.stringify(about.ended);
+  if (about.loading || ended !== said) progress(about);
+  said = about.loading ? null : ended;
 }
 
 /** Another model. */
 function form() {
   const source = element('input', {id: 'source', autocomplete: 'off', spellcheck: 'false', list: 'known-models', placeholder: 'zai-org/GLM-4-9B-0414'});
-  const quant = element('select', {id: 'quant'}, ...state.model.quants.map(name => element('option', {value: name}, name)));
+  const quant = element('select', {id: 'quant'}, ...state.model.quants.map(name => element('option', {value: name}, QUANTS[name] ?? name)));
   return element('form', {id: 'load', on: {submit: event => {
     event.preventDefault();
     load(source.value, quant.value);
@@ -68,7 +70,7 @@ function form() {
 }
 
 const table = (rows, id) => element('table', {id, class: 'facts'}, element('tbody', {}, ...rows.map(([name, value]) =>
-  element('tr', {}, element('th', {scope: 'row'}, t(name)), element('td', {}, value)))));
+  element('tr', {}, element('th', {scope: 'row'}, say(name)), element('td', {}, say(value))))));
 
 async function load(source, quant) {
   find('#load-progress').replaceChildren();
@@ -105,7 +107,7 @@ function progress({loading, ended}) {
   if (!place) return;
   for (const button of document.querySelectorAll('#load button[type=submit], #unload, #model .again')) button.disabled = Boolean(loading);
   if (!loading) {
-    place.replaceChildren(ended ? element('p', {class: 'note'}, ended) : '');
+    place.replaceChildren(ended ? element('p', {class: 'note'}, explain(ended)) : '');
     return;
   }
   const left = loading.left == null ? '' : t('{seconds} s left', {seconds: loading.left});

@@ -12,7 +12,7 @@ import * as thread from './thread.js';
 import * as tools from './tools.js';
 import {addIcons, element, find, toast} from './dom.js';
 import {listen, newId, show, tell} from './server.js';
-import {language, t, translate} from './words.js';
+import {explain, language, t, translate} from './words.js';
 
 const PIECES = 6;  // layout.py
 const NEW = {title: 'New chat', saved: false, heard: false, answering: false};
@@ -35,7 +35,7 @@ export function mounted(piece) {
 }
 
 async function start() {
-  document.documentElement.lang = language;
+  document.documentElement.lang = language === 'zh' ? 'zh-CN' : language;  // the letters' Chinese form
   colour();
   for (const part of [thread, composer, library, settings, tools, presets, model, pane, sheets]) part.setUp(state);
   code.setUp(pane.open);
@@ -89,7 +89,7 @@ function hear(message) {
   if (message.type === 'tools') return tools.refresh();
   if (message.type === 'problem') {
     if (message.chat !== state.chat) return;
-    toast(message.said);
+    toast(explain(message.said));
     return open(newId());
   }
   state.answering = message.answering;

@@ -1,7 +1,7 @@
 // What the page asks of the server, and the stream of what the server tells this window.
 
 import {find, toast} from './dom.js';
-import {t} from './words.js';
+import {explain, t} from './words.js';
 
 const hex = bytes => Array.from(crypto.getRandomValues(new Uint8Array(bytes)), byte => byte.toString(16).padStart(2, '0')).join('');
 export const newId = () => hex(8);
@@ -22,8 +22,14 @@ export async function ask(path, body, method = 'POST') {
     throw new Error(t('The server cannot be reached.'));
   }
   const said = await answer.json().catch(() => null);
-  if (!answer.ok) throw new Error(said?.error?.message ?? said?.error ?? `${answer.status}`);
+  if (!answer.ok) throw refusal(said?.error, answer.status);
   return said;
+}
+
+/** The server's reason as an Error; `about` is the name of the field that it speaks of. */
+function refusal(reason, status) {
+  const sentence = reason?.said ? reason : {said: reason?.message ?? `${status}`};
+  return Object.assign(new Error(explain(sentence)), {about: sentence.values?.name});
 }
 
 /** As `ask`; a problem is shown, and undefined returned. */

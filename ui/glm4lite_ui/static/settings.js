@@ -5,7 +5,7 @@ import * as presets from './presets.js';
 import * as tools from './tools.js';
 import {element, find, iconButton} from './dom.js';
 import {ask, tell} from './server.js';
-import {language, t} from './words.js';
+import {language, say, t} from './words.js';
 
 const PAUSE_MS = 250;
 const FIELDS = [
@@ -166,15 +166,15 @@ export async function save() {
   let problem = null;
   const odd = Object.entries(settings).find(([, value]) => Number.isNaN(value));
   try {
-    if (odd) throw new Error(t('{name} must be a number', {name: odd[0]}));
+    if (odd) throw Object.assign(new Error(t('{name} must be a number', {name: odd[0]})), {about: odd[0]});
     await ask(`/chats/${chat}/set`, settings);
     if (chat === state.chat) state.settings = {...settings, always: state.settings.always};
   } catch (error) {
-    problem = error.message;
+    problem = error;
   }
   running = false;
   if (chat === state.chat) showProblem(problem);
-  else if (problem) state.toast(problem);
+  else if (problem) state.toast(problem.message);
   if (pending) await save();
   else if (chat === state.chat) presets.fill();
   else fill();  // which waited for what was typed in the other chat
@@ -182,11 +182,11 @@ export async function save() {
 
 function showProblem(problem) {
   for (const box of document.querySelectorAll('#settings .field')) {
-    const mine = Boolean(problem?.startsWith(box.dataset.field)), wrong = box.querySelector('.wrong');
+    const mine = problem?.about === box.dataset.field, wrong = box.querySelector('.wrong');
     if (!wrong) continue;
     wrong.hidden = !mine;
-    wrong.textContent = mine ? problem : '';
+    wrong.textContent = mine ? problem.message : '';
     inputs.get(box.dataset.field).input.toggleAttribute('aria-invalid', mine);
   }
-  if (problem && !find('#settings .wrong:not([hidden])')) state.toast(problem);
+  if (problem && !find('#settings .wrong:not([hidden])')) state.toast(problem.message);
 }

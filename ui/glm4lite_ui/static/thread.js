@@ -3,7 +3,7 @@
 import {copy, element, find, html, icon, iconButton} from './dom.js';
 import {dressCode} from './code.js';
 import {ask, showMore, tell} from './server.js';
-import {count, t} from './words.js';
+import {count, explain, languageOf, say, t} from './words.js';
 
 const NEAR = 80;  // pixels from the end at which the page goes along with an answer that grows
 const turns = new Map();  // id -> {element, meta, parts}
@@ -106,7 +106,7 @@ function drawQuestion(turn) {
   const chips = files.map(file => element('li', {class: 'chip'}, state.nameOf(file)));
   turn.question.replaceChildren(
     dropped ? element('p', {class: 'note'}, t('The model no longer reads this: its context was full.')) : '',
-    element('div', {class: 'said', dir: 'auto'}, user),
+    element('div', {class: 'said', dir: 'auto', lang: languageOf(user)}, user),
     chips.length ? element('ul', {class: 'chips'}, ...chips) : '',
     element('div', {class: 'tools'},
       iconButton('copy', t('Copy message'), event => copyPart(turn, 'user', event.currentTarget)),
@@ -129,7 +129,7 @@ function drawFoot(turn) {
   const {under_way, error, ending, counts, versions, cut, dropped} = turn.meta;
   turn.foot.replaceChildren();
   if (under_way) return;
-  if (error) turn.foot.append(element('p', {class: 'note problem'}, error));
+  if (error) turn.foot.append(element('p', {class: 'note problem'}, explain(error)));
   else if (endings[ending]) turn.foot.append(element('p', {class: 'note'}, endings[ending]));
   const tools = element('div', {class: 'tools'});
   if (turn.parts.length) tools.append(iconButton('copy', t('Copy answer'), event => copyPart(turn, 'answer', event.currentTarget)));
@@ -196,7 +196,7 @@ function replaceFrom(body, from, blocks) {
   }
 }
 
-const lasted = seconds => seconds == null ? '' : ` · ${Math.max(seconds, 0.01).toFixed(seconds < 10 ? 2 : 0)} s`;
+const lasted = seconds => seconds == null ? '' : ' · ' + t('{seconds} s', {seconds: Math.max(seconds, 0.01).toFixed(seconds < 10 ? 2 : 0)});
 
 function drawThought(part) {
   const open = part.head.open;
@@ -212,7 +212,7 @@ function drawCall(part, change) {
   replaceFrom(part.body, 0, part.blocks);
   if (results) part.body.children[given].before(element('p', {class: 'label'}, failed ? t('Error') : t('Result')));
   if (not_run) part.body.append(element('p', {class: 'label'}, t('It was not run.')));
-  const said = results ? part.body.lastElementChild.querySelector('code').textContent.trim().split('\n', 1)[0] : '';
+  const said = results ? part.body.lastElementChild.querySelector('code').textContent.trim().split('\n', 1)[0].replace(/^Error: /, '') : '';
   part.summary.replaceChildren(
     element('strong', {}, failed ? t('{name} failed', {name}) : name),
     said ? ` → ${said.length > 60 ? said.slice(0, 59) + '…' : said}` : '', lasted(seconds));
@@ -237,10 +237,10 @@ function showAsking(asking) {
   const button = (label, decision, key, kind) => element('button', {type: 'button', class: kind, 'data-decision': decision, 'aria-keyshortcuts': key, on: {click: () => decide(decision)}}, label);
   const blocks = element('div', {class: 'text'});
   replaceFrom(blocks, 0, asking.blocks);
-  const question = asking.origin ? t('Run {name} of {origin}?', asking) : t('Run {name}?', asking);
+  const question = asking.from ? t('Run {name} of {origin}?', {name: asking.name, origin: say(asking.from)}) : t('Run {name}?', asking);
   const approve = button(t('Approve'), 'approve', 'Enter', 'main');
   card.replaceChildren(...[
-    element('h2', {}, question), asking.caution ? element('p', {class: 'note'}, asking.caution) : '', blocks,
+    element('h2', {}, question), asking.caution ? element('p', {class: 'note'}, explain(asking.caution)) : '', blocks,
     element('div', {class: 'buttons'}, approve, button(t('Always for this chat'), 'always', 'A', 'plain'), button(t('Deny'), 'deny', 'D', 'plain')),
     element('p', {class: 'hint'}, t('Enter approves, A always, D denies')),
   ].filter(Boolean));

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from glm4lite.base.errors import Glm4liteError, one_line
+from glm4lite.base.sentences import Sentence
 
 _AT_ONCE = threading.BoundedSemaphore(4)  # more wait: each may take its memory
 
@@ -56,7 +57,7 @@ def _read(reader: Reader, source: Path | bytes, limits: Limits) -> Iterator[dict
                 start_new_session=True,  # Ctrl-C in the terminal is meant for the parent
             )
         except OSError as error:
-            raise UnreadableError(f"no process can be started to read it ({one_line(error)})") from None
+            raise UnreadableError("no process can be started to read it ({problem})", problem=one_line(error)) from None
     late = threading.Event()
 
     def end() -> None:
@@ -83,13 +84,15 @@ def _lines(process: subprocess.Popen[bytes], limits: Limits, late: threading.Eve
             break
         said: dict[str, Any] = json.loads(line)
         if "error" in said:
-            raise UnreadableError(str(said["error"]))
+            raise UnreadableError(Sentence.from_json(said["error"]))
         if "end" in said:
             return
         yield said
     if late.is_set():
-        raise UnreadableError(f"reading it takes longer than {limits.seconds:g} s")
-    raise UnreadableError(f"reading it takes more than {limits.memory >> 20} MiB of memory, or its content is too long")
+        raise UnreadableError("reading it takes longer than {seconds} s", seconds=f"{limits.seconds:g}")
+    raise UnreadableError(
+        "reading it takes more than {size} MiB of memory, or its content is too long", size=limits.memory >> 20
+    )
 
 
 def _opened(source: Path | bytes) -> IO[bytes]:
@@ -102,4 +105,4 @@ def _opened(source: Path | bytes) -> IO[bytes]:
         file.seek(0)
         return file
     except OSError as error:
-        raise UnreadableError(f"it cannot be read ({error.strerror})") from None
+        raise UnreadableError("the system does not let it be read ({problem})", problem=error.strerror) from None

@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import IO, Any
 
+from glm4lite.base.errors import said_by
+from glm4lite.base.sentences import Sentence
 from glm4lite_ui.chats import FORMAT, NEW_TITLE, Chat, Settings, Turn, read_chat
 from glm4lite_ui.saved.shared import from_data
 from glm4lite_ui.untrusted.documents import Refused
@@ -46,12 +48,12 @@ def read_chats(file: IO[bytes]) -> Iterator[dict[str, Any]]:
             try:
                 chat = _chat(item, left_out).to_json()
                 if len(json.dumps(chat, ensure_ascii=False)) > LARGEST_CHAT:
-                    raise Skipped(f"it is larger than {LARGEST_CHAT >> 20} MiB")
+                    raise Skipped("it is larger than {size} MiB", size=LARGEST_CHAT >> 20)
                 yield {"chat": chat}
             except Skipped as skipped:
-                yield {"skipped": title, "why": str(skipped)}
+                yield {"skipped": title, "why": said_by(skipped).to_json()}
             except (MemoryError, RecursionError):
-                yield {"skipped": title, "why": "it is too large or nested too deeply"}
+                yield {"skipped": title, "why": Sentence("it is too large or nested too deeply").to_json()}
     if not found:
         raise Refused("it holds no chats")
     yield {"left_out": dict(left_out)}
@@ -62,31 +64,31 @@ def _texts(file: IO[bytes]) -> Iterator[tuple[str, str]]:
     begins = file.read(4)
     file.seek(0)
     if begins[:2] != b"PK":
-        yield "", _decoded(file.read(LARGEST_JSON + 1), "it")
+        yield "", _decoded(file.read(LARGEST_JSON + 1), "")
         return
     with zipfile.ZipFile(file) as archive:
         members = [one for one in archive.infolist() if one.filename.endswith(".json") and not one.is_dir()]
         # ChatGPT's archive holds other JSON beside the chats, which no user would miss.
         theirs = [one for one in members if re.search(r"(^|/)conversations[^/]*\.json$", one.filename)]
         if len(members) > MOST_FILES:
-            raise Refused(f"it holds {len(members):,} files; at most {MOST_FILES:,} are read")
+            raise Refused("it holds {count} files; at most {most} are read", count=len(members), most=MOST_FILES)
         left = LARGEST_TOTAL
         for member in theirs or members:
             with archive.open(member) as opened:
                 data = opened.read(min(LARGEST_JSON, left) + 1)
             left -= len(data)
             if left < 0:
-                raise Refused(f"it takes more than {LARGEST_TOTAL >> 30} GiB when it is unpacked")
+                raise Refused("it takes more than {size} GiB when it is unpacked", size=LARGEST_TOTAL >> 30)
             yield member.filename, _decoded(data, member.filename)
 
 
 def _decoded(data: bytes, name: str) -> str:
     if len(data) > LARGEST_JSON:
-        raise Refused(f"{name} takes more than {LARGEST_JSON >> 20} MiB")
+        raise _about(name, Sentence("it takes more than {size} MiB", size=LARGEST_JSON >> 20))
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise Refused(f"{name} is no JSON in UTF-8") from None
+        raise _about(name, Sentence("it is no JSON in UTF-8")) from None
 
 
 def _items(text: str, name: str) -> Iterator[Any]:
@@ -98,14 +100,22 @@ def _items(text: str, name: str) -> Iterator[Any]:
         try:
             item, place = decoder.raw_decode(text, place)
         except (ValueError, RecursionError) as error:
-            what = "nested too deeply" if isinstance(error, RecursionError) else f"no JSON at character {place:,}"
-            raise Refused(f"{name or 'it'} is {what}") from None
+            deep, damaged = (
+                Sentence("it is nested too deeply"),
+                Sentence("it is no JSON at character {place}", place=place),
+            )
+            raise _about(name, deep if isinstance(error, RecursionError) else damaged) from None
         yield item
         place = _next(text, place)
         if listed and text[place : place + 1] == ",":
             place = _next(text, place + 1)
     if listed and place >= len(text):
-        raise Refused(f"{name or 'it'} ends in the middle of its chats")
+        raise _about(name, Sentence("it ends in the middle of its chats"))
+
+
+def _about(name: str, why: Sentence) -> Refused:
+    """Of a file in an archive, under its name."""
+    return Refused("{name}: {why}", name=name, why=why) if name else Refused(why)
 
 
 def _next(text: str, place: int) -> int:
@@ -155,13 +165,13 @@ def _of_terminal(item: dict[str, Any]) -> dict[str, Any]:
 def _own(item: dict[str, Any]) -> Chat:
     try:
         if len(item.get("tree") or item.get("turns") or ()) > MOST_TURNS:
-            raise Skipped(f"it has more than {MOST_TURNS:,} turns")
+            raise Skipped("it has more than {count} turns", count=MOST_TURNS)
         chat = from_data(item)
         json.dumps(chat.to_json(), ensure_ascii=False).encode()
     except (ValueError, TypeError) as error:
-        raise Skipped(f"it cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise Skipped("it cannot be read: {why}", why=said_by(error)) from None
     if not re.fullmatch(r"[0-9a-f]{16}", chat.id):
-        raise Skipped("it cannot be read: id")
+        raise Skipped("its id is none of glm4lite's")
     chat.settings.always.clear()  # what another file says was allowed was not allowed here
     return chat
 

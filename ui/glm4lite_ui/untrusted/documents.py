@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 from xml.parsers import expat
 
+from glm4lite.base.errors import Glm4liteError, said_by
+from glm4lite.base.sentences import Sentence
+
 MOST_PAGES = 2000
 LONGEST = 4_000_000  # characters of a text; the longest context, a million tokens, is about as long
 _LARGEST_PART = 64 << 20  # bytes of the text of a Word file, unpacked
@@ -17,13 +20,13 @@ _LARGEST_NOTEBOOK = 32 << 20
 _SHOWN_OUTPUT = 2000  # characters of one result in a notebook
 
 
-class Refused(Exception):
+class Refused(Glm4liteError):
     """Why the file is not read, in one line that does not name it."""
 
 
 def _found(text: str, form: str, **more: Any) -> Iterator[dict[str, Any]]:
     if len(text) > LONGEST:
-        raise Refused(f"it holds more than {LONGEST:,} characters, which no context takes")
+        raise Refused("it holds more than {count} characters, which no context takes", count=LONGEST)
     if not text.strip():
         raise Refused("it holds no text")
     yield {"text": text, "form": form, **more}
@@ -41,7 +44,7 @@ def _pdf() -> Callable[[IO[bytes]], Iterator[dict[str, Any]]]:
             raise Refused("it is protected by a password")
         count = len(reader.pages)
         if count > MOST_PAGES:
-            raise Refused(f"it has {count:,} pages; at most {MOST_PAGES:,} are read")
+            raise Refused("it has {count} pages; at most {most} are read", count=count, most=MOST_PAGES)
         pages, length = list[str](), 0
         for page in reader.pages:
             pages.append(page.extract_text().strip())
@@ -58,22 +61,22 @@ def _pdf() -> Callable[[IO[bytes]], Iterator[dict[str, Any]]]:
 def _office() -> Callable[[IO[bytes]], Iterator[dict[str, Any]]]:
     """A zip archive: a Word file, or what else to do with it."""
     others = {
-        "xl/workbook.xml": "a spreadsheet; save it as CSV",
-        "ppt/presentation.xml": "a presentation; save it as PDF",
-        "content.xml": "an OpenDocument file; save it as Word or PDF",
-        "META-INF/container.xml": "a book; save it as PDF or text",
+        "xl/workbook.xml": Sentence("it is a spreadsheet; save it as CSV"),
+        "ppt/presentation.xml": Sentence("it is a presentation; save it as PDF"),
+        "content.xml": Sentence("it is an OpenDocument file; save it as Word or PDF"),
+        "META-INF/container.xml": Sentence("it is a book; save it as PDF or text"),
     }
 
     def read(file: IO[bytes]) -> Iterator[dict[str, Any]]:
         with zipfile.ZipFile(file) as archive:
             names = set(archive.namelist())
             if "word/document.xml" not in names:
-                what = next((said for name, said in others.items() if name in names), "an archive; unpack it")
-                raise Refused(f"it is {what}")
+                archived = Sentence("it is an archive; unpack it")
+                raise Refused(next((said for name, said in others.items() if name in names), archived))
             with archive.open("word/document.xml") as part:
                 document = part.read(_LARGEST_PART + 1)
         if len(document) > _LARGEST_PART:
-            raise Refused(f"its text takes more than {_LARGEST_PART >> 20} MiB when it is unpacked")
+            raise Refused("its text takes more than {size} MiB when it is unpacked", size=_LARGEST_PART >> 20)
         yield from _found(_WordText().read(document), "Word")
 
     return read
@@ -149,7 +152,7 @@ def _notebook() -> Callable[[IO[bytes]], Iterator[dict[str, Any]]]:
     def read(file: IO[bytes]) -> Iterator[dict[str, Any]]:
         data = file.read(_LARGEST_NOTEBOOK + 1)
         if len(data) > _LARGEST_NOTEBOOK:
-            raise Refused(f"it is larger than {_LARGEST_NOTEBOOK >> 20} MiB; clear its outputs")
+            raise Refused("it is larger than {size} MiB; clear its outputs", size=_LARGEST_NOTEBOOK >> 20)
         try:
             notebook = json.loads(data)
         except ValueError:
@@ -205,12 +208,12 @@ def _text() -> Callable[[IO[bytes]], Iterator[dict[str, Any]]]:
     def read(file: IO[bytes]) -> Iterator[dict[str, Any]]:
         data = file.read(4 * LONGEST + 1)
         if len(data) > 4 * LONGEST:
-            raise Refused(f"it holds more than {LONGEST:,} characters, which no context takes")
+            raise Refused("it holds more than {count} characters, which no context takes", count=LONGEST)
         try:
             text, encoding = decoded(data)
         except ValueError as error:
-            raise Refused(str(error)) from None
-        yield from _found(text, "text", encoding=encoding)
+            raise Refused(said_by(error)) from None
+        yield from _found(text, "text", encoding=encoding.to_json())
 
     return read
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from glm4lite.base.errors import Glm4liteError
 from glm4lite_ui.chats import Chat, Part, Turn
 
 MOST_TURNS = 20_000  # of a chat
@@ -22,7 +23,7 @@ _CITED = re.compile("\ue200[^\ue201]*\ue201")  # where ChatGPT's page draws a li
 _SUMMARIES = ("reasoning_recap", "system_error")  # of ChatGPT, of what is there anyway
 
 
-class Skipped(Exception):
+class Skipped(Glm4liteError):
     """Why one chat is not taken."""
 
 
@@ -166,7 +167,7 @@ def put_turns(chat: Chat, source: Source, left_out: Counter[str]) -> None:
             chat.tree.append(turn)
             ends[node.id] = turn
             if len(chat.tree) > MOST_TURNS:
-                raise Skipped(f"it has more than {MOST_TURNS:,} turns")
+                raise Skipped("it has more than {count} turns", count=MOST_TURNS)
         last = turn.id if turn is not None and asked else after
         for one in reversed(behind):
             waiting.append((one, last if one.role == "user" else after, turn, parts))

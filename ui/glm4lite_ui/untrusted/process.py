@@ -62,7 +62,9 @@ def _reading(reader: str) -> Reading:
 
 def main(reader: str, limits: dict[str, Any]) -> None:
     """Reads stdin with the reader."""
+    from glm4lite.base.errors import said_by
     from glm4lite.base.extras import MissingPackageError
+    from glm4lite.base.sentences import Sentence
     from glm4lite_ui.untrusted.documents import Refused
 
     out, sys.stdout = sys.stdout.buffer, sys.stderr  # what a library prints is no answer
@@ -74,7 +76,7 @@ def main(reader: str, limits: dict[str, Any]) -> None:
     try:
         reading = _reading(reader)
     except MissingPackageError as missing:
-        say({"error": str(missing)})
+        say({"error": said_by(missing).to_json()})
         return
     gc.disable()  # it would look through millions of lists many times; what leaks here ends with the process
     _limit(limits["memory"], limits["seconds"])
@@ -84,14 +86,15 @@ def main(reader: str, limits: dict[str, Any]) -> None:
             say(said)
         last: dict[str, Any] = {"end": True}
     except Refused as refused:
-        last = {"error": str(refused)}
+        last = {"error": said_by(refused).to_json()}
     except MemoryError:
-        last = {"error": f"reading it takes more than {limits['memory'] >> 20} MiB of memory"}
+        why = Sentence("reading it takes more than {size} MiB of memory", size=limits["memory"] >> 20)
+        last = {"error": why.to_json()}
     except RecursionError:
-        last = {"error": "it is nested too deeply"}
+        last = {"error": Sentence("it is nested too deeply").to_json()}
     except Exception as error:  # of a library, about a file that is damaged
-        reason = " ".join(str(error).split())[:200]
-        last = {"error": f"it is damaged ({reason or type(error).__name__})"}
+        why = Sentence("it is damaged ({problem})", problem=said_by(error)[:200])
+        last = {"error": why.to_json()}
     say(last)
 
 
