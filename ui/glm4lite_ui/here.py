@@ -43,8 +43,9 @@ def refuse_from_elsewhere(request: Request) -> None:
     reason = from_elsewhere(request) or ("" if "origin" in request.headers else "it is no page that asks")
     if reason:
         raise Glm4liteError(
-            f"MCP servers, and what may run unasked, are changed on this machine only ({reason}); "
-            "glm4lite ui --servers-from-elsewhere lets everyone do so who reaches the page"
+            "MCP servers, and what may run unasked, are changed on this machine only ({reason}); "
+            "glm4lite ui --servers-from-elsewhere lets everyone do so who reaches the page",
+            reason=reason,
         )
 
 

@@ -91,8 +91,9 @@ class Models:
         try:
             for progress in self._loading.load(source, quant):
                 if self._cancelled.is_set():
-                    left = "the model from before is still there" if self.runtime.engine.loaded else "none is loaded"
-                    raise Glm4liteError(f"loading was stopped; {left}")
+                    if self.runtime.engine.loaded:
+                        raise Glm4liteError("loading was stopped; the model from before is still there")
+                    raise Glm4liteError("loading was stopped; none is loaded")
                 if progress is not None:
                     if began is None or began[0] != progress.stage:
                         began = progress.stage, time.monotonic(), progress.done

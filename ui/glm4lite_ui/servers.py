@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from glm4lite.base.errors import Glm4liteError, ToolError, one_line
+from glm4lite.base.errors import Glm4liteError, ToolError, one_line, said_by
 from glm4lite.tools.mcp_client.config import ServerConfig, server_config
 from glm4lite.tools.mcp_servers import McpServers
 from glm4lite.tools.tool import Tool
@@ -75,7 +75,7 @@ class Servers:
         try:
             names = list(self.file.entries())
         except ToolError as error:
-            self.problem = str(error)
+            self.problem = said_by(error)
             return
         for name in names:
             with self._lock:
@@ -88,7 +88,9 @@ class Servers:
         config = _config(name, entry)
         with self._lock:
             if name in self._all or name in self._others or name in self.file.entries():
-                raise ToolError(f"there is an MCP server called {name!r} already; choose another name, or remove it")
+                raise ToolError(
+                    "there is an MCP server called {name} already; choose another name, or remove it", name=repr(name)
+                )
             server = self._all[name] = Server(config)
         self._changed()
         try:
@@ -123,7 +125,7 @@ class Servers:
 
     def _found(self, name: str) -> Server:
         if name not in self._all:
-            raise ToolError(f"there is no MCP server called {name!r} on this page")
+            raise ToolError("there is no MCP server called {name} on this page", name=repr(name))
         return self._all[name]
 
     def _try(self, name: str, strict: bool = False) -> None:
@@ -138,7 +140,7 @@ class Servers:
             if not isinstance(error, Glm4liteError):
                 logger.error("the MCP server %r could not be connected", name, exc_info=error)
             server.close()
-            server.state, server.problem = "failed", one_line(error) or type(error).__name__
+            server.state, server.problem = "failed", said_by(error)
             self._changed()
             if strict:
                 raise
@@ -160,7 +162,7 @@ class Servers:
     def _check_stays(self, server: Server) -> None:
         """Raises ToolError where it was removed meanwhile."""
         if server.cancel.is_set() or self._all.get(server.config.name) is not server:
-            raise ToolError(f"the MCP server {server.config.name!r} was removed before it was connected")
+            raise ToolError("the MCP server {name} was removed before it was connected", name=repr(server.config.name))
 
     def _drop(self, server: Server) -> None:
         with self._lock:
@@ -190,7 +192,7 @@ class Servers:
 def _config(name: str, entry: object) -> ServerConfig:
     config = server_config("", name, entry)
     if config is None:
-        raise ToolError(f"the server {name!r} is switched off in the file")
+        raise ToolError("the server {name} is switched off in the file", name=repr(name))
     return config
 
 
@@ -205,7 +207,7 @@ def entry_of(fields: Mapping[str, str]) -> dict[str, Any]:
         try:
             words = shlex.split(command, posix=os.name == "posix")
         except ValueError as error:
-            raise ToolError(f"the command line: {one_line(error)}") from None
+            raise ToolError("the command line: {why}", why=one_line(error)) from None
         entry = {"command": words[0], "args": words[1:]} if words else {}
     entry |= {key: filled[key] for key in ("cwd", "url") if key in filled}
     for key, mark, example in (("env", "=", "NAME=value"), ("headers", ":", "Name: value")):
@@ -219,5 +221,5 @@ def entry_of(fields: Mapping[str, str]) -> dict[str, Any]:
 def _pair(line: str, mark: str, example: str) -> tuple[str, str]:
     name, found, value = line.strip().partition(mark)
     if not found or not name.strip():
-        raise ToolError(f"{line.strip()[:80]!r} is not of the form {example}")
+        raise ToolError("{line} is not of the form {example}", line=repr(line.strip()[:80]), example=example)
     return name.strip(), value.strip()

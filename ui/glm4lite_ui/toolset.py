@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Literal
 
 from glm4lite.base.errors import ToolError
+from glm4lite.base.sentences import Sentence
 from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 from glm4lite.tools.mcp_client.config import ServerConfig
 from glm4lite.tools.tool import Tool
@@ -85,7 +86,7 @@ class Toolset:
             for tool in group.tools:
                 if tool.name == name:
                     return self.trust.say(tool.full_name, _of(tool, group), word)
-        raise ToolError(f"there is no tool {name!r} of {origin!r} here" if name else f"there is no {origin!r} here")
+        raise ToolError("there is no tool {name} of {origin} here", name=repr(name), origin=repr(origin))
 
     def remove(self, name: str) -> None:
         """Ends a server, and forgets it with all that was said of it."""
@@ -97,7 +98,7 @@ class Toolset:
         return {
             "groups": [self._group(group) for group in self.groups()],
             "approval": self.approval,
-            "problem": self.servers.problem,
+            "problem": _said(self.servers.problem),
         }
 
     def _group(self, group: Group) -> dict[str, Any]:
@@ -107,7 +108,7 @@ class Toolset:
             "origin": group.origin,
             "name": group.origin.removeprefix(_SERVER),
             "state": server.state if server else "connected",
-            "problem": server.problem if server else "",
+            "problem": _said(server.problem if server else ""),
             "about": server.about if server else "",
             "left_out": list(server.left_out) if server else [],
             "added": server is not None,
@@ -122,7 +123,7 @@ class Toolset:
                 "full_name": tool.full_name,
                 "permission": self.permission(tool),
                 "about": tool.description,
-                "caution": tool.caution,
+                "caution": _said(tool.caution),
                 "word": self.trust.word(tool.full_name, _of(tool, group)),
                 "asks": self._default(tool, group),
             }
@@ -157,3 +158,8 @@ def _of(tool: Tool, group: Group) -> str:
         with suppress(TypeError):
             return inspect.getsourcefile(tool.function) or ""
     return group.of
+
+
+def _said(text: str) -> dict[str, Any] | None:
+    """As the page takes a sentence."""
+    return Sentence.from_json(text).to_json() if text else None

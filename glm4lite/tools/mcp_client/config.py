@@ -13,6 +13,7 @@ from typing import Any
 
 from glm4lite.base.errors import ToolError, one_line
 from glm4lite.base.files import decoded
+from glm4lite.base.sentences import Sentence
 
 logger = logging.getLogger("glm4lite")
 
@@ -41,7 +42,7 @@ class ServerConfig:
     @property
     def origin(self) -> str:
         """What its tools say of where they come from."""
-        return f"MCP server {self.name}"
+        return Sentence("MCP server {name}", name=self.name)
 
     @property
     def digest(self) -> str:

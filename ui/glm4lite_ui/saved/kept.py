@@ -42,6 +42,8 @@ def keep(path: Path, data: Any) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
-        raise Glm4liteError(f"{path.parent}: nothing can be kept here: {error.strerror}") from None
+        raise Glm4liteError(
+            "{folder}: nothing can be kept here: {problem}", folder=path.parent, problem=error.strerror
+        ) from None
     text = json.dumps({"format": FORMAT, **asdict(data)}, ensure_ascii=False, indent=1)
     write_kept(path, text.encode("utf-8", "replace"), path.name)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from glm4lite.base.errors import ToolError
+from glm4lite.base.sentences import Sentence
 from glm4lite.base.user_folder import make_private
 from glm4lite.tools.mcp_client.config import MAX_FILE, read_document
 from glm4lite_ui.saved.store import write_kept
@@ -46,10 +47,12 @@ class ServerFile:
             data, root = self._read()
             text = json.dumps(data | {root: change(data[root])}, ensure_ascii=False, indent=2).encode()
             if len(text) > MAX_FILE:
-                raise ToolError(f"{self.path} would have more than {MAX_FILE >> 20} MiB")
+                raise ToolError("{file} would have more than {size} MiB", file=self.path, size=MAX_FILE >> 20)
             path = self.path.resolve()  # a link stays one
             try:
                 make_private(path.parent)
             except OSError as error:
-                raise ToolError(f"{path.parent}: no MCP server can be kept here: {error.strerror}") from None
-            write_kept(path, text, "the MCP server")
+                raise ToolError(
+                    "{folder}: no MCP server can be kept here: {problem}", folder=path.parent, problem=error.strerror
+                ) from None
+            write_kept(path, text, Sentence("the MCP server"))

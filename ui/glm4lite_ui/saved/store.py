@@ -196,7 +196,10 @@ class ChatStore:
         return self.folder / f"{chat_id}.json"
 
 
-def write_kept(path: Path, data: bytes, what: str = "the chat") -> None:
+_THE_CHAT = Sentence("the chat")
+
+
+def write_kept(path: Path, data: bytes, what: str = _THE_CHAT) -> None:
     """A file of the user's alone, there whole or not at all; ChatError."""
     try:
         write_whole(path, data, private=True)

@@ -3,9 +3,9 @@
 import {element, find} from './dom.js';
 import {ask, tell} from './server.js';
 import {choice, entry, openMenu, part, ruler} from './menu.js';
-import {count, t} from './words.js';
+import {count, explain, say, t} from './words.js';
 
-const NONE = {groups: [], approval: 'ask', takes_tools: true, refused: '', problem: ''};
+const NONE = {groups: [], approval: 'ask', takes_tools: true, refused: '', problem: null};
 let state = null, about = NONE, choose = () => undefined, menu = null;
 
 export function setUp(shared) {
@@ -64,7 +64,7 @@ function draw() {
   const place = find('#tool-groups');
   if (!place) return;
   const focused = document.activeElement?.closest?.('#tool-groups') && document.activeElement.dataset.key;
-  const notes = [about.takes_tools ? '' : t("This model's template has no place for tools."), about.problem,
+  const notes = [about.takes_tools ? '' : t("This model's template has no place for tools."), about.problem && explain(about.problem),
     about.approval === 'every' ? t('Started with --approve every: each call asks.') : about.approval === 'all' ? t('Started with --approve all: no call asks.') : ''];
   place.replaceChildren(...notes.filter(Boolean).map(said => element('p', {class: 'note'}, said)), ...about.groups.map(drawGroup));
   const refused = Boolean(about.refused);
@@ -84,8 +84,8 @@ function drawGroup(group) {
     element('legend', {}, element('label', {}, toggle, ' ', title)),
     STATES[group.state] ? element('p', {class: 'note', role: 'status'}, STATES[group.state]) : '',
     group.about ? element('p', {class: 'about mono'}, group.about) : '',
-    group.problem ? element('p', {class: 'note problem'}, group.problem) : '',
-    ...group.left_out.map(said => element('p', {class: 'note problem'}, said)),
+    group.problem ? element('p', {class: 'note problem'}, explain(group.problem)) : '',
+    ...group.left_out.map(said => element('p', {class: 'note problem', 'data-theirs': ''}, said)),
     server && group.state === 'connected' && !group.tools.length ? element('p', {class: 'note'}, t('It offers no tools.')) : '',
     server && group.tools.length ? element('div', {class: 'trust-row'}, element('span', {}, t('All of them')), trust(group, null)) : '',
     ...group.tools.map(tool => drawTool(group, tool)),
@@ -96,7 +96,7 @@ function drawTool(group, tool) {
   const input = element('input', {type: 'checkbox', name: 'tool', value: tool.name, 'data-key': `on ${tool.full_name}`, on: {input: event => turn([tool], event.target.checked)}});
   return element('div', {class: 'tool'},
     element('label', {}, input, element('span', {}, element('strong', {}, tool.name), element('span', {class: 'allowed', 'data-tool': tool.permission, hidden: true}, ` · ${t('allowed in this chat')}`),
-      element('span', {class: 'about'}, tool.about.split('\n', 1)[0]), tool.caution ? element('span', {class: 'about problem'}, tool.caution) : '')),
+      element('span', {class: 'about', 'data-theirs': ''}, t(tool.about.split('\n', 1)[0])), tool.caution ? element('span', {class: 'about problem'}, say(tool.caution)) : '')),
     trust(group, tool));
 }
 
