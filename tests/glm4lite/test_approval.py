@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from glm4lite.template import ChatTemplate
 from glm4lite.terminal import JsonLines
 from glm4lite.tokenizer import Tokenizer
 from glm4lite.tools import Approve, Tool, abandoned, run_tool, tool
+from tests.commands import forked
 from tests.glm4lite.scripted import scripted_engine
 
 NANO = Path(glm4lite.__file__).parent / "nano"
@@ -147,7 +147,7 @@ class Keyboard:
     def __init__(self, *options: str) -> None:
         self.terminal, inner = os.openpty()
         environment = {**os.environ, "TERM": "dumb", "COLUMNS": "200"}
-        command = [sys.executable, "-m", "glm4lite", "chat", "--temperature", "0", *options]
+        command = [*forked(), "chat", "--temperature", "0", *options]
         self.process = subprocess.Popen(
             command, stdin=inner, stdout=inner, stderr=inner, env=environment, start_new_session=True
         )
@@ -202,7 +202,7 @@ def test_the_terminal_asks_before_a_tool_runs() -> None:
 
 @pytest.mark.parametrize(("policy", "content"), [("every", "nobody to ask"), ("all", "888")])
 def test_without_a_terminal_what_asks_is_denied(policy: str, content: str) -> None:
-    command = [sys.executable, "-m", "glm4lite", "chat", "-p", "What is 37 * 24?", "--json", "--approve", policy]
+    command = [*forked(), "chat", "-p", "What is 37 * 24?", "--json", "--approve", policy]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     results = [event for line in done.stdout.splitlines() if (event := json.loads(line))["type"] == "tool_result"]
     assert content in results[0]["content"]

@@ -23,6 +23,7 @@ from glm4lite.resources import Machine
 from glm4lite.weights.memory import enough, parse_size
 from glm4lite.weights.needs import headers, imagined, needs_of
 from glm4lite_quant import QuantConfig
+from tests.commands import forked
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 from tests.glm4lite.hub_server import HubServer, Repo
 from tests.glm4lite.test_placement import GIB, NINE, NINE_BYTES, THIRTY_TWO, THIRTY_TWO_BYTES
@@ -35,7 +36,7 @@ def clean_environment() -> dict[str, str]:
 
 
 def run(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "glm4lite", "plan", *map(str, arguments)]
+    command = [*forked(), "plan", *map(str, arguments)]
     done = subprocess.run(
         command, env=clean_environment() | variables, capture_output=True, text=True, timeout=120, check=False
     )
