@@ -1,9 +1,10 @@
-"""The command line for tests: processes with streams, signals and exit codes of their own, but torch is imported once.
+"""Processes for tests, with streams, signals and exit codes of their own, for which torch was imported once.
 
-Importing torch takes most of a short command's time. `forked()` is a command like any other for `subprocess`: a small
-program (client.py) that gives its arguments, environment, folder and streams to a process that has imported all that
-`glm4lite chat` imports (server.py), which forks for it. What a command is forked from cannot show is how it starts: a
-test of that takes `FRESH`, as does one of an interpreter's flags, limits of a process, or namespaces.
+Importing torch takes most of a short command's time. `python()` stands for `sys.executable` before `-m glm4lite` or
+`-c CODE`, `forked()` for both before a command's arguments: a small program (client.py) that gives its arguments,
+environment, folder and streams to a process that has imported all that `glm4lite chat` imports (server.py), which forks
+for it. What is forked cannot show how a command starts, ends its interpreter or closes streams that it never had: tests
+of that, and of limits, flags and namespaces, take `FRESH`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,16 @@ FRESH = [sys.executable, "-m", "glm4lite"]
 _HERE = Path(__file__).parent
 
 
-@functools.cache
 def forked() -> list[str]:
     """What stands before the arguments of a `glm4lite` command."""
+    return [*python(), "-m", "glm4lite"]
+
+
+@functools.cache
+def python() -> list[str]:
+    """A Python that has imported what a chat needs, for `-m glm4lite` and `-c CODE`."""
     if not sys.platform.startswith("linux"):
-        return FRESH
+        return [sys.executable]
     folder = tempfile.mkdtemp(prefix="glm4lite-commands-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = f"{folder}/socket"

@@ -1,4 +1,4 @@
-"""`client.py SOCKET ARGUMENTS`: has a `glm4lite` command forked with this process's streams, and ends as it ends.
+"""`client.py SOCKET -m glm4lite|-c CODE …`: has that forked with this process's streams, and ends as it ends.
 
 Signals are handed on. Needs the standard library alone: it is to start fast.
 """
@@ -47,7 +47,7 @@ def main() -> None:
             signal.signal(getattr(signal, name), lambda number, _: server.sendall(bytes([number])))
     answer = server.recv(20)
     if answer == b"fresh":
-        os.execv(sys.executable, [sys.executable, "-m", "glm4lite", *arguments])
+        os.execv(sys.executable, [sys.executable, *arguments])
     status = int(answer)
     if os.WIFSIGNALED(status):
         signal.signal(os.WTERMSIG(status), signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""`server.py SOCKET`: imports what a chat needs, then forks a `glm4lite` command for each client (client.py)."""
+"""`server.py SOCKET PATH`: imports what a chat needs, then forks for each client (client.py) what that is to run."""
 
 from __future__ import annotations
 
@@ -63,6 +63,8 @@ def needs_a_start(request: Request, variables: dict[str, str], limits: str) -> b
     changed = {name for name in names if variables.get(name) != request.variables.get(name)}
     if request.variables.get("PYTHONPATH") == sys.argv[2]:  # as tests set it to find in any folder what they import
         changed.discard("PYTHONPATH")
+    if request.arguments[:1] not in (["-m"], ["-c"]):
+        return True
     return request.limits != limits or not all(map(READ_LATE.fullmatch, changed))
 
 
@@ -135,7 +137,7 @@ def hand_on(pid: int, client: socket.socket) -> None:
 
 
 def become(request: Request) -> None:
-    """Makes this process what `python -m glm4lite` would be now: its folder, streams, variables and arguments."""
+    """Makes this process what the client's command would be: its folder, streams, variables and arguments."""
     os.setsid()
     folder, *given = request.descriptors
     os.fchdir(folder)
@@ -154,9 +156,10 @@ def become(request: Request) -> None:
         setattr(sys, f"__{name}__", stream)
     os.environ.clear()
     os.environ.update(request.variables)
-    sys.path[0] = os.getcwd()
-    sys.argv[1:] = request.arguments
-    sys.orig_argv = [sys.executable, "-m", "glm4lite", *request.arguments]
+    kind, _, *arguments = request.arguments
+    sys.path[0] = os.getcwd() if kind == "-m" else ""
+    sys.argv = [kind, *arguments]
+    sys.orig_argv = [sys.executable, *request.arguments]
 
 
 def opened(number: int, mode: str, like: TextIO) -> TextIO:
@@ -216,9 +219,14 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as glm4lite sets it before torch is imported
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's library would start threads
     preload()
-    become(serve(socket.socket(fileno=int(sys.argv[1])), variables, own_limits()))
+    request = serve(socket.socket(fileno=int(sys.argv[1])), variables, own_limits())
+    become(request)
+    kind, what = request.arguments[:2]
     try:
-        runpy.run_module("glm4lite", run_name="__main__", alter_sys=True)
+        if kind == "-m":
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})  # noqa: S102
         leaving.status = 0
     except SystemExit as end:
         leaving.status = 0 if end.code is None else end.code if isinstance(end.code, int) else None

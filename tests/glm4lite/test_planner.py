@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from glm4lite.resources import Machine
 from glm4lite.weights.memory import enough, parse_size
 from glm4lite.weights.needs import headers, imagined, needs_of
 from glm4lite_quant import QuantConfig
-from tests.commands import forked
+from tests.commands import forked, python
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 from tests.glm4lite.hub_server import HubServer, Repo
 from tests.glm4lite.test_placement import GIB, NINE, NINE_BYTES, THIRTY_TWO, THIRTY_TWO_BYTES
@@ -338,7 +337,7 @@ def test_repos_that_cannot_be_planned_are_named_in_one_line(tmp_path: Path) -> N
         """
     with HubServer(repos) as hub:
         variables = clean_environment() | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
-        command = [sys.executable, "-c", code, *repos, "org/none"]
+        command = [*python(), "-c", code, *repos, "org/none"]
         done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=True)
     said = done.stdout.splitlines()
     assert len(said) == 7
@@ -357,7 +356,7 @@ def test_without_a_network_a_downloaded_repo_is_planned_and_another_is_one_line(
     with HubServer({"org/tiny": Repo.of(source)}) as hub:
         code = "from glm4lite.hub import resolve; resolve('org/tiny')"
         variables = clean_environment() | home | {"HF_ENDPOINT": hub.url}
-        subprocess.run([sys.executable, "-c", code], env=variables, check=True, timeout=120)
+        subprocess.run([*python(), "-c", code], env=variables, check=True, timeout=120)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         closed = f"http://127.0.0.1:{unused.getsockname()[1]}"
