@@ -189,13 +189,20 @@ REFUSED = [
     ids=lambda value: value.get("num_hidden_layers") if isinstance(value, dict) else str(value),
 )
 def test_every_proposal_makes_it_fit_and_a_little_less_does_not(
-    tmp_path: Path, here: Machine, config: dict[str, Any], quant: str | None, budget: Budget
+    tmp_path: Path,
+    here: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    config: dict[str, Any],
+    quant: str | None,
+    budget: Budget,
 ) -> None:
     folder = bare(tmp_path / "plain", config)
     found = plan(folder, quant, budget)
     assert not found.placement.fits
     assert found.proposals
     assert [text for name, text in found.lines() if name == "would fit"] == [str(one) for one in found.proposals]
+
+    monkeypatch.setattr("glm4lite.planner._proposals", lambda *_: ())  # nobody asks for proposals of proposals
 
     def applied(proposal: Proposal, **less: Any) -> PlacementReport:
         changes = {"quant": quant, **asdict(budget), **proposal.changes, **less}
