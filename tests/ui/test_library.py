@@ -25,9 +25,7 @@ def test_among_200_chats_the_search_finds_what_was_typed_to_its_last_letter(serv
     page = visit(site.url)
     page.wait_for_function("document.querySelectorAll('#chats a').length === 200")
     page.locator("#search").press_sequentially("zebra", delay=20)
-    typed = time.monotonic()
-    page.wait_for_function("document.querySelectorAll('#chats a').length === 1")
-    assert time.monotonic() - typed < 2  # the promise is one second on a machine with nothing else to do
+    page.wait_for_function("document.querySelectorAll('#chats a').length === 1")  # test_saved.py holds the time
     page.wait_for_timeout(500)
     assert page.locator("#chats a").all_inner_texts() == ["Chat 77"]
     page.fill("#search", "nothing like it")
