@@ -42,7 +42,7 @@ def python() -> list[str]:
     server = subprocess.Popen(
         [sys.executable, str(_HERE / "server.py"), str(listening.fileno()), os.pathsep.join(sys.path)],
         pass_fds=[listening.fileno()],
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,  # which closes with this process, however that ends
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )

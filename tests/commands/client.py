@@ -3,6 +3,7 @@
 Signals are handed on. Needs the standard library alone: it is to start fast.
 """
 
+import contextlib
 import os
 import resource
 import signal
@@ -50,7 +51,8 @@ def main() -> None:
         os.execv(sys.executable, [sys.executable, *arguments])
     status = int(answer)
     if os.WIFSIGNALED(status):
-        signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # SIGKILL has no other
+            signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
         os.kill(os.getpid(), os.WTERMSIG(status))
     os._exit(os.waitstatus_to_exitcode(status))
 

@@ -81,6 +81,7 @@ def serve(listening: socket.socket, variables: dict[str, str], limits: str) -> R
     running: dict[int, socket.socket] = {}  # process id -> its client
     with selectors.DefaultSelector() as selector:
         selector.register(listening, selectors.EVENT_READ)
+        selector.register(0, selectors.EVENT_READ)
         selector.register(woken, selectors.EVENT_READ)
         while True:
             for key, _ in selector.select():
@@ -105,6 +106,10 @@ def serve(listening: socket.socket, variables: dict[str, str], limits: str) -> R
                         return request
                     for number in request.descriptors:
                         os.close(number)
+                elif key.fileobj == 0:  # the tests have ended
+                    for pid in running:
+                        os.kill(pid, signal.SIGKILL)
+                    os._exit(0)
                 elif key.fileobj is woken:
                     woken.recv(1 << 12)
                     while pid := ended(running):
@@ -170,7 +175,7 @@ def opened(number: int, mode: str, like: TextIO) -> TextIO:
         like.encoding,
         like.errors,
         newline="\n" if mode == "w" else None,
-        line_buffering=number == 2 or binary.isatty(),
+        line_buffering=like.line_buffering or binary.isatty(),
     )
     stream.mode = mode
     return stream
