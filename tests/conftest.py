@@ -1,6 +1,7 @@
 """What holds for all tests: how torch waits, how Triton runs, how many tests run at a time."""
 
 import os
+import signal
 
 import pytest
 
@@ -11,6 +12,13 @@ import torch
 
 if not torch.cuda.is_available():  # before anything imports Triton (bitsandbytes does): its interpreter runs kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# Run in the background, a shell's programs ignore these, and so would all that the tests start and then interrupt.
+for name in ("SIGINT", "SIGQUIT", "SIGHUP"):
+    number = getattr(signal, name, None)
+    if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
