@@ -21,7 +21,7 @@ VOCABULARY = 151552
 
 
 def glm4lite(path: Path, threads: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    from glm4lite.benchmark import benchmark
+    from glm4lite.measure.benchmark import benchmark
     from glm4lite_quant.kernels import native
 
     native.set_threads(threads)
@@ -39,7 +39,7 @@ def linears_only(kind: str, path: Path, threads: int, prompt_tokens: int) -> dic
     import linears
     import torch
 
-    from glm4lite.config import Glm4Config
+    from glm4lite.model.config import Glm4Config
 
     torch.set_num_threads(threads)
     config = Glm4Config.from_dict(json.loads((path / "config.json").read_text(encoding="utf-8")))

@@ -54,14 +54,14 @@ def measure_models(matmul_tflops: float, device: torch.device, layers: int | Non
 
 
 def measure(case: Case, folder: Path, matmul_tflops: float, device: torch.device) -> dict[str, Any]:
-    from glm4lite.benchmark import benchmark
-    from glm4lite.budget import Budget
-    from glm4lite.checkpoint import Checkpoint
-    from glm4lite.weights.memory import parse_size
-    from glm4lite.weights.needs import needs_of
+    from glm4lite.base.sizes import parse_size
+    from glm4lite.checkpoint.checkpoint import Checkpoint
+    from glm4lite.loading.requirements import requirements_of
+    from glm4lite.measure.benchmark import benchmark
+    from glm4lite.memory.budget import Budget
 
     limit = None if case.gpu_memory is None else parse_size(case.gpu_memory)
-    needs = needs_of(Checkpoint.open(folder))
+    needs = requirements_of(Checkpoint.open(folder))
     with _limited(limit, device), _decoding(case.how):
         found = benchmark(
             folder, None, case.prompt, NEW_TOKENS, budget=Budget(gpu_memory=limit, kv="float"), device="cuda"

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glm4lite.config import Glm4Config
+from glm4lite.model.config import Glm4Config
 
 Linear = Callable[[Tensor], Tensor]
 BLOCK_ROWS = 256  # random rows that are repeated: quantizing takes longer than what is measured

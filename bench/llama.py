@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from glm4lite.checkpoint import Checkpoint
-from glm4lite.config import Glm4Config
-from glm4lite.weights.plan import read_config
+from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.load_plan import read_config
+from glm4lite.model.config import Glm4Config
 
 FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "Q4_K_M": 15}  # llama_ftype
 ERROR = 4  # ggml_log_level

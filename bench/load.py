@@ -25,7 +25,7 @@ from typing import Any
 
 import httpx
 
-from glm4lite.tools import BUILTIN_TOOLS, calculator
+from glm4lite.tools.builtin.tools import BUILTIN_TOOLS, calculator
 
 TOOLS = [tool.schema() for tool in BUILTIN_TOOLS]
 LEAVING = 0.2  # share of questions whose client goes away

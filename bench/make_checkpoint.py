@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from glm4lite import Glm4Config, Glm4ForCausalLM, Glm4liteError
-from glm4lite.hub import nano_folder
-from glm4lite.weights.memory import readable
-from glm4lite.weights.writer import FolderWriter, PlannedTensor
+from glm4lite.base.sizes import readable
+from glm4lite.checkpoint.writer import FolderWriter, PlannedTensor
+from glm4lite.hub.sources import nano_folder
 from glm4lite_quant import QuantConfig, QuantError, QuantTensor
 
 COMMON: dict[str, Any] = {

@@ -18,7 +18,7 @@ import torch
 from make_checkpoint import make_config, write_checkpoint
 
 from glm4lite import Glm4ForCausalLM, Glm4liteError
-from glm4lite.weights.memory import readable
+from glm4lite.base.sizes import readable
 
 # Size over the bfloat16 bytes: of the embedding and the head, of all else. A little more than measured.
 SIZES = {

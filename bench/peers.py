@@ -33,7 +33,7 @@ from make_checkpoint import SHAPES
 from peer_files import Files
 
 from glm4lite import Glm4liteError
-from glm4lite.benchmark import versions
+from glm4lite.measure.benchmark import versions
 
 MEASURE = Path(__file__).with_name("engines.py")
 SECONDS = 900  # for one engine's repetition, loading a cold file included

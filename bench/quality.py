@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from glm4lite import Glm4ForCausalLM, load
-from glm4lite.checkpoint import Checkpoint
-from glm4lite.tokenizer import Tokenizer
-from glm4lite.weights.calibration import Calibrator
-from glm4lite.weights.calibration_text import CalibrationIds, calibration_ids
-from glm4lite.weights.plan import make_plan, read_config, skeleton
+from glm4lite.checkpoint.calibration import Calibrator
+from glm4lite.checkpoint.calibration_text import CalibrationIds, calibration_ids
+from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.load_plan import make_load_plan, read_config, skeleton
+from glm4lite.text.tokenizer import Tokenizer
 from glm4lite_quant import QuantConfig, QuantTensor
 
 WINDOW = 512
@@ -73,7 +73,7 @@ def importance_of(folder: Path, random: bool = False) -> dict[str, Tensor]:
     checkpoint = Checkpoint.open(folder)
     config = read_config(checkpoint)
     every = QuantConfig(4, exceptions=(("embed_tokens", None), ("lm_head", None), ("*norm*", None)))
-    plan = make_plan(skeleton(config, Glm4ForCausalLM), checkpoint, every)
+    plan = make_load_plan(skeleton(config, Glm4ForCausalLM), checkpoint, every)
     source = calibration_ids(checkpoint, config, None)
     if random:
         generator = torch.Generator().manual_seed(0)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from glm4lite.engine import Engine
+from glm4lite.engine.engine import Engine
+from glm4lite.engine.worker import EngineWorker
 from glm4lite.server import create_app
 from glm4lite.server.launch import Address, Server, url_of
-from glm4lite.tools import BUILTIN_TOOLS
-from glm4lite.worker import EngineWorker
+from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 from glm4lite_ui.chats import Chat, Counts, Part, Turn
 from glm4lite_ui.runtime import Runtime
 from glm4lite_ui.saved.store import ChatStore

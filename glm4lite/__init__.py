@@ -11,25 +11,25 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BUILTIN_TOOLS": "tools",
-    "ChatSession": "session",
-    "Completion": "completion",
-    "Engine": "engine",
-    "GenerationConfig": "generation",
-    "Glm4Config": "config",
-    "Glm4ForCausalLM": "model",
-    "Glm4ForSequenceClassification": "heads",
-    "Glm4ForTokenClassification": "heads",
-    "Glm4Model": "model",
-    "Glm4PreTrainedModel": "pretrained",
-    "Glm4liteError": "errors",
-    "KVCache": "cache",
-    "Message": "messages",
-    "SamplingParams": "sampling",
-    "Tokenizer": "tokenizer",
-    "Tool": "tools",
-    "load": "loader",
-    "tool": "tools",
+    "BUILTIN_TOOLS": "tools.builtin.tools",
+    "ChatSession": "chat.session",
+    "Completion": "chat.completion",
+    "Engine": "engine.engine",
+    "GenerationConfig": "pretrained.generation",
+    "Glm4Config": "model.config",
+    "Glm4ForCausalLM": "pretrained.models",
+    "Glm4ForSequenceClassification": "pretrained.models",
+    "Glm4ForTokenClassification": "pretrained.models",
+    "Glm4Model": "pretrained.models",
+    "Glm4PreTrainedModel": "pretrained.base",
+    "Glm4liteError": "base.errors",
+    "KVCache": "model.cache",
+    "Message": "text.messages",
+    "SamplingParams": "engine.sampling",
+    "Tokenizer": "text.tokenizer",
+    "Tool": "tools.tool",
+    "load": "pretrained.load",
+    "tool": "tools.tool",
 }
 
 __all__ = [
@@ -56,21 +56,26 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from glm4lite.cache import KVCache
-    from glm4lite.completion import Completion
-    from glm4lite.config import Glm4Config
-    from glm4lite.engine import Engine
-    from glm4lite.errors import Glm4liteError
-    from glm4lite.generation import GenerationConfig
-    from glm4lite.heads import Glm4ForSequenceClassification, Glm4ForTokenClassification
-    from glm4lite.loader import load
-    from glm4lite.messages import Message
-    from glm4lite.model import Glm4ForCausalLM, Glm4Model
-    from glm4lite.pretrained import Glm4PreTrainedModel
-    from glm4lite.sampling import SamplingParams
-    from glm4lite.session import ChatSession
-    from glm4lite.tokenizer import Tokenizer
-    from glm4lite.tools import BUILTIN_TOOLS, Tool, tool
+    from glm4lite.base.errors import Glm4liteError
+    from glm4lite.chat.completion import Completion
+    from glm4lite.chat.session import ChatSession
+    from glm4lite.engine.engine import Engine
+    from glm4lite.engine.sampling import SamplingParams
+    from glm4lite.model.cache import KVCache
+    from glm4lite.model.config import Glm4Config
+    from glm4lite.pretrained.base import Glm4PreTrainedModel
+    from glm4lite.pretrained.generation import GenerationConfig
+    from glm4lite.pretrained.load import load
+    from glm4lite.pretrained.models import (
+        Glm4ForCausalLM,
+        Glm4ForSequenceClassification,
+        Glm4ForTokenClassification,
+        Glm4Model,
+    )
+    from glm4lite.text.messages import Message
+    from glm4lite.text.tokenizer import Tokenizer
+    from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
+    from glm4lite.tools.tool import Tool, tool
 
 
 def __getattr__(name: str) -> Any:

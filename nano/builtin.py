@@ -7,10 +7,11 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from glm4lite.builtin_tools import clock
-from glm4lite.errors import ToolError
-from glm4lite.messages import ToolCall
-from glm4lite.tools import BUILTIN_TOOLS, run_tool
+from glm4lite.base.errors import ToolError
+from glm4lite.text.messages import ToolCall
+from glm4lite.tools.builtin import clock
+from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
+from glm4lite.tools.running import run_tool
 from nano.toolbox import Call, Skill, Step, failure, phrased, typed
 from nano.values import Values, table, words
 

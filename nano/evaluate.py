@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from glm4lite.engine import Engine
-from glm4lite.events import TextDelta, ToolCallStarted
-from glm4lite.session import ChatSession
-from glm4lite.tools import BUILTIN_TOOLS, Tool
+from glm4lite.base.events import TextDelta, ToolCallStarted
+from glm4lite.chat.session import ChatSession
+from glm4lite.engine.engine import Engine
+from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
+from glm4lite.tools.tool import Tool
 from nano.dialogues import Dialogue, generate
 from nano.toolbox import Call, Schema, Step
 

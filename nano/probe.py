@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Tokenizer
 
-from glm4lite.model import Glm4ForCausalLM
+from glm4lite.pretrained.models import Glm4ForCausalLM
 from nano import dialogues
 from nano.render import IGNORED, Encoded, encode
 

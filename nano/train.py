@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-import glm4lite.model
-from glm4lite.config import Glm4Config
-from glm4lite.model import Glm4ForCausalLM
+import glm4lite.model.trunk
+from glm4lite.model.config import Glm4Config
+from glm4lite.pretrained.models import Glm4ForCausalLM
 from nano import batches, dialogues, probe
 from nano import tokenizer as bpe
 from nano.export import export, model_config
@@ -103,7 +103,7 @@ def rounded(model: Glm4ForCausalLM, active: bool) -> Iterator[None]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:
-    """glm4lite.attention.attend for training on a CPU: the backward pass of torch's own is five times slower there."""
+    """model.attention.attend for training on a CPU: the backward pass of torch's own is five times slower there."""
     batch, heads, length, size = q.shape
     rows = heads // k.shape[1] * length  # the query heads of a key head become its rows
     later = torch.full((length, length), float("-inf"), dtype=q.dtype).triu(1).repeat(heads // k.shape[1], 1)
@@ -207,7 +207,7 @@ def work(rank: int, given: Given, team: Team, arguments: argparse.Namespace) -> 
     """One process: trains until the planned minutes are over."""
     torch.set_num_threads(arguments.threads)
     if arguments.device == "cpu":
-        glm4lite.model.attend = attend  # type: ignore[attr-defined]
+        glm4lite.model.trunk.attend = attend  # type: ignore[attr-defined]
     run = _run(rank, given, team, arguments)
     held_out = probe.held_out(run.tokenizer, arguments.probes) if rank == 0 else []
     losses: list[float] = []

@@ -15,17 +15,23 @@ PACKAGES = {
 }
 
 
-# The files of ui/ that know Gradio; all others do without.
-PAGE = ("layout", "serving")
+# glm4lite's rooms, each of which may import those before it and nothing behind it. See docs/architecture.md.
+ROOMS = (
+    *("base", "hub", "text", "tools", "model", "memory", "checkpoint", "runtime", "loading", "pretrained", "engine"),
+    *("chat", "measure", "server", "cli"),
+)
 
 # module -> the only places that may import it
 ALLOWED = {
-    "ctypes": {f"quant/glm4lite_quant/kernels/{name}.py" for name in ("native", "decoder")}
-    | {"glm4lite/sandbox/kernel.py"},
-    "mcp": {f"glm4lite/{name}.py" for name in ("mcp_tools", "mcp_client/connection", "mcp_client/transport")},
+    "ctypes": {
+        "quant/glm4lite_quant/kernels/native.py",
+        "quant/glm4lite_quant/kernels/decoder.py",
+        "glm4lite/tools/sandbox/kernel.py",
+    },
+    "mcp": {f"glm4lite/tools/{name}.py" for name in ("mcp_servers", "mcp_client/connection", "mcp_client/transport")},
     "transformers": set(),
     "bitsandbytes": {"quant/glm4lite_quant/bnb.py"},
-    "gradio": {f"ui/glm4lite_ui/{name}.py" for name in PAGE},
+    "gradio": {"ui/glm4lite_ui/layout.py", "ui/glm4lite_ui/serving.py"},
     "triton": {f"quant/glm4lite_quant/kernels/triton_{name}.py" for name in ("gpu", "kernels", "step", "step_kernels")},
     "fastapi": {
         "glm4lite/server/app.py",
@@ -36,9 +42,9 @@ ALLOWED = {
     "uvicorn": {"glm4lite/server/launch.py", "glm4lite/server/connection.py"},
     "pypdf": {"ui/glm4lite_ui/untrusted/documents.py"},
     "prompt_toolkit": {f"glm4lite/cli/chat/{name}.py" for name in ("keyboard", "history")},
-    "charset_normalizer": {"glm4lite/encodings.py"},
+    "charset_normalizer": {"glm4lite/text/encodings.py"},
     "pickle": set(),
-    "huggingface_hub": {"glm4lite/weights/hub_client.py", "glm4lite/weights/hub_errors.py"},
+    "huggingface_hub": {"glm4lite/hub/client.py", "glm4lite/hub/errors.py"},
 }
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 
@@ -57,6 +63,85 @@ def imported(tree: ast.Module) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module.split(".")[0])
     return names
+
+
+def modules() -> dict[str, tuple[Path, ast.Module]]:
+    """Every module of the three packages by its dotted name."""
+    found = {}
+    for package, folder in PACKAGES.items():
+        for file in sorted(folder.rglob("*.py")):
+            parts = [package, *file.relative_to(folder).with_suffix("").parts]
+            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            found[name] = file, ast.parse(file.read_text(encoding="utf-8"))
+    return found
+
+
+MODULES = modules()
+
+
+def imports_of(name: str) -> set[str]:
+    """The modules of ours that a module imports, anywhere: in functions and for type checkers too."""
+    found = set()
+    for node in ast.walk(MODULES[name][1]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.level, f"{name} imports relatively"
+            whole = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {full if full in MODULES else node.module for full in whole.values()}
+    return (found & MODULES.keys()) - {name}
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """The sets of modules that import each other: Tarjan's strongly connected components of more than one."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for after in graph[node]:
+            if after not in index:
+                visit(after)
+                low[node] = min(low[node], low[after])
+            elif after in stack:
+                low[node] = min(low[node], index[after])
+        if low[node] == index[node]:
+            place = stack.index(node)
+            if len(stack) - place > 1:
+                found.append(set(stack[place:]))
+            del stack[place:]
+
+    for node in graph:
+        if node not in index:
+            visit(node)
+    return found
+
+
+def test_no_two_files_import_each_other() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [{"a", "b", "c"}]
+    assert circles({name: imports_of(name) for name in MODULES}) == []
+
+
+def test_rooms_import_only_what_lies_below_them() -> None:
+    for name in MODULES:
+        package, _, rest = name.partition(".")
+        room = rest.partition(".")[0]
+        if package != "glm4lite" or not room or room == "__main__":
+            continue
+        assert room in ROOMS, f"{name}: the architecture has no such room"
+        below = ROOMS[: ROOMS.index(room) + 1]
+        for other in imports_of(name):
+            whose, _, inside = other.partition(".")
+            if whose == "glm4lite" and inside:  # the package itself gives its version
+                assert inside.partition(".")[0] in below, f"{name} imports {other}, which lies above it"
+
+
+def test_nothing_lies_flat() -> None:
+    flat = {file.name for file in PACKAGES["glm4lite"].iterdir() if file.is_file()} - {"py.typed"}
+    assert flat == {"__init__.py", "__main__.py"}
 
 
 def test_quant_is_usable_without_glm4lite() -> None:
@@ -104,5 +189,5 @@ def test_the_readmes_file_map_is_true() -> None:
         if entry.name.startswith(".") or entry.name in {"build", "dist"} or entry.name.endswith(".egg-info"):
             continue
         assert any(path.rstrip("/").split("/")[0] == entry.name for path in paths), f"{entry.name} is not in the map"
-    for file in (ROOT / "glm4lite").glob("*.py"):
-        assert f"glm4lite/{file.name}" in paths, f"glm4lite/{file.name} is not in the map"
+    for room in ROOMS:
+        assert f"glm4lite/{room}/" in paths, f"glm4lite/{room}/ is not in the map"

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from glm4lite.base.errors import ConfigError, Glm4liteError
+from glm4lite.base.user_folder import user_folder
 from glm4lite.cli import options
 from glm4lite.cli.running import interrupt_stops, nano_remark, rendering, use_threads
 from glm4lite.cli.streams import InputError, is_interactive, piped_text, streams, typed_text
-from glm4lite.errors import ConfigError, Glm4liteError
-from glm4lite.user_folder import user_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from glm4lite.cli.chat.conversation import Conversation
     from glm4lite.cli.chat.keyboard import Keyboard
-    from glm4lite.terminal import Renderer
+    from glm4lite.cli.terminal import Renderer
 
 
 def chat(
@@ -51,8 +51,9 @@ def chat(
 ) -> None:
     """Chat with a model: at a terminal, or one answer to -p, to what is piped, or to both."""
     from glm4lite.cli.chat.conversation import Conversation, Source
-    from glm4lite.sampling import SamplingParams
-    from glm4lite.toolbox import Toolbox
+    from glm4lite.cli.chat.loop import converse
+    from glm4lite.engine.sampling import SamplingParams
+    from glm4lite.tools.toolbox import Toolbox
 
     if lines and prompt is not None:
         raise ConfigError("--lines and -p contradict each other: each line is a turn, or all is one message")
@@ -72,7 +73,7 @@ def chat(
         if message is None and not as_json and is_interactive() and streams().err.isatty():
             conversation.ask_before_tools()
         if message is None:
-            conversation.go_on(_keyboard(conversation, no_history))
+            converse(conversation, _keyboard(conversation, no_history))
         else:
             conversation.ask(message)
 
@@ -98,9 +99,9 @@ def generate(
     threads: options.Threads = None,
 ) -> None:
     """Continue a text, without a chat template (for base models, or to look at a model's raw output)."""
-    from glm4lite.completion import Completion
-    from glm4lite.engine import Engine
-    from glm4lite.sampling import SamplingParams
+    from glm4lite.chat.completion import Completion
+    from glm4lite.engine.engine import Engine
+    from glm4lite.engine.sampling import SamplingParams
 
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
     sampling |= {"max_new_tokens": max_new_tokens, "stop": tuple(stop or ())}
@@ -139,10 +140,10 @@ def serve(
     use_threads(threads)
     limits: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
     with closing(address.listen()) as listening, rendering(as_json=False) as renderer:
-        from glm4lite.engine import Engine
+        from glm4lite.engine.engine import Engine
+        from glm4lite.engine.worker import EngineWorker
         from glm4lite.server import create_app
         from glm4lite.server.launch import name_of, url_of
-        from glm4lite.worker import EngineWorker
 
         if model == "nano":
             renderer.remark(nano_remark("serve"))

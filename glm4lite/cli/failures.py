@@ -7,8 +7,8 @@ import tempfile
 import traceback
 from contextlib import suppress
 
+from glm4lite.base.errors import Glm4liteError, one_line
 from glm4lite.cli.streams import OutputError, streams
-from glm4lite.errors import Glm4liteError, one_line
 
 READER_LEFT = 141  # what a shell shows of a program that a closed pipe ended
 CANNOT = 2
@@ -25,7 +25,7 @@ def told(error: Exception) -> int:
 
 
 def _say(line: str) -> None:
-    from glm4lite.printable import printable_line
+    from glm4lite.cli.printable import printable_line
 
     with suppress(OSError, ValueError):
         streams().err.write(f"error: {printable_line(line)}\n")

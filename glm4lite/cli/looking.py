@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
+from glm4lite.base.errors import ConfigError
 from glm4lite.cli import options
 from glm4lite.cli.running import print_facts, print_report, rendering, use_threads
 from glm4lite.cli.streams import streams
-from glm4lite.errors import ConfigError
-from glm4lite.hub import NANO
+from glm4lite.hub.sources import NANO
 
 
 def quantize(
@@ -30,9 +30,9 @@ def quantize(
     as_json: options.Json = False,
 ) -> None:
     """Write a pre-quantized checkpoint, which loads at once and needs no conversion."""
-    from glm4lite.weights.memory import readable
-    from glm4lite.weights.plan import parse_quant
-    from glm4lite.weights.quantized import quantize_checkpoint
+    from glm4lite.base.sizes import readable
+    from glm4lite.checkpoint.quantization import parse_quant
+    from glm4lite.checkpoint.quantize import quantize_checkpoint
     from glm4lite_quant import QuantConfig
 
     config = parse_quant(quant)
@@ -58,7 +58,7 @@ def info(
     model: Annotated[str | None, typer.Argument(help="Also describe this checkpoint.")] = None,
 ) -> None:
     """What this machine has: versions, kernels, devices; with MODEL, its shape and memory needs."""
-    from glm4lite.info import machine_facts, model_facts
+    from glm4lite.measure.info import machine_facts, model_facts
 
     facts = machine_facts()
     if model is not None:
@@ -80,16 +80,16 @@ def plan(
     as_json: options.JsonObject = False,
 ) -> None:
     """Will it fit, and how fast will it be? Of a model that is not here only a few kilobytes are fetched."""
-    from glm4lite.budget import Budget
-    from glm4lite.planner import plan as make_plan
-    from glm4lite.weights.memory import parse_size
+    from glm4lite.base.sizes import parse_size
+    from glm4lite.loading.planner import plan as make_plan
+    from glm4lite.memory.budget import Budget
 
     budget = Budget.of(gpu_memory, ram, context, kv)
     bandwidth = None if gpu_bandwidth is None else float(parse_size(gpu_bandwidth))
     use_threads(None)
     report = make_plan(model, quant, budget, bandwidth)
     if not as_json:
-        from glm4lite.terminal import print_table
+        from glm4lite.cli.terminal import print_table
 
         print_table(list(report.rows()), streams().out)
     print_report(report, as_json)
@@ -108,8 +108,8 @@ def bench(
     as_json: options.JsonObject = False,
 ) -> None:
     """Measure speed and memory of a model, and how near it comes to what this machine's memory and disk give."""
-    from glm4lite.benchmark import benchmark
-    from glm4lite.budget import Budget
+    from glm4lite.measure.benchmark import benchmark
+    from glm4lite.memory.budget import Budget
 
     budget = Budget.of(gpu_memory, ram, None, kv)
     use_threads(threads)
@@ -131,7 +131,7 @@ def evaluate_text(
     as_json: options.JsonObject = False,
 ) -> None:
     """Perplexity on a text, and the KL divergence from another model or precision."""
-    from glm4lite.evaluate import Choice, evaluate, read_text
+    from glm4lite.measure.evaluate import Choice, evaluate, read_text
 
     use_threads(threads)
     reference = None if against is None else Choice(against, against_quant, against_dtype)

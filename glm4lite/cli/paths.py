@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from glm4lite.hub import NANO
+from glm4lite.hub.sources import NANO
 
 MOST_OFFERED = 200
 _MOST_LOOKED_AT = 5000  # names of one folder

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from glm4lite.base.errors import ConfigError
 from glm4lite.cli.streams import streams
-from glm4lite.errors import ConfigError
 
 if TYPE_CHECKING:
-    from glm4lite.benchmark import Benchmark
-    from glm4lite.evaluate import Evaluation
-    from glm4lite.planner import PlacementReport
-    from glm4lite.terminal import Renderer
+    from glm4lite.cli.terminal import Renderer
+    from glm4lite.loading.planner import PlacementReport
+    from glm4lite.measure.benchmark import Benchmark
+    from glm4lite.measure.evaluate import Evaluation
 
 
 def nano_remark(command: str) -> str:
@@ -44,7 +44,7 @@ def use_threads(count: str | None) -> None:
 @contextmanager
 def rendering(as_json: bool, raw: bool = False) -> Iterator[Renderer]:
     """Where events go; the terminal is left in order whatever happens. `raw`: Markdown is not drawn."""
-    from glm4lite.terminal import JsonLines, Notices, Terminal
+    from glm4lite.cli.terminal import JsonLines, Notices, Terminal
 
     own = streams()
     renderer: Renderer = JsonLines(own.out, own.err) if as_json else Terminal(own.out, own.err, not raw)
@@ -101,7 +101,7 @@ def interrupt_stops(answering: Any) -> Iterator[None]:
 
 def print_report(report: Benchmark | Evaluation | PlacementReport, as_json: bool) -> None:
     """One JSON object, or aligned lines."""
-    from glm4lite.terminal import json_line
+    from glm4lite.cli.terminal import json_line
 
     if as_json:
         streams().out.write(json_line(report.to_json()))
@@ -110,7 +110,7 @@ def print_report(report: Benchmark | Evaluation | PlacementReport, as_json: bool
 
 
 def print_facts(facts: list[tuple[str, str]]) -> None:
-    from glm4lite.printable import printable_line
+    from glm4lite.cli.printable import printable_line
 
     width = max(len(name) for name, _ in facts)
     streams().out.writelines(f"{name:<{width}}  {printable_line(value)}\n" for name, value in facts)

@@ -7,8 +7,8 @@ import re
 import sys
 import warnings
 
+from glm4lite.base.errors import ConfigError, one_line
 from glm4lite.cli.streams import settle_streams
-from glm4lite.errors import ConfigError, one_line
 
 MIN_COLUMNS = 20  # less is no screen but a container's or a build's idea of one
 

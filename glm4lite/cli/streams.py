@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from glm4lite.errors import Glm4liteError
+from glm4lite.base.errors import Glm4liteError
 
 MAX_INPUT = 8 << 20  # bytes; more than any context holds
 PATIENCE_S = 3.0  # until a wait for stdin is said
@@ -268,7 +268,7 @@ class _OfOthers(io.TextIOWrapper):
     """What tools and libraries print. They may print what a model or a server wrote, which no terminal obeys."""
 
     def write(self, text: str, /) -> int:
-        from glm4lite.printable import printable
+        from glm4lite.cli.printable import printable
 
         if self.isatty():  # a progress bar returns to the start of its line
             super().write("\r".join(printable(part) for part in text.split("\r")))

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from itertools import dropwhile
 from typing import TypeAlias
 
-from glm4lite.engine import SEPARATOR, Engine
-from glm4lite.errors import ModelReplaced
-from glm4lite.events import Done, Progress, TextDelta, ThinkingDelta
-from glm4lite.forced_call import ForcedCall
-from glm4lite.generate import Generation, TokenLogprobs
+from glm4lite.base.errors import ModelReplaced
+from glm4lite.base.events import Done, Progress, TextDelta, ThinkingDelta
+from glm4lite.engine.decoding import Generation, TokenLogprobs
+from glm4lite.engine.engine import SEPARATOR, Engine
+from glm4lite.engine.forced_call import ForcedCall
 from glm4lite.server.question import Question
-from glm4lite.tool_calls import Call, OutputParser, Segment, Text, Thinking
+from glm4lite.text.output_parser import Call, OutputParser, Segment, Text, Thinking
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from glm4lite.engine import Engine
-from glm4lite.errors import CheckpointError
+from glm4lite.base.errors import CheckpointError
+from glm4lite.engine.engine import Engine
+from glm4lite.engine.worker import EngineWorker
 from glm4lite.server.body import Bodies, parse
 from glm4lite.server.errors import ApiError, json_response
 from glm4lite.server.guard import Guard
@@ -28,7 +29,6 @@ from glm4lite.server.question import Question, chat_question, completion_questio
 from glm4lite.server.replies import ChatReply, CompletionReply, Reply
 from glm4lite.server.requests import ChatRequest, CompletionRequest
 from glm4lite.server.stream import Stream, events
-from glm4lite.worker import EngineWorker
 
 Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
 LOOKING = ["GET", "HEAD"]  # HEAD is what the health checks of containers send

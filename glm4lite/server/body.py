@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from starlette.requests import ClientDisconnect, Request
 
-from glm4lite.errors import one_line
+from glm4lite.base.errors import one_line
 from glm4lite.server.errors import ApiError
 
 BODY_LIMIT = 8 << 20  # bytes; a million tokens of English are half of it

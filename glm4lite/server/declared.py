@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from glm4lite.errors import ToolError, shown
+from glm4lite.base.errors import ToolError, shown
 from glm4lite.server.errors import ApiError
-from glm4lite.tool_schema import check_size
-from glm4lite.tools import TOOL_NAME
+from glm4lite.text.tool_schema import TOOL_NAME, check_size
 
 _TYPES = {"string", "number", "integer", "boolean", "object", "array", "null"}
 _MAX_DEPTH = 24  # of nested schemas

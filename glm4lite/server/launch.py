@@ -12,7 +12,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 
-from glm4lite.errors import ConfigError, one_line
+from glm4lite.base.errors import ConfigError, one_line
 from glm4lite.server.connection import HEAD_BYTES, Connection
 from glm4lite.server.guard import is_loopback
 

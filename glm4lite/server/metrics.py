@@ -6,8 +6,8 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from glm4lite.inventory import devices
-from glm4lite.worker import EngineWorker
+from glm4lite.engine.worker import EngineWorker
+from glm4lite.measure.inventory import devices
 
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 Samples = Mapping[tuple[tuple[str, str], ...], float]

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from glm4lite.engine import Engine
-from glm4lite.errors import ContextLengthError, Glm4liteError, SamplingError, TemplateError
-from glm4lite.messages import Message
-from glm4lite.sampling import SamplingParams
+from glm4lite.base.errors import ContextLengthError, Glm4liteError, SamplingError, TemplateError
+from glm4lite.engine.engine import Engine
+from glm4lite.engine.sampling import SamplingParams
 from glm4lite.server.body import Structure
 from glm4lite.server.declared import check_name, declared_tools, forced_names
 from glm4lite.server.errors import ApiError
 from glm4lite.server.requests import ChatRequest, CompletionRequest
 from glm4lite.server.unsupported import refuse_in_message
-from glm4lite.template import END_OF_THOUGHT, ChatTemplate
+from glm4lite.text.messages import Message
+from glm4lite.text.template import END_OF_THOUGHT, ChatTemplate
 
 MOST_ITEMS = 4096  # parts or calls of one message
 

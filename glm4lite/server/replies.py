@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from glm4lite import __version__
-from glm4lite.events import Done, TextDelta, ThinkingDelta
-from glm4lite.generate import TokenLogprobs
+from glm4lite.base.events import Done, TextDelta, ThinkingDelta
+from glm4lite.engine.decoding import TokenLogprobs
 from glm4lite.server.answer import Piece, Scored
-from glm4lite.tokenizer import Tokenizer
-from glm4lite.tool_calls import Call
+from glm4lite.text.output_parser import Call
+from glm4lite.text.tokenizer import Tokenizer
 
 JSON = dict[str, Any]
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
-from glm4lite.errors import one_line, shown
+from glm4lite.base.errors import one_line, shown
 from glm4lite.server.errors import ApiError
 from glm4lite.server.unsupported import ignored, refuse_unsupported
 

@@ -10,13 +10,13 @@ from collections.abc import AsyncIterator
 
 from starlette.requests import Request
 
-from glm4lite.errors import Glm4liteError, QueueFull, WorkerClosed
-from glm4lite.events import Done, Progress
+from glm4lite.base.errors import Glm4liteError, QueueFull, WorkerClosed
+from glm4lite.base.events import Done, Progress
+from glm4lite.engine.worker import Ended, EngineWorker, Job
 from glm4lite.server.answer import Piece, answer
 from glm4lite.server.errors import ApiError, encode
 from glm4lite.server.question import Question
 from glm4lite.server.replies import Reply
-from glm4lite.worker import Ended, EngineWorker, Job
 
 logger = logging.getLogger("glm4lite")
 

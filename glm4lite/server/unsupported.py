@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from glm4lite.errors import shown
+from glm4lite.base.errors import shown
 from glm4lite.server.errors import ApiError
 
 _NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glm4lite_quant.config import QuantConfig, QuantError
-from glm4lite_quant.kernels.reference import SCRATCH_ELEMENTS
+from glm4lite_quant.format import SCRATCH_ELEMENTS
 from glm4lite_quant.linear import UncastModule, check_input
 
 QUANT_METHOD = "bitsandbytes"
@@ -111,6 +111,11 @@ class BnbConfig:
             raise QuantError(f"a bitsandbytes kind is {self.kind!r}; use nf4 or fp4")
         if not isinstance(self.double_quant, bool):
             raise QuantError(f"double_quant is {self.double_quant!r}; use True or False")
+
+    @property
+    def method(self) -> str:
+        """How the scales are found, as QuantConfig.method: bitsandbytes does it its own way."""
+        return self.kind
 
     def for_module(self, name: str) -> BnbConfig | QuantConfig | None:
         """The config of one module by its dotted name (None: leave it unquantized).

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from glm4lite_quant.config import QuantConfig, QuantError
-from glm4lite_quant.kernels import REFERENCE, Backend, pick
-from glm4lite_quant.tensor import NAMES, QuantTensor
+from glm4lite_quant.format import NAMES
+from glm4lite_quant.kernels import REFERENCE, pick
+from glm4lite_quant.kernels.backend import Backend
+from glm4lite_quant.tensor import QuantTensor
 
 FLOAT16 = "float16 is refused: GLM-4 overflows it (activations reach 68000); use bfloat16 or float32"
 
@@ -115,7 +117,7 @@ class QuantLinear(_QuantModule):
     def weight_tensor(self) -> QuantTensor:
         """The weight itself: the same memory, or a copy where a backend has packed the codes anew."""
         repacked = self._repacked()
-        return repacked[0].unpack(repacked[1]) if repacked else self._held()
+        return QuantTensor.of(repacked[0].unpack(repacked[1])) if repacked else self._held()
 
     def load(self, weight: QuantTensor) -> None:
         super().load(weight)

@@ -1,55 +1,26 @@
-"""One quantized weight: its tensors, their checks, and the ways in and out of the format.
-
-Tiles of 16 rows x 32 columns lie one after another along K; scales and mins are planes of one byte per row and group:
-`w[n, k] = row_scale[n] * scales[n, j] * q[n, k] - row_min[n] * mins[n, j]` with j = k // group_size.
-"""
+"""One quantized weight: the ways in and out of the format, and its checks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from glm4lite_quant import pages
 from glm4lite_quant.config import GROUP_SIZES, MINMAX, QuantConfig, QuantError
+from glm4lite_quant.format import COLS, NAMES, ROWS, SCRATCH_ELEMENTS, Planes, not_finite
 from glm4lite_quant.kernels import calibrated, native, reference
-from glm4lite_quant.kernels.reference import COLS, ROWS, SCRATCH_ELEMENTS
-
-NAMES = ("qweight", "scales", "mins", "row_scale", "row_min")
 
 
-@dataclass
-class QuantTensor:
-    """A weight [N, K]; int4 (affine) has `mins` and `row_min`, int8 (symmetric) has not."""
+class QuantTensor(Planes):
+    """A weight [N, K], which is filled by quantizing rows, or from tensors as they are stored."""
 
-    qweight: Tensor  # uint8 [ceil(N/16), K/32, 256 | 512]
-    scales: Tensor  # uint8 [ceil(N/16), K/g, 16]
-    mins: Tensor | None  # uint8, like scales
-    row_scale: Tensor  # float32 [N]
-    row_min: Tensor | None  # float32 [N]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.row_scale.shape[0], self.qweight.shape[1] * COLS
-
-    @property
-    def bits(self) -> int:
-        return 8 if self.qweight.shape[2] == 512 else 4
-
-    @property
-    def group_size(self) -> int:
-        return self.shape[1] // self.scales.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors().values())
-
-    @property
-    def device(self) -> torch.device:
-        return self.qweight.device
+    @classmethod
+    def of(cls, planes: Planes) -> QuantTensor:
+        """The same tensors; itself where it is one already."""
+        return planes if isinstance(planes, cls) else cls(*(getattr(planes, name) for name in NAMES))
 
     @classmethod
     def empty(cls, n: int, k: int, config: QuantConfig, device: str | torch.device = "cpu") -> QuantTensor:
@@ -92,15 +63,9 @@ class QuantTensor:
         if importance is not None:
             importance = calibrated.normalized(importance, k, self.group_size) if self.bits == 4 else None
         how = native.Search(1 if fast else len(reference.SHARES), importance)
-        target, source = self._tiles(start, stop), weight.detach().to(self.device)
+        target, source = self.tiles(start, stop), weight.detach().to(self.device)
         if not native.quantize(source, target, how, start):
             target._quantize_reference(source, start, how)
-
-    def _tiles(self, start: int, stop: int) -> QuantTensor:
-        tile, end = start // ROWS, -(-stop // ROWS)
-        mins = None if self.mins is None else self.mins[tile:end]
-        row_min = None if self.row_min is None else self.row_min[start:stop]
-        return QuantTensor(self.qweight[tile:end], self.scales[tile:end], mins, self.row_scale[start:stop], row_min)
 
     def _quantize_reference(self, weight: Tensor, first_row: int, how: native.Search = native.SEARCH) -> None:
         n, k = self.shape
@@ -116,7 +81,7 @@ class QuantTensor:
                 planes = reference.quantize(rows, self.bits, self.group_size, how.shares)
             else:
                 planes = calibrated.quantize(rows, self.group_size, how.importance.to(self.device))
-            part = self._tiles(start, stop)
+            part = self.tiles(start, stop)
             for name, old in part.tensors().items():
                 old.copy_(getattr(planes, name))
 
@@ -135,10 +100,6 @@ class QuantTensor:
         if flat.device.type == "cpu" and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.shape[0]:
             raise IndexError(f"row {int(flat.min())} or {int(flat.max())} is outside 0..{self.shape[0] - 1}")
         return reference.dequantize_rows(self, flat).to(dtype).reshape(*index.shape, self.shape[1])
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by the names a checkpoint gives them."""
-        return {name: t for name in NAMES if (t := getattr(self, name)) is not None}
 
     @classmethod
     def from_tensors(cls, d: Mapping[str, Tensor]) -> QuantTensor:
@@ -195,8 +156,3 @@ def _plane(shape: tuple[int, int, int], device: str | torch.device) -> Tensor:
     if torch.device(device).type == "cpu" and nbytes >= pages.HUGE:
         return pages.zeros(nbytes).view(shape)
     return torch.zeros(shape, dtype=torch.uint8, device=device)
-
-
-def not_finite(row: int, col: int, value: float) -> str:
-    """The message for a weight that cannot be quantized."""
-    return f"the weight at row {row}, column {col} is {value:g}: not a finite number that can be quantized"

@@ -184,14 +184,14 @@ def opened(number: int, mode: str, like: TextIO) -> TextIO:
 def preload() -> None:
     """All that a chat in a terminal imports, and nothing that starts a thread: a fork has only its own."""
     # ruff: noqa: F401
+    import glm4lite.chat.session
     import glm4lite.cli.chat.conversation
     import glm4lite.cli.chat.keyboard
-    import glm4lite.engine
-    import glm4lite.loader
-    import glm4lite.markdown
-    import glm4lite.session
-    import glm4lite.terminal
-    import glm4lite.toolbox
+    import glm4lite.cli.markdown
+    import glm4lite.cli.terminal
+    import glm4lite.engine.engine
+    import glm4lite.loading.loader
+    import glm4lite.tools.toolbox
     import glm4lite_quant.bnb
     import glm4lite_ui.command
 

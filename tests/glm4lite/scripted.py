@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from glm4lite.cache import KVCache
-from glm4lite.config import Glm4Config
-from glm4lite.engine import Engine
-from glm4lite.template import ChatTemplate
-from glm4lite.tokenizer import Tokenizer
+from glm4lite.engine.engine import Engine
+from glm4lite.model.cache import KVCache
+from glm4lite.model.config import Glm4Config
+from glm4lite.text.template import ChatTemplate
+from glm4lite.text.tokenizer import Tokenizer
 
 
 class ScriptedModel(nn.Module):

@@ -15,12 +15,12 @@ import torch
 from openai import OpenAI
 
 import glm4lite
-from glm4lite.engine import Engine
+from glm4lite.engine.engine import Engine
+from glm4lite.engine.worker import EngineWorker
 from glm4lite.server import Address, create_app
 from glm4lite.server.launch import Server, url_of
-from glm4lite.template import ChatTemplate
-from glm4lite.tokenizer import Tokenizer
-from glm4lite.worker import EngineWorker
+from glm4lite.text.template import ChatTemplate
+from glm4lite.text.tokenizer import Tokenizer
 from tests.glm4lite.scripted import ScriptedModel, scripted_engine
 
 NANO = Path(glm4lite.__file__).parent / "nano"

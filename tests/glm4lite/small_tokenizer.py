@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from glm4lite.tokenizer import Tokenizer
+from glm4lite.text.tokenizer import Tokenizer
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "glm4"
 SPECIALS = [

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import glm4lite
-from glm4lite.hub import nano_folder
+from glm4lite.hub.sources import nano_folder
 from tests.glm4lite.test_parity import SMALL, pair, tokens
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle (test extra)")

@@ -14,17 +14,19 @@ import pytest
 from rich.cells import cell_len
 
 import glm4lite
-from glm4lite import approval, python_tool
-from glm4lite.approval import _marked
-from glm4lite.errors import ToolError
-from glm4lite.events import Done, Event, ToolCallFinished, ToolCallStarted
-from glm4lite.messages import ToolCall
-from glm4lite.sandbox.process import Outcome
-from glm4lite.session import ChatSession
-from glm4lite.template import ChatTemplate
-from glm4lite.terminal import JsonLines
-from glm4lite.tokenizer import Tokenizer
-from glm4lite.tools import Approve, Tool, abandoned, run_tool, tool
+from glm4lite.base.errors import ToolError
+from glm4lite.base.events import Done, Event, ToolCallFinished, ToolCallStarted
+from glm4lite.chat.session import ChatSession
+from glm4lite.cli.chat import approval
+from glm4lite.cli.chat.approval import _marked
+from glm4lite.cli.terminal import JsonLines
+from glm4lite.text.messages import ToolCall
+from glm4lite.text.template import ChatTemplate
+from glm4lite.text.tokenizer import Tokenizer
+from glm4lite.tools import python as python_tool
+from glm4lite.tools.running import Approve, abandoned, run_tool
+from glm4lite.tools.sandbox.process import Outcome
+from glm4lite.tools.tool import Tool, tool
 from tests.commands import forked
 from tests.glm4lite.scripted import scripted_engine
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from glm4lite.checkpoint import Checkpoint
-from glm4lite.errors import CheckpointError, ConfigError, Glm4liteError
-from glm4lite.heads import Glm4ForSequenceClassification
-from glm4lite.loader import load, quantize_checkpoint
-from glm4lite.weights.memory import readable
-from glm4lite.weights.needs import headers, needs_of
+from glm4lite.base.errors import CheckpointError, ConfigError, Glm4liteError
+from glm4lite.base.sizes import readable
+from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.quantize import quantize_checkpoint
+from glm4lite.loading.requirements import headers, requirements_of
+from glm4lite.pretrained.load import load
+from glm4lite.pretrained.models import Glm4ForSequenceClassification
 from glm4lite_quant import QuantConfig
 from tests.glm4lite.checkpoints import tiny_config, tiny_tensors, write_checkpoint
 
@@ -231,7 +232,7 @@ def test_a_stored_plane_that_does_not_fit_is_refused_before_it_is_mapped(
 
 
 def needs_of_folder(folder: Path) -> object:
-    return needs_of(headers(folder))
+    return requirements_of(headers(folder))
 
 
 def test_an_unknown_type_is_named(folder: Path) -> None:
@@ -560,7 +561,7 @@ def held(model: Any) -> str:
 def limit_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 90 kB\nMemAvailable: 64 kB\nSwapFree: 0 kB\n")
-    monkeypatch.setattr("glm4lite.weights.memory.MEMINFO", meminfo)
+    monkeypatch.setattr("glm4lite.memory.system.MEMINFO", meminfo)
 
 
 MAPPED = "load a folder made by `glm4lite quantize`, which is mapped"

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from glm4lite import benchmark as module
 from glm4lite import load
-from glm4lite.benchmark import Benchmark, Spread, benchmark, memory_now
+from glm4lite.base.errors import BenchmarkError, ContextLengthError
+from glm4lite.base.events import Progress
 from glm4lite.cli import main
-from glm4lite.errors import BenchmarkError, ContextLengthError
-from glm4lite.events import Progress
-from glm4lite.inventory import read_bytes
+from glm4lite.measure import benchmark as module
+from glm4lite.measure.benchmark import Benchmark, Spread, benchmark, memory_now
+from glm4lite.measure.inventory import read_bytes
 from glm4lite_quant import QuantError
 from glm4lite_quant.kernels import native
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from glm4lite import info
-from glm4lite.errors import CheckpointError, ConfigError, Glm4liteError
-from glm4lite.inventory import kernel_names, read_bytes
-from glm4lite.loader import load, quantize_checkpoint
+from glm4lite.base.errors import CheckpointError, ConfigError, Glm4liteError
+from glm4lite.checkpoint.quantize import quantize_checkpoint
+from glm4lite.measure import info
+from glm4lite.measure.inventory import kernel_names, read_bytes
+from glm4lite.pretrained.load import load
 from glm4lite_quant import BnbConfig, BnbLinear, QuantEmbedding, QuantError, QuantLinear
 from glm4lite_quant.bnb import library
 from tests.glm4lite.checkpoints import legacy_checkpoint, tiny_config, tiny_tensors, write_checkpoint

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm4lite.cache import STEP, KVCache, LayerCache, PackedLayerCache
+from glm4lite.model.cache import STEP, KVCache, LayerCache, PackedLayerCache
 from glm4lite_quant import QuantConfig, QuantTensor
 from glm4lite_quant.kernels import native
 from glm4lite_quant.kernels.decoder import DecoderKernel, Heads, run

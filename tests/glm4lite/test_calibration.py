@@ -9,17 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm4lite.checkpoint import Checkpoint
+from glm4lite.base.errors import CheckpointError, ConfigError
+from glm4lite.base.events import Progress
+from glm4lite.checkpoint import calibration, calibration_text
+from glm4lite.checkpoint.calibration import Calibrator
+from glm4lite.checkpoint.calibration_text import BUNDLED, calibration_ids
+from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.load_plan import make_load_plan, read_config, skeleton
+from glm4lite.checkpoint.prepare import model_class
+from glm4lite.checkpoint.quantize import quantize_checkpoint
 from glm4lite.cli import main
-from glm4lite.errors import CheckpointError, ConfigError
-from glm4lite.events import Progress
-from glm4lite.heads import Glm4ForTokenClassification
-from glm4lite.loader import load, quantize_checkpoint
-from glm4lite.weights import calibration, calibration_text
-from glm4lite.weights.calibration import Calibrator
-from glm4lite.weights.calibration_text import BUNDLED, calibration_ids
-from glm4lite.weights.plan import make_plan, read_config, skeleton
-from glm4lite.weights.quantized import model_class
+from glm4lite.pretrained.load import load
+from glm4lite.pretrained.models import Glm4ForTokenClassification
 from glm4lite_quant import QuantConfig, QuantTensor
 from tests.glm4lite.checkpoints import legacy_checkpoint, tiny_config, tiny_tensors, write_checkpoint
 
@@ -38,7 +39,7 @@ def record(folder: Path) -> dict[str, Any]:
 def calibrator(folder: Path, text: str | None = None) -> tuple[Calibrator, Any]:
     checkpoint = Checkpoint.open(folder)
     config = read_config(checkpoint)
-    plan = make_plan(skeleton(config, model_class(checkpoint)), checkpoint, QuantConfig())
+    plan = make_load_plan(skeleton(config, model_class(checkpoint)), checkpoint, QuantConfig())
     source = calibration_ids(checkpoint, config, text)
     return Calibrator(checkpoint, plan, config, source, lambda: None), plan
 

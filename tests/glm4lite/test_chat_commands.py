@@ -14,20 +14,21 @@ from typing import Any
 import pytest
 
 import glm4lite
+from glm4lite.base.errors import Glm4liteError
+from glm4lite.base.events import Event, TextDelta
+from glm4lite.chat.session import ChatSession
 from glm4lite.cli import main
 from glm4lite.cli.chat import commands, saved
 from glm4lite.cli.chat.conversation import Conversation, Source
 from glm4lite.cli.chat.keyboard import Typed, unfinished, unquoted
+from glm4lite.cli.chat.loop import converse
 from glm4lite.cli.chat.mentions import completions, with_files
 from glm4lite.cli.chat.settings import Settings
-from glm4lite.engine import Engine
-from glm4lite.errors import Glm4liteError
-from glm4lite.events import Event, TextDelta
-from glm4lite.messages import Message
-from glm4lite.session import ChatSession
-from glm4lite.template import ChatTemplate
-from glm4lite.tokenizer import Tokenizer
-from glm4lite.tools import BUILTIN_TOOLS
+from glm4lite.engine.engine import Engine
+from glm4lite.text.messages import Message
+from glm4lite.text.template import ChatTemplate
+from glm4lite.text.tokenizer import Tokenizer
+from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 from tests.glm4lite.scripted import ScriptedModel, scripted_engine
 
 NANO = Path(glm4lite.__file__).parent / "nano"
@@ -135,7 +136,7 @@ def test_what_begins_with_a_slash(text: str, is_command: bool) -> None:
 
 def test_piped_lines_know_the_few_commands_they_always_knew(talk: Talk) -> None:
     found = talk("one", "two", by_hand=False)
-    found.go_on(Lines("/set temperature 1", "/save x.json", "/reset", "/exit", "never", by_hand=False))
+    converse(found, Lines("/set temperature 1", "/save x.json", "/reset", "/exit", "never", by_hand=False))
     assert asked(found) == []
     assert found.renderer.text == "onetwo"
     assert not Path("x.json").exists()
@@ -143,7 +144,7 @@ def test_piped_lines_know_the_few_commands_they_always_knew(talk: Talk) -> None:
 
 def test_every_command_is_in_the_help(talk: Talk) -> None:
     found = talk()
-    found.go_on(Lines("/help"))
+    converse(found, Lines("/help"))
     listed = {line.split()[0] for line in remarks(found).splitlines() if line.startswith("/")}
     assert listed >= set(commands.COMMANDS) - {"/?", "/clear", "/quit", "/bye"}
 
@@ -171,7 +172,7 @@ def test_what_is_offered(typed: str, offered: list[str], talk: Talk) -> None:
     for name in ("notes.txt", "my file.txt", ".hidden", "folder/in.md"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
-    found.go_on(Lines("Hello", "/save sums"))
+    converse(found, Lines("Hello", "/save sums"))
     assert sorted(text for text, _ in commands.offers(found, typed)) == offered
     for text, start in commands.offers(found, typed):
         assert typed[: len(typed) + start] + text  # what is typed is replaced, and nothing before it
@@ -247,7 +248,7 @@ def test_a_file_that_is_missing_is_refused(name: str, notes: str) -> None:
 
 def test_a_refused_file_asks_nothing(talk: Talk) -> None:
     found = talk("never")
-    found.go_on(Lines("See @gone.txt"))
+    converse(found, Lines("See @gone.txt"))
     assert asked(found) == []
     assert "error: gone.txt cannot be read" in remarks(found)
 
@@ -264,7 +265,7 @@ def test_a_file_that_p_names_and_is_missing_is_one_line(
 
 def test_what_a_model_or_a_pipe_says_names_no_file(talk: Talk, notes: str) -> None:
     found = talk("See @notes.txt", "Yes")
-    found.go_on(Lines("Hello @notes.txt", by_hand=False))
+    converse(found, Lines("Hello @notes.txt", by_hand=False))
     assert asked(found) == ["Hello @notes.txt"]
     assert found.session.messages[-1].content == "See @notes.txt"
 
@@ -284,10 +285,11 @@ def test_completions_of_files_are_bounded(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_settings_are_in_force_and_shown(talk: Talk) -> None:
     found = talk("Hi", top_p=0.5)
-    found.go_on(
+    converse(
+        found,
         Lines(
             "/set temperature 0.7", "/set seed 7", '/set stop " end"', "/set max-new-tokens 99", "/set system Be brief."
-        )
+        ),
     )
     params = found.session.params
     assert (params.temperature, params.top_p, params.seed, params.stop) == (0.7, 0.5, 7, (" end",))
@@ -296,7 +298,7 @@ def test_settings_are_in_force_and_shown(talk: Talk) -> None:
     shown = dict(found.lines())
     assert (shown["temperature"], shown["seed"], shown["system"], shown["stop"]) == ("0.7", "7", "Be brief.", "' end'")
     assert shown["top_k"] == "0 (the checkpoint's)"
-    found.go_on(Lines("/set temperature default", "/set top_p default", "/set system default", "/set seed default"))
+    converse(found, Lines("/set temperature default", "/set top_p default", "/set system default", "/set seed default"))
     assert found.session.params.temperature == 0  # the scripted checkpoint's
     assert found.session.params.top_p == 0.5  # given at the start
     assert (found.session.messages, found.session.params.seed) == ([], None)
@@ -305,24 +307,26 @@ def test_settings_are_in_force_and_shown(talk: Talk) -> None:
 def test_a_setting_that_cannot_be_changes_nothing(talk: Talk) -> None:
     found = talk()
     before = found.session.params
-    found.go_on(Lines("/set temperature -1", "/set seed 1.5", "/set tools maybe", "/set nothing 1", "/set top_p nan"))
+    converse(
+        found, Lines("/set temperature -1", "/set seed 1.5", "/set tools maybe", "/set nothing 1", "/set top_p nan")
+    )
     assert found.session.params == before
     assert remarks(found).count("error: ") == 5
 
 
 def test_tools_can_be_switched_off(talk: Talk) -> None:
     found = talk()
-    found.go_on(Lines("/set tools off"))
+    converse(found, Lines("/set tools off"))
     assert found.session.tools == {}
     assert "calculator: off; Evaluate" in "\n".join(found.tool_lines())
-    found.go_on(Lines("/set tools on", "/set markdown off"))
+    converse(found, Lines("/set tools on", "/set markdown off"))
     assert list(found.session.tools) == [tool.name for tool in BUILTIN_TOOLS]
     assert found.renderer.markdown is False
 
 
 def test_a_thinking_model_can_be_made_to_answer_at_once(talk: Talk) -> None:
     found = talk("Well.</think>\n\nFour.", "Five.", "Hm.</think>\n\nSix.", of=ChatTemplate(THINKING))
-    found.go_on(Lines("2 + 2?", "/set think off", "2 + 3?", "/set think on", "2 + 4?"))
+    converse(found, Lines("2 + 2?", "/set think off", "2 + 3?", "/set think on", "2 + 4?"))
     model: Any = found.session.engine.model
     prompts = [found.session.engine.tokenizer.text(ids, keep_special=True) for ids in model.fed if len(ids) > 1]
     ends = [prompt.endswith("<think>\n</think>\n\n") for prompt in prompts]
@@ -339,16 +343,17 @@ def test_a_thinking_model_can_be_made_to_answer_at_once(talk: Talk) -> None:
 
 def test_what_is_saved_comes_back(talk: Talk) -> None:
     first = talk("Hello.", seed=3)
-    first.go_on(
-        Lines("/set system Be brief.", "Hi", "/set temperature 0.25", "/save my chat", "/save", "/save there.json")
+    converse(
+        first,
+        Lines("/set system Be brief.", "Hi", "/set temperature 0.25", "/save my chat", "/save", "/save there.json"),
     )
     second = talk("Again.")
-    second.go_on(Lines("/load my chat", "And?"))
+    converse(second, Lines("/load my chat", "And?"))
     assert second.session.messages[:3] == first.session.messages
     assert second.session.system == "Be brief."
     assert (second.session.params.temperature, second.session.params.seed) == (0.25, 3)
     assert json.loads(Path("there.json").read_text())["messages"][1] == {"role": "user", "content": "Hi"}
-    second.go_on(Lines("/save my chat"))  # the one it was loaded from
+    converse(second, Lines("/save my chat"))  # the one it was loaded from
     assert "error" not in remarks(second)
     if os.name == "posix":
         assert stat.S_IMODE((saved.folder() / "my chat.json").stat().st_mode) == 0o600
@@ -357,7 +362,7 @@ def test_what_is_saved_comes_back(talk: Talk) -> None:
 def test_nothing_is_overwritten_or_saved_empty(talk: Talk) -> None:
     Path("other.json").write_text("{}")
     found = talk("Hi")
-    found.go_on(Lines("/save a", "Hello", "/save other.json", "/save missing/a.json", "/save a\\b"))
+    converse(found, Lines("/save a", "Hello", "/save other.json", "/save missing/a.json", "/save a\\b"))
     assert Path("other.json").read_text() == "{}"
     nothing, there, missing, name = [line for line in remarks(found).splitlines() if line.startswith("error: ")]
     assert nothing == "error: there is nothing to save yet"
@@ -393,7 +398,7 @@ def test_nothing_is_overwritten_or_saved_empty(talk: Talk) -> None:
 def test_a_file_that_is_no_conversation_changes_nothing(content: str, said: str, talk: Talk) -> None:
     Path("bad.json").write_text(content)
     found = talk("Hello.")
-    found.go_on(Lines("Hi", "/load bad.json"))
+    converse(found, Lines("Hi", "/load bad.json"))
     assert asked(found) == ["Hi"]
     (line,) = [line for line in remarks(found).splitlines() if line.startswith("error: ")]
     assert said in line
@@ -417,7 +422,7 @@ def test_the_old_model_is_gone_before_the_new_ones_weights_are_read(
         return made
 
     monkeypatch.setattr(Engine, "load", load)
-    found.go_on(Lines("First?", "/model nano int8", "Second?"))
+    converse(found, Lines("First?", "/model nano int8", "Second?"))
     assert seen == [True]
     assert asked(found) == ["First?", "Second?"]
     assert found.renderer.text == "One.Two."
@@ -438,7 +443,7 @@ def test_the_old_model_comes_back_where_the_new_one_fails(
         return scripted_engine(tokenizer, template, ["\nTwo.<|user|>"])
 
     monkeypatch.setattr(Engine, "load", load)
-    found.go_on(Lines("First?", "/model nano int8", "Second?"))
+    converse(found, Lines("First?", "/model nano int8", "Second?"))
     assert "; nano is loaded again" in remarks(found)
     assert found.source.quant == "auto"
     assert found.renderer.text == "One.Two."
@@ -447,7 +452,7 @@ def test_the_old_model_comes_back_where_the_new_one_fails(
 def test_a_model_that_is_refused_at_once_costs_nothing(talk: Talk) -> None:
     found = talk("One.", "Two.")
     model = found.session.engine.model
-    found.go_on(Lines("First?", "/model ./gone", "/model nano int3", "/model a b c", "/model", "Second?"))
+    converse(found, Lines("First?", "/model ./gone", "/model nano int3", "/model a b c", "/model", "Second?"))
     assert remarks(found).count("error: ") == 3
     assert found.session.engine.model is model
     assert isinstance(model, ScriptedModel)

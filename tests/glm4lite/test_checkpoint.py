@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from glm4lite.checkpoint import Checkpoint
-from glm4lite.errors import CheckpointError
-from glm4lite.weights.shard import read_header
+from glm4lite.base.errors import CheckpointError
+from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.shard import read_header
 from tests.glm4lite.checkpoints import legacy_checkpoint, tiny_config, tiny_tensors, write_checkpoint
 
 

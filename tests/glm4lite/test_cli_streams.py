@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from glm4lite.base.errors import ConfigError
 from glm4lite.cli import failures, startup
 from glm4lite.cli.streams import OutputError
-from glm4lite.errors import ConfigError
 from tests.commands import forked
 
 PRINTING = '''

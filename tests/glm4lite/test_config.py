@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from glm4lite.config import Glm4Config
-from glm4lite.errors import ConfigError
+from glm4lite.base.errors import ConfigError
+from glm4lite.model.config import Glm4Config
 
 SIZES = {
     "vocab_size": 151552,
@@ -164,7 +164,7 @@ ROPES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("how", ROPES)
 def test_every_way_to_say_rope_means_what_transformers_reads(how: str) -> None:
     torch, modeling = pytest.importorskip("torch"), pytest.importorskip("transformers.models.glm4.modeling_glm4")
-    rotary = pytest.importorskip("glm4lite.rotary")
+    rotary = pytest.importorskip("glm4lite.model.rotary")
     values = {**SIZES, "head_dim": 64, "max_position_embeddings": 1024, **ROPES[how]}
     reference = modeling.Glm4RotaryEmbedding(modeling.Glm4Config(**copy.deepcopy(values)))
     config = Glm4Config.from_dict({**values, "model_type": "glm4"})
@@ -270,7 +270,7 @@ def test_a_yarn_value_that_cannot_be_used_is_named(key: str, value: object) -> N
 def test_every_rope_value_that_is_accepted_gives_finite_frequencies(
     rope_theta: float, beta: float, context: float
 ) -> None:
-    rotary = pytest.importorskip("glm4lite.rotary")
+    rotary = pytest.importorskip("glm4lite.model.rotary")
     odd: dict[str, Any] = {"factor": 9e11, "beta_fast": beta, "beta_slow": 9e11, "mscale": 9e11, "mscale_all_dim": 1}
     rope = YARN | odd | {"rope_theta": rope_theta, "original_max_position_embeddings": context}
     frequencies, scaling = rotary.inverse_frequencies(Glm4Config(**SIZES, rope_parameters=rope))

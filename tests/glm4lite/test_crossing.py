@@ -17,15 +17,16 @@ from typing import Any
 import pytest
 import torch
 
-from glm4lite import Glm4ForCausalLM, SamplingParams, crossing, load
-from glm4lite.crossing import Bus, Crossing, put_on_bus
-from glm4lite.fused import FusedLayers
-from glm4lite.generate import Generation, PrefixCache
-from glm4lite.inventory import devices, kernel_names
-from glm4lite.loader import quantize_checkpoint
-from glm4lite.resources import Machine, Placement, Share
-from glm4lite.speed import crossing_tokens
-from glm4lite.weights.destinations import _bus
+from glm4lite import Glm4ForCausalLM, SamplingParams, load
+from glm4lite.checkpoint.quantize import quantize_checkpoint
+from glm4lite.engine.decoding import Generation, PrefixCache
+from glm4lite.loading.device_map import _bus
+from glm4lite.measure.inventory import devices, kernel_names
+from glm4lite.memory.resources import Machine, Placement, Share
+from glm4lite.memory.speed import prefetch_tokens
+from glm4lite.runtime import prefetch as crossing
+from glm4lite.runtime.fused import FusedLayers
+from glm4lite.runtime.prefetch import PrefetchedStore, Prefetcher, prefetch_long_prompts
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 
 LAYERS, THRESHOLD = 6, 4
@@ -45,22 +46,22 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def standing_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU stands for the GPU: torch's code everywhere, and an input crosses by its number of tokens."""
     state = {"crosses": False}
-    where = Crossing.where
+    where = PrefetchedStore.where
 
-    def noted(place: Crossing, tokens: int) -> Any:
+    def noted(place: PrefetchedStore, tokens: int) -> Any:
         found = where(place, tokens)
         state["crosses"] = found is not None
         return found
 
-    monkeypatch.setattr(Crossing, "where", noted)
-    monkeypatch.setattr(Bus, "carries", lambda bus, device: state["crosses"])
+    monkeypatch.setattr(PrefetchedStore, "where", noted)
+    monkeypatch.setattr(Prefetcher, "carries", lambda bus, device: state["crosses"])
     monkeypatch.setattr(FusedLayers, "run", lambda *_: None)
 
 
-def crossing_model(folder: Path, layers: slice = slice(0, 4), **options: Any) -> tuple[Glm4ForCausalLM, Bus]:
+def crossing_model(folder: Path, layers: slice = slice(0, 4), **options: Any) -> tuple[Glm4ForCausalLM, Prefetcher]:
     model = load(folder, **options)
     chosen = list(model.model.layers)[layers]
-    return model, put_on_bus(chosen, torch.device("cpu"), model.model.dtype, THRESHOLD)
+    return model, prefetch_long_prompts(chosen, torch.device("cpu"), model.model.dtype, THRESHOLD)
 
 
 def logits_of(model: Glm4ForCausalLM, pieces: list[torch.Tensor] = PIECES) -> list[torch.Tensor]:
@@ -101,8 +102,8 @@ def test_every_cache_is_complete_after_a_pass(folders: dict[str, Path]) -> None:
 
 
 def test_layers_on_disk_cross_too(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glm4lite.placement.CPU_RESERVE", 0)
-    monkeypatch.setattr("glm4lite.placement.RING_BUFFERS", 0)
+    monkeypatch.setattr("glm4lite.memory.placement.CPU_RESERVE", 0)
+    monkeypatch.setattr("glm4lite.memory.placement.RING_BUFFERS", 0)
     resident, model = load(folders["int4"]), None
     whole = sum(held["weights"] for held in devices(resident).values())
     for ram in range(whole + (1 << 20), 0, -8192):
@@ -111,7 +112,7 @@ def test_layers_on_disk_cross_too(folders: dict[str, Path], monkeypatch: pytest.
             break
     assert model is not None
     before = devices(model), kernel_names(model)
-    put_on_bus(list(model.model.layers), torch.device("cpu"), torch.float32, THRESHOLD)
+    prefetch_long_prompts(list(model.model.layers), torch.device("cpu"), torch.float32, THRESHOLD)
     assert (devices(model), kernel_names(model)) == before
     for _ in range(2):
         for got, want in zip(logits_of(model), logits_of(resident), strict=True):
@@ -185,7 +186,7 @@ def test_what_a_gpu_computed_in_bfloat16_is_stored_in_the_layers_own_type(folder
     layers = list(model.model.layers)
     for layer in layers:
         layer.dtype = torch.float32
-    put_on_bus(layers, torch.device("cpu"), torch.bfloat16, THRESHOLD)
+    prefetch_long_prompts(layers, torch.device("cpu"), torch.bfloat16, THRESHOLD)
     both = IDS.view(2, 20)
     with torch.inference_mode():
         cache = model.model.new_cache(batch=2)
@@ -211,18 +212,18 @@ def test_a_model_that_is_let_go_is_gone_at_once(folders: dict[str, Path]) -> Non
 
 @pytest.fixture
 def needs(folders: dict[str, Path]) -> Any:
-    from glm4lite.checkpoint import Checkpoint
-    from glm4lite.weights.needs import needs_of
+    from glm4lite.checkpoint.checkpoint import Checkpoint
+    from glm4lite.loading.requirements import requirements_of
 
-    return needs_of(Checkpoint.open(folders["int4"]))
+    return requirements_of(Checkpoint.open(folders["int4"]))
 
 
 def test_the_threshold_is_where_the_bus_takes_less_time_than_the_cpu(needs: Any) -> None:
     """3.2 of performance.md: 4.25 bits at 12 GB/s beside 1 TFLOP/s, some 22 tokens."""
     nbytes = int(needs.layer_parameters * 4.25 / 8)
-    tokens = crossing_tokens(nbytes, needs, Machine(0, bus_bandwidth=12e9, cpu_rate=1e12, gpu_rate=1e15))
+    tokens = prefetch_tokens(nbytes, needs, Machine(0, bus_bandwidth=12e9, cpu_rate=1e12, gpu_rate=1e15))
     assert tokens == pytest.approx(22.1, rel=0.01)
-    assert crossing_tokens(nbytes, needs, Machine(0, cpu_rate=2e12, gpu_rate=1e12)) == float("inf")
+    assert prefetch_tokens(nbytes, needs, Machine(0, cpu_rate=2e12, gpu_rate=1e12)) == float("inf")
 
 
 @pytest.mark.parametrize(("cpu_rate", "crosses"), [(1e12, True), (1e9, True), (1e18, False)])
@@ -230,7 +231,7 @@ def test_the_layers_off_the_gpu_cross_where_that_is_faster(
     needs: Any, monkeypatch: pytest.MonkeyPatch, cpu_rate: float, crosses: bool
 ) -> None:
     monkeypatch.setattr(
-        "glm4lite.weights.destinations.crossing_speeds", lambda quantized: Machine(0, cpu_rate=cpu_rate, gpu_rate=3e13)
+        "glm4lite.loading.device_map.prefetch_speeds", lambda quantized: Machine(0, cpu_rate=cpu_rate, gpu_rate=3e13)
     )
     shares = (Share("cuda:0", (4, 5), 0), Share("cpu", (0, 2), 0), Share("disk", (1, 3), 0))
     route = _bus(needs, Placement(shares, "cuda:0", 64, "float", 0, 0), torch.bfloat16)
@@ -256,7 +257,7 @@ def test_a_real_gpu_computes_a_prompt_of_layers_in_ram(
         layer.dtype = torch.float32
     for layer in list(model.model.layers)[4:]:
         layer.dtype = torch.bfloat16
-    put_on_bus(layers, torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, THRESHOLD)
+    prefetch_long_prompts(layers, torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, THRESHOLD)
     ids = IDS.cuda()
     for _ in range(3):
         assert torch.equal(

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from glm4lite import load
+from glm4lite.base.errors import EvaluationError
 from glm4lite.cli import main
-from glm4lite.engine import Engine
-from glm4lite.errors import EvaluationError
-from glm4lite.evaluate import Choice, cut_windows, evaluate, window_logits
+from glm4lite.engine.engine import Engine
+from glm4lite.measure.evaluate import Choice, cut_windows, evaluate, window_logits
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 
 TEXT = "What is 37 * 24? The answer is 888. It is sunny in Paris today, and the tower is 330 metres tall. " * 40

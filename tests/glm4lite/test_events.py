@@ -11,8 +11,8 @@ from typing import Any, get_args
 import pytest
 from jsonschema import Draft202012Validator, ValidationError
 
-from glm4lite.events import FORMAT_VERSION, Done, Event, Start, TextDelta, ToolCallStarted
-from glm4lite.terminal import JsonLines
+from glm4lite.base.events import FORMAT_VERSION, Done, Event, Start, TextDelta, ToolCallStarted
+from glm4lite.cli.terminal import JsonLines
 from tests.commands import forked
 
 SCHEMA: dict[str, Any] = json.loads((Path(__file__).parents[2] / "docs" / "events.schema.json").read_text())

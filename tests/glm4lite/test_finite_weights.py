@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from glm4lite.errors import CheckpointError
-from glm4lite.loader import load, quantize_checkpoint
+from glm4lite.base.errors import CheckpointError
+from glm4lite.checkpoint.quantize import quantize_checkpoint
+from glm4lite.pretrained.load import load
 from glm4lite_quant import QuantConfig
 from tests.glm4lite.checkpoints import tiny_config, tiny_tensors, write_checkpoint
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import glm4lite
-from glm4lite.forced_call import ForcedCall
-from glm4lite.json_prefix import JsonObject
-from glm4lite.tokenizer import Tokenizer
-from glm4lite.tool_calls import Call, OutputParser, parse_arguments
+from glm4lite.engine.forced_call import ForcedCall
+from glm4lite.text.json_prefix import JsonObject
+from glm4lite.text.output_parser import Call, OutputParser, parse_arguments
+from glm4lite.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.from_folder(Path(glm4lite.__file__).parent / "nano")
 STOP, SEPARATOR = TOKENIZER.special["<|observation|>"], TOKENIZER.special["<|assistant|>"]

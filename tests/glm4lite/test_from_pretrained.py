@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from glm4lite import Glm4Config, Glm4ForCausalLM, Glm4ForSequenceClassification, Glm4Model
-from glm4lite.errors import CheckpointError, ConfigError, HubError
-from glm4lite.heads import Glm4ForTokenClassification
-from glm4lite.load_options import LoadOptions
-from glm4lite.loader import load
-from glm4lite.pretrained import Glm4PreTrainedModel
-from glm4lite.transformers_names import request
+from glm4lite.base.errors import CheckpointError, ConfigError, HubError
+from glm4lite.loading.load_options import LoadOptions
+from glm4lite.pretrained.base import Glm4PreTrainedModel
+from glm4lite.pretrained.load import load
+from glm4lite.pretrained.models import Glm4ForTokenClassification
+from glm4lite.pretrained.transformers_names import request
 from glm4lite_quant import BnbConfig, BnbLinear, QuantConfig, QuantLinear
 from tests.glm4lite.checkpoints import tiny_config, tiny_tensors, write_checkpoint
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from glm4lite import Glm4ForCausalLM, KVCache, load
-from glm4lite.attention import Visibility
-from glm4lite.cache import LayerCache, PackedLayerCache
-from glm4lite.runner import STEP_TOKENS
+from glm4lite.model.attention import Visibility
+from glm4lite.model.cache import LayerCache, PackedLayerCache
+from glm4lite.runtime.runner import STEP_TOKENS
 from glm4lite_quant.kernels import decoder, native
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 

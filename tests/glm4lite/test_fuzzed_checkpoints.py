@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from glm4lite.engine import Engine
-from glm4lite.errors import Glm4liteError
-from glm4lite.info import model_facts
-from glm4lite.loader import load, quantize_checkpoint
-from glm4lite.planner import plan
-from glm4lite.tokenizer import Tokenizer
+from glm4lite.base.errors import Glm4liteError
+from glm4lite.checkpoint.quantize import quantize_checkpoint
+from glm4lite.engine.engine import Engine
+from glm4lite.loading.planner import plan
+from glm4lite.measure.info import model_facts
+from glm4lite.pretrained.load import load
+from glm4lite.text.tokenizer import Tokenizer
 from glm4lite_quant import QuantConfig, QuantError
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 

@@ -5,11 +5,11 @@ import threading
 import pytest
 import torch
 
-from glm4lite.config import Glm4Config
-from glm4lite.errors import ContextLengthError
-from glm4lite.generate import Generation, PrefixCache
-from glm4lite.model import Glm4ForCausalLM
-from glm4lite.sampling import SamplingParams
+from glm4lite.base.errors import ContextLengthError
+from glm4lite.engine.decoding import Generation, PrefixCache
+from glm4lite.engine.sampling import SamplingParams
+from glm4lite.model.config import Glm4Config
+from glm4lite.pretrained.models import Glm4ForCausalLM
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=20)
 

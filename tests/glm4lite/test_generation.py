@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from glm4lite.errors import ConfigError, ContextLengthError
-from glm4lite.generation import GenerationConfig
-from glm4lite.model import Glm4ForCausalLM
+from glm4lite.base.errors import ConfigError, ContextLengthError
+from glm4lite.pretrained.generation import GenerationConfig
+from glm4lite.pretrained.models import Glm4ForCausalLM
 from tests.glm4lite.test_parity import SMALL, VARIANTS, pair, tokens
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle (test extra)")

@@ -17,12 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm4lite import Glm4ForCausalLM, SamplingParams, graph, load
-from glm4lite.cache import LayerCache
-from glm4lite.errors import ConfigError
-from glm4lite.generate import Generation, PrefixCache
-from glm4lite.graph import StepGraphs
-from glm4lite.runner import FastRunner
+from glm4lite import Glm4ForCausalLM, SamplingParams, load
+from glm4lite.base.errors import ConfigError
+from glm4lite.engine.decoding import Generation, PrefixCache
+from glm4lite.model.cache import LayerCache
+from glm4lite.runtime import graph
+from glm4lite.runtime.graph import StepGraphs
+from glm4lite.runtime.runner import FastRunner
 from glm4lite_quant.kernels import REFERENCE
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 
@@ -61,9 +62,9 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
             "run",
             lambda runner, layers, *rest: runner.graphs.run(layers, *rest) if len(layers) > 1 else None,
         )
-        monkeypatch.setattr("glm4lite.cache.STEP", 16)
+        monkeypatch.setattr("glm4lite.model.cache.STEP", 16)
         monkeypatch.setattr("glm4lite_quant.kernels.triton_step.PARTS", 4)  # the interpreter runs them in turn
-    monkeypatch.setattr("glm4lite.cache.GPU_STEP", 16)
+    monkeypatch.setattr("glm4lite.model.cache.GPU_STEP", 16)
     return made
 
 

@@ -16,18 +16,18 @@ from typing import Any
 
 import pytest
 
-from glm4lite import owned_folder
-from glm4lite.checkpoint import Checkpoint
-from glm4lite.errors import HubError
-from glm4lite.hub import nano_folder, resolve
-from glm4lite.weights.verified import NOTES
+from glm4lite.base import owned_folder
+from glm4lite.base.errors import HubError
+from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.hub.sources import nano_folder, resolve
+from glm4lite.hub.verified import NOTES
 from tests.glm4lite.checkpoints import write_checkpoint
 from tests.glm4lite.hub_server import HubServer, Repo, is_large
 
 RESOLVE = """
 import json, logging, sys
-from glm4lite.errors import HubError
-from glm4lite.hub import resolve
+from glm4lite.base.errors import HubError
+from glm4lite.hub.sources import resolve
 
 class Stop(Exception):
     pass

@@ -21,7 +21,7 @@ from tests.glm4lite.test_hub import variables
 LOAD = """
 import json, sys
 from glm4lite import Glm4Config, Glm4ForCausalLM
-from glm4lite.errors import Glm4liteError
+from glm4lite.base.errors import Glm4liteError
 
 for source, options in json.loads(sys.argv[1]):
     try:

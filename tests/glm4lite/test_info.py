@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from glm4lite import info
-from glm4lite.errors import ConfigError, Glm4liteError
-from glm4lite.loader import load, quantize_checkpoint
-from glm4lite.weights.memory import readable
+from glm4lite.base.errors import ConfigError, Glm4liteError
+from glm4lite.base.sizes import readable
+from glm4lite.checkpoint.quantize import quantize_checkpoint
+from glm4lite.measure import info
+from glm4lite.pretrained.load import load
 from tests.glm4lite.checkpoints import tiny_config, tiny_tensors, write_checkpoint
 
 
@@ -81,6 +82,8 @@ def test_info_gives_no_notices(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 def test_progress_reaches_the_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path)
     given: list[object] = []
-    monkeypatch.setattr("glm4lite.hub.resolve", lambda source, progress=None: given.append(progress) or folder)
+    monkeypatch.setattr(
+        "glm4lite.checkpoint.prepare.resolve", lambda source, progress=None, hub=None: given.append(progress) or folder
+    )
     info.model_facts("org/name", given.append)
     assert given == [given.append]

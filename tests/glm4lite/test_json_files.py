@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from glm4lite.checkpoint import Checkpoint
-from glm4lite.engine import Engine
-from glm4lite.errors import ConfigError, Glm4liteError
-from glm4lite.messages import Message
-from glm4lite.template import ChatTemplate
-from glm4lite.tokenizer import Tokenizer
-from glm4lite.weights.files import parse_json, read_json
+from glm4lite.base.errors import ConfigError, Glm4liteError
+from glm4lite.base.files import parse_json, read_json
+from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.engine.engine import Engine
+from glm4lite.text.messages import Message
+from glm4lite.text.template import ChatTemplate
+from glm4lite.text.tokenizer import Tokenizer
 from tests.glm4lite.checkpoints import write_checkpoint
 
 SAVED_BY_WINDOWS = ("utf-8-sig", "utf-16-le", "utf-16-be")  # Notepad, PowerShell's `>`, and Notepad's third choice

@@ -9,16 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from glm4lite.budget import Budget
-from glm4lite.engine import Engine
-from glm4lite.errors import ContextLengthError
-from glm4lite.events import Progress
-from glm4lite.heads import Glm4ForSequenceClassification, Glm4ForTokenClassification
-from glm4lite.info import model_facts
-from glm4lite.loader import load
-from glm4lite.model import Glm4ForCausalLM, Glm4Model
-from glm4lite.planner import plan
-from glm4lite.weights import memory, streaming
+from glm4lite.base.errors import ContextLengthError
+from glm4lite.base.events import Progress
+from glm4lite.checkpoint import streaming
+from glm4lite.engine.engine import Engine
+from glm4lite.loading.planner import plan
+from glm4lite.measure.info import model_facts
+from glm4lite.memory import system
+from glm4lite.memory.budget import Budget
+from glm4lite.pretrained.load import load
+from glm4lite.pretrained.models import (
+    Glm4ForCausalLM,
+    Glm4ForSequenceClassification,
+    Glm4ForTokenClassification,
+    Glm4Model,
+)
 from glm4lite_quant import QuantConfig, QuantEmbedding, QuantError, QuantLinear, QuantTensor
 from tests.glm4lite.checkpoints import legacy_checkpoint, tiny_config, tiny_tensors, write_checkpoint
 
@@ -245,10 +250,10 @@ def test_free_memory_is_what_the_machine_and_the_control_group_allow(
     own, files, free = CGROUPS[case]
     (tmp_path / "meminfo").write_text(f"MemAvailable: {4 * GIB // 1024} kB\nSwapFree: 1024 kB\n")
     (tmp_path / "own").write_text(own)
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "OWN_CGROUPS", tmp_path / "own", raising=False)
-    monkeypatch.setattr(memory, "CGROUPS", cgroups(tmp_path / "cgroup", files), raising=False)
-    assert memory.available() == free + (1 << 20)
+    monkeypatch.setattr(system, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(system, "OWN_CGROUPS", tmp_path / "own", raising=False)
+    monkeypatch.setattr(system, "CGROUPS", cgroups(tmp_path / "cgroup", files), raising=False)
+    assert system.available() == free + (1 << 20)
 
 
 def test_a_kernel_that_is_not_known_is_not_taken_for_a_damaged_file(monkeypatch: pytest.MonkeyPatch) -> None:

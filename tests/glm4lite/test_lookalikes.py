@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from glm4lite.checkpoint import Checkpoint
-from glm4lite.errors import Glm4liteError
-from glm4lite.loader import load
-from glm4lite.planner import plan
-from glm4lite.tokenizer import Tokenizer
+from glm4lite.base.errors import Glm4liteError
+from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.loading.planner import plan
+from glm4lite.pretrained.load import load
+from glm4lite.text.tokenizer import Tokenizer
 from tests.glm4lite.checkpoints import tiny_config, tiny_tensors, write_checkpoint
 
 SHARD = "model-00001-of-00002.safetensors"

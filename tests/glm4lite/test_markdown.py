@@ -13,10 +13,10 @@ import pyte
 import pytest
 from rich.segment import Segment
 
-from glm4lite import markdown
-from glm4lite.events import TextDelta, ThinkingDelta
-from glm4lite.markdown import MarkdownStream, _rows, can_draw
-from glm4lite.terminal import Notices, Terminal
+from glm4lite.base.events import TextDelta, ThinkingDelta
+from glm4lite.cli import markdown
+from glm4lite.cli.markdown import MarkdownStream, _rows, can_draw
+from glm4lite.cli.terminal import Notices, Terminal
 
 ROOT = Path(__file__).parents[2]
 WIDTH, HEIGHT = 60, 15

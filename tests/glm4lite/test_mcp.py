@@ -16,13 +16,14 @@ from typing import Any
 
 import pytest
 
-from glm4lite.errors import ToolError
-from glm4lite.mcp_client import connection
-from glm4lite.mcp_client.config import ServerConfig, read_config
-from glm4lite.mcp_tools import McpServers
-from glm4lite.messages import ToolCall
-from glm4lite.toolbox import Toolbox
-from glm4lite.tools import MAX_RESULT_CHARACTERS, Tool, ToolResult, run_tool
+from glm4lite.base.errors import ToolError
+from glm4lite.text.messages import ToolCall
+from glm4lite.tools.mcp_client import connection
+from glm4lite.tools.mcp_client.config import ServerConfig, read_config
+from glm4lite.tools.mcp_servers import McpServers
+from glm4lite.tools.running import MAX_RESULT_CHARACTERS, ToolResult, run_tool
+from glm4lite.tools.tool import Tool
+from glm4lite.tools.toolbox import Toolbox
 
 HERE = Path(__file__).parent
 GOOD, BAD = str(HERE / "mcp_server.py"), str(HERE / "mcp_misbehaving.py")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from glm4lite.loader import quantize_checkpoint
-from glm4lite.weights.writer import FolderWriter, PlannedTensor
+from glm4lite.checkpoint.quantize import quantize_checkpoint
+from glm4lite.checkpoint.writer import FolderWriter, PlannedTensor
 from glm4lite_quant import QuantConfig
 from glm4lite_quant.kernels import native
 from tests.glm4lite.checkpoints import shapes, tiny_config
@@ -38,7 +38,7 @@ def sample():
 
 sampler = threading.Thread(target=sample)
 sampler.start()
-from glm4lite.loader import load
+from glm4lite.pretrained.load import load
 begin = time.monotonic()
 from glm4lite_quant import QuantConfig
 quant = {"": None, "search": QuantConfig(4, method="search")}.get(sys.argv[2], sys.argv[2])

@@ -15,18 +15,18 @@ import pytest
 import torch
 
 from glm4lite import Glm4ForCausalLM, SamplingParams, load
-from glm4lite.budget import Budget, place_within
-from glm4lite.checkpoint import Checkpoint
-from glm4lite.engine import Engine
-from glm4lite.errors import CheckpointError, ConfigError, ContextLengthError, DeviceError
-from glm4lite.generate import Generation, PrefixCache
-from glm4lite.inventory import devices, kernel_names, rings
-from glm4lite.loader import quantize_checkpoint
-from glm4lite.offload import OnDisk
-from glm4lite.placement import place
-from glm4lite.resources import Machine, Placement, Share
-from glm4lite.weights.destinations import Destinations
-from glm4lite.weights.needs import needs_of
+from glm4lite.base.errors import CheckpointError, ConfigError, ContextLengthError, DeviceError
+from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.quantize import quantize_checkpoint
+from glm4lite.engine.decoding import Generation, PrefixCache
+from glm4lite.engine.engine import Engine
+from glm4lite.loading.device_map import DeviceMap
+from glm4lite.loading.requirements import requirements_of
+from glm4lite.measure.inventory import devices, kernel_names, rings
+from glm4lite.memory.budget import Budget, place_within
+from glm4lite.memory.placement import place
+from glm4lite.memory.resources import Machine, Placement, Share
+from glm4lite.runtime.offload import DiskStore
 from glm4lite_quant import QuantError
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 
@@ -47,9 +47,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def budget(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[[int], int]:
     """Bytes of RAM with which so many layers lie on disk (with no reserve: it is larger than all of the model)."""
-    monkeypatch.setattr("glm4lite.placement.CPU_RESERVE", 0)
-    monkeypatch.setattr("glm4lite.placement.RING_BUFFERS", 0)
-    needs, huge = needs_of(Checkpoint.open(folder)), Machine(1 << 40)
+    monkeypatch.setattr("glm4lite.memory.placement.CPU_RESERVE", 0)
+    monkeypatch.setattr("glm4lite.memory.placement.RING_BUFFERS", 0)
+    needs, huge = requirements_of(Checkpoint.open(folder)), Machine(1 << 40)
 
     def of(on_disk: int) -> int:
         whole = place(needs, huge, context=CONTEXT, kv="float").share("cpu").held
@@ -67,8 +67,8 @@ def streamed(folder: Path, budget: Callable[[int], int]) -> Glm4ForCausalLM:
     return load(folder, ram=budget(4), context=CONTEXT, kv="float")
 
 
-def on_disk(model: Glm4ForCausalLM) -> list[OnDisk]:
-    return [layer.store for layer in model.model.layers if isinstance(layer.store, OnDisk)]
+def on_disk(model: Glm4ForCausalLM) -> list[DiskStore]:
+    return [layer.store for layer in model.model.layers if isinstance(layer.store, DiskStore)]
 
 
 def logits_of(model: Glm4ForCausalLM, pieces: list[torch.Tensor], **more: Any) -> list[torch.Tensor]:
@@ -127,7 +127,7 @@ def test_whoever_looks_at_the_model_meanwhile_changes_nothing(folder: Path, stre
 
 def test_a_layer_has_no_weights_between_its_turns(streamed: Glm4ForCausalLM) -> None:
     logits_of(streamed, PIECES[:1])
-    layer = next(layer for layer in streamed.model.layers if isinstance(layer.store, OnDisk))
+    layer = next(layer for layer in streamed.model.layers if isinstance(layer.store, DiskStore))
     with pytest.raises(QuantError, match="no weight yet"):
         layer.mlp.gate_up_proj(torch.zeros(1, 128))
 
@@ -346,7 +346,7 @@ def test_the_notice_says_that_the_cache_became_int8(
 
 @pytest.mark.usefixtures("budget")
 def test_the_cache_stays_as_it_is_where_int8_keeps_no_layer_from_the_disk(folder: Path) -> None:
-    needs, machine, alike = needs_of(Checkpoint.open(folder)), Machine(1 << 40), 0
+    needs, machine, alike = requirements_of(Checkpoint.open(folder)), Machine(1 << 40), 0
     whole = place(needs, machine, context=4, kv="float").share("cpu").held
     for ram in range(whole - sum(needs.layers), whole, 4096):
         float_, int8, auto = (
@@ -363,7 +363,7 @@ def test_memory_that_runs_out_while_loading_is_one_line(folder: Path, monkeypatc
     def fail(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("glm4lite.weights.assembly.Assembly.fill", fail)
+    monkeypatch.setattr("glm4lite.loading.assembly.Assembly.fill", fail)
     with pytest.raises(CheckpointError, match=r"memory ran out while .* was loaded; free some"):
         load(folder)
 
@@ -374,11 +374,11 @@ def test_a_budget_for_a_gpu_that_may_not_be_used_is_said(folder: Path, caplog: p
 
 
 def test_a_chat_runs_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from glm4lite.session import ChatSession
-    from glm4lite.tools import BUILTIN_TOOLS
+    from glm4lite.chat.session import ChatSession
+    from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 
-    monkeypatch.setattr("glm4lite.placement.CPU_RESERVE", 0)
-    monkeypatch.setattr("glm4lite.placement.RING_BUFFERS", 0)
+    monkeypatch.setattr("glm4lite.memory.placement.CPU_RESERVE", 0)
+    monkeypatch.setattr("glm4lite.memory.placement.RING_BUFFERS", 0)
     nano = quantize_checkpoint("nano", tmp_path / "nano", "int8")
     whole = Engine.load(nano, ram="4GiB", context=1024, kv="float")
     needed = sum(held["weights"] for held in devices(whole.model).values())
@@ -418,7 +418,7 @@ def test_each_weight_goes_where_the_placement_says() -> None:
     )
     types = {"cpu": torch.float32, "cuda": torch.bfloat16}
     placement = Placement(shares, "cuda:0", CONTEXT, "float", 0, 0)
-    found = Destinations(torch.device("cuda:0"), types, placement)
+    found = DeviceMap(torch.device("cuda:0"), types, placement)
     names = ["model.embed_tokens", "model.layers.0.mlp.down_proj", "layers.1.self_attn.q_proj", "model.layers.6.mlp"]
     assert [str(found.device(name)) for name in (*names, "model.norm", "lm_head")] == [
         "cpu", "cpu", "cpu", "cuda:0", "cuda:0", "cuda:0",
@@ -474,6 +474,6 @@ def test_a_device_that_fails_in_a_prompt_is_said_and_the_session_goes_on(
 
 def test_the_embedding_stays_on_the_cpu_whatever_computes() -> None:
     types = {"cpu": torch.float32, "cuda": torch.bfloat16}
-    found = Destinations(torch.device("cuda:1"), types)
+    found = DeviceMap(torch.device("cuda:1"), types)
     assert str(found.device("model.embed_tokens")) == "cpu"
     assert {str(found.device(name)) for name in ("model.layers.3.mlp", "model.norm", "lm_head")} == {"cuda:1"}

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from glm4lite import owned_folder
-from glm4lite.owned_folder import OwnedFolder, remove_abandoned_temporary
-from glm4lite.sandbox.process import run_python
+from glm4lite.base import owned_folder
+from glm4lite.base.owned_folder import OwnedFolder, remove_abandoned_temporary
+from glm4lite.tools.sandbox.process import run_python
 
 pytestmark = pytest.mark.skipif(owned_folder.fcntl is None, reason="no locks that end with their process")
 
@@ -40,9 +40,8 @@ def killed(program: str, temporary: Path, pattern: str) -> Path:
 
 
 def test_what_a_killed_process_left_goes_and_what_is_in_use_stays(temporary: Path) -> None:
-    program = (
-        "import time; from glm4lite.owned_folder import OwnedFolder; f = OwnedFolder('glm4lite-x-'); time.sleep(60)"
-    )
+    code = ("import time", "from glm4lite.base.owned_folder import OwnedFolder")
+    program = "; ".join((*code, "f = OwnedFolder('glm4lite-x-')", "time.sleep(60)"))
     left = killed(program, temporary, "glm4lite-x-*/.glm4lite-lock").parent
     living, unknown = OwnedFolder("glm4lite-x-"), temporary / "glm4lite-x-abcdefgh"
     unknown.mkdir()
@@ -55,7 +54,7 @@ def test_what_a_killed_process_left_goes_and_what_is_in_use_stays(temporary: Pat
 
 
 def test_the_work_folder_of_a_killed_program_is_removed_by_the_next_run(temporary: Path) -> None:
-    program = "from glm4lite.sandbox.process import run_python; run_python('import time; time.sleep(60)')"
+    program = "from glm4lite.tools.sandbox.process import run_python; run_python('import time; time.sleep(60)')"
     left = killed(program, temporary, "glm4lite-python-*/work")
     (left / "deep").mkdir(exist_ok=True)
     run_python("print(1)")

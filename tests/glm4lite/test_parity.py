@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from glm4lite.cache import KVCache
-from glm4lite.config import Glm4Config
-from glm4lite.errors import ConfigError
-from glm4lite.heads import Glm4ForSequenceClassification, Glm4ForTokenClassification
-from glm4lite.model import Glm4ForCausalLM
-from glm4lite.pretrained import Glm4PreTrainedModel
+from glm4lite.base.errors import ConfigError
+from glm4lite.model.cache import KVCache
+from glm4lite.model.config import Glm4Config
+from glm4lite.pretrained.base import Glm4PreTrainedModel
+from glm4lite.pretrained.models import Glm4ForCausalLM, Glm4ForSequenceClassification, Glm4ForTokenClassification
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle (test extra)")
 

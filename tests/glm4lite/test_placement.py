@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from glm4lite.errors import ConfigError, ContextLengthError
-from glm4lite.placement import place
-from glm4lite.resources import Machine, Needs, Placement
-from glm4lite.weights.needs import imagined, needs_of
+from glm4lite.base.errors import ConfigError, ContextLengthError
+from glm4lite.loading.requirements import imagined, requirements_of
+from glm4lite.memory.placement import place
+from glm4lite.memory.resources import Machine, Placement, Requirements
 
 GIB = 1 << 30
 
@@ -46,19 +46,19 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def needs(name: str, folder: Path, quant: str | None = "int4") -> Needs:
+def needs(name: str, folder: Path, quant: str | None = "int4") -> Requirements:
     """Of a folder with nothing but config.json, as if the weights lay quantized in it."""
     (folder / "config.json").write_text(json.dumps(MODELS[name]))
-    return replace(needs_of(imagined(folder), quant), stored=True, loading=0)
+    return replace(requirements_of(imagined(folder), quant), stored=True, loading=0)
 
 
 @pytest.fixture
-def nine(tmp_path: Path) -> Needs:
+def nine(tmp_path: Path) -> Requirements:
     return needs("GLM-4-9B-0414", tmp_path)
 
 
 @pytest.fixture
-def thirty_two(tmp_path: Path) -> Needs:
+def thirty_two(tmp_path: Path) -> Requirements:
     return needs("GLM-4-32B-0414", tmp_path)
 
 
@@ -185,7 +185,7 @@ def test_layers_on_a_gpu_of_8_gib_beside_16_gib_of_ram(
 # 9B in 3 GiB = 3 221 225 472 bytes of RAM at 1024 tokens: reserve 536 870 912, head and norm 640 778 240, cache
 # 83 886 080, activations 512 * (3*4*4096 + 4*(8192 + 12288 + 512 + 41088)) + 20*151552 = 155 336 704,
 # three buffers 348 321 792: 1 456 031 744 are left for layers of 116 107 264: 12. The embedding is only looked up.
-def test_layers_of_a_9b_in_3_gib_of_ram(nine: Needs) -> None:
+def test_layers_of_a_9b_in_3_gib_of_ram(nine: Requirements) -> None:
     placed = place(nine, Machine(24 * GIB), context=1024, ram=3 * GIB)
     cpu, disk = placed.share("cpu"), placed.share("disk")
     assert (len(cpu.layers), len(disk.layers)) == (12, 28)
@@ -221,7 +221,7 @@ def test_budgets_hold_and_every_layer_has_one_place(name: str, kv: Any, tmp_path
             assert placed.fits or placed.advice
 
 
-def test_more_ram_never_holds_fewer_layers_nor_is_slower(thirty_two: Needs) -> None:
+def test_more_ram_never_holds_fewer_layers_nor_is_slower(thirty_two: Requirements) -> None:
     for gpus in ((), (8 * GIB,)):
         plans = [place(thirty_two, Machine(ram, gpus=gpus), context=8192) for ram in sizes()]
         for less, more in pairwise(plans):
@@ -231,7 +231,7 @@ def test_more_ram_never_holds_fewer_layers_nor_is_slower(thirty_two: Needs) -> N
             assert less.prefill_tokens_per_s <= more.prefill_tokens_per_s
 
 
-def test_more_gpu_memory_never_holds_fewer_layers_nor_is_slower(thirty_two: Needs) -> None:
+def test_more_gpu_memory_never_holds_fewer_layers_nor_is_slower(thirty_two: Requirements) -> None:
     for ram in (8 * GIB, 24 * GIB):
         plans = [place(thirty_two, Machine(ram, gpus=(size,)), context=8192) for size in sizes()]
         assert plans[0].gpus == ()
@@ -241,7 +241,7 @@ def test_more_gpu_memory_never_holds_fewer_layers_nor_is_slower(thirty_two: Need
             assert less.decode_tokens_per_s <= more.decode_tokens_per_s
 
 
-def test_a_second_gpu_takes_the_layers_before_those_of_the_first(thirty_two: Needs) -> None:
+def test_a_second_gpu_takes_the_layers_before_those_of_the_first(thirty_two: Requirements) -> None:
     placed = place(thirty_two, Machine(32 * GIB, gpus=(8 * GIB, 8 * GIB)), context=8192)
     first, second = placed.gpus
     assert first.layers[-1] == 60
@@ -250,18 +250,18 @@ def test_a_second_gpu_takes_the_layers_before_those_of_the_first(thirty_two: Nee
     assert [placed.device_of(layer) for layer in (0, second.layers[0], 60)] == ["cpu", "cuda:1", "cuda:0"]
 
 
-def test_layers_on_disk_lie_between_those_in_ram(thirty_two: Needs) -> None:
+def test_layers_on_disk_lie_between_those_in_ram(thirty_two: Requirements) -> None:
     placed = place(thirty_two, Machine(24 * GIB), context=8192, ram=10 * GIB)
     held, read = placed.share("cpu").layers, placed.share("disk").layers
     assert len(held) > 15
     assert all(later - earlier <= len(read) // len(held) + 2 for earlier, later in pairwise(held))
 
 
-def test_no_layers_on_disk_where_ram_holds_all(nine: Needs) -> None:
+def test_no_layers_on_disk_where_ram_holds_all(nine: Requirements) -> None:
     assert not place(nine, Machine(24 * GIB), context=8192).share("disk").layers
 
 
-def test_no_gpu_memory_means_no_gpu(nine: Needs) -> None:
+def test_no_gpu_memory_means_no_gpu(nine: Requirements) -> None:
     machine = Machine(24 * GIB, gpus=(8 * GIB,))
     assert place(nine, machine, context=8192, gpu_memory=0) == place(nine, replace(machine, gpus=()), context=8192)
 
@@ -269,20 +269,20 @@ def test_no_gpu_memory_means_no_gpu(nine: Needs) -> None:
 # --- what the predictions are
 
 
-def test_decoding_is_bytes_over_bandwidth(nine: Needs) -> None:
+def test_decoding_is_bytes_over_bandwidth(nine: Requirements) -> None:
     machine = Machine(24 * GIB, ram_bandwidth=40e9)
     placed = place(nine, machine, context=8192)
     read = 40 * 116_107_264 + 640_778_240 + 2 * 40 * 2 * 512 * 4096  # the cache half full
     assert placed.decode_tokens_per_s == pytest.approx(0.9 * 40e9 / read)
 
 
-def test_a_disk_that_is_slower_than_ram_bounds_decoding(nine: Needs) -> None:
+def test_a_disk_that_is_slower_than_ram_bounds_decoding(nine: Requirements) -> None:
     machine = Machine(24 * GIB, ram_bandwidth=40e9, disk_bandwidth=1e9)
     placed = place(nine, machine, context=1024, ram=3 * GIB)
     assert placed.decode_tokens_per_s == pytest.approx(0.95 * 1e9 / placed.share("disk").weights)
 
 
-def test_a_prompt_is_bound_by_operations_or_by_the_bus(thirty_two: Needs) -> None:
+def test_a_prompt_is_bound_by_operations_or_by_the_bus(thirty_two: Requirements) -> None:
     # 503 316 480 weights a layer, two operations each, 61 layers
     slow = place(thirty_two, Machine(24 * GIB, cpu_rate=1e12), context=8192)
     assert slow.prefill_tokens_per_s == pytest.approx(1e12 / (2 * 503_316_480 * 61))
@@ -294,7 +294,7 @@ def test_a_prompt_is_bound_by_operations_or_by_the_bus(thirty_two: Needs) -> Non
 # --- what does not fit
 
 
-def test_ram_for_less_than_one_layer_and_the_cache_is_refused_with_what_would_do(nine: Needs) -> None:
+def test_ram_for_less_than_one_layer_and_the_cache_is_refused_with_what_would_do(nine: Requirements) -> None:
     placed = place(nine, Machine(24 * GIB), context=8192, ram=GIB)
     assert not placed.fits
     assert (placed.decode_tokens_per_s, placed.prefill_tokens_per_s) == (0, 0)
@@ -302,14 +302,14 @@ def test_ram_for_less_than_one_layer_and_the_cache_is_refused_with_what_would_do
     assert place(nine, Machine(24 * GIB), context=8192, ram=int(2.2 * GIB)).fits
 
 
-def test_a_smaller_cache_is_advised_where_it_is_enough(thirty_two: Needs) -> None:
+def test_a_smaller_cache_is_advised_where_it_is_enough(thirty_two: Requirements) -> None:
     placed = place(thirty_two, Machine(24 * GIB), context=8192, ram=3 * GIB)
     assert placed.advice == ("3.0 GiB of RAM do not suffice: it takes 3.4GiB of RAM, or --kv int8, or --context 4096")
     assert place(thirty_two, Machine(24 * GIB), context=8192, ram=3 * GIB, kv="int8").fits
     assert place(thirty_two, Machine(24 * GIB), context=4096, ram=3 * GIB).fits
 
 
-def test_gpu_memory_that_holds_nothing_is_refused_with_what_would_do(thirty_two: Needs) -> None:
+def test_gpu_memory_that_holds_nothing_is_refused_with_what_would_do(thirty_two: Requirements) -> None:
     machine = Machine(24 * GIB, gpus=(8 * GIB,))
     placed = place(thirty_two, machine, context=8192, gpu_memory=GIB)
     assert not placed.fits
@@ -319,14 +319,14 @@ def test_gpu_memory_that_holds_nothing_is_refused_with_what_would_do(thirty_two:
     assert place(thirty_two, machine, context=8192, gpu_memory=int(3.0 * GIB)).fits
 
 
-def test_a_gpu_that_happens_to_be_full_is_left_out_and_said(nine: Needs) -> None:
+def test_a_gpu_that_happens_to_be_full_is_left_out_and_said(nine: Requirements) -> None:
     placed = place(nine, Machine(24 * GIB, gpus=(GIB,)), context=8192)
     assert placed.fits
     assert placed.gpus == ()
     assert placed.advice.startswith("the GPU is not used: it takes 2.0GiB of its memory")
 
 
-def test_unstored_layers_cannot_lie_on_disk(nine: Needs) -> None:
+def test_unstored_layers_cannot_lie_on_disk(nine: Requirements) -> None:
     made = replace(nine, stored=False, loading=GIB // 2)
     placed = place(made, Machine(24 * GIB), context=1024, ram=3 * GIB)
     assert not placed.fits
@@ -335,7 +335,7 @@ def test_unstored_layers_cannot_lie_on_disk(nine: Needs) -> None:
     assert place(made, Machine(24 * GIB), context=1024, ram=7 * GIB).fits
 
 
-def test_more_than_the_models_context_is_refused(nine: Needs) -> None:
+def test_more_than_the_models_context_is_refused(nine: Requirements) -> None:
     for context in (0, 32769):
         with pytest.raises(
             ContextLengthError, match=rf"^the context is {context} tokens; this model takes 1 to 32768$"
@@ -347,7 +347,7 @@ def test_more_than_the_models_context_is_refused(nine: Needs) -> None:
 
 def test_a_tied_head_takes_its_memory_once_on_a_cpu_and_again_on_a_gpu(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(NINE | {"tie_word_embeddings": True}))
-    found = replace(needs_of(imagined(tmp_path), "int4"), stored=True, loading=0)
+    found = replace(requirements_of(imagined(tmp_path), "int4"), stored=True, loading=0)
     assert (found.head, found.embedding) == (0, 640_761_856)
     on_cpu = place(found, Machine(24 * GIB), context=1024)
     assert (on_cpu.weight_bytes, on_cpu.share("cpu").mapped) == (found.weight_bytes, 0)

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from glm4lite import machine
-from glm4lite.budget import Budget
-from glm4lite.errors import CheckpointError, ConfigError, Glm4liteError
-from glm4lite.loader import quantize_checkpoint
-from glm4lite.planner import PlacementReport, plan
-from glm4lite.proposals import Proposal
-from glm4lite.resources import Machine
-from glm4lite.weights.memory import enough, parse_size
-from glm4lite.weights.needs import headers, imagined, needs_of
+from glm4lite.base.errors import CheckpointError, ConfigError, Glm4liteError
+from glm4lite.base.sizes import enough, parse_size
+from glm4lite.checkpoint.quantize import quantize_checkpoint
+from glm4lite.loading.planner import PlacementReport, plan
+from glm4lite.loading.proposals import Proposal
+from glm4lite.loading.requirements import headers, imagined, requirements_of
+from glm4lite.memory import machine
+from glm4lite.memory.budget import Budget
+from glm4lite.memory.resources import Machine
 from glm4lite_quant import QuantConfig
 from tests.commands import forked, python
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
@@ -65,18 +65,18 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Machine:
 def test_a_lone_config_needs_what_its_shards_need(tmp_path: Path, changes: dict[str, Any], quant: str) -> None:
     config = tiny_config(**changes)
     shards = write_checkpoint(tmp_path / "shards", config)
-    assert needs_of(imagined(bare(tmp_path / "bare", config)), quant) == needs_of(headers(shards), quant)
+    assert requirements_of(imagined(bare(tmp_path / "bare", config)), quant) == requirements_of(headers(shards), quant)
 
 
 def test_a_quantized_folder_needs_what_it_stores_and_can_be_read_in_place(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source")
     written = quantize_checkpoint(source, tmp_path / "int4", "int4")
-    stored, made = needs_of(headers(written)), needs_of(headers(source), "int4")
+    stored, made = requirements_of(headers(written)), requirements_of(headers(source), "int4")
     assert stored.weight_bytes == made.weight_bytes
     assert (stored.stored, made.stored) == (True, False)
     assert (stored.loading, made.loading > 0) == (0, True)
     config = json.loads((written / "config.json").read_text())
-    assert needs_of(imagined(bare(tmp_path / "bare", config))) == stored
+    assert requirements_of(imagined(bare(tmp_path / "bare", config))) == stored
 
 
 @pytest.mark.parametrize("changes", [{"num_hidden_layers": 10**9}, {"hidden_size": 10**15}, {"vocab_size": 2**40}])
@@ -128,7 +128,9 @@ def test_the_disk_is_measured_where_layers_lie_on_it(
     folder = quantize_checkpoint(write_checkpoint(tmp_path / "tiny"), tmp_path / "int4", "int4")
     asked: list[Path] = []
     monkeypatch.setattr(machine, "disk_bandwidth", lambda file: asked.append(file) or 5e9)
-    monkeypatch.setattr("glm4lite.placement.RING_BUFFERS", 0)  # of two tiny layers, three would be more than both
+    monkeypatch.setattr(
+        "glm4lite.memory.placement.RING_BUFFERS", 0
+    )  # of two tiny layers, three would be more than both
     whole = plan(folder, None, Budget(context=64, kv="float")).placement
     assert asked == []
     found = plan(folder, None, Budget(context=64, ram=whole.share("cpu").held - 1, kv="float"))
@@ -202,7 +204,7 @@ def test_every_proposal_makes_it_fit_and_a_little_less_does_not(
     assert found.proposals
     assert [text for name, text in found.lines() if name == "would fit"] == [str(one) for one in found.proposals]
 
-    monkeypatch.setattr("glm4lite.planner._proposals", lambda *_: ())  # nobody asks for proposals of proposals
+    monkeypatch.setattr("glm4lite.loading.planner._proposals", lambda *_: ())  # nobody asks for proposals of proposals
 
     def applied(proposal: Proposal, **less: Any) -> PlacementReport:
         changes = {"quant": quant, **asdict(budget), **proposal.changes, **less}
@@ -278,7 +280,7 @@ def test_of_a_repo_only_config_and_headers_are_fetched(tmp_path: Path) -> None:
         done = run("org/large", "--json", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"))
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
-    assert found["weight_bytes"] == needs_of(headers(source), "int4").weight_bytes
+    assert found["weight_bytes"] == requirements_of(headers(source), "int4").weight_bytes
     shards = {path.name for path in source.glob("*.safetensors")}
     assert {name for name, _ in hub.ranges} == shards
     assert max(size for _, size in hub.ranges) <= 100_001 < source.joinpath(min(shards)).stat().st_size
@@ -296,7 +298,7 @@ def test_shards_called_otherwise_and_a_server_without_ranges_are_planned(tmp_pat
     with HubServer({"org/large": repo}) as hub:
         done = run("org/large", "--json", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"))
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout)["weight_bytes"] == needs_of(headers(source), "int4").weight_bytes
+    assert json.loads(done.stdout)["weight_bytes"] == requirements_of(headers(source), "int4").weight_bytes
     assert "consolidated.safetensors" not in hub.fetched
 
 
@@ -310,7 +312,7 @@ def test_a_header_longer_than_usual_is_read_whole(tmp_path: Path) -> None:
     with HubServer({"org/padded": repo}) as hub:
         done = run("org/padded", "--json", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"))
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout)["weight_bytes"] == needs_of(headers(source), "int4").weight_bytes
+    assert json.loads(done.stdout)["weight_bytes"] == requirements_of(headers(source), "int4").weight_bytes
 
 
 def test_a_token_is_not_sent_where_shards_are_stored(tmp_path: Path) -> None:
@@ -334,8 +336,8 @@ def test_repos_that_cannot_be_planned_are_named_in_one_line(tmp_path: Path) -> N
     }
     code = """if True:
         import sys
-        from glm4lite.errors import HubError
-        from glm4lite.weights.needs import headers
+        from glm4lite.base.errors import HubError
+        from glm4lite.loading.requirements import headers
         for name in sys.argv[1:]:
             try:
                 headers(name)
@@ -361,7 +363,7 @@ def test_without_a_network_a_downloaded_repo_is_planned_and_another_is_one_line(
     source = write_checkpoint(tmp_path / "tiny")
     home = {"HF_HOME": str(tmp_path / "home")}
     with HubServer({"org/tiny": Repo.of(source)}) as hub:
-        code = "from glm4lite.hub import resolve; resolve('org/tiny')"
+        code = "from glm4lite.hub.sources import resolve; resolve('org/tiny')"
         variables = clean_environment() | home | {"HF_ENDPOINT": hub.url}
         subprocess.run([*python(), "-c", code], env=variables, check=True, timeout=120)
     with socket.socket() as unused:

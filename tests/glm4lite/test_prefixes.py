@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from glm4lite.engine import Engine
-from glm4lite.generate import Generation, PrefixCache
-from glm4lite.prefixes import MOST, PrefixPool
-from glm4lite.sampling import SamplingParams
+from glm4lite.engine.decoding import Generation, PrefixCache
+from glm4lite.engine.engine import Engine
+from glm4lite.engine.prefixes import MOST, PrefixPool
+from glm4lite.engine.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
 

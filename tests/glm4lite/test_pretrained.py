@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from glm4lite.model import Glm4ForCausalLM
+from glm4lite.pretrained.models import Glm4ForCausalLM
 from tests.glm4lite.test_parity import SMALL, pair, tokens
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle (test extra)")

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from glm4lite.activations import ACTIVATIONS, WITH_WEIGHTS
-from glm4lite.config import Glm4Config
-from glm4lite.errors import ConfigError
+from glm4lite.base.errors import ConfigError
+from glm4lite.model.activations import ACTIVATIONS, WITH_WEIGHTS
+from glm4lite.model.config import Glm4Config
 from tests.glm4lite.checkpoints import tiny_config
 from tests.glm4lite.test_parity import pair, relative_error, tokens
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from glm4lite.errors import ToolError
-from glm4lite.messages import ToolCall
-from glm4lite.python_tool import python
-from glm4lite.sandbox.process import Limits, Outcome, run_python
-from glm4lite.tools import nobody_to_ask, run_tool
+from glm4lite.base.errors import ToolError
+from glm4lite.text.messages import ToolCall
+from glm4lite.tools.python import python
+from glm4lite.tools.running import nobody_to_ask, run_tool
+from glm4lite.tools.sandbox.process import Limits, Outcome, run_python
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the sandbox needs POSIX")
 

@@ -15,14 +15,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from glm4lite import owned_folder
-from glm4lite.checkpoint import Checkpoint
-from glm4lite.config import Glm4Config
-from glm4lite.errors import CheckpointError, ConfigError
-from glm4lite.events import Progress
-from glm4lite.heads import Glm4ForTokenClassification
-from glm4lite.loader import load, quantize_checkpoint
-from glm4lite.weights import partial, writer
+from glm4lite.base import owned_folder
+from glm4lite.base.errors import CheckpointError, ConfigError
+from glm4lite.base.events import Progress
+from glm4lite.checkpoint import partial, writer
+from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.quantize import quantize_checkpoint
+from glm4lite.model.config import Glm4Config
+from glm4lite.pretrained.load import load
+from glm4lite.pretrained.models import Glm4ForTokenClassification
 from glm4lite_quant import QuantConfig, QuantLinear
 from tests.commands import python
 from tests.glm4lite.checkpoints import legacy_checkpoint, tiny_config, tiny_tensors, write_checkpoint
@@ -317,7 +318,7 @@ def killed_while_writing(folder: Path, target: Path, number: int, ignored: int =
     """The exit code and stderr of `glm4lite quantize`, which gets the signal when its partial folder is there."""
     code = (
         "import os, signal, sys, threading\n"
-        "from glm4lite.weights import quantized\n"
+        "from glm4lite.checkpoint import quantize as quantized\n"
         "if int(sys.argv[2]): signal.signal(int(sys.argv[2]), signal.SIG_IGN)\n"
         "write, number = quantized._write_fill, int(sys.argv[1])\n"
         "def ended(*args):\n"

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from glm4lite import Glm4ForCausalLM
-from glm4lite.checkpoint import Checkpoint
-from glm4lite.events import TextDelta
-from glm4lite.hub import nano_folder
-from glm4lite.loader import load
-from glm4lite.session import ChatSession
-from glm4lite.tokenizer import Tokenizer
+from glm4lite.base.events import TextDelta
+from glm4lite.chat.session import ChatSession
+from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.hub.sources import nano_folder
+from glm4lite.pretrained.load import load
+from glm4lite.text.tokenizer import Tokenizer
 from glm4lite_quant import QuantConfig
 from glm4lite_quant.kernels import native
 from tests.glm4lite.checkpoints import write_shards
@@ -112,7 +112,7 @@ def test_calibration_more_than_halves_the_divergence(
     shutil.copytree(smollm, folder)
     reorder_channels(folder)
     tokenizer, root = Tokenizer.from_folder(folder), Path(__file__).parents[2]
-    texts = ("README.md", "CONTRIBUTING.md", "glm4lite/tools.py", "nano/values.py")
+    texts = ("README.md", "CONTRIBUTING.md", "glm4lite/tools/tool.py", "nano/values.py")
     windows = [torch.tensor([tokenizer.ids((root / file).read_text(encoding="utf-8"))[:512]]) for file in texts]
 
     def log_probabilities(quant: QuantConfig | None) -> list[torch.Tensor]:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from glm4lite.errors import ModelError, SamplingError
-from glm4lite.sampling import Sampler, SamplingParams, _pick
+from glm4lite.base.errors import ModelError, SamplingError
+from glm4lite.engine.sampling import Sampler, SamplingParams, _pick
 
 LOGITS = torch.tensor([1.0, 4.0, 3.9, -2.0, 0.5, 3.0])
 
@@ -68,7 +68,7 @@ def test_draws_from_a_large_vocabulary_are_those_of_a_full_sort(spread: float, f
 
 
 def test_a_draw_beyond_the_likeliest_ids_finds_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glm4lite.sampling.FEW", 4)
+    monkeypatch.setattr("glm4lite.engine.sampling.FEW", 4)
     logits, params = -torch.arange(4000) / 1000, SamplingParams(temperature=1, top_p=1)
     for drawn in (0.0, 0.0009, 0.5, 0.9, 0.9999999):
         assert abs(int(_pick(logits, params, drawn)) - sorted_draw(logits, params, drawn)) <= 1

@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 import glm4lite
-from glm4lite.sandbox import seccomp
+from glm4lite.tools.sandbox import seccomp
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="macOS has resource limits only")
 
@@ -322,9 +322,9 @@ DRIVER = """
 import json, os, struct, subprocess, sys
 package, user, lacking, sandboxed = json.loads(sys.argv[1])
 sys.path.insert(0, package)
-from glm4lite.sandbox import seccomp
-from glm4lite.sandbox.kernel import address, call
-from glm4lite.sandbox.process import Limits, run_python
+from glm4lite.tools.sandbox import seccomp
+from glm4lite.tools.sandbox.kernel import address, call
+from glm4lite.tools.sandbox.process import Limits, run_python
 if user is not None:
     os.setgroups([]); os.setresgid(user, user, user); os.setresuid(user, user, user)
 if lacking:  # as containers do

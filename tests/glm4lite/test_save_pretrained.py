@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glm4lite import Glm4Config, Glm4ForCausalLM, Glm4ForSequenceClassification, Glm4Model
-from glm4lite.errors import CheckpointError, ConfigError
-from glm4lite.heads import Glm4ForTokenClassification
-from glm4lite.loader import load
-from glm4lite.weights import replacing
-from glm4lite.weights.shard import read_header
+from glm4lite.base.errors import CheckpointError, ConfigError
+from glm4lite.checkpoint import replacing
+from glm4lite.checkpoint.shard import read_header
+from glm4lite.pretrained.load import load
+from glm4lite.pretrained.models import Glm4ForTokenClassification
 from glm4lite_quant import BnbConfig
 from tests.commands import python
 from tests.glm4lite.checkpoints import tiny_config, tiny_tensors, write_checkpoint
@@ -310,7 +310,7 @@ def test_whatever_interrupts_the_exchange_leaves_the_old_files(
 
 KILLED = """
 import os, sys
-from glm4lite.weights import replacing
+from glm4lite.checkpoint import replacing
 from tests.glm4lite.test_save_pretrained import other_model
 
 model, replace, steps = other_model(), os.replace, 0

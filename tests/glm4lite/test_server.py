@@ -11,13 +11,14 @@ from typing import Any
 import openai
 import pytest
 
-from glm4lite.engine import Engine
-from glm4lite.errors import ModelReplaced
+from glm4lite.base.errors import ModelReplaced
+from glm4lite.engine.engine import Engine
 from glm4lite.server.answer import answer
 from glm4lite.server.question import chat_question
 from glm4lite.server.requests import ChatRequest
-from glm4lite.template import ChatTemplate
-from glm4lite.tools import BUILTIN_TOOLS, calculator, run_tool
+from glm4lite.text.template import ChatTemplate
+from glm4lite.tools.builtin.tools import BUILTIN_TOOLS, calculator
+from glm4lite.tools.running import run_tool
 from tests.glm4lite.served import Served, scripted, served
 
 TOOLS: Any = [tool.schema() for tool in BUILTIN_TOOLS]

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 
-from glm4lite.messages import Message, ToolCall
 from glm4lite.server.body import DEEPEST, MOST_CONTAINERS, MOST_VALUES, Bodies, Structure
 from glm4lite.server.errors import ApiError
 from glm4lite.server.question import MOST_ITEMS, in_order
 from glm4lite.server.requests import MOST_MESSAGES
+from glm4lite.text.messages import Message, ToolCall
 from tests.glm4lite.served import Served, scripted, served
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

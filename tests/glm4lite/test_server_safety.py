@@ -13,9 +13,9 @@ from typing import Any
 import openai
 import pytest
 
+from glm4lite.base.errors import ConfigError
 from glm4lite.cli import main
-from glm4lite.engine import Engine
-from glm4lite.errors import ConfigError
+from glm4lite.engine.engine import Engine
 from glm4lite.server import Address
 from glm4lite.server.body import BODY_LIMIT
 from tests.glm4lite.served import Served, scripted, served

@@ -12,16 +12,17 @@ from typing import Any
 import pytest
 
 import glm4lite
-from glm4lite.engine import Engine
-from glm4lite.errors import ContextLengthError, ModelReplaced, TemplateError
-from glm4lite.events import Done, Event, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
-from glm4lite.messages import Message, ToolCall
-from glm4lite.sampling import SamplingParams
-from glm4lite.session import ChatSession
-from glm4lite.template import Begun, ChatTemplate
-from glm4lite.terminal import Terminal
-from glm4lite.tokenizer import Tokenizer
-from glm4lite.tools import BUILTIN_TOOLS, Tool, tool
+from glm4lite.base.errors import ContextLengthError, ModelReplaced, TemplateError
+from glm4lite.base.events import Done, Event, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
+from glm4lite.chat.session import ChatSession
+from glm4lite.cli.terminal import Terminal
+from glm4lite.engine.engine import Engine
+from glm4lite.engine.sampling import SamplingParams
+from glm4lite.text.messages import Message, ToolCall
+from glm4lite.text.template import Begun, ChatTemplate
+from glm4lite.text.tokenizer import Tokenizer
+from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
+from glm4lite.tools.tool import Tool, tool
 from tests.glm4lite.scripted import scripted_engine
 
 NANO = Path(glm4lite.__file__).parent / "nano"

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 import glm4lite
-from glm4lite.config import Glm4Config
-from glm4lite.errors import ConfigError
-from glm4lite.stopping import StopStrings, stop_ids
-from glm4lite.tokenizer import Tokenizer
+from glm4lite.base.errors import ConfigError
+from glm4lite.engine.stop_ids import stop_ids
+from glm4lite.model.config import Glm4Config
+from glm4lite.text.stop_strings import StopStrings
+from glm4lite.text.tokenizer import Tokenizer
 
 
 def test_any_chunking_stops_at_the_same_place() -> None:

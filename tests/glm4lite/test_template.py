@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 import glm4lite
-from glm4lite.errors import ContextLengthError, Glm4liteError, TemplateError
-from glm4lite.messages import Message, ToolCall
-from glm4lite.template import Begun, ChatTemplate
-from glm4lite.tokenizer import Tokenizer
-from glm4lite.tools import BUILTIN_TOOLS
+from glm4lite.base.errors import ContextLengthError, Glm4liteError, TemplateError
+from glm4lite.text.messages import Message, ToolCall
+from glm4lite.text.template import Begun, ChatTemplate
+from glm4lite.text.tokenizer import Tokenizer
+from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 from tests.glm4lite.interpreter_lock import longest_wait
 from tests.glm4lite.small_tokenizer import SHARED, SPECIALS, byte_tokenizer, glm_tokenizer, needs_shared
 
@@ -551,7 +551,7 @@ def test_threads_get_their_own_answers(small: ChatTemplate) -> None:
 
 def test_the_process_ends_with_its_template() -> None:
     code = (
-        "from glm4lite.template import ChatTemplate; t = ChatTemplate('x');"
+        "from glm4lite.text.template import ChatTemplate; t = ChatTemplate('x');"
         "print(t._process._process.pid, flush=True); p = t._process._process; del t; print(p.wait(5))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from glm4lite.events import Done, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
-from glm4lite.printable import printable
-from glm4lite.terminal import JsonLines, Terminal
+from glm4lite.base.events import Done, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
+from glm4lite.cli.printable import printable
+from glm4lite.cli.terminal import JsonLines, Terminal
 
 TURN = [
     Progress("prefill", 512, 1024, "tokens"),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from glm4lite.encodings import decoded
-from glm4lite.text_files import MAX_BYTES, TextFileError, read_text_file
+from glm4lite.text.encodings import decoded
+from glm4lite.text.text_files import MAX_BYTES, TextFileError, read_text_file
 
 CHINESE = "这是一个测试文件，包含一些中文内容。\n第二行：价格 12 元"
 

@@ -7,10 +7,10 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from glm4lite.errors import CheckpointError, ContextLengthError
-from glm4lite.rust import named_errors, panic_reports_hidden
-from glm4lite.tokenization.streaming import StreamingDetokenizer
-from glm4lite.tokenizer import Tokenizer
+from glm4lite.base.errors import CheckpointError, ContextLengthError
+from glm4lite.text.tokenization.rust import named_errors, panic_reports_hidden
+from glm4lite.text.tokenization.streaming import StreamingDetokenizer
+from glm4lite.text.tokenizer import Tokenizer
 from tests.glm4lite.interpreter_lock import longest_wait
 from tests.glm4lite.served import NANO
 from tests.glm4lite.small_tokenizer import SPECIALS, byte_backend, byte_tokenizer, glm_tokenizer, needs_shared

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from glm4lite import Tokenizer
-from glm4lite.errors import TemplateError, TokenizerError
-from glm4lite.messages import Message
-from glm4lite.tokenization.encoding import BatchEncoding
+from glm4lite.base.errors import TemplateError, TokenizerError
+from glm4lite.text.messages import Message
+from glm4lite.text.tokenization.encoding import BatchEncoding
 from tests.glm4lite.served import NANO
 from tests.glm4lite.small_tokenizer import SHARED, SPECIALS
 from tests.glm4lite.tokenizer_pair import PAIRS, opened, values

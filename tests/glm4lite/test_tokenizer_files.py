@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from glm4lite import Tokenizer
-from glm4lite.errors import CheckpointError, HubError, TokenizerError
+from glm4lite.base.errors import CheckpointError, HubError, TokenizerError
 from tests.commands import python
 from tests.glm4lite.hub_server import HubServer, Repo
 from tests.glm4lite.served import NANO
@@ -144,7 +144,7 @@ def in_a_process(endpoint: str, home: Path, source: str) -> dict[str, Any]:
     import subprocess
 
     script = (
-        "import json, sys\nfrom glm4lite import Tokenizer\nfrom glm4lite.errors import HubError\n"
+        "import json, sys\nfrom glm4lite import Tokenizer\nfrom glm4lite.base.errors import HubError\n"
         "try:\n    first = Tokenizer.from_pretrained(sys.argv[1], revision='main')\n"
         "    again = Tokenizer.from_pretrained(sys.argv[1], local_files_only=True)\n"
         "    print(json.dumps({'ids': first.encode('a <|user|>'), 'offline': again.encode('a <|user|>')}))\n"

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from glm4lite import Tokenizer
-from glm4lite.errors import TokenizerError
+from glm4lite.base.errors import TokenizerError
 from tests.glm4lite.tokenizer_pair import PAIRS, opened
 
 transformers = pytest.importorskip("transformers")
@@ -147,7 +147,7 @@ def test_every_public_name_of_transformers_is_there_or_refused(pair: tuple[Any, 
         *("get_response_parser", "model", "pretrained_vocab_files_map", "response_template", "slow_tokenizer_class"),
         *("set_truncation_and_padding", "update_post_processor", "verbose", "vocab_files_names"),
     }
-    from glm4lite.tokenization.refusals import METHODS
+    from glm4lite.text.tokenization.refusals import METHODS
 
     public = {name for name in dir(pair[0]) if not name.startswith("_")}
     assert public - set(dir(pair[1])) - set(METHODS) <= inner

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from glm4lite import Tokenizer
-from glm4lite.errors import TokenizerError
+from glm4lite.base.errors import TokenizerError
 from tests.glm4lite.small_tokenizer import byte_backend
 from tests.glm4lite.tokenizer_pair import PAIRS, opened, values
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from glm4lite.tool_calls import Call, OutputParser, Segment, Text, Thinking, parse_arguments
+from glm4lite.text.output_parser import Call, OutputParser, Segment, Text, Thinking, parse_arguments
 
 NAMES = {"add", "add_all", "get_weather"}
 SEPARATOR = "\0"  # stands for the token <|assistant|> between parts

@@ -8,18 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from glm4lite.errors import ToolError
-from glm4lite.messages import ToolCall
-from glm4lite.tool_files import load_tools
-from glm4lite.toolbox import Toolbox
-from glm4lite.tools import BUILTIN_TOOLS, Tool, run_tool
+from glm4lite.base.errors import ToolError
+from glm4lite.text.messages import ToolCall
+from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
+from glm4lite.tools.running import run_tool
+from glm4lite.tools.tool import Tool
+from glm4lite.tools.tool_files import load_tools
+from glm4lite.tools.toolbox import Toolbox
 from tests.commands import forked
 
 WEATHER = '''
 from __future__ import annotations
 from dataclasses import dataclass
 from glm4lite import tool
-from glm4lite.tools import calculator
+from glm4lite.tools.builtin.tools import calculator
 
 @dataclass
 class Place:

@@ -10,11 +10,13 @@ from typing import Annotated, Any, Literal, Optional
 import pytest
 from pydantic import BaseModel, Field
 
-from glm4lite.builtin_tools import clock
-from glm4lite.errors import ToolError
-from glm4lite.events import Done, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
-from glm4lite.messages import ToolCall
-from glm4lite.tools import BUILTIN_TOOLS, MAX_RESULT_CHARACTERS, Tool, calculator, run_tool, tool, unit_convert
+from glm4lite.base.errors import ToolError
+from glm4lite.base.events import Done, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
+from glm4lite.text.messages import ToolCall
+from glm4lite.tools.builtin import clock
+from glm4lite.tools.builtin.tools import BUILTIN_TOOLS, calculator, unit_convert
+from glm4lite.tools.running import MAX_RESULT_CHARACTERS, run_tool
+from glm4lite.tools.tool import Tool, tool
 
 
 def call(declared: Tool, **arguments: Any) -> ToolCall:

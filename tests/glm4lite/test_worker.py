@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 import glm4lite
-from glm4lite.engine import Engine
-from glm4lite.errors import ContextLengthError, QueueFull, WorkerClosed
-from glm4lite.events import Done, Event, TextDelta
-from glm4lite.session import ChatSession
-from glm4lite.template import ChatTemplate
-from glm4lite.tokenizer import Tokenizer
-from glm4lite.worker import EngineWorker
+from glm4lite.base.errors import ContextLengthError, QueueFull, WorkerClosed
+from glm4lite.base.events import Done, Event, TextDelta
+from glm4lite.chat.session import ChatSession
+from glm4lite.engine.engine import Engine
+from glm4lite.engine.worker import EngineWorker
+from glm4lite.text.template import ChatTemplate
+from glm4lite.text.tokenizer import Tokenizer
 from tests.glm4lite.scripted import scripted_engine
 
 NANO = Path(glm4lite.__file__).parent / "nano"

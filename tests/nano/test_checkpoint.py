@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from glm4lite.engine import Engine
+from glm4lite.engine.engine import Engine
 from nano.evaluate import Score, evaluate_dialogue, held_out_dialogues
 from nano.tokenizer import SPECIAL_TOKENS, load
 

@@ -7,8 +7,9 @@ import re
 
 import pytest
 
-from glm4lite.messages import ToolCall
-from glm4lite.tools import BUILTIN_TOOLS, run_tool
+from glm4lite.text.messages import ToolCall
+from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
+from glm4lite.tools.running import run_tool
 from nano.dialogues import Dialogue, generate
 from nano.values import Values, is_reserved
 

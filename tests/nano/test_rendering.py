@@ -11,9 +11,9 @@ import pytest
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from glm4lite.messages import Message, ToolCall
-from glm4lite.template import ChatTemplate
-from glm4lite.tokenizer import Tokenizer as ChatTokenizer
+from glm4lite.text.messages import Message, ToolCall
+from glm4lite.text.template import ChatTemplate
+from glm4lite.text.tokenizer import Tokenizer as ChatTokenizer
 from nano.dialogues import Dialogue, generate
 from nano.export import TEMPLATE
 from nano.render import IGNORED, encode, text_of

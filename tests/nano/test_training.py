@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import glm4lite.model
+import glm4lite.model.trunk
 from nano import batches, train
 from nano.dialogues import generate
 from nano.export import model_config
@@ -24,7 +24,7 @@ PACKAGE = Path(__file__).parents[2] / "glm4lite" / "nano"
 @pytest.fixture(autouse=True)
 def attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training puts its own in the model's place, which other tests of this process must not find."""
-    monkeypatch.setattr(glm4lite.model, "attend", glm4lite.model.attend)
+    monkeypatch.setattr(glm4lite.model.trunk, "attend", glm4lite.model.trunk.attend)
 
 
 def test_a_chunk_is_reproducible_and_within_the_token_limit() -> None:
@@ -46,8 +46,8 @@ def test_rounding_to_int4_leaves_sixteen_values_per_group() -> None:
 
 
 def test_every_parameter_is_updated_by_exactly_one_process() -> None:
-    from glm4lite.config import Glm4Config
-    from glm4lite.model import Glm4ForCausalLM
+    from glm4lite.model.config import Glm4Config
+    from glm4lite.pretrained.models import Glm4ForCausalLM
 
     model = Glm4ForCausalLM(Glm4Config.from_dict(model_config(load(PACKAGE))))
     owner = owners(model, 2)

@@ -84,7 +84,7 @@ def test_attention_over_a_cache_of_any_length(name: str, dtype: torch.dtype, len
 
 @pytest.mark.parametrize("length", [0, 37])
 def test_an_int8_cache_is_written_and_read_as_the_others_do(length: int) -> None:
-    from glm4lite.cache import PackedLayerCache
+    from glm4lite.model.cache import PackedLayerCache
 
     heads, device = HEADS["the 9B's"], torch.device(DEVICE)
     cache = PackedLayerCache(True)
@@ -110,7 +110,7 @@ def test_an_int8_cache_is_written_and_read_as_the_others_do(length: int) -> None
 
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
 def test_norms_join_the_residual_stream_in_the_references_order(dtype: torch.dtype) -> None:
-    from glm4lite.model import RMSNorm
+    from glm4lite.model.layers import RMSNorm
 
     size = 6144 if CUDA else 200
     norms = [RMSNorm(size, 1e-5).to(DEVICE) for _ in range(2)]

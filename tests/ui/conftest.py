@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from glm4lite.engine import Engine
+from glm4lite.engine.engine import Engine
+from glm4lite.engine.worker import EngineWorker
 from glm4lite.server import create_app
 from glm4lite.server.launch import Address, Server, url_of
-from glm4lite.tools import BUILTIN_TOOLS, Tool
-from glm4lite.worker import EngineWorker
+from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
+from glm4lite.tools.tool import Tool
 from glm4lite_ui.runtime import Runtime
 from glm4lite_ui.saved.store import ChatStore
 from glm4lite_ui.serving import mount

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from glm4lite.engine import Engine
+from glm4lite.engine.engine import Engine
+from glm4lite.engine.worker import EngineWorker
 from glm4lite.server import Address
-from glm4lite.worker import EngineWorker
 from glm4lite_ui.runtime import Runtime
 from glm4lite_ui.saved.store import ChatStore
 from glm4lite_ui.serving import serve_page

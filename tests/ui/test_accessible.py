@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from glm4lite.tools import BUILTIN_TOOLS
+from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 from glm4lite_ui.chats import Attachment, Chat, Counts, Part, Turn
 from tests.ui.acts import ask, wait_for_end
 from tests.ui.conftest import Serve

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from glm4lite.engine import Engine
-from glm4lite.worker import EngineWorker
+from glm4lite.engine.engine import Engine
+from glm4lite.engine.worker import EngineWorker
 from glm4lite_ui.attachments import Read, read, shown_name
 from glm4lite_ui.chats import Attachment
 from glm4lite_ui.history import question

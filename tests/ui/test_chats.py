@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from glm4lite.events import Done, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
-from glm4lite.messages import Message, ToolCall
-from glm4lite.tools import Tool
+from glm4lite.base.events import Done, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
+from glm4lite.text.messages import Message, ToolCall
+from glm4lite.tools.tool import Tool
 from glm4lite_ui.answering import Asking, TurnWriter
 from glm4lite_ui.artifacts import artifacts, artifacts_of
 from glm4lite_ui.chats import Attachment, Chat, ChatError, Counts, Part, Settings, Turn, read_chat

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from glm4lite.errors import Glm4liteError
+from glm4lite.base.errors import Glm4liteError
 from glm4lite_ui.chats import Attachment, Chat, ChatError, Part, Settings, Turn, read_chat
 from glm4lite_ui.export import as_json, write_archive
 from glm4lite_ui.saved import importing

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from glm4lite.engine import Engine
+from glm4lite.engine.engine import Engine
 from glm4lite_ui.chats import Chat, Part, Settings, Turn
 from tests.ui.acts import ask, start_long_answer, wait_for_end
 from tests.ui.conftest import Serve
@@ -166,7 +166,7 @@ def test_a_long_paste_becomes_a_file(serve: Serve, visit: Visit) -> None:
 
 
 def test_the_status_says_that_a_tool_runs(serve: Serve, visit: Visit, nano: Engine) -> None:
-    from glm4lite.tools import Tool
+    from glm4lite.tools.tool import Tool
 
     def wait(seconds: float = 2) -> str:
         time.sleep(seconds)

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 import glm4lite
-from glm4lite.engine import Engine
-from glm4lite.errors import Glm4liteError
-from glm4lite.toolbox import Toolbox
-from glm4lite.tools import BUILTIN_TOOLS, Tool
-from glm4lite.worker import EngineWorker
+from glm4lite.base.errors import Glm4liteError
+from glm4lite.engine.engine import Engine
+from glm4lite.engine.worker import EngineWorker
+from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
+from glm4lite.tools.tool import Tool
+from glm4lite.tools.toolbox import Toolbox
 from glm4lite_ui.chats import Settings
 from glm4lite_ui.loading import Loading
 from glm4lite_ui.runtime import Runtime

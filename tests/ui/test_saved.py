@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from glm4lite.engine import Engine
-from glm4lite.errors import Glm4liteError, SamplingError
-from glm4lite.worker import EngineWorker
+from glm4lite.base.errors import Glm4liteError, SamplingError
+from glm4lite.engine.engine import Engine
+from glm4lite.engine.worker import EngineWorker
 from glm4lite_ui.chats import Attachment, Chat, Part, Settings, Turn
 from glm4lite_ui.runtime import Runtime
 from glm4lite_ui.saved.preferences import LONGEST_DRAFT, Draft, Drafts, Preferences

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from glm4lite.engine import Engine
+from glm4lite.engine.engine import Engine
 from glm4lite_ui.chats import Chat, Counts, Part, Turn
 from tests.ui.acts import ask, shown, start_long_answer, wait_for_end
 from tests.ui.conftest import Serve, Site

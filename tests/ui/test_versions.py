@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from glm4lite.engine import Engine
-from glm4lite.events import Done, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
-from glm4lite.messages import Message, ToolCall
-from glm4lite.sampling import SamplingParams
-from glm4lite.template import Begun
-from glm4lite.tools import BUILTIN_TOOLS
-from glm4lite.worker import EngineWorker
+from glm4lite.base.events import Done, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
+from glm4lite.engine.engine import Engine
+from glm4lite.engine.sampling import SamplingParams
+from glm4lite.engine.worker import EngineWorker
+from glm4lite.text.messages import Message, ToolCall
+from glm4lite.text.template import Begun
+from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 from glm4lite_ui.answering import Answer, TurnWriter
 from glm4lite_ui.chats import Attachment, Chat, ChatError, Counts, Part, Settings, Turn, read_chat
 from glm4lite_ui.history import cut_answer, messages

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from glm4lite.errors import ContextLengthError, Glm4liteError, one_line
-from glm4lite.events import Done, Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
-from glm4lite.messages import Message, ToolCall
-from glm4lite.session import ChatSession
-from glm4lite.template import Begun
-from glm4lite.tools import Tool
+from glm4lite.base.errors import ContextLengthError, Glm4liteError, one_line
+from glm4lite.base.events import Done, Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
+from glm4lite.chat.session import ChatSession
+from glm4lite.text.messages import Message, ToolCall
+from glm4lite.text.template import Begun
+from glm4lite.tools.tool import Tool
 from glm4lite_ui.chats import Chat, Counts, Part, Turn
 from glm4lite_ui.history import cut_answer, messages, question
 

@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from glm4lite.errors import Glm4liteError
+from glm4lite.base.errors import Glm4liteError
 
 TITLE_CHARACTERS = 60
 NEW_TITLE = "New chat"

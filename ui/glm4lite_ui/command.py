@@ -34,10 +34,10 @@ def ui(
     with rendering(as_json=False) as renderer:
         # Before what takes seconds to import.
         renderer.remark(nano_remark("ui") if model == "nano" else f"Starting the page with {model} ...")
-        from glm4lite.engine import Engine
+        from glm4lite.engine.engine import Engine
+        from glm4lite.engine.worker import EngineWorker
         from glm4lite.server import Address
-        from glm4lite.toolbox import Toolbox
-        from glm4lite.worker import EngineWorker
+        from glm4lite.tools.toolbox import Toolbox
         from glm4lite_ui.runtime import Runtime
         from glm4lite_ui.saved.store import ChatStore
         from glm4lite_ui.serving import serve_page

@@ -11,7 +11,7 @@ from typing import IO
 
 from markdown_it import MarkdownIt
 
-from glm4lite.errors import one_line
+from glm4lite.base.errors import one_line
 from glm4lite_ui.chats import Chat, Part
 from glm4lite_ui.formulas import DISPLAY, INLINE
 from glm4lite_ui.history import messages, question

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from glm4lite.messages import Message, ToolCall
-from glm4lite.template import Begun
+from glm4lite.text.messages import Message, ToolCall
+from glm4lite.text.template import Begun
 from glm4lite_ui.chats import Attachment, Chat, Part, Turn
 
 NOT_RUN = "Error: the call was not run"

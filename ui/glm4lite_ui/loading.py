@@ -6,10 +6,10 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 
-from glm4lite.engine import Engine
-from glm4lite.errors import Glm4liteError
-from glm4lite.events import Progress
-from glm4lite.hub import locate
+from glm4lite.base.errors import Glm4liteError
+from glm4lite.base.events import Progress
+from glm4lite.engine.engine import Engine
+from glm4lite.hub.sources import locate
 from glm4lite_ui.runtime import BusyError, Runtime
 
 UPDATE_S = 0.2

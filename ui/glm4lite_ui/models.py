@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from glm4lite.budget import Budget
-from glm4lite.errors import Glm4liteError
-from glm4lite.events import Progress
-from glm4lite.hub import NANO, locate
-from glm4lite.inventory import devices, kernel_names
-from glm4lite.planner import plan
-from glm4lite.weights.hub_client import cached_models
-from glm4lite.weights.memory import readable
+from glm4lite.base.errors import Glm4liteError
+from glm4lite.base.events import Progress
+from glm4lite.base.sizes import readable
+from glm4lite.hub.client import cached_models
+from glm4lite.hub.sources import NANO, locate
+from glm4lite.loading.planner import plan
+from glm4lite.measure.inventory import devices, kernel_names
+from glm4lite.memory.budget import Budget
 from glm4lite_ui.loading import Loading
 from glm4lite_ui.runtime import BusyError, Runtime
 

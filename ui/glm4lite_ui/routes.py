@@ -20,7 +20,7 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from glm4lite.errors import Glm4liteError, one_line
+from glm4lite.base.errors import Glm4liteError, one_line
 from glm4lite_ui.answering import Decision
 from glm4lite_ui.artifacts import artifacts_of
 from glm4lite_ui.chats import NEW_TITLE, Attachment, Chat, Settings

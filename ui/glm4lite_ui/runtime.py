@@ -8,15 +8,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from glm4lite.engine import Engine
-from glm4lite.errors import Glm4liteError, one_line
-from glm4lite.inventory import devices
-from glm4lite.sampling import SamplingParams
+from glm4lite.base.errors import Glm4liteError, one_line
+from glm4lite.base.sizes import readable
+from glm4lite.chat.session import ChatSession
+from glm4lite.engine.engine import Engine
+from glm4lite.engine.sampling import SamplingParams
+from glm4lite.engine.worker import EngineWorker
+from glm4lite.measure.inventory import devices
 from glm4lite.server.launch import name_of
-from glm4lite.session import ChatSession
-from glm4lite.tools import Tool
-from glm4lite.weights.memory import readable
-from glm4lite.worker import EngineWorker
+from glm4lite.tools.tool import Tool
 from glm4lite_ui.answering import Answer
 from glm4lite_ui.attachments import read
 from glm4lite_ui.chats import Attachment, Chat, ChatError, Settings

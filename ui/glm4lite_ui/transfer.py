@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
-from glm4lite.errors import Glm4liteError
+from glm4lite.base.errors import Glm4liteError
 from glm4lite_ui.attachments import shown_name
 from glm4lite_ui.export import KINDS, as_json, as_markdown, file_name, write_archive
 from glm4lite_ui.runtime import Runtime

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from glm4lite.errors import Glm4liteError
+from glm4lite.base.errors import Glm4liteError
 from glm4lite_ui.answering import Answer
 from glm4lite_ui.chats import Chat, Turn
 from glm4lite_ui.runtime import Runtime

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from glm4lite.base.errors import ConfigError
 from glm4lite.cli.chat import mentions, saved
 from glm4lite.cli.chat.keyboard import unquoted
 from glm4lite.cli.chat.settings import HELP
 from glm4lite.cli.paths import models, paths
-from glm4lite.errors import ConfigError
 
 if TYPE_CHECKING:
     from glm4lite.cli.chat.conversation import Conversation
-    from glm4lite.terminal import Renderer
+    from glm4lite.cli.terminal import Renderer
 
 Run = Callable[["Conversation", str], None]
 Words = Callable[["Conversation", str], Iterable[str]]

@@ -1,4 +1,4 @@
-"""A conversation at the terminal, or over lines of stdin: questions to the model, commands to the program."""
+"""A conversation at the terminal, or over lines of stdin, and what a user may change of it."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm4lite.cli.chat import commands, saved
-from glm4lite.cli.chat.keyboard import Keyboard, Typed, unquoted
-from glm4lite.cli.chat.mentions import with_files
+from glm4lite.base.errors import ConfigError, one_line
+from glm4lite.base.events import Progress
+from glm4lite.chat.session import ChatSession
+from glm4lite.cli.chat import saved
 from glm4lite.cli.chat.settings import Settings
+from glm4lite.cli.echo import echo
 from glm4lite.cli.running import interrupt_stops
-from glm4lite.echo import echo
-from glm4lite.engine import Engine
-from glm4lite.errors import ConfigError, Glm4liteError, one_line
-from glm4lite.events import Progress
-from glm4lite.hub import locate
-from glm4lite.session import ChatSession
+from glm4lite.engine.engine import Engine
+from glm4lite.hub.sources import locate
 
 if TYPE_CHECKING:
-    from glm4lite.terminal import Renderer
-    from glm4lite.tools import Tool
+    from glm4lite.cli.terminal import Renderer
+    from glm4lite.tools.tool import Tool
 
 
 @dataclass(frozen=True)
@@ -73,42 +71,9 @@ class Conversation:
 
     def ask_before_tools(self) -> None:
         """From now on tools that want it are asked for at the keyboard."""
-        from glm4lite.approval import TerminalApproval
+        from glm4lite.cli.chat.approval import TerminalApproval
 
         self.session.approve = TerminalApproval(self.session, self.renderer)
-
-    def go_on(self, keyboard: Keyboard) -> None:
-        """Reads until /exit or the end of input. An error of one turn does not end the conversation."""
-        help_line = commands.SHORT_HELP if self.by_hand else commands.PIPED_HELP
-        self.renderer.remark(help_line)
-        while True:
-            try:
-                typed = keyboard.read()
-            except KeyboardInterrupt:
-                self.renderer.remark(help_line)
-                continue
-            if typed is None:
-                return
-            try:
-                self._take(typed)
-            except commands.Leave:
-                return
-            except Glm4liteError as error:
-                self.renderer.remark(f"error: {one_line(error)}")
-            except KeyboardInterrupt:
-                self.renderer.remark("(interrupted)")
-
-    def _take(self, typed: Typed) -> None:
-        text = typed.text.strip()
-        if typed.by_hand and "\n" in text:  # the first line of code keeps its indentation
-            text = typed.text.strip("\n").rstrip()
-        command = commands.of(text, typed.by_hand)
-        if command is not None:
-            command[0].run(self, command[1])
-        elif text and not commands.is_misspelt(text, typed.by_hand, self.renderer):
-            if typed.by_hand:
-                text = with_files(unquoted(text), typed.pasted, self.renderer.remark)
-            self.ask(text)
 
     def ask(self, text: str) -> None:
         """Sends a message and shows the answer."""

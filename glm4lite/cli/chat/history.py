@@ -13,7 +13,7 @@ from pathlib import Path
 
 from prompt_toolkit.history import FileHistory
 
-from glm4lite.user_folder import make_private
+from glm4lite.base.user_folder import make_private
 
 MOST_BYTES = 1 << 20
 LONGEST = 8 << 10  # bytes of an entry

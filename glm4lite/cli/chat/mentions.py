@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from glm4lite.base.errors import Glm4liteError
 from glm4lite.cli.paths import paths
-from glm4lite.errors import Glm4liteError
-from glm4lite.text_files import TextFile, read_text_file
+from glm4lite.text.text_files import TextFile, read_text_file
 
 MAX_TOTAL = 8 << 20  # characters of all files of one question
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from glm4lite.errors import Glm4liteError, one_line, shown
-from glm4lite.messages import Message
-from glm4lite.user_folder import make_private, user_folder
-from glm4lite.weights.files import read_json
+from glm4lite.base.errors import Glm4liteError, one_line, shown
+from glm4lite.base.files import read_json
+from glm4lite.base.user_folder import make_private, user_folder
+from glm4lite.text.messages import Message
 
 FORMAT, VERSION = "glm4lite conversation", 1
 _NAME = re.compile(r"[^\W_][\w .-]{0,99}")

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from glm4lite.errors import ConfigError, Glm4liteError, SamplingError, shown
+from glm4lite.base.errors import ConfigError, Glm4liteError, SamplingError, shown
 
 if TYPE_CHECKING:
-    from glm4lite.session import ChatSession
-    from glm4lite.terminal import Renderer
-    from glm4lite.tools import Tool
+    from glm4lite.chat.session import ChatSession
+    from glm4lite.cli.terminal import Renderer
+    from glm4lite.tools.tool import Tool
 
 DEFAULT = "default"
 

@@ -2,48 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
-
-from torch import Tensor
-
+from glm4lite_quant.format import Planes
 from glm4lite_quant.kernels import gpu, native
+from glm4lite_quant.kernels.backend import Backend
 from glm4lite_quant.kernels.reference import ReferenceBackend
-
-if TYPE_CHECKING:
-    from glm4lite_quant.tensor import QuantTensor
-
-
-class Backend(Protocol):
-    """A way to multiply with a `QuantTensor`; chosen once per layer by `pick`."""
-
-    @property
-    def name(self) -> str:
-        """What `glm4lite info` prints, for example native-avx512vnni."""
-
-    @property
-    def repacks(self) -> bool:
-        """Whether `prepack` copies the codes into another layout; the layer then keeps only that."""
-
-    def supports(self, weight: QuantTensor) -> bool:
-        """Whether this backend can use the weight where it is."""
-
-    def prepack(self, weight: QuantTensor) -> Any:
-        """Done once per weight; the result goes into `matmul`. All but tinygemm read the weight in place."""
-
-    def unpack(self, packed: Any) -> QuantTensor:
-        """The weight that was packed, exactly."""
-
-    def matmul(self, x: Tensor, packed: Any, bias: Tensor | None, parts: int = 1) -> Tensor:
-        """x [M, K] bfloat16 or float32, bias float32 [N] -> [M, N] in x.dtype.
-
-        A backend that rounds x to int8 takes it in so many `parts`.
-        """
-
 
 REFERENCE = ReferenceBackend()
 
 
-def pick(weight: QuantTensor) -> Backend:
+def pick(weight: Planes) -> Backend:
     """The fastest backend for a weight; QuantError where the environment asks for what this machine has not."""
     if weight.device.type not in ("cpu", "meta"):
         return gpu.pick(weight)

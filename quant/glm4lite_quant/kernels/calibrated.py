@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from glm4lite_quant.config import QuantError
-from glm4lite_quant.kernels.reference import TINY, Planes, _inverse, _tile_plane, tile_int4
+from glm4lite_quant.format import Planes
+from glm4lite_quant.kernels.reference import TINY, _inverse, _tile_plane, tile_int4
 
 # (minimum, maximum) shares of a group's range to start from; GLM4_STARTS and GLM4_REFITS of csrc/qgemm.h.
 STARTS = (

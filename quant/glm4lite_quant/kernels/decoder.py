@@ -5,16 +5,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from glm4lite_quant.config import QuantError
+from glm4lite_quant.format import Planes
 from glm4lite_quant.kernels import native
-
-if TYPE_CHECKING:
-    from glm4lite_quant.tensor import QuantTensor
 
 WEIGHTS = ("q", "k", "v", "o", "gate_up", "down")
 BIASES = ("q", "k", "v")
@@ -84,7 +82,7 @@ class DecoderKernel:
     @classmethod
     def of(
         cls,
-        weights: Mapping[str, QuantTensor],
+        weights: Mapping[str, Planes],
         biases: Mapping[str, Tensor | None],
         norms: Mapping[str, Tensor | None],
         eps: float,
@@ -149,7 +147,7 @@ def _heads_fit(heads: Heads) -> bool:
 
 
 def _shapes_fit(
-    weights: Mapping[str, QuantTensor],
+    weights: Mapping[str, Planes],
     biases: Mapping[str, Tensor | None],
     norms: Mapping[str, Tensor | None],
     heads: Heads,

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from glm4lite_quant.kernels.reference import ROWS, SCRATCH_ELEMENTS, dequantize_tiles
-
-if TYPE_CHECKING:
-    from glm4lite_quant.tensor import QuantTensor
+from glm4lite_quant.format import ROWS, SCRATCH_ELEMENTS, Planes
+from glm4lite_quant.kernels.reference import dequantize_tiles
 
 
 class DequantBackend:
@@ -22,16 +18,16 @@ class DequantBackend:
     name = "dequant"
     repacks = False
 
-    def supports(self, weight: QuantTensor) -> bool:
+    def supports(self, weight: Planes) -> bool:
         return True
 
-    def prepack(self, weight: QuantTensor) -> QuantTensor:
+    def prepack(self, weight: Planes) -> Planes:
         return weight
 
-    def unpack(self, packed: QuantTensor) -> QuantTensor:
+    def unpack(self, packed: Planes) -> Planes:
         return packed
 
-    def matmul(self, x: Tensor, packed: QuantTensor, bias: Tensor | None, parts: int = 1) -> Tensor:
+    def matmul(self, x: Tensor, packed: Planes, bias: Tensor | None, parts: int = 1) -> Tensor:
         """x [M, K] -> [M, N] in x.dtype; with bfloat16 the weight is rounded to it. `parts` means nothing here."""
         n, k = packed.shape
         out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)

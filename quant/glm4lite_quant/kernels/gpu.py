@@ -6,24 +6,21 @@ GLM4LITE_GPU_KERNEL forces one of KERNELS; a weight that it has no code for (int
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import torch
 
 from glm4lite_quant.config import QuantError
+from glm4lite_quant.format import Planes
+from glm4lite_quant.kernels.backend import Backend
 from glm4lite_quant.kernels.dequant import DequantBackend
 from glm4lite_quant.kernels.tinygemm import TinygemmBackend
 from glm4lite_quant.kernels.tinygemm import problem as tinygemm_problem
-
-if TYPE_CHECKING:
-    from glm4lite_quant.kernels import Backend
-    from glm4lite_quant.tensor import QuantTensor
 
 KERNELS = ("triton", "tinygemm", "dequant")  # fastest first
 DEQUANT = DequantBackend()
 
 
-def pick(weight: QuantTensor) -> Backend:
+def pick(weight: Planes) -> Backend:
     """The fastest backend for a weight, or the forced one; QuantError where that cannot run on the weight's device."""
     chosen = forced()
     for name in (chosen,) if chosen else KERNELS:

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from glm4lite_quant.config import QuantError
+from glm4lite_quant.format import Planes, not_finite
 from glm4lite_quant.kernels.reference import SHARES
-
-if TYPE_CHECKING:
-    from glm4lite_quant.tensor import QuantTensor
 
 ABI = 4
 ISAS = ("scalar", "avx2", "avxvnni", "avx512vnni", "neon", "neoni8mm")  # in the order of the C enum, slowest first
@@ -78,7 +76,7 @@ SEARCH = Search(len(SHARES))
 class Packed:
     """A weight's addresses; `weight` keeps the memory alive."""
 
-    weight: QuantTensor
+    weight: Planes
     struct: Weight
 
 
@@ -92,13 +90,13 @@ class NativeBackend:
         self._matmul, self._quantize, self._code = cdll.glm4_matmul, cdll.glm4_quantize, ISAS.index(isa)
         self._decoder_layers = cdll.glm4_decoder_layers
 
-    def supports(self, weight: QuantTensor) -> bool:
+    def supports(self, weight: Planes) -> bool:
         return weight.device.type == "cpu" and all(t.is_contiguous() for t in weight.tensors().values())
 
-    def prepack(self, weight: QuantTensor) -> Packed:
+    def prepack(self, weight: Planes) -> Packed:
         return Packed(weight, describe(weight))
 
-    def unpack(self, packed: Packed) -> QuantTensor:
+    def unpack(self, packed: Packed) -> Planes:
         return packed.weight
 
     def matmul(self, x: Tensor, packed: Packed, bias: Tensor | None, parts: int = 1) -> Tensor:
@@ -200,7 +198,7 @@ def read_all(data: Tensor) -> int:
     return int(cdll.glm4_read(data.data_ptr(), data.nbytes, thread_count()))
 
 
-def quantize(weight: Tensor, target: QuantTensor, how: Search, first_row: int) -> bool:
+def quantize(weight: Tensor, target: Planes, how: Search, first_row: int) -> bool:
     """Fills `target` (whole tiles) from a CPU weight [R, K]; False where there is no library for it.
 
     The bytes are those of the reference. Raises QuantError at a value that is not finite.
@@ -213,8 +211,6 @@ def quantize(weight: Tensor, target: QuantTensor, how: Search, first_row: int) -
     where = (ctypes.c_int64 * 2)()
     code = chosen.quantize(source, describe(target), how, where)
     if code == NOT_FINITE:
-        from glm4lite_quant.tensor import not_finite
-
         row, col = where[0], where[1]
         raise QuantError(not_finite(first_row + row, col, float(weight[row, col])))
     if code != OK:
@@ -222,7 +218,7 @@ def quantize(weight: Tensor, target: QuantTensor, how: Search, first_row: int) -
     return True
 
 
-def describe(w: QuantTensor) -> Weight:
+def describe(w: Planes) -> Weight:
     mins = None if w.mins is None else w.mins.data_ptr()
     row_min = None if w.row_min is None else w.row_min.data_ptr()
     planes = (w.qweight.data_ptr(), w.scales.data_ptr(), mins, w.row_scale.data_ptr(), row_min)
@@ -265,9 +261,7 @@ def _load(override: str) -> Library:
 
 def _find() -> str:
     """The library in any folder of the package: an editable install keeps it away from the sources."""
-    import glm4lite_quant
-
-    for folder in glm4lite_quant.__path__:
+    for folder in sys.modules["glm4lite_quant"].__path__:
         for name in FILES:
             if (Path(folder) / name).is_file():
                 return str(Path(folder) / name)

@@ -5,34 +5,16 @@ Every float32 operation below is done in the same order by csrc/quantize.cpp, so
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from glm4lite_quant.tensor import QuantTensor
-
-ROWS = 16  # rows of a tile
-COLS = 32  # columns of a tile
+from glm4lite_quant.format import ROWS, SCRATCH_ELEMENTS, Planes
 
 # Shares of a group's (minimum, maximum) that the search tries: cutting an outlier short can cost less than a coarser
 # step. On normal weights in groups of 32 these five give 22.5 dB, the whole range alone 22.1, five equal cuts 22.4.
 SHARES = ((1.0, 1.0), (0.9, 1.0), (1.0, 0.9), (0.9, 0.9), (0.82, 0.82))
 TINY = 1e-30  # a step below this is zero: its reciprocal would leave float32
 HUGE = 1e18  # a weight above this is refused: its square would leave float32
-
-SCRATCH_ELEMENTS = 4 << 20  # float32 elements dequantized (or quantized) at once: 16 MiB
-
-
-class Planes(NamedTuple):
-    """The five tensors of a quantized weight, as `QuantTensor` holds them."""
-
-    qweight: Tensor
-    scales: Tensor
-    mins: Tensor | None
-    row_scale: Tensor
-    row_min: Tensor | None
 
 
 def quantize(weight: Tensor, bits: int, group: int, shares: int = len(SHARES)) -> Planes:
@@ -127,7 +109,7 @@ def unpack(qweight: Tensor) -> Tensor:
     return torch.stack((tiles & 15, tiles >> 4), dim=4).flatten(2).flatten(0, 1)
 
 
-def dequantize_tiles(weight: QuantTensor, first: int, last: int) -> Tensor:
+def dequantize_tiles(weight: Planes, first: int, last: int) -> Tensor:
     """Row tiles first..last of a weight as float32 [rows, K], without the padding rows."""
     start, stop = first * ROWS, min(last * ROWS, weight.shape[0])
     codes = unpack(weight.qweight[first:last])[: stop - start].float()
@@ -139,7 +121,7 @@ def dequantize_tiles(weight: QuantTensor, first: int, last: int) -> Tensor:
     return out.flatten(1)
 
 
-def dequantize_rows(weight: QuantTensor, index: Tensor) -> Tensor:
+def dequantize_rows(weight: Planes, index: Tensor) -> Tensor:
     """Rows `index` [R] (0 <= index < N) as float32 [R, K]; reads only these rows."""
     tile, row = index // ROWS, index % ROWS
     packed = _vectors(weight.qweight)[tile, :, :, row]
@@ -160,16 +142,16 @@ class ReferenceBackend:
     name = "reference"
     repacks = False
 
-    def supports(self, weight: QuantTensor) -> bool:
+    def supports(self, weight: Planes) -> bool:
         return True
 
-    def prepack(self, weight: QuantTensor) -> QuantTensor:
+    def prepack(self, weight: Planes) -> Planes:
         return weight
 
-    def unpack(self, packed: QuantTensor) -> QuantTensor:
+    def unpack(self, packed: Planes) -> Planes:
         return packed
 
-    def matmul(self, x: Tensor, packed: QuantTensor, bias: Tensor | None, parts: int = 1) -> Tensor:
+    def matmul(self, x: Tensor, packed: Planes, bias: Tensor | None, parts: int = 1) -> Tensor:
         """x [M, K] -> [M, N] in x.dtype; x is not rounded, so `parts` means nothing here."""
         k = packed.shape[1]
         tiles, rows = packed.qweight.shape[0], x.float()

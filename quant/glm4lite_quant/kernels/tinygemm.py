@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from glm4lite_quant.config import QuantConfig, QuantError
+from glm4lite_quant.format import Planes
 from glm4lite_quant.kernels import reference
-
-if TYPE_CHECKING:
-    from glm4lite_quant.tensor import QuantTensor
 
 K_TILE, N_TILE = 16, 8
 ROWS_AT_ONCE = 1024  # of the identity that codes are read back with
@@ -25,7 +22,7 @@ class Packed:
 
     codes: Tensor  # int32
     scales_and_zeros: Tensor  # bfloat16 [K/g, N, 2]
-    weight: QuantTensor
+    weight: Planes
 
 
 class TinygemmBackend:
@@ -38,16 +35,16 @@ class TinygemmBackend:
     name = "tinygemm"
     repacks = True
 
-    def supports(self, weight: QuantTensor) -> bool:
+    def supports(self, weight: Planes) -> bool:
         n, k = weight.shape
         fits = weight.bits == 4 and n % N_TILE == 0 and k % (2 * K_TILE) == 0
         return fits and weight.device.type == "cuda"
 
-    def prepack(self, weight: QuantTensor) -> Packed:
+    def prepack(self, weight: Planes) -> Packed:
         codes = torch._convert_weight_to_int4pack(pairs(weight), _inner_tiles(weight.shape[1]))
         return Packed(codes, scales_and_zeros(weight), replace(weight, qweight=weight.qweight.to("meta")))
 
-    def unpack(self, packed: Packed) -> QuantTensor:
+    def unpack(self, packed: Packed) -> Planes:
         """The weight with its codes, read back by multiplying the identity with scale 1 and zero 8."""
         n, k = packed.weight.shape
         device = packed.codes.device
@@ -71,13 +68,13 @@ class TinygemmBackend:
         return (out if bias is None else out + bias).to(x.dtype)
 
 
-def pairs(weight: QuantTensor) -> Tensor:
+def pairs(weight: Planes) -> Tensor:
     """The codes as torch packs them from: uint8 [N, K/2], the even column in the high half."""
     codes = reference.unpack(weight.qweight)[: weight.shape[0]]
     return (codes[:, ::2] << 4) | codes[:, 1::2]
 
 
-def scales_and_zeros(weight: QuantTensor) -> Tensor:
+def scales_and_zeros(weight: Planes) -> Tensor:
     """bfloat16 [K/g, N, 2] of w = (code - 8) * scale + zero."""
     if weight.mins is None or weight.row_min is None:
         raise QuantError("only int4 weights have the minima that torch's int4 kernel needs")
@@ -97,13 +94,12 @@ def problem(device: torch.device) -> str:
     """Why torch's kernel cannot run on a device, or "" where a first product came out right."""
     if device.type != "cuda":
         return f"not written for {device.type}"
-    from glm4lite_quant.tensor import QuantTensor
-
     try:
-        weight = QuantTensor.quantize(torch.eye(128, device=device), QuantConfig(4))
+        weight = reference.quantize(torch.eye(128, device=device), 4, QuantConfig(4).group_size)
+        whole = reference.dequantize_tiles(weight, 0, weight.qweight.shape[0])
         backend = TinygemmBackend()
         packed, x = backend.prepack(weight), torch.arange(128, device=device).to(torch.bfloat16).expand(1, 128)
-        got, want = backend.matmul(x, packed, None), x.float() @ weight.dequantize().T
+        got, want = backend.matmul(x, packed, None), x.float() @ whole.T
         right = bool(torch.allclose(got.float(), want, rtol=2e-2, atol=2.0))
         right &= torch.equal(backend.unpack(packed).qweight, weight.qweight)
     except Exception as error:  # RuntimeError, NotImplementedError, AttributeError: an operator that this build lacks

@@ -1,6 +1,6 @@
 """int4 and int8 products on a GPU, in Triton: which kernel with which settings. Imported on first use.
 
-No weight is packed anew: the kernels (`triton_kernels`) read the tiles of a `QuantTensor` where they are, so a weight
+No weight is packed anew: the kernels (`triton_kernels`) read the tiles where they are, so a weight
 lies on the GPU once, in the bytes of its file, and can be saved from there.
 """
 
@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -18,11 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from glm4lite_quant.config import QuantConfig, QuantError
+from glm4lite_quant.format import ROWS, Planes
+from glm4lite_quant.kernels import reference
 from glm4lite_quant.kernels import triton_kernels as kernels
-from glm4lite_quant.kernels.reference import ROWS
-
-if TYPE_CHECKING:
-    from glm4lite_quant.tensor import QuantTensor
 
 GEMV_TOKENS = 8  # up to here a code is multiplied in the registers where it was decoded
 DENSE_TOKENS = 256  # from here on a weight is decoded once, for torch's own matmul
@@ -84,7 +81,7 @@ class Packed:
     """A weight as the kernels take it; `words` is a view of `weight.qweight`, not a copy."""
 
     words: Tensor  # int32
-    weight: QuantTensor
+    weight: Planes
 
     def planes(self) -> tuple[Tensor | None, ...]:
         w = self.weight
@@ -100,14 +97,14 @@ class TritonBackend:
     name = "triton"
     repacks = False
 
-    def supports(self, weight: QuantTensor) -> bool:
+    def supports(self, weight: Planes) -> bool:
         whole = all(t.is_contiguous() for t in weight.tensors().values())
         return weight.device.type == "cuda" and whole and weight.shape[0] <= MAX_ROWS
 
-    def prepack(self, weight: QuantTensor) -> Packed:
+    def prepack(self, weight: Planes) -> Packed:
         return Packed(weight.qweight.view(torch.int32), weight)
 
-    def unpack(self, packed: Packed) -> QuantTensor:
+    def unpack(self, packed: Packed) -> Planes:
         return packed.weight
 
     def matmul(self, x: Tensor, packed: Packed, bias: Tensor | None, parts: int = 1) -> Tensor:
@@ -224,13 +221,12 @@ def problem(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and major < 8:
         return f"needs compute capability 8.0, {torch.cuda.get_device_name(device)} has {major}.{minor}"
-    from glm4lite_quant.tensor import QuantTensor
-
     try:
-        weight = QuantTensor.quantize(torch.eye(64, device=device), QuantConfig(4))
+        weight = reference.quantize(torch.eye(64, device=device), 4, QuantConfig(4).group_size)
+        whole = reference.dequantize_tiles(weight, 0, weight.qweight.shape[0])
         x = torch.arange(64, dtype=torch.float32, device=device).expand(1, 64).contiguous()
         backend = TritonBackend()
-        got, want = backend.matmul(x, backend.prepack(weight), None), x @ weight.dequantize().T
+        got, want = backend.matmul(x, backend.prepack(weight), None), x @ whole.T
         right = bool(torch.allclose(got, want, rtol=1e-4, atol=1e-3))
     except Exception as error:  # no C compiler, no ptxas for this card, a driver too old: each has a type of its own
         text = str(error).strip()

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from glm4lite.errors import Glm4liteError
+from glm4lite.base.errors import Glm4liteError
 from glm4lite_ui.chats import Chat, read_chat
 from glm4lite_ui.saved.store import ChatStore
 from glm4lite_ui.untrusted.apart import Limits, UnreadableError, read_apart

@@ -28,8 +28,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from glm4lite.errors import Glm4liteError, one_line
-from glm4lite.user_folder import user_folder
+from glm4lite.base.errors import Glm4liteError, one_line
+from glm4lite.base.user_folder import user_folder
 from glm4lite_ui.chats import Chat, ChatError, read_chat
 
 logger = logging.getLogger("glm4lite")

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from glm4lite.errors import Glm4liteError, one_line
+from glm4lite.base.errors import Glm4liteError, one_line
 
 _AT_ONCE = threading.BoundedSemaphore(4)  # more wait: each may take its memory
 

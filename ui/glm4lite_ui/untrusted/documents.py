@@ -197,7 +197,7 @@ def _fenced(code: str, language: str) -> str:
 
 
 def _text() -> Callable[[IO[bytes]], Iterator[dict[str, Any]]]:
-    from glm4lite.encodings import decoded
+    from glm4lite.text.encodings import decoded
 
     def read(file: IO[bytes]) -> Iterator[dict[str, Any]]:
         data = file.read(4 * LONGEST + 1)

@@ -37,8 +37,8 @@ def _wall_in() -> None:
         return
     import signal
 
-    from glm4lite.sandbox import landlock, seccomp
-    from glm4lite.sandbox.kernel import call
+    from glm4lite.tools.sandbox import landlock, seccomp
+    from glm4lite.tools.sandbox.kernel import call
 
     own = [*sys.path, sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()]
     with suppress(OSError):

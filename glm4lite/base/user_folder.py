@@ -1,0 +1,29 @@
+"""Where this system keeps a program's data of one user."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from glm4lite.base.errors import Glm4liteError
+
+
+def user_folder() -> Path:
+    """The folder of glm4lite's data, which need not exist yet; Glm4liteError where the user has no home."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        raise Glm4liteError("this user has no home folder, so nothing can be kept") from None
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        base = home / "Library" / "Application Support"
+    else:
+        base = Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share")
+    return base / "glm4lite"
+
+
+def make_private(folder: Path) -> None:
+    """The folder with those above it, for this user alone; raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,1 +1,0 @@
-"""What the built-in tools do: arithmetic, time zones, units. Their declarations are in glm4lite.tools."""

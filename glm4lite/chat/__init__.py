@@ -1,0 +1,1 @@
+"""Text and events over the engine: conversations, tool calls, completions."""

@@ -1,0 +1,35 @@
+"""Completion: raw continuation of a text, for base models and for looking at what a model says by itself."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from glm4lite.base.events import Event, TextDelta
+from glm4lite.engine.engine import SEPARATOR, Engine, Totals
+
+
+class Completion:
+    """Goes on from a text. `run` yields TextDelta events and, last, Done."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._cancel = threading.Event()
+
+    def stop(self) -> None:
+        """Ends the running text; may be called from another thread or a signal handler."""
+        self._cancel.set()
+
+    def run(self, text: str, **sampling: Any) -> Iterator[Event]:
+        """Goes on from `text`; `sampling` are fields of SamplingParams, None where the checkpoint decides."""
+        self._cancel.clear()
+        prompt = self.engine.tokenizer.prefix_ids + self.engine.tokenizer.ids(text)
+        generation = self.engine.generate(prompt, self.engine.params(**sampling), cancel=self._cancel)
+        yield from self.engine.prefill(generation)
+        for piece in self.engine.pieces(generation):
+            if piece != "":
+                yield TextDelta(SEPARATOR if piece is None else piece)
+        totals = Totals()
+        totals.add(generation)
+        yield totals.done(generation)

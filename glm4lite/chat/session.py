@@ -1,0 +1,290 @@
+"""ChatSession: a conversation as a stream of events, with the tool loop and the KV prefix kept between turns."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from glm4lite.base.errors import ModelReplaced, TemplateError
+from glm4lite.base.events import Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
+from glm4lite.engine.decoding import Generation
+from glm4lite.engine.engine import Engine, Totals
+from glm4lite.engine.sampling import SamplingParams
+from glm4lite.text.messages import Message, ToolCall
+from glm4lite.text.output_parser import Call, OutputParser, Segment, Thinking
+from glm4lite.text.template import END_OF_THOUGHT, Begun
+from glm4lite.tools.running import Approve, nobody_to_ask, run_tool
+from glm4lite.tools.tool import Tool
+
+if TYPE_CHECKING:
+    from glm4lite.checkpoint.formats.format import Quant
+
+
+_HALF = "\ufffd"  # stands for the first bytes of a character whose last ones were cut off
+
+# Where a generation is computed: given what makes its events and what cancels it. EngineWorker.run is one.
+Compute: TypeAlias = Callable[[Callable[[Engine], Iterator[Event]], threading.Event], Iterator[Event]]
+
+
+@dataclass
+class _Answer:
+    """What one generation said, as it is put back into the history; `begun` was said before it."""
+
+    begun: Begun | None = None
+    text: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
+    generation: Generation | None = None  # None: cancelled before it began
+
+
+class ChatSession:
+    """A conversation with a model.
+
+        session = ChatSession.load("nano", tools=BUILTIN_TOOLS)
+        for event in session.send("What is 37 * 24?"):
+            if isinstance(event, TextDelta):
+                print(event.text, end="")
+
+    `messages` is the history in OpenAI's form. One turn may call several tools, in at most `max_tool_rounds` rounds;
+    a tool that fails is an error observation to the model, and a result takes at most half of the context that is left.
+    Only the part of the prompt that is new is computed, also where several sessions take turns. Sessions that share an
+    Engine must not run in two threads at once (EngineWorker).
+    A tool that needs approval runs only when `approve(call, tool)` returns True (`run_tool` says when and in which
+    thread); `allowed` holds the names of tools allowed for the rest of this chat, and `approve` may add to it.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tools: Sequence[Tool] = (),
+        system: str | None = None,
+        params: SamplingParams | None = None,
+        max_tool_rounds: int = 8,
+        tool_timeout: float = 30.0,
+        approve: Approve = nobody_to_ask,
+        compute: Compute | None = None,
+    ) -> None:
+        """`params` default to the checkpoint's. Raises TemplateError for a base model, which has no template.
+
+        With `compute` (an EngineWorker's run) only generations run there; tools run in the thread that reads `send`.
+        """
+        self.engine, self.template = engine, engine.chat_template()
+        self.tools = {tool.name: tool for tool in tools}
+        self.system = system
+        self.params = params or engine.params()
+        self.max_tool_rounds, self.tool_timeout = max_tool_rounds, tool_timeout
+        self.approve = approve
+        self.allowed = set[str]()
+        self._compute: Compute = compute or (lambda make_events, _: make_events(self.engine))
+        self._cancel = threading.Event()
+        self._calls_made = 0
+        self._thinks = True
+        self.messages: list[Message] = []
+        self.reset()
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path = "nano",
+        quant: str | Quant | None = "auto",
+        tools: Sequence[Tool] = (),
+        system: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        progress: Callable[[Progress], None] | None = None,
+        kv: str = "auto",
+        gpu_memory: int | str | None = None,
+        ram: int | str | None = None,
+        context: int | str | None = None,
+        approve: Approve = nobody_to_ask,
+        **sampling: Any,
+    ) -> ChatSession:
+        """An Engine and a session on it; arguments as in `Engine.load`, `sampling` as in SamplingParams."""
+        SamplingParams.check(**sampling)
+        limits: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
+        engine = Engine.load(source, quant, device, dtype, progress, need_template=True, **limits)
+        return cls(engine, tools, system, engine.params(**sampling), approve=approve)
+
+    def reset(self) -> None:
+        """Forgets the conversation and what was allowed in it; the system prompt and the tools stay."""
+        self.allowed.clear()
+        self.messages[:] = [Message("system", self.system)] if self.system else []
+
+    def recall(self, messages: Sequence[Message]) -> None:
+        """Goes on from a conversation that was held before, with its system prompt."""
+        self.reset()
+        self.messages[:] = messages
+        self.system = messages[0].content if messages and messages[0].role == "system" else None
+        self._calls_made = sum(len(message.tool_calls) for message in messages)  # so that no id comes twice
+
+    def use(self, engine: Engine) -> None:
+        """Goes on with another model, with its checkpoint's sampling; the conversation, the prompt and tools stay.
+
+        Raises TemplateError for a base model.
+        """
+        self.template = engine.chat_template()
+        self.engine, self.params = engine, engine.params()
+        self._thinks = True
+
+    def instruct(self, system: str | None) -> None:
+        """Sets the system prompt, from the next message on; None: there is none."""
+        self.system = system
+        if self.messages and self.messages[0].role == "system":
+            del self.messages[0]
+        if system:
+            self.messages.insert(0, Message("system", system))
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the model thinks before it answers."""
+        return self._thinks and self.template.thinks
+
+    def think(self, on: bool) -> None:
+        """Lets a thinking model think, or makes it answer at once: its thought is then closed where it begins.
+
+        Raises TemplateError where a model that does not think is to.
+        """
+        if on and not self.template.thinks:
+            raise TemplateError("this model does not think: its chat template begins no thought")
+        self._thinks = on
+
+    def prompt_tokens(self, messages: Sequence[Message]) -> int:
+        """Length of the prompt that these messages make, with the tools' descriptions."""
+        return len(self._prompt(messages))
+
+    def stop(self) -> None:
+        """Ends the answer that is being given; may be called from another thread or a signal handler."""
+        self._cancel.set()
+
+    def send(self, text: str, cancel: threading.Event | None = None) -> Iterator[Event]:
+        """Adds a user message and yields the events of the answer, the last one Done.
+
+        `cancel` ends the answer as stop() does; one that is set already ends it at once. After an error
+        (ContextLengthError, say) the history is as it was before.
+        """
+        yield from self._turn([*self.messages, Message("user", text)], None, cancel)
+
+    def resume(self, text: str, thinking: str = "", cancel: threading.Event | None = None) -> Iterator[Event]:
+        """Goes on with an answer that was cut: `messages` end with what it answers, `text` and `thinking` begin it.
+
+        The events are those of the whole answer: what was said comes again first, but for the end of a call that was
+        cut, which was text until now. Else as `send`.
+        """
+        begun = Begun(text.rstrip(_HALF), thinking.rstrip(_HALF))
+        yield from self._turn(list(self.messages), begun if begun.text or begun.thinking else None, cancel)
+
+    def _turn(self, messages: list[Message], begun: Begun | None, cancel: threading.Event | None) -> Iterator[Event]:
+        self._cancel = cancel or threading.Event()
+        before, self.messages[:] = list(self.messages), messages
+        totals = Totals()
+        try:
+            for left in range(self.max_tool_rounds, -1, -1):
+                prompt, answer = self._prompt(self.messages, begun), _Answer(begun)
+                begun = None
+                try:
+                    yield from self._compute(partial(self._answer, prompt, answer), self._cancel)
+                finally:  # what was said stays said, also when the reader goes away
+                    self._remember(answer)
+                if (generation := answer.generation) is None:
+                    yield totals.cancelled(len(prompt))
+                    return
+                totals.add(generation)
+                yield from self._run(answer.calls if left else [])
+                reason = self._ending(generation, answer, left)
+                if reason is not None:
+                    yield totals.done(generation, reason)
+                    return
+        except Exception:
+            self.messages[:] = before
+            raise
+
+    def _ending(self, generation: Generation, answer: _Answer, rounds_left: int) -> str | None:
+        """Why the turn ends here, or None when the model gets to see its calls' results."""
+        if self._cancel.is_set():
+            return "cancelled"
+        if not answer.calls:
+            return generation.finish_reason
+        return None if rounds_left else "tool_rounds"
+
+    def _prompt(self, messages: Sequence[Message], begun: Begun | None = None) -> list[int]:
+        schemas = [tool.schema() for tool in self.tools.values()]
+        prompt = self.template.encode(self.engine.tokenizer, messages, schemas, begun=begun)
+        if begun is None and not self._thinks and self._starts_thinking(prompt):
+            prompt += self.engine.tokenizer.ids(END_OF_THOUGHT, special=True)
+        return prompt
+
+    def _starts_thinking(self, prompt: list[int]) -> bool:
+        return self.template.starts_thinking(self.engine.tokenizer.text(prompt[-8:], keep_special=True))
+
+    def _answer(self, prompt: list[int], answer: _Answer, engine: Engine) -> Iterator[Event]:
+        if engine is not self.engine:
+            raise ModelReplaced
+        generation = answer.generation = engine.generate(prompt, self.params, self._cancel)
+        yield from self.engine.prefill(generation)
+        for segment in self._segments(generation, answer.begun):
+            if isinstance(segment, Call):  # an event only when it runs
+                self._calls_made += 1
+                answer.calls.append(ToolCall(f"call_{self._calls_made}", segment.name, segment.arguments))
+            elif isinstance(segment, Thinking):
+                yield ThinkingDelta(segment.text)
+            else:
+                answer.text += segment.text
+                yield TextDelta(segment.text)
+
+    def _segments(self, generation: Generation, begun: Begun | None) -> Iterator[Segment]:
+        if begun is None:
+            parser = OutputParser(self.tools, thinking=self._starts_thinking(generation.prompt))
+        else:
+            parser = OutputParser(self.tools, thinking=bool(begun.thinking))
+            yield from parser.feed("\n" + (begun.written() if begun.thinking else begun.text))  # as GLM starts each
+        for piece in self.engine.pieces(generation):
+            yield from parser.separator() if piece is None else parser.feed(piece)
+        yield from parser.finish()
+
+    def _remember(self, answer: _Answer) -> None:
+        """The thought is left out: the templates of thinking models drop it from history too.
+
+        Every call gets its observation at once, so that the history is whole whenever the reader goes away.
+        """
+        text = answer.begun.text if answer.begun and answer.generation is None else answer.text
+        if text or answer.calls:
+            self.messages.append(Message("assistant", text, tuple(answer.calls)))
+        for call in answer.calls:
+            self.messages.append(_observation(call, "Error: the call was not run"))
+
+    def _run(self, calls: list[ToolCall]) -> Iterator[Event]:
+        """Runs the calls that were just remembered, in order, and puts their results in."""
+        first = len(self.messages) - len(calls)
+        for place, call in enumerate(calls, first):
+            if self._cancel.is_set():
+                return
+            tool, arguments = self.tools.get(call.name), json.loads(call.arguments)
+            asks = tool is not None and tool.name not in self.allowed and tool.asks(arguments)
+            yield ToolCallStarted(call.id, call.name, arguments, asks)
+            result = run_tool(tool, call, self.tool_timeout, self._cancel, self._approve, self._fitting())
+            self.messages[place] = _observation(call, result.content)
+            yield ToolCallFinished(call.id, call.name, result.content, result.error)
+
+    def _fitting(self) -> Callable[[str], int]:
+        """Says how many characters of a tool's result to keep: half of the context that is left is for the answer."""
+        tokenizer, left = self.engine.tokenizer, self.engine.model.context - self.prompt_tokens(self.messages)
+        most = max(left // 2, 0)
+
+        def fits(result: str) -> int:
+            tokens = tokenizer.ids(result)
+            if len(tokens) <= most:
+                return len(result)
+            return len(tokenizer.text(tokens[:most]).rstrip("\ufffd"))  # half a character does not count
+
+        return fits
+
+    def _approve(self, call: ToolCall, tool: Tool) -> bool:
+        return tool.name in self.allowed or self.approve(call, tool)
+
+
+def _observation(call: ToolCall, content: str) -> Message:
+    return Message("tool", content, tool_call_id=call.id, name=call.name)

@@ -1,0 +1,163 @@
+"""What goes into each layer, found while the checkpoint streams by: a layer is read, run, quantized and dropped.
+
+An error in a weight counts as much as what is multiplied with it, so each column is searched with the mean square of
+its inputs (as llama.cpp's importance matrix and AWQ do). One decoder layer is in memory at a time, as it is stored; the
+calibration tokens' activations go from layer to layer.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glm4lite.checkpoint.calibration_text import CalibrationIds
+from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.load_plan import Fill, LoadPlan
+from glm4lite.model.attention import Visibility
+from glm4lite.model.config import Glm4Config
+from glm4lite.model.rotary import RotaryEmbedding
+from glm4lite_quant import QuantConfig
+
+logger = logging.getLogger("glm4lite")
+
+_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)")
+
+
+class Calibrator:
+    """Runs the layers of a checkpoint, in their order, as their weights are asked for.
+
+    `poll` is called often enough that an exception it raises stops the work within half a second.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: LoadPlan,
+        config: Glm4Config,
+        source: CalibrationIds,
+        poll: Callable[[], None],
+    ) -> None:
+        self.record = source.record
+        self._checkpoint, self._config, self._poll = checkpoint, config, poll
+        self._dtype = matmul_dtype()
+        self._layers = _by_layer(plan)
+        self._held: dict[str, _RecordingLinear] = {}
+        self._next = 0
+        embedding = next(fill.source for fill in plan.fills if fill.module.endswith("embed_tokens"))
+        self._stream = self._embedded(embedding, source.ids)  # the residual stream, float32 [W, T, H]
+        self._rotary = RotaryEmbedding(config)(torch.arange(source.ids.shape[1])[None], self._dtype)
+
+    def take(self, fill: Fill) -> tuple[Tensor | None, Tensor | None]:
+        """(the weight as it is stored, the mean square of its inputs [K]); each may be taken once.
+
+        (None, None) for what is in no layer. The second is None where the activations left float32.
+        """
+        place = _LAYER.fullmatch(fill.module)
+        if place is None:
+            return None, None
+        while self._next <= int(place[1]):
+            self._run(self._layers[self._next])
+            self._next += 1
+        linear = self._held.pop(fill.source)
+        importance = linear.mean_square()
+        if not bool(importance.isfinite().all()):
+            logger.warning("%s: its calibration inputs are not finite; quantized without them", fill.source)
+            return linear.weight, None
+        return linear.weight, importance
+
+    def _embedded(self, name: str, ids: Tensor) -> Tensor:
+        distinct, places = ids.unique(return_inverse=True)
+        rows = []
+        for row in distinct.tolist():
+            self._poll()
+            rows.append(self._checkpoint.rows(name, row, row + 1).float())
+        return torch.cat(rows)[places]
+
+    @torch.inference_mode()
+    def _run(self, fills: list[Fill]) -> None:
+        """Reads a layer, and moves the residual stream of every window through it."""
+        self._held.clear()
+        layer = self._read(fills)
+        visible = Visibility(None, 0, self._stream.shape[1], self._stream.device)
+        for window in self._stream.split(1):
+            window.copy_(layer(window, self._dtype, self._rotary, visible, None, False)[0])
+
+    def _read(self, fills: list[Fill]) -> nn.Module:
+        """The layer with recording linears; those that will be quantized are held."""
+        from glm4lite.model.layers import DecoderLayer
+
+        with torch.device("meta"):
+            layer = DecoderLayer(self._config)
+        for fill in fills:
+            self._poll()
+            name = cast(re.Match[str], _LAYER.fullmatch(fill.module))[2]
+            values, module = self._checkpoint.tensor(fill.source), layer.get_submodule(name)
+            self._checkpoint.check_finite(fill.source, values)
+            if isinstance(module, nn.Linear):
+                module = _RecordingLinear(self._dtype, self._poll)
+                _replace(layer, name, module)
+            if isinstance(module, _RecordingLinear):
+                setattr(module, fill.parameter, values)
+                if fill.quant is not None:
+                    module.recording = isinstance(fill.quant, QuantConfig) and fill.quant.bits == 4
+                    self._held[fill.source] = module
+            else:
+                setattr(module, fill.parameter, nn.Parameter(values.float(), requires_grad=False))
+        return layer
+
+
+class _RecordingLinear(nn.Module):
+    """A linear that multiplies in `dtype`, and sums the squares of its inputs where `recording`."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, dtype: torch.dtype, poll: Callable[[], None]) -> None:
+        super().__init__()
+        self.dtype, self.poll = dtype, poll
+        self.bias = None
+        self.recording, self.squares, self.count = False, torch.zeros(1, dtype=torch.float64), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.poll()
+        rows = x.flatten(0, -2)
+        if self.recording:
+            self.squares = self.squares + rows.float().square().sum(0)
+        self.count += rows.shape[0]
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        return F.linear(x, self.weight.to(self.dtype), bias)
+
+    def mean_square(self) -> Tensor:
+        return (self.squares / max(1, self.count)).float().expand(self.weight.shape[1])
+
+
+def _replace(layer: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(layer.get_submodule(parent), leaf, module)
+
+
+def _by_layer(plan: LoadPlan) -> list[list[Fill]]:
+    layers: dict[int, list[Fill]] = {}
+    for fill in plan.fills:
+        place = _LAYER.fullmatch(fill.module)
+        if place is not None:
+            layers.setdefault(int(place[1]), []).append(fill)
+    return [layers[index] for index in range(len(layers))]
+
+
+def layer_bytes(checkpoint: Checkpoint, plan: LoadPlan) -> int:
+    """Bytes of the largest layer as it is stored: what a Calibrator holds beside the quantized model."""
+    return max(sum(checkpoint.nbytes(fill.source) for fill in layer) for layer in _by_layer(plan))
+
+
+def matmul_dtype() -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively, else float32."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return torch.bfloat16 if native else torch.float32

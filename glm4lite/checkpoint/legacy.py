@@ -1,0 +1,65 @@
+"""Tensor names of older GLM-4 files (model_type "chatglm", the remote code), as data. Their config keys: config.py.
+
+Source: transformers' convert_glm_weights_to_hf.py and convert_glm4_weights_to_hf.py.
+"""
+
+import re
+from collections.abc import Mapping
+
+from glm4lite.base.errors import CheckpointError
+from glm4lite.checkpoint.shard import StoredTensor
+from glm4lite.model.config import Glm4Config
+
+RENAMES: tuple[tuple[str, str], ...] = (
+    (r"transformer\.embedding\.word_embeddings\.weight", "model.embed_tokens.weight"),
+    (r"transformer\.encoder\.final_layernorm\.weight", "model.norm.weight"),
+    (r"transformer\.output_layer\.weight", "lm_head.weight"),
+    (r"transformer\.encoder\.layers\.(\d+)\.self_attention\.dense\.weight", r"model.layers.\1.self_attn.o_proj.weight"),
+    (r"transformer\.encoder\.layers\.(\d+)\.mlp\.dense_h_to_4h\.weight", r"model.layers.\1.mlp.gate_up_proj.weight"),
+    (r"transformer\.encoder\.layers\.(\d+)\.mlp\.dense_4h_to_h\.weight", r"model.layers.\1.mlp.down_proj.weight"),
+    (r"transformer\.encoder\.layers\.(\d+)\.(\w+layernorm)\.weight", r"model.layers.\1.\2.weight"),
+)
+"""(pattern of the whole old name, new name)."""
+
+FUSED_QKV = re.compile(r"transformer\.encoder\.layers\.(\d+)\.self_attention\.query_key_value\.(weight|bias)")
+"""One tensor whose rows are all of q, then all of k, then all of v."""
+
+
+def rename(tensors: Mapping[str, StoredTensor], config: Glm4Config) -> dict[str, StoredTensor]:
+    """The same tensors under our names, fused q, k, v rows as three tensors."""
+    packed = next((name for name in tensors if ".weight.quant_state." in name), None)
+    if packed is not None:
+        raise CheckpointError(
+            f"{packed} in {tensors[packed].path}: bitsandbytes' weights cannot be read from an older chatglm "
+            "checkpoint, where q, k and v are one; use the model's BF16 checkpoint, or a -hf one"
+        )
+    renamed: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        fused = FUSED_QKV.fullmatch(name)
+        for new_name, part in _split_qkv(tensor, config, *fused.groups()) if fused else [(_new_name(name), tensor)]:
+            renamed[new_name] = part
+    return renamed
+
+
+def _new_name(name: str) -> str:
+    for pattern, replacement in RENAMES:
+        match = re.fullmatch(pattern, name)
+        if match:
+            return match.expand(replacement)
+    return name
+
+
+def _split_qkv(tensor: StoredTensor, config: Glm4Config, layer: str, kind: str) -> list[tuple[str, StoredTensor]]:
+    head_dim = config.head_dim
+    key_rows = config.num_key_value_heads * head_dim
+    parts = {"q": config.num_attention_heads * head_dim, "k": key_rows, "v": key_rows}
+    total = sum(parts.values())
+    if not tensor.shape or tensor.shape[0] != total:
+        raise CheckpointError(
+            f"{tensor.name} in {tensor.path} has shape {list(tensor.shape)}; config.json's heads need {total} rows"
+        )
+    split, start = [], 0
+    for letter, rows in parts.items():
+        split.append((f"model.layers.{layer}.self_attn.{letter}_proj.{kind}", tensor.rows(start, start + rows)))
+        start += rows
+    return split

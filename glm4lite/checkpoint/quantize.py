@@ -1,0 +1,124 @@
+"""Pre-quantized checkpoints: made from a checkpoint tensor by tensor, without the model in memory.
+
+The result is an ordinary folder: config.json with `quantization_config`, `<module>.qweight`, `.scales`, `.mins`,
+`.row_scale`, `.row_min` beside the other tensors, and the source's tokenizer, chat template and generation config.
+`load` maps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from glm4lite.base.errors import CheckpointError, ConfigError
+from glm4lite.base.files import COMPANIONS, CONFIG
+from glm4lite.checkpoint.calibration import Calibrator
+from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.formats.format import Quant
+from glm4lite.checkpoint.load_plan import Fill, say_notices
+from glm4lite.checkpoint.prepare import model_class, opened, prepare
+from glm4lite.checkpoint.quantization import parse_quant, stored_quant
+from glm4lite.checkpoint.shard import DTYPES
+from glm4lite.checkpoint.streaming import (
+    Meter,
+    ProgressCallback,
+    begin,
+    calibration_text,
+    finite_blocks,
+    quantize_weight,
+    recorded,
+)
+from glm4lite.checkpoint.writer import SHARD_BYTES, FolderWriter, PlannedTensor, check_destination
+from glm4lite.model.config import Glm4Config
+from glm4lite_quant import QuantConfig
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    quant: str | QuantConfig = "int4",
+    progress: ProgressCallback | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    calibration: str | Path | None = None,
+) -> Path:
+    """Quantize a checkpoint into a new folder, one weight (when calibrating: one layer) in memory at a time.
+
+    Args:
+        calibration: a UTF-8 text to calibrate int4 weights with, instead of the one that comes with the package.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        Glm4liteError: the source cannot be loaded, is quantized already (what bitsandbytes quantized to 4 bits is
+            decoded and quantized again), or the destination cannot be written.
+            Nothing is left behind then, nor after Ctrl-C or an exception from `progress`.
+    """
+    target = destination_folder(destination)
+    config = parse_quant(quant)
+    if not isinstance(config, QuantConfig | None):
+        how = f"`glm4lite chat MODEL --quant {config.kind}`"
+        raise ConfigError(f"{config.kind} is made while a model loads ({how}); a quantized folder is int4 or int8")
+    if config is None:
+        raise ConfigError("quant 'none' leaves nothing to do; use int4 or int8")
+    text = calibration_text(calibration, config)
+    checkpoint = opened(source, progress)
+    if isinstance(stored_quant(checkpoint), QuantConfig):
+        raise ConfigError(f"{checkpoint.folder} is quantized already; quantize the original checkpoint")
+    prepared = prepare(checkpoint, config, model_class(checkpoint))
+    checkpoint, plan = prepared.checkpoint, prepared.plan
+    if plan.fresh:
+        module, parameter = plan.fresh[0]
+        raise CheckpointError(f"{checkpoint.folder} lacks {module}.{parameter}; train the head before quantizing")
+    say_notices(prepared.model, checkpoint, plan)
+    meter = Meter("quantize", sum(checkpoint.nbytes(fill.source) for fill in plan.fills), progress)
+    planned = [tensor for fill in plan.fills for tensor in _planned(checkpoint, fill)]
+    with FolderWriter(target, planned, shard_bytes) as writer:
+        calibrator = begin(checkpoint, plan, prepared.config, text, meter)
+        for fill in plan.fills:
+            _write_fill(writer, checkpoint, fill, meter, calibrator)
+        _write_rest(writer, checkpoint, prepared.config, recorded(config, calibrator))
+    return target
+
+
+def destination_folder(destination: str | Path, replace: bool = False) -> Path:
+    """The folder to write, checked before any work; with `replace` it may hold files."""
+    try:
+        target = Path(destination).expanduser()
+    except RuntimeError as error:  # "~name" of a user who does not exist
+        raise CheckpointError(f"{destination} cannot be written ({error}); choose another folder") from None
+    check_destination(target, replace)
+    return target
+
+
+def _planned(checkpoint: Checkpoint, fill: Fill) -> Iterator[PlannedTensor]:
+    if fill.quant is None:
+        stored = DTYPES[checkpoint.dtype(fill.source)]
+        yield PlannedTensor(fill.source, torch.float32 if stored == torch.float16 else stored, fill.shape)
+        return
+    for part, tensor in fill.planned().tensors().items():
+        yield PlannedTensor(_part_name(fill, part), tensor.dtype, tuple(tensor.shape))
+
+
+def _part_name(fill: Fill, part: str) -> str:
+    return f"{fill.source.removesuffix('.weight')}.{part}"
+
+
+def _write_fill(
+    writer: FolderWriter, checkpoint: Checkpoint, fill: Fill, meter: Meter, calibrator: Calibrator | None
+) -> None:
+    if fill.quant is None:
+        for _, rows in finite_blocks(checkpoint, fill.source, meter):
+            writer.append(fill.source, rows)
+        return
+    for part, tensor in quantize_weight(checkpoint, fill, meter, calibrator, torch.device("cpu")).tensors().items():
+        writer.write(_part_name(fill, part), tensor)
+
+
+def _write_rest(writer: FolderWriter, checkpoint: Checkpoint, config: Glm4Config, quant: Quant) -> None:
+    legacy = checkpoint.config.get("model_type") == "chatglm"
+    values = config.to_diff_dict() if legacy else dict(checkpoint.config)
+    writer.write_json(CONFIG, values | {"quantization_config": quant.to_dict()})
+    writer.copy(checkpoint.folder / name for name in COMPANIONS)

@@ -1,0 +1,115 @@
+"""A weight's way into the quantized form: blocks of rows, read, quantized and dropped, with the bytes counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from glm4lite.base.errors import CheckpointError, ConfigError
+from glm4lite.base.events import Progress
+from glm4lite.checkpoint.calibration import Calibrator
+from glm4lite.checkpoint.calibration_text import calibration_ids, read_text
+from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.formats.format import Quant
+from glm4lite.checkpoint.load_plan import Fill, LoadPlan
+from glm4lite.model.config import Glm4Config
+from glm4lite_quant import BnbTensor, QuantConfig, QuantError, QuantTensor
+from glm4lite_quant.config import CALIBRATED, MINMAX
+
+ProgressCallback = Callable[[Progress], None]
+
+BLOCK_BYTES = 16 << 20
+"""Bytes of a checkpoint in memory at a time: enough rows for every thread, little beside the model."""
+
+
+class Meter:
+    """Counts bytes and reports them."""
+
+    def __init__(self, stage: str, total: int, progress: ProgressCallback | None) -> None:
+        self.stage, self.total, self.done, self._progress = stage, total, 0, progress
+
+    def add(self, count: int = 0) -> None:
+        """Reports `count` more bytes; 0 where nothing is done yet, but the user may want to stop."""
+        self.done += count
+        if self._progress is not None:
+            self._progress(Progress(self.stage, self.done, self.total, "bytes"))
+
+
+def blocks(checkpoint: Checkpoint, name: str, meter: Meter, held: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows) of a tensor in its own type, float16 widened to float32; the meter counts what was used.
+
+    `held`: the tensor, where it is in memory already.
+    """
+    if not checkpoint.shape(name):
+        raise CheckpointError(f"{name} in {checkpoint.file(name)} is a single number, not a weight")
+    for start, block in checkpoint.row_blocks(name, BLOCK_BYTES, held=held):
+        yield start, block.float() if block.dtype == torch.float16 else block
+        meter.add(block.nbytes)
+
+
+def finite_blocks(checkpoint: Checkpoint, name: str, meter: Meter) -> Iterator[tuple[int, Tensor]]:
+    """`blocks` of a tensor that stays as it is (quantizing would check it); CheckpointError for NaN or infinity."""
+    for start, rows in blocks(checkpoint, name, meter):
+        checkpoint.check_finite(name, rows, start)
+        yield start, rows
+
+
+def begin(
+    checkpoint: Checkpoint, plan: LoadPlan, config: Glm4Config, text: str | None, meter: Meter
+) -> Calibrator | None:
+    """The calibrator of a plan whose int4 weights are to be calibrated, else None."""
+    if not needs_calibration(plan):
+        return None
+    return Calibrator(checkpoint, plan, config, calibration_ids(checkpoint, config, text), meter.add)
+
+
+def calibration_text(path: str | Path | None, quant: Quant | None) -> str | None:
+    """The text of one's own to calibrate with; ConfigError where it cannot be used or nothing is calibrated."""
+    if path is None:
+        return None
+    method = quant and quant.method
+    if method != CALIBRATED:
+        made = "nothing is quantized" if method is None else f"the method {method!r} needs none"
+        raise ConfigError(f"a calibration text is given, but {made}; leave it out or quantize to int4")
+    return read_text(Path(path))
+
+
+def recorded(quant: Quant, calibrator: Calibrator | None) -> Quant:
+    """The config with what its weights were calibrated with."""
+    if calibrator is None or not isinstance(quant, QuantConfig):
+        return quant
+    return replace(quant, calibration=calibrator.record)
+
+
+def needs_calibration(plan: LoadPlan) -> bool:
+    return any(isinstance(fill.quant, QuantConfig) and fill.quant.method == CALIBRATED for fill in plan.fills)
+
+
+def quantize_weight(
+    checkpoint: Checkpoint, fill: Fill, meter: Meter, calibrator: Calibrator | None, device: torch.device
+) -> QuantTensor | BnbTensor:
+    """One weight, quantized block by block; without calibration, never all of it is in memory unquantized.
+
+    Ours are made on the CPU, another tool's on the `device` where they will be.
+    """
+    if fill.quant is None:
+        raise CheckpointError(f"{fill.source} is not to be quantized")
+    rows_count, columns = fill.shape
+    try:
+        if not isinstance(fill.quant, QuantConfig):
+            foreign = BnbTensor.empty(rows_count, columns, fill.quant, device)
+            for start, rows in blocks(checkpoint, fill.source, meter):
+                foreign.quantize_rows(start, rows)
+            return foreign.double_quantized() if fill.quant.double_quant else foreign
+        held, importance = (None, None) if calibrator is None else calibrator.take(fill)
+        weight = QuantTensor.empty(rows_count, columns, fill.quant)
+        for start, rows in blocks(checkpoint, fill.source, meter, held):
+            weight.quantize_rows(start, rows, importance, fast=fill.quant.method == MINMAX)
+        return weight
+    except QuantError as error:
+        where = f"{fill.source} in {checkpoint.file(fill.source)}"
+        raise CheckpointError(f"{where} cannot be quantized: {error}; download the file again") from None

@@ -1,0 +1,1 @@
+"""Ids in, ids out: decoding, sampling, kept prefixes, one thread that owns the model."""

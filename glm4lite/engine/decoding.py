@@ -1,0 +1,214 @@
+"""Token ids in, token ids out: chunked prefill over the kept prefix, then one token at a time.
+
+Nothing here knows text; sessions turn ids into text and events.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+
+import torch
+
+from glm4lite.base.errors import ContextLengthError, DeviceError
+from glm4lite.engine.sampling import Sampler, SamplingParams
+from glm4lite.model.causal_lm import CausalLM
+from glm4lite.model.layers import DecoderLayer
+from glm4lite.runtime.out_of_memory import ran_out
+
+
+class PrefixCache:
+    """A KVCache and the ids it was computed from, so that the next prompt only pays for what is new."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self.kv = model.new_cache()
+        self.ids: list[int] = []
+
+    def common_prefix(self, ids: list[int]) -> int:
+        """Length of the longest common prefix with `ids` (short of its last id, which must be computed)."""
+        length, limit = 0, min(len(self.ids), len(ids) - 1)
+        while length < limit and self.ids[length] == ids[length]:
+            length += 1
+        return length
+
+    def keep_common_prefix(self, ids: list[int]) -> int:
+        """Cuts back to the longest common prefix with `ids`."""
+        length = self.common_prefix(ids)
+        self._cut(length)
+        return length
+
+    def copy(self, length: int) -> PrefixCache:
+        """Another one with the first `length` ids."""
+        made = copy(self)
+        made.kv, made.ids = self.kv.copy(length), self.ids[:length]
+        return made
+
+    def _cut(self, length: int) -> None:
+        self.kv.truncate(length)
+        del self.ids[length:]
+
+    def repair(self) -> None:
+        """After a forward pass that was stopped half-way: keep what every layer has."""
+        self._cut(min(self.kv.get_seq_length(), len(self.ids)))
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A new token's log probability as the model gave it (before temperature and the like), and the likeliest ids'."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Stopped(Exception):
+    """Raised inside a forward pass when generation is cancelled; never leaves this module."""
+
+
+class Generation:
+    """One answer in ids. Iterate `prefill()` for progress, then the object itself for new ids (stop ids are not given).
+
+    After iteration: `finish_reason` is "stop" (a stop id came), "length" or "cancelled"; `new_tokens` counts all ids
+    drawn, the stop id included; `stop_id` is the one that came; `prefilled_tokens` were not in the kept prefix.
+    Raises ContextLengthError at once when the prompt leaves no room in the model's context.
+
+    May be set before iteration: `force`, which is given each drawn id and its logits and returns the id to take;
+    `top_logprobs`, with which `logprobs` gets an entry for each new id, stop ids left out.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        prompt: list[int],
+        params: SamplingParams,
+        stop_ids: Collection[int] = (),
+        vocab_size: int | None = None,
+        cache: PrefixCache | None = None,
+        cancel: threading.Event | None = None,
+    ) -> None:
+        """`vocab_size`: ids the tokenizer knows; the padded rest of the model's vocabulary is never drawn."""
+        context = model.context
+        if not prompt:
+            raise ContextLengthError("the prompt is empty: there is nothing to go on from")
+        if len(prompt) >= context:
+            raise ContextLengthError(
+                f"the prompt has {len(prompt)} tokens and the model's context is {context}; "
+                f"shorten the conversation or start a new one"
+            )
+        self.model, self.prompt, self.params = model, prompt, params
+        self.stop_ids = frozenset(stop_ids)
+        self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
+        self.cache = cache or PrefixCache(model)
+        self.cancel = cancel or threading.Event()
+        self.force: Callable[[int, torch.Tensor], int] | None = None
+        self.top_logprobs: int | None = None
+        self.logprobs: list[TokenLogprobs] = []
+        self.limit = min(params.max_new_tokens, context - len(prompt))
+        self.ids: list[int] = []
+        self.finish_reason = "length"
+        self.stop_id: int | None = None
+        self.prefilled_tokens = 0
+        self.seconds = 0.0  # spent on new tokens, prefill not counted
+        self._prefilled = False
+        self._logits: torch.Tensor | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.ids) + (self.stop_id is not None)
+
+    def prefill(self) -> Iterator[tuple[int, int]]:
+        """Computes the prompt; yields (tokens done, tokens to do) after each chunk."""
+        self._prefilled = True
+        start = self.cache.keep_common_prefix(self.prompt)
+        todo = self.prompt[start:]
+        step = self.model.chunk
+        for begin in range(0, len(todo), step):
+            chunk = todo[begin : begin + step]
+            if not self._forward(chunk):
+                return
+            self.prefilled_tokens += len(chunk)
+            yield self.prefilled_tokens, len(todo)
+
+    def __iter__(self) -> Iterator[int]:
+        if not self._prefilled:
+            for _ in self.prefill():
+                pass
+        sampler, seen, started = Sampler(self.params), list(self.prompt), time.perf_counter()
+        while self._logits is not None and not self.cancel.is_set():
+            token = sampler(self._logits, seen)
+            if self.force is not None:
+                token = self.force(token, self._logits)
+            self.seconds = time.perf_counter() - started
+            if token in self.stop_ids:
+                self.finish_reason, self.stop_id = "stop", token
+                return
+            if self.top_logprobs is not None:
+                self.logprobs.append(_logprobs(self._logits, token, self.top_logprobs))
+            self.ids.append(token)
+            seen.append(token)
+            yield token
+            if len(self.ids) >= self.limit:
+                return
+            self._forward([token])
+        self.finish_reason = "cancelled"
+
+    @torch.inference_mode()
+    def _forward(self, ids: list[int]) -> bool:
+        """Adds ids to the cache and keeps the last position's logits; False when it was cancelled."""
+        self._logits = None
+        device = self.model.device
+        try:
+            with _stoppable(self.model, len(ids), self.cancel.is_set):
+                output = self.model(
+                    torch.tensor([ids], device=device), past_key_values=self.cache.kv, logits_to_keep=1, use_cache=True
+                )
+        except BaseException as error:
+            self.cache.repair()
+            if isinstance(error, Stopped):
+                return False
+            failure = _device_failure(error, len(self.cache.ids) + len(ids))
+            if failure is not None:
+                raise failure from error
+            raise
+        self.cache.ids += ids
+        logits: torch.Tensor = output.logits[0, -1].float()
+        self._logits = logits[: self.vocab_size]
+        return True
+
+
+def _logprobs(logits: torch.Tensor, token: int, count: int) -> TokenLogprobs:
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(count)
+    return TokenLogprobs(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+def _device_failure(error: BaseException, tokens: int) -> DeviceError | None:
+    """What a user is told where a device gave out; None where the error is another one."""
+    if where := ran_out(error):
+        return DeviceError(f"{where} ran out at {tokens} tokens; shorten the conversation, or load with kv int8")
+    if isinstance(error, getattr(torch, "AcceleratorError", ())):
+        why = str(error).partition("\n")[0][:200]
+        return DeviceError(f"the GPU failed ({why}); start again, or use --device cpu")
+    return None
+
+
+@contextmanager
+def _stoppable(model: CausalLM, tokens: int, cancelled: Callable[[], bool]) -> Iterator[None]:
+    """Asks before every layer that takes long, because of its tokens or because its weights have to be fetched."""
+
+    def check(*_: object) -> None:
+        if cancelled():
+            raise Stopped
+
+    layers = (module for module in model.modules() if isinstance(module, DecoderLayer))
+    slow = (layer for layer in layers if tokens > layer.runner.few or not layer.store.resident)
+    handles = [layer.register_forward_pre_hook(check) for layer in slow]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,204 @@
+"""Engine: a loaded model with what turns text into ids and back. Sessions and completions are built on one."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glm4lite.base.errors import CheckpointError, TemplateError
+from glm4lite.base.events import Done, Progress
+from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.engine.decoding import Generation
+from glm4lite.engine.prefixes import PrefixPool
+from glm4lite.engine.sampling import SamplingParams
+from glm4lite.engine.stop_ids import stop_ids
+from glm4lite.model.cache import STEP
+from glm4lite.text.stop_strings import StopStrings
+from glm4lite.text.template import ChatTemplate
+from glm4lite.text.tokenization.streaming import StreamingDetokenizer
+from glm4lite.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from glm4lite.checkpoint.formats.format import Quant
+    from glm4lite.pretrained.models import Glm4ForCausalLM
+
+logger = logging.getLogger("glm4lite")
+
+LARGE = 4 << 30  # bytes of a checkpoint that is worth quantizing once
+
+# The token between two calls of one output.
+SEPARATOR = "<|assistant|>"
+
+
+@dataclass
+class Engine:
+    """A model, its tokenizer, its chat template (None: a base model) and its generation_config.json.
+
+    What was computed for the last prompts is kept in `prefixes`, whoever asked; `totals` counts all that was generated.
+    For one thread at a time.
+    """
+
+    model: Glm4ForCausalLM
+    tokenizer: Tokenizer
+    template: ChatTemplate | None = None
+    generation_config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.prefixes = PrefixPool(self.model)
+        self.totals = Totals()
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path = "nano",
+        quant: str | Quant | None = "auto",
+        device: str = "auto",
+        dtype: str = "auto",
+        progress: Callable[[Progress], None] | None = None,
+        need_template: bool = False,
+        kv: str = "auto",
+        gpu_memory: int | str | None = None,
+        ram: int | str | None = None,
+        context: int | str | None = None,
+        before_weights: Callable[[], None] | None = None,
+    ) -> Engine:
+        """Arguments as `glm4lite.load`; quant "auto" is int4, or as the checkpoint is stored if that is quantized.
+
+        `before_weights` is called once all that is cheap to check was right: the time to unload another model.
+
+        What is cheap to check (tokenizer, template) is read before the weights. Raises TemplateError where a chat
+        template is needed and there is none.
+        """
+        from glm4lite.checkpoint.prepare import opened
+        from glm4lite.checkpoint.quantization import chosen
+        from glm4lite.loading.load_options import LoadOptions
+        from glm4lite.loading.loader import load_checkpoint
+        from glm4lite.pretrained.models import Glm4ForCausalLM
+
+        budget: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
+        options = LoadOptions(quant, device, dtype, progress, **budget)
+        checkpoint = opened(source, progress)
+        folder = checkpoint.folder
+        tokenizer, template = Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder)
+        if need_template:
+            _required(template)
+        _check_companions(tokenizer, checkpoint)
+        if chosen(checkpoint, quant) == "int4" and sum(map(checkpoint.nbytes, checkpoint.names())) > LARGE:
+            logger.warning("calibrating and quantizing takes minutes at each start; `glm4lite quantize` does it once")
+        if before_weights is not None:
+            before_weights()
+        model, _ = load_checkpoint(Glm4ForCausalLM, checkpoint, options, str(folder))
+        return cls(model, tokenizer, template, checkpoint.generation_config)
+
+    def unload(self) -> None:
+        """Gives the model's memory back; this engine computes nothing any more."""
+        del self.model, self.prefixes
+
+    def chat_template(self) -> ChatTemplate:
+        """The template; TemplateError for a base model, which has none."""
+        return _required(self.template)
+
+    def params(self, **sampling: Any) -> SamplingParams:
+        """The checkpoint's sampling defaults; fields that are given and not None win over them."""
+        return SamplingParams.from_generation_config(self.generation_config, **sampling)
+
+    def generate(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        cancel: threading.Event | None = None,
+    ) -> Generation:
+        """A Generation with this model's stop ids, on the kept prefix that suits it; `pieces` gives that back.
+
+        Ids the tokenizer does not know are never drawn. Raises ContextLengthError.
+        """
+        stops = stop_ids(self.model.config, self.generation_config, self.tokenizer)
+        generation = Generation(self.model, prompt, params, stops, self.tokenizer.size, cancel=cancel)
+        generation.cache = self.prefixes.take(prompt)
+        return generation
+
+    def prefill(self, generation: Generation) -> Iterator[Progress]:
+        """Computes the prompt; reports progress where it takes more than one chunk."""
+        for done, total in generation.prefill():
+            if total > self.model.chunk:
+                yield Progress("prefill", done, total, "tokens")
+
+    def pieces(self, generation: Generation) -> Iterator[str | None]:
+        """The output as text as it comes, cut at stop texts; None where the separator token stood."""
+        ids, room = generation.cache.ids, 0
+        try:
+            for piece in self._pieces(generation):
+                if len(ids) > room:  # before the cache grows
+                    room = len(ids) + STEP
+                    self.prefixes.make_room(self.prefixes.bytes_of(room))
+                yield piece
+        finally:
+            self.prefixes.give(generation.cache)
+            self.totals.add(generation)
+
+    def _pieces(self, generation: Generation) -> Iterator[str | None]:
+        stops, detokenizer = StopStrings(generation.params.stop), StreamingDetokenizer(self.tokenizer)
+        separator = self.tokenizer.special.get(SEPARATOR)
+        for token in generation:
+            if token == separator:
+                yield stops.feed(detokenizer.finish()) + stops.finish()
+                yield None
+                detokenizer = StreamingDetokenizer(self.tokenizer)
+                continue
+            yield stops.feed(detokenizer.add(token))
+            if stops.found:
+                generation.finish_reason = "stop"
+                return
+        yield stops.feed(detokenizer.finish()) + stops.finish()
+
+
+def _required(template: ChatTemplate | None) -> ChatTemplate:
+    if template is None:
+        raise TemplateError("no chat template: this is a base model; `glm4lite generate` continues a text with it")
+    return template
+
+
+def _check_companions(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
+    """The files beside the weights: a wrong generation_config.json, or a tokenizer of another model, is said now."""
+    from glm4lite.checkpoint.load_plan import read_config
+
+    config = read_config(checkpoint)
+    if tokenizer.size > config.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.folder / 'tokenizer.json'} has {tokenizer.size} tokens, more than the vocab_size "
+            f"{config.vocab_size} of config.json; they belong to different models"
+        )
+    SamplingParams.from_generation_config(checkpoint.generation_config)
+    stop_ids(config, checkpoint.generation_config, tokenizer)
+
+
+class Totals:
+    """Counts over the generations of one turn, or of an engine's life."""
+
+    def __init__(self) -> None:
+        self.prompt_tokens = 0
+        self.new_tokens = 0
+        self.prefilled_tokens = 0
+        self.seconds = 0.0
+
+    def add(self, generation: Generation) -> None:
+        self.new_tokens += generation.new_tokens
+        self.prefilled_tokens += generation.prefilled_tokens
+        self.seconds += generation.seconds
+        self.prompt_tokens += len(generation.prompt)
+
+    def done(self, last: Generation, finish_reason: str | None = None) -> Done:
+        """The turn's last event; prompt_tokens is the length of the last prompt."""
+        return self._done(len(last.prompt), finish_reason or last.finish_reason)
+
+    def cancelled(self, prompt_tokens: int) -> Done:
+        """The last event of a turn whose last generation never began."""
+        return self._done(prompt_tokens, "cancelled")
+
+    def _done(self, prompt_tokens: int, finish_reason: str) -> Done:
+        speed = round(self.new_tokens / self.seconds, 2) if self.seconds else 0.0
+        return Done(prompt_tokens, self.new_tokens, finish_reason, speed, self.prefilled_tokens)

@@ -1,0 +1,77 @@
+"""PrefixPool: what was computed for the last conversations, so that a next prompt of any of them pays for its end only.
+
+A server keeps no sessions: each request brings its whole history. The pool finds the conversation it belongs to by its
+token ids. Conversations that share only a beginning (a system prompt, the declared tools) get a copy of that, which
+takes milliseconds where computing it takes seconds or minutes.
+
+All kept caches and the one in use hold no more memory than the cache of one whole context, which is what a model's
+placement has set aside; the conversation that was used longest ago goes first.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from glm4lite.engine.decoding import PrefixCache
+from glm4lite.model.cache import GPU_STEP, STEP, with_room
+
+if TYPE_CHECKING:
+    from glm4lite.model.causal_lm import CausalLM
+
+MOST = 16  # conversations kept, however short
+COPIED = 0.5  # a conversation that would lose more than this part of itself is kept, and its beginning copied
+
+
+class PrefixPool:
+    """The kept prefixes of one model, oldest first. For the thread that computes with the model, like the model."""
+
+    def __init__(self, model: CausalLM, memory: int | None = None) -> None:
+        """`memory`: bytes of all caches, the one in use included; None: what one full context takes."""
+        self.model, self._memory = model, memory
+        self._kept: list[PrefixCache] = []
+
+    def take(self, ids: list[int]) -> PrefixCache:
+        """The cache that has most of `ids`. It is the caller's until it is given back; dropping it is no harm."""
+        best = max(self._kept, key=lambda cache: cache.common_prefix(ids), default=None)
+        shared, needed = best.common_prefix(ids) if best else 0, self.bytes_of(len(ids))
+        if best is None or not shared:
+            self.make_room(needed)
+            return PrefixCache(self.model)
+        self._kept.remove(best)
+        if shared < COPIED * len(best.ids) and best.kv.nbytes + needed <= self.memory:
+            self.make_room(best.kv.nbytes + needed)
+            self._kept.append(best)
+            return best.copy(shared)
+        self.make_room(needed)
+        return best
+
+    def give(self, cache: PrefixCache) -> None:
+        """Keeps what an answer left behind."""
+        if cache.ids and all(cache is not kept for kept in self._kept):
+            self._kept.append(cache)
+        del self._kept[:-MOST]
+        self.make_room(0)
+
+    def make_room(self, nbytes: int) -> None:
+        """Forgets the oldest until `nbytes`, those of the cache in use, fit too."""
+        while self._kept and self.nbytes + nbytes > self.memory:
+            self._kept.pop(0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the kept caches."""
+        return sum(cache.kv.nbytes for cache in tuple(self._kept))
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that all caches may hold together."""
+        return self.bytes_of(self.model.context) if self._memory is None else self._memory
+
+    def bytes_of(self, tokens: int) -> int:
+        """What the cache of so many tokens takes, its room to grow included."""
+        trunk = self.model.model
+        step = STEP if trunk.norm.weight.device.type == "cpu" else GPU_STEP
+        return trunk.cache_bytes * min(with_room(tokens, step), self.model.context)

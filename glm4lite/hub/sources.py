@@ -1,0 +1,142 @@
+"""Where a model's folder is: the embedded one, a folder of the user's, or one downloaded from the Hub."""
+
+import logging
+import os
+import re
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from glm4lite.base.errors import HubError
+from glm4lite.base.events import Progress
+from glm4lite.base.files import CONFIG
+from glm4lite.hub.options import HubOptions
+
+logger = logging.getLogger("glm4lite")
+
+NANO = "nano"
+"""The name of the embedded checkpoint; a folder of that name is "./nano"."""
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_LONGEST_ID = 96  # the Hub's rule, as the others of _is_repo_id
+_HOW = "give a folder, a Hub repo id (organisation/name, for example zai-org/GLM-4-9B-0414), or nano"
+
+
+def resolve(
+    source: str | Path,
+    progress: Callable[[Progress], None] | None = None,
+    options: HubOptions = HubOptions(),
+    weights: bool = True,
+) -> Path:
+    """The folder of a checkpoint; a Hub repo is downloaded first (without `weights`: its small files), where it is not
+    in the cache.
+
+    Raises:
+        HubError: there is no such folder or repo, or it cannot be downloaded; the message says what to do.
+    """
+    found = locate(source)
+    if isinstance(found, Path):
+        asked = [name for name in ("revision", "force_download") if getattr(options, name) not in (None, False, "main")]
+        if asked:
+            logger.warning("%s is not used: %s is a folder of this machine", " and ".join(asked), found)
+        return found / options.subfolder
+    from glm4lite.hub.download import download  # huggingface_hub takes a while to import
+
+    return download(found, progress, options, weights)
+
+
+def resolve_config(source: str | Path, options: HubOptions = HubOptions()) -> Path:
+    """A checkpoint's config.json; of a Hub repo it alone is downloaded. HubError as `resolve`."""
+    found = locate(source)
+    if isinstance(found, Path):
+        return found / options.subfolder / CONFIG
+    from glm4lite.hub.download import download_config  # huggingface_hub takes a while to import
+
+    return download_config(found, options)
+
+
+def locate(source: str | Path) -> Path | str:
+    """The folder of a checkpoint, or the id of a Hub repo, which is not looked for yet.
+
+    Raises:
+        HubError: there is no such folder, and it is no repo's id; or the environment says nonsense about the Hub.
+    """
+    if source == NANO:
+        return nano_folder()
+    text = str(source)
+    if not text.strip():
+        raise HubError(f"the model's name is empty; {_HOW}")
+    folder = _existing(text)
+    if folder is not None:
+        return folder
+    if isinstance(source, Path) or _looks_like_a_path(text):
+        raise HubError(f"{_cut(text)} does not exist; {_HOW}")
+    if not _is_repo_id(text):
+        raise HubError(f"{_cut(text)!r} is neither a folder nor a Hub repo id; {_HOW}")
+    _check_environment()
+    return text
+
+
+def _check_environment() -> None:
+    """huggingface_hub and its client fail over these without a word about which it was, some when they are imported."""
+    for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
+        value = os.environ.get(name)
+        if value is not None and not value.strip().isdecimal():
+            raise HubError(f"{name} is {value[:100]!r}; use a whole number of seconds")
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        value = os.environ.get(name)
+        if value and not os.access(value, os.R_OK):
+            raise HubError(f"{name} is {value[:100]!r}, which cannot be read; correct it or unset it")
+    endpoint = os.environ.get("HF_ENDPOINT")
+    if endpoint is not None and not _is_url(endpoint):
+        raise HubError(f"HF_ENDPOINT is {endpoint[:100]!r}; use a URL such as https://huggingface.co, or unset it")
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        return False
+
+
+def _existing(text: str) -> Path | None:
+    """The folder of that name, None where there is none; HubError for a file or what cannot be looked at."""
+    try:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            return path
+        exists = path.exists()
+    except RuntimeError:  # "~name" of a user who does not exist
+        return None
+    except OSError as error:
+        raise HubError(f"{_cut(text)} cannot be opened ({error.strerror or error}); {_HOW}") from None
+    if exists:
+        raise HubError(f"{path} is a file; give the folder that holds config.json and the safetensors files")
+    return None
+
+
+def nano_folder() -> Path:
+    """The embedded checkpoint's folder.
+
+    Raises:
+        HubError: the package was installed without it.
+    """
+    folder = Path(str(resources.files("glm4lite").joinpath(NANO)))
+    if not (folder / "config.json").exists():
+        raise HubError(f"the embedded checkpoint is not in {folder}; install glm4lite again, or name another model")
+    return folder
+
+
+def _looks_like_a_path(text: str) -> bool:
+    return text.startswith((".", "/", "~")) or "\\" in text or text.endswith("/") or text.count("/") > 1 or ":" in text
+
+
+def _is_repo_id(text: str) -> bool:
+    fits = len(text) <= _LONGEST_ID and _REPO_ID.fullmatch(text) is not None
+    return fits and ".." not in text and "--" not in text and not text.endswith((".git", "-", "."))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_ID else f"{text[:_LONGEST_ID]}..."

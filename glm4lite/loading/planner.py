@@ -1,0 +1,191 @@
+"""What `glm4lite plan` says: whether a model fits, where its layers go and how fast that is, before any download."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from glm4lite.base.errors import ConfigError
+from glm4lite.base.sizes import readable
+from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.quantization import AUTO, parse_quant
+from glm4lite.loading.proposals import Attempt, Changes, Proposal, proposals, smaller_quants
+from glm4lite.loading.requirements import headers, requirements_of
+from glm4lite.memory import machine as machines
+from glm4lite.memory.budget import Budget, place_within
+from glm4lite.memory.resources import Machine, Placement, Requirements, Share
+
+
+@dataclass(frozen=True)
+class PlacementReport:
+    """A placement with what it rests on; `assumed` was not measured, or is not so here and now.
+
+    `proposals`: under which changes it would fit, where it does not.
+    """
+
+    model: str
+    needs: Requirements
+    machine: Machine
+    placement: Placement
+    assumed: tuple[str, ...]
+    proposals: tuple[Proposal, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """One object, as `glm4lite plan --json` prints it: bytes, tokens per second, layers by number from 0."""
+        placed = self.placement
+        return {
+            "model": self.model,
+            "quant": self.needs.quant,
+            "context": placed.context,
+            "kv": placed.kv,
+            "fits": placed.fits,
+            "weight_bytes": placed.weight_bytes,
+            "kv_bytes": placed.kv_bytes,
+            "devices": {share.device: _share_json(share) for share in placed.devices},
+            "head": placed.head,
+            "embedding": placed.embedding,
+            "decode_tokens_per_s": round(placed.decode_tokens_per_s, 3),
+            "prefill_tokens_per_s": round(placed.prefill_tokens_per_s, 3),
+            "advice": placed.advice if placed.fits else self._refusal,
+            "proposals": [proposal.to_json() for proposal in self.proposals],
+            "measured": list(self.machine.measured),
+            "assumed": list(self.assumed),
+        }
+
+    @property
+    def _refusal(self) -> str:
+        """What is missing, without the ways out: those that hold are `proposals`."""
+        return self.placement.advice.partition(": ")[0]
+
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        """A table's rows, the header first."""
+        yield "device", "layers", "weights", "cache", "activations", "buffers", "reserve", "held"
+        for share in self.placement.devices:
+            sizes = (share.weights, share.kv, share.activations, share.buffers, share.reserve)
+            total = share.weights if share.device == "disk" else share.held
+            parts = [_layers(share)] if share.layers else []
+            parts += [name for name in ("head", "embedding") if getattr(self.placement, name) == share.device]
+            yield share.device, ", ".join(parts), *(readable(size) if size else "" for size in sizes), readable(total)
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """What stands below the table."""
+        placed = self.placement
+        yield "model", f"{self.model}, {self.needs.quant}: {readable(placed.weight_bytes)} of weights"
+        if mapped := placed.share("cpu").mapped:
+            yield "mapped", f"{readable(mapped)} of the weights stay in the file's pages: not held, outside a budget"
+        cache = f"{readable(placed.kv_bytes)} for {placed.context} tokens ({placed.kv})"
+        yield "cache", f"{cache}, {readable(placed.kv_bytes * 1024 // placed.context)} for each 1024"
+        if self.placement.fits:
+            yield "decode", f"about {placed.decode_tokens_per_s:.2f} tokens/s, with the cache half full"
+            yield "prompt", f"about {placed.prefill_tokens_per_s:.0f} tokens/s"
+            yield "fits", f"yes{f'; {placed.advice}' if placed.advice else ''}"
+        else:
+            yield "fits", f"no: {self._refusal}"
+            for proposal in self.proposals:
+                yield "would fit", str(proposal)
+        if self.machine.measured:
+            yield "measured", ", ".join(self.machine.measured)
+        for note in self.assumed:
+            yield "assumed", note
+
+
+def plan(
+    source: str | Path, quant: str | None = None, budget: Budget | None = None, gpu_bandwidth: float | None = None
+) -> PlacementReport:
+    """Plan a model that need not be here: of a Hub repo only config.json and the shards' headers are fetched.
+
+    Args:
+        quant: "int4", "int8", "none", "nf4", "fp4"; None: int4, or as the checkpoint is stored.
+        budget: more than there is (also of a GPU that is not there) is planned for all the same.
+        gpu_bandwidth: bytes per second, instead of what is measured or assumed.
+
+    Raises:
+        Glm4liteError: an argument cannot be used, the model cannot be found, or `load` would refuse its files.
+            What does not fit is no error: `placement.fits` tells it, `proposals` what to change.
+    """
+    budget = budget or Budget()
+    if gpu_bandwidth == 0:
+        raise ConfigError("a GPU bandwidth of 0 moves nothing; give one such as 272GB")
+    parse_quant(quant)  # before a model is looked for
+    checkpoint = headers(source)
+    needs = requirements_of(checkpoint, AUTO if quant is None else quant)
+    machine = _machine(budget, gpu_bandwidth, quantized=needs.quant not in ("bfloat16", "float32"))
+    asked = needs
+    placement, needs, notes = _placed(asked, machine, budget)
+    if placement.share("disk").layers:
+        measured = _disk_bandwidth(checkpoint)
+        if measured is None:
+            notes += (f"a disk of {machine.disk_bandwidth / 1e9:.1f} GB/s (no shard is here to measure it with)",)
+        else:
+            told = (*machine.measured, f"disk {measured / 1e9:.1f} GB/s")
+            machine = replace(machine, disk_bandwidth=measured, measured=told)
+            placement, needs, _ = _placed(needs, machine, budget)
+    changes = () if placement.fits else tuple(_proposals(checkpoint, asked, machine, budget))
+    return PlacementReport(str(source), needs, machine, placement, machine.assumed + notes, changes)
+
+
+def _machine(budget: Budget, gpu_bandwidth: float | None, quantized: bool) -> Machine:
+    """This machine, with what the budget speaks of and it has not."""
+    machine = _allowing(machines.this_machine(quantized), budget)
+    return machine if gpu_bandwidth is None else replace(machine, gpu_bandwidth=gpu_bandwidth)
+
+
+def _allowing(machine: Machine, budget: Budget) -> Machine:
+    if budget.ram is not None and budget.ram > machine.ram:
+        note = f"{readable(budget.ram)} of RAM ({readable(machine.ram)} are free here now)"
+        machine = replace(machine, ram=budget.ram, assumed=(*machine.assumed, note))
+    if budget.gpu_memory and not machine.gpus:
+        machine = machines.with_assumed_gpu(machine, budget.gpu_memory)
+    elif budget.gpu_memory and budget.gpu_memory > min(machine.gpus):
+        note = f"{readable(budget.gpu_memory)} of GPU memory ({readable(min(machine.gpus))} are free here now)"
+        gpus = tuple(max(free, budget.gpu_memory) for free in machine.gpus)
+        machine = replace(machine, gpus=gpus, assumed=(*machine.assumed, note))
+    return machine
+
+
+def _proposals(checkpoint: Checkpoint, needs: Requirements, machine: Machine, budget: Budget) -> Iterator[Proposal]:
+    """Each is planned as `plan` would plan it."""
+    of_quant = {needs.quant: needs}
+    declared = checkpoint.config.get("quantization_config") is not None  # then it stays as it is
+
+    def attempt(changes: Changes) -> Attempt:
+        quant = changes.get("quant", needs.quant)
+        if quant not in of_quant:
+            of_quant[quant] = requirements_of(checkpoint, quant)
+        changed = replace(budget, **{name: value for name, value in changes.items() if name != "quant"})
+        placement, _, notes = _placed(of_quant[quant], _allowing(machine, changed), changed)
+        return Attempt(placement, quantize=quant if notes else None)
+
+    placed = attempt({}).placement
+    quants = () if declared else smaller_quants(needs.quant)
+    yield from proposals(attempt, quants, placed.kv, placed.context, budget.gpu_memory)
+
+
+def _placed(needs: Requirements, machine: Machine, budget: Budget) -> tuple[Placement, Requirements, tuple[str, ...]]:
+    """The placement, and the needs and the note it rests on: what must lie on disk is to be quantized once before."""
+    placement = place_within(needs, machine, budget)
+    if placement.fits or needs.stored or needs.quant not in ("int4", "int8"):
+        return placement, needs, ()
+    once = replace(needs, stored=True, loading=0)
+    note = "the folder that `glm4lite quantize` writes once: only stored layers can be read as they are needed"
+    return place_within(once, machine, budget), once, (note,)
+
+
+def _disk_bandwidth(checkpoint: Checkpoint) -> float | None:
+    """Of the folder's largest shard."""
+    files = {checkpoint.file(name) for name in checkpoint.names()}
+    sizes = {file: file.stat().st_size for file in files if file.exists()}
+    return machines.disk_bandwidth(max(sizes, key=lambda file: sizes[file])) if sizes else None
+
+
+def _share_json(share: Share) -> dict[str, Any]:
+    names = ("weights", "kv", "activations", "buffers", "reserve", "mapped")
+    return {"layers": list(share.layers), **{name: getattr(share, name) for name in names}}
+
+
+def _layers(share: Share) -> str:
+    """ "20, 20 to 39"; "8 of 0 to 39" where others lie between."""
+    first, last, count = share.layers[0], share.layers[-1], len(share.layers)
+    return f"{count}, {first} to {last}" if last - first + 1 == count else f"{count} of {first} to {last}"

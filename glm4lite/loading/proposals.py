@@ -1,0 +1,136 @@
+"""What to change so that a model fits: each proposal was placed before it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, TypeAlias
+
+from glm4lite.base.sizes import enough, parse_size
+from glm4lite.memory.resources import Placement
+
+Changes: TypeAlias = Mapping[str, Any]
+"""quant, kv, context, ram, gpu_memory: what to give instead of what was given; sizes as text."""
+
+STEP = 256
+"""Tokens by which shorter contexts are tried."""
+
+_PRECISIONS = ("float32", "bfloat16", "int8", "int4")  # by size
+_LARGEST = 1 << 44  # bytes; no machine has more
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A placement under changes; `quantize`: of the folder that `glm4lite quantize` writes in that precision."""
+
+    placement: Placement
+    quantize: str | None = None
+
+
+Try: TypeAlias = Callable[[Changes], Attempt]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Changes under which it fits; `quantize_first`: once the weights lie in a folder in that precision."""
+
+    changes: Changes
+    quantize_first: str | None
+    decode_tokens_per_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        speed = round(self.decode_tokens_per_s, 3)
+        return {**self.changes, "quantize_first": self.quantize_first, "decode_tokens_per_s": speed}
+
+    def __str__(self) -> str:
+        given = {name: value for name, value in self.changes.items() if name != "quant" or not self.quantize_first}
+        options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+        folder = f"the folder of `glm4lite quantize --quant {self.quantize_first}`" if self.quantize_first else ""
+        return f"{' with '.join(filter(None, (folder, options)))}: about {self.decode_tokens_per_s:.2f} tokens/s"
+
+
+def proposals(
+    attempt: Try, quants: tuple[str, ...], kv: str, context: int, gpu_memory: int | None
+) -> Iterator[Proposal]:
+    """The smallest sets of changes that fit, and how much RAM or GPU memory would do instead.
+
+    quants: the smaller precisions that it can have, the largest first; kv, context: what it was placed with;
+    gpu_memory: what was given, 0 where no GPU is to be used.
+    """
+    choices: dict[str, tuple[Any, ...]] = {
+        "quant": quants,
+        "kv": ("int8",) if kv == "float" else (),
+        "context": tuple(range((context - 1) // STEP * STEP, 0, -STEP)),
+        "gpu_memory": (0,) if gpu_memory else (),
+    }
+    found: list[frozenset[str]] = []
+    for size in (1, 2, 3):
+        for names in map(frozenset, combinations(choices, size)):
+            if any(smaller <= names for smaller in found):
+                continue
+            proposal = _largest(attempt, {name: choices[name] for name in choices if name in names})
+            if proposal is not None:
+                found.append(names)
+                yield proposal
+    for name in ("ram", *(["gpu_memory"] if gpu_memory != 0 else [])):
+        least = _least(attempt, name)
+        if least is not None:
+            yield least
+        if least is not None and least.quantize_first and (plainly := _least(attempt, name, plainly=True)):
+            yield plainly
+
+
+def smaller_quants(quant: str) -> tuple[str, ...]:
+    """The precisions that take less memory than this one; () where it is none of those that can be chosen among."""
+    if quant not in _PRECISIONS:
+        return ()
+    return tuple(name for name in _PRECISIONS[_PRECISIONS.index(quant) + 1 :] if name.startswith("int"))
+
+
+def _largest(attempt: Try, choices: Mapping[str, tuple[Any, ...]]) -> Proposal | None:
+    """With the first value of each choice that fits together with the others' smallest; all get smaller to the end."""
+    if not all(choices.values()):
+        return None
+    changes = {name: values[-1] for name, values in choices.items()}
+    if not attempt(changes).placement.fits:
+        return None
+    for name, values in choices.items():
+        low, high = 0, len(values) - 1  # values[high] fits
+        while low < high:
+            middle = (low + high) // 2
+            if attempt({**changes, name: values[middle]}).placement.fits:
+                high = middle
+            else:
+                low = middle + 1
+        changes[name] = values[high]
+    return _proposal(attempt, changes)
+
+
+def _least(attempt: Try, name: str, plainly: bool = False) -> Proposal | None:
+    """The smallest size with which it fits, as it may be given; `plainly`: as it is loaded, without a folder before."""
+
+    def fits(size: int) -> bool:
+        made = attempt({name: size})
+        return made.placement.fits and not (plainly and made.quantize)
+
+    high = 1 << 28
+    while not fits(high):
+        high *= 2
+        if high > _LARGEST:
+            return None
+    low = high // 2
+    while high - low > 1 << 20:
+        middle = (low + high) // 2
+        if fits(middle):
+            high = middle
+        else:
+            low = middle
+    return _proposal(attempt, {name: enough(high)})
+
+
+def _proposal(attempt: Try, changes: Changes) -> Proposal | None:
+    sizes = {name: parse_size(changes[name]) for name in ("ram", "gpu_memory") if isinstance(changes.get(name), str)}
+    made = attempt({**changes, **sizes})
+    placed = made.placement
+    return Proposal(changes, made.quantize, placed.decode_tokens_per_s) if placed.fits else None

@@ -1,0 +1,140 @@
+"""What a model asks for: by the headers of its shards, or by config.json where there are none. No weight is read."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glm4lite.base.errors import ConfigError
+from glm4lite.base.files import CONFIG, INDEX, SINGLE, read_json
+from glm4lite.checkpoint.calibration import layer_bytes
+from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.folders import other_weights
+from glm4lite.checkpoint.formats.format import Quant
+from glm4lite.checkpoint.formats.registry import format_of
+from glm4lite.checkpoint.load_plan import Fill, LoadPlan, automatic_dtype
+from glm4lite.checkpoint.prepare import Prepared, model_class, prepare
+from glm4lite.checkpoint.quantization import stored_quant
+from glm4lite.checkpoint.shard import DTYPE_NAMES, StoredTensor
+from glm4lite.checkpoint.streaming import BLOCK_BYTES, needs_calibration
+from glm4lite.hub.sources import locate
+from glm4lite.memory.resources import Requirements
+from glm4lite.model.config import Glm4Config
+from glm4lite_quant import QuantConfig, QuantTensor
+
+_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
+
+
+def headers(source: str | Path) -> Checkpoint:
+    """A checkpoint to be planned, not read: a folder's, an undownloaded Hub repo's, or that of a lone config.json.
+
+    Raises:
+        Glm4liteError: what `load` raises for it, before any weight is read.
+    """
+    found = locate(source)
+    if isinstance(found, str):
+        from glm4lite.checkpoint.remote import remote_headers  # huggingface_hub takes a while to import
+
+        return remote_headers(found)
+    has_weights = any(os.path.lexists(found / name) for name in (SINGLE, INDEX))
+    if has_weights or not (found / CONFIG).exists() or other_weights(found) is not None:
+        return Checkpoint.open(found)
+    return imagined(found)
+
+
+def imagined(folder: Path) -> Checkpoint:
+    """The checkpoint that a folder's config.json describes: bfloat16, or quantized as it says."""
+    values = read_json(folder / CONFIG)
+    config = Glm4Config.from_dict(values, folder / CONFIG)
+    empty = Checkpoint(folder, values, {})
+    quant = stored_quant(empty)
+    if not isinstance(quant, QuantConfig | None):
+        method = format_of(quant).method
+        raise ConfigError(f"{folder} is a {quant.kind} checkpoint of {method} without weights; plan with its original")
+    with torch.device("meta"):
+        model = model_class(empty)(config)
+    tensors: dict[str, StoredTensor] = {}
+    for name, parameter in model.named_parameters():
+        for part, tensor in _stored_as(name, parameter, quant).items():
+            dtype = DTYPE_NAMES[tensor.dtype]
+            tensors[part] = StoredTensor(part, dtype, tuple(tensor.shape), folder / SINGLE, 0)
+    return Checkpoint(folder, values, tensors)
+
+
+def _stored_as(name: str, parameter: torch.Tensor, quant: QuantConfig | None) -> dict[str, torch.Tensor]:
+    """Names and meta tensors of one parameter in the file."""
+    module, _, leaf = name.rpartition(".")
+    own = quant.for_module(module) if quant is not None and leaf == "weight" and parameter.dim() == 2 else None
+    if own is None:
+        return {name: parameter.to(torch.bfloat16)}
+    empty = QuantTensor.empty(parameter.shape[0], parameter.shape[1], own, "meta")
+    return {f"{module}.{part}": tensor for part, tensor in empty.tensors().items()}
+
+
+def requirements_of(checkpoint: Checkpoint, quant: str | Quant | None = None) -> Requirements:
+    """Bytes that a checkpoint asks for where it is loaded with `quant` (None: as it is stored).
+
+    Raises:
+        Glm4liteError: what `load` raises, before any weight is read.
+    """
+    return requirements_for(prepare(checkpoint, quant, model_class(checkpoint)))
+
+
+def requirements_for(prepared: Prepared[Any]) -> Requirements:
+    """The same where it is prepared already."""
+    checkpoint, plan, config = prepared.checkpoint, prepared.plan, prepared.config
+    dtype = automatic_dtype(checkpoint, plan, torch.device("cpu"))
+    sizes: dict[str, int] = defaultdict(int)
+    for fill in plan.fills:
+        sizes[_part(fill)] += _bytes(checkpoint, plan, fill, dtype)
+    return Requirements(
+        config,
+        _precision(prepared.quant, dtype),
+        tuple(sizes[str(index)] for index in range(config.num_hidden_layers)),
+        sizes["embedding"],
+        sizes["head"],
+        sizes["rest"],
+        _as_held(checkpoint, plan, dtype),
+        dtype.itemsize,
+        _loading(checkpoint, plan),
+    )
+
+
+def _part(fill: Fill) -> str:
+    """The number of the layer a parameter belongs to, or "embedding", "head", "rest"."""
+    layer = _LAYER.match(fill.module)
+    if layer is not None:
+        return layer[1]
+    return {"embed_tokens": "embedding", "lm_head": "head"}.get(fill.module.rpartition(".")[2], "rest")
+
+
+def _bytes(checkpoint: Checkpoint, plan: LoadPlan, fill: Fill, dtype: torch.dtype) -> int:
+    if fill.parts:
+        return sum(checkpoint.nbytes(part) for part in fill.parts)
+    return plan.fill_bytes(fill, dtype)
+
+
+def _as_held(checkpoint: Checkpoint, plan: LoadPlan, dtype: torch.dtype) -> bool:
+    """Whether the large weights lie in the files as they are held (norms and biases do not matter)."""
+    matrices = [fill for fill in plan.fills if len(fill.shape) > 1]
+    return all(
+        fill.parts or (not fill.quant and checkpoint.dtype(fill.source) == DTYPE_NAMES[dtype]) for fill in matrices
+    )
+
+
+def _loading(checkpoint: Checkpoint, plan: LoadPlan) -> int:
+    """What is held beside the weights while they are quantized: blocks of rows, when calibrating a layer as it is."""
+    if not any(fill.quant for fill in plan.fills):
+        return 0
+    return 8 * BLOCK_BYTES + (layer_bytes(checkpoint, plan) if needs_calibration(plan) else 0)
+
+
+def _precision(quant: Quant | None, dtype: torch.dtype) -> str:
+    if not isinstance(quant, QuantConfig | None):
+        return quant.kind
+    return f"int{quant.bits}" if quant else str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""What a model is and does: speed, quality, memory, facts."""

@@ -1,0 +1,138 @@
+"""What `glm4lite info` says: the machine, the kernels, and what a checkpoint needs."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from glm4lite import __version__
+from glm4lite.base.sizes import readable
+
+if TYPE_CHECKING:
+    import torch
+
+    from glm4lite.base.events import Progress
+    from glm4lite.checkpoint.formats.format import Quant
+    from glm4lite.checkpoint.load_plan import LoadPlan
+    from glm4lite.model.config import Glm4Config
+
+Fact = tuple[str, str]
+
+# Packages a feature hangs on, and that feature.
+PACKAGES = (
+    ("safetensors", "checkpoints"),
+    ("tokenizers", "text"),
+    ("huggingface-hub", "downloads"),
+    ("bitsandbytes", "NF4 and FP4"),
+    ("gradio", "the web chat"),
+    ("triton", "GPU kernels"),
+)
+
+
+def machine_facts() -> list[Fact]:
+    """Versions, devices, kernels; what is missing is named with what it is for."""
+    import torch
+
+    from glm4lite_quant import kernels
+
+    facts = [
+        ("glm4lite", __version__),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores"),
+        ("cuda", _cuda()),
+        ("cpu kernels", kernels.status()),
+        ("gpu kernels", kernels.gpu_status()),
+        *_gpu_decoding(),
+    ]
+    return facts + [(name, _installed(name, purpose)) for name, purpose in PACKAGES]
+
+
+def model_facts(source: str, progress: Callable[[Progress], None] | None = None) -> list[Fact]:
+    """A checkpoint's shape, and the bytes of its weights at each precision it can be loaded with.
+
+    `progress` sees the download where `source` is a Hub repo. Raises what `load` raises, before reading any weight.
+    """
+    import torch
+
+    from glm4lite.checkpoint.load_plan import make_load_plan, read_config, skeleton
+    from glm4lite.checkpoint.prepare import model_class, opened
+    from glm4lite.checkpoint.quantization import stored_quant
+    from glm4lite.loading.requirements import requirements_of
+    from glm4lite.model.cache import bytes_per_token
+
+    checkpoint = opened(source, progress)
+    config, stored = read_config(checkpoint), stored_quant(checkpoint)
+    model = skeleton(config, model_class(checkpoint))
+    heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads"
+    kv_bytes = bytes_per_token(config, "float", torch.bfloat16.itemsize)
+    weights = [requirements_of(checkpoint, quant) for quant in _ways(stored)]
+    named = _stored_as(make_load_plan(model, checkpoint, None), stored) if stored else weights[-1].quant
+    return [
+        ("model", str(checkpoint.folder)),
+        ("architecture", f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}, {heads}"),
+        ("parameters", f"{_parameters(model):,}"),
+        ("stored as", named),
+        ("context", f"{config.context_length:,} tokens{_scaled(config)}, {kv_bytes:,} bytes of bfloat16 cache each"),
+        *((f"weights, {needs.quant}", readable(needs.weight_bytes)) for needs in weights),
+    ]
+
+
+def _scaled(config: Glm4Config) -> str:
+    rope = config.rope_parameters
+    if rope["rope_type"] != "yarn":
+        return ""
+    return f" (YaRN, {rope['factor']:g} x {rope['original_max_position_embeddings']:,}, in short texts too)"
+
+
+def _stored_as(plan: LoadPlan, stored: Quant) -> str:
+    from glm4lite.checkpoint.formats.registry import format_of
+    from glm4lite_quant import QuantConfig
+
+    if isinstance(stored, QuantConfig):
+        return f"int{stored.bits}, groups of {stored.group_size}"
+    weights = [fill.foreign for fill in plan.fills if fill.foreign]
+    plain = sum(len(fill.shape) == 2 for fill in plan.fills) - len(weights)
+    return format_of(stored).described(stored, weights, plain)
+
+
+def _ways(stored: Quant | None) -> tuple[str | None, ...]:
+    """What `quant` may be where a checkpoint is stored like this; the last one of a plain checkpoint is its own."""
+    from glm4lite_quant import QuantConfig
+
+    if isinstance(stored, QuantConfig):
+        return (None,)
+    return (*((None,) if stored else ()), "int4", "int8", "none")
+
+
+def _parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _cuda() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none found: everything runs on the CPU"
+    cards = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return ", ".join(f"{card.name} ({card.total_memory / 2**30:.0f} GiB)" for card in cards)
+
+
+def _gpu_decoding() -> list[Fact]:
+    """How tokens are decoded on the first GPU; nothing where there is none."""
+    import torch
+
+    from glm4lite.runtime import graph
+
+    if not torch.cuda.is_available():
+        return []
+    return [("gpu decoding", graph.status(torch.device("cuda", torch.cuda.current_device())))]
+
+
+def _installed(name: str, purpose: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return f"not installed (for {purpose})"

@@ -1,0 +1,1 @@
+"""What GLM-4 computes, in torch: the specification of everything faster."""

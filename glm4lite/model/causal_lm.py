@@ -1,0 +1,96 @@
+"""The language model: the trunk and the head that gives the logits of the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glm4lite.model.cache import (
+    KVCache,
+    PastKeyValues,
+)
+from glm4lite.model.config import Glm4Config
+from glm4lite.model.inputs import keep_problem, labels_problem
+from glm4lite.model.outputs import CausalLMOutputWithPast
+from glm4lite.model.trunk import ModelWithTrunk, draw
+
+
+class CausalLM(ModelWithTrunk):
+    """The trunk and the language-model head."""
+
+    def __init__(self, config: Glm4Config) -> None:
+        super().__init__(config)
+        self.model = self.trunk_class(self.config)
+        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        draw(self.lm_head.weight, self.config.initializer_range)
+        self.tie_weights()
+
+    def new_cache(self, batch: int = 1) -> KVCache:
+        """An empty cache; `forward` takes it as past_key_values."""
+        return self.model.new_cache(batch)
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest conversation: the model's, or what the memory budget has room for."""
+        return self.model.context
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a prompt in one forward pass."""
+        return self.model.chunk
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: PastKeyValues | Sequence[tuple[Tensor, Tensor]] | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        *,
+        cache_position: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Arguments as Trunk. labels [B, T], shifted inside, -100 is ignored.
+
+        num_items_in_batch: labels of all batches whose gradients are added up; the loss is this batch's share of their
+        mean. None: the mean over this batch.
+
+        logits_to_keep: an int n keeps the last n positions (0: all), a 1-D tensor picks positions. Logits of all
+        positions of a long prompt take 600 KB each at GLM-4's vocabulary: generation asks for the last one only.
+        """
+        trunk = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            cache_position=cache_position,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        if problem := keep_problem(logits_to_keep, trunk.last_hidden_state.shape[1]):
+            raise ValueError(problem)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(trunk.last_hidden_state[:, keep])
+        loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch)
+        output = CausalLMOutputWithPast(loss, logits, trunk.past_key_values, trunk.hidden_states, trunk.attentions)
+        return self._returned(output, return_dict)
+
+
+def causal_lm_loss(logits: Tensor, labels: Tensor, items: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy in float32 of logits[:, t] against labels[:, t + 1]; labels of -100 do not count."""
+    if problem := labels_problem(labels, logits.shape[:2], logits.shape[2]):
+        raise ValueError(problem)
+    shifted = F.pad(labels.long(), (0, 1), value=-100)[:, 1:]
+    flat, targets = logits.float().flatten(0, 1), shifted.flatten().to(logits.device)
+    return F.cross_entropy(flat, targets) if items is None else F.cross_entropy(flat, targets, reduction="sum") / items

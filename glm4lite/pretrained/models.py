@@ -1,0 +1,63 @@
+"""The classes that Transformers documents for GLM-4: the model's own, with the methods of Glm4PreTrainedModel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from glm4lite.model.causal_lm import CausalLM
+from glm4lite.model.classifiers import SequenceClassifier, TokenClassifier
+from glm4lite.model.outputs import GenerateDecoderOnlyOutput
+from glm4lite.model.trunk import Trunk
+from glm4lite.pretrained.base import Glm4PreTrainedModel
+
+
+class Glm4Model(Glm4PreTrainedModel, Trunk):
+    """The trunk: embeddings, layers, final norm."""
+
+
+class Glm4ForCausalLM(Glm4PreTrainedModel, CausalLM):
+    """The trunk and the language-model head."""
+
+    accepts_loss_kwargs = True
+    loss_type: ClassVar[str] = "ForCausalLM"  # tells Transformers' Trainer that a row's first label does not count
+    trunk_class = Glm4Model
+    model: Glm4Model
+
+    def generate(
+        self, inputs: Tensor | None = None, *arguments: Any, **options: Any
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """Continues the sequences `inputs` [B, T], padded on the left; see `generation.loop.generate`."""
+        from glm4lite.pretrained.generation import generate
+
+        return generate(self, self.generation_config, inputs, *arguments, **options)
+
+    def compute_transition_scores(
+        self,
+        sequences: Tensor,
+        scores: Sequence[Tensor],
+        beam_indices: Tensor | None = None,
+        normalize_logits: bool = False,
+    ) -> Tensor:
+        """The score [B, new] of each new id, from what `generate` returned with output_scores; it makes no beams."""
+        if beam_indices is not None:
+            raise ValueError("beam_indices belong to beam search, which glm4lite's generate does not have")
+        from glm4lite.pretrained.generation.loop import transition_scores
+
+        return transition_scores(sequences, scores, normalize_logits)
+
+
+class Glm4ForSequenceClassification(Glm4PreTrainedModel, SequenceClassifier):
+    """One label (or value) per sequence, read at its last token that is not padding."""
+
+    trunk_class = Glm4Model
+    model: Glm4Model
+
+
+class Glm4ForTokenClassification(Glm4PreTrainedModel, TokenClassifier):
+    """One label per token."""
+
+    trunk_class = Glm4Model
+    model: Glm4Model

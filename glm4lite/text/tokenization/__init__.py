@@ -1,0 +1,1 @@
+"""What `glm4lite.text.tokenizer.Tokenizer` is made of."""

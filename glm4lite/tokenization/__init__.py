@@ -1,1 +1,0 @@
-"""What `glm4lite.tokenizer.Tokenizer` is made of."""

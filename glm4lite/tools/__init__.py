@@ -1,0 +1,1 @@
+"""Tools a model may call: their schemas, running them, those built in, MCP's, Python's."""

@@ -1,0 +1,67 @@
+"""The tensors of one quantized weight, and how they lie.
+
+Tiles of 16 rows x 32 columns lie one after another along K; scales and mins are planes of one byte per row and group:
+`w[n, k] = row_scale[n] * scales[n, j] * q[n, k] - row_min[n] * mins[n, j]` with j = k // group_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+ROWS = 16  # rows of a tile
+COLS = 32  # columns of a tile
+
+SCRATCH_ELEMENTS = 4 << 20  # float32 elements dequantized (or quantized) at once: 16 MiB
+
+NAMES = ("qweight", "scales", "mins", "row_scale", "row_min")
+
+
+@dataclass
+class Planes:
+    """A weight [N, K]; int4 (affine) has `mins` and `row_min`, int8 (symmetric) has not."""
+
+    qweight: Tensor  # uint8 [ceil(N/16), K/32, 256 | 512]
+    scales: Tensor  # uint8 [ceil(N/16), K/g, 16]
+    mins: Tensor | None  # uint8, like scales
+    row_scale: Tensor  # float32 [N]
+    row_min: Tensor | None  # float32 [N]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.row_scale.shape[0], self.qweight.shape[1] * COLS
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.qweight.shape[2] == 512 else 4
+
+    @property
+    def group_size(self) -> int:
+        return self.shape[1] // self.scales.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors().values())
+
+    @property
+    def device(self) -> torch.device:
+        return self.qweight.device
+
+    def tiles(self, start: int, stop: int) -> Self:
+        """Rows start to stop, a multiple of 16 each (or the end), over the same memory."""
+        tile, end = start // ROWS, -(-stop // ROWS)
+        mins = None if self.mins is None else self.mins[tile:end]
+        row_min = None if self.row_min is None else self.row_min[start:stop]
+        return type(self)(self.qweight[tile:end], self.scales[tile:end], mins, self.row_scale[start:stop], row_min)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by the names a checkpoint gives them."""
+        return {name: t for name in NAMES if (t := getattr(self, name)) is not None}
+
+
+def not_finite(row: int, col: int, value: float) -> str:
+    """The message for a weight that cannot be quantized."""
+    return f"the weight at row {row}, column {col} is {value:g}: not a finite number that can be quantized"
