@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "README.zh.md", "CONTRIBUTING.md", "nano/README.md")
+PAGES = (
+    "README.md",
+    "README.zh.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "docs/architecture.md",
+    "docs/security.md",
+    "nano/README.md",
+)
 EXAMPLES = [
     code
     for page in PAGES[:2]
@@ -26,3 +35,10 @@ def test_links_lead_to_files() -> None:
         text = (ROOT / page).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_files_that_are_named_exist() -> None:
+    named = re.compile(r"`((?:glm4lite|quant|ui|tests|bench|docs|examples|nano)/[\w./-]+)`")
+    for page in PAGES:
+        for path in named.findall((ROOT / page).read_text(encoding="utf-8")):
+            assert (ROOT / path).exists(), f"{page} names {path}"

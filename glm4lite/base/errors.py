@@ -86,6 +86,13 @@ class WorkerClosed(Glm4liteError):
     """The program is ending: the model answers nothing more."""
 
 
+class NoModel(Glm4liteError):
+    """The model was unloaded: nothing can be computed until one is loaded."""
+
+    def __init__(self) -> None:
+        super().__init__("no model is loaded; load one first")
+
+
 class ModelReplaced(Glm4liteError):
     """Another model was loaded between a prompt's tokens and their turn: they mean nothing to it."""
 

@@ -11,7 +11,11 @@ from glm4lite.engine.engine import SEPARATOR, Engine, Totals
 
 
 class Completion:
-    """Goes on from a text. `run` yields TextDelta events and, last, Done."""
+    """Goes on from a text, without a chat template. `run` yields TextDelta events and, last, Done.
+
+    for event in Completion(Engine.load("nano")).run("Once upon a time", max_new_tokens=20):
+        print(event)
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -22,7 +26,12 @@ class Completion:
         self._cancel.set()
 
     def run(self, text: str, **sampling: Any) -> Iterator[Event]:
-        """Goes on from `text`; `sampling` are fields of SamplingParams, None where the checkpoint decides."""
+        """Goes on from `text`; `sampling` are fields of SamplingParams, None where the checkpoint decides.
+
+        Raises:
+            ContextLengthError: The text leaves no room in the model's context.
+            SamplingError: A field is out of range.
+        """
         self._cancel.clear()
         prompt = self.engine.tokenizer.prefix_ids + self.engine.tokenizer.ids(text)
         generation = self.engine.generate(prompt, self.engine.params(**sampling), cancel=self._cancel)

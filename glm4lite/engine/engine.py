@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm4lite.base.errors import CheckpointError, TemplateError
+from glm4lite.base.errors import CheckpointError, NoModel, TemplateError
 from glm4lite.base.events import Done, Progress
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.engine.decoding import Generation
@@ -34,9 +34,12 @@ LARGE = 4 << 30  # bytes of a checkpoint that is worth quantizing once
 SEPARATOR = "<|assistant|>"
 
 
-@dataclass
+@dataclass(eq=False, repr=False)  # another model is another engine, and one without a model can be told of, too
 class Engine:
     """A model, its tokenizer, its chat template (None: a base model) and its generation_config.json.
+
+        engine = Engine.load("nano")
+        session, other = ChatSession(engine), ChatSession(engine, system="Answer in one word.")
 
     What was computed for the last prompts is kept in `prefixes`, whoever asked; `totals` counts all that was generated.
     For one thread at a time.
@@ -95,8 +98,27 @@ class Engine:
         return cls(model, tokenizer, template, checkpoint.generation_config)
 
     def unload(self) -> None:
-        """Gives the model's memory back; this engine computes nothing any more."""
-        del self.model, self.prefixes
+        """Gives the model's memory back; whoever asks this engine for `model` or `prefixes` from now on gets NoModel.
+
+        Tokenizer, template and settings stay, which take little.
+        """
+        from glm4lite.memory.system import give_back
+
+        if self.loaded:
+            del self.model, self.prefixes
+            give_back()
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the model is in memory."""
+        return "model" in vars(self)
+
+    if not TYPE_CHECKING:  # a checker would take any name for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ("model", "prefixes"):
+                raise NoModel
+            raise AttributeError(f"an Engine has no {name!r}")
 
     def chat_template(self) -> ChatTemplate:
         """The template; TemplateError for a base model, which has none."""

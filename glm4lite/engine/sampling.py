@@ -29,8 +29,8 @@ _RANGES: tuple[tuple[str, type, float, float | None], ...] = (
 class SamplingParams:
     """How tokens are chosen. temperature 0 is greedy; top_k 0, top_p 1, min_p 0, repetition_penalty 1 switch off.
 
-    `stop` are texts that end the answer (and are not part of it). The same seed gives the same text; without one
-    each answer differs. Raises SamplingError for a value out of range.
+    `stop` are texts that end the answer (and are not part of it); `max_new_tokens` counts the answer alone. The same
+    seed gives the same text; without one each answer differs. Raises SamplingError for a value out of range.
     """
 
     temperature: float = 0.6

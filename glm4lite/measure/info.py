@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 
 Fact = tuple[str, str]
 
-# Packages a feature hangs on, and that feature.
+# Packages a feature hangs on, that feature, and how to install them.
 PACKAGES = (
-    ("safetensors", "checkpoints"),
-    ("tokenizers", "text"),
-    ("huggingface-hub", "downloads"),
-    ("bitsandbytes", "NF4 and FP4"),
-    ("gradio", "the web chat"),
-    ("triton", "GPU kernels"),
+    ("safetensors", "checkpoints", "safetensors"),
+    ("tokenizers", "text", "tokenizers"),
+    ("huggingface-hub", "downloads", "huggingface-hub"),
+    ("bitsandbytes", "NF4 and FP4", "'glm4lite[bnb]'"),
+    ("gradio", "the web chat", "'glm4lite[ui]'"),
+    ("mcp", "MCP servers", "'glm4lite[mcp]'"),
+    ("triton", "GPU kernels", "triton"),
 )
 
 
@@ -47,7 +48,7 @@ def machine_facts() -> list[Fact]:
         ("gpu kernels", kernels.gpu_status()),
         *_gpu_decoding(),
     ]
-    return facts + [(name, _installed(name, purpose)) for name, purpose in PACKAGES]
+    return facts + [(package[0], _installed(*package)) for package in PACKAGES]
 
 
 def model_facts(source: str, progress: Callable[[Progress], None] | None = None) -> list[Fact]:
@@ -131,8 +132,8 @@ def _gpu_decoding() -> list[Fact]:
     return [("gpu decoding", graph.status(torch.device("cuda", torch.cuda.current_device())))]
 
 
-def _installed(name: str, purpose: str) -> str:
+def _installed(name: str, purpose: str, source: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        return f"not installed (for {purpose})"
+        return f"not installed; {purpose}: pip install {source}"

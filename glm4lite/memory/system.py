@@ -1,5 +1,7 @@
 """How much memory the system says this process can still have."""
 
+import ctypes
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,16 @@ def available(swap: bool = True) -> int | None:
         return None
     free = min([fields["MemAvailable"] * 1024, *_left_in_cgroups()])
     return free + (fields.get("SwapFree", 0) * 1024 if swap else 0)
+
+
+def give_back() -> None:
+    """Returns what was freed to the system, where its C library keeps it for the next time otherwise (glibc does)."""
+    gc.collect()
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, TypeError, AttributeError):
+        return
+    trim(0)
 
 
 def _left_in_cgroups() -> Iterator[int]:

@@ -289,6 +289,8 @@ class PastKeyValues(Protocol):
 class KVCache:
     """The `past_key_values` of a model: comes back from forward, can be passed in again.
 
+    Keys and values of each layer, [B, kv_heads, tokens, head_dim], in the layout of the code that reads them. For the
+    next tokens of the same sequences only: what is passed in is extended in place, and `truncate` takes tokens back.
     `layer_cache` makes one layer's part; `Glm4Model.new_cache` chooses the ones that suit the layers.
     `dynamic` is Transformers' DynamicCache where the keys and values are kept in one.
     """

@@ -161,10 +161,12 @@ class Glm4Config(PretrainedConfig):
 
     @property
     def rope_theta(self) -> float:
+        """The base of the rotary frequencies."""
         return float(self.rope_parameters["rope_theta"])
 
     @property
     def partial_rotary_factor(self) -> float:
+        """The share of each head's dimensions that is rotated (0.5 in GLM-4)."""
         return float(self.rope_parameters["partial_rotary_factor"])
 
     @property
@@ -179,6 +181,7 @@ class Glm4Config(PretrainedConfig):
 
     @property
     def eos_token_ids(self) -> list[int]:
+        """`eos_token_id` as a list, which it is in config.json where there are several; empty where there is none."""
         if self.eos_token_id is None:
             return []
         return list(self.eos_token_id) if isinstance(self.eos_token_id, list) else [self.eos_token_id]

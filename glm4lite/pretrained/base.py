@@ -26,7 +26,11 @@ from glm4lite.model.trunk import ModelBase, Trunk
 
 
 class Glm4PreTrainedModel(ModelBase):
-    """The methods that scripts written for Transformers expect of a GLM-4 class."""
+    """What scripts written for Transformers expect of a GLM-4 class: loading, saving, embeddings, sizes.
+
+    `config` may also be Transformers' own. Source: Transformers' PreTrainedModel; docs/api.md lists call by call what
+    works, what differs, what is refused.
+    """
 
     config_class: ClassVar[type[Glm4Config]] = Glm4Config
     main_input_name: ClassVar[str] = "input_ids"
@@ -191,6 +195,7 @@ class Glm4PreTrainedModel(ModelBase):
         return counted + sum(_numel(module) for module in self.modules() if id(module) not in left_out)
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replaces the embedding [vocabulary, hidden]; a tied head keeps the old one until `tie_weights`."""
         self.base_model.embed_tokens = value
 
     def get_decoder(self) -> Trunk:
@@ -203,6 +208,7 @@ class Glm4PreTrainedModel(ModelBase):
         self._input_hook = self.get_input_embeddings().register_forward_hook(_with_gradients)
 
     def disable_input_require_grads(self) -> None:
+        """Takes back `enable_input_require_grads`."""
         if self._input_hook is not None:
             self._input_hook.remove()
             self._input_hook = None
@@ -245,6 +251,7 @@ class Glm4PreTrainedModel(ModelBase):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
+        """Whether layers are computed again for their gradients."""
         return self.base_model.checkpointed is not None
 
     def gradient_checkpointing_enable(
@@ -274,9 +281,11 @@ class Glm4PreTrainedModel(ModelBase):
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
     def activation_checkpointing_disable(self) -> None:
+        """The newer name of `gradient_checkpointing_disable`."""
         self.base_model.checkpointed = None
 
     def gradient_checkpointing_disable(self) -> None:
+        """Activations are kept for the gradients again."""
         self.base_model.checkpointed = None
 
     def post_init(self) -> None:

@@ -15,11 +15,21 @@ from glm4lite.pretrained.base import Glm4PreTrainedModel
 
 
 class Glm4Model(Glm4PreTrainedModel, Trunk):
-    """The trunk: embeddings, layers, final norm."""
+    """The trunk: embeddings, layers, final norm. From ids [B, T] to `last_hidden_state` [B, T, hidden_size].
+
+    Source: Transformers' Glm4Model and GlmModel, which the tests compare it with. The residual stream is float32.
+    """
 
 
 class Glm4ForCausalLM(Glm4PreTrainedModel, CausalLM):
-    """The trunk and the language-model head."""
+    """The trunk and the language-model head. From ids [B, T] to logits [B, T, vocab_size]; `generate` goes on from ids.
+
+        model = Glm4ForCausalLM.from_pretrained("nano", quant="int4")
+        output = model(torch.tensor([[1, 2, 3]]), logits_to_keep=1)
+        again = model(torch.tensor([[4]]), past_key_values=output.past_key_values)
+
+    Source: Transformers' Glm4ForCausalLM and GlmForCausalLM, which the tests compare it with.
+    """
 
     accepts_loss_kwargs = True
     loss_type: ClassVar[str] = "ForCausalLM"  # tells Transformers' Trainer that a row's first label does not count
@@ -50,14 +60,17 @@ class Glm4ForCausalLM(Glm4PreTrainedModel, CausalLM):
 
 
 class Glm4ForSequenceClassification(Glm4PreTrainedModel, SequenceClassifier):
-    """One label (or value) per sequence, read at its last token that is not padding."""
+    """One label (or value) per sequence, read at its last token that is not padding: logits [B, num_labels].
+
+    A checkpoint without a `score` starts from random values there, which is said.
+    """
 
     trunk_class = Glm4Model
     model: Glm4Model
 
 
 class Glm4ForTokenClassification(Glm4PreTrainedModel, TokenClassifier):
-    """One label per token."""
+    """One label per token, of padding too: logits [B, T, num_labels]."""
 
     trunk_class = Glm4Model
     model: Glm4Model

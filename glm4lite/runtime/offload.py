@@ -59,7 +59,7 @@ class DiskStore:
         return self._fused
 
     def shaped(self, layer: DecoderLayer) -> DecoderLayer:
-        """A clone with weights of the same shapes and without values, for questions that shapes answer, in any thread."""
+        """A clone with weights of the same shapes but no values, for questions that shapes answer, in any thread."""
         clone = shallow_clone(layer)
         _materialize(clone, self._layout.weights(pages.zeros(self._layout.span.nbytes)))
         return clone

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from glm4lite.base.errors import CheckpointError
+from glm4lite.base.errors import CheckpointError, NoModel
 from glm4lite.engine.engine import Engine
 from glm4lite.engine.worker import EngineWorker
 from glm4lite.server.body import Bodies, parse
@@ -71,6 +71,7 @@ def create_app(
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(CheckpointError, _unusable)
+    app.add_exception_handler(NoModel, _unloaded)
     app.add_exception_handler(Exception, _failed)
     for path, (methods, endpoint) in ENDPOINTS.items():
         app.add_api_route(path, getattr(api, endpoint), methods=methods)
@@ -89,7 +90,8 @@ class Api:
         return self._named if isinstance(self._named, str) else self._named()
 
     async def models(self) -> Response:
-        return json_response({"object": "list", "data": [self._card()]})
+        cards = [self._card()] if self._worker.engine.loaded else []
+        return json_response({"object": "list", "data": cards})
 
     async def model(self, name: str) -> Response:
         self._check_model(name)
@@ -188,6 +190,10 @@ async def _failed(request: Request, error: Exception) -> Response:
 async def _unusable(request: Request, error: Exception) -> Response:
     """A file of the model fails at this text: its tokenizer, say."""
     return ApiError(str(error), 500).response()
+
+
+async def _unloaded(request: Request, error: Exception) -> Response:
+    return ApiError(str(error), 503, code="model_not_loaded").response()
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -45,10 +45,16 @@ class Metrics:
         yield from _metric("new_tokens_total", "counter", "Tokens generated.", state.new_tokens)
         yield from _metric("busy_seconds_total", "counter", "Time the model worked.", round(state.busy_s, 3))
         yield from _metric("tokens_per_second", "gauge", "Mean speed of generation.", round(speed, 2))
-        weights: Samples = {(("device", name),): held["weights"] for name, held in devices(engine.model).items()}
+        held = devices(engine.model) if engine.loaded else {}
+        weights: Samples = {(("device", name),): one["weights"] for name, one in held.items()}
         yield from _metric("weight_bytes", "gauge", "Weights by where they lie.", weights)
-        yield from _metric("kept_prefix_bytes", "gauge", "Kept keys and values.", engine.prefixes.nbytes)
-        yield from _metric("kept_prefixes", "gauge", "Conversations kept.", len(engine.prefixes))
+        prefixes = engine.prefixes if engine.loaded else None
+        yield from _metric(
+            "kept_prefix_bytes", "gauge", "Kept keys and values.", prefixes.nbytes if prefixes is not None else 0
+        )
+        yield from _metric(
+            "kept_prefixes", "gauge", "Conversations kept.", len(prefixes) if prefixes is not None else 0
+        )
         yield from _metric("resident_bytes", "gauge", "Memory of the process.", resident_bytes())
 
 

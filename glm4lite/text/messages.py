@@ -55,7 +55,11 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: role is "system", "user", "assistant" or "tool" (the result of the call `tool_call_id`)."""
+    """One turn: role is "system", "user", "assistant" or "tool".
+
+    An assistant's `tool_calls` come after its `content`. A tool's message holds what the call `tool_call_id` of the
+    tool `name` gave. Source: messages of OpenAI's chat completions, which `from_dict` and `to_dict` read and write.
+    """
 
     role: str
     content: str = ""

@@ -39,15 +39,17 @@ class McpServers:
     for it any more; a server that ended is started again by the next call.
     """
 
-    def __init__(self, configs: Iterable[ServerConfig]) -> None:
-        """Connects all servers at once; raises ToolError naming the one that cannot be connected."""
+    def __init__(self, configs: Iterable[ServerConfig], cancel: threading.Event | None = None) -> None:
+        """Connects all servers at once, until `cancel` is set; raises ToolError naming one that cannot be connected."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="mcp", daemon=True)
         self._thread.start()
         atexit.register(self.close)
         self._connections = list[Connection]()
+        self._offers: list[tuple[Connection, list[McpTool]]] | None = None
+        self.left_out = list[str]()  # why some of the tools are not offered, since `tools` was last called
         try:
-            self._wait(self._connect(list(configs)))
+            self._wait(self._connect(list(configs)), gone=cancel)
         except BaseException:
             self.close()
             raise
@@ -64,26 +66,30 @@ class McpServers:
         self.close()
 
     def tools(self, taken: Collection[str] = ()) -> list[Tool]:
-        """Every server's tools; one that cannot be offered is left out with a warning.
+        """Every server's tools, asked for once; one that cannot be offered is left out with a warning.
 
         A tool keeps its own name, which small models call more surely than a longer one. It is `server__tool` where
         two servers offer that name, or where it is among the `taken` ones, so that no server takes another's calls.
         """
-        offers = [(one, self._wait(one.tools())) for one in self._connections]
+        offers = self._offers = self._offers or [(one, self._wait(one.tools())) for one in self._connections]
         uses = Counter([*taken, *(name for _, tools in offers for name in {tool.name for tool in tools})])
-        found = dict[str, Tool]()
+        found, told, self.left_out = dict[str, Tool](), self.left_out, []
         for connection, tools in offers:
             server = connection.config.name
             for offered in tools:
                 try:
                     tool = self._tool(connection, offered, f"{server}__" if uses[offered.name] > 1 else "")
                 except ToolError as error:
-                    logger.warning("MCP server %r: a tool is left out: %s", server, error)
+                    self.left_out.append(f"a tool is left out: {error}")
                     continue
                 if tool.name in found or tool.name in taken:
-                    logger.warning("MCP server %r: a second tool %r is left out", server, tool.name)
+                    self.left_out.append(f"a second tool {tool.name!r} is left out")
                 else:
                     found[tool.name] = tool
+            for reason in self.left_out:
+                if reason not in told:
+                    logger.warning("MCP server %r: %s", server, reason)
+                    told = [*told, reason]
         return list(found.values())
 
     def close(self) -> None:
@@ -122,24 +128,29 @@ class McpServers:
         def call(**arguments: Any) -> ToolResult:
             return self._wait(connection.call(offered.name, arguments), connection)
 
-        return Tool(
-            name, description, schema, call, needs_approval=not reads, origin=f"MCP server {connection.config.name}"
-        )
+        return Tool(name, description, schema, call, needs_approval=not reads, origin=connection.config.origin)
 
-    def _wait(self, work: Coroutine[Any, Any, _Result], connection: Connection | None = None) -> _Result:
-        """Runs `work` in the background until nobody waits for the tool call this belongs to."""
+    def _wait(
+        self,
+        work: Coroutine[Any, Any, _Result],
+        connection: Connection | None = None,
+        gone: threading.Event | None = None,
+    ) -> _Result:
+        """Runs `work` in the background until `gone` is set: else until nobody waits for its tool call."""
         if not self._thread.is_alive() or self._loop.is_closed():
             work.close()
             raise ToolError("the MCP servers were closed")
-        future, gone = asyncio.run_coroutine_threadsafe(work, self._loop), abandoned()
+        future, gone = asyncio.run_coroutine_threadsafe(work, self._loop), gone or abandoned()
         try:
-            while not gone.wait(0) and not future.done():
+            while not gone.wait(0) and not future.done() and self._thread.is_alive():
                 try:
                     return future.result(0.05)
                 except TimeoutError:
                     continue
             if future.done():
                 return future.result()
+            if not self._thread.is_alive():
+                raise ToolError("the MCP servers were closed")
             if connection is not None:  # told before the cancelling, which the SDK may delay
                 self._loop.call_soon_threadsafe(connection.doubt)
             raise ToolError("nobody waits for this call any more")

@@ -13,6 +13,7 @@ from types import TracebackType
 from glm4lite.base.errors import ToolError
 from glm4lite.text.tool_schema import check_schema
 from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
+from glm4lite.tools.mcp_client.config import ServerConfig, read_config
 from glm4lite.tools.tool import Tool
 
 logger = logging.getLogger("glm4lite")
@@ -43,11 +44,12 @@ class Toolbox:
         if sys.flags.optimize > 1:
             logger.warning("python -OO removed the docstrings that describe tools: the model sees their names alone")
         self._open = ExitStack()
+        self.servers: tuple[ServerConfig, ...] = ()
         try:
             found = [*(BUILTIN_TOOLS if builtins else ()), *(tool for one in sources for tool in _of_source(one))]
             if mcp:
                 found += self._of_servers(mcp, {tool.name for tool in found})
-            self.tools = tuple(_with_approval(tool, approval) for tool in checked(found))
+            self.tools = tuple(with_approval(tool, approval) for tool in checked(found))
         except BaseException:
             self.close()
             raise
@@ -67,7 +69,8 @@ class Toolbox:
     def _of_servers(self, files: Sequence[str | Path], taken: Collection[str]) -> list[Tool]:
         from glm4lite.tools.mcp_servers import McpServers
 
-        return self._open.enter_context(McpServers.from_files(files)).tools(taken)
+        self.servers = tuple(read_config(files))
+        return self._open.enter_context(McpServers(self.servers)).tools(taken)
 
 
 def _of_source(source: str | Path) -> list[Tool]:
@@ -80,7 +83,8 @@ def _of_source(source: str | Path) -> list[Tool]:
     return load_tools(source)
 
 
-def _with_approval(tool: Tool, approval: str) -> Tool:
+def with_approval(tool: Tool, approval: str) -> Tool:
+    """The tool under `--approve`: its own rule, every call or none."""
     return tool if approval == "ask" else replace(tool, needs_approval=approval == "every")
 
 

@@ -68,7 +68,7 @@ def library() -> Any:
             import bitsandbytes
     except Exception as error:  # a broken installation raises what it likes
         why = str(error).strip().partition("\n")[0]
-        raise QuantError(f"nf4 and fp4 need bitsandbytes ({why}); pip install bitsandbytes, or use int4") from None
+        raise QuantError(f"nf4 and fp4 need bitsandbytes ({why}): pip install 'glm4lite[bnb]', or use int4") from None
     return bitsandbytes
 
 
@@ -169,16 +169,20 @@ class BnbTensor:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all its tensors."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     @property
     def device(self) -> torch.device:
+        """Where all its tensors are."""
         return self.packed.device
 
     def tensors(self) -> dict[str, Tensor]:
+        """Those it has, by their names in NAMES."""
         return {name: tensor for name in NAMES if (tensor := getattr(self, name)) is not None}
 
     def to(self, device: torch.device) -> BnbTensor:
+        """A copy on the device; the same tensors where they are there already."""
         moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return BnbTensor(self.kind, self.shape, self.blocksize, **moved)
 

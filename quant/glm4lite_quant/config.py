@@ -58,6 +58,7 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, d: Any) -> Calibration:
+        """As config.json holds it; raises QuantError for anything else."""
         if not isinstance(d, Mapping) or set(d) != {"tokens", "source"}:
             raise QuantError(f"quantization_config.calibration is {d!r}; expected an object of tokens and source")
         return cls(d["tokens"], d["source"])

@@ -32,22 +32,27 @@ class Planes:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(N, K): rows are outputs, columns inputs; codes are padded to whole tiles, `row_scale` is not."""
         return self.row_scale.shape[0], self.qweight.shape[1] * COLS
 
     @property
     def bits(self) -> int:
+        """8 or 4, as the codes' tiles are."""
         return 8 if self.qweight.shape[2] == 512 else 4
 
     @property
     def group_size(self) -> int:
+        """How many columns share a scale: 32, 64 or 128."""
         return self.shape[1] // self.scales.shape[1]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all planes."""
         return sum(t.nbytes for t in self.tensors().values())
 
     @property
     def device(self) -> torch.device:
+        """Where all planes are."""
         return self.qweight.device
 
     def tiles(self, start: int, stop: int) -> Self:

@@ -84,9 +84,9 @@ class QuantLinear(_QuantModule):
 
     x is bfloat16 or float32 [..., in_features]; y has x's type. float16 raises QuantError.
 
-    A backend that packs the codes anew (`Backend.repacks`) has them instead of the layer from the first product on, so
-    that they take their memory once; `qweight` is then on meta. `weight_tensor` and `state_dict()` read them back into
-    new memory at every call, a move of the module for good.
+    A backend that packs the codes anew has them instead of the layer from the first product on, so that they take
+    their memory once; `qweight` is then on meta. `weight_tensor` and `state_dict()` read them back into new memory at
+    every call, a move of the module for good.
     """
 
     bias: Tensor | None

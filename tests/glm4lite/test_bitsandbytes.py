@@ -229,7 +229,7 @@ def test_tied_and_classifying_models_are_quantized_too(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("absent")
 def test_without_the_package_nf4_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    with pytest.raises(QuantError, match="pip install bitsandbytes, or use int4"):
+    with pytest.raises(QuantError, match=r"pip install 'glm4lite\[bnb\]', or use int4"):
         load(tmp_path / "nowhere", quant="nf4")
 
 

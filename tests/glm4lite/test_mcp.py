@@ -403,3 +403,33 @@ def test_a_file_is_read_as_other_clients_write_it(tmp_path: Path, monkeypatch: p
         assert "calculator" in found
         tool = found["environment"]
         assert run_tool(tool, ToolCall("1", tool.name, '{"name": "GIVEN"}')).content == "k!"
+
+
+def test_a_server_is_known_by_what_is_started_or_called() -> None:
+    plain = ServerConfig("x", "program", ("a", "b"), {"A": "1"})
+    same = ServerConfig("another name", "program", ("a", "b"), {"A": "1"}, headers={"Authorization": "a token"})
+    assert plain.digest == same.digest
+    others = [
+        ServerConfig("x", "program", ("a b",), {"A": "1"}),
+        ServerConfig("x", "program", ("a", "b")),
+        ServerConfig("x", "program", ("a", "b"), {"A": "1"}, cwd="/tmp"),
+        ServerConfig("x", url="http://a.example/"),
+    ]
+    assert len({plain.digest, *(other.digest for other in others)}) == 5
+
+
+def test_connecting_ends_when_nobody_wants_it_any_more() -> None:
+    cancel = threading.Event()
+    threading.Timer(0.5, cancel.set).start()
+    started = time.monotonic()
+    with pytest.raises(ToolError):
+        McpServers([stdio(BAD, "silent")], cancel)
+    assert time.monotonic() - started < 8
+
+
+def test_tools_are_asked_for_once_and_named_beside_those_that_are_there() -> None:
+    with McpServers([stdio(GOOD, "stdio")]) as servers:
+        assert "add" in by_name(servers)
+        pid = int(use(by_name(servers)["process"]).content)
+        os.kill(pid, 9)
+        assert {"test__add", "process"} <= {tool.name for tool in servers.tools({"add"})}

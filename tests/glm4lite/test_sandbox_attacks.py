@@ -460,9 +460,16 @@ def run_in(place: Place, program: str, folder: Path) -> tuple[str, str, tuple[st
     package = folder / "package"
     if not package.exists():
         ignore = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(Path(glm4lite.__file__).parent / "sandbox", package / "glm4lite" / "sandbox", ignore=ignore)
-        for name in ("__init__.py", "errors.py", "owned_folder.py"):
-            shutil.copy(Path(glm4lite.__file__).parent / name, package / "glm4lite")
+        source, target = Path(glm4lite.__file__).parent, package / "glm4lite"
+        shutil.copytree(source / "tools" / "sandbox", target / "tools" / "sandbox", ignore=ignore)
+        (target / "base").mkdir()
+        names = (
+            "__init__.py",
+            "tools/__init__.py",
+            *(f"base/{name}.py" for name in ("__init__", "errors", "owned_folder")),
+        )
+        for name in names:
+            shutil.copy(source / name, target / name)
     arguments = json.dumps([str(package), place.user if os.geteuid() == 0 else None, place.lacking, place.sandboxed])
     work = folder / "work"
     work.mkdir(exist_ok=True)

@@ -218,7 +218,9 @@ def test_a_wrong_argument_is_said(wrong: dict[str, Any]) -> None:
 
 def test_its_absence_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(QuantError, match=r"nf4 and fp4 need bitsandbytes \(.*\); pip install") as caught:
+    with pytest.raises(
+        QuantError, match=r"nf4 and fp4 need bitsandbytes \(.*\): pip install 'glm4lite\[bnb\]'"
+    ) as caught:
         library()
     assert "\n" not in str(caught.value)
 

@@ -46,6 +46,7 @@ class Site:
     def close(self) -> None:
         self.server.should_exit = True
         self.thread.join(10)
+        self.runtime.toolset.servers.close()
 
     def idle_after(self) -> float:
         """Processor seconds until the engine computes nothing: on a busy machine a wall clock measures the others."""

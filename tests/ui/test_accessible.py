@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
+from glm4lite.engine.engine import Engine
 from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
-from glm4lite_ui.chats import Attachment, Chat, Counts, Part, Turn
+from glm4lite_ui.chats import Attachment, Chat, Counts, Part, Settings, Turn
+from tests.glm4lite.test_mcp import BAD, GOOD
 from tests.ui.acts import ask, wait_for_end
 from tests.ui.conftest import Serve
+from tests.ui.test_servers import entry
 
 AXE = Path(__file__).with_name("axe") / "axe.min.js"
 SAID = """# Title
@@ -57,7 +60,10 @@ TURNS = [
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
 def test_axe_finds_nothing_serious(serve: Serve, visit: Callable[..., Any], width: int, scheme: str) -> None:
-    site = serve(tools=[replace(tool, needs_approval=True) for tool in BUILTIN_TOOLS])
+    site = serve(Engine.load("nano"), tools=[replace(tool, needs_approval=True) for tool in BUILTIN_TOOLS])
+    site.runtime.preferences.keep_preset("Brief", Settings("Be brief."))
+    for name, more in {"good": entry(GOOD, "stdio"), "bad": entry(BAD, "bad-tools")}.items():
+        site.runtime.toolset.servers.add(name, more)
     chat = Chat.of(*TURNS, title="A chat")
     site.runtime.store.save(chat)
     viewport = {"width": width, "height": 844}
@@ -69,6 +75,14 @@ def test_axe_finds_nothing_serious(serve: Serve, visit: Callable[..., Any], widt
     for name in ("settings", "model"):
         page.click(f"#open-{name}")
         page.wait_for_selector(f"#{name} .sheet-body > *")
+        if name == "settings":
+            page.wait_for_selector("[data-state=connected] >> text=get_weather")
+            page.click("#add-server summary")
+        problems[name] = serious(page)
+        page.keyboard.press("Escape")
+    for name in ("tools", "presets"):
+        page.click(f"#open-{name}")
+        page.wait_for_selector(".menu")
         problems[name] = serious(page)
         page.keyboard.press("Escape")
     page.keyboard.press("Control+/")
@@ -90,6 +104,12 @@ def test_axe_finds_nothing_serious(serve: Serve, visit: Callable[..., Any], widt
     problems["asking"] = serious(page)
     page.click("#stop")
     wait_for_end(page)
+    site.runtime.unload()
+    page.click("#open-model")  # asks what is loaded
+    page.wait_for_selector("#unloaded")
+    problems["unloaded"] = serious(page)
+    page.keyboard.press("Escape")
+    problems["unloaded, composer"] = serious(page)
     assert not any(problems.values()), problems
 
 
@@ -114,7 +134,8 @@ def test_everything_is_reached_with_the_keyboard_and_nothing_that_is_closed(
         page.keyboard.press("Tab")
     for name in ("open-library", "title", "open-model", "open-settings", "message", "attach"):
         assert name in reached
-    assert not {"search", "new-chat", "system", "source"} & set(reached)
+    assert {"open-tools", "open-presets"} <= set(reached)
+    assert not {"search", "new-chat", "system", "source", "server-name"} & set(reached)
     page.focus("#open-settings")
     page.keyboard.press("Enter")
     page.wait_for_selector("#settings[open]")

@@ -218,6 +218,7 @@ STRANGE = {
 
 def test_nothing_in_the_environment_stops_the_page_or_opens_it(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "HOME"} | STRANGE
+    environment["XDG_DATA_HOME"] = str(tmp_path)  # not the MCP servers of who runs this
     command = [sys.executable, "-m", "glm4lite", "ui", "--port", "0", "--chats", str(tmp_path)]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -243,7 +244,8 @@ def test_proxies_are_there_again_for_downloads(serve: Serve, monkeypatch: pytest
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this system tells no process's time in /proc")
 def test_the_first_line_comes_before_what_is_slow_and_an_idle_page_computes_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "glm4lite", "ui", "--port", "0", "--chats", str(tmp_path)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    environment = os.environ | {"XDG_DATA_HOME": str(tmp_path)}  # not the MCP servers of who runs this
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         lines = list[str]()
         try:

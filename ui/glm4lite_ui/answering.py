@@ -131,11 +131,19 @@ class Answer:
     """The answer to a chat's last turn, once `start` was called; `stop` and `decide` may come from any thread.
 
     With `resume` it goes on where the turn's answer was cut; what is there stays where that fails.
-    `ended` is called with it when all was said, before `over` is set.
+    `ended` is called with it when all was said, before `over` is set. `permission` says what the chat keeps of a tool
+    that is allowed for good.
     """
 
-    def __init__(self, chat: Chat, session: ChatSession, ended: Callable[[Answer], None], resume: bool = False) -> None:
-        self.chat, self.session = chat, session
+    def __init__(
+        self,
+        chat: Chat,
+        session: ChatSession,
+        ended: Callable[[Answer], None],
+        resume: bool = False,
+        permission: Callable[[Tool], str] = lambda tool: tool.full_name,
+    ) -> None:
+        self.chat, self.session, self._permission = chat, session, permission
         self.turn = chat.turns[-1]
         self.asking: Asking | None = None
         self.context_full = False
@@ -194,7 +202,7 @@ class Answer:
         asking.decided.wait()
         self.asking = None
         if asking.decision == "always":
-            self.chat.settings.always.append(tool.full_name)
+            self.chat.settings.always.append(self._permission(tool))
             self.session.allowed.add(tool.name)
         return asking.decision != "deny"
 

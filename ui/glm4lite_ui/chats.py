@@ -128,7 +128,7 @@ class Settings:
     seed: _Integer | None = None
     stop: list[str] | None = None
     tools: list[str] | None = None
-    always: list[str] = field(default_factory=list)  # full names of tools that need no more asking in this chat
+    always: list[str] = field(default_factory=list)  # tools that need no more asking in this chat (Toolset.permission)
 
     def sampling(self) -> dict[str, Any]:
         """The fields of SamplingParams that are set."""

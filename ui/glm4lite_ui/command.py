@@ -7,8 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
+from glm4lite.base.errors import Glm4liteError
+from glm4lite.base.extras import require
 from glm4lite.cli import options
 from glm4lite.cli.running import nano_remark, rendering, use_threads
+
+
+def _own_folder() -> Path | None:
+    from glm4lite.base.user_folder import user_folder
+
+    try:
+        return user_folder()
+    except Glm4liteError:  # a user without a home keeps all beside the chats
+        return None
 
 
 def ui(
@@ -26,6 +37,10 @@ def ui(
     ram: options.Ram = None,
     context: options.Context = None,
     threads: options.Threads = None,
+    servers_from_elsewhere: Annotated[
+        bool,
+        typer.Option(help="Let also who reaches the page from elsewhere add MCP servers (programs) and allow tools."),
+    ] = False,
     chats: Annotated[Path | None, typer.Option(help="Where chats are kept.", show_default="your data folder")] = None,
 ) -> None:
     """Chat with a model in the browser, on this machine only."""
@@ -33,6 +48,7 @@ def ui(
     limits |= {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
     with rendering(as_json=False) as renderer:
         # Before what takes seconds to import.
+        require("the web chat", "gradio", "nh3", "latex2mathml", "pygments", extra="ui")
         renderer.remark(nano_remark("ui") if model == "nano" else f"Starting the page with {model} ...")
         from glm4lite.engine.engine import Engine
         from glm4lite.engine.worker import EngineWorker
@@ -46,5 +62,16 @@ def ui(
         store, listening = ChatStore(chats), Address("127.0.0.1", port).listen()
         with Toolbox(tools or (), mcp or (), not no_tools, approve) as box:
             engine = Engine.load(model, quant or "auto", progress=renderer.show, need_template=True, **limits)
-            runtime = Runtime(EngineWorker(engine), store, box.tools, model, limits)
+            runtime = Runtime(
+                EngineWorker(engine),
+                store,
+                box.tools,
+                source=model,
+                load_options=limits,
+                quant=quant or "auto",
+                folder=_own_folder(),
+                servers_from_elsewhere=servers_from_elsewhere,
+                servers=box.servers,
+                approval=approve,
+            )
             serve_page(runtime, listening, renderer.remark)

@@ -16,7 +16,7 @@ UPDATE_S = 0.2
 
 
 class Loading:
-    """One load at a time. The old model stays until the new one is whole: for that long both are in memory."""
+    """One load at a time. A model that was not unloaded stays until the new one is whole: both are in memory then."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
@@ -30,10 +30,11 @@ class Loading:
             Glm4liteError: the model cannot be loaded; the old one is still there. What can be known at once is said
                 before the engine is waited for.
         """
-        if any(self.runtime.load_options.get(name) is not None for name in ("ram", "gpu_memory")):
+        budget = any(self.runtime.load_options.get(name) is not None for name in ("ram", "gpu_memory"))
+        if budget and self.runtime.engine.loaded:
             raise Glm4liteError(
                 "under a memory budget (--ram, --gpu-memory) there is no room for two models at once; "
-                "end glm4lite and start it with the other model"
+                "unload the one that is there first"
             )
         locate(source)
         if not self._busy.acquire(blocking=False):
@@ -80,4 +81,4 @@ class Loading:
     def _replace(self, source: str, quant: str, hear: Callable[[Progress], None]) -> None:
         runtime = self.runtime
         runtime.worker.engine = Engine.load(source, quant, progress=hear, need_template=True, **runtime.load_options)
-        runtime.source = source
+        runtime.source, runtime.quant = source, quant

@@ -35,20 +35,16 @@ class Models:
         self._loaded = [runtime.source]  # newest last; offered again
 
     def about(self) -> dict[str, Any]:
-        """The model, the values it samples with, the tools there are, and how far a load is."""
+        """The model, the values it samples with, and how far a load is."""
         runtime = self.runtime
-        takes_tools = runtime.engine.chat_template().takes_tools
+        loaded = runtime.engine.loaded
         return {
             "name": runtime.name,
             "source": runtime.source,
-            "facts": [[name, value] for name, value in self._facts()],
+            "quant": runtime.quant,
+            "loaded": loaded,
+            "facts": [[name, value] for name, value in self._facts()] if loaded else [],
             "own": {name: value for name, value in asdict(runtime.engine.params()).items() if name != "max_new_tokens"},
-            "context": runtime.engine.model.context,
-            "tools": [
-                {"name": tool.name, "about": tool.description, "origin": tool.origin, "asks": bool(tool.needs_approval)}
-                for tool in runtime.tools
-            ],
-            "takes_tools": takes_tools,
             "quants": QUANTS,
             "known": list(dict.fromkeys([*self._loaded, NANO, *cached_models()])),
             "loading": self._progress,
@@ -74,12 +70,24 @@ class Models:
     def cancel(self) -> None:
         self._cancelled.set()
 
+    def unload(self) -> None:
+        """Gives the model's memory back; BusyError while it answers a chat, or another one is loaded."""
+        if not self._lock.acquire(blocking=False):
+            raise BusyError("another window is loading a model")
+        try:
+            self.runtime.unload()
+            self._ended = ""
+        finally:
+            self._lock.release()
+            self._tell(self._state())
+
     def _run(self, source: str, quant: str) -> None:
         began: tuple[str, float, int] | None = None
         try:
             for progress in self._loading.load(source, quant):
                 if self._cancelled.is_set():
-                    raise Glm4liteError("loading was stopped; the model from before is still there")
+                    left = "the model from before is still there" if self.runtime.engine.loaded else "none is loaded"
+                    raise Glm4liteError(f"loading was stopped; {left}")
                 if progress is not None:
                     if began is None or began[0] != progress.stage:
                         began = progress.stage, time.monotonic(), progress.done
@@ -95,7 +103,8 @@ class Models:
             self._tell(self._state())
 
     def _state(self) -> dict[str, Any]:
-        return {"type": "model", "name": self.runtime.name, "loading": self._progress, "ended": self._ended}
+        name, loaded = self.runtime.name, self.runtime.engine.loaded
+        return {"type": "model", "name": name, "loaded": loaded, "loading": self._progress, "ended": self._ended}
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         runtime, model = self.runtime, self.runtime.engine.model
@@ -107,7 +116,7 @@ class Models:
             yield f"On {device}", f"{held['layers']} layers, {readable(held['weights'])} of weights"
         yield "Context", f"{model.context:,} tokens"
         yield "Kept conversations", f"{len(runtime.engine.prefixes)}, {readable(runtime.engine.prefixes.nbytes)}"
-        tools = ", ".join(tool.name for tool in runtime.tools) or "none"
+        tools = ", ".join(tool.name for tool in runtime.toolset.tools()) or "none"
         takes = runtime.engine.chat_template().takes_tools
         yield "Tools", tools if takes else "this model's template has no place for any"
 

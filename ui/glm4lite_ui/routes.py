@@ -27,6 +27,7 @@ from glm4lite_ui.chats import NEW_TITLE, Attachment, Chat, Settings
 from glm4lite_ui.models import Models
 from glm4lite_ui.runtime import Runtime
 from glm4lite_ui.saved.store import grouped
+from glm4lite_ui.tool_routes import Tools
 from glm4lite_ui.windows import Windows
 
 logger = logging.getLogger("glm4lite")
@@ -110,6 +111,7 @@ def add_routes(app: FastAPI, runtime: Runtime) -> None:
     _Turns(runtime, windows).add(router)
     _Preferences(runtime).add(router)
     _Model(runtime, Models(runtime, windows.tell)).add(router)
+    Tools(runtime, windows).add(router)
     app.include_router(router)
     app.mount("/page/static", _Static(directory=STATIC))
 
@@ -337,6 +339,7 @@ class _Model:
         router.add_api_route("/model/plan", self.plan, methods=["POST"])
         router.add_api_route("/model/load", self.load, methods=["POST"])
         router.add_api_route("/model/cancel", self.cancel, methods=["POST"])
+        router.add_api_route("/model/unload", self.unload, methods=["POST"])
 
     def about(self) -> dict[str, Any]:
         return self.models.about()
@@ -349,6 +352,9 @@ class _Model:
 
     def cancel(self) -> None:
         self.models.cancel()
+
+    def unload(self) -> None:
+        self.models.unload()
 
 
 def _one_line(text: str) -> str:

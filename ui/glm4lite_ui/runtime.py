@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from glm4lite.base.errors import Glm4liteError, one_line
+from glm4lite.base.errors import Glm4liteError, NoModel, one_line
 from glm4lite.base.sizes import readable
 from glm4lite.chat.session import ChatSession
 from glm4lite.engine.engine import Engine
@@ -16,13 +16,18 @@ from glm4lite.engine.sampling import SamplingParams
 from glm4lite.engine.worker import EngineWorker
 from glm4lite.measure.inventory import devices
 from glm4lite.server.launch import name_of
+from glm4lite.tools.mcp_client.config import ServerConfig
 from glm4lite.tools.tool import Tool
 from glm4lite_ui.answering import Answer
 from glm4lite_ui.attachments import read
 from glm4lite_ui.chats import Attachment, Chat, ChatError, Settings
 from glm4lite_ui.history import messages
 from glm4lite_ui.saved.preferences import Draft, Drafts, Preferences
+from glm4lite_ui.saved.servers import ServerFile
 from glm4lite_ui.saved.store import ChatStore
+from glm4lite_ui.saved.trust import Trust
+from glm4lite_ui.servers import Servers
+from glm4lite_ui.toolset import Toolset
 
 LAST_WORDS_S = 2.0  # for an answer that is stopped with the program to be saved
 
@@ -33,18 +38,32 @@ class BusyError(Glm4liteError):
 
 @dataclass
 class Runtime:
-    """Shared by all windows of the page."""
+    """Shared by all windows of the page.
+
+    `tools` are those of the command line, `servers` the MCP servers that some of them are of, `approval` what
+    `--approve` said. `folder` is where servers that are added on the page, and what is said about asking, are kept:
+    beside the chats where it is None.
+    """
 
     worker: EngineWorker
     store: ChatStore
     tools: Sequence[Tool] = ()
     source: str = "nano"
     load_options: dict[str, Any] = field(default_factory=dict)  # of Engine.load, for the next model too
+    quant: str = "auto"
+    servers: Sequence[ServerConfig] = ()
+    approval: str = "ask"
+    folder: Path | None = None
+    servers_from_elsewhere: bool = False  # whether also who is not on this machine may add servers (here.py)
     answers: dict[str, Answer] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.preferences, self.drafts = Preferences(self.store.folder), Drafts(self.store.folder)
+        folder, names = self.folder or self.store.folder / "kept", [config.name for config in self.servers]
+        file = ServerFile(folder / "mcp.json")
+        added = Servers(file, names, lambda: {tool.name for tool in self.tools}, self.approval)
+        self.toolset = Toolset(lambda: self.tools, self.servers, added, Trust(folder / "trust.json"), self.approval)
 
     @property
     def engine(self) -> Engine:
@@ -98,19 +117,22 @@ class Runtime:
         session = ChatSession(
             self.engine, self.chosen(chat.settings), params=self.params(chat.settings), compute=self.worker.run
         )
-        allowed = (tool.name for tool in session.tools.values() if tool.full_name in chat.settings.always)
-        session.allowed.update(allowed)
+        if always := chat.settings.always:
+            kept = self.toolset.permission
+            session.allowed.update(tool.name for tool in session.tools.values() if kept(tool) in always)
         return session
 
     def params(self, settings: Settings) -> SamplingParams:
         """The chat's sampling settings over the checkpoint's; raises SamplingError."""
-        return self.engine.params(**{"max_new_tokens": self.engine.model.context} | settings.sampling())
+        engine = self.engine
+        longest = {"max_new_tokens": engine.model.context} if engine.loaded else {}
+        return engine.params(**longest | settings.sampling())
 
     def chosen(self, settings: Settings) -> list[Tool]:
         """The tools that are on in a chat; none where the model's template has no place for them."""
         if not self.engine.chat_template().takes_tools:
             return []
-        return [tool for tool in self.tools if settings.tools is None or tool.name in settings.tools]
+        return [tool for tool in self.toolset.tools() if settings.tools is None or tool.name in settings.tools]
 
     def answer(self, chat: Chat, resume: bool = False) -> Answer:
         """Begins the answer to the chat's last turn, known to all windows; the chat is saved before and after it.
@@ -120,14 +142,17 @@ class Runtime:
         Raises:
             BusyError: the chat is being answered already.
             ChatError: there is nothing to go on with.
+            NoModel: none is loaded; nothing was saved.
         """
         with self._lock:
             if chat.id in self.answers:
                 raise BusyError("this chat is being answered; stop that first")
+            if not self.engine.loaded:
+                raise NoModel
             if resume and not (chat.turns and chat.turns[-1].cut):
                 raise ChatError("this answer is whole; ask again for another one")
             chat.name_after_first_turn()
-            answer = Answer(chat, self.session(chat), self._keep, resume)
+            answer = Answer(chat, self.session(chat), self._keep, resume, self.toolset.permission)
             self.answers[chat.id] = answer  # before the windows hear of the turn: it is under way
             try:
                 self.store.save(chat)
@@ -182,16 +207,38 @@ class Runtime:
         return dropped
 
     def memory(self) -> str:
-        """What weights take, wherever they lie, and the conversations that are kept."""
+        """What weights take, wherever they lie, and the conversations that are kept; "" without a model."""
+        if not self.engine.loaded:
+            return ""
         weights = sum(place["weights"] for place in devices(self.engine.model).values())
         kept = self.engine.prefixes.nbytes
         return f"weights {readable(weights)}" + (f" · KV {readable(kept)}" if kept else "")
 
+    def unload(self) -> None:
+        """Gives the model's memory back, on the engine's thread, behind what it computes for others.
+
+        Raises:
+            BusyError: a chat is being answered.
+        """
+
+        def job(engine: Engine) -> Iterator[None]:
+            with self._lock:
+                if self.answers:
+                    raise BusyError("a chat is being answered; stop that first")
+                engine.unload()
+            yield
+
+        if self.answers:  # their tools may wait for the user: nothing is gained by waiting for those
+            raise BusyError("a chat is being answered; stop that first")
+        for _ in self.worker.run(job):
+            pass
+
     def close(self) -> None:
-        """Stops every answer and the engine's thread; what was said is saved."""
+        """Stops every answer, the servers and the engine's thread; what was said is saved."""
         answers = list(self.answers.values())
         for answer in answers:
             answer.stop()
+        self.toolset.servers.close()
         self.worker.close()
         for answer in answers:
             answer.over.wait(LAST_WORDS_S)

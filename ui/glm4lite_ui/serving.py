@@ -46,9 +46,10 @@ def _own_environment() -> Iterator[None]:
 
 
 def mount(app: FastAPI, runtime: Runtime) -> FastAPI:
-    """Puts the page at "/" of `app`; routes that `app` has already stay."""
+    """Puts the page at "/" of `app`; routes that `app` has already stay. MCP servers of the page begin to connect."""
     add_transfers(app, runtime)
     add_routes(app, runtime)
+    runtime.toolset.servers.start()
     with _own_environment():
         return _mount_gradio(app)
 

@@ -206,12 +206,12 @@ class Window:
 
     def _now(self, chat: Chat, answer: Answer | None) -> Json:
         counts = next((turn.counts for turn in reversed(chat.turns) if turn.counts), None)
-        used = counts.prompt_tokens + counts.new_tokens if counts else 0
+        used, engine = counts.prompt_tokens + counts.new_tokens if counts else 0, self.runtime.engine
         return {
             "answering": answer is not None,
             "asking": asking_json(answer.asking) if answer is not None else None,
             "status": status_json(answer),
-            "context": {"used": used, "total": self.runtime.engine.model.context},
+            "context": {"used": used, "total": engine.model.context if engine.loaded else 0},
         }
 
     def _turn(self, chat: Chat, turn: Turn, answer: Answer | None, known: _Known) -> Json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +127,6 @@ class Conversation:
             nonlocal unloaded
             unloaded = True
             self.session.engine.unload()
-            gc.collect()
 
         try:
             self._use(new.load(self.renderer.show, unload), new)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from glm4lite.base.extras import MissingPackageError, require
 from glm4lite.cli.streams import is_interactive, lent_terminal, piped_line, piped_lines, streams
 
 if TYPE_CHECKING:
@@ -50,7 +51,11 @@ def opened(offers: Offers, history: Path | None, remark: Callable[[str], None]) 
     if not is_interactive():
         return Pipe()
     if streams().out.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown"):
-        return EditedKeyboard(offers, history, remark)
+        try:
+            require("editing, with completion and a history,", "prompt_toolkit")
+            return EditedKeyboard(offers, history, remark)
+        except MissingPackageError as missing:
+            remark(f"({missing})")
     return LineKeyboard()
 
 

@@ -113,6 +113,7 @@ class Vocabulary(Codec):
 
     @property
     def vocab(self) -> dict[str, int]:
+        """As `get_vocab`."""
         return self.get_vocab()
 
     def get_vocab(self) -> dict[str, int]:
@@ -128,6 +129,7 @@ class Vocabulary(Codec):
 
     @property
     def added_tokens_decoder(self) -> dict[int, tokenizers.AddedToken]:
+        """Id -> added token, special ones among them."""
         found: dict[int, tokenizers.AddedToken] = self._call("get_added_tokens_decoder")
         return found
 
@@ -149,10 +151,12 @@ class Vocabulary(Codec):
 
     @property
     def all_special_tokens(self) -> list[str]:
+        """Special tokens that play a part (end, padding), then the others; each once."""
         return self.special_tokens.all
 
     @property
     def all_special_ids(self) -> list[int]:
+        """Their ids, of those the vocabulary has."""
         return [i for i in map(self.token_id, self.special_tokens.all) if i is not None]
 
     @property
@@ -170,6 +174,7 @@ class Vocabulary(Codec):
 
     @property
     def extra_special_tokens_ids(self) -> list[int]:
+        """The ids of `extra_special_tokens`, of those the vocabulary has."""
         return [i for i in map(self.token_id, self.special_tokens.extra) if i is not None]
 
     additional_special_tokens_ids = extra_special_tokens_ids
@@ -240,10 +245,12 @@ class Vocabulary(Codec):
 
     @property
     def max_len_single_sentence(self) -> float:
+        """Tokens that a text may have beside the special ones that are added to it."""
         return self.model_max_length - self.num_special_tokens_to_add()
 
     @property
     def max_len_sentences_pair(self) -> float:
+        """Tokens that two texts may have together beside the special ones."""
         return self.model_max_length - self.num_special_tokens_to_add(pair=True)
 
     def get_special_tokens_mask(

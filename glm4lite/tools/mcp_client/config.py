@@ -1,6 +1,7 @@
 """`{"mcpServers": {name: {"command", "args", "env"} or {"url", "headers"}}}`, the file that MCP clients share."""
 
 import difflib
+import hashlib
 import json
 import logging
 import os
@@ -37,6 +38,20 @@ class ServerConfig:
     url: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def origin(self) -> str:
+        """What its tools say of where they come from."""
+        return f"MCP server {self.name}"
+
+    @property
+    def digest(self) -> str:
+        """Of what is started or called: one that is started otherwise is another server, whatever it is called.
+
+        Headers are left out: they say who asks, and change with each token.
+        """
+        meant = [self.command, list(self.args), sorted(self.env.items()), self.cwd, self.url]
+        return hashlib.sha256(json.dumps(meant).encode()).hexdigest()
+
 
 def read_config(paths: Iterable[str | Path]) -> list[ServerConfig]:
     """The servers of all files, in order; those that are switched off are left out.
@@ -48,39 +63,46 @@ def read_config(paths: Iterable[str | Path]) -> list[ServerConfig]:
     found = dict[str, ServerConfig]()
     for path in paths:
         foreign = set[str]()
-        for name, entry in _entries(Path(path).expanduser()).items():
+        data, root = read_document(Path(path).expanduser())
+        for name, entry in data[root].items():
             if name in found:
                 raise ToolError(f"{path}: there are two MCP servers called {name!r}")
-            where = f"{path}: the server {name[:_LONGEST_NAME]!r}"
-            if not isinstance(entry, dict):
-                raise ToolError(f"{where} must be an object with 'command' or 'url'")
-            if _is_off(where, entry):
-                continue
-            found[name] = _server(where, name, entry)
-            foreign |= entry.keys() - _KEYS
+            config = server_config(f"{path}: ", name, entry)
+            if config is not None:
+                found[name] = config
+                foreign |= entry.keys() - _KEYS
         if foreign:
             named = one_line(", ".join(sorted(foreign)))[:300]
             logger.warning("%s: keys of other clients are passed over, also what they allow or limit: %s", path, named)
     return list(found.values())
 
 
-def _entries(path: Path) -> dict[str, Any]:
+def server_config(where: str, name: str, entry: object) -> ServerConfig | None:
+    """The server that an entry describes, None where it is switched off; `where` is what an error begins with."""
+    where = f"{where}the server {name[:_LONGEST_NAME]!r}"
+    if not isinstance(entry, dict):
+        raise ToolError(f"{where} must be an object with 'command' or 'url'")
+    return None if _is_off(where, entry) else _server(where, name, entry)
+
+
+def read_document(path: Path) -> tuple[dict[str, Any], str]:
+    """The JSON object of a file, and the key under which its servers stand. Raises ToolError naming the file."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_FILE + 1)
     except (OSError, ValueError) as error:
-        raise ToolError(f"--mcp: {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise ToolError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if len(content) > MAX_FILE:
-        raise ToolError(f"--mcp: {path} has more than {MAX_FILE >> 20} MiB; it is no list of MCP servers")
+        raise ToolError(f"{path} has more than {MAX_FILE >> 20} MiB; it is no list of MCP servers")
     try:
         data = json.loads(decoded(content), object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         comments = "; comments and trailing commas are not JSON" if re.search(rb"//|/\*|,\s*[}\]]", content) else ""
-        raise ToolError(f"--mcp: {path} is not JSON: {one_line(error)}{comments}") from error
+        raise ToolError(f"{path} is not JSON: {one_line(error)}{comments}") from error
     roots = [root for root in _ROOTS if isinstance(data, dict) and isinstance(data.get(root), dict)]
     if not roots:
-        raise ToolError(f"--mcp: {path} has no object 'mcpServers'")
-    return data[roots[0]]
+        raise ToolError(f"{path} has no object 'mcpServers'")
+    return data, roots[0]
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -13,28 +13,24 @@ What was allowed for good in a chat stays with that chat: no preset and no new c
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import threading
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from glm4lite.base.errors import Glm4liteError
 from glm4lite_ui.chats import Settings
-from glm4lite_ui.saved.store import write_whole
+from glm4lite_ui.saved.kept import keep, read_kept
 
 logger = logging.getLogger("glm4lite")
 
-FORMAT = 1
 MOST_PRESETS = 200
 LONGEST_NAME = 60
 LONGEST_DRAFT = 1_000_000  # characters
-_LARGEST = 8 << 20  # bytes of a file here
 _KEPT_S = 90 * 86400.0  # a draft of a chat that was never begun
 _DRAFT_FILE = re.compile(r"[0-9a-f]{16}\.draft")
 
@@ -96,7 +92,7 @@ class Preferences:
     def _read(self, strict: bool = False) -> _Chosen:
         """What is kept; nothing where the file is damaged, which `strict` makes an error: it would be written over."""
         try:
-            return _load(self._path, _CHOSEN)
+            return read_kept(self._path, _CHOSEN)
         except FileNotFoundError:
             return _Chosen()
         except ValueError as error:
@@ -107,7 +103,7 @@ class Preferences:
             return _Chosen()
 
     def _write(self, chosen: _Chosen) -> None:
-        _store(self._path, chosen)
+        keep(self._path, chosen)
 
 
 class Drafts:
@@ -123,7 +119,7 @@ class Drafts:
         """An empty one where there is none, or none that can be read."""
         path = self._folder / f"{chat_id}.draft"
         try:
-            return _load(path, _DRAFT) if _DRAFT_FILE.fullmatch(path.name) else Draft()
+            return read_kept(path, _DRAFT) if _DRAFT_FILE.fullmatch(path.name) else Draft()
         except FileNotFoundError:
             return Draft()
         except ValueError as error:
@@ -140,7 +136,7 @@ class Drafts:
         if draft == Draft():
             path.unlink(missing_ok=True)
         else:
-            _store(path, draft)
+            keep(path, draft)
 
 
 _CHOSEN, _DRAFT = TypeAdapter(_Chosen), TypeAdapter(Draft)
@@ -149,33 +145,3 @@ _CHOSEN, _DRAFT = TypeAdapter(_Chosen), TypeAdapter(Draft)
 def _without_permissions(settings: Settings) -> Settings:
     copied = TypeAdapter(Settings).validate_python(asdict(settings))
     return replace(copied, always=[])
-
-
-def _load(path: Path, adapter: TypeAdapter[Any]) -> Any:
-    """FileNotFoundError, or ValueError in one line for what cannot be read."""
-    try:
-        if not path.exists():
-            raise FileNotFoundError
-        if not path.is_file() or path.stat().st_size > _LARGEST:
-            raise ValueError(f"it is no file of at most {_LARGEST >> 20} MiB")
-        data = json.loads(path.read_bytes())
-        json.dumps(data, ensure_ascii=False).encode()  # refuses half a sign
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError("a newer glm4lite wrote it, or it is damaged")
-        return adapter.validate_python(data)
-    except FileNotFoundError:
-        raise
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        raise ValueError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(str(error).splitlines()[0]) from None
-
-
-def _store(path: Path, data: Any) -> None:
-    try:
-        path.parent.mkdir(exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise Glm4liteError(f"{path.parent}: nothing can be kept here: {error.strerror}") from None
-    text = json.dumps({"format": FORMAT, **asdict(data)}, ensure_ascii=False, indent=1)
-    write_whole(path, text.encode("utf-8", "replace"))

@@ -170,7 +170,7 @@ class ChatStore:
         return self.folder / f"{chat_id}.json"
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, what: str = "the chat") -> None:
     """Writes beside the file, to the disk, and renames: a crash leaves the old file or the new one. ChatError."""
     part = None
     try:
@@ -183,7 +183,7 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError as error:
         if part is not None:
             part.unlink(missing_ok=True)
-        raise ChatError(f"{path.parent}: the chat could not be saved: {error.strerror}") from error
+        raise ChatError(f"{path.parent}: {what} could not be saved: {error.strerror}") from error
 
 
 def _json(path: Path) -> Any:

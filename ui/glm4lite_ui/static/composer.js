@@ -40,6 +40,7 @@ export async function submit() {
   const text = find('#message').value.trim();
   if ((!text && !files.length) || sending) return;
   if (state.answering) return toast(t('This chat is being answered; stop that first.'));
+  if (state.model && !state.model.loaded) return toast(t('No model is loaded. What you write stays here until one is.'));
   if (reading) return toast(t('A file is still being read.'));
   if (files.some(file => file.problem)) files = files.filter(file => !file.problem);
   const sent = files.map(({reading, problem, ...file}) => file);
@@ -218,12 +219,12 @@ export function drawStatus(message) {
     more.push(t('prompt {prompt}: {reused} reused, {computed} computed', {
       prompt: count(counts.prompt_tokens), reused: count(Math.max(counts.prompt_tokens - computed, 0)), computed: count(computed)}));
   }
-  if (used) said.push(t('context {used} of {total}', {used: count(used), total: count(total)}));
+  if (used && total) said.push(t('context {used} of {total}', {used: count(used), total: count(total)}));
   more.push(...[state.model?.name, state.memory].filter(Boolean));
   find('#status').textContent = said.join(' · ');
   find('#status').title = more.join(' · ');
   const meter = find('#context'), share = used / total;
-  meter.hidden = !used;
+  meter.hidden = !used || !total;  // without a model there is no context
   meter.firstElementChild.style.width = `${Math.min(share, 1) * 100}%`;
   meter.classList.toggle('tight', share > 0.8);
   for (const [name, value] of [['now', used], ['max', total], ['text', `${Math.round(share * 100)} %`]]) meter.setAttribute('aria-value' + name, value);

@@ -1,6 +1,7 @@
 // The chats on the left: found as one types, in groups by when they were last used.
 
 import {element, find, iconButton} from './dom.js';
+import {entry, openMenu} from './menu.js';
 import {ask, tell} from './server.js';
 import {language, t} from './words.js';
 
@@ -112,13 +113,9 @@ function row(chat) {
 
 /** What can be done with a chat of the list, beside its button. */
 function menu(chat, button) {
-  const box = element('div', {class: 'menu', popover: 'auto', role: 'menu'});
-  const entry = (label, act, kind = '') => element('button', {type: 'button', role: 'menuitem', class: kind, on: {click: () => {
-    box.hidePopover();
-    act();
-  }}}, label);
   const place = change => tell(`/chats/${chat.id}/place`, {pinned: chat.pinned, folder: chat.folder, ...change});
-  box.append(
+  const download = (kind, label) => element('a', {role: 'menuitem', href: `/export/${chat.id}.${kind}`, download: true}, label);
+  openMenu(button, t('More about {title}', chat), [
     entry(chat.pinned ? t('Unpin') : t('Pin'), () => place({pinned: !chat.pinned})),
     ...folders.filter(name => name !== chat.folder).map(name => entry(t('Move to {name}', {name}), () => place({folder: name}))),
     entry(t('Move to a new folder…'), () => {
@@ -126,25 +123,11 @@ function menu(chat, button) {
       if (name?.trim()) place({folder: name});
     }),
     ...chat.folder ? [entry(t('Out of {folder}', chat), () => place({folder: ''}))] : [],
-    element('a', {role: 'menuitem', href: `/export/${chat.id}.md`, download: true}, t('Export as Markdown')),
-    element('a', {role: 'menuitem', href: `/export/${chat.id}.json`, download: true}, t('Export as JSON')),
+    download('md', t('Export as Markdown')), download('json', t('Export as JSON')),
     entry(t('Delete'), async () => {
       if (!confirm(t('Delete this chat? It cannot be brought back.'))) return;
       if (await tell(`/chats/${chat.id}`, undefined, 'DELETE') && chat.id === state.chat) state.open();
-    }, 'problem'));
-  find('#library').append(box);
-  box.addEventListener('toggle', event => { if (event.newState === 'closed') box.remove(); });
-  box.addEventListener('keydown', event => {
-    const entries = [...box.children], step = {ArrowDown: 1, ArrowUp: -1}[event.key];
-    if (!step) return;
-    event.preventDefault();
-    entries[(entries.indexOf(document.activeElement) + step + entries.length) % entries.length].focus();
-  });
-  box.showPopover();
-  const at = button.getBoundingClientRect();
-  box.style.left = `${Math.min(at.left, innerWidth - box.offsetWidth - 8)}px`;
-  box.style.top = `${Math.min(at.bottom, innerHeight - box.offsetHeight - 8)}px`;
-  box.firstElementChild.focus();
+    }, {class: 'problem'})]);
 }
 
 /** Arrow keys go through the list. */

@@ -2,9 +2,10 @@
 
 import {element, find} from './dom.js';
 import {ask, tell} from './server.js';
+import {refresh as refreshTools} from './tools.js';
 import {name, t} from './words.js';
 
-let state = null;
+let state = null, said = '';
 
 export function setUp(shared) {
   state = shared;
@@ -15,26 +16,55 @@ export async function refresh() {
   const about = await ask('/model', undefined, 'GET').catch(() => null);
   if (!about) return;
   state.model = about;
-  find('#open-model').textContent = about.name;
-  name(find('#open-model'), `${t('The model')}: ${about.name}`);
+  const called = about.loaded ? about.name : t('No model');
+  find('#open-model').textContent = called;
+  name(find('#open-model'), `${t('The model')}: ${called}`);
   draw();
+  offer();
 }
 
+/** Where none is loaded, the composer says so and offers the last one. */
+function offer() {
+  const {loaded, loading} = state.model, place = find('#no-model');
+  place.hidden = loaded;
+  if (loaded) return place.replaceChildren();
+  const share = loading?.share == null ? '' : ` ${Math.round(loading.share * 100)} %`;
+  place.replaceChildren(element('span', {}, loading ? t('Loading {source}', loading) + share : t('No model is loaded. What you write stays here until one is.')), loading ? '' : again());
+}
+
+/** A button that loads the last model as it was. */
+function again() {
+  const {source, quant, name} = state.model;
+  return element('button', {type: 'button', class: 'plain again', on: {click: () => tell('/model/load', {source, quant})}}, t('Load {name} again', {name}));
+}
+
+/** What is loaded is drawn anew; what was typed, and what was said about it, stays. */
 function draw() {
-  const about = state.model, body = find('#model .sheet-body');
+  const about = state.model, unload = element('button', {type: 'button', class: 'plain', id: 'unload', 'aria-describedby': 'about-unload', on: {click: () => tell('/model/unload')}}, t('Unload'));
+  if (!find('#load')) find('#model .sheet-body').append(element('div', {id: 'now'}), form(), element('div', {id: 'load-progress', role: 'status'}));
+  const focused = find('#now').contains(document.activeElement);
+  find('#now').replaceChildren(...about.loaded
+    ? [table(about.facts, 'facts'), element('div', {class: 'buttons'}, unload), element('p', {class: 'about', id: 'about-unload'}, t('Gives the memory back. Until a model is loaded again, no message is sent.'))]
+    : [element('p', {id: 'unloaded'}, t('No model is loaded. What you write stays here until one is.')), element('div', {class: 'buttons'}, again())]);
+  if (focused) find('#now button').focus();
+  find('#known-models').replaceChildren(...about.known.map(name => element('option', {value: name})));
+  if (about.loading || about.ended !== said) progress(about);
+  said = about.loading ? null : about.ended;
+}
+
+/** Another model. */
+function form() {
   const source = element('input', {id: 'source', autocomplete: 'off', spellcheck: 'false', list: 'known-models', placeholder: 'zai-org/GLM-4-9B-0414'});
-  const quant = element('select', {id: 'quant'}, ...about.quants.map(name => element('option', {value: name}, name)));
-  const form = element('form', {id: 'load', on: {submit: event => {
+  const quant = element('select', {id: 'quant'}, ...state.model.quants.map(name => element('option', {value: name}, name)));
+  return element('form', {id: 'load', on: {submit: event => {
     event.preventDefault();
     load(source.value, quant.value);
   }}},
     element('div', {class: 'field'}, element('label', {for: 'source'}, t('Another model')), source, element('p', {class: 'about'}, t('nano, a folder, or a repository of the Hugging Face Hub.'))),
     element('div', {class: 'field'}, element('label', {for: 'quant'}, t('Weights')), quant),
-    element('datalist', {id: 'known-models'}, ...about.known.map(name => element('option', {value: name}))),
+    element('datalist', {id: 'known-models'}),
     element('div', {class: 'buttons'}, element('button', {type: 'submit', class: 'main'}, t('Load')),
       element('button', {type: 'button', class: 'plain', id: 'plan', on: {click: () => plan(source.value, quant.value)}}, t('Will it fit?'))));
-  body.replaceChildren(table(about.facts, 'facts'), form, element('div', {id: 'load-progress', role: 'status'}));
-  progress(about);
 }
 
 const table = (rows, id) => element('table', {id, class: 'facts'}, element('tbody', {}, ...rows.map(([name, value]) =>
@@ -59,14 +89,21 @@ function refused(source, problem) {
 
 /** A load goes on, or is over. */
 export function hear(message) {
-  if (message.loading) progress(message);
-  else refresh();
+  if (!message.loading) {
+    refresh();
+    refreshTools();  // another model's template may have no place for them
+    return;
+  }
+  said = null;
+  Object.assign(state.model ?? {}, {loading: message.loading});
+  progress(message);
+  if (state.model) offer();
 }
 
 function progress({loading, ended}) {
   const place = find('#load-progress');
   if (!place) return;
-  find('#load button[type=submit]').disabled = Boolean(loading);
+  for (const button of document.querySelectorAll('#load button[type=submit], #unload, #model .again')) button.disabled = Boolean(loading);
   if (!loading) {
     place.replaceChildren(ended ? element('p', {class: 'note'}, ended) : '');
     return;

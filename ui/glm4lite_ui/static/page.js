@@ -5,9 +5,11 @@ import * as composer from './composer.js';
 import * as library from './library.js';
 import * as model from './model.js';
 import * as pane from './pane.js';
+import * as presets from './presets.js';
 import * as settings from './settings.js';
 import * as sheets from './sheets.js';
 import * as thread from './thread.js';
+import * as tools from './tools.js';
 import {addIcons, element, find, toast} from './dom.js';
 import {listen, newId, show, tell} from './server.js';
 import {language, t, translate} from './words.js';
@@ -21,7 +23,7 @@ const KEYS = [
 ];
 
 // What the parts of the page share: the chat that is shown, as far as the server has told, and what can be done with it.
-const state = {...NEW, settings: NO_SETTINGS, chat: '', model: null, open, toast, colour, send: composer.send, edit: composer.edit, nameOf: composer.nameOf};
+const state = {...NEW, settings: NO_SETTINGS, chat: '', model: null, open, toast, colour, openSheet: sheets.open, send: composer.send, edit: composer.edit, nameOf: composer.nameOf};
 let pieces = 0;
 
 /** A piece of the page is there (layout.py); the last one begins it. */
@@ -35,7 +37,7 @@ export function mounted(piece) {
 async function start() {
   document.documentElement.lang = language;
   colour();
-  for (const part of [thread, composer, library, settings, model, pane, sheets]) part.setUp(state);
+  for (const part of [thread, composer, library, settings, tools, presets, model, pane, sheets]) part.setUp(state);
   code.setUp(pane.open);
   setUpHeader();
   setUpKeys();
@@ -84,6 +86,7 @@ function visit(id) {
 function hear(message) {
   if (message.type === 'list') return library.refresh();
   if (message.type === 'model') return model.hear(message);
+  if (message.type === 'tools') return tools.refresh();
   if (message.type === 'problem') {
     if (message.chat !== state.chat) return;
     toast(message.said);
@@ -91,7 +94,8 @@ function hear(message) {
   }
   state.answering = message.answering;
   if (message.order) {
-    Object.assign(state, {saved: message.saved, memory: message.memory, settings: message.settings});
+    Object.assign(state, {saved: message.saved, memory: message.memory});
+    if (!settings.waiting()) state.settings = message.settings;
     if (message.saved) state.title = message.title;
     if (!state.heard) composer.showDraft(message.draft);
     state.heard = true;

@@ -1,6 +1,8 @@
 // How this chat is answered. What is typed is sent when nothing more was typed for a moment, all fields at once, and
 // one after the other: nothing that was typed is lost, whatever the server is doing.
 
+import * as presets from './presets.js';
+import * as tools from './tools.js';
 import {element, find, iconButton} from './dom.js';
 import {ask, tell} from './server.js';
 import {language, t} from './words.js';
@@ -15,7 +17,7 @@ const FIELDS = [
   ['max_new_tokens', 'Max tokens', 'The longest answer; empty is what the context leaves.', 1],
   ['seed', 'Seed', 'The same seed gives the same answer; empty is another one each time.', 1],
 ];
-let state = null, kept = {}, pending = null, timer = 0, running = false;
+let state = null, pending = null, timer = 0, running = false;
 const inputs = new Map();
 
 export function setUp(shared) {
@@ -28,7 +30,7 @@ export function build() {
   body.replaceChildren();
   inputs.clear();
   const system = element('textarea', {id: 'system', rows: 4, 'aria-describedby': 'about-system'});
-  body.append(presets());
+  body.append(presetField());
   body.append(field('system', t('System prompt'), t('What the model is told before the conversation.'), system));
   for (const [name, label, about, step] of FIELDS) {
     const own = state.model.own[name];
@@ -36,46 +38,42 @@ export function build() {
     body.append(field(name, t(label), t(about), input));
   }
   body.append(field('stop', t('Stop at'), t('Texts that end the answer, one a line.'), element('textarea', {id: 'stop-texts', rows: 2})));
-  if (state.model.tools.length) body.append(toolList());
-  body.append(forgetButton(), exports(), pageChoices());
+  body.append(tools.section(change => {
+    state.settings = {...state.settings, ...change};
+    changed();
+  }), forgetButton(), exports(), pageChoices());
+  tools.refresh();
   fill();
 }
 
 /** Settings under a name, and those of new chats. */
-function presets() {
-  const choose = element('select', {id: 'preset', on: {change: () => apply(choose.value)}});
-  const list = async () => {
-    const {presets} = await ask('/preferences', undefined, 'GET').catch(() => ({presets: {}}));
-    kept = presets;
-    choose.replaceChildren(element('option', {value: ''}, t('Choose…')), ...Object.keys(presets).map(name => element('option', {value: name}, name)));
-    remove.hidden = true;
-  };
-  const keep = async () => {
-    const name = prompt(t('Name of the preset'), choose.value);
-    if (!name?.trim()) return;
-    await save();
-    if (await tell('/preferences/presets', {name, settings: state.settings})) await list();
-  };
-  const apply = name => {
-    remove.hidden = !name;
-    if (!name) return;
-    state.settings = {...kept[name], always: state.settings.always};
-    fill();
-    pending = {chat: state.chat, settings: state.settings};
-    save();
-  };
+function presetField() {
+  const choose = element('select', {id: 'preset', on: {change: () => {
+    remove.hidden = !choose.value;
+    if (choose.value) presets.apply(choose.value);
+  }}});
   const button = (label, act, id) => element('button', {type: 'button', class: 'plain', id, on: {click: act}}, label);
-  const remove = button(t('Delete preset'), async () => {
-    if (await tell(`/preferences/presets?name=${encodeURIComponent(choose.value)}`, undefined, 'DELETE')) await list();
+  const remove = button(t('Delete preset'), () => presets.remove(choose.value));
+  presets.connect(use, save, () => {
+    choose.replaceChildren(element('option', {value: ''}, t('Choose…')), ...Object.keys(presets.kept).map(name => element('option', {value: name}, name)));
+    remove.hidden = true;
+    presets.fill();
   });
-  remove.hidden = true;
-  list();
+  presets.refresh();
   return element('div', {class: 'field'}, element('label', {for: 'preset'}, t('Preset')), choose,
-    element('div', {class: 'buttons'}, button(t('Keep as a preset…'), keep, 'keep-preset'), remove,
+    element('div', {class: 'buttons'}, button(t('Keep as a preset…'), () => presets.keep(choose.value), 'keep-preset'), remove,
       button(t('Use for new chats'), async () => {
         await save();
         if (await tell('/preferences/new_chat', state.settings)) state.toast(t('New chats start with these settings.'), 'done');
       }, 'use-for-new')));
+}
+
+/** Takes over settings in place of this chat's; what was allowed in it stays. */
+function use(settings) {
+  state.settings = {system: '', tools: null, ...settings, always: state.settings.always};
+  pending = {chat: state.chat, settings: state.settings};
+  show();
+  save();
 }
 
 function field(name, label, about, input) {
@@ -90,19 +88,6 @@ function field(name, label, about, input) {
   return element('div', {class: 'field', 'data-field': name},
     element('label', {for: input.id}, label), reset, input,
     element('p', {class: 'about', id: `about-${name}`}, about), element('p', {class: 'wrong', role: 'alert', hidden: true}));
-}
-
-function toolList() {
-  const groups = new Map();
-  for (const tool of state.model.tools) {
-    const origin = tool.origin || t('Built in');
-    groups.set(origin, [...groups.get(origin) ?? [], tool]);
-  }
-  const made = [...groups].map(([origin, tools]) => element('fieldset', {class: 'tools-of'}, element('legend', {}, `${t('Tools')}: ${origin}`), ...tools.map(tool => {
-    const input = element('input', {type: 'checkbox', name: 'tool', value: tool.name, on: {input: changed}});
-    return element('label', {}, input, element('span', {}, element('strong', {}, tool.name), tool.asks ? ` · ${t('asks first')}` : '', element('span', {class: 'about'}, tool.about.split('\n', 1)[0])));
-  })));
-  return element('div', {}, ...made, state.model.takes_tools ? '' : element('p', {class: 'note'}, t("This model's template has no place for tools.")));
 }
 
 function forgetButton() {
@@ -131,9 +116,15 @@ function pageChoices() {
     }));
 }
 
+/** Whether something was chosen here that the server has not got yet. */
+export const waiting = () => Boolean(pending || running);
+
 /** Shows the chat's settings, unless they are being typed. */
 export function fill() {
-  if (!inputs.size || pending || running) return;
+  if (inputs.size && !waiting()) show();
+}
+
+function show() {
   const settings = state.settings;
   for (const [name, {input, reset}] of inputs) {
     const value = settings[name];
@@ -141,7 +132,8 @@ export function fill() {
     if (input.value !== String(said)) input.value = said;
     reset.hidden = value == null || value === '';
   }
-  for (const box of document.getElementsByName('tool')) box.checked = !settings.tools || settings.tools.includes(box.value);
+  tools.fill();
+  presets.fill();
   find('#ask-again').hidden = !settings.always?.length;
   find('#export').hidden = !state.saved;
   for (const link of find('#export').querySelectorAll('a')) link.href = `/export/${state.chat}.${link.dataset.kind}`;
@@ -156,8 +148,6 @@ function changed() {
     else if (name === 'stop') settings.stop = text.split('\n').filter(Boolean).length ? text.split('\n').filter(Boolean) : null;
     else settings[name] = text.trim() === '' ? null : Number(text.trim().replace(',', '.'));
   }
-  const boxes = [...document.getElementsByName('tool')], on = boxes.filter(box => box.checked).map(box => box.value);
-  settings.tools = on.length === boxes.length ? null : on;
   pending = {chat: state.chat, settings};
   clearTimeout(timer);
   timer = setTimeout(save, PAUSE_MS);
@@ -183,7 +173,8 @@ export async function save() {
   if (chat === state.chat) showProblem(problem);
   else if (problem) state.toast(problem);
   if (pending) await save();
-  else if (chat !== state.chat) fill();  // which waited for what was typed in the other chat
+  else if (chat === state.chat) presets.fill();
+  else fill();  // which waited for what was typed in the other chat
 }
 
 function showProblem(problem) {

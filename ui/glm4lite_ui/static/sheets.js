@@ -9,7 +9,11 @@ export function setUp() {
   }
 }
 
-export function open(name) {
+/** Opens a sheet, at one of its parts. */
+export function open(name, part) {
   const sheet = find('#' + name);
   if (!sheet.open) sheet.showModal();
+  if (!part) return;
+  find(part).scrollIntoView();
+  find(part).focus();
 }

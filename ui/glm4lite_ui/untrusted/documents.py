@@ -30,6 +30,9 @@ def _found(text: str, form: str, **more: Any) -> Iterator[dict[str, Any]]:
 
 
 def _pdf() -> Callable[[IO[bytes]], Iterator[dict[str, Any]]]:
+    from glm4lite.base.extras import require
+
+    require("reading a PDF", "pypdf", extra="ui")
     import pypdf
 
     def read(file: IO[bytes]) -> Iterator[dict[str, Any]]:

@@ -62,6 +62,7 @@ def _reading(reader: str) -> Reading:
 
 def main(reader: str, limits: dict[str, Any]) -> None:
     """Reads stdin with the reader."""
+    from glm4lite.base.extras import MissingPackageError
     from glm4lite_ui.untrusted.documents import Refused
 
     out, sys.stdout = sys.stdout.buffer, sys.stderr  # what a library prints is no answer
@@ -70,7 +71,11 @@ def main(reader: str, limits: dict[str, Any]) -> None:
         out.write(json.dumps(said, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
         out.flush()
 
-    reading = _reading(reader)
+    try:
+        reading = _reading(reader)
+    except MissingPackageError as missing:
+        say({"error": str(missing)})
+        return
     gc.disable()  # it would look through millions of lists many times; what leaks here ends with the process
     _limit(limits["memory"], limits["seconds"])
     _wall_in()
