@@ -1,8 +1,26 @@
-"""Before anything imports Triton (bitsandbytes does): where there is no GPU, kernels run in its interpreter."""
+"""What holds for all tests: how torch waits, how Triton runs, how many tests run at a time."""
 
 import os
+import signal
+
+import pytest
+
+# Before torch is imported: as in the command line, its threads sleep between their loops and leave the cores to others.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available():  # before anything imports Triton (bitsandbytes does): its interpreter runs kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# Run in the background, a shell's programs ignore these, and so would all that the tests start and then interrupt.
+for name in ("SIGINT", "SIGQUIT", "SIGHUP"):
+    number = getattr(signal, name, None)
+    if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two tests of the whole suite run at a time, as many wait for a process; a choice of tests runs one by one."""
+    return 2 if config.args_source == pytest.Config.ArgsSource.TESTPATHS else 0

@@ -16,6 +16,8 @@ from types import TracebackType
 
 import pyte
 
+from tests.commands import forked
+
 ENTER, TAB, UP, CTRL_C, CTRL_D = "\r", "\t", "\x1b[A", "\x03", "\x04"
 
 
@@ -43,7 +45,7 @@ class Screen:
         environment |= {"PYTHONPATH": os.pathsep.join(sys.path)} | variables
         self.process = subprocess.Popen(
             [
-                *(command or (sys.executable, "-m", "glm4lite", "chat", "--temperature", "0", "--quant", "none")),
+                *(command or (*forked(), "chat", "--temperature", "0", "--quant", "none")),
                 *options,
             ],
             stdin=theirs,

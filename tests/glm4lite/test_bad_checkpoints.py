@@ -134,9 +134,9 @@ def test_a_name_twice_among_very_many_is_found_soon(folder: Path) -> None:
     names = [f"t{i}" for i in range(60_000)] + ["t59999"]
     text = ("{" + ",".join(f'"{name}":{entry}' for name in names) + "}").encode()
     (folder / SHARD).write_bytes(struct.pack("<Q", len(text)) + text)
-    start = time.monotonic()
+    start = time.process_time()
     assert "('t59999' appears twice)" in refused(folder)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 EMBED = "model.embed_tokens.weight"

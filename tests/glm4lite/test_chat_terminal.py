@@ -17,6 +17,7 @@ import pytest
 if os.name != "posix":
     pytest.skip("needs a pseudo-terminal", allow_module_level=True)
 
+from tests.commands import forked
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 from tests.glm4lite.screen import CTRL_C, CTRL_D, ENTER, TAB, UP, Screen, pasted
 
@@ -257,7 +258,7 @@ def test_markdown_is_drawn_unless_raw(options: tuple[str, ...], shown: str, home
 
 def test_a_question_and_its_files_come_from_options_and_stdin(home: Path) -> None:
     (home / "notes.txt").write_bytes("你好，请看下面这些数据。".encode("gbk"))
-    command = [sys.executable, "-m", "glm4lite", "chat", "--no-tools", "--json", "--quant", "none"]
+    command = [*forked(), "chat", "--no-tools", "--json", "--quant", "none"]
     command += ["--max-new-tokens", "3"]
 
     def tokens(prompt: str, stdin: str = "") -> int:

@@ -15,14 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.commands import forked, run
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
-
-GLM4LITE = [sys.executable, "-m", "glm4lite"]
-
-
-def run(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    command = [*GLM4LITE, *map(str, arguments)]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, check=False)
 
 
 def events(output: str) -> list[dict[str, Any]]:
@@ -132,7 +126,7 @@ def test_a_prompt_goes_before_what_is_piped(command: str) -> None:
 def test_a_piped_text_that_cannot_be_a_message_is_one_line(
     arguments: tuple[str, ...], stdin: bytes, reason: str
 ) -> None:
-    done = subprocess.run([*GLM4LITE, *arguments], input=stdin, capture_output=True, timeout=60, check=False)
+    done = subprocess.run([*forked(), *arguments], input=stdin, capture_output=True, timeout=60, check=False)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.decode().splitlines() if line.startswith("error: ")]
     assert reason in line
@@ -140,14 +134,14 @@ def test_a_piped_text_that_cannot_be_a_message_is_one_line(
 
 
 def test_bytes_of_a_piped_text_that_are_no_text_are_said() -> None:
-    command = [*GLM4LITE, "chat", "--no-tools", "--max-new-tokens", "3"]
+    command = [*forked(), "chat", "--no-tools", "--max-new-tokens", "3"]
     done = subprocess.run(command, input=b"caf\xe9 caf\xe9\n", capture_output=True, timeout=60, check=True)
     assert "2 places of stdin are not UTF-8" in done.stderr.decode()
 
 
 def test_a_pipe_that_never_ends_is_said_and_a_silent_socket_is_left() -> None:
     reading, writing = os.pipe()
-    with subprocess.Popen([*GLM4LITE, "chat", "-p", "Hi"], stdin=reading, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*forked(), "chat", "-p", "Hi"], stdin=reading, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
         assert "reading stdin to its end" in process.stderr.readline()
         os.close(writing)
@@ -157,13 +151,23 @@ def test_a_pipe_that_never_ends_is_said_and_a_silent_socket_is_left() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         done = subprocess.run(
-            [*GLM4LITE, "chat", "-p", "Hi"], stdin=theirs, capture_output=True, timeout=60, check=True
+            [*forked(), "chat", "-p", "Hi"], stdin=theirs, capture_output=True, timeout=60, check=True
         )
     assert b"nothing came from stdin within 3 s" in done.stderr
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(endless: Path) -> None:
-    command = [*GLM4LITE, "chat", str(endless), "--lines", "--max-new-tokens", "500000", "--temperature", "0", "--json"]
+    command = [
+        *forked(),
+        "chat",
+        str(endless),
+        "--lines",
+        "--max-new-tokens",
+        "500000",
+        "--temperature",
+        "0",
+        "--json",
+    ]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdin
@@ -186,7 +190,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(endless: Path) -> None:
 def test_any_language_goes_through_any_locale() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [*GLM4LITE, "chat", "--lines", "--json"],
+        [*forked(), "chat", "--lines", "--json"],
         input="你好\n".encode() + b"\xff\n",
         capture_output=True,
         env=environment,

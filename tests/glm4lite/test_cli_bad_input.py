@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from glm4lite.checkpoint.quantize import quantize_checkpoint
 from glm4lite.cli import main
 from glm4lite_quant.kernels import native
+from tests.commands import forked
 from tests.glm4lite.checkpoints import tiny_config, tiny_tensors, write_checkpoint
 from tests.glm4lite.hub_server import HubServer, Repo
 
@@ -190,7 +191,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 def process(arguments: tuple[str | Path, ...], **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "glm4lite", *map(str, arguments)],
+        [*forked(), *map(str, arguments)],
         env=environment(**variables),
         capture_output=True,
         text=True,

@@ -18,6 +18,7 @@ import pytest
 from glm4lite.base.errors import ConfigError
 from glm4lite.cli import failures, startup
 from glm4lite.cli.streams import OutputError
+from tests.commands import forked
 
 PRINTING = '''
 import ctypes, os, signal, subprocess, sys
@@ -50,10 +51,11 @@ posix = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
 
 
 def shell(
-    script: str, *flags: str, stdin: bytes = b"", cwd: Path | None = None, **environment: str
+    script: str, *flags: str, stdin: bytes = b"", cwd: Path | None = None, fresh: bool = False, **environment: str
 ) -> subprocess.CompletedProcess[bytes]:
-    """`script` in a shell, where "$@" is the command."""
-    command = ["sh", "-c", script, "sh", sys.executable, *flags, "-m", "glm4lite"]
+    """`script` in a shell, where "$@" is the command. fresh: an interpreter of its own, as with flags."""
+    start = [sys.executable, *flags, "-m", "glm4lite"] if fresh or flags else forked()
+    command = ["sh", "-c", script, "sh", *start]
     inherited = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(
         command, input=stdin, capture_output=True, cwd=cwd, env=inherited | environment, timeout=240, check=False
@@ -85,7 +87,7 @@ def test_what_a_tool_prints_by_any_way_is_not_on_stdout(tmp_path: Path) -> None:
 def test_at_a_terminal_a_line_is_edited_and_what_a_tool_prints_is_not_obeyed(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(PRINTING.replace("sys.stdin.read()", '""'))
     ours, theirs = os.openpty()
-    command = [sys.executable, "-m", "glm4lite", "chat", "--tools", str(tmp_path / "mine.py"), "--no-tools"]
+    command = [*forked(), "chat", "--tools", str(tmp_path / "mine.py"), "--no-tools"]
     environment = {**os.environ, "TERM": "dumb", "COLUMNS": "0"}
     process = subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
@@ -121,7 +123,7 @@ def test_at_a_terminal_a_line_is_edited_and_what_a_tool_prints_is_not_obeyed(tmp
     ],
 )
 def test_a_stream_that_is_closed_full_or_left_is_no_traceback(script: str, code: int, out: str, err: str) -> None:
-    done = shell(script)
+    done = shell(script, fresh="&-" in script)  # Python itself opens the streams
     check(done, code)
     assert out in done.stdout.decode()
     assert err in done.stderr.decode()
@@ -199,7 +201,7 @@ def test_an_argument_that_is_not_utf8_is_one_line(environment: dict[str, str]) -
 @pytest.mark.parametrize("verb", ["chat -p Hi", "quantize nano out"])
 def test_a_folder_that_was_deleted_is_one_line(verb: str, tmp_path: Path) -> None:
     gone = shlex.quote(str(tmp_path / "gone"))
-    done = shell(f'mkdir {gone}; cd {gone}; rmdir {gone}; "$@" {verb}')
+    done = shell(f'mkdir {gone}; cd {gone}; rmdir {gone}; "$@" {verb}', fresh=True)
     check(done, 2)
     assert done.stderr.decode().startswith("error: the current folder cannot be used")
 
@@ -276,5 +278,5 @@ VERBS = {
 def test_no_command_meets_a_stream_with_a_traceback(verb: str, redirection: str, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("It was the best of times, it was the worst of times. " * 20)
     written = "" if verb == "quantize" else redirection  # its result is a folder: nothing is written to stdout
-    done = shell(f'"$@" {VERBS[verb].format(folder=shlex.quote(str(tmp_path)))} {redirection}')
+    done = shell(f'"$@" {VERBS[verb].format(folder=shlex.quote(str(tmp_path)))} {redirection}', fresh=True)
     check(done, 2 if written == ">/dev/full" else 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +13,7 @@ from jsonschema import Draft202012Validator, ValidationError
 
 from glm4lite.base.events import FORMAT_VERSION, Done, Event, Start, TextDelta, ToolCallStarted
 from glm4lite.cli.terminal import JsonLines
+from tests.commands import forked
 
 SCHEMA: dict[str, Any] = json.loads((Path(__file__).parents[2] / "docs" / "events.schema.json").read_text())
 EVENTS = (Start, *get_args(Event))
@@ -26,7 +26,7 @@ def validator() -> Draft202012Validator:
 
 
 def test_real_output_with_a_tool_call_is_valid(validator: Draft202012Validator) -> None:
-    command = [sys.executable, "-m", "glm4lite", "chat", "-p", "What is 37 * 24?", "--json"]
+    command = [*forked(), "chat", "-p", "What is 37 * 24?", "--json"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=True)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     for line in lines:

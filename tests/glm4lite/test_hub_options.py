@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.commands import python
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 from tests.glm4lite.hub_server import HubServer, Repo
 from tests.glm4lite.test_hub import variables
@@ -41,7 +41,7 @@ def loads(hub: HubServer, home: Path, *wanted: dict[str, Any], **extra: str) -> 
     """What loading org/tiny with each of the options gives, one after the other in one process."""
     listed = json.dumps([[options.pop("source", "org/tiny"), options] for options in wanted])
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, listed],
+        [*python(), "-c", LOAD, listed],
         env=variables(hub.url, home, **extra),
         capture_output=True,
         text=True,

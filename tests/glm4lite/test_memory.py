@@ -12,6 +12,7 @@ import torch
 
 from glm4lite.checkpoint.quantize import quantize_checkpoint
 from glm4lite.checkpoint.writer import FolderWriter, PlannedTensor
+from glm4lite_quant import QuantConfig
 from glm4lite_quant.kernels import native
 from tests.glm4lite.checkpoints import shapes, tiny_config
 
@@ -120,7 +121,7 @@ def test_a_pre_quantized_folder_is_mapped_not_copied(
     big: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begin = time.monotonic()
-    written = quantize_checkpoint(big, tmp_path / "int4", "int4")
+    written = quantize_checkpoint(big, tmp_path / "int4", QuantConfig(4, method="search"))
     seconds = time.monotonic() - begin
     shards = sum(file.stat().st_size for file in written.glob("*.safetensors"))
     found = measure(written, "")

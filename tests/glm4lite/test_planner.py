@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from glm4lite.memory import machine
 from glm4lite.memory.budget import Budget
 from glm4lite.memory.resources import Machine
 from glm4lite_quant import QuantConfig
+from tests.commands import forked, python
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 from tests.glm4lite.hub_server import HubServer, Repo
 from tests.glm4lite.test_placement import GIB, NINE, NINE_BYTES, THIRTY_TWO, THIRTY_TWO_BYTES
@@ -35,7 +35,7 @@ def clean_environment() -> dict[str, str]:
 
 
 def run(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "glm4lite", "plan", *map(str, arguments)]
+    command = [*forked(), "plan", *map(str, arguments)]
     done = subprocess.run(
         command, env=clean_environment() | variables, capture_output=True, text=True, timeout=120, check=False
     )
@@ -191,13 +191,20 @@ REFUSED = [
     ids=lambda value: value.get("num_hidden_layers") if isinstance(value, dict) else str(value),
 )
 def test_every_proposal_makes_it_fit_and_a_little_less_does_not(
-    tmp_path: Path, here: Machine, config: dict[str, Any], quant: str | None, budget: Budget
+    tmp_path: Path,
+    here: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    config: dict[str, Any],
+    quant: str | None,
+    budget: Budget,
 ) -> None:
     folder = bare(tmp_path / "plain", config)
     found = plan(folder, quant, budget)
     assert not found.placement.fits
     assert found.proposals
     assert [text for name, text in found.lines() if name == "would fit"] == [str(one) for one in found.proposals]
+
+    monkeypatch.setattr("glm4lite.loading.planner._proposals", lambda *_: ())  # nobody asks for proposals of proposals
 
     def applied(proposal: Proposal, **less: Any) -> PlacementReport:
         changes = {"quant": quant, **asdict(budget), **proposal.changes, **less}
@@ -339,7 +346,7 @@ def test_repos_that_cannot_be_planned_are_named_in_one_line(tmp_path: Path) -> N
         """
     with HubServer(repos) as hub:
         variables = clean_environment() | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
-        command = [sys.executable, "-c", code, *repos, "org/none"]
+        command = [*python(), "-c", code, *repos, "org/none"]
         done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=True)
     said = done.stdout.splitlines()
     assert len(said) == 7
@@ -358,7 +365,7 @@ def test_without_a_network_a_downloaded_repo_is_planned_and_another_is_one_line(
     with HubServer({"org/tiny": Repo.of(source)}) as hub:
         code = "from glm4lite.hub.sources import resolve; resolve('org/tiny')"
         variables = clean_environment() | home | {"HF_ENDPOINT": hub.url}
-        subprocess.run([sys.executable, "-c", code], env=variables, check=True, timeout=120)
+        subprocess.run([*python(), "-c", code], env=variables, check=True, timeout=120)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         closed = f"http://127.0.0.1:{unused.getsockname()[1]}"

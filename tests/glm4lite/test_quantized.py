@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from glm4lite.model.config import Glm4Config
 from glm4lite.pretrained.load import load
 from glm4lite.pretrained.models import Glm4ForTokenClassification
 from glm4lite_quant import QuantConfig, QuantLinear
+from tests.commands import python
 from tests.glm4lite.checkpoints import legacy_checkpoint, tiny_config, tiny_tensors, write_checkpoint
 
 IDS = torch.tensor([[372, 374, 377, 10, 65, 70, 378]])
@@ -329,7 +329,7 @@ def killed_while_writing(folder: Path, target: Path, number: int, ignored: int =
         "from glm4lite.cli import main\n"
         "main()\n"
     )
-    command = [sys.executable, "-c", code, str(int(number)), str(int(ignored)), str(folder), str(target)]
+    command = [*python(), "-c", code, str(int(number)), str(int(ignored)), str(folder), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     return done.returncode, done.stderr
 

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from glm4lite.checkpoint.shard import read_header
 from glm4lite.pretrained.load import load
 from glm4lite.pretrained.models import Glm4ForTokenClassification
 from glm4lite_quant import BnbConfig
+from tests.commands import python
 from tests.glm4lite.checkpoints import tiny_config, tiny_tensors, write_checkpoint
 from tests.glm4lite.test_parity import pair, relative_error, tokens
 
@@ -338,7 +338,7 @@ def test_a_save_that_is_killed_leaves_old_or_new_or_what_nobody_reads(folder: Pa
     for steps in range(9):
         shutil.copytree(folder, f"{folder}-{steps}")
     root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", KILLED, str(folder)], check=True, timeout=120, cwd=root)
+    subprocess.run([*python(), "-c", KILLED, str(folder)], check=True, timeout=120, cwd=root)
     found = []
     for steps in range(9):
         place = Path(f"{folder}-{steps}")

@@ -201,9 +201,9 @@ def test_garbage_is_not_looked_for_while_a_body_is_prepared(server: Served) -> N
 def test_results_of_very_many_calls_are_put_in_order_in_time() -> None:
     calls = tuple(ToolCall(str(n), "a", "{}") for n in range(16_000))
     results = [Message("tool", call.id, tool_call_id=call.id) for call in reversed(calls)]
-    started = time.monotonic()
+    started = time.thread_time()
     ordered = in_order([Message("assistant", tool_calls=calls), *results])
-    assert time.monotonic() - started < 1
+    assert time.thread_time() - started < 1
     assert [message.content for message in ordered[1:]] == [call.id for call in calls]
 
 

@@ -61,7 +61,7 @@ def read_all(connection: socket.socket) -> bytes:
 def test_a_connection_that_says_nothing_is_closed(connect: Connect) -> None:
     started = time.monotonic()
     assert read_all(connect()) == b""
-    assert 0.2 < time.monotonic() - started < 2
+    assert 0.2 < time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"], ids=["first", "second"])

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import forked
+
 BASH = shutil.which("bash")
 pytestmark = pytest.mark.skipif(BASH is None, reason="needs bash")
 
@@ -75,7 +77,5 @@ def test_bash_completes(line: str, completions: list[str], home: Path) -> None:
 @pytest.mark.parametrize("command", ["", "chat", "plan", "quantize", "ui"])
 def test_h_is_help(command: str) -> None:
     arguments = [*command.split(), "-h"]
-    done = subprocess.run(
-        [sys.executable, "-m", "glm4lite", *arguments], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([*forked(), *arguments], capture_output=True, text=True, timeout=60, check=True)
     assert f"Usage: glm4lite {command}".rstrip() in done.stdout

@@ -3,11 +3,11 @@
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
 
 from glm4lite.cli.running import leaving_on_signals
+from tests.commands import forked
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX signals")
 
@@ -46,7 +46,7 @@ def test_signals_that_are_taken_or_ignored_stay_so() -> None:
 
 
 def test_a_server_whose_terminal_closes_ends_as_it_should() -> None:
-    command = [sys.executable, "-m", "glm4lite", "serve", "nano", "--port", "0"]
+    command = [*forked(), "serve", "nano", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
         assert server.stdout is not None
         try:

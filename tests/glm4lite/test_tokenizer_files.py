@@ -10,6 +10,7 @@ import pytest
 
 from glm4lite import Tokenizer
 from glm4lite.base.errors import CheckpointError, HubError, TokenizerError
+from tests.commands import python
 from tests.glm4lite.hub_server import HubServer, Repo
 from tests.glm4lite.served import NANO
 from tests.glm4lite.small_tokenizer import byte_backend
@@ -141,7 +142,6 @@ def test_of_a_hub_repo_only_the_small_files_are_downloaded(tmp_path: Path, monke
 def in_a_process(endpoint: str, home: Path, source: str) -> dict[str, Any]:
     """What the tokenizer of a repo makes of a text, in a process of its own: huggingface_hub reads HF_ENDPOINT once."""
     import subprocess
-    import sys
 
     script = (
         "import json, sys\nfrom glm4lite import Tokenizer\nfrom glm4lite.base.errors import HubError\n"
@@ -152,7 +152,7 @@ def in_a_process(endpoint: str, home: Path, source: str) -> dict[str, Any]:
     )
     kept = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
     done = subprocess.run(
-        [sys.executable, "-c", script, source],
+        [*python(), "-c", script, source],
         env=kept | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home)},
         capture_output=True,
         text=True,

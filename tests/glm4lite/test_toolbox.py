@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from glm4lite.tools.running import run_tool
 from glm4lite.tools.tool import Tool
 from glm4lite.tools.tool_files import load_tools
 from glm4lite.tools.toolbox import Toolbox
+from tests.commands import forked
 
 WEATHER = '''
 from __future__ import annotations
@@ -151,7 +151,7 @@ def test_the_command_line_offers_a_file_of_tools(tmp_path: Path) -> None:
     code = "from glm4lite import tool\n@tool\ndef get_weather(city: str) -> str:\n"
     code += '    """Current weather in a city.\n\n    Args:\n        city: City name.\n    """\n'
     (tmp_path / "mine.py").write_text(code + "    return f'18 degrees and sunny in {city}'\n")
-    command = [sys.executable, "-m", "glm4lite", "chat", "-p", "How is the weather in Lisbon?", "--temperature", "0"]
+    command = [*forked(), "chat", "-p", "How is the weather in Lisbon?", "--temperature", "0"]
     command += ["--tools", str(tmp_path / "mine.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert "18 degrees and sunny in Lisbon" in done.stderr

@@ -182,11 +182,10 @@ def test_a_circular_result_is_an_error() -> None:
 
 
 def test_a_tool_that_takes_too_long_is_an_error() -> None:
-    release = threading.Event()
-    declared = Tool("slow", "", {}, lambda: release.wait(20))
-    started = time.monotonic()
+    release, ended = threading.Event(), threading.Event()
+    declared = Tool("slow", "", {}, lambda: release.wait(60) or ended.set())
     result = run_tool(declared, call(declared), timeout_s=0.1)
-    assert time.monotonic() - started < 2
+    assert not ended.is_set()
     release.set()
     assert (result.content, result.error) == ("Error: slow did not finish within 0.1 s", True)
 
@@ -209,9 +208,9 @@ def test_a_very_long_result_is_cut_and_says_so() -> None:
 
 def test_a_very_long_result_that_is_not_text_is_not_even_written_in_full() -> None:
     declared = Tool("long", "", {}, lambda: [["x"] * 1000] * 100_000)
-    started = time.monotonic()
+    started = time.process_time()
     content = run_tool(declared, call(declared)).content
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
     assert content.startswith('[["x", "x"')
     assert content.endswith("\n[cut: the rest]")
 
@@ -456,12 +455,12 @@ def test_whole_number_arithmetic_agrees_with_python() -> None:
     ],
 )
 def test_what_is_not_bearable_arithmetic_is_one_line_of_error(expression: str) -> None:
-    started = time.monotonic()
+    started = time.thread_time()
     with pytest.raises(ToolError) as caught:
         calculator(expression)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 200
-    assert time.monotonic() - started < 0.5
+    assert time.thread_time() - started < 0.5
 
 
 CONVERSIONS = {

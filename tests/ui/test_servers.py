@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from glm4lite.base.errors import Glm4liteError, ToolError
+from glm4lite.base.sentences import Sentence
 from glm4lite.text.messages import ToolCall
 from glm4lite.tools.mcp_client import connection
 from glm4lite.tools.mcp_client.config import ServerConfig
@@ -427,7 +428,7 @@ def test_who_comes_through_a_proxy_may_not(client: tuple[Site, httpx.Client], he
     site, asking = client
     answer = post(asking, site, **{header: "203.0.113.9"})
     assert answer.status_code == 409
-    assert "on this machine only (a proxy asks)" in answer.json()["error"]
+    assert "on this machine only (a proxy asks)" in Sentence.from_json(answer.json()["error"])
     assert asking.get("/page/tools", headers={header: "x"}).json()["refused"]
     assert site.runtime.toolset.servers.all() == []
     headers = {"Origin": site.url, header: "203.0.113.9"}
@@ -454,7 +455,7 @@ def test_a_program_that_does_not_say_where_its_page_is_from_may_not(client: tupl
         asking.post("/page/tools/trust", json={"origin": "", "tool": "calculator", "word": "allow"}),
     ):
         assert answer.status_code == 409
-        assert "no page that asks" in answer.json()["error"]
+        assert "no page that asks" in Sentence.from_json(answer.json()["error"])
     foreign = asking.post("/page/servers", json=body, headers={"Origin": "http://evil.example"})
     assert foreign.status_code == 403
     assert site.runtime.toolset.servers.all() == []

@@ -101,7 +101,7 @@ def test_what_the_routes_and_the_api_say_meanwhile(serve: Serve, own: Engine) ->
         chat = "/page/chats/0123456789abcdef"
         for path in (f"{chat}/send", f"{chat}/drop_oldest"):
             answer = client.post(path, json={"text": "Hi"})
-            assert (answer.status_code, answer.json()["error"]) == (409, "no model is loaded; load one first")
+            assert (answer.status_code, answer.json()["error"]["said"]) == (409, "no model is loaded; load one first")
         assert client.post(f"{chat}/set", json={"temperature": 0.5}).status_code == 200
         assert client.post("/page/files?name=a.txt", content=b"text").json()["tokens"] > 0
         assert client.get("/page/model").json()["loaded"] is False

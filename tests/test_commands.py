@@ -1,0 +1,94 @@
+"""A process that tests/commands forks is what the same command begun anew would be; what cannot be is begun anew."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.commands import python
+
+if not sys.platform.startswith("linux"):
+    pytest.skip("nothing is forked here", allow_module_level=True)
+
+TELLS = """
+import json, os, signal, sys
+json.dump({
+    "arguments": sys.argv, "flags": list(sys.flags), "folder": os.getcwd(), "path": sys.path[0],
+    "variables": {name: value for name, value in os.environ.items() if name not in ("LINES", "COLUMNS")},
+    "streams": [stream and [stream.fileno(), stream.encoding, stream.errors, stream.isatty(), stream.line_buffering]
+                for stream in (sys.stdin, sys.stdout, sys.stderr)],
+    "descriptors": [number for number in range(3, 200) if os.path.exists(f"/proc/self/fd/{number}")
+                    and os.readlink(f"/proc/self/fd/{number}").startswith("/") and "/proc/" not in
+                    os.readlink(f"/proc/self/fd/{number}")],
+    "ignored": [number for number in range(1, 32) if signal.getsignal(number) == signal.SIG_IGN],
+    "read": sys.stdin and sys.stdin.read(),
+}, sys.stdout, indent=1)
+"""
+PRELOADED = "import sys; print('torch' in sys.modules)"
+
+
+def told(start: list[str], shell: str, folder: Path) -> str:
+    command = ["sh", "-c", shell, "sh", *start, "-c", TELLS, "one", "zwei ü"]
+    return subprocess.run(
+        command, cwd=folder, env={**os.environ, "HF_HOME": "/x"}, input="in", capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.parametrize("shell", ['exec "$@"', 'exec "$@" <&-', 'exec "$@" 2>&-', "trap '' INT; exec \"$@\""])
+def test_it_has_the_arguments_variables_folder_streams_and_signals_it_was_given(shell: str, tmp_path: Path) -> None:
+    assert told(python(), shell, tmp_path) == told([sys.executable], shell, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [("raise SystemExit(7)", 7), ("raise SystemExit('no')", 1), ("1 / 0", 1), ("", 0)]
+    + [(f"import os; os.kill(os.getpid(), {number})", -number) for number in (signal.SIGTERM, signal.SIGKILL)],
+)
+def test_it_ends_as_it_would(code: str, status: int) -> None:
+    assert subprocess.run([*python(), "-c", code], capture_output=True, check=False).returncode == status
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_it_gets_the_signals_that_are_sent(number: int) -> None:
+    code = "import os, signal, time; signal.signal(1, signal.SIG_DFL); print(os.getpid(), flush=True); time.sleep(60)"
+    with subprocess.Popen([*python(), "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        process.send_signal(number)
+        assert process.wait(60) == -number
+        assert process.stdout.read() == b""  # which ends when all that write to it have ended
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_only_what_would_start_alike_is_forked() -> None:
+    def preloaded(*flags: str, limited: bool = False, **variables: str) -> bool:
+        def limit() -> None:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+
+        done = subprocess.run(
+            [*python(), *flags, "-c", PRELOADED],
+            env=os.environ | variables,
+            preexec_fn=limit if limited else None,
+            capture_output=True,
+            check=True,
+        )
+        return done.stdout == b"True\n"
+
+    assert preloaded()
+    assert preloaded(HF_HUB_OFFLINE="1", TERM="dumb", HOME="/")
+    assert not preloaded("-O")
+    assert not preloaded(PYTHONHASHSEED="0")
+    assert not preloaded(LC_ALL="C")
+    assert not preloaded(OMP_NUM_THREADS="1")
+    assert not preloaded(limited=True)
