@@ -466,7 +466,7 @@ def run_in(place: Place, program: str, folder: Path) -> tuple[str, str, tuple[st
         names = (
             "__init__.py",
             "tools/__init__.py",
-            *(f"base/{name}.py" for name in ("__init__", "errors", "owned_folder")),
+            *(f"base/{name}.py" for name in ("__init__", "errors", "owned_folder", "sentences")),
         )
         for name in names:
             shutil.copy(source / name, target / name)
