@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-import glm4lite.model.trunk
+import glm4lite.model.layers
 from glm4lite.model.config import Glm4Config
 from glm4lite.pretrained.models import Glm4ForCausalLM
 from nano import batches, dialogues, probe
@@ -207,7 +207,7 @@ def work(rank: int, given: Given, team: Team, arguments: argparse.Namespace) -> 
     """One process: trains until the planned minutes are over."""
     torch.set_num_threads(arguments.threads)
     if arguments.device == "cpu":
-        glm4lite.model.trunk.attend = attend  # type: ignore[attr-defined]
+        glm4lite.model.layers.attend = attend  # type: ignore[attr-defined]
     run = _run(rank, given, team, arguments)
     held_out = probe.held_out(run.tokenizer, arguments.probes) if rank == 0 else []
     losses: list[float] = []

@@ -1,6 +1,6 @@
 """`client.py SOCKET -m glm4lite|-c CODE …`: has that forked with this process's streams, and ends as it ends.
 
-Signals are handed on. Requirements the standard library alone: it is to start fast.
+Signals are handed on. Needs the standard library alone: it is to start fast.
 """
 
 import contextlib

@@ -202,7 +202,7 @@ def test_every_proposal_makes_it_fit_and_a_little_less_does_not(
     found = plan(folder, quant, budget)
     assert not found.placement.fits
     assert found.proposals
-    assert [text for name, text in found.lines() if name == "would fit"] == [str(one) for one in found.proposals]
+    assert [text for name, text in found.lines() if name == "would fit"] == [one.said() for one in found.proposals]
 
     monkeypatch.setattr("glm4lite.loading.planner._proposals", lambda *_: ())  # nobody asks for proposals of proposals
 
