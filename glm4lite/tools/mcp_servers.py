@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from glm4lite.base.errors import ToolError
 from glm4lite.text.tool_schema import check_schema
-from glm4lite.tools.mcp_client.config import ServerConfig, read_config
 from glm4lite.tools.mcp_client.connection import Connection
+from glm4lite.tools.mcp_config import ServerConfig, read_config
 from glm4lite.tools.running import ToolResult, abandoned
 from glm4lite.tools.tool import Tool
 

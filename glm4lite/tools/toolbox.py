@@ -11,10 +11,9 @@ from pathlib import Path
 from types import TracebackType
 
 from glm4lite.base.errors import ToolError
-from glm4lite.base.extras import require
 from glm4lite.text.tool_schema import check_schema
 from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
-from glm4lite.tools.mcp_client.config import ServerConfig, read_config
+from glm4lite.tools.mcp_config import ServerConfig, read_config
 from glm4lite.tools.tool import Tool
 
 logger = logging.getLogger("glm4lite")
@@ -68,7 +67,6 @@ class Toolbox:
         self._open.close()
 
     def _of_servers(self, files: Sequence[str | Path], taken: Collection[str]) -> list[Tool]:
-        require("using MCP servers", "mcp", extra="mcp")
         from glm4lite.tools.mcp_servers import McpServers
 
         self.servers = tuple(read_config(files))

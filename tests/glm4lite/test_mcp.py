@@ -19,7 +19,7 @@ import pytest
 from glm4lite.base.errors import ToolError
 from glm4lite.text.messages import ToolCall
 from glm4lite.tools.mcp_client import connection
-from glm4lite.tools.mcp_client.config import ServerConfig, read_config
+from glm4lite.tools.mcp_config import ServerConfig, read_config
 from glm4lite.tools.mcp_servers import McpServers
 from glm4lite.tools.running import MAX_RESULT_CHARACTERS, ToolResult, run_tool
 from glm4lite.tools.tool import Tool

@@ -21,7 +21,7 @@ from glm4lite.base.errors import Glm4liteError, ToolError
 from glm4lite.base.sentences import Sentence
 from glm4lite.text.messages import ToolCall
 from glm4lite.tools.mcp_client import connection
-from glm4lite.tools.mcp_client.config import ServerConfig
+from glm4lite.tools.mcp_config import ServerConfig
 from glm4lite.tools.running import run_tool
 from glm4lite_ui.chats import Settings
 from glm4lite_ui.saved import store

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
-from glm4lite.tools.mcp_client.config import ServerConfig
+from glm4lite.tools.mcp_config import ServerConfig
 from glm4lite.tools.tool import Tool
 from glm4lite.tools.tool_files import load_tools
 from glm4lite.tools.toolbox import Toolbox

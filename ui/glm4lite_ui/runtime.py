@@ -17,7 +17,7 @@ from glm4lite.engine.sampling import SamplingParams
 from glm4lite.engine.worker import EngineWorker
 from glm4lite.measure.inventory import devices
 from glm4lite.server.launch import name_of
-from glm4lite.tools.mcp_client.config import ServerConfig
+from glm4lite.tools.mcp_config import ServerConfig
 from glm4lite.tools.tool import Tool
 from glm4lite_ui.answering import Answer
 from glm4lite_ui.attachments import read

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from glm4lite.base.errors import Glm4liteError, ToolError, one_line, said_by
-from glm4lite.tools.mcp_client.config import ServerConfig, server_config
+from glm4lite.tools.mcp_config import ServerConfig, server_config
 from glm4lite.tools.mcp_servers import McpServers
 from glm4lite.tools.tool import Tool
 from glm4lite.tools.toolbox import with_approval

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from glm4lite.base.errors import ToolError
 from glm4lite.base.sentences import Sentence
 from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
-from glm4lite.tools.mcp_client.config import ServerConfig
+from glm4lite.tools.mcp_config import ServerConfig
 from glm4lite.tools.tool import Tool
 from glm4lite_ui.saved.trust import Trust, Word
 from glm4lite_ui.servers import Server, Servers

@@ -12,8 +12,8 @@ from mcp.types import CONNECTION_CLOSED, CallToolResult, EmbeddedResource, TextC
 from pydantic import ValidationError
 
 from glm4lite.base.errors import ToolError, one_line
-from glm4lite.tools.mcp_client.config import ServerConfig
 from glm4lite.tools.mcp_client.transport import HttpServer, StdioServer
+from glm4lite.tools.mcp_config import ServerConfig
 from glm4lite.tools.running import ToolResult
 
 logger = logging.getLogger("glm4lite")

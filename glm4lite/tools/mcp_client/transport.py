@@ -26,7 +26,7 @@ from mcp.shared.message import SessionMessage
 from mcp.types import jsonrpc_message_adapter
 
 from glm4lite.base.errors import ToolError, one_line
-from glm4lite.tools.mcp_client.config import ServerConfig
+from glm4lite.tools.mcp_config import ServerConfig
 
 MAX_BYTES = 16 << 20  # of one line, or of one HTTP answer; an image in base64 fits
 MAX_UNASKED = 10_000  # messages in a row without one of ours: progress and log notices come in hundreds

@@ -15,7 +15,7 @@ from typing import Any
 from glm4lite.base.errors import ToolError
 from glm4lite.base.sentences import Sentence
 from glm4lite.base.user_folder import make_private
-from glm4lite.tools.mcp_client.config import MAX_FILE, read_document
+from glm4lite.tools.mcp_config import MAX_FILE, read_document
 from glm4lite_ui.saved.store import write_kept
 
 
