@@ -102,7 +102,7 @@ def report(what: str, found: dict[str, float], shards: int, allowed: float) -> N
     )
 
 
-@pytest.mark.parametrize("quant", ["search", "int4"])
+@pytest.mark.parametrize("quant", ["search", pytest.param("int4", marks=pytest.mark.slow)])
 def test_streaming_to_int4_peaks_at_the_quantized_size_plus_half_a_gib(
     big: Path, quant: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,7 +77,7 @@ def test_an_arm_processor_gets_the_kernels_it_has(neon: Path, cpu: str, isas: li
     assert have == isas
 
 
-@pytest.mark.parametrize("isa", ["scalar", "neon", "neoni8mm"])
+@pytest.mark.parametrize("isa", [pytest.param("scalar", marks=pytest.mark.slow), "neon", "neoni8mm"])
 def test_the_kernels_are_right_on_arm(neon: Path, isa: str) -> None:
     assert finished(*emulated(neon, "max", isa)).endswith("all right\n")
 
