@@ -143,7 +143,7 @@ def test_a_server_that_cannot_be_added_is_said_in_the_form_and_not_kept(
     page.wait_for_selector(f'#add-problem:has-text("{problem}")')
     assert page.input_value("#server-command") == command  # to be mended
     assert page.is_enabled("#add-server button[type=submit]")
-    assert page.locator('[data-origin="MCP server new"]').count() == 0
+    page.wait_for_selector('[data-origin="MCP server new"]', state="detached")
     assert not site.runtime.toolset.servers.file.path.exists()
     assert site.runtime.toolset.servers.all() == []
     visit.errors.clear()  # type: ignore[attr-defined]  # Chromium logs each answer that is a refusal
@@ -160,7 +160,7 @@ def test_a_server_that_hangs_while_it_is_added_is_shown_and_can_be_given_up(serv
     page.click("#add-server button:text-is('Cancel')")
     page.wait_for_selector("#add-problem >> text=slow")
     assert ended(pid)
-    assert page.locator('[data-origin="MCP server slow"]').count() == 0
+    page.wait_for_selector('[data-origin="MCP server slow"]', state="detached")
     assert page.is_enabled("#add-server button[type=submit]")
     visit.errors.clear()  # type: ignore[attr-defined]  # Chromium logs each answer that is a refusal
 
