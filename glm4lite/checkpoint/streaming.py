@@ -98,15 +98,15 @@ def quantize_weight(
     """
     if fill.quant is None:
         raise CheckpointError(f"{fill.source} is not to be quantized")
-    rows_count, columns = fill.shape
+    n, k = fill.shape
     try:
         if not isinstance(fill.quant, QuantConfig):
-            foreign = BnbTensor.empty(rows_count, columns, fill.quant, device)
+            foreign = BnbTensor.empty(n, k, fill.quant, device)
             for start, rows in blocks(checkpoint, fill.source, meter):
                 foreign.quantize_rows(start, rows)
             return foreign.double_quantized() if fill.quant.double_quant else foreign
         held, importance = (None, None) if calibrator is None else calibrator.take(fill)
-        weight = QuantTensor.empty(rows_count, columns, fill.quant)
+        weight = QuantTensor.empty(n, k, fill.quant)
         for start, rows in blocks(checkpoint, fill.source, meter, held):
             weight.quantize_rows(start, rows, importance, fast=fill.quant.method == MINMAX)
         return weight
