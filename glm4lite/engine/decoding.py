@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 
@@ -17,7 +16,6 @@ import torch
 from glm4lite.base.errors import ContextLengthError, DeviceError
 from glm4lite.engine.sampling import Sampler, SamplingParams
 from glm4lite.model.causal_lm import CausalLM
-from glm4lite.model.layers import DecoderLayer
 from glm4lite.runtime.out_of_memory import ran_out
 
 
@@ -65,8 +63,8 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Stopped(Exception):
-    """Raised inside a forward pass when generation is cancelled; never leaves this module."""
+class _Stopped(Exception):
+    """Raised between the layers when generation is cancelled; never leaves this module."""
 
 
 class Generation:
@@ -174,22 +172,28 @@ class Generation:
         self._logits = None
         device = self.model.device
         try:
-            with _stoppable(self.model, len(ids), self.cancel.is_set):
-                output = self.model(
-                    torch.tensor([ids], device=device), past_key_values=self.cache.kv, logits_to_keep=1, use_cache=True
-                )
+            self.model.model.interrupt = self._stop_if_cancelled
+            output = self.model(
+                torch.tensor([ids], device=device), past_key_values=self.cache.kv, logits_to_keep=1, use_cache=True
+            )
         except BaseException as error:
             self.cache.repair()
-            if isinstance(error, Stopped):
+            if isinstance(error, _Stopped):
                 return False
             failure = _device_failure(error, len(self.cache.ids) + len(ids))
             if failure is not None:
                 raise failure from error
             raise
+        finally:
+            self.model.model.interrupt = None
         self.cache.ids += ids
         logits: torch.Tensor = output.logits[0, -1].float()
         self._logits = logits[: self.vocab_size]
         return True
+
+    def _stop_if_cancelled(self) -> None:
+        if self.cancel.is_set():
+            raise _Stopped
 
 
 def _logprobs(logits: torch.Tensor, token: int, count: int) -> TokenLogprobs:
@@ -210,21 +214,3 @@ def _device_failure(error: BaseException, tokens: int) -> DeviceError | None:
         why = str(error).partition("\n")[0][:200]
         return DeviceError(f"the GPU failed ({why}); start again, or use --device cpu")
     return None
-
-
-@contextmanager
-def _stoppable(model: CausalLM, tokens: int, cancelled: Callable[[], bool]) -> Iterator[None]:
-    """Asks before every layer that takes long, because of its tokens or because its weights have to be fetched."""
-
-    def check(*_: object) -> None:
-        if cancelled():
-            raise Stopped
-
-    layers = (module for module in model.modules() if isinstance(module, DecoderLayer))
-    slow = (layer for layer in layers if tokens > layer.runner.few or not layer.store.resident)
-    handles = [layer.register_forward_pre_hook(check) for layer in slow]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

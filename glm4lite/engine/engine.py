@@ -148,10 +148,17 @@ class Engine:
         return generation
 
     def prefill(self, generation: Generation) -> Iterator[Progress]:
-        """Computes the prompt; reports progress where it takes more than one chunk."""
-        for done, total in generation.prefill():
-            if total > self.model.chunk:
-                yield Progress("prefill", done, total, "tokens")
+        """Computes the prompt; reports progress where it takes more than one chunk.
+
+        What was computed is kept where it ends early, by an error or because nobody waits any more.
+        """
+        try:
+            for done, total in generation.prefill():
+                if total > self.model.chunk:
+                    yield Progress("prefill", done, total, "tokens")
+        except BaseException:
+            self.prefixes.give(generation.cache)
+            raise
 
     def pieces(self, generation: Generation) -> Iterator[str | None]:
         """The output as text as it comes, cut at stop texts; None where the separator token stood."""
