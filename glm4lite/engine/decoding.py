@@ -74,10 +74,10 @@ class Generation:
     drawn, the stop id included; `stop_id` is the one that came; `prefilled_tokens` were not in the kept prefix.
     Raises ContextLengthError at once when the prompt leaves no room in the model's context.
 
-    May be set before iteration: `force`, which is given each drawn id and its logits and returns the id to take;
-    `put_in`, which is given each drawn id first and returns ids to take in its place, all of them, or none;
+    May be set before iteration: `constraint`, which is given each drawn id and its logits and returns the id to take;
+    `replacement`, which is given each drawn id first and returns ids to take in its place, all of them, or none;
     `top_logprobs`, with which `logprobs` gets an entry for each drawn id, stop ids left out.
-    `is_put_in`: whether the id that was given last came from `put_in`.
+    `is_replaced`: whether the id that was given last came from `replacement`.
     """
 
     def __init__(
@@ -106,9 +106,9 @@ class Generation:
         self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
         self.cache = cache or PrefixCache(model)
         self.cancel = cancel or threading.Event()
-        self.force: Callable[[int, torch.Tensor], int] | None = None
-        self.put_in: Callable[[int], list[int]] | None = None
-        self.is_put_in = False
+        self.constraint: Callable[[int, torch.Tensor], int] | None = None
+        self.replacement: Callable[[int], list[int]] | None = None
+        self.is_replaced = False
         self.top_logprobs: int | None = None
         self.logprobs: list[TokenLogprobs] = []
         self.limit = min(params.max_new_tokens or context, context - len(prompt))
@@ -144,18 +144,18 @@ class Generation:
         sampler, seen, started = Sampler(self.params), list(self.prompt), time.perf_counter()
         while self._logits is not None and not self.cancel.is_set():
             token = sampler(self._logits, seen)
-            taken = self.put_in(token) if self.put_in is not None else []
-            self.is_put_in = bool(taken)
+            taken = self.replacement(token) if self.replacement is not None else []
+            self.is_replaced = bool(taken)
             if not taken:
-                token = self.force(token, self._logits) if self.force is not None else token
+                token = self.constraint(token, self._logits) if self.constraint is not None else token
                 taken = [token]
             self.seconds = time.perf_counter() - started
-            if not self.is_put_in and token in self.stop_ids:
+            if not self.is_replaced and token in self.stop_ids:
                 self.finish_reason, self.stop_id = "stop", token
                 return
             if len(self.ids) + len(taken) > self.limit:
                 return
-            if self.top_logprobs is not None and not self.is_put_in:
+            if self.top_logprobs is not None and not self.is_replaced:
                 self.logprobs.append(_logprobs(self._logits, token, self.top_logprobs))
             for token in taken:
                 self.ids.append(token)

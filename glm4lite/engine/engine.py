@@ -144,7 +144,7 @@ class Engine:
         generation = Generation(self.model, prompt, params, stops, self.tokenizer.size, cancel=cancel)
         generation.cache = self.prefixes.take(prompt)
         if params.thinking_budget is not None:
-            generation.put_in = ThinkingBudget(self.tokenizer, prompt, params.thinking_budget)
+            generation.replacement = ThinkingBudget(self.tokenizer, prompt, params.thinking_budget)
         return generation
 
     def prefill(self, generation: Generation) -> Iterator[Progress]:
@@ -182,7 +182,7 @@ class Engine:
                 yield None
                 detokenizer = StreamingDetokenizer(self.tokenizer)
                 continue
-            if generation.is_put_in:  # what the model did not say holds no stop text, and ends none
+            if generation.is_replaced:  # what the model did not say holds no stop text, and ends none
                 yield stops.finish() + detokenizer.add(token)
                 continue
             yield stops.feed(detokenizer.add(token))

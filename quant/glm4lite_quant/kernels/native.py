@@ -99,10 +99,10 @@ class NativeBackend:
     def unpack(self, packed: Packed) -> Planes:
         return packed.weight
 
-    def matmul(self, x: Tensor, packed: Packed, bias: Tensor | None, parts: int = 1) -> Tensor:
+    def matmul(self, x: Tensor, packed: Packed, bias: Tensor | None, splits: int = 1) -> Tensor:
         """x [M, K] -> [M, N] in x.dtype; x is quantized to int8 per 32 columns, sums are int32 and then float32.
 
-        With `parts` 2 what the rounding left is quantized too and multiplied as well.
+        With `splits` 2 what the rounding left is quantized too and multiplied as well.
         """
         if x.device.type != "cpu":
             raise QuantError(f"the input of a layer is on {x.device} but its weight on the CPU")
@@ -115,7 +115,7 @@ class NativeBackend:
         held = None if bias is None else bias.contiguous()
         where = None if held is None else held.data_ptr()
         refs = (ctypes.byref(packed.struct), ctypes.byref(a), where, ctypes.byref(y))
-        code = self._matmul(*refs, parts, self._code, thread_count())
+        code = self._matmul(*refs, splits, self._code, thread_count())
         if code != OK:
             raise MemoryError("no memory for the quantized activations")
         return out
