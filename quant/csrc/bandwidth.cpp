@@ -7,9 +7,8 @@
 #include "qgemm.h"
 #include "thread_pool.h"
 
-// Narrow loads reach four fifths of what wide ones do. GCC and clang compile single functions for wider registers.
-#if defined(GLM4LITE_X86) && (defined(__GNUC__) || defined(__clang__))
-#define GLM4LITE_WIDE
+// Narrow loads reach four fifths of what wide ones do.
+#if defined(GLM4LITE_X86)
 #include <immintrin.h>
 #endif
 
@@ -31,7 +30,7 @@ uint64_t sum_portable(const unsigned char* data, int64_t steps) {
   return total;
 }
 
-#if defined(GLM4LITE_WIDE)
+#if defined(GLM4LITE_X86)
 __attribute__((target("avx2"))) uint64_t sum_avx2(const unsigned char* data, int64_t steps) {
   __m256i lanes[8], total = _mm256_setzero_si256();
   for (__m256i& lane : lanes) lane = _mm256_setzero_si256();
@@ -58,9 +57,9 @@ __attribute__((target("avx512f"))) uint64_t sum_avx512(const unsigned char* data
 #endif
 
 Sum best_sum() {
-#if defined(GLM4LITE_WIDE)
-  if (__builtin_cpu_supports("avx512f")) return sum_avx512;
-  if (__builtin_cpu_supports("avx2")) return sum_avx2;
+#if defined(GLM4LITE_X86)
+  if (glm4_isa_available(GLM4_AVX512VNNI)) return sum_avx512;
+  if (glm4_isa_available(GLM4_AVX2)) return sum_avx2;
 #endif
   return sum_portable;
 }

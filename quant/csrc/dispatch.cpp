@@ -2,15 +2,13 @@
 #include "qgemm.h"
 
 #if defined(GLM4LITE_X86)
-#if defined(_MSC_VER)
-#include <intrin.h>
-#else
 #include <cpuid.h>
-#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
+#elif defined(__aarch64__) && defined(_WIN32)
+#include <windows.h>
 #endif
 
 namespace {
@@ -21,24 +19,14 @@ constexpr uint32_t bit(int i) { return 1u << i; }
 enum { EAX, EBX, ECX, EDX };
 
 void cpuid(uint32_t leaf, uint32_t subleaf, uint32_t* r) {
-#if defined(_MSC_VER)
-  int v[4];
-  __cpuidex(v, static_cast<int>(leaf), static_cast<int>(subleaf));
-  for (int i = 0; i < 4; ++i) r[i] = static_cast<uint32_t>(v[i]);
-#else
   __cpuid_count(leaf, subleaf, r[EAX], r[EBX], r[ECX], r[EDX]);
-#endif
 }
 
 // What registers the operating system saves: without it the instructions fault though the processor has them.
 uint64_t saved_state() {
-#if defined(_MSC_VER)
-  return _xgetbv(0);
-#else
   uint32_t low, high;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return (static_cast<uint64_t>(high) << 32) | low;
-#endif
 }
 
 // A bit for each ISA.
@@ -62,21 +50,28 @@ uint32_t host_isas() {
   cpuid(7, 1, r);
   return r[EAX] & bit(4) ? isas | bit(GLM4_AVXVNNI) : isas;
 }
-#elif defined(__aarch64__) && defined(__linux__)
-uint32_t host_isas() {  // bits of the kernel's asm/hwcap.h, whose older versions lack the second
-  const bool dot = getauxval(AT_HWCAP) >> 20 & 1, i8mm = getauxval(AT_HWCAP2) >> 13 & 1;
-  return bit(GLM4_SCALAR) | (dot ? bit(GLM4_NEON) : 0) | (dot && i8mm ? bit(GLM4_NEONI8MM) : 0);
-}
-#elif defined(__aarch64__) && defined(__APPLE__)
-bool has(const char* feature) {
+#elif defined(__aarch64__)
+#if defined(__linux__)  // bits of the kernel's asm/hwcap.h, whose older versions lack the second
+bool has_dot_products() { return getauxval(AT_HWCAP) >> 20 & 1; }
+bool has_matrix_products() { return getauxval(AT_HWCAP2) >> 13 & 1; }
+#elif defined(__APPLE__)
+bool has_dot_products() { return true; }  // from the first, the M1, on; macOS 11 knows no name for it
+bool has_matrix_products() {
   int value = 0;
   size_t size = sizeof(value);
-  return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value != 0;
+  return sysctlbyname("hw.optional.arm.FEAT_I8MM", &value, &size, nullptr, 0) == 0 && value != 0;
 }
+#elif defined(_WIN32)  // numbers of the PF_ARM_V82_..._AVAILABLE that not every header has; an older Windows says no
+bool has_dot_products() { return IsProcessorFeaturePresent(43); }
+bool has_matrix_products() { return IsProcessorFeaturePresent(66); }
+#else
+bool has_dot_products() { return false; }
+bool has_matrix_products() { return false; }
+#endif
 
 uint32_t host_isas() {
-  const bool dot = has("hw.optional.arm.FEAT_DotProd"), i8mm = has("hw.optional.arm.FEAT_I8MM");
-  return bit(GLM4_SCALAR) | (dot ? bit(GLM4_NEON) : 0) | (dot && i8mm ? bit(GLM4_NEONI8MM) : 0);
+  if (!has_dot_products()) return bit(GLM4_SCALAR);
+  return bit(GLM4_SCALAR) | bit(GLM4_NEON) | (has_matrix_products() ? bit(GLM4_NEONI8MM) : 0);
 }
 #else
 uint32_t host_isas() { return bit(GLM4_SCALAR); }

@@ -225,7 +225,7 @@ GLM4_API int32_t glm4_decoder_layers(const glm4_layer* const* layers, const glm4
       }
     }
     return GLM4_OK;
-  } catch (const std::bad_alloc&) {
+  } catch (...) {  // std::bad_alloc, maybe of another copy of the C++ library, whose type would not be ours
     return GLM4_NO_MEMORY;
   }
 }

@@ -228,7 +228,7 @@ GLM4_API int32_t glm4_matmul(const glm4_weight* w, const glm4_matrix* x, const f
     const Sink sink{w, bias, *y};
     glm4::linear(MatrixSource(*x, w->k), &sink, 1, splits, *glm4_isa_of(isa), threads);
     return GLM4_OK;
-  } catch (const std::bad_alloc&) {
+  } catch (...) {  // std::bad_alloc, maybe of another copy of the C++ library, whose type would not be ours
     return GLM4_NO_MEMORY;
   }
 }

@@ -29,22 +29,10 @@ inline void fetch_ahead(const uint8_t* codes) {
 
 // Keeps the compiler from changing the order of the additions, or from reading again what it has read: either costs it
 // the registers.
-inline void settle(Ints& v) {
-#if defined(__GNUC__)
-  __asm__("" : "+x"(v));
-#else
-  (void)v;
-#endif
-}
+inline void settle(Ints& v) { __asm__("" : "+x"(v)); }
 
 // Keeps it from holding in registers, or on the stack as well, what lies there.
-inline void forget(float*& p) {
-#if defined(__GNUC__)
-  __asm__("" : "+r"(p));
-#else
-  (void)p;
-#endif
-}
+inline void forget(float*& p) { __asm__("" : "+r"(p)); }
 
 inline Ints load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline Ints low_nibbles(Ints v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }

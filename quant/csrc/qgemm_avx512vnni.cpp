@@ -36,9 +36,7 @@ inline void dot_int4(const uint8_t* tile, const int32_t* a, __m512i* out) {
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     __m512i v = _mm512_loadu_si512(tile + 64 * j);
-#if defined(__GNUC__)
     __asm__("" : "+v"(v));  // loaded once: the compiler would read it for each use, and the loads are what limits
-#endif
     const __m512i low = _mm512_and_si512(v, nibble);
     const __m512i high = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble);
 #pragma GCC unroll 12

@@ -12,14 +12,9 @@
 
 namespace {
 
-#if defined(__GNUC__)
 #define GLM4_INLINE static inline __attribute__((always_inline))
-#else
-#define GLM4_INLINE static inline
-#endif
 
-// 16 lanes in registers of the ISA's own size: one, two or four vectors, or (other compilers) 16 numbers.
-#if defined(__GNUC__) && !defined(GLM4LITE_PLAIN_VECTORS)
+// 16 lanes in registers of the ISA's own size: one, two or four vectors.
 #if defined(__AVX512F__)
 constexpr int kRegister = 64;
 #elif defined(__AVX2__)
@@ -31,12 +26,6 @@ typedef float FloatPart __attribute__((vector_size(kRegister)));
 typedef int32_t WordPart __attribute__((vector_size(kRegister)));
 GLM4_INLINE WordPart whole(FloatPart v) { return __builtin_convertvector(v, WordPart); }
 GLM4_INLINE WordPart less(FloatPart a, FloatPart b) { return a < b; }
-#else
-typedef float FloatPart;
-typedef int32_t WordPart;
-GLM4_INLINE WordPart whole(FloatPart v) { return static_cast<int32_t>(v); }
-GLM4_INLINE WordPart less(FloatPart a, FloatPart b) { return a < b ? -1 : 0; }
-#endif
 
 constexpr int kParts = 64 / sizeof(FloatPart);
 

@@ -126,10 +126,8 @@ struct Ahead {
   int64_t bytes;  // of each
   void next() {
     if (bytes <= 0) return;
-#if defined(__GNUC__)
     __builtin_prefetch(keys);
     __builtin_prefetch(values);
-#endif
     keys += 64, values += 64, bytes -= 64;
   }
 };

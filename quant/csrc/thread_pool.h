@@ -18,7 +18,7 @@
 #include <pthread.h>
 #include <signal.h>
 #endif
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -83,9 +83,9 @@ class ThreadPool {
   }
 
   static void pause() {
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
     _mm_pause();
-#elif defined(__aarch64__) && defined(__GNUC__)
+#elif defined(__aarch64__)
     __asm__ volatile("isb");  // some 10 ns; `yield` takes no time at all there
 #else
     std::this_thread::yield();

@@ -22,8 +22,6 @@
 
 namespace {
 
-#if defined(__GNUC__) && !defined(GLM4LITE_PLAIN_VECTORS)  // the latter tests what other compilers get
-
 typedef float Vec __attribute__((vector_size(4 * GLM4_LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * GLM4_LANES)));
 
@@ -71,57 +69,6 @@ inline void narrow(const Ints* v, int8_t* to) {
 #endif
 }
 
-#else  // a compiler without vector types: the same meaning, element by element
-
-struct Ints {
-  int32_t v[GLM4_LANES];
-};
-struct Vec {
-  float v[GLM4_LANES];
-  float& operator[](int i) { return v[i]; }
-  float operator[](int i) const { return v[i]; }
-};
-template <class F>
-inline Vec each(F f) {
-  Vec r;
-  for (int i = 0; i < GLM4_LANES; ++i) r.v[i] = f(i);
-  return r;
-}
-template <class F>
-inline Ints each_int(F f) {
-  Ints r;
-  for (int i = 0; i < GLM4_LANES; ++i) r.v[i] = f(i);
-  return r;
-}
-inline Vec all(float v) { return each([&](int) { return v; }); }
-inline Vec operator+(Vec a, Vec b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
-inline Vec operator-(Vec a, Vec b) { return each([&](int i) { return a.v[i] - b.v[i]; }); }
-inline Vec operator*(Vec a, Vec b) { return each([&](int i) { return a.v[i] * b.v[i]; }); }
-inline Vec operator/(Vec a, Vec b) { return each([&](int i) { return a.v[i] / b.v[i]; }); }
-inline Vec& operator+=(Vec& a, Vec b) { return a = a + b; }
-inline Vec& operator*=(Vec& a, Vec b) { return a = a * b; }
-inline Ints operator<(Vec a, Vec b) { return each_int([&](int i) { return a.v[i] < b.v[i] ? -1 : 0; }); }
-inline Ints operator<<(Ints a, int n) { return each_int([&](int i) { return a.v[i] << n; }); }
-inline Ints operator&(Ints a, int32_t m) { return each_int([&](int i) { return a.v[i] & m; }); }
-inline Ints operator+(Ints a, Ints b) { return each_int([&](int i) { return a.v[i] + b.v[i]; }); }
-inline Ints bits_of(Vec a) {
-  Ints r;
-  memcpy(&r, &a, sizeof(r));
-  return r;
-}
-inline Vec float_of(Ints a) {
-  Vec r;
-  memcpy(&r, &a, sizeof(r));
-  return r;
-}
-inline Vec choose(Ints m, Vec yes, Vec no) { return each([&](int i) { return m.v[i] ? yes.v[i] : no.v[i]; }); }
-inline Vec widen(const int8_t* p) { return each([&](int i) { return static_cast<float>(p[i]); }); }
-inline void narrow(const Ints* v, int8_t* to) {
-  for (int i = 0; i < 32; ++i) to[i] = static_cast<int8_t>(v[i / GLM4_LANES].v[i % GLM4_LANES]);
-}
-
-#endif
-
 inline Vec load(const float* p) {
   Vec v;
   memcpy(&v, p, sizeof(v));
@@ -134,7 +81,7 @@ inline Vec magnitude(Vec v) { return float_of(bits_of(v) & 0x7fffffff); }
 // The lower lanes with the upper ones until one is left; everywhere in this order, which a sum of floats depends on.
 template <class F>
 inline float reduce(Vec v, F both) {
-#if defined(__GNUC__) && defined(__AVX2__) && !defined(GLM4LITE_PLAIN_VECTORS)
+#if defined(__AVX2__)
 #if defined(__AVX512F__)
   const __m256 eight = both(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
 #else
