@@ -64,10 +64,8 @@ def test_avx_vnni_is_right_where_only_avx_512_has_its_instruction(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_no_two_threads_touch_the_same_memory_and_compilers_without_vectors_are_served(tmp_path: Path) -> None:
-    program = str(sanitized(tmp_path, "thread", "-DGLM4LITE_PLAIN_VECTORS"))
-    finished(program, "threads", TSAN_OPTIONS="halt_on_error=1")
-    finished(program, "scalar", TSAN_OPTIONS="halt_on_error=1")
+def test_no_two_threads_touch_the_same_memory(tmp_path: Path) -> None:
+    finished(str(sanitized(tmp_path, "thread")), "threads", TSAN_OPTIONS="halt_on_error=1")
 
 
 # A processor that has both is the next test's.

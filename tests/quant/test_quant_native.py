@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import glm4lite_quant
 from glm4lite_quant import QuantConfig, QuantError, QuantLinear, QuantTensor, kernels
 from glm4lite_quant.kernels import native, reference
 
@@ -242,6 +243,23 @@ def test_without_the_library_everything_works_and_says_so(monkeypatch: pytest.Mo
     monkeypatch.setenv("GLM4LITE_ISA", "scalar")
     with pytest.raises(QuantError, match=r"missing\.so"):
         kernels.pick(q)
+
+
+@pytest.mark.parametrize(("system", "name"), [("linux", "so"), ("darwin", "dylib"), ("win32", "dll")])
+def test_each_system_has_its_own_library(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, system: str, name: str
+) -> None:
+    monkeypatch.setattr("sys.platform", system)
+    monkeypatch.setattr(glm4lite_quant, "__path__", [str(tmp_path / "none"), str(tmp_path)])
+    monkeypatch.delenv("GLM4LITE_KERNELS", raising=False)
+    native._load.cache_clear()
+    why = f"reference (plain torch, slow): no glm4lite_kernels.{name} is installed"
+    assert kernels.status().startswith(why)
+    for one in ("so", "dylib", "dll"):
+        (tmp_path / f"glm4lite_kernels.{one}").write_text("not a library")
+    native._load.cache_clear()
+    assert f"{tmp_path}/glm4lite_kernels.{name} cannot be loaded" in kernels.status()
+    native._load.cache_clear()
 
 
 def test_a_file_that_is_no_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

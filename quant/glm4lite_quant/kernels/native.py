@@ -22,7 +22,7 @@ from glm4lite_quant.kernels.reference import SHARES
 
 ABI = 4
 ISAS = ("scalar", "avx2", "avxvnni", "avx512vnni", "neon", "neoni8mm")  # in the order of the C enum, slowest first
-FILES = ("glm4lite_kernels.so", "glm4lite_kernels.dylib", "glm4lite_kernels.dll")
+SUFFIXES = {"win32": "dll", "darwin": "dylib"}  # of a library, by sys.platform; elsewhere so
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2  # element types, as in the C enum
 DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 OK, NOT_FINITE, NO_MEMORY = 0, 1, 2
@@ -240,7 +240,9 @@ def _library() -> Library:
 def _load(override: str) -> Library:
     path = override or _find()
     if not path:
-        return Library("", None, (), "the native library was not built (install a C++ compiler and reinstall)")
+        return Library(
+            "", None, (), f"no {_file_name()} is installed: install a wheel, or GCC or Clang and then reinstall"
+        )
     try:
         cdll = ctypes.CDLL(path)
         version = cdll.glm4_abi_version()
@@ -262,7 +264,11 @@ def _load(override: str) -> Library:
 def _find() -> str:
     """The library in any folder of the package: an editable install keeps it away from the sources."""
     for folder in sys.modules["glm4lite_quant"].__path__:
-        for name in FILES:
-            if (Path(folder) / name).is_file():
-                return str(Path(folder) / name)
+        library = Path(folder) / _file_name()
+        if library.is_file():
+            return str(library)
     return ""
+
+
+def _file_name() -> str:
+    return f"glm4lite_kernels.{SUFFIXES.get(sys.platform, 'so')}"
