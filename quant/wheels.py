@@ -168,6 +168,7 @@ class Library:
 
 
 def _needs(data: bytes, target: Platform) -> str:
+    lief.logging.disable()  # of what zig leaves empty in a file of macOS
     binary = lief.parse(list(data))
     system, file = target.system, target.system.library
     if isinstance(binary, lief.ELF.Binary):
