@@ -112,11 +112,13 @@ class ChatSession:
         ram: int | str | None = None,
         context: int | str | None = None,
         approve: Approve = nobody_to_ask,
+        speculate: str | int = "auto",
         **sampling: Any,
     ) -> ChatSession:
         """An Engine and a session on it; arguments as in `Engine.load`, `sampling` as in SamplingParams."""
         SamplingParams.check(**sampling)
         limits: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
+        limits["speculate"] = speculate
         engine = Engine.load(source, quant, device, dtype, progress, need_template=True, **limits)
         return cls(engine, tools, system, engine.params(**sampling), approve=approve)
 
