@@ -118,7 +118,24 @@ def is_interactive() -> bool:
     return number is not None and os.isatty(number)
 
 
-def piped_text(optional: bool, remark: Remark) -> str:
+def prompt_text(prompt: str | None, remark: Remark) -> str:
+    """A prompt, and below it what stdin holds; None and `-` are stdin alone, typed where it is a terminal.
+
+    The line end that files and echo have is none of the text's. Raises InputError where there is no text at all.
+    """
+    prompt = None if prompt == "-" else prompt
+    if prompt is None and is_interactive():
+        remark("(type the text; Ctrl-D on a line of its own ends it)")
+        piped = _typed_text()
+    else:
+        piped = _piped_text(prompt is not None, remark)
+    piped = piped.rstrip("\n")
+    if prompt is None and not piped.strip():
+        raise InputError("stdin is empty: give a text there, or with -p")
+    return "\n\n".join(text for text in (prompt, piped) if text)
+
+
+def _piped_text(optional: bool, remark: Remark) -> str:
     """All of stdin as one text; "" where it is empty, or a terminal.
 
     `optional`: there is a prompt too. Then a stdin that cannot be read is none (nohup makes one), and so is a socket on
@@ -145,7 +162,7 @@ def piped_text(optional: bool, remark: Remark) -> str:
         timer.cancel()
 
 
-def typed_text() -> str:
+def _typed_text() -> str:
     """All that is typed until Ctrl-D. Raises InputError for more than MAX_INPUT."""
     number = streams().stdin
     return "" if number is None else _read_all(number).decode("utf-8", "replace")

@@ -1,7 +1,7 @@
 """The native CPU kernels (csrc/) through ctypes: finding the library, choosing an ISA, passing pointers.
 
-GLM4LITE_KERNELS is the library's path, GLM4LITE_ISA forces one of ISAS, GLM4LITE_THREADS bounds the threads (else
-torch's own setting). ctypes releases the GIL during every call.
+GLM4LITE_KERNELS is the library's path, GLM4LITE_ISA forces one of ISAS, GLM4LITE_THREADS bounds the threads where
+`set_threads` did not (else torch's own setting). ctypes releases the GIL during every call.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ FILES = ("glm4lite_kernels.so", "glm4lite_kernels.dylib", "glm4lite_kernels.dll"
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2  # element types, as in the C enum
 DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 OK, NOT_FINITE, NO_MEMORY = 0, 1, 2
+
+_threads: int | None = None
+"""What `set_threads` was given: for the library's pool, of which there is one in a process, as torch has one."""
 
 
 class Weight(ctypes.Structure):
@@ -164,11 +167,11 @@ def status() -> str:
 
 
 def thread_count() -> int:
-    """min(cores this process may use, GLM4LITE_THREADS or torch.get_num_threads())."""
+    """min(cores this process may use, what `set_threads` or GLM4LITE_THREADS say, or torch.get_num_threads())."""
     text = os.environ.get("GLM4LITE_THREADS", "")
     if text and (not text.isascii() or not text.isdigit() or int(text) < 1):
         raise QuantError(f"GLM4LITE_THREADS is {text!r}; use a whole number of at least 1")
-    return min(_cores(), int(text) if text else torch.get_num_threads())
+    return min(_cores(), _threads or (int(text) if text else torch.get_num_threads()))
 
 
 def check_environment() -> None:
@@ -178,10 +181,11 @@ def check_environment() -> None:
 
 
 def set_threads(count: int) -> None:
-    """The number of threads of torch and of the kernels, for this process; QuantError outside 1..cores."""
+    """The number of threads of torch and of the kernels, for this process alone; QuantError outside 1..cores."""
     if not 1 <= count <= _cores():
         raise QuantError(f"{count} threads cannot be used; this process may use 1 to {_cores()}")
-    os.environ["GLM4LITE_THREADS"] = str(count)
+    global _threads
+    _threads = count
     torch.set_num_threads(count)
 
 
