@@ -426,6 +426,7 @@ def test_each_weight_goes_where_the_placement_says() -> None:
     assert [found.on_disk(name) for name in names] == [False, False, True, False]
     assert [found.mapped(name) for name in names] == [True, False, False, False]
     assert found.dtype("model.layers.5") == torch.bfloat16
+    assert found.dtype("layers.0") == found.dtype("model.layers.1") == torch.float32  # whole layers have a type too
     assert found.dtype("model.embed_tokens") == torch.float32
     tied = replace(placement, devices=(shares[0], replace(shares[1], mapped=0), shares[2]))
     assert not replace(found, placement=tied).mapped("model.embed_tokens")  # a head that reads all of it
