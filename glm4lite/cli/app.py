@@ -56,7 +56,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-def _add_commands() -> None:
+def add_commands() -> None:
     """Commands of other packages, from the entry-point group `glm4lite.commands`: so that nothing here imports them."""
     for entry in entry_points(group="glm4lite.commands"):
         _add(entry.load(), entry.name)
@@ -69,7 +69,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         settle()
-        _add_commands()
+        add_commands()
         with leaving_on_signals():
             app(prog_name="glm4lite")  # also under python -m: completion is asked for by this name
     except KeyboardInterrupt:
