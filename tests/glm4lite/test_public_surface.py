@@ -6,6 +6,7 @@ CHANGELOG.md. What an event holds is a promise within its version (glm4lite/base
 
 from __future__ import annotations
 
+import ast
 import difflib
 import inspect
 import json
@@ -84,3 +85,11 @@ def test_the_public_surface_is_the_recorded_one() -> None:
     changed = [line for line in difflib.ndiff(recorded, found) if line[0] in "+-"]
     said = f"decide, then write it into {RECORD.name} and CHANGELOG.md:"
     assert not changed, "\n".join([said, *changed])
+
+
+def test_type_checkers_see_the_names_that_are_imported_on_first_use() -> None:
+    tree = ast.parse(Path(glm4lite.__file__).read_text(encoding="utf-8"))
+    guarded = next(node for node in tree.body if isinstance(node, ast.If)).orelse
+    imports = [node for node in guarded if isinstance(node, ast.ImportFrom)]
+    shown = {(alias.asname, node.module) for node in imports for alias in node.names}
+    assert shown == {(name, f"glm4lite.{home}") for name, home in glm4lite._HOMES.items()}
