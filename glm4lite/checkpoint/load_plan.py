@@ -26,7 +26,7 @@ from glm4lite.checkpoint.formats.registry import foreign_weight
 from glm4lite.checkpoint.quantization import column_multiple, empty_weight
 from glm4lite.model.config import Glm4Config
 from glm4lite.model.layers import layer_of
-from glm4lite_quant import BnbTensor, QuantConfig, QuantError, QuantTensor
+from glm4lite_quant import QuantConfig, QuantError, QuantTensor
 from glm4lite_quant.format import NAMES
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -55,13 +55,6 @@ class Fill:
     quant: Quant | None = None
     parts: tuple[str, ...] = ()
     foreign: ForeignWeight | None = None
-
-    def planned(self) -> QuantTensor | BnbTensor:
-        """Shapes and types of the quantized weight (on the meta device)."""
-        if self.quant is None:
-            raise CheckpointError(f"{self.source} is not to be quantized")
-        rows, columns = self.shape
-        return empty_weight(rows, columns, self.quant, "meta")
 
 
 @dataclass
@@ -121,7 +114,7 @@ class LoadPlan:
     def fill_bytes(self, fill: Fill, activations: torch.dtype) -> int:
         """Bytes of one filled parameter that does not lie quantized in the file."""
         if fill.quant:
-            return fill.planned().nbytes
+            return empty_weight(*fill.shape, fill.quant, "meta").nbytes
         return math.prod(fill.shape) * self.plain_dtype(fill.module, len(fill.shape), activations).itemsize
 
 

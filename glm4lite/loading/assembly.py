@@ -46,7 +46,7 @@ class Assembly:
         """Give one parameter its values."""
         device = self.destinations.device(fill.module)
         if fill.quant is not None:
-            self._replace(fill, quantize_weight(self.checkpoint, fill, self.meter, calibrator, device))
+            self._replace(fill, quantize_weight(self.checkpoint, fill, fill.quant, self.meter, calibrator, device))
         elif fill.foreign is not None:
             self._replace(fill, fill.foreign.read(self.checkpoint))
             self._count(fill)

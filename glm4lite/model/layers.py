@@ -26,8 +26,6 @@ from glm4lite.model.config import Glm4Config
 from glm4lite.model.rotary import apply_rotary
 from glm4lite_quant.kernels.decoder import Heads
 
-Caches = Sequence[HomeCache | None]
-
 _LAYER = re.compile(r"(?:model\.)?layers\.([0-9]{1,9})(?:\.(.+))?")
 
 
