@@ -158,14 +158,21 @@ class Engine:
         generation = Generation(self.model, prompt, params, stops, self.tokenizer.size, cancel=cancel)
         generation.cache = self.prefixes.take(prompt)
         if params.thinking_budget is not None:
-            generation.put_in = ThinkingBudget(self.tokenizer, prompt, params.thinking_budget)
+            generation.replacement = ThinkingBudget(self.tokenizer, prompt, params.thinking_budget)
         return generation
 
     def prefill(self, generation: Generation) -> Iterator[Progress]:
-        """Computes the prompt; reports progress where it takes more than one chunk."""
-        for done, total in generation.prefill():
-            if total > self.model.chunk:
-                yield Progress("prefill", done, total, "tokens")
+        """Computes the prompt; reports progress where it takes more than one chunk.
+
+        What was computed is kept where it ends early, by an error or because nobody waits any more.
+        """
+        try:
+            for done, total in generation.prefill():
+                if total > self.model.chunk:
+                    yield Progress("prefill", done, total, "tokens")
+        except BaseException:
+            self.prefixes.give(generation.cache)
+            raise
 
     def pieces(self, generation: Generation) -> Iterator[str | None]:
         """The output as text as it comes, cut at stop texts; None where the separator token stood."""
@@ -189,7 +196,7 @@ class Engine:
                 yield None
                 detokenizer = StreamingDetokenizer(self.tokenizer)
                 continue
-            if generation.is_put_in:  # what the model did not say holds no stop text, and ends none
+            if generation.is_replaced:  # what the model did not say holds no stop text, and ends none
                 yield stops.finish() + detokenizer.add(token)
                 continue
             yield stops.feed(detokenizer.add(token))

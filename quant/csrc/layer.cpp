@@ -36,7 +36,7 @@ class Layer {
     const Sink qkv[3] = {{&l_.q, l_.q_bias, matrix(q, tokens, q_size_)},
                          {&l_.k, l_.k_bias, matrix(k, tokens, kv_size_)},
                          {&l_.v, l_.v_bias, matrix(v, tokens, kv_size_)}};
-    multiply(Normed(*this, x, nullptr, nullptr, l_.input_norm, tokens), qkv, 3, l_.qkv_parts);
+    multiply(Normed(*this, x, nullptr, nullptr, l_.input_norm, tokens), qkv, 3, l_.qkv_splits);
     place(q, k, v, tokens, cos, sin, cache);
     attention(q, tokens, cache, attended);
     const Sink o{&l_.o, nullptr, matrix(out, tokens, hidden_)};
@@ -82,8 +82,8 @@ class Layer {
   static glm4_matrix matrix(float* data, int64_t rows, int64_t columns) { return {data, rows, columns, GLM4_FLOAT32}; }
   static bool few(int64_t tokens) { return tokens < 8; }
 
-  void multiply(const Source& source, const Sink* sinks, int count, int parts = 1) const {
-    glm4::linear(source, sinks, count, parts, isa_, threads_);
+  void multiply(const Source& source, const Sink* sinks, int count, int splits = 1) const {
+    glm4::linear(source, sinks, count, splits, isa_, threads_);
   }
 
   // Rotates queries in place, and keys on their way into the cache; values go there too.

@@ -106,7 +106,7 @@ class Layer:
         self.dense = {name: weight.dequantize().double() for name, weight in self.weights.items()}
 
     def kernel(self) -> DecoderKernel:
-        made = DecoderKernel.of(self.weights, self.biases, self.norms, EPS, self.heads, qkv_parts=2)
+        made = DecoderKernel.of(self.weights, self.biases, self.norms, EPS, self.heads, qkv_splits=2)
         assert made is not None
         return made
 
