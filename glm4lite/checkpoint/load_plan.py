@@ -114,7 +114,7 @@ class LoadPlan:
     def fill_bytes(self, fill: Fill, activations: torch.dtype) -> int:
         """Bytes of one filled parameter that does not lie quantized in the file."""
         if fill.quant:
-            return empty_weight(*fill.shape, fill.quant, "meta").nbytes
+            return empty_weight(fill.shape, fill.quant).nbytes
         return math.prod(fill.shape) * self.plain_dtype(fill.module, len(fill.shape), activations).itemsize
 
 

@@ -98,7 +98,7 @@ def _planned(checkpoint: Checkpoint, fill: Fill) -> Iterator[PlannedTensor]:
         stored = DTYPES[checkpoint.dtype(fill.source)]
         yield PlannedTensor(fill.source, torch.float32 if stored == torch.float16 else stored, fill.shape)
         return
-    for part, tensor in empty_weight(*fill.shape, fill.quant, "meta").tensors().items():
+    for part, tensor in empty_weight(fill.shape, fill.quant).tensors().items():
         yield PlannedTensor(_part_name(fill, part), tensor.dtype, tuple(tensor.shape))
 
 
