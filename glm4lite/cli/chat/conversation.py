@@ -13,8 +13,8 @@ from glm4lite.base.user_folder import chats_folder
 from glm4lite.chat.session import ChatSession
 from glm4lite.cli.chat import saved
 from glm4lite.cli.chat.settings import Settings
-from glm4lite.cli.echo import echo
 from glm4lite.cli.signals import interrupt_stops
+from glm4lite.cli.streams import echo
 from glm4lite.cli.terminal import ending
 from glm4lite.engine.engine import Engine
 from glm4lite.hub.sources import locate
