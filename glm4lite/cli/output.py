@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -27,6 +26,8 @@ def nano_remark(command: str) -> str:
 @contextmanager
 def rendering(as_json: bool, raw: bool = False) -> Iterator[Renderer]:
     """Where events go; the terminal is left in order whatever happens. `raw`: Markdown is not drawn."""
+    import logging
+
     from glm4lite.cli.terminal import JsonLines, Notices, Terminal
 
     own = streams()

@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from glm4lite.base.errors import ConfigError, Glm4liteError
-from glm4lite.base.user_folder import user_folder
 from glm4lite.cli import options
 from glm4lite.cli.output import nano_remark, rendering
 from glm4lite.cli.streams import InputError, is_interactive, prompt_text, streams
@@ -100,6 +99,8 @@ def _keyboard(conversation: Conversation, no_history: bool) -> Keyboard:
 
 
 def _history_file(remark: Callable[[str], None]) -> Path | None:
+    from glm4lite.base.user_folder import user_folder
+
     try:
         return user_folder() / "history"
     except Glm4liteError as error:

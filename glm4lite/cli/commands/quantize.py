@@ -11,7 +11,6 @@ import typer
 from glm4lite.base.errors import ConfigError
 from glm4lite.cli import options
 from glm4lite.cli.output import rendering
-from glm4lite.hub.sources import NANO
 
 
 def quantize(
@@ -49,5 +48,7 @@ def quantize(
 
 def _as_model(folder: Path) -> str:
     """The folder as a model's name: a bare one may be the embedded model's, a user's home or an option."""
+    from glm4lite.hub.sources import NANO
+
     bare = str(folder)
     return f"./{bare}" if bare == NANO or bare.startswith(("~", "-")) else bare
