@@ -37,6 +37,7 @@ def ui(
     gpu_memory: options.GpuMemory = None,
     ram: options.Ram = None,
     context: options.Context = None,
+    speculate: options.Speculate = "auto",
     threads: options.Threads = None,
     servers_from_elsewhere: Annotated[
         bool,
@@ -46,7 +47,7 @@ def ui(
 ) -> None:
     """Chat with a model in the browser, on this machine only."""
     limits: dict[str, Any] = {"device": device, "dtype": dtype}
-    limits |= {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
+    limits |= {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv, "speculate": speculate}
     with rendering(as_json=False) as renderer:
         # Before what takes seconds to import.
         require("the web chat", "gradio", "nh3", "latex2mathml", "pygments", extra="ui")

@@ -32,10 +32,11 @@ class Source:
 
     model: str
     options: LoadOptions
+    speculate: str = "auto"
 
     def load(self, progress: Callable[[Progress], None], before_weights: Callable[[], None] | None = None) -> Engine:
         options = replace(self.options, progress=progress)
-        return Engine.from_options(self.model, options, need_template=True, before_weights=before_weights)
+        return Engine.from_options(self.model, options, True, before_weights, self.speculate)
 
 
 @dataclass
@@ -147,7 +148,7 @@ class Conversation:
         """
         locate(model)
         old, options = self.source, self.source.options
-        new = Source(model, replace(options, quant=quant or options.quant))
+        new = replace(self.source, model=model, options=replace(options, quant=quant or options.quant))
         unloaded = False
 
         def unload() -> None:
