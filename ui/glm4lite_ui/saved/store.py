@@ -38,6 +38,7 @@ from glm4lite_ui.saved.shared import from_data, to_data
 logger = logging.getLogger("glm4lite")
 
 LARGEST = 64 << 20  # bytes of a chat's file; the longest context is a hundredth of it
+RESTORABLE = 10  # chats that were deleted, in memory
 _ID = re.compile(r"[0-9a-f]{16}")
 
 
@@ -78,6 +79,7 @@ class ChatStore:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or data_folder()
         self._index, self._lock = dict[str, _Entry](), threading.Lock()
+        self._deleted = dict[str, bytes]()  # oldest first
         self.listeners: list[Callable[[str], None]] = []  # each is told the id of a chat that was saved or deleted
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -126,7 +128,20 @@ class ChatStore:
         return bool(_ID.fullmatch(chat_id)) and self._path(chat_id).exists()
 
     def delete(self, chat_id: str) -> None:
-        self._path(chat_id).unlink(missing_ok=True)
+        """The disk has it no more; until the program ends or some others were deleted, `restore` brings it back."""
+        path = self._path(chat_id)
+        with suppress(OSError):
+            self._deleted[chat_id] = path.read_bytes()
+        while len(self._deleted) > RESTORABLE:
+            del self._deleted[next(iter(self._deleted))]
+        path.unlink(missing_ok=True)
+        self._changed(chat_id)
+
+    def restore(self, chat_id: str) -> None:
+        """Brings back a chat that was deleted; ChatError where that is too long ago."""
+        if (content := self._deleted.pop(chat_id, None)) is None:
+            raise ChatError("this chat is not there any more")
+        write_kept(self._path(chat_id), content)
         self._changed(chat_id)
 
     def summaries(self, query: str = "") -> list[Summary]:

@@ -212,10 +212,11 @@ function drawCall(part, change) {
   replaceFrom(part.body, 0, part.blocks);
   if (results) part.body.children[given].before(element('p', {class: 'label'}, failed ? t('Error') : t('Result')));
   if (not_run) part.body.append(element('p', {class: 'label'}, t('It was not run.')));
-  const said = results ? part.body.lastElementChild.querySelector('code').textContent.trim().split('\n', 1)[0].replace(/^Error: /, '') : '';
+  const [first = '', ...more] = results ? part.body.lastElementChild.querySelector('code').textContent.trim().replace(/^Error: /, '').split('\n') : [];
+  const said = first.length > 60 ? first.slice(0, 59) + '…' : more.length ? first + ' …' : first;
   part.summary.replaceChildren(
     element('strong', {}, failed ? t('{name} failed', {name}) : name),
-    said ? ` → ${said.length > 60 ? said.slice(0, 59) + '…' : said}` : '', lasted(seconds));
+    said ? ` → ${said}` : '', lasted(seconds));
 }
 
 // A call that waits for the user's word
@@ -223,6 +224,7 @@ function drawCall(part, change) {
 function showAsking(asking) {
   const card = find('#asking');
   if (!asking) {
+    if (card.contains(document.activeElement)) state.write();
     card.hidden = true;
     card.dataset.id = '';
     return card.replaceChildren();
