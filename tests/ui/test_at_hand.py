@@ -208,7 +208,8 @@ def test_markdown_is_exported_in_the_language_of_the_page(serve: Serve, visit: V
         "## 用户",
         "## 模型",
     ]
-    assert "<summary>思考过程</summary>" in text and "没有运行" in text
+    assert "<summary>思考过程</summary>" in text
+    assert "没有运行" in text
     page.click("#chats a")
     page.wait_for_selector(".said >> text=Really?")
     assert page.get_attribute("#export a[data-kind=md]", "href") == f"/export/{chat.id}.md?language=zh"
