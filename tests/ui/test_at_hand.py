@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,10 +77,19 @@ def test_a_message_is_typed_at_once_after_files_were_chosen_or_a_call_approved(
     wait_for_end(page)
 
 
-def test_a_deleted_chat_comes_back(serve: Serve, visit: Visit) -> None:
+def answer_late(route: Any) -> None:
+    response = route.fetch()
+    time.sleep(0.5)
+    route.fulfill(response=response)
+
+
+@pytest.mark.parametrize("late", [False, True])  # whether the page hears of it from the stream first
+def test_a_deleted_chat_comes_back(serve: Serve, visit: Visit, late: bool) -> None:
     site = serve()
     saved(site, "Moon", "Sun")
     page = visit(site.url)
+    if late:
+        page.route(re.compile("/page/chats/[0-9a-f]{16}$"), answer_late)
     asked = []
     page.on("dialog", lambda dialog: asked.append(dialog.message))
     page.click("#chats >> text=Sun")
@@ -86,6 +97,7 @@ def test_a_deleted_chat_comes_back(serve: Serve, visit: Visit) -> None:
     delete_chat(page, "Sun")
     page.wait_for_selector("#greeting")
     page.wait_for_function("document.querySelectorAll('#chats a').length === 1")
+    page.wait_for_function("document.querySelector('#title').value === '' && document.title.startsWith('New chat')")
     assert not asked
     page.get_by_role("button", name="Undo").click()
     page.wait_for_selector(".said >> text=About Sun")

@@ -94,6 +94,7 @@ function hear(message) {
   }
   state.answering = message.answering;
   if (message.order) {
+    if (state.saved && !message.saved) state.title = NEW.title;  // it was deleted
     Object.assign(state, {saved: message.saved, memory: message.memory});
     if (!settings.waiting()) state.settings = message.settings;
     if (message.saved) state.title = message.title;
