@@ -153,6 +153,26 @@ def test_what_was_searched_is_opened_with_the_keyboard(serve: Serve, visit: Visi
     assert focused(page) == "search"
 
 
+def test_a_search_shows_where_the_word_stands(serve: Serve, visit: Visit) -> None:
+    site = serve()
+    told = "Once upon a time, far away, there lived " + "a <b>Zebra</b> who loved " + "grass and water and the sun " * 4
+    saved(site, "Tales", answer=told)
+    saved(site, "Zebra crossings", answer="They are striped.")
+    saved(site, "东京", answer="首都是东京，也有许多动物园，可以看斑马。")
+    page = visit(site.url)
+    page.wait_for_selector("#chats >> text=Tales")
+    assert page.locator("#chats .found").count() == 0
+    page.fill("#search", "zebra")
+    page.wait_for_function("document.querySelectorAll('#chats a').length === 2")
+    (found,) = page.locator("#chats .found").all_inner_texts()  # the other's title says it
+    assert "a <b>Zebra</b> who loved" in found
+    assert len(found) < 100
+    page.click("#chats .found")
+    page.wait_for_selector(".said >> text=About Tales")
+    page.fill("#search", "斑马")
+    page.wait_for_selector("#chats .found >> text=可以看斑马")
+
+
 # Nothing of the page lies over what became part of the browser's top layer after the sheet.
 ON_TOP = "document.querySelector('#toasts').matches(':popover-open')"
 

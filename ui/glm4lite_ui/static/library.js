@@ -112,7 +112,8 @@ function row(chat) {
     if (event.detail) state.write();  // the mouse has no way back to go
   });
   const more = iconButton('more', t('More about {title}', chat), () => menu(chat, more), {'aria-haspopup': 'menu'});
-  return element('li', {}, link, more);
+  const found = chat.found && element('span', {class: 'found', dir: 'auto', on: {click: () => link.click()}}, chat.found);
+  return element('li', {}, link, more, found);
 }
 
 /** What can be done with a chat of the list, beside its button. */
