@@ -153,6 +153,21 @@ def test_what_was_searched_is_opened_with_the_keyboard(serve: Serve, visit: Visi
     assert focused(page) == "search"
 
 
+def test_versions_are_walked_through_without_looking_for_the_button_each_time(serve: Serve, visit: Visit) -> None:
+    page = visit(serve().url)
+    ask(page, "What is 37 * 24?")
+    wait_for_end(page)
+    page.get_by_label("Regenerate").press("Enter")
+    page.wait_for_selector(".versions >> text=2/2")
+    assert focused(page) == "message"
+    page.get_by_label("Earlier version").press("Enter")
+    page.wait_for_selector(".versions >> text=1/2")
+    assert page.evaluate("document.activeElement.ariaLabel") == "Later version"  # there is no earlier one
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".versions >> text=2/2")
+    assert page.evaluate("document.activeElement.ariaLabel") == "Earlier version"
+
+
 def test_a_search_shows_where_the_word_stands(serve: Serve, visit: Visit) -> None:
     site = serve()
     told = "Once upon a time, far away, there lived " + "a <b>Zebra</b> who loved " + "grass and water and the sun " * 4

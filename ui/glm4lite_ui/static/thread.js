@@ -36,7 +36,7 @@ export function clear() {
 
 /** A message of the server's about the chat that is shown. */
 export function draw(message) {
-  const stays = isAtEnd();
+  const stays = isAtEnd(), held = focusedButton();
   const before = message.order && turns.size ? firstVisible() : null;
   if (message.order) arrange(message);
   for (const delta of message.turns) drawTurn(delta);
@@ -46,10 +46,26 @@ export function draw(message) {
   if (before && before.element.isConnected) find('#thread').scrollTop += before.element.getBoundingClientRect().top - before.top;
   if (stays) toEnd();
   offerEnd();
+  if (held && !held.button.isConnected) focusAgain(held);
   if (printing && !earlier) {
     printing = false;
     setTimeout(() => print(), 50);
   }
+}
+
+/** Which button of which place in the conversation has the focus: it is drawn anew when the turn is. */
+function focusedButton() {
+  const button = document.activeElement, turn = button?.closest('#turns > .turn');
+  return turn && {button, place: [...find('#turns').children].indexOf(turn)};
+}
+
+/** The same button, for the other version where there is none on this side; else the message. */
+function focusAgain({button, place}) {
+  const buttons = [...find('#turns').children[place]?.querySelectorAll('button:not(:disabled)') ?? []];
+  const same = buttons.find(one => one.ariaLabel === button.ariaLabel);
+  const other = button.closest('.versions') && buttons.find(one => one.closest('.versions'));
+  (same ?? other)?.focus();
+  if (!same && !other) state.write();
 }
 
 export const lastTurn = () => [...turns.values()].at(-1);
