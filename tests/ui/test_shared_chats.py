@@ -380,3 +380,21 @@ def test_the_page_shows_and_goes_on_with_what_the_terminal_saved(
         "2 + 2?",
         "What is 37 * 24?",
     ]
+
+
+def test_the_page_goes_on_with_an_answer_that_was_cut_in_the_terminal(
+    serve: Serve, visit: Callable[..., Any], store: ChatStore, talk: Talk
+) -> None:
+    found = talk("One two three four five six.")
+    converse(found, Lines("/set max_new_tokens 6", "Count", "/set max_new_tokens default", "/save sums"))
+    cut = found.session.cut
+    assert cut is not None
+    page = visit(serve(folder=store.folder).url)
+    page.click("#chats a >> text=sums")
+    page.wait_for_selector(f".parts >> text={cut.text.strip()}")
+    page.get_by_role("button", name="Continue").click()
+    wait_for_end(page)
+    page.wait_for_selector(".foot .counts")
+    (turn,) = one(store).turns
+    assert turn.parts[0].text.strip().startswith(cut.text.strip())
+    assert turn.counts is not None
