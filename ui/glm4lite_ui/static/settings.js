@@ -164,10 +164,10 @@ function changed() {
   timer = setTimeout(save, PAUSE_MS);
 }
 
-/** Sends what is waiting; the next one waits until it was answered. */
+/** Sends what is waiting; the next one waits until it was answered, unless the page is being left. */
 export async function save(leaving = false) {
   clearTimeout(timer);
-  if (!pending || running) return;
+  if (!pending || (running && !leaving)) return;
   const {chat, settings} = pending;
   pending = null;
   running = true;
