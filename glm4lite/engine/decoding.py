@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ import torch
 
 from glm4lite.base.errors import ContextLengthError, DeviceError
 from glm4lite.engine.sampling import Sampler, SamplingParams
+from glm4lite.engine.speculation import Drafts, Speculation
 from glm4lite.model.causal_lm import CausalLM
 from glm4lite.runtime.out_of_memory import ran_out
 
@@ -49,8 +50,8 @@ class PrefixCache:
         self.kv.truncate(length)
         del self.ids[length:]
 
-    def repair(self) -> None:
-        """After a forward pass that was stopped half-way: keep what every layer has."""
+    def settle(self) -> None:
+        """After a forward pass that was stopped half-way, or of guesses: keep what every layer has and `ids` names."""
         self._cut(min(self.kv.get_seq_length(), len(self.ids)))
 
 
@@ -89,8 +90,12 @@ class Generation:
         vocab_size: int | None = None,
         cache: PrefixCache | None = None,
         cancel: threading.Event | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
-        """`vocab_size`: ids the tokenizer knows; the padded rest of the model's vocabulary is never drawn."""
+        """`vocab_size`: ids the tokenizer knows; the padded rest of the model's vocabulary is never drawn.
+
+        `speculation`: guesses ids, which changes how long it takes, not what comes; None: nothing is guessed.
+        """
         context = model.context
         if not prompt:
             raise ContextLengthError("the prompt is empty: there is nothing to go on from")
@@ -117,8 +122,11 @@ class Generation:
         self.stop_id: int | None = None
         self.prefilled_tokens = 0
         self.seconds = 0.0  # spent on new tokens, prefill not counted
+        self.drafts = Drafts(speculation, prompt) if speculation is not None else None
+        self._began, self._rows = 0.0, 0  # when the last step began, and of how many ids it was
         self._prefilled = False
-        self._logits: torch.Tensor | None = None
+        self._logits: torch.Tensor | None = None  # of the next id
+        self._guessed: list[tuple[int, torch.Tensor]] = []  # ids computed behind it, each with the next one's
 
     @property
     def new_tokens(self) -> int:
@@ -144,6 +152,7 @@ class Generation:
         sampler, seen, started = Sampler(self.params), list(self.prompt), time.perf_counter()
         while self._logits is not None and not self.cancel.is_set():
             token = sampler(self._logits, seen)
+            self._measured()
             taken = self.replacement(token) if self.replacement is not None else []
             self.is_replaced = bool(taken)
             if not taken:
@@ -163,21 +172,46 @@ class Generation:
                 yield token
             if len(self.ids) >= self.limit:
                 return
-            self._forward(taken)
+            self._step(taken)
         self.finish_reason = "cancelled"
 
+    def _step(self, ids: list[int]) -> None:
+        """Computes ids that were taken, and what is guessed to follow; nothing where a guess was right."""
+        if self.drafts is None:
+            self._forward(ids)
+            return
+        for token in ids:
+            self.drafts.take(token)
+        if len(ids) == 1 and self._guessed and self._guessed[0][0] == ids[0]:
+            self._logits = self._guessed.pop(0)[1]
+            self.cache.ids += ids
+            self.drafts.accepted += 1
+            return
+        room = min(self.limit - len(self.ids), self.model.context - len(self.cache.ids) - len(ids)) - 1
+        draft = self.drafts.next(room)
+        self._began, self._rows = time.perf_counter(), len(ids) + len(draft)
+        self._forward(ids, draft)
+
+    def _measured(self) -> None:
+        """The step is over when an id was drawn from it: a GPU still computes when `_forward` comes back."""
+        if self.drafts is not None and self._rows:
+            self.drafts.measured(self._rows, time.perf_counter() - self._began)
+            self._rows = 0
+
     @torch.inference_mode()
-    def _forward(self, ids: list[int]) -> bool:
-        """Adds ids to the cache and keeps the last position's logits; False when it was cancelled."""
-        self._logits = None
-        device = self.model.device
+    def _forward(self, ids: list[int], draft: Sequence[int] = ()) -> bool:
+        """Adds ids to the cache and keeps the last position's logits, and a draft's; False when it was cancelled.
+
+        A draft's keys and values lie behind what the cache is known to hold, until they are taken or written over.
+        """
+        self._logits, self._guessed = None, []
+        self.cache.settle()
+        inputs, kept = torch.tensor([[*ids, *draft]], device=self.model.device), 1 + len(draft)
         try:
             self.model.model.interrupt = self._stop_if_cancelled
-            output = self.model(
-                torch.tensor([ids], device=device), past_key_values=self.cache.kv, logits_to_keep=1, use_cache=True
-            )
+            output = self.model(inputs, past_key_values=self.cache.kv, logits_to_keep=kept, use_cache=True)
         except BaseException as error:
-            self.cache.repair()
+            self.cache.settle()
             if isinstance(error, _Stopped):
                 return False
             failure = _device_failure(error, len(self.cache.ids) + len(ids))
@@ -187,8 +221,9 @@ class Generation:
         finally:
             self.model.model.interrupt = None
         self.cache.ids += ids
-        logits: torch.Tensor = output.logits[0, -1].float()
-        self._logits = logits[: self.vocab_size]
+        logits = output.logits[0, -kept:, : self.vocab_size].float()
+        self._logits = logits[0]
+        self._guessed = list(zip(draft, logits[1:], strict=True))
         return True
 
     def _stop_if_cancelled(self) -> None:

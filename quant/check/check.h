@@ -98,6 +98,7 @@ void check_products(int isa);
 void check_layers(int isa);
 void check_quantizing(int isa);
 void check_threads(int isa);
+void check_uneven_threads(int isa);
 
 }  // namespace check
 

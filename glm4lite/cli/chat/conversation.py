@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,8 @@ from glm4lite.base.user_folder import chats_folder
 from glm4lite.chat.session import ChatSession
 from glm4lite.cli.chat import saved
 from glm4lite.cli.chat.settings import Settings
-from glm4lite.cli.echo import echo
-from glm4lite.cli.running import interrupt_stops
+from glm4lite.cli.signals import interrupt_stops
+from glm4lite.cli.streams import echo
 from glm4lite.cli.terminal import ending
 from glm4lite.engine.engine import Engine
 from glm4lite.hub.sources import locate
@@ -22,20 +22,22 @@ from glm4lite.text.template import Begun
 
 if TYPE_CHECKING:
     from glm4lite.cli.terminal import Renderer
+    from glm4lite.loading.load_options import LoadOptions
     from glm4lite.tools.tool import Tool
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model came from: its name, and what else `Engine.load` was given."""
+    """Where a model came from: its name, and what was asked of the load."""
 
     model: str
-    quant: str
-    options: dict[str, Any]
+    options: LoadOptions
+    speculate: str = "auto"
 
     def load(self, progress: Callable[[Progress], None], before_weights: Callable[[], None] | None = None) -> Engine:
-        return Engine.load(
-            self.model, self.quant, progress=progress, need_template=True, before_weights=before_weights, **self.options
+        options = replace(self.options, progress=progress)
+        return Engine.from_options(
+            self.model, options, need_template=True, before_weights=before_weights, speculate=self.speculate
         )
 
 
@@ -120,7 +122,7 @@ class Conversation:
             raise ConfigError("there is nothing to save yet")
         sampling = {name: value for name, value in self.settings.sampling.items() if value not in (None, ())}
         title = "" if saved.is_path(name) else name
-        kept = saved.Saved(self.session.messages, sampling, self.source.model, title)
+        kept = saved.Saved(self.session.messages, sampling, self.source.model, title, cut=self.session.cut)
         title = saved.save(path, kept, path == self.file)
         self.file = path
         self.renderer.remark(f"(saved: {title if path.parent == chats_folder() else path})")
@@ -134,11 +136,12 @@ class Conversation:
         found = saved.load(path)
         tokens = self._tokens(found.messages)
         self.settings.restore(found.settings)
-        self.session.recall(found.messages)
+        self.session.recall(found.messages, found.cut)
         self.file = path if found.in_our_form else None
         asked = sum(message.role == "user" for message in found.messages)
         other = f", held with {found.model}" if found.model not in ("", self.source.model) else ""
-        self.renderer.remark(f"(loaded: {asked} questions, {tokens} tokens{other})")
+        way_on = "; its last answer was cut: /continue goes on" if found.cut and self.by_hand else ""
+        self.renderer.remark(f"(loaded: {_questions(asked)}, {tokens} tokens{other}{way_on})")
 
     def change_model(self, model: str, quant: str | None = None) -> None:
         """Loads another model and keeps the conversation.
@@ -147,7 +150,8 @@ class Conversation:
         where the new one then fails.
         """
         locate(model)
-        new, old = Source(model, quant or self.source.quant, self.source.options), self.source
+        old, options = self.source, self.source.options
+        new = replace(self.source, model=model, options=replace(options, quant=quant or options.quant))
         unloaded = False
 
         def unload() -> None:
@@ -183,7 +187,7 @@ class Conversation:
         context = self.session.engine.model.context
         asked = sum(message.role == "user" for message in self.session.messages)
         yield "model", f"{self.source.model}, {self.session.engine.model.config.num_hidden_layers} layers"
-        yield "context", f"{self._tokens(self.session.messages)} of {context} tokens, {asked} questions"
+        yield "context", f"{self._tokens(self.session.messages)} of {context} tokens, {_questions(asked)}"
         yield "saved", str(self.file or "no")
         yield from self.settings.lines()
 
@@ -196,6 +200,10 @@ class Conversation:
 
     def _tokens(self, messages: Sequence[Any]) -> int:
         return self.session.prompt_tokens(messages) if messages else 0
+
+
+def _questions(count: int) -> str:
+    return f"{count} question{'' if count == 1 else 's'}"
 
 
 def _unshown(events: Iterator[Event], shown: Begun, again: str) -> Iterator[Event]:
