@@ -21,6 +21,8 @@ from pathlib import Path
 
 FRESH = [sys.executable, "-m", "glm4lite"]
 _HERE = Path(__file__).parent
+# The server is begun by whichever test asks first; what that test has set is not to be every other's.
+_ENVIRONMENT = dict(os.environ)
 
 
 def forked() -> list[str]:
@@ -42,6 +44,7 @@ def python() -> list[str]:
     server = subprocess.Popen(
         [sys.executable, str(_HERE / "server.py"), str(listening.fileno()), os.pathsep.join(sys.path)],
         pass_fds=[listening.fileno()],
+        env=_ENVIRONMENT,
         stdin=subprocess.PIPE,  # which closes with this process, however that ends
         stdout=subprocess.DEVNULL,
         start_new_session=True,
