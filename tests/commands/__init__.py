@@ -42,8 +42,9 @@ def python() -> list[str]:
     listening.bind(path)
     listening.listen(64)
     server = subprocess.Popen(
-        [sys.executable, str(_HERE / "server.py"), str(listening.fileno()), os.pathsep.join(sys.path)],
+        [sys.executable, "-m", "tests.commands.server", str(listening.fileno()), os.pathsep.join(sys.path)],
         pass_fds=[listening.fileno()],
+        cwd=_HERE.parents[1],
         env=_ENVIRONMENT,
         stdin=subprocess.PIPE,  # which closes with this process, however that ends
         stdout=subprocess.DEVNULL,

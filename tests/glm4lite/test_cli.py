@@ -151,7 +151,7 @@ def test_a_pipe_that_never_ends_is_said_and_a_silent_socket_is_left() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         done = subprocess.run(
-            [*forked(), "chat", "-p", "Hi"], stdin=theirs, capture_output=True, timeout=60, check=True
+            [*forked(), "chat", "-p", "Hi"], stdin=theirs.fileno(), capture_output=True, timeout=60, check=True
         )
     assert b"nothing came from stdin within 3 s" in done.stderr
 

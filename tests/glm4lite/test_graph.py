@@ -188,6 +188,7 @@ def test_where_nothing_can_be_recorded_the_reason_is_said_once(
         logits_of(model, [4, 1, 1])
     (said,) = caplog.records
     assert said.message.endswith("without a CUDA graph, which is slower: triton is not here")
+    assert isinstance(model.model.runner, FastRunner)
     assert model.model.runner.graphs.reason(model.model.layers[0]) == "triton is not here"
 
 

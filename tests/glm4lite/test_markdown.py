@@ -13,7 +13,7 @@ import pyte
 import pytest
 from rich.segment import Segment
 
-from glm4lite.base.events import TextDelta, ThinkingDelta
+from glm4lite.base.events import Event, TextDelta, ThinkingDelta
 from glm4lite.cli import markdown
 from glm4lite.cli.markdown import MarkdownStream, _rows, can_draw
 from glm4lite.cli.terminal import Notices, Terminal
@@ -238,7 +238,13 @@ def test_an_answer_of_many_blocks_costs_no_more_for_its_length(each_piece: None)
 
 def test_thoughts_and_answers_take_turns_on_the_screen() -> None:
     screen = FakeTerminal()
-    events = [ThinkingDelta("Hm"), TextDelta("**One"), TextDelta("**"), ThinkingDelta("So"), TextDelta("Two\n")]
+    events: list[Event] = [
+        ThinkingDelta("Hm"),
+        TextDelta("**One"),
+        TextDelta("**"),
+        ThinkingDelta("So"),
+        TextDelta("Two\n"),
+    ]
     Terminal(screen, screen).show_all(iter(events))
     assert shown(screen.getvalue()) == ["Hm", "One", "So", "Two"]
 

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from glm4lite.base import owned_folder
 from glm4lite.base.owned_folder import OwnedFolder, remove_abandoned_temporary
 from glm4lite.tools.sandbox.process import run_python
 
-pytestmark = pytest.mark.skipif(owned_folder.fcntl is None, reason="no locks that end with their process")
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="no locks that end with their process")
 
 
 @pytest.fixture(autouse=True)

@@ -127,7 +127,12 @@ def test_the_disk_is_measured_where_layers_lie_on_it(
 ) -> None:
     folder = quantize_checkpoint(write_checkpoint(tmp_path / "tiny"), tmp_path / "int4", "int4")
     asked: list[Path] = []
-    monkeypatch.setattr(machine, "disk_bandwidth", lambda file: asked.append(file) or 5e9)
+
+    def bandwidth(file: Path) -> float:
+        asked.append(file)
+        return 5e9
+
+    monkeypatch.setattr(machine, "disk_bandwidth", bandwidth)
     monkeypatch.setattr(
         "glm4lite.memory.placement.RING_BUFFERS", 0
     )  # of two tiny layers, three would be more than both

@@ -63,7 +63,7 @@ def outcome(function: Any, *arguments: Any, **options: Any) -> Any:
 
 
 def options_of(draw: random.Random) -> dict[str, Any]:
-    chosen = {
+    chosen: dict[str, Any] = {
         "padding": draw.choice([True, False, "longest", "max_length", "do_not_pad"]),
         "truncation": draw.choice([True, False, None, "only_first", "longest_first", "do_not_truncate"]),
         "max_length": draw.choice([None, 0, 2, 3, 10, 20]),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from glm4lite.base.sentences import Sentence
 from glm4lite.engine.engine import Engine
 from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 from glm4lite_ui.chats import Attachment, Chat, Counts, Part, Settings, Turn
@@ -53,7 +54,7 @@ TURNS = [
         ],
         Counts(10, 5, "length", 7.0, 3),
     ),
-    Turn("Fail", error="something went wrong", dropped=True),
+    Turn("Fail", error=Sentence("something went wrong"), dropped=True),
 ]
 
 

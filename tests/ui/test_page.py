@@ -127,7 +127,12 @@ def test_a_turn_is_deleted_and_the_last_question_changed_with_a_key(serve: Serve
         ask(page, question)
         wait_for_end(page)
     dialogs = list[str]()
-    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.accept()))
+
+    def accept(dialog: Any) -> None:
+        dialogs.append(dialog.message)
+        dialog.accept()
+
+    page.on("dialog", accept)
     page.get_by_label("Delete turn").first.click()
     page.wait_for_selector("text=888", state="detached")
     assert "cannot be brought back" in dialogs[0]

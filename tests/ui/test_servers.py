@@ -24,7 +24,6 @@ from glm4lite.tools.mcp_client import connection
 from glm4lite.tools.mcp_config import ServerConfig
 from glm4lite.tools.running import run_tool
 from glm4lite_ui.chats import Settings
-from glm4lite_ui.saved import store
 from glm4lite_ui.saved.servers import ServerFile
 from glm4lite_ui.servers import Servers, entry_of
 from tests.glm4lite.test_mcp import BAD, GOOD, ended
@@ -330,7 +329,7 @@ def test_the_file_keeps_what_else_stands_in_it_and_a_crash_leaves_the_old_one(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store.os, "fsync", full)
+    monkeypatch.setattr("glm4lite_ui.saved.store.os.fsync", full)
     with pytest.raises(Glm4liteError, match="the MCP server could not be saved: No space left"):
         file.remove("old")
     assert json.loads(path.read_text()) == whole
