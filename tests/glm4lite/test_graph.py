@@ -63,7 +63,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
             lambda runner, layers, *rest: runner.graphs.run(layers, *rest) if len(layers) > 1 else None,
         )
         monkeypatch.setattr("glm4lite.model.cache.STEP", 16)
-        monkeypatch.setattr("glm4lite_quant.kernels.triton_step.PARTS", 4)  # the interpreter runs them in turn
+        monkeypatch.setattr("glm4lite_quant.kernels.triton_step.PARTS", 2)  # the interpreter runs them in turn
     monkeypatch.setattr("glm4lite.model.cache.GPU_STEP", 16)
     return made
 
@@ -90,8 +90,11 @@ def eagerly(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -> Any:
         return work()
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("9B", torch.float32), ("9B", torch.bfloat16), ("32B", torch.bfloat16), ("glm", torch.float32)],
+    ids=str,
+)
 def test_replayed_tokens_have_the_torch_codes_numbers(
     folders: dict[str, Path], recorder: Recorder, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
 ) -> None:
@@ -143,7 +146,7 @@ def test_two_conversations_in_turn_do_not_mix(
     def in_turn() -> list[Tensor]:
         with torch.inference_mode():
             caches, found = [model.new_cache() for _ in others], []
-            for at in range(4):
+            for at in range(3):
                 for ids, cache in zip(others, caches, strict=True):
                     found.append(model(ids[:, at : at + 1].to(DEVICE), past_key_values=cache).logits)
             return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
@@ -210,13 +211,15 @@ def test_every_proposal_makes_it_fit_and_a_little_less_does_not(
     assert [text for name, text in found.lines() if name == "would fit"] == [one.said() for one in found.proposals]
 
     monkeypatch.setattr("glm4lite.loading.planner._proposals", lambda *_: ())  # nobody asks for proposals of proposals
+    monkeypatch.setattr("glm4lite.loading.planner.headers", functools.cache(headers))  # the same few each time
+    monkeypatch.setattr("glm4lite.loading.planner.requirements_of", functools.cache(requirements_of))
 
     def applied(proposal: Proposal, **less: Any) -> PlacementReport:
         changes = {"quant": quant, **asdict(budget), **proposal.changes, **less}
         asked, model = changes.pop("quant"), folder
         if proposal.quantize_first is not None:
             stored = QuantConfig(int(proposal.quantize_first.removeprefix("int"))).to_dict()
-            asked, model = None, bare(tmp_path / "stored", config | {"quantization_config": stored})
+            asked, model = None, bare(tmp_path / proposal.quantize_first, config | {"quantization_config": stored})
         return plan(model, asked, Budget.of(**changes))
 
     for proposal in found.proposals:
