@@ -107,7 +107,7 @@ def test_layers_on_disk_cross_too(folders: dict[str, Path], monkeypatch: pytest.
     monkeypatch.setattr("glm4lite.memory.placement.RING_BUFFERS", 0)
     resident, model = load(folders["int4"]), None
     whole = sum(held["weights"] for held in devices(resident).values())
-    for ram in range(whole + (1 << 20), 0, -8192):
+    for ram in range(whole + (1 << 20), 0, -(64 << 10)):
         model = load(folders["int4"], ram=ram, context=48, kv="float")
         if "disk" in devices(model):
             break

@@ -26,6 +26,7 @@ from glm4lite.tools.running import run_tool
 from glm4lite_ui.chats import Settings
 from glm4lite_ui.saved.servers import ServerFile
 from glm4lite_ui.servers import Servers, entry_of
+from tests.commands import forked
 from tests.glm4lite.test_mcp import BAD, GOOD, ended
 from tests.ui.acts import ask, wait_for_end
 from tests.ui.conftest import Serve, Site
@@ -379,7 +380,7 @@ def test_a_server_of_the_command_line_keeps_its_name(tmp_path: Path) -> None:
 def test_the_command_connects_what_lies_in_the_users_folder(tmp_path: Path, switch: tuple[str, ...]) -> None:
     file = ServerFile(tmp_path / "glm4lite" / "mcp.json")
     file.put("weather", entry(GOOD, "stdio"))
-    command = [sys.executable, "-m", "glm4lite", "ui", "--port", "0", "--chats", str(tmp_path / "chats"), *switch]
+    command = [*forked(), "ui", "--port", "0", "--chats", str(tmp_path / "chats"), *switch]
     environment = os.environ | {"XDG_DATA_HOME": str(tmp_path)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
