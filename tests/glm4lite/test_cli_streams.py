@@ -46,7 +46,7 @@ def get_weather(city: str) -> str:
     return f"18 degrees and sunny in {city}{seen}"
 '''
 SAID = ("IMPORTED", "BYTES", "FETCHING \x1b[31m Lisbon", "AGAIN", "CHILD", "LIBRARY")
-HI = '"$@" chat --no-tools -p Hi --max-new-tokens 3'
+HI = '"$@" chat --quant none --no-tools -p Hi --max-new-tokens 3'
 Capture = pytest.CaptureFixture[str]
 posix = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
 
@@ -194,7 +194,7 @@ def test_an_odd_environment_changes_nothing() -> None:
 @posix
 def test_a_prompt_is_read_as_utf8_in_any_locale() -> None:
     def length(environment: Mapping[str, str]) -> int:
-        done = shell('"$@" chat --no-tools --json -p 你好 --max-new-tokens 3', environment=environment)
+        done = shell('"$@" chat --quant none --no-tools --json -p 你好 --max-new-tokens 3', environment=environment)
         check(done, 0)
         return int(json.loads(done.stdout.splitlines()[-1])["prompt_tokens"])
 
