@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 
@@ -16,8 +15,8 @@ import torch
 
 from glm4lite.base.errors import ContextLengthError, DeviceError
 from glm4lite.engine.sampling import Sampler, SamplingParams
+from glm4lite.engine.speculation import Drafts, Speculation
 from glm4lite.model.causal_lm import CausalLM
-from glm4lite.model.layers import DecoderLayer
 from glm4lite.runtime.out_of_memory import ran_out
 
 
@@ -51,8 +50,8 @@ class PrefixCache:
         self.kv.truncate(length)
         del self.ids[length:]
 
-    def repair(self) -> None:
-        """After a forward pass that was stopped half-way: keep what every layer has."""
+    def settle(self) -> None:
+        """After a forward pass that was stopped half-way, or of guesses: keep what every layer has and `ids` names."""
         self._cut(min(self.kv.get_seq_length(), len(self.ids)))
 
 
@@ -65,8 +64,8 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Stopped(Exception):
-    """Raised inside a forward pass when generation is cancelled; never leaves this module."""
+class _Stopped(Exception):
+    """Raised between the layers when generation is cancelled; never leaves this module."""
 
 
 class Generation:
@@ -76,10 +75,10 @@ class Generation:
     drawn, the stop id included; `stop_id` is the one that came; `prefilled_tokens` were not in the kept prefix.
     Raises ContextLengthError at once when the prompt leaves no room in the model's context.
 
-    May be set before iteration: `force`, which is given each drawn id and its logits and returns the id to take;
-    `put_in`, which is given each drawn id first and returns ids to take in its place, all of them, or none;
+    May be set before iteration: `constraint`, which is given each drawn id and its logits and returns the id to take;
+    `replacement`, which is given each drawn id first and returns ids to take in its place, all of them, or none;
     `top_logprobs`, with which `logprobs` gets an entry for each drawn id, stop ids left out.
-    `is_put_in`: whether the id that was given last came from `put_in`.
+    `is_replaced`: whether the id that was given last came from `replacement`.
     """
 
     def __init__(
@@ -91,8 +90,12 @@ class Generation:
         vocab_size: int | None = None,
         cache: PrefixCache | None = None,
         cancel: threading.Event | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
-        """`vocab_size`: ids the tokenizer knows; the padded rest of the model's vocabulary is never drawn."""
+        """`vocab_size`: ids the tokenizer knows; the padded rest of the model's vocabulary is never drawn.
+
+        `speculation`: guesses ids, which changes how long it takes, not what comes; None: nothing is guessed.
+        """
         context = model.context
         if not prompt:
             raise ContextLengthError("the prompt is empty: there is nothing to go on from")
@@ -108,9 +111,9 @@ class Generation:
         self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
         self.cache = cache or PrefixCache(model)
         self.cancel = cancel or threading.Event()
-        self.force: Callable[[int, torch.Tensor], int] | None = None
-        self.put_in: Callable[[int], list[int]] | None = None
-        self.is_put_in = False
+        self.constraint: Callable[[int, torch.Tensor], int] | None = None
+        self.replacement: Callable[[int], list[int]] | None = None
+        self.is_replaced = False
         self.top_logprobs: int | None = None
         self.logprobs: list[TokenLogprobs] = []
         self.limit = min(params.max_new_tokens or context, context - len(prompt))
@@ -119,8 +122,11 @@ class Generation:
         self.stop_id: int | None = None
         self.prefilled_tokens = 0
         self.seconds = 0.0  # spent on new tokens, prefill not counted
+        self.drafts = Drafts(speculation, prompt) if speculation is not None else None
+        self._began, self._rows = 0.0, 0  # when the last step began, and of how many ids it was
         self._prefilled = False
-        self._logits: torch.Tensor | None = None
+        self._logits: torch.Tensor | None = None  # of the next id
+        self._guessed: list[tuple[int, torch.Tensor]] = []  # ids computed behind it, each with the next one's
 
     @property
     def new_tokens(self) -> int:
@@ -146,18 +152,19 @@ class Generation:
         sampler, seen, started = Sampler(self.params), list(self.prompt), time.perf_counter()
         while self._logits is not None and not self.cancel.is_set():
             token = sampler(self._logits, seen)
-            taken = self.put_in(token) if self.put_in is not None else []
-            self.is_put_in = bool(taken)
+            self._measured()
+            taken = self.replacement(token) if self.replacement is not None else []
+            self.is_replaced = bool(taken)
             if not taken:
-                token = self.force(token, self._logits) if self.force is not None else token
+                token = self.constraint(token, self._logits) if self.constraint is not None else token
                 taken = [token]
             self.seconds = time.perf_counter() - started
-            if not self.is_put_in and token in self.stop_ids:
+            if not self.is_replaced and token in self.stop_ids:
                 self.finish_reason, self.stop_id = "stop", token
                 return
             if len(self.ids) + len(taken) > self.limit:
                 return
-            if self.top_logprobs is not None and not self.is_put_in:
+            if self.top_logprobs is not None and not self.is_replaced:
                 self.logprobs.append(_logprobs(self._logits, token, self.top_logprobs))
             for token in taken:
                 self.ids.append(token)
@@ -165,31 +172,63 @@ class Generation:
                 yield token
             if len(self.ids) >= self.limit:
                 return
-            self._forward(taken)
+            self._step(taken)
         self.finish_reason = "cancelled"
 
+    def _step(self, ids: list[int]) -> None:
+        """Computes ids that were taken, and what is guessed to follow; nothing where a guess was right."""
+        if self.drafts is None:
+            self._forward(ids)
+            return
+        for token in ids:
+            self.drafts.take(token)
+        if len(ids) == 1 and self._guessed and self._guessed[0][0] == ids[0]:
+            self._logits = self._guessed.pop(0)[1]
+            self.cache.ids += ids
+            self.drafts.accepted += 1
+            return
+        room = min(self.limit - len(self.ids), self.model.context - len(self.cache.ids) - len(ids)) - 1
+        draft = self.drafts.next(room)
+        self._began, self._rows = time.perf_counter(), len(ids) + len(draft)
+        self._forward(ids, draft)
+
+    def _measured(self) -> None:
+        """The step is over when an id was drawn from it: a GPU still computes when `_forward` comes back."""
+        if self.drafts is not None and self._rows:
+            self.drafts.measured(self._rows, time.perf_counter() - self._began)
+            self._rows = 0
+
     @torch.inference_mode()
-    def _forward(self, ids: list[int]) -> bool:
-        """Adds ids to the cache and keeps the last position's logits; False when it was cancelled."""
-        self._logits = None
-        device = self.model.device
+    def _forward(self, ids: list[int], draft: Sequence[int] = ()) -> bool:
+        """Adds ids to the cache and keeps the last position's logits, and a draft's; False when it was cancelled.
+
+        A draft's keys and values lie behind what the cache is known to hold, until they are taken or written over.
+        """
+        self._logits, self._guessed = None, []
+        self.cache.settle()
+        inputs, kept = torch.tensor([[*ids, *draft]], device=self.model.device), 1 + len(draft)
         try:
-            with _stoppable(self.model, len(ids), self.cancel.is_set):
-                output = self.model(
-                    torch.tensor([ids], device=device), past_key_values=self.cache.kv, logits_to_keep=1, use_cache=True
-                )
+            self.model.model.interrupt = self._stop_if_cancelled
+            output = self.model(inputs, past_key_values=self.cache.kv, logits_to_keep=kept, use_cache=True)
         except BaseException as error:
-            self.cache.repair()
-            if isinstance(error, Stopped):
+            self.cache.settle()
+            if isinstance(error, _Stopped):
                 return False
             failure = _device_failure(error, len(self.cache.ids) + len(ids))
             if failure is not None:
                 raise failure from error
             raise
+        finally:
+            self.model.model.interrupt = None
         self.cache.ids += ids
-        logits: torch.Tensor = output.logits[0, -1].float()
-        self._logits = logits[: self.vocab_size]
+        logits = output.logits[0, -kept:, : self.vocab_size].float()
+        self._logits = logits[0]
+        self._guessed = list(zip(draft, logits[1:], strict=True))
         return True
+
+    def _stop_if_cancelled(self) -> None:
+        if self.cancel.is_set():
+            raise _Stopped
 
 
 def _logprobs(logits: torch.Tensor, token: int, count: int) -> TokenLogprobs:
@@ -210,21 +249,3 @@ def _device_failure(error: BaseException, tokens: int) -> DeviceError | None:
         why = str(error).partition("\n")[0][:200]
         return DeviceError(f"the GPU failed ({why}); start again, or use --device cpu")
     return None
-
-
-@contextmanager
-def _stoppable(model: CausalLM, tokens: int, cancelled: Callable[[], bool]) -> Iterator[None]:
-    """Asks before every layer that takes long, because of its tokens or because its weights have to be fetched."""
-
-    def check(*_: object) -> None:
-        if cancelled():
-            raise Stopped
-
-    layers = (module for module in model.modules() if isinstance(module, DecoderLayer))
-    slow = (layer for layer in layers if tokens > layer.runner.few or not layer.store.resident)
-    handles = [layer.register_forward_pre_hook(check) for layer in slow]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

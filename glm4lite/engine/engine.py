@@ -9,19 +9,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from glm4lite.base.errors import CheckpointError, NoModel, TemplateError
 from glm4lite.base.events import Done, Progress
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.engine.decoding import Generation
 from glm4lite.engine.prefixes import PrefixPool
 from glm4lite.engine.sampling import SamplingParams
+from glm4lite.engine.speculation import MOST, Speculation, longest_guess
 from glm4lite.engine.stop_ids import stop_ids
 from glm4lite.engine.thinking_budget import ThinkingBudget
 from glm4lite.model.cache import STEP
+from glm4lite.model.causal_lm import CausalLM
+from glm4lite.model.layers import DecoderLayer
 from glm4lite.text.stop_strings import StopStrings
 from glm4lite.text.template import ChatTemplate
 from glm4lite.text.tokenization.streaming import StreamingDetokenizer
 from glm4lite.text.tokenizer import Tokenizer
+from glm4lite_quant import QuantLinear
+from glm4lite_quant.kernels import native
 
 if TYPE_CHECKING:
     from glm4lite.checkpoint.formats.format import Quant
@@ -54,6 +61,18 @@ class Engine:
     def __post_init__(self) -> None:
         self.prefixes = PrefixPool(self.model)
         self.totals = Totals()
+        self.speculation: Speculation | None = None
+
+    def speculate(self, how: str | int = "auto") -> None:
+        """Whether ids are guessed and verified together (see `glm4lite.engine.speculation`): "off"; the most ids of a
+        guess, 1 to 7; "auto": 7 where a row has the same bits in any step, which is where the native kernels compute
+        all layers and the head. There answers are what they are without; elsewhere sums are rounded otherwise, and two
+        ids that are nearly as likely may change places.
+
+        Raises ConfigError for anything else.
+        """
+        most = longest_guess(how, MOST if _computed_natively(self.model) else 0)
+        self.speculation = Speculation(most) if most else None
 
     @classmethod
     def load(
@@ -69,8 +88,11 @@ class Engine:
         ram: int | str | None = None,
         context: int | str | None = None,
         before_weights: Callable[[], None] | None = None,
+        speculate: str | int = "auto",
     ) -> Engine:
         """Arguments as `glm4lite.load`; quant "auto" is int4, or as the checkpoint is stored if that is quantized.
+
+        `speculate`: as the method.
 
         `before_weights` is called once all that is cheap to check was right: the time to unload another model.
 
@@ -85,6 +107,7 @@ class Engine:
 
         budget: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
         options = LoadOptions(quant, device, dtype, progress, **budget)
+        longest_guess(speculate)
         checkpoint = opened(source, progress)
         folder = checkpoint.folder
         tokenizer, template = Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder)
@@ -96,7 +119,9 @@ class Engine:
         if before_weights is not None:
             before_weights()
         model, _ = load_checkpoint(Glm4ForCausalLM, checkpoint, options, str(folder))
-        return cls(model, tokenizer, template, checkpoint.generation_config)
+        engine = cls(model, tokenizer, template, checkpoint.generation_config)
+        engine.speculate(speculate)
+        return engine
 
     def unload(self) -> None:
         """Gives the model's memory back; whoever asks this engine for `model` or `prefixes` from now on gets NoModel.
@@ -141,17 +166,26 @@ class Engine:
         Raises ContextLengthError.
         """
         stops = stop_ids(self.model.config, self.generation_config, self.tokenizer)
-        generation = Generation(self.model, prompt, params, stops, self.tokenizer.size, cancel=cancel)
+        generation = Generation(
+            self.model, prompt, params, stops, self.tokenizer.size, cancel=cancel, speculation=self.speculation
+        )
         generation.cache = self.prefixes.take(prompt)
         if params.thinking_budget is not None:
-            generation.put_in = ThinkingBudget(self.tokenizer, prompt, params.thinking_budget)
+            generation.replacement = ThinkingBudget(self.tokenizer, prompt, params.thinking_budget)
         return generation
 
     def prefill(self, generation: Generation) -> Iterator[Progress]:
-        """Computes the prompt; reports progress where it takes more than one chunk."""
-        for done, total in generation.prefill():
-            if total > self.model.chunk:
-                yield Progress("prefill", done, total, "tokens")
+        """Computes the prompt; reports progress where it takes more than one chunk.
+
+        What was computed is kept where it ends early, by an error or because nobody waits any more.
+        """
+        try:
+            for done, total in generation.prefill():
+                if total > self.model.chunk:
+                    yield Progress("prefill", done, total, "tokens")
+        except BaseException:
+            self.prefixes.give(generation.cache)
+            raise
 
     def pieces(self, generation: Generation) -> Iterator[str | None]:
         """The output as text as it comes, cut at stop texts; None where the separator token stood."""
@@ -165,6 +199,8 @@ class Engine:
         finally:
             self.prefixes.give(generation.cache)
             self.totals.add(generation)
+            if generation.drafts is not None:
+                generation.drafts.done()
 
     def _pieces(self, generation: Generation) -> Iterator[str | None]:
         stops, detokenizer = StopStrings(generation.params.stop), StreamingDetokenizer(self.tokenizer)
@@ -175,7 +211,7 @@ class Engine:
                 yield None
                 detokenizer = StreamingDetokenizer(self.tokenizer)
                 continue
-            if generation.is_put_in:  # what the model did not say holds no stop text, and ends none
+            if generation.is_replaced:  # what the model did not say holds no stop text, and ends none
                 yield stops.finish() + detokenizer.add(token)
                 continue
             yield stops.feed(detokenizer.add(token))
@@ -183,6 +219,17 @@ class Engine:
                 generation.finish_reason = "stop"
                 return
         yield stops.feed(detokenizer.finish()) + stops.finish()
+
+
+def _computed_natively(model: CausalLM) -> bool:
+    """Whether native kernels compute all layers and the head."""
+    trunk, head = model.model, model.lm_head
+    return (
+        all(layer.store.fused(layer) for layer in trunk.layers if isinstance(layer, DecoderLayer))
+        and trunk.dtype == torch.float32
+        and isinstance(head, QuantLinear)
+        and native.backend() is not None
+    )
 
 
 def _required(template: ChatTemplate | None) -> ChatTemplate:
@@ -213,12 +260,16 @@ class Totals:
         self.new_tokens = 0
         self.prefilled_tokens = 0
         self.seconds = 0.0
+        self.drafted_tokens = self.accepted_tokens = 0
 
     def add(self, generation: Generation) -> None:
         self.new_tokens += generation.new_tokens
         self.prefilled_tokens += generation.prefilled_tokens
         self.seconds += generation.seconds
         self.prompt_tokens += len(generation.prompt)
+        if generation.drafts is not None:
+            self.drafted_tokens += generation.drafts.drafted
+            self.accepted_tokens += generation.drafts.accepted
 
     def done(self, last: Generation, finish_reason: str | None = None) -> Done:
         """The turn's last event; prompt_tokens is the length of the last prompt."""

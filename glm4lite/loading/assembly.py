@@ -27,7 +27,7 @@ from glm4lite_quant import (
     QuantLinear,
     QuantTensor,
 )
-from glm4lite_quant.config import input_parts
+from glm4lite_quant.config import activation_splits
 
 
 @dataclass
@@ -112,8 +112,8 @@ class Assembly:
         config = QuantConfig(weight.bits, weight.group_size)
         new: QuantLinear | QuantEmbedding
         if isinstance(old, nn.Linear):
-            bias, parts = old.bias is not None, input_parts(fill.module)
-            new = QuantLinear(old.in_features, old.out_features, config, bias, device="meta", input_parts=parts)
+            bias, parts = old.bias is not None, activation_splits(fill.module)
+            new = QuantLinear(old.in_features, old.out_features, config, bias, device="meta", activation_splits=parts)
         elif isinstance(old, nn.Embedding):
             dtype = self.destinations.dtype(fill.module)
             new = QuantEmbedding(old.num_embeddings, old.embedding_dim, config, device="meta", dtype=dtype)
@@ -140,8 +140,8 @@ class Assembly:
         if isinstance(embedding, QuantEmbedding):
             weight = embedding.weight_tensor
             config = QuantConfig(weight.bits, weight.group_size)
-            shape, parts = (embedding.embedding_dim, embedding.num_embeddings), input_parts("lm_head")
-            head = QuantLinear(*shape, config, bias=False, device="meta", input_parts=parts)
+            shape, parts = (embedding.embedding_dim, embedding.num_embeddings), activation_splits("lm_head")
+            head = QuantLinear(*shape, config, bias=False, device="meta", activation_splits=parts)
             head.load(_moved(weight, device))
             self._set_module("lm_head", head)
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -42,8 +41,9 @@ def machine_facts() -> list[Fact]:
     facts = [
         ("glm4lite", __version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores"),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("cuda", _cuda()),
+        ("cpu cores", _cores()),
         ("cpu kernels", kernels.status()),
         ("gpu kernels", kernels.gpu_status()),
         *_gpu_decoding(),
@@ -110,6 +110,18 @@ def _ways(stored: Quant | None) -> tuple[str | None, ...]:
 
 def _parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _cores() -> str:
+    """What the process may use, and where another number of threads than the kernels take by themselves may pay."""
+    from glm4lite_quant.host import cores
+
+    found = cores()
+    fast = found.physical - found.efficient
+    hint = (
+        f"; `--threads {fast}` uses the fast ones alone: try both" if found.efficient and fast < found.threads else ""
+    )
+    return f"{found}{hint}"
 
 
 def _cuda() -> str:

@@ -5,9 +5,9 @@ import gc
 from collections.abc import Iterator
 from pathlib import Path
 
+from glm4lite_quant.host import control_groups, read
+
 MEMINFO = Path("/proc/meminfo")
-OWN_CGROUPS = Path("/proc/self/cgroup")
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 def available(swap: bool = True) -> int | None:
@@ -36,37 +36,18 @@ def give_back() -> None:
 
 
 def _left_in_cgroups() -> Iterator[int]:
-    """What each limited control group above this process may still take, by version 2 and by version 1."""
-    for line in _read(OWN_CGROUPS).splitlines():
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if number == "0" and not controllers:
-            yield from _left(CGROUPS, path, "memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            yield from _left(CGROUPS / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes")
-
-
-def _left(root: Path, path: str, limit_name: str, used_name: str) -> Iterator[int]:
-    folder = root / path.strip("/")
-    for group in (folder, *folder.parents):
-        limit, used = _read(group / limit_name).strip(), _read(group / used_name).strip()
-        if limit.isdecimal() and used.isdecimal():
-            stat = _fields(group / "memory.stat")
-            cached = stat.get("file", stat.get("total_cache", 0))  # of files: can be dropped
-            yield max(0, int(limit) - int(used) + cached)
-        if group == root:
-            return
+    """What each limited control group above this process may still take."""
+    names = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))  # version 2 and 1
+    for group in control_groups("memory"):
+        for limit_name, used_name in names:
+            limit, used = read(group / limit_name).strip(), read(group / used_name).strip()
+            if limit.isdecimal() and used.isdecimal():
+                stat = _fields(group / "memory.stat")
+                cached = stat.get("file", stat.get("total_cache", 0))  # of files: can be dropped
+                yield max(0, int(limit) - int(used) + cached)
 
 
 def _fields(path: Path) -> dict[str, int]:
     """Lines of a name and a number, as in /proc/meminfo and memory.stat."""
-    words = (line.replace(":", " ").split() for line in _read(path).splitlines())
+    words = (line.replace(":", " ").split() for line in read(path).splitlines())
     return {word[0]: int(word[1]) for word in words if len(word) > 1 and word[1].isdecimal()}
-
-
-def _read(path: Path) -> str:
-    """The file's text, "" where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

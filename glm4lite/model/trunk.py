@@ -152,6 +152,7 @@ class Trunk(ModelBase):
         self.runner: LayerRunner = TORCH
         self.checkpointed: Callable[..., Any] | None = None  # calls a layer so that it is computed again for gradients
         self.checkpoint_every = 1  # layers of which one is
+        self.interrupt: Callable[[], None] | None = None  # called before each step through the layers; may raise
         self._init_weights()
 
     @property
@@ -273,6 +274,8 @@ class Trunk(ModelBase):
         x, stage = embeds.float(), stages.of(embeds.device, embeds.dtype)
         collected.hidden(embeds)
         for run in self._runs(length, few):
+            if self.interrupt is not None:
+                self.interrupt()
             layers = list(self.layers)[run]
             stage = stages.of(*layers[0].where(length, embeds.dtype))
             x = x.to(stage.device)

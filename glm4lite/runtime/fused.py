@@ -93,13 +93,13 @@ def _make(
         linears[name].bias is not None for name in ("o", "gate_up", "down")
     ):
         return None
-    parts = {name: linear.input_parts for name, linear in linears.items()}
+    splits = {name: linear.activation_splits for name, linear in linears.items()}
     if (
-        parts["q"] != parts["k"]
-        or parts["q"] != parts["v"]
-        or any(parts[name] != 1 for name in ("o", "gate_up", "down"))
+        splits["q"] != splits["k"]
+        or splits["q"] != splits["v"]
+        or any(splits[name] != 1 for name in ("o", "gate_up", "down"))
     ):
         return None
     weights = {name: linear.weight_tensor for name, linear in linears.items()}
     biases = {name: linears[name].bias for name in ("q", "k", "v")}
-    return DecoderKernel.of(weights, biases, norms, layer.input_layernorm.eps, layer.self_attn.heads, parts["q"])
+    return DecoderKernel.of(weights, biases, norms, layer.input_layernorm.eps, layer.self_attn.heads, splits["q"])

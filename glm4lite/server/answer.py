@@ -37,7 +37,7 @@ def answer(engine: Engine, question: Question, cancel: threading.Event) -> Itera
     generation = engine.generate(question.prompt, question.params, cancel)
     generation.top_logprobs = question.top_logprobs
     if question.forced:
-        generation.force = ForcedCall(engine.tokenizer, question.forced, _endings(engine, generation, question))
+        generation.constraint = ForcedCall(engine.tokenizer, question.forced, _endings(engine, generation, question))
     yield from engine.prefill(generation)
     called = False
     for piece in _pieces(engine, generation, question) if question.chat else _plain(engine, generation):

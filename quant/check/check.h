@@ -85,7 +85,7 @@ struct Weight {
 struct Product {
   std::vector<double> y, tolerance;
 };
-Product product(const std::vector<double>& x, int64_t m, const Weight& w, const float* bias, int parts);
+Product product(const std::vector<double>& x, int64_t m, const Weight& w, const float* bias, int splits);
 
 inline float from_bfloat16(uint16_t v) {
   const uint32_t bits = static_cast<uint32_t>(v) << 16;
@@ -98,6 +98,7 @@ void check_products(int isa);
 void check_layers(int isa);
 void check_quantizing(int isa);
 void check_threads(int isa);
+void check_uneven_threads(int isa);
 
 }  // namespace check
 

@@ -14,7 +14,7 @@ using Rows = std::vector<double>;
 struct Shape {
   int heads, kv_heads, head_dim, rotary_dim, hidden, inner, bits, group;
   bool sandwich, bias, int8;
-  int parts = 1;  // of the input of q, k and v
+  int splits = 1;  // of the input of q, k and v
 };
 
 // Everything one layer is made of.
@@ -46,7 +46,7 @@ struct Layer {
     const auto bias = [&](const Exact<float>& b) { return s.bias ? b.data() : nullptr; };
     return {q.c(), k.c(), v.c(), o.c(), gate_up.c(), down.c(), bias(q_bias), bias(k_bias), bias(v_bias),
             norms[0].data(), s.sandwich ? norms[1].data() : nullptr, norms[2].data(),
-            s.sandwich ? norms[3].data() : nullptr, 1e-5f, s.heads, s.kv_heads, s.head_dim, s.rotary_dim, s.parts};
+            s.sandwich ? norms[3].data() : nullptr, 1e-5f, s.heads, s.kv_heads, s.head_dim, s.rotary_dim, s.splits};
   }
 
   Shape s;
@@ -205,7 +205,7 @@ Rows oracle(const Layer& layer, const Rows& x, const Turn& turn, const Cache& ca
   const float eps = 1e-5f;
   const auto times = [&](const Rows& in, const Weight& w) { return product(in, tokens, w, nullptr, 1).y; };
   const auto biased = [&](const Rows& in, const Weight& w, const Exact<float>& bias) {
-    return product(in, tokens, w, s.bias ? bias.data() : nullptr, s.parts).y;
+    return product(in, tokens, w, s.bias ? bias.data() : nullptr, s.splits).y;
   };
   const Rows h = normed(x, layer.norms[0], eps);
   Rows q = biased(h, layer.q, layer.q_bias), k = biased(h, layer.k, layer.k_bias);

@@ -1,4 +1,4 @@
-// glm4lite_check [ISA...] [products|quantizing|layers|threads...]: one line for each ISA, those of this host where none
+// glm4lite_check [ISA...] [products|quantizing|layers|threads|uneven...]: one line for each ISA, those of this host where none
 // is named; exit code 1 at the first difference, or where the host lacks an ISA that is named.
 #include <stdarg.h>
 #include <stdio.h>
@@ -20,7 +20,8 @@ struct Named {
 const Named kParts[] = {{"products", check::check_products},
                         {"quantizing", check::check_quantizing},
                         {"layers", check::check_layers},
-                        {"threads", check::check_threads}};
+                        {"threads", check::check_threads},
+                        {"uneven", check::check_uneven_threads}};
 
 bool chosen(const char* name, int count, char** words) {
   for (int i = 0; i < count; ++i)

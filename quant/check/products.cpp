@@ -12,7 +12,7 @@ struct Case {
   int64_t m, n, k;
   int bits, group, threads;
   bool bfloat16, bias;
-  int parts;
+  int splits;
 };
 
 // Activations in their own type, `gap` elements between the rows.
@@ -55,7 +55,7 @@ std::vector<float> multiply(const Case& c, const Weight& w, const Input& x, cons
   const Input out(shape, 3);
   const glm4_weight weight = w.c();
   const glm4_matrix from = x.matrix(), to = out.matrix();
-  if (glm4_matmul(&weight, &from, bias, &to, c.parts, isa, c.threads) != GLM4_OK) fail("glm4_matmul refused");
+  if (glm4_matmul(&weight, &from, bias, &to, c.splits, isa, c.threads) != GLM4_OK) fail("glm4_matmul refused");
   std::vector<float> result(c.m * c.n);
   for (int64_t r = 0; r < c.m; ++r)
     for (int64_t i = 0; i < out.stride && r * out.stride + i < out.room(); ++i) {
@@ -76,9 +76,9 @@ void compare(const Case& c, const std::vector<float>& got, const Product& want) 
 }
 
 void announce(const Case& c, const char* what) {
-  describe("%s, int%d groups of %d, %dx%d times %d rows of %s in %d parts, %d threads%s", what, c.bits, c.group,
+  describe("%s, int%d groups of %d, %dx%d times %d rows of %s in %d splits, %d threads%s", what, c.bits, c.group,
            static_cast<int>(c.n), static_cast<int>(c.k), static_cast<int>(c.m), c.bfloat16 ? "bfloat16" : "float32",
-           c.parts, c.threads, c.bias ? ", bias" : "");
+           c.splits, c.threads, c.bias ? ", bias" : "");
 }
 
 void random_values(const Case& c, int isa, Random& random) {
@@ -91,7 +91,7 @@ void random_values(const Case& c, int isa, Random& random) {
   Exact<float> bias(c.n);
   random.fill(bias);
   const float* b = c.bias ? bias.data() : nullptr;
-  compare(c, multiply(c, w, x, b, isa), product(x.dense(), c.m, w, b, c.parts));
+  compare(c, multiply(c, w, x, b, isa), product(x.dense(), c.m, w, b, c.splits));
 }
 
 void extreme_values(const Case& c, int isa) {
@@ -104,7 +104,7 @@ void extreme_values(const Case& c, int isa) {
       const Input x(c, 0);
       for (int64_t r = 0; r < c.m; ++r)
         for (int64_t i = 0; i < c.k; ++i) x.set(r, i, r % 2 ? -value : value);
-      compare(c, multiply(c, w, x, nullptr, isa), product(x.dense(), c.m, w, nullptr, c.parts));
+      compare(c, multiply(c, w, x, nullptr, isa), product(x.dense(), c.m, w, nullptr, c.splits));
     }
 }
 
@@ -117,7 +117,7 @@ void alone_and_together(const Case& c, int isa, Random& random) {
   for (int64_t r = 0; r < c.m; ++r)
     for (int64_t i = 0; i < c.k; ++i) x.set(r, i, random.bell());
   const std::vector<float> together = multiply(c, w, x, nullptr, isa);
-  compare(c, together, product(x.dense(), c.m, w, nullptr, c.parts));
+  compare(c, together, product(x.dense(), c.m, w, nullptr, c.splits));
   Case one = c;
   one.m = 1;
   for (int64_t r = 0; r < c.m; ++r) {

@@ -1,6 +1,10 @@
 // Several callers at once, each with more threads than cores: for ThreadSanitizer, and all must get the bits of one.
+// Cores of two speeds, which threads that sleep for their items stand in for.
+#include <algorithm>
+#include <chrono>
 #include <thread>
 
+#include "../csrc/thread_pool.h"
 #include "check.h"
 
 namespace check {
@@ -33,7 +37,33 @@ struct Job {
   Exact<float> x, dense;
 };
 
+constexpr int kItems = 64, kThreads = 4, kSlower = 4;
+
+// Seconds for kItems items, of which one thread does one in 1 ms and each of the others in kSlower.
+double seconds_of_items(int threads, int64_t items, bool slow) {
+  using Clock = std::chrono::steady_clock;
+  const std::thread::id first = std::this_thread::get_id();
+  auto item = [&](int64_t, int) {
+    const bool fast = !slow && std::this_thread::get_id() == first;
+    std::this_thread::sleep_for(std::chrono::milliseconds(fast ? 1 : kSlower));
+  };
+  const Clock::time_point start = Clock::now();
+  glm4::parallel_for(threads, items, item);
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
 }  // namespace
+
+// Fairly shared, 64 items take 64 / (1 + 3 / 4) = 37 ms; a slow thread with a quarter of them takes 64 ms.
+void check_uneven_threads(int) {
+  describe("one fast core and three that take four times as long");
+  double shared = 1e9, quarter = 1e9;
+  for (int turn = 0; turn < 5; ++turn) {
+    shared = std::min(shared, seconds_of_items(kThreads, kItems, false));
+    quarter = std::min(quarter, seconds_of_items(1, kItems / kThreads, true));
+  }
+  if (shared > 0.85 * quarter) fail("%.0f ms: the fast core waits for the slow ones, %.0f ms", shared * 1e3, quarter * 1e3);
+}
 
 void check_threads(int isa) {
   describe("four callers at once");

@@ -78,7 +78,7 @@ int Weight::code(int64_t row, int64_t column) const {
   return c % 8 < 4 ? byte & 15 : byte >> 4;
 }
 
-Product product(const std::vector<double>& x, int64_t m, const Weight& w, const float* bias, int parts) {
+Product product(const std::vector<double>& x, int64_t m, const Weight& w, const float* bias, int splits) {
   std::vector<double> q(w.n * w.k), low(w.n * w.k);
   for (int64_t n = 0; n < w.n; ++n)
     for (int64_t k = 0; k < w.k; ++k)
@@ -86,7 +86,7 @@ Product product(const std::vector<double>& x, int64_t m, const Weight& w, const 
   Product out{std::vector<double>(m * w.n), std::vector<double>(m * w.n)};
   for (int64_t r = 0; r < m; ++r) {
     const double* row = x.data() + r * w.k;
-    const Rounded a = parts == 2 ? round_twice(row, w.k) : round_once(row, w.k, 1e-4);
+    const Rounded a = splits == 2 ? round_twice(row, w.k) : round_once(row, w.k, 1e-4);
     for (int64_t n = 0; n < w.n; ++n) {
       const double *wq = q.data() + n * w.k, *wl = low.data() + n * w.k;
       double y = bias ? bias[n] : 0.0, size = fabs(y), off = 0.0;

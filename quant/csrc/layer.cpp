@@ -18,6 +18,7 @@ using glm4::Source;
 
 constexpr int64_t kChunkTokens = 512;  // a longer input goes through in parts: bounds the scratch
 constexpr int64_t kSplitTokens = 512;  // fewest cached tokens worth an item of their own
+constexpr int64_t kStepTokens = 8;     // so few are drafts that are verified, or a batch: each has the bits it has alone
 
 class Layer {
  public:
@@ -36,7 +37,7 @@ class Layer {
     const Sink qkv[3] = {{&l_.q, l_.q_bias, matrix(q, tokens, q_size_)},
                          {&l_.k, l_.k_bias, matrix(k, tokens, kv_size_)},
                          {&l_.v, l_.v_bias, matrix(v, tokens, kv_size_)}};
-    multiply(Normed(*this, x, nullptr, nullptr, l_.input_norm, tokens), qkv, 3, l_.qkv_parts);
+    multiply(Normed(*this, x, nullptr, nullptr, l_.input_norm, tokens), qkv, 3, l_.qkv_splits);
     place(q, k, v, tokens, cos, sin, cache);
     attention(q, tokens, cache, attended);
     const Sink o{&l_.o, nullptr, matrix(out, tokens, hidden_)};
@@ -82,8 +83,8 @@ class Layer {
   static glm4_matrix matrix(float* data, int64_t rows, int64_t columns) { return {data, rows, columns, GLM4_FLOAT32}; }
   static bool few(int64_t tokens) { return tokens < 8; }
 
-  void multiply(const Source& source, const Sink* sinks, int count, int parts = 1) const {
-    glm4::linear(source, sinks, count, parts, isa_, threads_);
+  void multiply(const Source& source, const Sink* sinks, int count, int splits = 1) const {
+    glm4::linear(source, sinks, count, splits, isa_, threads_);
   }
 
   // Rotates queries in place, and keys on their way into the cache; values go there too.
@@ -136,15 +137,18 @@ class Layer {
     return bad == 0.0f ? top / 127.0f : NAN;
   }
 
-  // Items: key/value heads x groups of query tokens x ranges of cached tokens (several ranges only where there are few
-  // queries, as in decoding); the ranges' results are merged.
+  // Items: key/value heads x groups of query tokens x ranges of cached tokens, whose results are merged. Where there are
+  // few queries, as in decoding, the ranges are the same for however many; many need several ranges only for the threads.
   void attention(const float* q, int64_t tokens, const glm4_cache& cache, float* attended) const {
     const int64_t per_token = l_.heads / l_.kv_heads, total = cache.length + tokens;
     const int64_t item_tokens = std::max<int64_t>(1, GLM4_ATTENTION_ROWS / per_token);
     const int64_t parts = (tokens + item_tokens - 1) / item_tokens, pairs = parts * l_.kv_heads;
     const int64_t most = std::max<int64_t>(1, (4 * threads_ + pairs - 1) / pairs);
-    const int64_t splits = std::clamp<int64_t>(total / kSplitTokens, 1, most);
-    const int64_t range = (total + splits * GLM4_TOKENS - 1) / (splits * GLM4_TOKENS) * GLM4_TOKENS;
+    const bool step = tokens <= kStepTokens;
+    const int64_t splits =
+        step ? (total + kSplitTokens - 1) / kSplitTokens : std::clamp<int64_t>(total / kSplitTokens, 1, most);
+    const int64_t range =
+        step ? kSplitTokens : (total + splits * GLM4_TOKENS - 1) / (splits * GLM4_TOKENS) * GLM4_TOKENS;
     const int64_t rows = std::min(tokens, item_tokens) * per_token, d = l_.head_dim;
     static thread_local std::vector<float> kept, scratch;
     const int64_t result = rows * (d + 2);

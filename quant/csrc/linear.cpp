@@ -56,38 +56,38 @@ T* room(std::vector<T>& v, int64_t size) {
 // two next to each other.
 class Activations {
  public:
-  Activations(const Source& source, int32_t group, int64_t first, int64_t rows, int parts, const glm4_isa& isa,
+  Activations(const Source& source, int32_t group, int64_t first, int64_t rows, int splits, const glm4_isa& isa,
               int threads)
-      : source_(source), isa_(isa), group_(group), parts_(parts), first_(first), rows_(rows),
-        panels_((rows * parts + isa.width - 1) / isa.width) {
+      : source_(source), isa_(isa), group_(group), splits_(splits), first_(first), rows_(rows),
+        panels_((rows * splits + isa.width - 1) / isa.width) {
     Buffers& buffers = Buffers::of_thread();
-    const int64_t blocks = rows * parts * (source.k / GLM4_COLS);
+    const int64_t blocks = rows * splits * (source.k / GLM4_COLS);
     quads_ = room(buffers.quads, blocks * 8);
     scale_ = room(buffers.scale, blocks);
     sum_ = room(buffers.sum, blocks);
-    group_sum_ = room(buffers.group_sum, rows * parts * (source.k / group));
+    group_sum_ = room(buffers.group_sum, rows * splits * (source.k / group));
     scratch_ = room(buffers.rows, 2 * source.k * threads);
   }
 
   int64_t panels() const { return panels_; }
-  int parts() const { return parts_; }
+  int splits() const { return splits_; }
   int64_t start(int64_t panel) const { return rows_ * panel / panels_; }  // first row of a panel, within the chunk
 
   glm4_panel panel(int64_t p) const {
-    const int64_t at = start(p) * parts_, blocks = source_.k / GLM4_COLS;
+    const int64_t at = start(p) * splits_, blocks = source_.k / GLM4_COLS;
     return {quads_ + at * blocks * 8, scale_ + at * blocks, sum_ + at * blocks,
-            group_sum_ + at * (source_.k / group_), static_cast<int32_t>(start(p + 1) * parts_ - at)};
+            group_sum_ + at * (source_.k / group_), static_cast<int32_t>(start(p + 1) * splits_ - at)};
   }
 
   void quantize(int64_t p, int slot) const {
-    const int64_t at = start(p) * parts_, blocks = source_.k / GLM4_COLS, width = start(p + 1) * parts_ - at;
+    const int64_t at = start(p) * splits_, blocks = source_.k / GLM4_COLS, width = start(p + 1) * splits_ - at;
     float* scratch = scratch_ + 2 * slot * source_.k;
-    for (int64_t c = 0; c < width; c += parts_) {
+    for (int64_t c = 0; c < width; c += splits_) {
       glm4_panel_column column{quads_ + (at * blocks + c) * 8, scale_ + at * blocks + c, sum_ + at * blocks + c,
                                group_sum_ + at * (source_.k / group_) + c, width};
-      const float* row = source_.row(first_ + (at + c) / parts_, scratch);
+      const float* row = source_.row(first_ + (at + c) / splits_, scratch);
       isa_.rows->quantize(row, source_.k, group_, &column);
-      if (parts_ == 1) continue;
+      if (splits_ == 1) continue;
       isa_.rows->remainder(row, source_.k, &column, scratch + source_.k);
       column.quads += 8, ++column.scale, ++column.sum, ++column.group_sum;
       isa_.rows->quantize(scratch + source_.k, source_.k, group_, &column);
@@ -98,7 +98,7 @@ class Activations {
   const Source& source_;
   const glm4_isa& isa_;
   int32_t group_;
-  int parts_;
+  int splits_;
   int64_t first_, rows_, panels_;
   int32_t *quads_, *sum_;
   float *scale_, *group_sum_, *scratch_;
@@ -123,8 +123,8 @@ struct Product {
     isa.tile(sink.w, tile, panels, p1 - p0, out, min);
     const glm4_weight& w = *sink.w;
     const int64_t width = x.start(p1) - x.start(p0);
-    if (x.parts() == 2) add_parts(width, out);
-    if (x.parts() == 2 && w.mins) add_parts(width, min);
+    if (x.splits() == 2) add_splits(width, out);
+    if (x.splits() == 2 && w.mins) add_splits(width, min);
     const int64_t n0 = tile * GLM4_ROWS;
     const int rows = static_cast<int>(std::min<int64_t>(GLM4_ROWS, w.n - n0));
     for (int64_t c = 0; c < width; ++c) {
@@ -137,7 +137,7 @@ struct Product {
     }
   }
 
-  static void add_parts(int64_t width, float* sums) {
+  static void add_splits(int64_t width, float* sums) {
     for (int64_t c = 0; c < width; ++c)
       for (int r = 0; r < GLM4_ROWS; ++r)
         sums[GLM4_ROWS * c + r] = sums[GLM4_ROWS * 2 * c + r] + sums[GLM4_ROWS * (2 * c + 1) + r];
@@ -202,7 +202,7 @@ class MatrixSource : public Source {
 
 }  // namespace
 
-void glm4::linear(const Source& source, const Sink* sinks, int count, int parts, const glm4_isa& isa, int threads) {
+void glm4::linear(const Source& source, const Sink* sinks, int count, int splits, const glm4_isa& isa, int threads) {
   int64_t tiles = 0, outputs = 0;
   int32_t group = sinks[0].w->group;
   for (int i = 0; i < count; ++i) {
@@ -211,7 +211,7 @@ void glm4::linear(const Source& source, const Sink* sinks, int count, int parts,
   }
   for (int64_t first = 0; first < source.rows; first += kChunkRows) {
     const int64_t rows = std::min(kChunkRows, source.rows - first);
-    const Activations act(source, group, first, rows, parts, isa, threads);
+    const Activations act(source, group, first, rows, splits, isa, threads);
     auto prepare = [&](int64_t p, int slot) { act.quantize(p, slot); };
     parallel_for(rows * source.k < kSerialWork ? 1 : threads, act.panels(), prepare);
     const Product product{sinks, isa, act, first};
@@ -223,10 +223,10 @@ void glm4::linear(const Source& source, const Sink* sinks, int count, int parts,
 }
 
 GLM4_API int32_t glm4_matmul(const glm4_weight* w, const glm4_matrix* x, const float* bias, const glm4_matrix* y,
-                             int32_t parts, int32_t isa, int32_t threads) {
+                             int32_t splits, int32_t isa, int32_t threads) {
   try {
     const Sink sink{w, bias, *y};
-    glm4::linear(MatrixSource(*x, w->k), &sink, 1, parts, *glm4_isa_of(isa), threads);
+    glm4::linear(MatrixSource(*x, w->k), &sink, 1, splits, *glm4_isa_of(isa), threads);
     return GLM4_OK;
   } catch (const std::bad_alloc&) {
     return GLM4_NO_MEMORY;

@@ -56,17 +56,17 @@ struct glm4_layer {
   const float *input_norm, *post_self_attn_norm, *post_attention_norm, *post_mlp_norm;
   float eps;
   int32_t heads, kv_heads, head_dim, rotary_dim;
-  int32_t qkv_parts;  // as `parts` of glm4_matmul
+  int32_t qkv_splits;  // as `splits` of glm4_matmul
 };
 
 GLM4_API int32_t glm4_abi_version(void);
 GLM4_API int32_t glm4_isa_available(int32_t isa);
 // In every call below `isa` is one that is available and `threads` at least 1.
 //
-// y [m, n] = x [m, k] * w^T + bias (bias may be null). x is rounded to int8; with `parts` 2, what that left is rounded to
+// y [m, n] = x [m, k] * w^T + bias (bias may be null). x is rounded to int8; with `splits` 2, what that left is rounded to
 // int8 too and multiplied as well: 15 bits for twice the work.
 GLM4_API int32_t glm4_matmul(const glm4_weight* w, const glm4_matrix* x, const float* bias, const glm4_matrix* y,
-                             int32_t parts, int32_t isa, int32_t threads);
+                             int32_t splits, int32_t isa, int32_t threads);
 // x [tokens, hidden], the float32 residual stream, goes through `count` layers in place; the tokens' keys and values are
 // written into each layer's cache after the `length` that it holds. cos and sin: [tokens, rotary_dim / 2].
 GLM4_API int32_t glm4_decoder_layers(const glm4_layer* const* layers, const glm4_cache* caches, int32_t count, float* x,

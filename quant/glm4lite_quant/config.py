@@ -34,7 +34,7 @@ EXCEPTIONS: tuple[tuple[str, int | None], ...] = (
 TWO_PART_INPUTS = ("q_proj", "k_proj", "v_proj", "lm_head")
 
 
-def input_parts(module: str) -> int:
+def activation_splits(module: str) -> int:
     """In how many int8 parts the input of a quantized linear is multiplied, by the module's dotted name."""
     return 2 if module.rsplit(".", 1)[-1] in TWO_PART_INPUTS else 1
 

@@ -98,12 +98,12 @@ class QuantLinear(_QuantModule):
         config: QuantConfig,
         bias: bool,
         device: str | torch.device = "cpu",
-        input_parts: int = 1,
+        activation_splits: int = 1,
     ) -> None:
-        """`input_parts`: native kernels round x to int8 (1), or to two int8 that are added (2: nearly exact)."""
+        """`activation_splits`: native kernels round x to int8 (1), or to two int8 that are added (2: nearly exact)."""
         super().__init__(out_features, in_features, config, device)
         self.in_features, self.out_features, self.config = in_features, out_features, config
-        self.input_parts = input_parts
+        self.activation_splits = activation_splits
         self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=torch.float32) if bias else None)
         self._packed: tuple[tuple[int, ...], Backend, Any] | None = None
 
@@ -134,7 +134,7 @@ class QuantLinear(_QuantModule):
             out = REFERENCE.matmul(rows, self.weight_tensor, self.bias)
         else:
             backend, packed = self._prepare()
-            out = backend.matmul(rows, packed, self.bias, self.input_parts)
+            out = backend.matmul(rows, packed, self.bias, self.activation_splits)
         return out.view(*x.shape[:-1], self.out_features)
 
     def _prepare(self) -> tuple[Backend, Any]:

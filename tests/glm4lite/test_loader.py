@@ -24,7 +24,7 @@ from glm4lite.pretrained.models import (
     Glm4ForTokenClassification,
     Glm4Model,
 )
-from glm4lite_quant import QuantConfig, QuantEmbedding, QuantError, QuantLinear, QuantTensor
+from glm4lite_quant import QuantConfig, QuantEmbedding, QuantError, QuantLinear, QuantTensor, host
 from tests.glm4lite.checkpoints import legacy_checkpoint, tiny_config, tiny_tensors, write_checkpoint
 
 IDS = torch.tensor([[372, 374, 377, 10, 65, 70, 378]])
@@ -251,8 +251,8 @@ def test_free_memory_is_what_the_machine_and_the_control_group_allow(
     (tmp_path / "meminfo").write_text(f"MemAvailable: {4 * GIB // 1024} kB\nSwapFree: 1024 kB\n")
     (tmp_path / "own").write_text(own)
     monkeypatch.setattr(system, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(system, "OWN_CGROUPS", tmp_path / "own", raising=False)
-    monkeypatch.setattr(system, "CGROUPS", cgroups(tmp_path / "cgroup", files), raising=False)
+    monkeypatch.setattr(host, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(host, "CGROUPS", cgroups(tmp_path / "cgroup", files))
     assert system.available() == free + (1 << 20)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import pytest
+import torch
 
+from glm4lite.base.errors import DeviceError
 from glm4lite.engine.decoding import Generation, PrefixCache
 from glm4lite.engine.engine import Engine
 from glm4lite.engine.prefixes import MOST, PrefixPool
@@ -121,3 +124,46 @@ def test_what_is_in_use_is_nobody_elses(engine: Engine, pool: PrefixPool) -> Non
     assert answer(engine, prompt)[0] == expected
     list(pieces)
     assert slow.ids == expected[:8]
+
+
+@pytest.mark.parametrize("ends", ["the device gives out", "nobody waits any more"])
+def test_what_was_computed_of_a_prompt_is_kept_where_its_reading_ends_early(
+    engine: Engine, pool: PrefixPool, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    monkeypatch.setattr(type(engine.model), "chunk", 32)
+    prompt = ids(engine, "One two three four five six seven eight nine ten " * 20)
+    generation, before = engine.generate(prompt, GREEDY), fresh(engine, prompt)
+    reading = engine.prefill(generation)
+    for _ in range(3):
+        next(reading)
+    if ends == "nobody waits any more":
+        reading.close()
+    else:
+        monkeypatch.setattr(engine.model.model.norm, "forward", gives_out)
+        with pytest.raises(DeviceError, match="ran out at 128 tokens"):
+            next(reading)
+        monkeypatch.undo()
+    assert answer(engine, prompt) == (before, len(prompt) - 96)
+
+
+def gives_out(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_prompt_whose_reading_is_cancelled_stops_between_two_layers(engine: Engine, pool: PrefixPool) -> None:
+    prompt, cancel, entered = ids(engine, "One two three " * 20), threading.Event(), []
+
+    def enter(number: int) -> None:
+        entered.append(number)
+        cancel.set()
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_, number=number: enter(number))
+        for number, layer in enumerate(engine.model.model.layers)
+    ]
+    generation = engine.generate(prompt, GREEDY, cancel)
+    assert list(engine.pieces(generation)) == [""]
+    for hook in hooks:
+        hook.remove()
+    assert (entered, generation.finish_reason, len(generation.cache.ids)) == ([0], "cancelled", 0)
+    assert answer(engine, prompt)[0] == fresh(engine, prompt)

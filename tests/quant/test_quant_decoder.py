@@ -107,7 +107,7 @@ class Layer:
         self.dense = {name: weight.dequantize().double() for name, weight in self.weights.items()}
 
     def kernel(self) -> DecoderKernel:
-        made = DecoderKernel.of(self.weights, self.biases, self.norms, EPS, self.heads, qkv_parts=2)
+        made = DecoderKernel.of(self.weights, self.biases, self.norms, EPS, self.heads, qkv_splits=2)
         assert made is not None
         return made
 
@@ -205,6 +205,24 @@ def test_a_prompt_in_parts_gives_what_it_gives_at_once(isa: str, int8: bool) -> 
     torch.testing.assert_close(split, once, rtol=1e-4, atol=1e-4)
     assert torch.equal(whole.values, parts.values)
     assert torch.equal(whole.keys, parts.keys)
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("past", [3, 509, 1021])  # a border between two ranges of the past falls within the step
+def test_a_step_of_a_few_tokens_gives_each_the_bits_it_has_alone(isa: str, int8: bool, past: int) -> None:
+    heads = HEADS["three queries each"]
+    kernel, together, alone = layer_of(Shape(heads)).kernel(), *(Cache.empty(heads, past + 8, int8) for _ in range(2))
+    for cache in (together, alone):
+        torch.manual_seed(past)
+        cache.invent(past)
+    x, (cos, sin) = torch.randn(8, HIDDEN), turns(heads, 8)
+    for tokens in (8, 5, 2):
+        at_once, one_by_one = x[:tokens].clone(), x[:tokens].clone()
+        run([kernel], [together.view()], at_once, cos[:tokens], sin[:tokens])
+        for t in range(tokens):
+            at = replace(alone, length=past + t).view()
+            run([kernel], [at], one_by_one[t : t + 1], cos[t : t + 1], sin[t : t + 1])
+        assert torch.equal(at_once, one_by_one)
 
 
 def test_layers_run_one_after_another(isa: str) -> None:

@@ -148,7 +148,7 @@ class Repacking(DequantBackend):
     def unpack(self, packed: Codes) -> QuantTensor:  # type: ignore[override]
         return replace(packed.weight, qweight=reference.tile_int4(packed.codes))
 
-    def matmul(self, x: Tensor, packed: Codes, bias: Tensor | None, parts: int = 1) -> Tensor:  # type: ignore[override]
+    def matmul(self, x: Tensor, packed: Codes, bias: Tensor | None, splits: int = 1) -> Tensor:  # type: ignore[override]
         return super().matmul(x, self.unpack(packed), bias)
 
 

@@ -29,8 +29,8 @@ class Backend(Protocol):
     def unpack(self, packed: Any) -> Planes:
         """The weight that was packed, exactly."""
 
-    def matmul(self, x: Tensor, packed: Any, bias: Tensor | None, parts: int = 1) -> Tensor:
+    def matmul(self, x: Tensor, packed: Any, bias: Tensor | None, splits: int = 1) -> Tensor:
         """x [M, K] bfloat16 or float32, bias float32 [N] -> [M, N] in x.dtype.
 
-        A backend that rounds x to int8 takes it in so many `parts`.
+        A backend that rounds x to int8 takes it in so many `splits`.
         """

@@ -68,7 +68,7 @@ class _Layer(ctypes.Structure):
         *((f"{name}_bias", ctypes.c_void_p) for name in BIASES),
         *((f"{name}_norm", ctypes.c_void_p) for name in NORMS),
         ("eps", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "head_dim", "rotary_dim", "qkv_parts")),
+        *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "head_dim", "rotary_dim", "qkv_splits")),
     ]
 
 
@@ -87,10 +87,10 @@ class DecoderKernel:
         norms: Mapping[str, Tensor | None],
         eps: float,
         heads: Heads,
-        qkv_parts: int = 1,
+        qkv_splits: int = 1,
     ) -> DecoderKernel | None:
         """`weights` by the names in WEIGHTS, `biases` in BIASES, `norms` in NORMS (None where there is none).
-        q, k and v take their input in `qkv_parts` of int8, as QuantLinear's `input_parts`.
+        q, k and v take their input in `qkv_splits` of int8, as QuantLinear's `activation_splits`.
 
         None where there is no native library, a tensor is not a contiguous float32 one on the CPU, or the shape is not
         one the kernel has code for.
@@ -108,7 +108,7 @@ class DecoderKernel:
         structs = {name: native.describe(weights[name]) for name in WEIGHTS}
         shape = dict(zip(("heads", "kv_heads", "head_dim", "rotary_dim"), heads, strict=True))
         return cls(
-            _Layer(**structs, **pointers, eps=eps, **shape, qkv_parts=qkv_parts),
+            _Layer(**structs, **pointers, eps=eps, **shape, qkv_splits=qkv_splits),
             heads,
             (dict(weights), floats),
             backend,

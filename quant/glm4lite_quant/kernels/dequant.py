@@ -27,8 +27,8 @@ class DequantBackend:
     def unpack(self, packed: Planes) -> Planes:
         return packed
 
-    def matmul(self, x: Tensor, packed: Planes, bias: Tensor | None, parts: int = 1) -> Tensor:
-        """x [M, K] -> [M, N] in x.dtype; with bfloat16 the weight is rounded to it. `parts` means nothing here."""
+    def matmul(self, x: Tensor, packed: Planes, bias: Tensor | None, splits: int = 1) -> Tensor:
+        """x [M, K] -> [M, N] in x.dtype; with bfloat16 the weight is rounded to it. `splits` means nothing here."""
         n, k = packed.shape
         out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
         tiles, step = packed.qweight.shape[0], max(1, SCRATCH_ELEMENTS // (k * ROWS))

@@ -1,7 +1,7 @@
 """The native CPU kernels (csrc/) through ctypes: finding the library, choosing an ISA, passing pointers.
 
-GLM4LITE_KERNELS is the library's path, GLM4LITE_ISA forces one of ISAS, GLM4LITE_THREADS bounds the threads (else
-torch's own setting). ctypes releases the GIL during every call.
+GLM4LITE_KERNELS is the library's path, GLM4LITE_ISA forces one of ISAS, GLM4LITE_THREADS bounds the threads (else a
+core each, and torch's own setting). ctypes releases the GIL during every call.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from glm4lite_quant import host
 from glm4lite_quant.config import QuantError
 from glm4lite_quant.format import Planes, not_finite
 from glm4lite_quant.kernels.reference import SHARES
@@ -99,10 +100,10 @@ class NativeBackend:
     def unpack(self, packed: Packed) -> Planes:
         return packed.weight
 
-    def matmul(self, x: Tensor, packed: Packed, bias: Tensor | None, parts: int = 1) -> Tensor:
+    def matmul(self, x: Tensor, packed: Packed, bias: Tensor | None, splits: int = 1) -> Tensor:
         """x [M, K] -> [M, N] in x.dtype; x is quantized to int8 per 32 columns, sums are int32 and then float32.
 
-        With `parts` 2 what the rounding left is quantized too and multiplied as well.
+        With `splits` 2 what the rounding left is quantized too and multiplied as well.
         """
         if x.device.type != "cpu":
             raise QuantError(f"the input of a layer is on {x.device} but its weight on the CPU")
@@ -115,7 +116,7 @@ class NativeBackend:
         held = None if bias is None else bias.contiguous()
         where = None if held is None else held.data_ptr()
         refs = (ctypes.byref(packed.struct), ctypes.byref(a), where, ctypes.byref(y))
-        code = self._matmul(*refs, parts, self._code, thread_count())
+        code = self._matmul(*refs, splits, self._code, thread_count())
         if code != OK:
             raise MemoryError("no memory for the quantized activations")
         return out
@@ -164,11 +165,13 @@ def status() -> str:
 
 
 def thread_count() -> int:
-    """min(cores this process may use, GLM4LITE_THREADS or torch.get_num_threads())."""
+    """GLM4LITE_THREADS, at most a processor each; where it is not set what pays (`Cores.threads`), at most torch's."""
     text = os.environ.get("GLM4LITE_THREADS", "")
     if text and (not text.isascii() or not text.isdigit() or int(text) < 1):
         raise QuantError(f"GLM4LITE_THREADS is {text!r}; use a whole number of at least 1")
-    return min(_cores(), int(text) if text else torch.get_num_threads())
+    if text:
+        return min(len(host.processors()), int(text))
+    return min(host.cores().threads, torch.get_num_threads())
 
 
 def check_environment() -> None:
@@ -179,8 +182,9 @@ def check_environment() -> None:
 
 def set_threads(count: int) -> None:
     """The number of threads of torch and of the kernels, for this process; QuantError outside 1..cores."""
-    if not 1 <= count <= _cores():
-        raise QuantError(f"{count} threads cannot be used; this process may use 1 to {_cores()}")
+    most = len(host.processors())
+    if not 1 <= count <= most:
+        raise QuantError(f"{count} threads cannot be used; this process may use 1 to {most}")
     os.environ["GLM4LITE_THREADS"] = str(count)
     torch.set_num_threads(count)
 
@@ -226,12 +230,6 @@ def describe(w: Planes) -> Weight:
 
 
 @lru_cache(maxsize=1)
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return os.cpu_count() or 1
-
-
 def _library() -> Library:
     return _load(os.environ.get("GLM4LITE_KERNELS", ""))
 

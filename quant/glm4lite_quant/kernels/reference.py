@@ -151,8 +151,8 @@ class ReferenceBackend:
     def unpack(self, packed: Planes) -> Planes:
         return packed
 
-    def matmul(self, x: Tensor, packed: Planes, bias: Tensor | None, parts: int = 1) -> Tensor:
-        """x [M, K] -> [M, N] in x.dtype; x is not rounded, so `parts` means nothing here."""
+    def matmul(self, x: Tensor, packed: Planes, bias: Tensor | None, splits: int = 1) -> Tensor:
+        """x [M, K] -> [M, N] in x.dtype; x is not rounded, so `splits` means nothing here."""
         k = packed.shape[1]
         tiles, rows = packed.qweight.shape[0], x.float()
         step = max(1, SCRATCH_ELEMENTS // (k * ROWS))

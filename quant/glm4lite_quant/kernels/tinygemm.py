@@ -57,8 +57,8 @@ class TinygemmBackend:
             codes[:, one] = torch._weight_int4pack_mm(unit, packed.codes, 32, plain).T.to(torch.uint8)
         return replace(packed.weight, qweight=reference.tile_int4(codes))
 
-    def matmul(self, x: Tensor, packed: Packed, bias: Tensor | None, parts: int = 1) -> Tensor:
-        """x [M, K] -> [M, N] in x.dtype; `parts` means nothing here."""
+    def matmul(self, x: Tensor, packed: Packed, bias: Tensor | None, splits: int = 1) -> Tensor:
+        """x [M, K] -> [M, N] in x.dtype; `splits` means nothing here."""
         if x.device != packed.codes.device:
             raise QuantError(f"the input of a layer is on {x.device} but its weight on {packed.codes.device}")
         rows = x.detach().to(torch.bfloat16).contiguous()

@@ -107,8 +107,8 @@ class TritonBackend:
     def unpack(self, packed: Packed) -> Planes:
         return packed.weight
 
-    def matmul(self, x: Tensor, packed: Packed, bias: Tensor | None, parts: int = 1) -> Tensor:
-        """x [M, K] bfloat16 or float32 -> [M, N] in x.dtype; x stays what it is, so `parts` means nothing here."""
+    def matmul(self, x: Tensor, packed: Packed, bias: Tensor | None, splits: int = 1) -> Tensor:
+        """x [M, K] bfloat16 or float32 -> [M, N] in x.dtype; x stays what it is, so `splits` means nothing here."""
         if x.device != packed.words.device:
             raise QuantError(f"the input of a layer is on {x.device} but its weight on {packed.words.device}")
         x = x.detach() if x.stride(-1) == 1 else x.detach().contiguous()
