@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,7 +174,7 @@ class Engine:
             generation.replacement = ThinkingBudget(self.tokenizer, prompt, params.thinking_budget)
         return generation
 
-    def prefill(self, generation: Generation) -> Iterator[Progress]:
+    def prefill(self, generation: Generation) -> Generator[Progress]:
         """Computes the prompt; reports progress where it takes more than one chunk.
 
         What was computed is kept where it ends early, by an error or because nobody waits any more.

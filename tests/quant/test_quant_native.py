@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm4lite_quant import QuantConfig, QuantError, QuantLinear, QuantTensor, kernels
+from glm4lite_quant import QuantConfig, QuantError, QuantLinear, QuantTensor, host, kernels
 from glm4lite_quant.kernels import native, reference
 
 HAVE = native._library()
@@ -278,11 +278,11 @@ def test_a_wrong_number_of_threads_is_named(monkeypatch: pytest.MonkeyPatch, val
 
 def test_threads_follow_torch_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLM4LITE_THREADS", raising=False)
-    assert native.thread_count() == min(native._cores(), torch.get_num_threads())
+    assert native.thread_count() == min(host.cores().threads, torch.get_num_threads())
     monkeypatch.setenv("GLM4LITE_THREADS", "1")
     assert native.thread_count() == 1
     monkeypatch.setenv("GLM4LITE_THREADS", "100000")
-    assert native.thread_count() == native._cores()
+    assert native.thread_count() == len(host.processors())
 
 
 def test_the_reference_multiplies_in_bounded_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
