@@ -42,7 +42,7 @@ from bench.gpu_engines import (
 from bench.gpu_models import measure_models
 from bench.gpu_timing import captured, copies, guarded, milliseconds
 from bench.gpu_tune import sweep, tune
-from glm4lite_quant import kernels
+from glm4lite_quant.kernels import picking
 
 VOCABULARY = 151552
 PREFILL = 2048
@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     copy, rate = copy_rate(device), matmul_rate(device)
     name = torch.cuda.get_device_name(device)
     print(f"{name}, torch {torch.__version__}; copy {copy:.0f} GB/s, bfloat16 matmul {rate:.0f} TFLOP/s")
-    print(f"gpu kernels: {kernels.gpu_status()}", flush=True)
+    print(f"gpu kernels: {picking.gpu_status()}", flush=True)
     engines, missing = available(device)
     print(*missing, sep="\n" if missing else "", flush=True)
     found: dict[str, Any] = {"device": name, "torch": torch.__version__, "copy_GBps": copy, "matmul_TFLOPs": rate}

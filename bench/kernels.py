@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.ggml import GgmlLinear, absent
-from glm4lite_quant import QuantConfig, QuantTensor, kernels
-from glm4lite_quant.kernels import native
+from glm4lite_quant import QuantConfig, QuantTensor
+from glm4lite_quant.kernels import native, picking
 
 SHAPES = {"q/o": (4096, 4096), "gate_up": (27392, 4096), "down": (4096, 13696)}
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 128)
@@ -96,7 +96,7 @@ def contenders(weight: Tensor, isas: Sequence[str]) -> list[Contender]:
             codes = quantized.tensors()["qweight"]
             found.append(Contender(READ, partial(read, codes), codes.nbytes))
     if not absent():
-        llama = GgmlLinear(weight, kernels.native.thread_count())
+        llama = GgmlLinear(weight, native.thread_count())
         found.append(Contender(LLAMA, llama, llama.nbytes))
     found.append(torch_int4(weight))
     half = weight.bfloat16()
@@ -202,7 +202,7 @@ def main() -> None:
         native.set_threads(1)
     tokens = sorted({int(m) for m in given.tokens.split(",")})
     torch.set_num_threads(native.thread_count())
-    print(kernels.status(), f"torch {torch.__version__}, {torch.get_num_threads()} threads", absent(), sep="\n")
+    print(picking.status(), f"torch {torch.__version__}, {torch.get_num_threads()} threads", absent(), sep="\n")
     results: list[dict[str, object]] = []
     judged: list[tuple[str, Target, float]] = []
     for shape in given.shapes.split(","):

@@ -1,5 +1,5 @@
 """`python -m glm4lite` is the `glm4lite` command."""
 
-from glm4lite.cli import main
+from glm4lite.cli.app import main
 
 main()

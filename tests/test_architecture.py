@@ -80,17 +80,24 @@ def modules() -> dict[str, tuple[Path, ast.Module]]:
 MODULES = modules()
 
 
-def imports_of(name: str) -> set[str]:
-    """The modules of ours that a module imports, anywhere: in functions and for type checkers too."""
+def named_by(tree: ast.Module) -> set[str]:
+    """Dotted names that a module imports, anywhere: in functions and for type checkers too.
+
+    `from package import module` names both: the package's own code runs first, so a circle may lead through it.
+    """
     found = set()
-    for node in ast.walk(MODULES[name][1]):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            assert not node.level, f"{name} imports relatively"
-            whole = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {full if full in MODULES else node.module for full in whole.values()}
-    return (found & MODULES.keys()) - {name}
+            assert not node.level, "imports are absolute here"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def imports_of(name: str) -> set[str]:
+    """The modules of ours that a module imports."""
+    return (named_by(MODULES[name][1]) & MODULES.keys()) - {name}
 
 
 def circles(graph: dict[str, set[str]]) -> list[set[str]]:
@@ -123,6 +130,7 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
 
 def test_no_two_files_import_each_other() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [{"a", "b", "c"}]
+    assert named_by(ast.parse("def f():\n    from a.b import c")) == {"a.b", "a.b.c"}
     assert circles({name: imports_of(name) for name in MODULES}) == []
 
 

@@ -52,15 +52,6 @@ def mistaken_for(start: bytes) -> str | None:
     return None
 
 
-def start_of(path: Path) -> bytes:
-    """A file's first bytes, b"" where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return file.read(START_BYTES)
-    except OSError:
-        return b""
-
-
 def dangling(path: Path) -> str | None:
     """What a link is that leads nowhere, and what helps; None where `path` is no such link."""
     if not path.is_symlink() or path.exists():

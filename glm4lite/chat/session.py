@@ -112,12 +112,17 @@ class ChatSession:
         ram: int | str | None = None,
         context: int | str | None = None,
         approve: Approve = nobody_to_ask,
+        speculate: str | int = "auto",
         **sampling: Any,
     ) -> ChatSession:
         """An Engine and a session on it; arguments as in `Engine.load`, `sampling` as in SamplingParams."""
+        from glm4lite.loading.load_options import LoadOptions
+        from glm4lite.memory.budget import Budget
+
         SamplingParams.check(**sampling)
-        limits: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
-        engine = Engine.load(source, quant, device, dtype, progress, need_template=True, **limits)
+        budget = Budget.of(gpu_memory, ram, context, kv)
+        options = LoadOptions(quant, device, dtype, progress, budget=budget)
+        engine = Engine.from_options(source, options, need_template=True, speculate=speculate)
         return cls(engine, tools, system, engine.params(**sampling), approve=approve)
 
     def reset(self) -> None:

@@ -8,9 +8,8 @@ calibration tokens' activations go from layer to layer.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable
-from typing import cast
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +20,14 @@ from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.load_plan import Fill, LoadPlan
 from glm4lite.model.attention import Visibility
 from glm4lite.model.config import Glm4Config
+from glm4lite.model.layers import DecoderLayer, layer_of
 from glm4lite.model.rotary import RotaryEmbedding
 from glm4lite_quant import QuantConfig
 
 logger = logging.getLogger("glm4lite")
 
-_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)")
+_Layer: TypeAlias = list[tuple[str, Fill]]
+"""The parameters of a decoder layer, each with the name that its module has there."""
 
 
 class Calibrator:
@@ -58,10 +59,10 @@ class Calibrator:
 
         (None, None) for what is in no layer. The second is None where the activations left float32.
         """
-        place = _LAYER.fullmatch(fill.module)
+        place = layer_of(fill.module)
         if place is None:
             return None, None
-        while self._next <= int(place[1]):
+        while self._next <= place[0]:
             self._run(self._layers[self._next])
             self._next += 1
         linear = self._held.pop(fill.source)
@@ -80,7 +81,7 @@ class Calibrator:
         return torch.cat(rows)[places]
 
     @torch.inference_mode()
-    def _run(self, fills: list[Fill]) -> None:
+    def _run(self, fills: _Layer) -> None:
         """Reads a layer, and moves the residual stream of every window through it."""
         self._held.clear()
         layer = self._read(fills)
@@ -88,15 +89,12 @@ class Calibrator:
         for window in self._stream.split(1):
             window.copy_(layer(window, self._dtype, self._rotary, visible, None, False)[0])
 
-    def _read(self, fills: list[Fill]) -> nn.Module:
+    def _read(self, fills: _Layer) -> nn.Module:
         """The layer with recording linears; those that will be quantized are held."""
-        from glm4lite.model.layers import DecoderLayer
-
         with torch.device("meta"):
             layer = DecoderLayer(self._config)
-        for fill in fills:
+        for name, fill in fills:
             self._poll()
-            name = cast(re.Match[str], _LAYER.fullmatch(fill.module))[2]
             values, module = self._checkpoint.tensor(fill.source), layer.get_submodule(name)
             self._checkpoint.check_finite(fill.source, values)
             if isinstance(module, nn.Linear):
@@ -142,18 +140,18 @@ def _replace(layer: nn.Module, name: str, module: nn.Module) -> None:
     setattr(layer.get_submodule(parent), leaf, module)
 
 
-def _by_layer(plan: LoadPlan) -> list[list[Fill]]:
-    layers: dict[int, list[Fill]] = {}
+def _by_layer(plan: LoadPlan) -> list[_Layer]:
+    layers: dict[int, _Layer] = {}
     for fill in plan.fills:
-        place = _LAYER.fullmatch(fill.module)
+        place = layer_of(fill.module)
         if place is not None:
-            layers.setdefault(int(place[1]), []).append(fill)
+            layers.setdefault(place[0], []).append((place[1], fill))
     return [layers[index] for index in range(len(layers))]
 
 
 def layer_bytes(checkpoint: Checkpoint, plan: LoadPlan) -> int:
     """Bytes of the largest layer as it is stored: what a Calibrator holds beside the quantized model."""
-    return max(sum(checkpoint.nbytes(fill.source) for fill in layer) for layer in _by_layer(plan))
+    return max(sum(checkpoint.nbytes(fill.source) for _, fill in layer) for layer in _by_layer(plan))
 
 
 def matmul_dtype() -> torch.dtype:

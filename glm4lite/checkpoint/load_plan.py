@@ -25,7 +25,8 @@ from glm4lite.checkpoint.formats.format import ForeignWeight, Quant
 from glm4lite.checkpoint.formats.registry import foreign_weight
 from glm4lite.checkpoint.quantization import column_multiple, empty_weight
 from glm4lite.model.config import Glm4Config
-from glm4lite_quant import BnbTensor, QuantConfig, QuantError, QuantTensor
+from glm4lite.model.layers import layer_of
+from glm4lite_quant import QuantConfig, QuantError, QuantTensor
 from glm4lite_quant.format import NAMES
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -37,8 +38,6 @@ _OTHER_PARTS = re.compile(
     r"(?:(?:model|transformer)\.)?(?:visual|vision|vision_\w+|audio_\w+|multi_modal_projector|mtp\w*)\..*"
 )
 """Names of the tensors that see, hear or predict several tokens, as models with such parts call them."""
-
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,6 @@ class Fill:
     quant: Quant | None = None
     parts: tuple[str, ...] = ()
     foreign: ForeignWeight | None = None
-
-    def planned(self) -> QuantTensor | BnbTensor:
-        """Shapes and types of the quantized weight (on the meta device)."""
-        if self.quant is None:
-            raise CheckpointError(f"{self.source} is not to be quantized")
-        rows, columns = self.shape
-        return empty_weight(rows, columns, self.quant, "meta")
 
 
 @dataclass
@@ -122,7 +114,7 @@ class LoadPlan:
     def fill_bytes(self, fill: Fill, activations: torch.dtype) -> int:
         """Bytes of one filled parameter that does not lie quantized in the file."""
         if fill.quant:
-            return fill.planned().nbytes
+            return empty_weight(fill.shape, fill.quant).nbytes
         return math.prod(fill.shape) * self.plain_dtype(fill.module, len(fill.shape), activations).itemsize
 
 
@@ -267,9 +259,9 @@ def _is_of_another_head(model: nn.Module, name: str, tied: bool) -> bool:
 def _predicts_ahead(model: nn.Module, name: str) -> bool:
     """Whether a tensor is of the layers behind the model's own that config.json counts as predicting several tokens."""
     config: Any = model.config
-    layer, count = _LAYER.match(name), (config.model_extra or {}).get("num_nextn_predict_layers")
+    layer, count = layer_of(name), (config.model_extra or {}).get("num_nextn_predict_layers")
     first = config.num_hidden_layers
-    return layer is not None and isinstance(count, int) and first <= int(layer[1][:9]) < first + count
+    return layer is not None and isinstance(count, int) and first <= layer[0] < first + count
 
 
 def _stored_shape(checkpoint: Checkpoint, fill: Fill) -> tuple[int, ...]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from glm4lite.base.errors import ConfigError
 from glm4lite.base.files import CONFIG
 from glm4lite.checkpoint.checkpoint import Checkpoint
@@ -86,11 +84,12 @@ def _declared(given: Any) -> Quant:
     return QuantConfig.from_dict(given)
 
 
-def empty_weight(rows: int, columns: int, quant: Quant, device: str | torch.device) -> QuantTensor | BnbTensor:
-    """A weight to be filled by `quantize_rows`; on "meta" its shapes and types only."""
+def empty_weight(shape: tuple[int, ...], quant: Quant) -> QuantTensor | BnbTensor:
+    """A quantized weight [rows, columns] on the meta device: its tensors' shapes and types."""
+    rows, columns = shape
     if isinstance(quant, BnbConfig):
-        return BnbTensor.empty(rows, columns, quant, device)
-    return QuantTensor.empty(rows, columns, quant, device)
+        return BnbTensor.empty(rows, columns, quant, "meta")
+    return QuantTensor.empty(rows, columns, quant, "meta")
 
 
 def column_multiple(quant: Quant) -> int:

@@ -19,7 +19,7 @@ from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.formats.format import Quant
 from glm4lite.checkpoint.load_plan import Fill, say_notices
 from glm4lite.checkpoint.prepare import model_class, opened, prepare
-from glm4lite.checkpoint.quantization import parse_quant, stored_quant
+from glm4lite.checkpoint.quantization import empty_weight, parse_quant, stored_quant
 from glm4lite.checkpoint.shard import DTYPES
 from glm4lite.checkpoint.streaming import (
     Meter,
@@ -98,7 +98,7 @@ def _planned(checkpoint: Checkpoint, fill: Fill) -> Iterator[PlannedTensor]:
         stored = DTYPES[checkpoint.dtype(fill.source)]
         yield PlannedTensor(fill.source, torch.float32 if stored == torch.float16 else stored, fill.shape)
         return
-    for part, tensor in fill.planned().tensors().items():
+    for part, tensor in empty_weight(fill.shape, fill.quant).tensors().items():
         yield PlannedTensor(_part_name(fill, part), tensor.dtype, tuple(tensor.shape))
 
 
@@ -113,7 +113,8 @@ def _write_fill(
         for _, rows in finite_blocks(checkpoint, fill.source, meter):
             writer.append(fill.source, rows)
         return
-    for part, tensor in quantize_weight(checkpoint, fill, meter, calibrator, torch.device("cpu")).tensors().items():
+    made = quantize_weight(checkpoint, fill, fill.quant, meter, calibrator, torch.device("cpu"))
+    for part, tensor in made.tensors().items():
         writer.write(_part_name(fill, part), tensor)
 
 

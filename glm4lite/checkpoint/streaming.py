@@ -90,25 +90,23 @@ def needs_calibration(plan: LoadPlan) -> bool:
 
 
 def quantize_weight(
-    checkpoint: Checkpoint, fill: Fill, meter: Meter, calibrator: Calibrator | None, device: torch.device
+    checkpoint: Checkpoint, fill: Fill, quant: Quant, meter: Meter, calibrator: Calibrator | None, device: torch.device
 ) -> QuantTensor | BnbTensor:
     """One weight, quantized block by block; without calibration, never all of it is in memory unquantized.
 
     Ours are made on the CPU, another tool's on the `device` where they will be.
     """
-    if fill.quant is None:
-        raise CheckpointError(f"{fill.source} is not to be quantized")
     n, k = fill.shape
     try:
-        if not isinstance(fill.quant, QuantConfig):
-            foreign = BnbTensor.empty(n, k, fill.quant, device)
+        if not isinstance(quant, QuantConfig):
+            foreign = BnbTensor.empty(n, k, quant, device)
             for start, rows in blocks(checkpoint, fill.source, meter):
                 foreign.quantize_rows(start, rows)
-            return foreign.double_quantized() if fill.quant.double_quant else foreign
+            return foreign.double_quantized() if quant.double_quant else foreign
         held, importance = (None, None) if calibrator is None else calibrator.take(fill)
-        weight = QuantTensor.empty(n, k, fill.quant)
+        weight = QuantTensor.empty(n, k, quant)
         for start, rows in blocks(checkpoint, fill.source, meter, held):
-            weight.quantize_rows(start, rows, importance, fast=fill.quant.method == MINMAX)
+            weight.quantize_rows(start, rows, importance, fast=quant.method == MINMAX)
         return weight
     except QuantError as error:
         where = f"{fill.source} in {checkpoint.file(fill.source)}"

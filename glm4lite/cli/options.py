@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options that several commands share, and what a command does with the number of threads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from glm4lite.base.errors import ConfigError
 from glm4lite.cli.paths import models
 
 
@@ -94,3 +95,18 @@ Context = Annotated[
     str | None, typer.Option(metavar="N", help="Tokens to have memory for.", show_default="8192 with a budget")
 ]
 JsonObject = Annotated[bool, typer.Option("--json", help="Stdout is one JSON object.")]
+
+
+def use_threads(count: str | None) -> None:
+    """Threads of torch and of the kernels; what this machine does not have is refused, also in the environment."""
+    from glm4lite_quant.kernels import native
+    from glm4lite_quant.kernels.picking import check_environment
+
+    check_environment()
+    if count is None:
+        return
+    try:
+        number = int(count)
+    except ValueError:
+        raise ConfigError(f"--threads is {count[:100]!r}; use a whole number of at least 1") from None
+    native.set_threads(number)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from glm4lite.hub.sources import NANO
-
 MOST_OFFERED = 200
 _MOST_LOOKED_AT = 5000  # names of one folder
 
@@ -29,6 +27,8 @@ def paths(typed: str) -> Iterator[str]:
 
 def models(typed: str) -> Iterator[str]:
     """What may be named as a model: the embedded one, and folders."""
+    from glm4lite.hub.sources import NANO
+
     if NANO.startswith(typed):
         yield NANO
     folders = (path.removesuffix("/") for path in paths(typed) if path.endswith("/"))

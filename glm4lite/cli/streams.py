@@ -112,13 +112,52 @@ def lent_terminal() -> Iterator[None]:
         os.dup2(2, 1)
 
 
+@contextmanager
+def echo(on: bool) -> Iterator[None]:
+    """In here the terminal of stdin shows what is typed, or does not; where there is none, nothing changes.
+
+    While an answer is drawn a key must not move the cursor. What is typed then is read, and shown, by the next prompt.
+    """
+    if os.name != "posix" or sys.stdin is None or not sys.stdin.isatty():
+        yield
+        return
+    import termios
+
+    number = sys.stdin.fileno()
+    before = termios.tcgetattr(number)
+    changed = list(before)
+    changed[3] = before[3] | termios.ECHO if on else before[3] & ~termios.ECHO
+    termios.tcsetattr(number, termios.TCSANOW, changed)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(number, termios.TCSANOW, before)
+
+
 def is_interactive() -> bool:
     """Whether stdin is a terminal, where a message is typed."""
     number = streams().stdin
     return number is not None and os.isatty(number)
 
 
-def piped_text(optional: bool, remark: Remark) -> str:
+def prompt_text(prompt: str | None, remark: Remark) -> str:
+    """A prompt, and below it what stdin holds; None and `-` are stdin alone, typed where it is a terminal.
+
+    The line end that files and echo have is none of the text's. Raises InputError where there is no text at all.
+    """
+    prompt = None if prompt == "-" else prompt
+    if prompt is None and is_interactive():
+        remark("(type the text; Ctrl-D on a line of its own ends it)")
+        piped = _typed_text()
+    else:
+        piped = _piped_text(prompt is not None, remark)
+    piped = piped.rstrip("\n")
+    if prompt is None and not piped.strip():
+        raise InputError("stdin is empty: give a text there, or with -p")
+    return "\n\n".join(text for text in (prompt, piped) if text)
+
+
+def _piped_text(optional: bool, remark: Remark) -> str:
     """All of stdin as one text; "" where it is empty, or a terminal.
 
     `optional`: there is a prompt too. Then a stdin that cannot be read is none (nohup makes one), and so is a socket on
@@ -145,7 +184,7 @@ def piped_text(optional: bool, remark: Remark) -> str:
         timer.cancel()
 
 
-def typed_text() -> str:
+def _typed_text() -> str:
     """All that is typed until Ctrl-D. Raises InputError for more than MAX_INPUT."""
     number = streams().stdin
     return "" if number is None else _read_all(number).decode("utf-8", "replace")

@@ -32,6 +32,7 @@ from glm4lite_quant.kernels import native
 
 if TYPE_CHECKING:
     from glm4lite.checkpoint.formats.format import Quant
+    from glm4lite.loading.load_options import LoadOptions
     from glm4lite.pretrained.models import Glm4ForCausalLM
 
 logger = logging.getLogger("glm4lite")
@@ -99,22 +100,36 @@ class Engine:
         What is cheap to check (tokenizer, template) is read before the weights. Raises TemplateError where a chat
         template is needed and there is none.
         """
+        from glm4lite.loading.load_options import LoadOptions
+        from glm4lite.memory.budget import Budget
+
+        budget = Budget.of(gpu_memory, ram, context, kv)
+        options = LoadOptions(quant, device, dtype, progress, budget=budget)
+        return cls.from_options(source, options, need_template, before_weights, speculate)
+
+    @classmethod
+    def from_options(
+        cls,
+        source: str | Path,
+        options: LoadOptions,
+        need_template: bool = False,
+        before_weights: Callable[[], None] | None = None,
+        speculate: str | int = "auto",
+    ) -> Engine:
+        """`load` for callers that hold all they ask of it as one value, its limits as one `Budget`."""
         from glm4lite.checkpoint.prepare import opened
         from glm4lite.checkpoint.quantization import chosen
-        from glm4lite.loading.load_options import LoadOptions
         from glm4lite.loading.loader import load_checkpoint
         from glm4lite.pretrained.models import Glm4ForCausalLM
 
-        budget: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
-        options = LoadOptions(quant, device, dtype, progress, **budget)
         longest_guess(speculate)
-        checkpoint = opened(source, progress)
+        checkpoint = opened(source, options.progress)
         folder = checkpoint.folder
         tokenizer, template = Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder)
         if need_template:
             _required(template)
         _check_companions(tokenizer, checkpoint)
-        if chosen(checkpoint, quant) == "int4" and sum(map(checkpoint.nbytes, checkpoint.names())) > LARGE:
+        if chosen(checkpoint, options.quant) == "int4" and sum(map(checkpoint.nbytes, checkpoint.names())) > LARGE:
             logger.warning("calibrating and quantizing takes minutes at each start; `glm4lite quantize` does it once")
         if before_weights is not None:
             before_weights()

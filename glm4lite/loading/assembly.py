@@ -16,6 +16,7 @@ from glm4lite.checkpoint.load_plan import Fill, LoadPlan
 from glm4lite.checkpoint.shard import StoredTensor
 from glm4lite.checkpoint.streaming import Meter, finite_blocks, quantize_weight
 from glm4lite.loading.device_map import DeviceMap
+from glm4lite.model.layers import layer_of
 from glm4lite.runtime.offload import offload_to_disk
 from glm4lite.runtime.prefetch import prefetch_long_prompts
 from glm4lite_quant import (
@@ -45,7 +46,7 @@ class Assembly:
         """Give one parameter its values."""
         device = self.destinations.device(fill.module)
         if fill.quant is not None:
-            self._replace(fill, quantize_weight(self.checkpoint, fill, self.meter, calibrator, device))
+            self._replace(fill, quantize_weight(self.checkpoint, fill, fill.quant, self.meter, calibrator, device))
         elif fill.foreign is not None:
             self._replace(fill, fill.foreign.read(self.checkpoint))
             self._count(fill)
@@ -88,8 +89,9 @@ class Assembly:
     def _take_stored(self, fill: Fill) -> None:
         """A weight that lies quantized in the file: mapped, read into memory, or left on disk."""
         mapped = _mapped_weight(self.checkpoint, fill)
-        if self.destinations.on_disk(fill.module):
-            number, name = _layer_and_name(fill.module)
+        layer = layer_of(fill.module)
+        if layer is not None and self.destinations.on_disk(fill.module):
+            number, name = layer
             stored = {part.rpartition(".")[2]: self.checkpoint.stored(part) for part in fill.parts}
             self._streamed[number][name] = stored
             shapes = {part: torch.empty_like(tensor, device="meta") for part, tensor in mapped.tensors().items()}
@@ -201,9 +203,3 @@ def _moved(weight: QuantTensor, device: torch.device) -> QuantTensor:
 def _assign(module: nn.Module, name: str, values: Tensor) -> None:
     is_parameter = isinstance(getattr(module, name), nn.Parameter)
     setattr(module, name, nn.Parameter(values) if is_parameter else values)
-
-
-def _layer_and_name(module: str) -> tuple[int, str]:
-    """ "model.layers.3.mlp.down_proj" -> 3, "mlp.down_proj"."""
-    number, _, name = module.partition("layers.")[2].partition(".")
-    return int(number), name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import cast
@@ -19,11 +18,10 @@ from glm4lite.memory.budget import Budget, place_within
 from glm4lite.memory.machine import free_ram, prefetch_speeds
 from glm4lite.memory.resources import Machine, Placement, Requirements
 from glm4lite.model.cache import KVType
+from glm4lite.model.layers import layer_of
 from glm4lite.model.trunk import CPU_CHUNK, GPU_CHUNK
 
 logger = logging.getLogger("glm4lite")
-
-_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -50,11 +48,11 @@ class DeviceMap:
 
     def device(self, module: str) -> torch.device:
         """Where a module's tensors lie; those of layers on disk are computed on the CPU."""
-        layer, leaf = _LAYER.match(module), module.rpartition(".")[2]
+        layer, leaf = layer_of(module), module.rpartition(".")[2]
         if self.placement is None:
             return torch.device("cpu") if leaf == "embed_tokens" else self.home  # a token reads one row of it
         if layer is not None:
-            name = self.placement.device_of(int(layer[1]))
+            name = self.placement.device_of(layer[0])
         else:
             name = self.placement.embedding if leaf == "embed_tokens" else self.placement.head
         return torch.device("cpu" if name == "disk" else name)
@@ -64,8 +62,8 @@ class DeviceMap:
         return self.types[self.device(module).type]
 
     def on_disk(self, module: str) -> bool:
-        layer = _LAYER.match(module)
-        return self.placement is not None and layer is not None and self.placement.device_of(int(layer[1])) == "disk"
+        layer = layer_of(module)
+        return self.placement is not None and layer is not None and self.placement.device_of(layer[0]) == "disk"
 
     def cache(self, needs: Requirements, budget: Budget) -> tuple[KVType, int]:
         """The cache's type, and the tokens it has room for: the model's whole context without a placement."""

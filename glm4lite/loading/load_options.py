@@ -20,9 +20,7 @@ from glm4lite.memory.budget import Budget
 from glm4lite.model.config import Glm4Config
 from glm4lite.runtime.graph import eager_by_choice
 from glm4lite_quant import BnbConfig, bnb
-from glm4lite_quant.kernels import check_environment
-
-Size = int | str | None
+from glm4lite_quant.kernels.picking import check_environment
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -50,10 +48,7 @@ class LoadOptions:
     dtype: str | torch.dtype = "auto"
     progress: ProgressCallback | None = None
     calibration: str | Path | None = None
-    gpu_memory: Size = None
-    ram: Size = None
-    context: int | str | None = None
-    kv: str = "auto"
+    budget: Budget = field(default_factory=Budget)
     config: Glm4Config | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     ignore_mismatched_sizes: bool = False
@@ -62,7 +57,7 @@ class LoadOptions:
     def __post_init__(self) -> None:
         check_environment()
         eager_by_choice()
-        _ = self.target, self.activations, self.budget
+        _ = self.target, self.activations
         if isinstance(self.wanted, BnbConfig):
             bnb.library()
         if self.config is not None and self.overrides:
@@ -83,10 +78,6 @@ class LoadOptions:
     def activations(self) -> torch.dtype | None:
         """None: as suits the weights and the device."""
         return _dtype(self.dtype)
-
-    @property
-    def budget(self) -> Budget:
-        return Budget.of(self.gpu_memory, self.ram, self.context, self.kv)
 
     def config_for(self, checkpoint: Checkpoint, quantized: bool) -> Glm4Config:
         """The model's config: a copy of the one given, or the checkpoint's with the overrides.

@@ -172,9 +172,8 @@ def _proposals(checkpoint: Checkpoint, needs: Requirements, machine: Machine, bu
         placement, _, notes = _placed(of_quant[quant], _allowing(machine, changed), changed)
         return Attempt(placement, quantize=quant if notes else None)
 
-    placed = attempt({}).placement
     quants = () if declared else smaller_quants(needs.quant)
-    yield from proposals(attempt, quants, placed.kv, placed.context, budget.gpu_memory)
+    yield from proposals(attempt, quants, attempt({}).placement, budget)
 
 
 def _placed(

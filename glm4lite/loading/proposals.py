@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from glm4lite.base.sentences import Sentence
 from glm4lite.base.sizes import enough, parse_size
+from glm4lite.memory.budget import Budget
 from glm4lite.memory.resources import Placement
 
 Changes: TypeAlias = Mapping[str, Any]
@@ -55,19 +56,16 @@ class Proposal:
         return Sentence("{changes}: about {speed} tokens/s", changes=changes, speed=f"{self.decode_tokens_per_s:.2f}")
 
 
-def proposals(
-    attempt: Try, quants: tuple[str, ...], kv: str, context: int, gpu_memory: int | None
-) -> Iterator[Proposal]:
+def proposals(attempt: Try, quants: tuple[str, ...], placed: Placement, budget: Budget) -> Iterator[Proposal]:
     """The smallest sets of changes that fit, and how much RAM or GPU memory would do instead.
 
-    quants: the smaller precisions that it can have, the largest first; kv, context: what it was placed with;
-    gpu_memory: what was given, 0 where no GPU is to be used.
+    quants: the smaller precisions that it can have, the largest first; placed: what did not fit within the budget.
     """
     choices: dict[str, tuple[Any, ...]] = {
         "quant": quants,
-        "kv": ("int8",) if kv == "float" else (),
-        "context": tuple(range((context - 1) // STEP * STEP, 0, -STEP)),
-        "gpu_memory": (0,) if gpu_memory else (),
+        "kv": ("int8",) if placed.kv == "float" else (),
+        "context": tuple(range((placed.context - 1) // STEP * STEP, 0, -STEP)),
+        "gpu_memory": (0,) if budget.gpu_memory else (),
     }
     found: list[frozenset[str]] = []
     for size in (1, 2, 3):
@@ -78,7 +76,7 @@ def proposals(
             if proposal is not None:
                 found.append(names)
                 yield proposal
-    for name in ("ram", *(["gpu_memory"] if gpu_memory != 0 else [])):
+    for name in ("ram", *(["gpu_memory"] if budget.gpu_memory != 0 else [])):
         least = _least(attempt, name)
         if least is not None:
             yield least

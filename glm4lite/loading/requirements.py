@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,8 @@ from glm4lite.checkpoint.streaming import BLOCK_BYTES, needs_calibration
 from glm4lite.hub.sources import locate
 from glm4lite.memory.resources import Requirements
 from glm4lite.model.config import Glm4Config
+from glm4lite.model.layers import layer_of
 from glm4lite_quant import QuantConfig, QuantTensor
-
-_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 
 
 def headers(source: str | Path) -> Checkpoint:
@@ -107,9 +105,9 @@ def requirements_for(prepared: Prepared[Any]) -> Requirements:
 
 def _part(fill: Fill) -> str:
     """The number of the layer a parameter belongs to, or "embedding", "head", "rest"."""
-    layer = _LAYER.match(fill.module)
+    layer = layer_of(fill.module)
     if layer is not None:
-        return layer[1]
+        return str(layer[0])
     return {"embed_tokens": "embedding", "lm_head": "head"}.get(fill.module.rpartition(".")[2], "rest")
 
 

@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -227,15 +227,8 @@ def benchmark(
         )
     budget = budget or Budget(kv="float")
     room = prompt_tokens + new_tokens if budget.limits else None
-    options = LoadOptions(
-        AUTO if quant is None else quant,
-        device,
-        progress=progress,
-        gpu_memory=budget.gpu_memory,
-        ram=budget.ram,
-        context=room,
-        kv=budget.kv,
-    )
+    quant = AUTO if quant is None else quant
+    options = LoadOptions(quant, device, progress=progress, budget=replace(budget, context=room))
     checkpoint = opened(source, progress)
     context = read_config(checkpoint).context_length
     if prompt_tokens + new_tokens > context:

@@ -36,7 +36,7 @@ def machine_facts() -> list[Fact]:
     """Versions, devices, kernels; what is missing is named with what it is for."""
     import torch
 
-    from glm4lite_quant import kernels
+    from glm4lite_quant.kernels import picking
 
     facts = [
         ("glm4lite", __version__),
@@ -44,8 +44,8 @@ def machine_facts() -> list[Fact]:
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("cuda", _cuda()),
         ("cpu cores", _cores()),
-        ("cpu kernels", kernels.status()),
-        ("gpu kernels", kernels.gpu_status()),
+        ("cpu kernels", picking.status()),
+        ("gpu kernels", picking.gpu_status()),
         *_gpu_decoding(),
     ]
     return facts + [(package[0], _installed(*package)) for package in PACKAGES]

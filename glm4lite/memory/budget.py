@@ -19,6 +19,9 @@ DEFAULT_CONTEXT = 8192
 
 KV_TYPES = ("auto", "float", "int8")
 
+Size = int | str | None
+"""Bytes, or text such as "8GiB"; None: what is free."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -44,8 +47,8 @@ class Budget:
     @classmethod
     def of(
         cls,
-        gpu_memory: int | str | None = None,
-        ram: int | str | None = None,
+        gpu_memory: Size = None,
+        ram: Size = None,
         context: int | str | None = None,
         kv: str = "auto",
     ) -> Budget:

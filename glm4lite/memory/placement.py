@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import reduce
 
-from glm4lite.base.errors import ConfigError, ContextLengthError
+from glm4lite.base.errors import ContextLengthError
 from glm4lite.base.sentences import Sentence
 from glm4lite.base.sizes import enough, readable
 from glm4lite.memory import speed
@@ -63,13 +63,10 @@ def place(
 
     Raises:
         ContextLengthError: the model's context is shorter.
-        ConfigError: a size is negative.
     """
     limit = needs.config.context_length
     if not 0 < context <= limit:
         raise ContextLengthError(f"the context is {context} tokens; this model takes 1 to {limit}")
-    if min(gpu_memory or 0, ram or 0) < 0:
-        raise ConfigError("a memory budget is negative; give a size such as 8GiB")
     gpus = tuple(free if gpu_memory is None else min(free, gpu_memory) for free in machine.gpus)
     request = _Request(needs, context, kv, machine.ram if ram is None else min(ram, machine.ram), gpus)
     placement, short = _arrange(request)

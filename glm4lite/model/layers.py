@@ -8,6 +8,7 @@ The residual stream and the norms are float32 whatever the model's dtype: o_proj
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -25,7 +26,16 @@ from glm4lite.model.config import Glm4Config
 from glm4lite.model.rotary import apply_rotary
 from glm4lite_quant.kernels.decoder import Heads
 
-Caches = Sequence[HomeCache | None]
+_LAYER = re.compile(r"(?:model\.)?layers\.([0-9]{1,9})(?:\.(.+))?")
+
+
+def layer_of(name: str) -> tuple[int, str] | None:
+    """The layer that a module or tensor belongs to, and its name there ("": the layer itself); None outside of layers.
+
+    "model.layers.3.mlp.down_proj" -> (3, "mlp.down_proj"). A trunk alone has no "model." before.
+    """
+    found = _LAYER.fullmatch(name)
+    return None if found is None else (int(found[1]), found[2] or "")
 
 
 class WeightStore(Protocol):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from glm4lite.checkpoint.formats.format import Quant
 from glm4lite.checkpoint.streaming import ProgressCallback
-from glm4lite.loading.load_options import LoadOptions, Size
+from glm4lite.loading.load_options import LoadOptions
 from glm4lite.loading.loader import load_class
+from glm4lite.memory.budget import Budget, Size
 from glm4lite.pretrained.models import Glm4ForCausalLM
 
 
@@ -53,6 +53,6 @@ def load(
     Raises:
         Glm4liteError: one line saying which file, tensor, key or argument cannot be used, and what to do.
     """
-    budget: dict[str, Any] = {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
-    options = LoadOptions(quant, device, dtype, progress, calibration, **budget)
+    budget = Budget.of(gpu_memory, ram, context, kv)
+    options = LoadOptions(quant, device, dtype, progress, calibration, budget)
     return load_class(Glm4ForCausalLM, source, options)[0]

@@ -18,6 +18,7 @@ import torch
 from glm4lite.base.errors import ConfigError, shown, unknown_name
 from glm4lite.hub.options import HubOptions
 from glm4lite.loading.load_options import LoadOptions
+from glm4lite.memory.budget import Budget
 from glm4lite.model.config import Glm4Config
 from glm4lite.pretrained.quantization_names import BNB_DEFAULTS, bitsandbytes, requested
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("glm4lite")
 
-_OWN = ("quant", "dtype", "device", "progress", "calibration", "gpu_memory", "ram", "context", "kv")
+_LIMITS = ("gpu_memory", "ram", "context", "kv")
+_OWN = ("quant", "dtype", "device", "progress", "calibration", *_LIMITS)
 _PLANNED = ("auto", "balanced", "balanced_low_0", "sequential")
 
 _ALWAYS = ("low_cpu_mem_usage", "offload_state_dict", "offload_buffers")
@@ -118,6 +120,7 @@ def request(source: str | Path | None, given: Mapping[str, Any]) -> Request:
         config, overrides = Glm4Config.from_pretrained(os.fspath(config), **vars(hub), **overrides), {}
     elif config is not None and not isinstance(config, Glm4Config):
         config = _transformers_config(config)
+    own["budget"] = Budget.of(**{name: own.pop(name) for name in _LIMITS if name in own})
     mismatched = _switch(names, "ignore_mismatched_sizes")
     options = LoadOptions(**own, config=config, overrides=overrides, ignore_mismatched_sizes=mismatched, hub=hub)
     generation = names.get("generation_config")

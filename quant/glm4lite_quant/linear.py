@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from glm4lite_quant.config import QuantConfig, QuantError
 from glm4lite_quant.format import NAMES
-from glm4lite_quant.kernels import REFERENCE, pick
 from glm4lite_quant.kernels.backend import Backend
+from glm4lite_quant.kernels.picking import REFERENCE, pick
 from glm4lite_quant.tensor import QuantTensor
 
 FLOAT16 = "float16 is refused: GLM-4 overflows it (activations reach 68000); use bfloat16 or float32"

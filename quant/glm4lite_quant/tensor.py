@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from glm4lite_quant import pages
 from glm4lite_quant.config import GROUP_SIZES, MINMAX, QuantConfig, QuantError
 from glm4lite_quant.format import COLS, NAMES, ROWS, SCRATCH_ELEMENTS, Planes, not_finite
 from glm4lite_quant.kernels import calibrated, native, reference
+from glm4lite_quant.pages import HUGE, zeros
 
 
 class QuantTensor(Planes):
@@ -153,6 +153,6 @@ class QuantTensor(Planes):
 def _plane(shape: tuple[int, int, int], device: str | torch.device) -> Tensor:
     """uint8 zeros; large ones of a CPU in huge pages."""
     nbytes = math.prod(shape)
-    if torch.device(device).type == "cpu" and nbytes >= pages.HUGE:
-        return pages.zeros(nbytes).view(shape)
+    if torch.device(device).type == "cpu" and nbytes >= HUGE:
+        return zeros(nbytes).view(shape)
     return torch.zeros(shape, dtype=torch.uint8, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from glm4lite import load
 from glm4lite.base.errors import BenchmarkError, ContextLengthError
 from glm4lite.base.events import Progress
-from glm4lite.cli import main
+from glm4lite.cli.app import main
 from glm4lite.measure import benchmark as module
 from glm4lite.measure.benchmark import Benchmark, Spread, benchmark, memory_now
 from glm4lite.measure.inventory import read_bytes
@@ -124,11 +125,13 @@ def test_without_the_library_torch_reads_the_memory(monkeypatch: pytest.MonkeyPa
 
 
 def test_threads_are_those_of_torch_and_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLM4LITE_THREADS", "1")  # put back afterwards
-    before = torch.get_num_threads()
+    monkeypatch.setattr(native, "_threads", None)  # put back afterwards
+    monkeypatch.setenv("GLM4LITE_THREADS", "2")
+    before, environment = torch.get_num_threads(), dict(os.environ)
     try:
         native.set_threads(1)
         assert (torch.get_num_threads(), native.thread_count()) == (1, 1)
+        assert os.environ == environment  # a child's threads are its own
     finally:
         torch.set_num_threads(before)
     with pytest.raises(QuantError, match="0 threads cannot be used"):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from glm4lite.model.cache import STEP, KVCache, LayerCache, PackedLayerCache
 from glm4lite_quant import QuantConfig, QuantTensor
@@ -65,6 +66,21 @@ def test_after_cutting_back_it_goes_on_from_there(kind: str) -> None:
             assert close(got[which], torch.cat((first[which][:, :, :21], second[which]), 2), kind == "int8")
     cache.truncate(100)
     assert cache.get_seq_length() == 28
+
+
+@pytest.mark.parametrize("fewer", [1, 19, 40, 100])
+def test_crop_forgets_as_transformers_does_and_takes_a_length_as_its_older_versions_did(fewer: int) -> None:
+    ours, theirs = KVCache(1), DynamicCache()
+    keys, values = tokens(40)
+    ours.layers[0].append(keys, values)
+    theirs.update(keys, values, 0)
+    ours.crop(50)
+    assert ours.get_seq_length() == 40
+    ours.crop(-fewer)
+    theirs.crop(-fewer)
+    assert ours.get_seq_length() == theirs.get_seq_length()
+    ours.crop(0)
+    assert ours.get_seq_length() == 0
 
 
 @pytest.mark.parametrize("int8", [False, True])

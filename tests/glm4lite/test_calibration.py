@@ -18,7 +18,7 @@ from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.load_plan import make_load_plan, read_config, skeleton
 from glm4lite.checkpoint.prepare import model_class
 from glm4lite.checkpoint.quantize import quantize_checkpoint
-from glm4lite.cli import main
+from glm4lite.cli.app import main
 from glm4lite.pretrained.load import load
 from glm4lite.pretrained.models import Glm4ForTokenClassification
 from glm4lite_quant import QuantConfig, QuantTensor

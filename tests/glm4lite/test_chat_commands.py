@@ -18,8 +18,8 @@ from glm4lite.base.errors import Glm4liteError
 from glm4lite.base.events import Done, Event, TextDelta, ThinkingDelta
 from glm4lite.base.user_folder import chats_folder
 from glm4lite.chat.session import ChatSession
-from glm4lite.cli import main
-from glm4lite.cli.chat import commands, saved
+from glm4lite.cli.app import main
+from glm4lite.cli.chat import saved, slash_commands
 from glm4lite.cli.chat.conversation import Conversation, Source
 from glm4lite.cli.chat.keyboard import Typed, unfinished, unquoted
 from glm4lite.cli.chat.loop import converse
@@ -28,6 +28,7 @@ from glm4lite.cli.chat.settings import Settings
 from glm4lite.cli.markdown import last_block
 from glm4lite.cli.terminal import Renderer, ending
 from glm4lite.engine.engine import Engine
+from glm4lite.loading.load_options import LoadOptions
 from glm4lite.text.messages import Message
 from glm4lite.text.template import ChatTemplate
 from glm4lite.text.tokenizer import Tokenizer
@@ -107,7 +108,8 @@ def talk(tokenizer: Tokenizer, template: ChatTemplate, tmp_path: Path, monkeypat
         engine = scripted_engine(tokenizer, of or template, [f"\n{reply}<|user|>" for reply in replies])
         session, heard = ChatSession(engine, BUILTIN_TOOLS, None, engine.params(**sampling)), Heard()
         settings = Settings(session, heard, tuple(BUILTIN_TOOLS), sampling)
-        return Conversation(session, heard, Source("nano", "auto", {}), settings, tuple(BUILTIN_TOOLS), by_hand)
+        source = Source("nano", LoadOptions("auto"))
+        return Conversation(session, heard, source, settings, tuple(BUILTIN_TOOLS), by_hand)
 
     return begin
 
@@ -152,7 +154,7 @@ def asked(found: Conversation) -> list[str]:
     ],
 )
 def test_what_begins_with_a_slash(text: str, is_command: bool) -> None:
-    assert (commands.of(text, by_hand=True) is not None) == is_command
+    assert (slash_commands.of(text, by_hand=True) is not None) == is_command
 
 
 def test_piped_lines_know_the_few_commands_they_always_knew(talk: Talk) -> None:
@@ -167,7 +169,7 @@ def test_every_command_is_in_the_help(talk: Talk) -> None:
     found = talk()
     converse(found, Lines("/help"))
     listed = {line.split()[0] for line in remarks(found).splitlines() if line.startswith("/")}
-    assert listed >= set(commands.COMMANDS) - {"/?", "/clear", "/quit", "/bye"}
+    assert listed >= set(slash_commands.COMMANDS) - {"/?", "/clear", "/quit", "/bye"}
 
 
 @pytest.mark.parametrize(
@@ -195,8 +197,8 @@ def test_what_is_offered(typed: str, offered: list[str], talk: Talk) -> None:
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
     converse(found, Lines("Hello", "/save sums", "/save two words"))
-    assert sorted(text for text, _ in commands.offers(found, typed)) == offered
-    for text, start in commands.offers(found, typed):
+    assert sorted(text for text, _ in slash_commands.offers(found, typed)) == offered
+    for text, start in slash_commands.offers(found, typed):
         assert typed[: len(typed) + start] + text  # what is typed is replaced, and nothing before it
 
 
@@ -379,7 +381,7 @@ def test_a_model_that_does_not_think_says_so_and_a_budget_waits_for_one_that_doe
     converse(found, Lines("/set thinking_budget 3", "/set think on", "/set thinking_budget 0", "/set think off"))
     assert [line[:6] for line in remarks(found).splitlines() if "not think" in line] == ["error:"] * 2
     engines = [scripted_engine(tokenizer, ChatTemplate(THINKING), []), scripted_engine(tokenizer, template, [])]
-    monkeypatch.setattr(Engine, "load", lambda *_, **__: engines.pop(0))
+    monkeypatch.setattr(Engine, "from_options", lambda *_, **__: engines.pop(0))
     converse(found, Lines("/model nano", "/set thinking_budget 3", "/model nano"))
     assert found.session.params.thinking_budget is None
     assert remarks(found).count("(this model does not think: the thinking budget changes nothing)") == 1
@@ -564,12 +566,12 @@ def test_the_old_model_is_gone_before_the_new_ones_weights_are_read(
         made.generation_config["top_k"] = 9
         return made
 
-    monkeypatch.setattr(Engine, "load", load)
+    monkeypatch.setattr(Engine, "from_options", load)
     converse(found, Lines("First?", "/model nano int8", "Second?"))
     assert seen == [True]
     assert asked(found) == ["First?", "Second?"]
     assert heard(found).text == "One.Two."
-    assert (found.source.quant, found.session.params.top_k, found.session.params.top_p) == ("int8", 9, 0.5)
+    assert (found.source.options.quant, found.session.params.top_k, found.session.params.top_p) == ("int8", 9, 0.5)
 
 
 @pytest.mark.parametrize("error", [Glm4liteError("a shard is damaged"), MemoryError(), KeyboardInterrupt()])
@@ -578,17 +580,17 @@ def test_the_old_model_comes_back_where_the_new_one_fails(
 ) -> None:
     found = talk("One.")
 
-    def load(source: str, quant: str, before_weights: Callable[[], None] | None, **_: Any) -> Engine:
-        if quant == "int8":
+    def load(source: str, options: LoadOptions, before_weights: Callable[[], None] | None, **_: Any) -> Engine:
+        if options.quant == "int8":
             assert before_weights
             before_weights()
             raise error
         return scripted_engine(tokenizer, template, ["\nTwo.<|user|>"])
 
-    monkeypatch.setattr(Engine, "load", load)
+    monkeypatch.setattr(Engine, "from_options", load)
     converse(found, Lines("First?", "/model nano int8", "Second?"))
     assert "; nano is loaded again" in remarks(found)
-    assert found.source.quant == "auto"
+    assert found.source.options.quant == "auto"
     assert heard(found).text == "One.Two."
 
 

@@ -247,7 +247,7 @@ def test_ctrl_c_at_the_prompt_gives_up_the_line_only(chat: Screen) -> None:
 @pytest.mark.parametrize(("options", "shown"), [((), "bold word"), (("--raw",), "**bold** word")])
 def test_markdown_is_drawn_unless_raw(options: tuple[str, ...], shown: str, home: Path) -> None:
     code = (
-        "from glm4lite.cli.running import rendering\nfrom glm4lite.cli.streams import settle_streams\n"
+        "from glm4lite.cli.output import rendering\nfrom glm4lite.cli.streams import settle_streams\n"
         "from glm4lite.base.events import TextDelta\nimport sys\nsettle_streams()\n"
         "with rendering(False, '--raw' in sys.argv) as renderer:\n"
         "    renderer.show_all(map(TextDelta, ['A **bo', 'ld** word']))\n"

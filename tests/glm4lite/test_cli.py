@@ -35,7 +35,7 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_help_does_not_import_torch() -> None:
     code = (
-        "import sys\nfrom glm4lite.cli import app\nfrom typer.testing import CliRunner\n"
+        "import sys\nfrom glm4lite.cli.app import app\nfrom typer.testing import CliRunner\n"
         "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
         "heavy = {'torch', 'gradio', 'transformers', 'pydantic', 'huggingface_hub', 'prompt_toolkit'}\n"
         "heavy &= set(sys.modules)\n"

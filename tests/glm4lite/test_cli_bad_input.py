@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glm4lite.checkpoint.quantize import quantize_checkpoint
-from glm4lite.cli import main
+from glm4lite.cli.app import main
 from glm4lite_quant.kernels import native
 from tests.commands import forked
 from tests.glm4lite.checkpoints import tiny_config, tiny_tensors, write_checkpoint

@@ -13,7 +13,7 @@ import torch
 
 from glm4lite import load
 from glm4lite.base.errors import EvaluationError
-from glm4lite.cli import main
+from glm4lite.cli.app import main
 from glm4lite.engine.engine import Engine
 from glm4lite.measure.evaluate import Choice, cut_windows, evaluate, window_logits
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint

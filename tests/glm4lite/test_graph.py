@@ -24,7 +24,7 @@ from glm4lite.model.cache import LayerCache
 from glm4lite.runtime import graph
 from glm4lite.runtime.graph import StepGraphs
 from glm4lite.runtime.runner import FastRunner
-from glm4lite_quant.kernels import REFERENCE
+from glm4lite_quant.kernels.picking import REFERENCE
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 
 pytest.importorskip("triton", reason="triton is not installed: recorded decoding is not tested")

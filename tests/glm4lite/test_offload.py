@@ -20,6 +20,7 @@ from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.quantize import quantize_checkpoint
 from glm4lite.engine.decoding import Generation, PrefixCache
 from glm4lite.engine.engine import Engine
+from glm4lite.engine.speculation import Speculation
 from glm4lite.loading.device_map import DeviceMap
 from glm4lite.loading.requirements import requirements_of
 from glm4lite.measure.inventory import devices, kernel_names, rings
@@ -27,6 +28,7 @@ from glm4lite.memory.budget import Budget, place_within
 from glm4lite.memory.placement import place
 from glm4lite.memory.resources import Machine, Placement, Share
 from glm4lite.model.cache import LayerCache
+from glm4lite.model.layers import layer_of
 from glm4lite.runtime.offload import DiskStore
 from glm4lite_quant import QuantError
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
@@ -158,6 +160,18 @@ def test_generating_goes_on_after_a_stop_in_mid_pass(folder: Path, streamed: Glm
     handle.remove()
     assert stopped.finish_reason == "cancelled"
     assert list(Generation(streamed, prompt, GREEDY, cache=cache)) == wanted
+
+
+def test_guesses_share_a_read_of_the_disk(folder: Path, streamed: Glm4ForCausalLM) -> None:
+    prompt, params = IDS[0].tolist(), replace(GREEDY, max_new_tokens=24)
+    wanted = list(Generation(load(folder), prompt, params))
+    speculation = Speculation()
+    speculation.remember([*prompt, *wanted])  # the answer was given before, so what follows is known
+    (ring,) = rings(streamed)
+    before = ring.bytes_read
+    assert list(Generation(streamed, prompt, params, speculation=speculation)) == wanted
+    passes = (ring.bytes_read - before) / ring.layers_bytes
+    assert passes < 0.7 * len(wanted)
 
 
 def test_a_budget_limits_the_context(streamed: Glm4ForCausalLM) -> None:
@@ -414,6 +428,21 @@ def test_layers_compute_in_their_own_type_where_they_have_one(folder: Path) -> N
     assert (got - at_once).abs().max() < 0.05 * scale
 
 
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model.layers.3.mlp.down_proj", (3, "mlp.down_proj")),
+        ("layers.12.self_attn.q_proj.weight", (12, "self_attn.q_proj.weight")),
+        ("model.layers.0", (0, "")),
+        *((name, None) for name in ("model.norm", "model.layers", "model.layers.x.mlp", "visual.layers.3.mlp")),
+        ("model.layers." + "9" * 5000 + ".mlp", None),  # a stranger's: no number of a layer, and none Python would read
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_the_number_of_a_layer_is_read_out_of_a_name(name: str, place: tuple[int, str] | None) -> None:
+    assert layer_of(name) == place
+
+
 def test_each_weight_goes_where_the_placement_says() -> None:
     shares = (
         Share("cuda:0", (5, 6), 0),
@@ -430,6 +459,7 @@ def test_each_weight_goes_where_the_placement_says() -> None:
     assert [found.on_disk(name) for name in names] == [False, False, True, False]
     assert [found.mapped(name) for name in names] == [True, False, False, False]
     assert found.dtype("model.layers.5") == torch.bfloat16
+    assert found.dtype("layers.0") == found.dtype("model.layers.1") == torch.float32  # whole layers have a type too
     assert found.dtype("model.embed_tokens") == torch.float32
     tied = replace(placement, devices=(shares[0], replace(shares[1], mapped=0), shares[2]))
     assert not replace(found, placement=tied).mapped("model.embed_tokens")  # a head that reads all of it

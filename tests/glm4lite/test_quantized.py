@@ -326,7 +326,7 @@ def killed_while_writing(folder: Path, target: Path, number: int, ignored: int =
         "    os.kill(os.getpid(), number)\n"
         "quantized._write_fill = ended\n"
         "sys.argv = ['glm4lite', 'quantize', *sys.argv[3:], '--no-calibration']\n"
-        "from glm4lite.cli import main\n"
+        "from glm4lite.cli.app import main\n"
         "main()\n"
     )
     command = [*python(), "-c", code, str(int(number)), str(int(ignored)), str(folder), str(target)]

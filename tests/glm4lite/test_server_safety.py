@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from glm4lite.base.errors import ConfigError
-from glm4lite.cli import main
+from glm4lite.cli.app import main
 from glm4lite.engine.engine import Engine
 from glm4lite.server import Address
 from glm4lite.server.body import BODY_LIMIT

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from glm4lite.cli.running import leaving_on_signals
+from glm4lite.cli.signals import leaving_on_signals
 from tests.commands import forked
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX signals")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm4lite_quant import QuantConfig, QuantError, QuantLinear, QuantTensor, kernels
-from glm4lite_quant.kernels import gpu, reference, tinygemm
+from glm4lite_quant import QuantConfig, QuantError, QuantLinear, QuantTensor
+from glm4lite_quant.kernels import gpu, picking, reference, tinygemm
 from glm4lite_quant.kernels.dequant import DequantBackend
 
 META = QuantTensor.empty(64, 128, QuantConfig(4), "meta")
@@ -38,52 +38,52 @@ def usable(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 def test_the_chain_is_triton_then_tinygemm_then_dequantizing(monkeypatch: pytest.MonkeyPatch) -> None:
     usable(monkeypatch, "tinygemm")
-    assert kernels.pick(elsewhere()).name == "tinygemm"
-    assert kernels.pick(elsewhere(bits=8)).name == "dequant"
+    assert picking.pick(elsewhere()).name == "tinygemm"
+    assert picking.pick(elsewhere(bits=8)).name == "dequant"
     usable(monkeypatch)
-    assert kernels.pick(elsewhere()).name == "dequant"
+    assert picking.pick(elsewhere()).name == "dequant"
     pytest.importorskip("triton")
     usable(monkeypatch, "triton", "tinygemm")
-    assert kernels.pick(elsewhere()).name == kernels.pick(elsewhere(bits=8)).name == "triton"
+    assert picking.pick(elsewhere()).name == picking.pick(elsewhere(bits=8)).name == "triton"
 
 
 def test_a_kernel_can_be_forced_and_an_impossible_one_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     usable(monkeypatch, "tinygemm")
     monkeypatch.setenv("GLM4LITE_GPU_KERNEL", "dequant")
-    assert kernels.pick(elsewhere()).name == "dequant"
+    assert picking.pick(elsewhere()).name == "dequant"
     monkeypatch.setenv("GLM4LITE_GPU_KERNEL", "tinygemm")
-    assert kernels.pick(elsewhere(bits=8)).name == "dequant"
+    assert picking.pick(elsewhere(bits=8)).name == "dequant"
     monkeypatch.setenv("GLM4LITE_GPU_KERNEL", "triton")
     with pytest.raises(QuantError, match="GLM4LITE_GPU_KERNEL=triton cannot be used: triton is not here"):
-        kernels.pick(elsewhere())
+        picking.pick(elsewhere())
 
 
 def test_an_unknown_kernel_is_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLM4LITE_GPU_KERNEL", "cutlass")
-    for attempt in (kernels.check_environment, lambda: kernels.pick(elsewhere())):
+    for attempt in (picking.check_environment, lambda: picking.pick(elsewhere())):
         with pytest.raises(QuantError, match="is 'cutlass'; use one of triton, tinygemm, dequant"):
             attempt()
-    assert kernels.gpu_status().startswith("error: GLM4LITE_GPU_KERNEL is 'cutlass'")
-    assert kernels.pick(QuantTensor.empty(16, 32, QuantConfig(4))).name != "dequant"  # the CPU does not ask
+    assert picking.gpu_status().startswith("error: GLM4LITE_GPU_KERNEL is 'cutlass'")
+    assert picking.pick(QuantTensor.empty(16, 32, QuantConfig(4))).name != "dequant"  # the CPU does not ask
 
 
 def test_the_status_says_what_runs_and_what_keeps_the_faster_one_away(monkeypatch: pytest.MonkeyPatch) -> None:
     usable(monkeypatch)
     monkeypatch.setattr(gpu, "_device", lambda: None)
-    assert kernels.gpu_status() == "none needed: torch finds no GPU"
+    assert picking.gpu_status() == "none needed: torch finds no GPU"
     monkeypatch.setattr(gpu, "_device", lambda: torch.device("cuda", 0))
-    assert kernels.gpu_status() == "dequant; no triton: triton is not here; no tinygemm: tinygemm is not here"
+    assert picking.gpu_status() == "dequant; no triton: triton is not here; no tinygemm: tinygemm is not here"
     usable(monkeypatch, "tinygemm")
-    assert kernels.gpu_status() == "tinygemm, dequant (slow) for int8; no triton: triton is not here"
+    assert picking.gpu_status() == "tinygemm, dequant (slow) for int8; no triton: triton is not here"
     monkeypatch.setenv("GLM4LITE_GPU_KERNEL", "triton")
-    assert kernels.gpu_status() == "error: GLM4LITE_GPU_KERNEL=triton cannot be used: triton is not here"
+    assert picking.gpu_status() == "error: GLM4LITE_GPU_KERNEL=triton cannot be used: triton is not here"
 
 
 def test_without_triton_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     for module in ("triton_gpu", "triton_kernels"):
         monkeypatch.delitem(sys.modules, f"glm4lite_quant.kernels.{module}", raising=False)
-        monkeypatch.delattr(kernels, module, raising=False)
+        monkeypatch.delattr(sys.modules[gpu.__package__], module, raising=False)
     assert "pip install triton" in gpu.problem("triton", torch.device("cuda", 0))
 
 
@@ -125,7 +125,7 @@ def test_tinygemms_scales_and_codes_give_the_weight_back() -> None:
 
 
 def test_a_meta_weight_waits_for_its_device() -> None:
-    assert kernels.pick(META).name == "reference"
+    assert picking.pick(META).name == "reference"
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def test_codes_that_were_packed_anew_are_held_once(repacked: QuantLinear) -> Non
 
 def test_a_layer_with_packed_codes_can_be_moved_copied_and_loaded(repacked: QuantLinear) -> None:
     x, other = torch.randn(2, 128), fresh(1)
-    first, want = repacked(x), kernels.REFERENCE.matmul(x, other.weight_tensor, other.bias)
+    first, want = repacked(x), picking.REFERENCE.matmul(x, other.weight_tensor, other.bias)
     assert torch.equal(copy.deepcopy(repacked)(x), first)
     repacked(x)
     assert not repacked.to("cpu").qweight.is_meta

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm4lite_quant import QuantConfig, QuantError, QuantLinear, QuantTensor, host, kernels
-from glm4lite_quant.kernels import native, reference
+from glm4lite_quant import QuantConfig, QuantError, QuantLinear, QuantTensor, host
+from glm4lite_quant.kernels import gpu, native, picking, reference
 
 HAVE = native._library()
 CONFIGS = [QuantConfig(bits, group) for bits in (4, 8) for group in (32, 64, 128)]
@@ -231,8 +231,8 @@ def test_without_the_library_everything_works_and_says_so(monkeypatch: pytest.Mo
     before = QuantTensor.quantize(w, QuantConfig())
     missing = str(tmp_path / "missing.so")
     monkeypatch.setenv("GLM4LITE_KERNELS", missing)
-    assert missing in kernels.status()
-    assert kernels.status().startswith("reference")
+    assert missing in picking.status()
+    assert picking.status().startswith("reference")
     q = QuantTensor.quantize(w, QuantConfig())
     assert all(torch.equal(t, before.tensors()[name]) for name, t in q.tensors().items())
     own = QuantLinear(128, 33, QuantConfig(), bias=False)
@@ -241,7 +241,7 @@ def test_without_the_library_everything_works_and_says_so(monkeypatch: pytest.Mo
     torch.testing.assert_close(own(x), x @ q.dequantize().T)
     monkeypatch.setenv("GLM4LITE_ISA", "scalar")
     with pytest.raises(QuantError, match=r"missing\.so"):
-        kernels.pick(q)
+        picking.pick(q)
 
 
 def test_a_file_that_is_no_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -249,8 +249,8 @@ def test_a_file_that_is_no_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp
     path = tmp_path / "text.so"
     path.write_text("not a library")
     monkeypatch.setenv("GLM4LITE_KERNELS", str(path))
-    assert "text.so cannot be loaded" in kernels.status()
-    assert "\n" not in kernels.status()
+    assert "text.so cannot be loaded" in picking.status()
+    assert "\n" not in picking.status()
 
 
 @needs_library
@@ -258,15 +258,15 @@ def test_an_isa_this_host_has_not_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     q = QuantTensor.empty(16, 32, QuantConfig())
     monkeypatch.setenv("GLM4LITE_ISA", "sse9")
     with pytest.raises(QuantError, match="GLM4LITE_ISA is 'sse9'; use one of scalar, avx2, avxvnni, avx512vnni"):
-        kernels.pick(q)
+        picking.pick(q)
     old = native.Library(HAVE.path, HAVE.cdll, ("scalar",))
     monkeypatch.setattr(native, "_library", lambda: old)
     monkeypatch.setenv("GLM4LITE_ISA", "avx512vnni")
     with pytest.raises(QuantError, match="this host has scalar"):
-        kernels.pick(q)
-    assert kernels.status().startswith("error: ")
+        picking.pick(q)
+    assert picking.status().startswith("error: ")
     monkeypatch.delenv("GLM4LITE_ISA")
-    assert kernels.pick(q).name == "native-scalar"
+    assert picking.pick(q).name == "native-scalar"
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
@@ -289,9 +289,9 @@ def test_the_reference_multiplies_in_bounded_pieces(monkeypatch: pytest.MonkeyPa
     own = layer(100, 128, QuantConfig())
     x = torch.randn(3, 128)
     weight = own.weight_tensor
-    whole = kernels.REFERENCE.matmul(x, weight, own.bias)
+    whole = picking.REFERENCE.matmul(x, weight, own.bias)
     monkeypatch.setattr(reference, "SCRATCH_ELEMENTS", 16 * 128)
-    torch.testing.assert_close(kernels.REFERENCE.matmul(x, weight, own.bias), whole)
+    torch.testing.assert_close(picking.REFERENCE.matmul(x, weight, own.bias), whole)
     assert own.bias is not None
     torch.testing.assert_close(whole, x @ weight.dequantize().T + own.bias)
 
@@ -300,9 +300,9 @@ def test_the_reference_multiplies_in_bounded_pieces(monkeypatch: pytest.MonkeyPa
 def test_a_layer_moves_to_a_gpu() -> None:
     own = layer(40, 256, QuantConfig())
     x = torch.randn(3, 256)
-    want = kernels.REFERENCE.matmul(x, own.weight_tensor, own.bias)
+    want = picking.REFERENCE.matmul(x, own.weight_tensor, own.bias)
     own.to("cuda")
-    assert own.kernel in kernels.gpu.KERNELS
+    assert own.kernel in gpu.KERNELS
     loose = 2e-2 if own.kernel == "tinygemm" else 1e-4  # it rounds to bfloat16
     torch.testing.assert_close(own(x.cuda()).cpu(), want, rtol=loose, atol=loose * 30)
 
@@ -313,7 +313,7 @@ def test_two_parts_of_an_input_are_nearly_exact(isa: str, bits: int, rows: int) 
     weight = QuantTensor.quantize(torch.randn(50, 256, generator=torch.Generator().manual_seed(1)), QuantConfig(bits))
     x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(2)) * torch.logspace(-2, 2, 256)
     exact = x.double() @ weight.dequantize().double().T
-    backend = kernels.pick(weight)
+    backend = picking.pick(weight)
     errors = [
         float((backend.matmul(x, backend.prepack(weight), None, parts) - exact).norm() / exact.norm())
         for parts in (1, 2)

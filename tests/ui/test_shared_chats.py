@@ -21,6 +21,7 @@ from glm4lite.cli.chat.settings import Settings as TerminalSettings
 from glm4lite.cli.terminal import Terminal
 from glm4lite.engine.engine import Engine
 from glm4lite.engine.worker import EngineWorker
+from glm4lite.loading.load_options import LoadOptions
 from glm4lite.text.messages import Message, ToolCall
 from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 from glm4lite_ui.chats import Attachment, Chat, Counts, Part, Settings, Turn
@@ -82,7 +83,7 @@ def talk(nano: Engine) -> Talk:
         engine = scripted_engine(nano.tokenizer, template, [f"\n{reply}<|user|>" for reply in replies])
         session, renderer = ChatSession(engine, BUILTIN_TOOLS), Terminal(sys.stdout, sys.stderr)
         settings = TerminalSettings(session, renderer, tuple(BUILTIN_TOOLS), {})
-        return Conversation(session, renderer, Source("nano", "auto", {}), settings, tuple(BUILTIN_TOOLS))
+        return Conversation(session, renderer, Source("nano", LoadOptions("auto")), settings, tuple(BUILTIN_TOOLS))
 
     return begin
 

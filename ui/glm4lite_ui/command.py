@@ -11,7 +11,7 @@ import typer
 from glm4lite.base.errors import Glm4liteError
 from glm4lite.base.extras import require
 from glm4lite.cli import options
-from glm4lite.cli.running import nano_remark, rendering, use_threads
+from glm4lite.cli.output import nano_remark, rendering
 
 
 def _own_folder() -> Path | None:
@@ -59,7 +59,7 @@ def ui(
         from glm4lite_ui.saved.store import ChatStore
         from glm4lite_ui.serving import serve_page
 
-        use_threads(threads)
+        options.use_threads(threads)
         store, listening = ChatStore(chats), Address("127.0.0.1", port).listen()
         older = Thread(target=store.add_messages)
         older.start()

@@ -8,7 +8,7 @@ import shutil
 import sys
 from typing import TYPE_CHECKING
 
-from glm4lite.cli.echo import echo
+from glm4lite.cli.streams import echo
 from glm4lite.text.messages import ToolCall
 from glm4lite.tools.running import abandoned
 from glm4lite.tools.tool import Tool

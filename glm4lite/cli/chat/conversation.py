@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,8 @@ from glm4lite.base.user_folder import chats_folder
 from glm4lite.chat.session import ChatSession
 from glm4lite.cli.chat import saved
 from glm4lite.cli.chat.settings import Settings
-from glm4lite.cli.echo import echo
-from glm4lite.cli.running import interrupt_stops
+from glm4lite.cli.signals import interrupt_stops
+from glm4lite.cli.streams import echo
 from glm4lite.cli.terminal import ending
 from glm4lite.engine.engine import Engine
 from glm4lite.hub.sources import locate
@@ -22,21 +22,20 @@ from glm4lite.text.template import Begun
 
 if TYPE_CHECKING:
     from glm4lite.cli.terminal import Renderer
+    from glm4lite.loading.load_options import LoadOptions
     from glm4lite.tools.tool import Tool
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model came from: its name, and what else `Engine.load` was given."""
+    """Where a model came from: its name, and what was asked of the load."""
 
     model: str
-    quant: str
-    options: dict[str, Any]
+    options: LoadOptions
 
     def load(self, progress: Callable[[Progress], None], before_weights: Callable[[], None] | None = None) -> Engine:
-        return Engine.load(
-            self.model, self.quant, progress=progress, need_template=True, before_weights=before_weights, **self.options
-        )
+        options = replace(self.options, progress=progress)
+        return Engine.from_options(self.model, options, need_template=True, before_weights=before_weights)
 
 
 @dataclass
@@ -147,7 +146,8 @@ class Conversation:
         where the new one then fails.
         """
         locate(model)
-        new, old = Source(model, quant or self.source.quant, self.source.options), self.source
+        old, options = self.source, self.source.options
+        new = Source(model, replace(options, quant=quant or options.quant))
         unloaded = False
 
         def unload() -> None:

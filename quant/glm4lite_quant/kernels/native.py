@@ -1,7 +1,7 @@
 """The native CPU kernels (csrc/) through ctypes: finding the library, choosing an ISA, passing pointers.
 
-GLM4LITE_KERNELS is the library's path, GLM4LITE_ISA forces one of ISAS, GLM4LITE_THREADS bounds the threads (else a
-core each, and torch's own setting). ctypes releases the GIL during every call.
+GLM4LITE_KERNELS is the library's path, GLM4LITE_ISA forces one of ISAS, GLM4LITE_THREADS bounds the threads where
+`set_threads` did not (else a core each, and torch's own setting). ctypes releases the GIL during every call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from glm4lite_quant import host
+import glm4lite_quant.host as host  # not from the package, whose own imports lead here
 from glm4lite_quant.config import QuantError
 from glm4lite_quant.format import Planes, not_finite
 from glm4lite_quant.kernels.reference import SHARES
@@ -27,6 +27,9 @@ FILES = ("glm4lite_kernels.so", "glm4lite_kernels.dylib", "glm4lite_kernels.dll"
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2  # element types, as in the C enum
 DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 OK, NOT_FINITE, NO_MEMORY = 0, 1, 2
+
+_threads: int | None = None
+"""What `set_threads` was given: for the library's pool, of which there is one in a process, as torch has one."""
 
 
 class Weight(ctypes.Structure):
@@ -165,12 +168,12 @@ def status() -> str:
 
 
 def thread_count() -> int:
-    """GLM4LITE_THREADS, at most a processor each; where it is not set what pays (`Cores.threads`), at most torch's."""
+    """As `set_threads` or GLM4LITE_THREADS say, at most a processor each; else what pays, at most torch's number."""
     text = os.environ.get("GLM4LITE_THREADS", "")
     if text and (not text.isascii() or not text.isdigit() or int(text) < 1):
         raise QuantError(f"GLM4LITE_THREADS is {text!r}; use a whole number of at least 1")
-    if text:
-        return min(len(host.processors()), int(text))
+    if asked := _threads or int(text or 0):
+        return min(len(host.processors()), asked)
     return min(host.cores().threads, torch.get_num_threads())
 
 
@@ -181,11 +184,12 @@ def check_environment() -> None:
 
 
 def set_threads(count: int) -> None:
-    """The number of threads of torch and of the kernels, for this process; QuantError outside 1..cores."""
+    """The number of threads of torch and of the kernels, for this process alone; QuantError outside 1..processors."""
     most = len(host.processors())
     if not 1 <= count <= most:
         raise QuantError(f"{count} threads cannot be used; this process may use 1 to {most}")
-    os.environ["GLM4LITE_THREADS"] = str(count)
+    global _threads
+    _threads = count
     torch.set_num_threads(count)
 
 
@@ -229,7 +233,6 @@ def describe(w: Planes) -> Weight:
     return Weight(*planes, w.shape[0], w.shape[1], w.bits, w.group_size)
 
 
-@lru_cache(maxsize=1)
 def _library() -> Library:
     return _load(os.environ.get("GLM4LITE_KERNELS", ""))
 

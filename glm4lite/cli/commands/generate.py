@@ -1,0 +1,52 @@
+"""`glm4lite generate`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from glm4lite.cli import options
+from glm4lite.cli.output import rendering
+from glm4lite.cli.signals import interrupt_stops
+from glm4lite.cli.streams import is_interactive, prompt_text
+
+
+def generate(
+    model: options.Model = "nano",
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Text to go on from, what stdin holds below it; - is stdin.")
+    ] = None,
+    quant: options.Quant = None,
+    as_json: options.Json = False,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    seed: options.Seed = None,
+    max_new_tokens: options.MaxNewTokens = 128,
+    stop: options.Stop = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    kv: options.KV = "auto",
+    gpu_memory: options.GpuMemory = None,
+    ram: options.Ram = None,
+    context: options.Context = None,
+    threads: options.Threads = None,
+) -> None:
+    """Continue a text, without a chat template (for base models, or to look at a model's raw output)."""
+    from glm4lite.chat.completion import Completion
+    from glm4lite.engine.engine import Engine
+    from glm4lite.engine.sampling import SamplingParams
+    from glm4lite.loading.load_options import LoadOptions
+    from glm4lite.memory.budget import Budget
+
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    sampling |= {"max_new_tokens": max_new_tokens, "stop": tuple(stop or ())}
+    SamplingParams.check(**sampling)
+    options.use_threads(threads)
+    budget = Budget.of(gpu_memory, ram, context, kv)
+    with rendering(as_json, raw=True) as renderer:
+        asked = LoadOptions(quant or "auto", device, dtype, renderer.show, budget=budget)
+        text = "" if prompt is None and is_interactive() else prompt_text(prompt, renderer.remark)
+        completion = Completion(Engine.from_options(model, asked))
+        with interrupt_stops(completion):
+            renderer.show_all(completion.run(text, **sampling))

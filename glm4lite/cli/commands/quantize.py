@@ -1,0 +1,54 @@
+"""`glm4lite quantize`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from glm4lite.base.errors import ConfigError
+from glm4lite.cli import options
+from glm4lite.cli.output import rendering
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(help="A folder of bfloat16 shards or a Hub repository.")],
+    destination: Annotated[Path, typer.Argument(help="A new folder for the quantized checkpoint.")],
+    quant: Annotated[str, typer.Option(help="int4 or int8.")] = "int4",
+    group_size: Annotated[int, typer.Option(help="Weights per scale: 32, 64 or 128.")] = 32,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Calibrate int4 with this UTF-8 text instead of the built-in one.")
+    ] = None,
+    no_calibration: Annotated[
+        bool, typer.Option("--no-calibration", help="Look at the weights alone: quicker, less exact.")
+    ] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Take each group's whole range: quickest, least exact.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write a pre-quantized checkpoint, which loads at once and needs no conversion."""
+    from glm4lite.base.sizes import readable
+    from glm4lite.checkpoint.quantization import parse_quant
+    from glm4lite.checkpoint.quantize import quantize_checkpoint
+    from glm4lite_quant import QuantConfig
+
+    config = parse_quant(quant)
+    options.use_threads(None)
+    if calibration is not None and (fast or no_calibration):
+        raise ConfigError(f"--calibration and {'--fast' if fast else '--no-calibration'} contradict each other")
+    method = "minmax" if fast else "search" if no_calibration else "calibrated"
+    with rendering(as_json) as renderer:
+        asked = QuantConfig(config.bits, group_size, method=method) if isinstance(config, QuantConfig) else quant
+        written = quantize_checkpoint(source, destination, asked, renderer.show, calibration=calibration)
+        size = sum(file.stat().st_size for file in written.iterdir())
+        command = f"glm4lite chat {shlex.quote(_as_model(written))}"
+        renderer.remark(f"{written}: {readable(size)}, {quant}. Run it: {command}")
+
+
+def _as_model(folder: Path) -> str:
+    """The folder as a model's name: a bare one may be the embedded model's, a user's home or an option."""
+    from glm4lite.hub.sources import NANO
+
+    bare = str(folder)
+    return f"./{bare}" if bare == NANO or bare.startswith(("~", "-")) else bare

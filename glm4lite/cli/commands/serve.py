@@ -1,0 +1,52 @@
+"""`glm4lite serve`."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import Annotated
+
+import typer
+
+from glm4lite.cli import options
+from glm4lite.cli.output import nano_remark, rendering
+
+
+def serve(
+    model: options.Model = "nano",
+    host: Annotated[str, typer.Option(help="Where to listen; anything but this machine needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes any that is free.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="GLM4LITE_API_KEY", help="Asked of every client.", show_default="none")
+    ] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for the one being answered.")] = 8,
+    quant: options.Quant = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    kv: options.KV = "auto",
+    gpu_memory: options.GpuMemory = None,
+    ram: options.Ram = None,
+    context: options.Context = None,
+    threads: options.Threads = None,
+) -> None:
+    """Serve a model to programs that speak OpenAI's API."""
+    from glm4lite.server import Address
+    from glm4lite.server import serve as serve_app
+
+    address = Address(host, port, api_key)
+    options.use_threads(threads)
+    with closing(address.listen()) as listening, rendering(as_json=False) as renderer:
+        from glm4lite.engine.engine import Engine
+        from glm4lite.engine.worker import EngineWorker
+        from glm4lite.loading.load_options import LoadOptions
+        from glm4lite.memory.budget import Budget
+        from glm4lite.server import create_app
+        from glm4lite.server.launch import name_of, url_of
+
+        if model == "nano":
+            renderer.remark(nano_remark("serve"))
+        budget = Budget.of(gpu_memory, ram, context, kv)
+        engine = Engine.from_options(model, LoadOptions(quant or "auto", device, dtype, renderer.show, budget=budget))
+        name = name_of(model)
+        ready = f"{name} answers at {url_of(listening)}/v1 (Ctrl-C ends)"
+        served = create_app(EngineWorker(engine, queue), name, api_key)
+        serve_app(served, listening, lambda: renderer.remark(ready))
