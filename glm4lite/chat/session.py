@@ -112,6 +112,7 @@ class ChatSession:
         ram: int | str | None = None,
         context: int | str | None = None,
         approve: Approve = nobody_to_ask,
+        speculate: str | int = "auto",
         **sampling: Any,
     ) -> ChatSession:
         """An Engine and a session on it; arguments as in `Engine.load`, `sampling` as in SamplingParams."""
@@ -121,7 +122,7 @@ class ChatSession:
         SamplingParams.check(**sampling)
         budget = Budget.of(gpu_memory, ram, context, kv)
         options = LoadOptions(quant, device, dtype, progress, budget=budget)
-        engine = Engine.from_options(source, options, need_template=True)
+        engine = Engine.from_options(source, options, need_template=True, speculate=speculate)
         return cls(engine, tools, system, engine.params(**sampling), approve=approve)
 
     def reset(self) -> None:

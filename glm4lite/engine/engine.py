@@ -275,12 +275,16 @@ class Totals:
         self.new_tokens = 0
         self.prefilled_tokens = 0
         self.seconds = 0.0
+        self.drafted_tokens = self.accepted_tokens = 0
 
     def add(self, generation: Generation) -> None:
         self.new_tokens += generation.new_tokens
         self.prefilled_tokens += generation.prefilled_tokens
         self.seconds += generation.seconds
         self.prompt_tokens += len(generation.prompt)
+        if generation.drafts is not None:
+            self.drafted_tokens += generation.drafts.drafted
+            self.accepted_tokens += generation.drafts.accepted
 
     def done(self, last: Generation, finish_reason: str | None = None) -> Done:
         """The turn's last event; prompt_tokens is the length of the last prompt."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from glm4lite.base.errors import ConfigError
 
 MOST = 7  # ids of a draft: with the one that is certain as many rows as the kernels take for one step
-_SHORTEST = 3  # ids that have to agree before what follows them is a guess
+_SHORTEST = 2  # ids that have to agree before what follows them is a guess
 _LONGEST = 24  # more that agree make a guess no likelier
 _REMEMBERED = 65_536  # ids of former answers that are looked through
 _GAIN = 1.05  # a guess has to promise this much, since costs are noisy

@@ -35,8 +35,9 @@ LONGEST_RETRY_S = 120
 class WorkerState:
     """What the worker and its engine did so far, for a status line or metrics.
 
-    `prefilled_tokens` are the prompt tokens that were computed, the rest was found in a kept prefix; `busy_s` is the
-    time spent on jobs, `decode_s` the part of it spent on new tokens.
+    `prefilled_tokens` are the prompt tokens that were computed, the rest was found in a kept prefix; `drafted_tokens`
+    were guessed, and `accepted_tokens` of them rightly. `busy_s` is the time spent on jobs, `decode_s` the part of it
+    spent on new tokens.
     """
 
     waiting: int = 0
@@ -47,6 +48,8 @@ class WorkerState:
     refused: int = 0
     prompt_tokens: int = 0
     prefilled_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     new_tokens: int = 0
     busy_s: float = 0.0
     decode_s: float = 0.0
@@ -145,6 +148,8 @@ class EngineWorker:
                 running=int(self._running is not None),
                 prompt_tokens=totals.prompt_tokens,
                 prefilled_tokens=totals.prefilled_tokens,
+                drafted_tokens=totals.drafted_tokens,
+                accepted_tokens=totals.accepted_tokens,
                 new_tokens=totals.new_tokens,
                 decode_s=totals.seconds,
             )

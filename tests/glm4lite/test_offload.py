@@ -20,6 +20,7 @@ from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.quantize import quantize_checkpoint
 from glm4lite.engine.decoding import Generation, PrefixCache
 from glm4lite.engine.engine import Engine
+from glm4lite.engine.speculation import Speculation
 from glm4lite.loading.device_map import DeviceMap
 from glm4lite.loading.requirements import requirements_of
 from glm4lite.measure.inventory import devices, kernel_names, rings
@@ -158,6 +159,18 @@ def test_generating_goes_on_after_a_stop_in_mid_pass(folder: Path, streamed: Glm
     handle.remove()
     assert stopped.finish_reason == "cancelled"
     assert list(Generation(streamed, prompt, GREEDY, cache=cache)) == wanted
+
+
+def test_guesses_share_a_read_of_the_disk(folder: Path, streamed: Glm4ForCausalLM) -> None:
+    prompt, params = IDS[0].tolist(), replace(GREEDY, max_new_tokens=24)
+    wanted = list(Generation(load(folder), prompt, params))
+    speculation = Speculation()
+    speculation.remember([*prompt, *wanted])  # the answer was given before, so what follows is known
+    (ring,) = rings(streamed)
+    before = ring.bytes_read
+    assert list(Generation(streamed, prompt, params, speculation=speculation)) == wanted
+    passes = (ring.bytes_read - before) / ring.layers_bytes
+    assert passes < 0.7 * len(wanted)
 
 
 def test_a_budget_limits_the_context(streamed: Glm4ForCausalLM) -> None:

@@ -143,7 +143,8 @@ def test_the_longest_run_that_agrees_is_found_and_of_equal_ones_the_last() -> No
     lookup = Lookup([1, 2, 3, 4, 50, 9, 2, 3, 4, 60, 0, 1, 2, 3, 4])
     assert lookup.find(lookup.ids[-6:], 2) == ([50, 9], 4)
     assert lookup.find([7, 2, 3, 4], 3) == ([60, 0, 1], 3)
-    assert lookup.find([3, 4], 3) == ([], 0)
+    assert lookup.find([3, 4], 3) == ([60, 0, 1], 2)
+    assert lookup.find([9, 4], 3) == lookup.find([4], 3) == ([], 0)
     assert Lookup([5] * 40).find([5] * 24, 7) == ([5], 24)
 
 
