@@ -131,10 +131,10 @@ class ChatSession:
         self.cut = None
         self.messages[:] = [Message("system", self.system)] if self.system else []
 
-    def recall(self, messages: Sequence[Message]) -> None:
-        """Goes on from a conversation that was held before, with its system prompt."""
+    def recall(self, messages: Sequence[Message], cut: Begun | None = None) -> None:
+        """Goes on from a conversation that was held before, with its system prompt; `cut` as it was then."""
         self.reset()
-        self.messages[:] = messages
+        self.messages[:], self.cut = messages, cut
         self.system = messages[0].content if messages and messages[0].role == "system" else None
         self._calls_made = sum(len(message.tool_calls) for message in messages)  # so that no id comes twice
 

@@ -94,6 +94,14 @@ Ram = Annotated[
 Context = Annotated[
     str | None, typer.Option(metavar="N", help="Tokens to have memory for.", show_default="8192 with a budget")
 ]
+Speculate = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|off|N",
+        help="Guess up to N (1 to 7) tokens and verify them in one step; auto: where answers stay what they are.",
+        autocompletion=_among("auto", "off"),
+    ),
+]
 JsonObject = Annotated[bool, typer.Option("--json", help="Stdout is one JSON object.")]
 
 

@@ -53,6 +53,16 @@ class Begun:
             return self.thinking
         return f"{self.thinking.rstrip()}{END_OF_THOUGHT}{self.text}"
 
+    @classmethod
+    def of(cls, kept: object, messages: Sequence[Message]) -> "Begun | None":
+        """From `asdict` of one, kept with a conversation; None where its messages do not end with it."""
+        fields = kept if isinstance(kept, Mapping) else {}
+        text, thinking = fields.get("text"), fields.get("thinking")
+        if not isinstance(text, str) or not isinstance(thinking, str) or not messages or not (text or thinking):
+            return None
+        fits = messages[-1] == Message("assistant", text) if text else messages[-1].role in ("user", "tool")
+        return cls(text, thinking) if fits else None
+
 
 class SchemaSource(Protocol):
     """Anything with a tool schema: `glm4lite.tools.tool.Tool`."""

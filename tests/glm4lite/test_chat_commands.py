@@ -155,6 +155,33 @@ def test_piped_lines_know_the_few_commands_they_always_knew(talk: Talk) -> None:
     assert not Path("x.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [
+        ("/lod trip", "/load"),
+        ("/st temperature 1", "/set"),
+        ("/modl x", "/model"),
+        ("/rset", "/reset"),
+        ("/exitt the room?", None),  # no command takes these words
+        ("/etc/hosts is what?", None),
+        ("/tmp is full", None),
+        ("/lod trip\nis a line of a program", None),
+        ('"""/lod trip"""', None),
+    ],
+)
+def test_what_is_nearly_a_command_is_no_question(text: str, near: str | None, talk: Talk) -> None:
+    found = talk("Yes.")
+    converse(found, Lines(text))
+    assert len(asked(found)) == (near is None)
+    assert near is None or f"is not a command and was not sent; is it {near}?" in remarks(found)
+
+
+def test_the_help_fits_a_terminal_of_80_columns(talk: Talk) -> None:
+    found = talk()
+    converse(found, Lines("/help"))
+    assert max(map(len, remarks(found).splitlines())) <= 80
+
+
 def test_every_command_is_in_the_help(talk: Talk) -> None:
     found = talk()
     converse(found, Lines("/help"))

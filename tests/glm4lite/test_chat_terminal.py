@@ -126,7 +126,7 @@ def test_a_conversation_is_saved_loaded_and_goes_on_with_another_model(chat: Scr
     chat.wait_for("0 of 4096 tokens, 0 questions")
     chat.wait_for_prompt()
     chat.type(f"/load sums{ENTER}")
-    chat.wait_for("(loaded: 1 questions, ")
+    chat.wait_for("(loaded: 1 question, ")
     chat.wait_for_prompt()
     chat.type(f"/model nano int8{ENTER}")
     chat.wait_for("(nano: 5 layers, context 4096 tokens)")

@@ -306,7 +306,7 @@ def test_every_artifact_of_a_chat_can_be_shown() -> None:
     page = Part("text", 0, "```html\n<title>A &lt;clock&gt;</title><script>x</script>\n```")
     found = artifacts_of(Chat.of(Turn("Draw", parts=[drawn]), Turn("Nice", parts=[plain]), Turn("And", parts=[page])))
     assert [(one["kind"], one["name"], one["scripts"]) for one in found] == [
-        ("SVG", "svg", False),
+        ("SVG", "picture", False),
         ("HTML", "A <clock>", True),
     ]
 

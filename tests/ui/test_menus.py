@@ -38,7 +38,7 @@ def test_tools_are_turned_off_and_on_with_the_keyboard(serve: Serve, visit: Visi
     assert page.get_attribute(".menu [data-group]", "aria-checked") == "mixed"
     assert page.get_attribute(".menu [data-tool=calculator]", "aria-checked") == "false"
     page.keyboard.press("End")
-    assert focused(page) == "All about the tools…"
+    assert focused(page) == "Tools and MCP servers…"
     page.keyboard.press("ArrowDown")  # round
     assert focused(page) == "Built in"
     page.keyboard.press("u")
@@ -62,7 +62,7 @@ def test_a_servers_tools_are_turned_off_together_and_the_sheet_shows_it(serve: S
     page.click("#open-tools")
     page.get_by_role("menuitemcheckbox", name="weather", exact=True).click()
     page.wait_for_selector("#open-tools >> text=Tools 3/15")
-    page.get_by_role("menuitem", name="All about the tools…").click()
+    page.get_by_role("menuitem", name="Tools and MCP servers…").click()
     page.wait_for_selector("#settings[open]")
     assert not page.get_by_role("checkbox", name="weather", exact=True).is_checked()
     page.get_by_role("checkbox", name="get_weather").check()
@@ -152,7 +152,7 @@ def test_the_menus_are_chinese_in_a_chinese_browser(serve: Serve, visit: Visit) 
     page = visit(serve().url, locale="zh-CN", viewport={"width": 390, "height": 800})
     page.wait_for_selector("#open-tools >> text=工具 3/3")
     page.click("#open-tools")
-    page.wait_for_selector(".menu >> text=工具的全部设置…")
+    page.wait_for_selector(".menu >> text=工具和 MCP 服务器…")
     page.keyboard.press("Escape")
     page.click("#open-presets")
     page.wait_for_selector(".menu >> text=存为预设…")

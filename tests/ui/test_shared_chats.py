@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -22,10 +23,11 @@ from glm4lite.engine.engine import Engine
 from glm4lite.engine.worker import EngineWorker
 from glm4lite.loading.load_options import LoadOptions
 from glm4lite.text.messages import Message, ToolCall
+from glm4lite.text.template import Begun
 from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 from glm4lite_ui.chats import Attachment, Chat, Counts, Part, Settings, Turn
 from glm4lite_ui.export import as_json
-from glm4lite_ui.history import messages
+from glm4lite_ui.history import cut_answer, messages
 from glm4lite_ui.runtime import Runtime
 from glm4lite_ui.saved.importing import import_chats
 from glm4lite_ui.saved.shared import from_data, to_data
@@ -235,6 +237,88 @@ def test_a_file_of_an_earlier_terminal_is_imported_with_its_calls(store: ChatSto
     assert chat.title == "37 * 24?"
 
 
+# --- an answer that was cut in one goes on in the other
+
+
+def test_an_answer_that_the_terminal_cut_can_go_on_in_the_page(store: ChatStore, talk: Talk) -> None:
+    found = talk("One two three four five six.")
+    converse(found, Lines("/set max_new_tokens 6", "Count", "/save sums"))
+    cut = found.session.cut
+    assert cut is not None
+    chat = one(store)
+    assert chat.turns[-1].cut
+    assert cut_answer(chat) == ([Message("user", "Count")], cut)
+    assert from_data(to_data(chat)) == chat  # and it stays so
+    converse(talk("Whole."), Lines("/load sums", "And?", "/save"))
+    assert [turn.cut for turn in one(store).turns] == [False, False]
+
+
+def test_a_thought_that_the_terminal_cut_goes_on_in_the_page(store: ChatStore, talk: Talk) -> None:
+    found = talk("x")
+    found.session.messages[:] = [Message("user", "Why?")]
+    for cut in (Begun("", "Because of"), Begun("It is", "Because of it.")):
+        found.session.cut = cut
+        found.session.messages[1:] = [Message("assistant", cut.text)] if cut.text else []
+        converse(found, Lines("/save why"))
+        chat = one(store)
+        assert chat.turns[-1].cut
+        assert cut_answer(chat) == ([Message("user", "Why?")], cut)
+        store.delete(chat.id)
+        found.file = None
+
+
+@pytest.mark.parametrize("reason", ["length", "cancelled", "stop"])
+def test_an_answer_that_the_page_cut_can_go_on_in_the_terminal(store: ChatStore, talk: Talk, reason: str) -> None:
+    chat = Chat(title="sums")
+    turn = chat.ask("Count")
+    turn.parts = [Part("thinking", 0, "Hm", seconds=1.0), Part("text", 0, "One two", seconds=1.0)]
+    turn.counts = replace(COUNTS, finish_reason=reason)
+    store.save(chat)
+    found = talk("three.")
+    converse(found, Lines("/load sums"))
+    assert found.session.cut == (None if reason == "stop" else Begun("One two", "Hm"))
+    converse(found, Lines("/continue", "/save"))
+    again = one(store)
+    assert found.session.cut is None
+    if reason != "stop":  # the whole answer is a version beside the one that was cut
+        assert [other.cut for other in again.versions(again.turns[-1])] == [True, False]
+        assert again.turns[-1].parts[-1].text == "One two\nthree."
+
+
+@pytest.mark.parametrize("cut", [None, 1, {"text": 1}, {"text": "Other", "thinking": ""}, {"text": ""}])
+def test_what_does_not_fit_the_messages_cuts_nothing(store: ChatStore, talk: Talk, cut: object) -> None:
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    data = page_chat().to_json() | {"tree": [], "shown": {}, "messages": said, "cut": cut}
+    assert not from_data(data).turns[-1].cut
+    Path("a.json").write_text(json.dumps(data))
+    found = talk()
+    converse(found, Lines("/load ./a.json"))
+    assert found.session.cut is None
+
+
+# --- what an earlier terminal kept elsewhere
+
+
+def test_conversations_of_an_earlier_terminal_are_in_the_list_of_both(store: ChatStore, talk: Talk) -> None:
+    older = store.folder.parent / "conversations"
+    older.mkdir(parents=True)
+    said = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Ho")]
+    data = {"format": "glm4lite conversation", "version": 1, "model": "nano", "settings": {"temperature": 0.25}}
+    (older / "trip.json").write_text(json.dumps(data | {"messages": [Message(*one).to_dict() for one in said]}))
+    os.utime(older / "trip.json", (1e9, 1e9))
+    (older / "broken.json").write_text("{")
+    (older / "foreign.json").write_text("[]")
+    assert saved.titles() == ["trip"]
+    assert sorted(file.name for file in older.iterdir()) == ["broken.json", "foreign.json"]  # what is no chat stays
+    assert [(found.title, found.updated, found.turns) for found in store.summaries()] == [("trip", 1e9, 1)]
+    assert one(store).settings == Settings("Be brief.", temperature=0.25)
+    found = talk("Yes.")
+    converse(found, Lines("/load trip", "And?", "/save"))
+    assert [turn.user for turn in one(store).turns] == ["Hi", "And?"]
+    store.delete(one(store).id)
+    assert saved.titles() == []  # it does not come back
+
+
 # --- what a file may hold
 
 
@@ -297,3 +381,21 @@ def test_the_page_shows_and_goes_on_with_what_the_terminal_saved(
         "2 + 2?",
         "What is 37 * 24?",
     ]
+
+
+def test_the_page_goes_on_with_an_answer_that_was_cut_in_the_terminal(
+    serve: Serve, visit: Callable[..., Any], store: ChatStore, talk: Talk
+) -> None:
+    found = talk("One two three four five six.")
+    converse(found, Lines("/set max_new_tokens 6", "Count", "/set max_new_tokens default", "/save sums"))
+    cut = found.session.cut
+    assert cut is not None
+    page = visit(serve(folder=store.folder).url)
+    page.click("#chats a >> text=sums")
+    page.wait_for_selector(f".parts >> text={cut.text.strip()}")
+    page.get_by_role("button", name="Continue").click()
+    wait_for_end(page)
+    page.wait_for_selector(".foot .counts")
+    (turn,) = one(store).turns
+    assert turn.parts[0].text.strip().startswith(cut.text.strip())
+    assert turn.counts is not None

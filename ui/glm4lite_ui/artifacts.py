@@ -34,10 +34,10 @@ class Artifact:
     source: str
 
     def name(self) -> str:
-        """Its title where it has one."""
+        """Its title where it has one, else what it is."""
         titled = _TITLE.search(self.source)
         words = " ".join(html.unescape(titled[1]).split())[:60] if titled else ""
-        return words or self.kind.lower()
+        return words or {"HTML": "page", "SVG": "picture"}[self.kind]
 
     def document(self) -> str:
         """A whole page; the policy stands before anything that the model wrote."""

@@ -95,7 +95,8 @@ class Turn:
     """A question and its answer, or in `error` what went wrong instead.
 
     A `dropped` turn is shown, but the model no longer reads it. `after` is the id of the turn before it, "" where it is
-    the first: turns after the same one are its versions.
+    the first: turns after the same one are its versions. `unfinished`: another program cut the answer, and kept no
+    `counts`.
     """
 
     user: str
@@ -106,11 +107,12 @@ class Turn:
     dropped: bool = False
     id: _TurnId = field(default_factory=lambda: secrets.token_hex(8))
     after: str = ""
+    unfinished: bool = False
 
     @property
     def cut(self) -> bool:
         """Whether the answer ended, or was stopped, in the middle of what the model said."""
-        ended = self.counts is not None and self.counts.finish_reason in ("length", "cancelled")
+        ended = self.unfinished if self.counts is None else self.counts.finish_reason in ("length", "cancelled")
         last = self.parts[-1] if self.parts else None
         return ended and last is not None and last.kind != "call" and bool(last.text.strip())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from threading import Thread
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from glm4lite.base.errors import Glm4liteError
 from glm4lite.base.extras import require
 from glm4lite.cli import options
 from glm4lite.cli.output import nano_remark, rendering
+
+if TYPE_CHECKING:
+    from glm4lite_ui.saved.store import ChatStore
 
 
 def _own_folder() -> Path | None:
@@ -21,6 +24,15 @@ def _own_folder() -> Path | None:
         return user_folder()
     except Glm4liteError:  # a user without a home keeps all beside the chats
         return None
+
+
+def _take_in_older(store: ChatStore, own: bool) -> None:
+    """Chats of an older glm4lite become what both programs list: the terminal's lay in a folder of their own."""
+    from glm4lite.cli.chat.saved import take_over_older
+
+    if own:
+        take_over_older()
+    store.add_messages()
 
 
 def ui(
@@ -37,6 +49,7 @@ def ui(
     gpu_memory: options.GpuMemory = None,
     ram: options.Ram = None,
     context: options.Context = None,
+    speculate: options.Speculate = "auto",
     threads: options.Threads = None,
     servers_from_elsewhere: Annotated[
         bool,
@@ -46,7 +59,7 @@ def ui(
 ) -> None:
     """Chat with a model in the browser, on this machine only."""
     limits: dict[str, Any] = {"device": device, "dtype": dtype}
-    limits |= {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv}
+    limits |= {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv, "speculate": speculate}
     with rendering(as_json=False) as renderer:
         # Before what takes seconds to import.
         require("the web chat", "gradio", "nh3", "latex2mathml", "pygments", extra="ui")
@@ -61,7 +74,7 @@ def ui(
 
         options.use_threads(threads)
         store, listening = ChatStore(chats), Address("127.0.0.1", port).listen()
-        older = Thread(target=store.add_messages)
+        older = Thread(target=_take_in_older, args=(store, chats is None))
         older.start()
         with Toolbox(tools or (), mcp or (), not no_tools, approve) as box:
             engine = Engine.load(model, quant or "auto", progress=renderer.show, need_template=True, **limits)

@@ -130,8 +130,10 @@ class Models:
             lies = Sentence("{layers} layers, {size} of weights", layers=held["layers"], size=size)
             yield Sentence("On {device}", device=where), lies
         yield Sentence("Context"), Sentence("{count} tokens", count=model.context)
-        kept, size = runtime.engine.prefixes, readable(runtime.engine.prefixes.nbytes)
-        yield Sentence("Kept conversations"), Sentence("{count} conversations, {size}", count=len(kept), size=size)
+        kept, size = len(runtime.engine.prefixes), readable(runtime.engine.prefixes.nbytes)
+        one = Sentence("1 conversation, {size}", size=size)
+        said = one if kept == 1 else Sentence("{count} conversations, {size}", count=kept, size=size)
+        yield Sentence("Kept conversations"), said
         if runtime.engine.chat_template().takes_tools:
             tools = [tool.name for tool in runtime.toolset.tools()] or [Sentence("none")]
             yield Sentence("Tools"), Sentence("{list}", list=tools)

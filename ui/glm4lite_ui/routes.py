@@ -170,6 +170,7 @@ class _Chats:
             self.type,
             self.set,
             self.ask_again,
+            self.restore,
         ):
             router.add_api_route(f"/chats/{{chat_id}}/{act.__name__}", act, methods=["POST"])
 
@@ -245,6 +246,10 @@ class _Chats:
     def delete(self, chat_id: str) -> None:
         self.runtime.delete(chat_id)
         self.windows.changed(chat_id)
+
+    def restore(self, chat_id: str) -> None:
+        """Takes a deletion back."""
+        self.runtime.store.restore(chat_id)
 
 
 class _Turns:

@@ -1,6 +1,6 @@
 """Chats out of the page and into it, over HTTP.
 
-GET  /export/<chat>.md and .json   a saved chat as a download
+GET  /export/<chat>.md and .json   a saved chat as a download; ?language=zh for Chinese headings
 GET  /export/all.zip               every one
 POST /page/import?name=<file>      a file's bytes; {"said": sentences for the user, "chats": ids,
                                    "skipped": [[title, why]], "left_out": {what: number}},
@@ -23,7 +23,7 @@ from starlette.concurrency import run_in_threadpool
 from glm4lite.base.errors import Glm4liteError, said_by
 from glm4lite.base.sentences import Sentence
 from glm4lite_ui.attachments import shown_name
-from glm4lite_ui.export import KINDS, as_json, as_markdown, file_name, write_archive
+from glm4lite_ui.export import KINDS, Language, as_json, as_markdown, file_name, write_archive
 from glm4lite_ui.runtime import Runtime
 from glm4lite_ui.saved.importing import LARGEST, import_chats
 
@@ -33,17 +33,17 @@ _TOLD = 1000  # chats that were skipped, by name
 def add_transfers(app: FastAPI, runtime: Runtime) -> None:
     """Adds the routes."""
 
-    def export(chat_id: str, kind: Literal["md", "json"]) -> Response:
+    def export(chat_id: str, kind: Literal["md", "json"], language: Language = "en") -> Response:
         if not runtime.store.holds(chat_id):
             return PlainTextResponse("this chat is not there", 404)
         chat = runtime.open(chat_id)
-        text = as_markdown(chat) if kind == "md" else as_json(chat)
+        text = as_markdown(chat, language) if kind == "md" else as_json(chat)
         headers = {"Content-Disposition": f"attachment; filename*=utf-8''{quote(file_name(chat, kind))}"}
         return Response(text, media_type=f"{KINDS[kind]}; charset=utf-8", headers=headers)
 
-    def export_all() -> Response:
+    def export_all(language: Language = "en") -> Response:
         file = tempfile.TemporaryFile()  # noqa: SIM115  # closed when it was sent
-        write_archive(runtime.store.every(), file)
+        write_archive(runtime.store.every(), file, language)
         name = time.strftime("glm4lite-chats-%Y-%m-%d.zip")
         headers = {"Content-Disposition": f"attachment; filename={name}", "Content-Length": str(file.tell())}
         file.seek(0)

@@ -32,10 +32,11 @@ class Source:
 
     model: str
     options: LoadOptions
+    speculate: str = "auto"
 
     def load(self, progress: Callable[[Progress], None], before_weights: Callable[[], None] | None = None) -> Engine:
         options = replace(self.options, progress=progress)
-        return Engine.from_options(self.model, options, need_template=True, before_weights=before_weights)
+        return Engine.from_options(self.model, options, True, before_weights, self.speculate)
 
 
 @dataclass
@@ -119,7 +120,7 @@ class Conversation:
             raise ConfigError("there is nothing to save yet")
         sampling = {name: value for name, value in self.settings.sampling.items() if value not in (None, ())}
         title = "" if saved.is_path(name) else name
-        kept = saved.Saved(self.session.messages, sampling, self.source.model, title)
+        kept = saved.Saved(self.session.messages, sampling, self.source.model, title, cut=self.session.cut)
         title = saved.save(path, kept, path == self.file)
         self.file = path
         self.renderer.remark(f"(saved: {title if path.parent == chats_folder() else path})")
@@ -133,11 +134,12 @@ class Conversation:
         found = saved.load(path)
         tokens = self._tokens(found.messages)
         self.settings.restore(found.settings)
-        self.session.recall(found.messages)
+        self.session.recall(found.messages, found.cut)
         self.file = path if found.in_our_form else None
         asked = sum(message.role == "user" for message in found.messages)
         other = f", held with {found.model}" if found.model not in ("", self.source.model) else ""
-        self.renderer.remark(f"(loaded: {asked} questions, {tokens} tokens{other})")
+        way_on = "; its last answer was cut: /continue goes on" if found.cut and self.by_hand else ""
+        self.renderer.remark(f"(loaded: {_questions(asked)}, {tokens} tokens{other}{way_on})")
 
     def change_model(self, model: str, quant: str | None = None) -> None:
         """Loads another model and keeps the conversation.
@@ -147,7 +149,7 @@ class Conversation:
         """
         locate(model)
         old, options = self.source, self.source.options
-        new = Source(model, replace(options, quant=quant or options.quant))
+        new = replace(self.source, model=model, options=replace(options, quant=quant or options.quant))
         unloaded = False
 
         def unload() -> None:
@@ -183,7 +185,7 @@ class Conversation:
         context = self.session.engine.model.context
         asked = sum(message.role == "user" for message in self.session.messages)
         yield "model", f"{self.source.model}, {self.session.engine.model.config.num_hidden_layers} layers"
-        yield "context", f"{self._tokens(self.session.messages)} of {context} tokens, {asked} questions"
+        yield "context", f"{self._tokens(self.session.messages)} of {context} tokens, {_questions(asked)}"
         yield "saved", str(self.file or "no")
         yield from self.settings.lines()
 
@@ -196,6 +198,10 @@ class Conversation:
 
     def _tokens(self, messages: Sequence[Any]) -> int:
         return self.session.prompt_tokens(messages) if messages else 0
+
+
+def _questions(count: int) -> str:
+    return f"{count} question{'' if count == 1 else 's'}"
 
 
 def _unshown(events: Iterator[Event], shown: Begun, again: str) -> Iterator[Event]:

@@ -1,33 +1,38 @@
 """Conversations that `/save` keeps and `/load` brings back: one JSON file each, where the page keeps its chats too.
 
     {"format": 2, "id": "8f3a…", "title": "Trip", "created": 1.8e9, "updated": 1.8e9, "model": "nano",
-     "settings": {"system": "", "temperature": 0.7}, "messages": [{"role": "user", "content": "Hi"}, …]}
+     "settings": {"system": "", "temperature": 0.7}, "messages": [{"role": "user", "content": "Hi"}, …],
+     "cut": {"text": "Hel", "thinking": ""}}
 
 `messages` are OpenAI's, so that other programs can read them, too. The page keeps more beside them, such as versions of
 an answer: all of that stays in a file that is written again, and what is new comes to it when the page reads the file.
+`cut` is there where the last answer ended in the middle, and can go on.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
 import secrets
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from glm4lite.base.errors import Glm4liteError, one_line, shown
 from glm4lite.base.files import read_json
-from glm4lite.base.user_folder import chats_folder, make_private
+from glm4lite.base.user_folder import chats_folder, make_private, user_folder
 from glm4lite.base.whole_file import write_whole
 from glm4lite.cli.chat.settings import SAMPLING
 from glm4lite.text.messages import Message
+from glm4lite.text.template import Begun
 
 FORMAT = 2
+_OLDER_FORMAT = "glm4lite conversation"
 LONGEST_TITLE = 120
 MOST_LISTED = 30
 _ID = re.compile(r"[0-9a-f]{16}")
@@ -41,6 +46,8 @@ class SavedError(Glm4liteError):
 class Saved:
     """A conversation: the messages with the system prompt, the sampling that was chosen, the model's name.
 
+    `cut` is what was said of the last answer, where it ended in the middle.
+
     `in_our_form`: whether its file may be written again; that of another program holds what would be lost.
     """
 
@@ -49,6 +56,7 @@ class Saved:
     model: str = ""
     title: str = ""
     in_our_form: bool = True
+    cut: Begun | None = None
 
 
 def titles() -> list[str]:
@@ -104,6 +112,7 @@ def save(path: Path, saved: Saved, overwrite: bool = False) -> str:
     chosen = settings | chosen if isinstance(settings, dict) else chosen
     data |= {"updated": now, "model": saved.model, "settings": chosen}
     data["messages"] = [message.to_dict() for message in saved.messages]
+    data["cut"] = asdict(saved.cut) if saved.cut else None
     text = json.dumps(data, ensure_ascii=False, indent=1).encode("utf-8", "replace")
     try:
         if path.parent == chats_folder():
@@ -131,13 +140,35 @@ def load(path: Path) -> Saved:
     except Glm4liteError as error:
         raise SavedError(f"{path}: {error}") from None
     in_our_form = isinstance(data.get("format"), int)
-    return Saved(said, known, str(data.get("model", "")), _title(data) or path.stem, in_our_form)
+    cut = Begun.of(data.get("cut"), said)
+    return Saved(said, known, str(data.get("model", "")), _title(data) or path.stem, in_our_form, cut)
+
+
+def take_over_older() -> None:
+    """Moves what `/save` of an older glm4lite kept elsewhere, a file a title, to where conversations are kept now."""
+    for path in (user_folder() / "conversations").glob("*.json"):
+        try:
+            found, data, when = load(path), read_json(path, SavedError), path.stat().st_mtime
+        except (SavedError, OSError):
+            continue
+        if data.get("format") != _OLDER_FORMAT:
+            continue
+        # The same name in whichever program is the first to move it.
+        place = chats_folder() / f"{hashlib.sha256(path.name.encode()).hexdigest()[:16]}.json"
+        system = next((message.content for message in found.messages if message.role == "system"), "")
+        kept = {"format": FORMAT, "id": place.stem, "title": path.stem, "created": when, "updated": when}
+        kept |= {"model": found.model, "settings": found.settings | {"system": system}, "messages": data["messages"]}
+        with suppress(OSError):
+            make_private(place.parent)
+            write_whole(place, json.dumps(kept, ensure_ascii=False, indent=1).encode("utf-8", "replace"), private=True)
+            path.unlink()
 
 
 def _kept() -> list[tuple[str, Path]]:
     """(title, file) of what lies where chats are kept, the newest first; files that cannot be read are left out."""
     found = list[tuple[float, str, Path]]()
     try:
+        take_over_older()
         paths = [path for path in chats_folder().glob("*.json") if _ID.fullmatch(path.stem)]
     except (OSError, Glm4liteError):
         return []

@@ -56,12 +56,22 @@ def of(text: str, by_hand: bool) -> tuple[Command, str] | None:
 
 
 def is_misspelt(text: str, by_hand: bool, renderer: Renderer) -> bool:
-    """A lone word that is nearly a command is worth a hint; all else is a message, such as a path or a comment."""
-    if not re.fullmatch(r"/\w+", text):
+    """What is nearly a command is worth a hint; all else is a message, such as a path or a comment.
+
+    A lone word may be meant for any, what has words behind it for one that takes some.
+    """
+    match = re.fullmatch(r"(/\w+)(?:[ \t]+(.*))?", text)
+    if match is None:
         return False
-    near = difflib.get_close_matches(text, _known(by_hand), 1, 0.8)
-    said = f"{text} is not a command"
-    renderer.remark(f"({said} and was not sent; is it {near[0]}?)" if near else f"({said}: it is sent as a message)")
+    word, argument = match.groups()
+    known = [name for name, command in _known(by_hand).items() if command.usage or not argument]
+    near = difflib.get_close_matches(word, known, 1, 0.8)
+    said = f"{word} is not a command"
+    if near:
+        way_out = ' (""" before and behind it sends it)' if argument else ""
+        renderer.remark(f"({said} and was not sent; is it {near[0]}?{way_out})")
+    elif not argument:
+        renderer.remark(f"({said}: it is sent as a message)")
     return bool(near)
 
 
@@ -100,8 +110,9 @@ def _help(conversation: Conversation, _: str) -> None:
 
 
 _TYPING = (
-    'Several lines: paste them, put """ before and behind them, or end a line with \\ (or press Alt+Enter).\n'
-    "@notes.txt adds a file to the question; @@ writes an @. Tab completes. Ctrl-C stops an answer."
+    'Several lines: paste them, put """ before and behind them, or end each with\n'
+    "a backslash (or Alt+Enter). @notes.txt adds a file to the question; @@ writes\n"
+    "an @. Tab completes. Ctrl-C stops an answer."
 )
 
 

@@ -30,6 +30,7 @@ def generate(
     gpu_memory: options.GpuMemory = None,
     ram: options.Ram = None,
     context: options.Context = None,
+    speculate: options.Speculate = "auto",
     threads: options.Threads = None,
 ) -> None:
     """Continue a text, without a chat template (for base models, or to look at a model's raw output)."""
@@ -47,6 +48,6 @@ def generate(
     with rendering(as_json, raw=True) as renderer:
         asked = LoadOptions(quant or "auto", device, dtype, renderer.show, budget=budget)
         text = "" if prompt is None and is_interactive() else prompt_text(prompt, renderer.remark)
-        completion = Completion(Engine.from_options(model, asked))
+        completion = Completion(Engine.from_options(model, asked, speculate=speculate))
         with interrupt_stops(completion):
             renderer.show_all(completion.run(text, **sampling))

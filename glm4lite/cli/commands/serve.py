@@ -26,6 +26,7 @@ def serve(
     gpu_memory: options.GpuMemory = None,
     ram: options.Ram = None,
     context: options.Context = None,
+    speculate: options.Speculate = "auto",
     threads: options.Threads = None,
 ) -> None:
     """Serve a model to programs that speak OpenAI's API."""
@@ -45,7 +46,8 @@ def serve(
         if model == "nano":
             renderer.remark(nano_remark("serve"))
         budget = Budget.of(gpu_memory, ram, context, kv)
-        engine = Engine.from_options(model, LoadOptions(quant or "auto", device, dtype, renderer.show, budget=budget))
+        asked = LoadOptions(quant or "auto", device, dtype, renderer.show, budget=budget)
+        engine = Engine.from_options(model, asked, speculate=speculate)
         name = name_of(model)
         ready = f"{name} answers at {url_of(listening)}/v1 (Ctrl-C ends)"
         served = create_app(EngineWorker(engine, queue), name, api_key)

@@ -4,7 +4,8 @@ The terminal and other programs read and write the messages alone, and leave the
 have more than the tree comes into it when the file is read: behind the turns that are the same, or as a version beside
 one that is not. What stands in the tree is never lost.
 
-    data = to_data(chat)                          # {"format", "title", "tree", …, "messages": [{"role", "content"}, …]}
+    data = to_data(chat)                          # {"format", "title", "tree", …, "messages": [{"role", "content"}, …],
+                                                  # "cut": {"text", "thinking"} of a last answer that can go on}
     data["messages"].append({"role": "user", "content": "And then?"})
     from_data(data).turns[-1].user                # And then?
 """
@@ -15,33 +16,50 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from glm4lite.base.errors import Glm4liteError
 from glm4lite.text.messages import Message
+from glm4lite.text.template import Begun
 from glm4lite_ui.chats import Chat, Part, Turn, read_chat
-from glm4lite_ui.history import is_passed_over, messages
+from glm4lite_ui.history import cut_answer, is_passed_over, messages
 
 
 def to_data(chat: Chat) -> dict[str, Any]:
     """The content of the chat's file."""
-    return chat.to_json() | {"messages": [message.to_dict() for message in messages(chat)]}
+    cut = asdict(cut_answer(chat)[1]) if chat.turns and chat.turns[-1].cut else None
+    return chat.to_json() | {"messages": [message.to_dict() for message in messages(chat)], "cut": cut}
 
 
 def from_data(data: object, chat_id: str | None = None) -> Chat:
     """The chat, with what its messages have more; ValueError names what cannot be read."""
     chat = read_chat(data, chat_id)
-    said = data.get("messages") if isinstance(data, Mapping) else None
-    if said is None:
+    if not isinstance(data, Mapping) or (said := data.get("messages")) is None:
         return chat
     if not isinstance(said, list):
         raise ValueError("messages: it is no list")
     try:
-        _take(chat, [Message.from_dict(message) for message in said])
+        read = [Message.from_dict(message) for message in said]
     except Glm4liteError as error:
         raise ValueError(f"messages: {error}") from None
+    _take(chat, read)
+    cut = Begun.of(data.get("cut"), read)
+    if cut is not None and _content(messages(chat)) == _content(read):
+        _mark_cut(chat.turns[-1], cut)
     return chat
+
+
+def _mark_cut(turn: Turn, cut: Begun) -> None:
+    """The turn's last round ended in the middle. Its thought is none of the messages."""
+    if turn.counts is not None or turn.unfinished:
+        return  # the page knows better
+    turn.unfinished = True
+    ending = bool(cut.text)  # the last part is this text
+    last = turn.parts[-1].round if turn.parts else -1
+    if cut.thinking:
+        place = len(turn.parts) - ending
+        turn.parts.insert(place, Part("thinking", last if ending else last + 1, cut.thinking, seconds=0.0))
 
 
 def _take(chat: Chat, said: Sequence[Message]) -> None:

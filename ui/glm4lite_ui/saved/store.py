@@ -23,7 +23,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +38,8 @@ from glm4lite_ui.saved.shared import from_data, to_data
 logger = logging.getLogger("glm4lite")
 
 LARGEST = 64 << 20  # bytes of a chat's file; the longest context is a hundredth of it
+_BEFORE, _BEHIND = 24, 60  # characters around a word that was found
+RESTORABLE = 10  # chats that were deleted, in memory
 _ID = re.compile(r"[0-9a-f]{16}")
 
 
@@ -53,7 +55,9 @@ def data_folder() -> Path:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the list shows of a chat. `turns` are those of the path shown."""
+    """What the list shows of a chat. `turns` are those of the path shown; `found` is where a word that was searched
+    stands, unless the title holds them all.
+    """
 
     id: str
     title: str
@@ -61,15 +65,20 @@ class Summary:
     pinned: bool
     folder: str
     turns: int
+    found: str = ""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A file as it was when it was read; no summary where it is damaged. `text` is what a search looks through."""
+    """A file as it was when it was read; no summary where it is damaged.
+
+    `text` is what was said, `searchable` the same as a search looks through it.
+    """
 
     seen: tuple[int, int, int]
     summary: Summary | None = None
     text: str = ""
+    searchable: str = ""
 
 
 class ChatStore:
@@ -78,6 +87,7 @@ class ChatStore:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or data_folder()
         self._index, self._lock = dict[str, _Entry](), threading.Lock()
+        self._deleted = dict[str, bytes]()  # oldest first
         self.listeners: list[Callable[[str], None]] = []  # each is told the id of a chat that was saved or deleted
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -126,7 +136,20 @@ class ChatStore:
         return bool(_ID.fullmatch(chat_id)) and self._path(chat_id).exists()
 
     def delete(self, chat_id: str) -> None:
-        self._path(chat_id).unlink(missing_ok=True)
+        """The disk has it no more; until the program ends or some others were deleted, `restore` brings it back."""
+        path = self._path(chat_id)
+        with suppress(OSError):
+            self._deleted[chat_id] = path.read_bytes()
+        while len(self._deleted) > RESTORABLE:
+            del self._deleted[next(iter(self._deleted))]
+        path.unlink(missing_ok=True)
+        self._changed(chat_id)
+
+    def restore(self, chat_id: str) -> None:
+        """Brings back a chat that was deleted; ChatError where that is too long ago."""
+        if (content := self._deleted.pop(chat_id, None)) is None:
+            raise ChatError("this chat is not there any more")
+        write_kept(self._path(chat_id), content)
         self._changed(chat_id)
 
     def summaries(self, query: str = "") -> list[Summary]:
@@ -137,8 +160,9 @@ class ChatStore:
         words = searched(query).split()
         with self._lock:
             self._refresh()
-            found = [entry.summary for entry in self._index.values() if _holds_all(entry, words)]
-        return sorted((one for one in found if one is not None), key=lambda one: one.updated, reverse=True)
+            found = [entry for entry in self._index.values() if _holds_all(entry, words)]
+        told = [replace(one.summary, found=_surroundings(one, words)) for one in found if one.summary is not None]
+        return sorted(told, key=lambda one: one.updated, reverse=True)
 
     def find(self, query: str = "") -> list[Chat]:
         """As `summaries`, but the chats themselves, each read from its file."""
@@ -183,8 +207,9 @@ class ChatStore:
         except ChatError as error:
             logger.warning("%s", error)
             return _Entry(seen)
-        turns = len(chat.turns)
-        return _Entry(seen, Summary(chat.id, chat.title, chat.updated, chat.pinned, chat.folder, turns), _text(chat))
+        text, turns = _text(chat), len(chat.turns)
+        summary = Summary(chat.id, chat.title, chat.updated, chat.pinned, chat.folder, turns)
+        return _Entry(seen, summary, text, searched(text))
 
     def _changed(self, chat_id: str) -> None:
         for tell in self.listeners:
@@ -225,7 +250,7 @@ def _text(chat: Chat) -> str:
     for turn in chat.tree:
         pieces += [turn.user, *(file.name for file in turn.files)]
         pieces += [part.text for part in turn.parts if part.kind == "text"]
-    return searched("\n".join(pieces))
+    return "\n".join(pieces)
 
 
 def searched(text: str) -> str:
@@ -234,7 +259,22 @@ def searched(text: str) -> str:
 
 
 def _holds_all(entry: _Entry, words: Sequence[str]) -> bool:
-    return all(word in entry.text for word in words)
+    return all(word in entry.searchable for word in words)
+
+
+def _surroundings(entry: _Entry, words: Sequence[str]) -> str:
+    """The words around the first one that the title does not hold.
+
+    "" also where the form that is searched has another length, so that places in it are others in the text.
+    """
+    title = searched(entry.summary.title) if entry.summary else ""
+    word = next((word for word in words if word not in title), None)
+    if word is None or len(entry.text) != len(entry.searchable):
+        return ""
+    place = entry.searchable.index(word)
+    begin, end = max(place - _BEFORE, 0), place + len(word) + _BEHIND
+    more = ("…" if begin else "", "…" if end < len(entry.text) else "")
+    return " ".join(entry.text[begin:end].split()).join(more)
 
 
 @dataclass

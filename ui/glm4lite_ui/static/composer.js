@@ -1,10 +1,11 @@
 // Where a message is written: text, files, a message that is changed; and the one line of status below it.
 
-import {element, find, iconButton, toast} from './dom.js';
+import {element, find, iconButton, isTouched, toast} from './dom.js';
 import {ask, tell} from './server.js';
 import {lastTurn, toEnd} from './thread.js';
 import {count, say, t} from './words.js';
 
+const BEACON = 15000;  // characters that a browser sends for sure when the page is left
 const LONG_PASTE = 2000;  // characters from which on pasted text becomes a file
 let state = null, files = [], editing = null, beforeEditing = '', reading = 0, sending = false, pasted = 0;
 
@@ -17,9 +18,15 @@ export function setUp(shared) {
   find('#composer').addEventListener('submit', event => { event.preventDefault(); submit(); });
   find('#stop').addEventListener('click', stop);
   find('#attach').addEventListener('click', () => find('#files').click());
-  find('#files').addEventListener('change', event => { addFiles(event.target.files); event.target.value = ''; });
+  find('#files').addEventListener('change', event => { addFiles(event.target.files); event.target.value = ''; write(); });
   find('#stop-editing').addEventListener('click', stopEditing);
   dropping();
+  addEventListener('pagehide', saveDraft);
+}
+
+/** The message is what is typed next, unless a phone's keyboard would come up. */
+export function write() {
+  if (!isTouched()) find('#message').focus();
 }
 
 function keys(event) {
@@ -123,7 +130,7 @@ function saveDraft() {
   if (!draftOf) return;
   const {chat, text} = draftOf;
   draftOf = null;
-  ask(`/chats/${chat}/type`, {text}).catch(() => undefined);
+  ask(`/chats/${chat}/type`, {text}, 'POST', text.length < BEACON).catch(() => undefined);
 }
 
 /** The first that is heard of a chat: what was typed in it. Files that were given before that stay. */
@@ -154,9 +161,11 @@ export async function addFiles(list) {
 
 /** A file's name, what it was read as where that is not plain text, and its size for the model. */
 export function nameOf(file) {
-  const form = file.form === 'text' ? say(file.encoding) : file.pages ? t('{form}, {count} pages', {form: t(file.form), count: count(file.pages)}) : t(file.form ?? '');
+  const form = file.form === 'text' ? say(file.encoding) : file.pages ? pagesOf(file) : t(file.form ?? '');
   return t('{name} · {count} tokens', {name: form ? `${file.name} · ${form}` : file.name, count: count(file.tokens)});
 }
+
+const pagesOf = ({form, pages}) => pages === 1 ? t('{form}, 1 page', {form: t(form)}) : t('{form}, {count} pages', {form: t(form), count: count(pages)});
 
 function drawChips() {
   const chips = files.map(file => {

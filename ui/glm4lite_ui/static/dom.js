@@ -73,12 +73,18 @@ export function addIcons(root) {
   for (const button of root.querySelectorAll('[data-icon]')) button.prepend(icon(button.dataset.icon));
 }
 
-/** A message in the corner, as text. */
-export function toast(text, kind = 'problem') {
-  const made = element('div', {class: `toast ${kind}`}, text);
-  find('#toasts').append(made);
-  setTimeout(() => made.remove(), kind === 'problem' ? 10000 : 4000);
+/** A message in the corner, as text; `offer` is [label, act] of what can be done about it. It lies over open sheets, too. */
+export function toast(text, kind = 'problem', offer = null) {
+  const made = element('div', {class: `toast ${kind}`}, text), place = find('#toasts');
+  if (offer) made.append(element('button', {type: 'button', class: 'plain', on: {click: () => { made.remove(); offer[1](); }}}, offer[0]));
+  if (document.querySelector('dialog[open]') && place.matches(':popover-open')) place.hidePopover();  // what is shown last lies above
+  if (!place.matches(':popover-open')) place.showPopover();
+  place.append(made);
+  setTimeout(() => made.remove(), kind === 'problem' || offer ? 10000 : 4000);
 }
+
+/** Whether a finger is what points here: a field that is focused calls for a keyboard, which covers half of the page. */
+export const isTouched = () => matchMedia('(pointer: coarse)').matches;
 
 /** Copies a text, or what becomes one, and shows on the button that it was done. */
 export async function copy(text, button) {

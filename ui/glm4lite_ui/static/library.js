@@ -1,8 +1,8 @@
 // The chats on the left: found as one types, in groups by when they were last used.
 
-import {element, find, iconButton} from './dom.js';
+import {element, find, iconButton, isTouched} from './dom.js';
 import {entry, openMenu} from './menu.js';
-import {ask, tell} from './server.js';
+import {ask, exportOf, tell} from './server.js';
 import {language, say, t} from './words.js';
 
 const WIDE = matchMedia('(min-width: 900px)');
@@ -20,7 +20,8 @@ export function setUp(shared) {
   find('#import-file').addEventListener('change', event => importFile(event.target));
   find('#open-library').addEventListener('click', () => isOpen() ? close(true) : open());
   find('#library-shade').addEventListener('click', () => close());
-  find('#chats').addEventListener('keydown', walk);
+  find('#export-all').href = exportOf('all', 'zip');
+  for (const place of ['#search', '#chats']) find(place).addEventListener('keydown', walk);
   WIDE.addEventListener('change', () => setOpen(WIDE.matches));
   setOpen(WIDE.matches && localStorage.getItem('library') !== 'closed');
 }
@@ -28,7 +29,7 @@ export function setUp(shared) {
 export function open() {
   if (WIDE.matches) localStorage.removeItem('library');
   setOpen(true);
-  if (!WIDE.matches) find('#search').focus();
+  if (!WIDE.matches) find(isTouched() ? '#new-chat' : '#search').focus();
 }
 
 /** Chats of this program, of ChatGPT or of Open WebUI. */
@@ -108,16 +109,22 @@ function row(chat) {
     event.preventDefault();
     state.open(chat.id);
     close();
+    if (event.detail) state.write();  // the mouse has no way back to go
   });
   const more = iconButton('more', t('More about {title}', chat), () => menu(chat, more), {'aria-haspopup': 'menu'});
-  return element('li', {}, link, more);
+  const found = chat.found && element('span', {class: 'found', dir: 'auto', on: {click: () => link.click()}}, chat.found);
+  return element('li', {}, link, more, found);
 }
 
 /** What can be done with a chat of the list, beside its button. */
 function menu(chat, button) {
   const place = change => tell(`/chats/${chat.id}/place`, {pinned: chat.pinned, folder: chat.folder, ...change});
-  const download = (kind, label) => element('a', {role: 'menuitem', href: `/export/${chat.id}.${kind}`, download: true}, label);
+  const download = (kind, label) => element('a', {role: 'menuitem', href: exportOf(chat.id, kind), download: true, on: {click: event => event.target.closest('.menu').hidePopover()}}, label);
   openMenu(button, t('More about {title}', chat), [
+    entry(t('Rename…'), () => {
+      const title = prompt(t('Title of this chat'), chat.title);
+      if (title?.trim()) tell(`/chats/${chat.id}/rename`, {title});
+    }),
     entry(chat.pinned ? t('Unpin') : t('Pin'), () => place({pinned: !chat.pinned})),
     ...folders.filter(name => name !== chat.folder).map(name => entry(t('Move to {name}', {name}), () => place({folder: name}))),
     entry(t('Move to a new folder…'), () => {
@@ -126,17 +133,34 @@ function menu(chat, button) {
     }),
     ...chat.folder ? [entry(t('Out of {folder}', chat), () => place({folder: ''}))] : [],
     download('md', t('Export as Markdown')), download('json', t('Export as JSON')),
-    entry(t('Delete'), async () => {
-      if (!confirm(t('Delete this chat? It cannot be brought back.'))) return;
-      if (await tell(`/chats/${chat.id}`, undefined, 'DELETE') && chat.id === state.chat) state.open();
-    }, {class: 'problem'})]);
+    entry(t('Delete'), () => remove(chat), {class: 'problem'})]);
 }
 
-/** Arrow keys go through the list. */
-function walk(event) {
-  if (event.key !== 'ArrowDown' && event.key !== 'ArrowUp') return;
-  const links = [...find('#chats').querySelectorAll('a')], place = links.indexOf(event.target);
-  if (place < 0) return;
+/** Deletes a chat at once, and offers to take that back. */
+async function remove(chat) {
+  const shown = chat.id === state.chat;
+  if (!await tell(`/chats/${chat.id}`, undefined, 'DELETE')) return;
+  if (shown) state.open();
+  state.toast(t('“{title}” was deleted.', chat), 'done', [t('Undo'), async () => {
+    if (await tell(`/chats/${chat.id}/restore`) && shown) state.open(chat.id);
+  }]);
+}
+
+/** Arrow keys go through the list, from the search on; Enter in the search opens the first that was found. */
+async function walk(event) {
+  const search = find('#search'), links = () => [...find('#chats').querySelectorAll('a')];
+  if (event.isComposing) return;
+  if (event.key === 'Enter' && event.target === search && search.value.trim()) {
+    clearTimeout(waiting);
+    await refresh();
+    const [first] = links();
+    if (!first) return;
+    state.open(first.dataset.chat);
+    close();
+    state.write();
+  }
+  const stops = [search, ...links()], place = stops.indexOf(event.target), step = {ArrowDown: 1, ArrowUp: -1}[event.key];
+  if (!step || place < 0) return;
   event.preventDefault();
-  links[place + (event.key === 'ArrowDown' ? 1 : -1)]?.focus();
+  stops[place + step]?.focus();
 }

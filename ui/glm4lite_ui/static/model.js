@@ -90,11 +90,10 @@ function refused(source, problem) {
 }
 
 /** A load goes on, or is over. */
-export function hear(message) {
+export async function hear(message) {
   if (!message.loading) {
-    refresh();
     refreshTools();  // another model's template may have no place for them
-    return;
+    return refresh();
   }
   said = null;
   Object.assign(state.model ?? {}, {loading: message.loading});

@@ -10,7 +10,7 @@ import * as settings from './settings.js';
 import * as sheets from './sheets.js';
 import * as thread from './thread.js';
 import * as tools from './tools.js';
-import {addIcons, element, find, toast} from './dom.js';
+import {addIcons, element, find, isTouched, toast} from './dom.js';
 import {listen, newId, show, tell} from './server.js';
 import {explain, language, t, translate} from './words.js';
 
@@ -23,7 +23,7 @@ const KEYS = [
 ];
 
 // What the parts of the page share: the chat that is shown, as far as the server has told, and what can be done with it.
-const state = {...NEW, settings: NO_SETTINGS, chat: '', model: null, open, toast, colour, openSheet: sheets.open, send: composer.send, edit: composer.edit, nameOf: composer.nameOf};
+const state = {...NEW, settings: NO_SETTINGS, chat: '', model: null, open, toast, colour, openSheet: sheets.open, send: composer.send, edit: composer.edit, write: composer.write, nameOf: composer.nameOf};
 let pieces = 0;
 
 /** A piece of the page is there (layout.py); the last one begins it. */
@@ -85,7 +85,7 @@ function visit(id) {
 
 function hear(message) {
   if (message.type === 'list') return library.refresh();
-  if (message.type === 'model') return model.hear(message);
+  if (message.type === 'model') return model.hear(message).then(settings.showOwn);
   if (message.type === 'tools') return tools.refresh();
   if (message.type === 'problem') {
     if (message.chat !== state.chat) return;
@@ -94,6 +94,7 @@ function hear(message) {
   }
   state.answering = message.answering;
   if (message.order) {
+    if (state.saved && !message.saved) state.title = NEW.title;  // it was deleted
     Object.assign(state, {saved: message.saved, memory: message.memory});
     if (!settings.waiting()) state.settings = message.settings;
     if (message.saved) state.title = message.title;
@@ -124,6 +125,7 @@ function setUpHeader() {
   for (const name of ['settings', 'model']) find(`#open-${name}`).addEventListener('click', () => {
     if (name === 'model') model.refresh();
     sheets.open(name);
+    if (name === 'model' && !isTouched()) find('#source').focus();
   });
   find('#shortcuts dl').append(...KEYS.flatMap(([keys, said]) => [
     element('dt', {}, ...keys.split(' ').map(key => element('kbd', {}, key))), element('dd', {}, t(said))]));
@@ -133,8 +135,9 @@ function setUpKeys() {
   addEventListener('keydown', event => {
     if (event.isComposing) return;
     const command = event.ctrlKey || event.metaKey, key = event.key.toLowerCase();
+    if (isSign(event) && !isTaken()) return find('#message').focus();  // where it is then typed
     if (event.key === 'Escape') {
-      if (document.querySelector('dialog[open], :popover-open') || library.uncover()) return;  // it closes that alone
+      if (document.querySelector('dialog[open], .menu:popover-open') || library.uncover()) return;  // it closes that alone
       if (composer.isEditing()) composer.stopEditing();
       else composer.stop();
     } else if (command && key === 'k') library.search();
@@ -145,6 +148,11 @@ function setUpKeys() {
     if (event.key !== 'Escape') event.preventDefault();
   });
 }
+
+const isSign = event => event.key.length === 1 && event.key !== ' ' && !event.ctrlKey && !event.metaKey && !event.altKey;
+
+/** Whether what has the focus, or lies over the page, takes what is typed. */
+const isTaken = () => Boolean(document.activeElement?.closest('input, textarea, select, #asking') || document.querySelector('dialog[open], .menu:popover-open'));
 
 function colour() {
   document.documentElement.style.colorScheme = localStorage.getItem('theme') || 'light dark';

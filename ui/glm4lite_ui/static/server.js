@@ -1,15 +1,15 @@
 // What the page asks of the server, and the stream of what the server tells this window.
 
 import {find, toast} from './dom.js';
-import {explain, t} from './words.js';
+import {explain, language, t} from './words.js';
 
 const hex = bytes => Array.from(crypto.getRandomValues(new Uint8Array(bytes)), byte => byte.toString(16).padStart(2, '0')).join('');
 export const newId = () => hex(8);
 const WINDOW = hex(8);
 
-/** Asks; throws an Error whose message is what the user can be told. */
-export async function ask(path, body, method = 'POST') {
-  const request = {method, headers: {}};
+/** Asks; throws an Error whose message is what the user can be told. With `keepalive` it is sent though the page is left. */
+export async function ask(path, body, method = 'POST', keepalive = false) {
+  const request = {method, keepalive, headers: {}};
   if (body instanceof Blob) request.body = body;
   else if (body !== undefined) {
     request.body = JSON.stringify(body);
@@ -41,6 +41,9 @@ export async function tell(path, body, method) {
     return undefined;
   }
 }
+
+/** Where a chat, or `all` of them, comes as a file. */
+export const exportOf = (chat, kind) => `/export/${chat}.${kind}?language=${language}`;
 
 let shown = {chat: '', visit: 0, turns: 0};
 

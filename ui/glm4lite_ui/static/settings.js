@@ -4,7 +4,7 @@
 import * as presets from './presets.js';
 import * as tools from './tools.js';
 import {element, find, iconButton} from './dom.js';
-import {ask, tell} from './server.js';
+import {ask, exportOf, tell} from './server.js';
 import {language, say, t} from './words.js';
 
 const PAUSE_MS = 250;
@@ -24,6 +24,7 @@ const inputs = new Map();
 
 export function setUp(shared) {
   state = shared;
+  addEventListener('pagehide', () => save(true));
 }
 
 /** Draws the sheet, once it is known which tools there are. */
@@ -35,10 +36,7 @@ export function build() {
   body.append(presetField());
   body.append(field('system', t('System prompt'), t('What the model is told before the conversation.'), system));
   for (const [name, label, about, step] of FIELDS) {
-    const own = state.model.own[name];
-    const input = element('input', {id: name, inputmode: step === 1 ? 'numeric' : 'decimal', autocomplete: 'off', placeholder: own ?? UNSET[name]});
-    const idle = name === 'thinking_budget' && !state.model.thinks;
-    body.append(field(name, t(label), idle ? t('This model does not think, so this changes nothing.') : t(about), input));
+    body.append(field(name, t(label), t(about), element('input', {id: name, inputmode: step === 1 ? 'numeric' : 'decimal', autocomplete: 'off'})));
   }
   body.append(field('stop', t('Stop at'), t('Texts that end the answer, one a line.'), element('textarea', {id: 'stop-texts', rows: 2})));
   body.append(tools.section(change => {
@@ -46,7 +44,17 @@ export function build() {
     changed();
   }), forgetButton(), exports(), pageChoices());
   tools.refresh();
+  showOwn();
   fill();
+}
+
+/** What the model takes where nothing is set, which another model changes. */
+export function showOwn() {
+  for (const [name, , about] of inputs.size ? FIELDS : []) {
+    find('#' + name).placeholder = state.model.own[name] ?? UNSET[name] ?? '';
+    const idle = name === 'thinking_budget' && !state.model.thinks;
+    find(`#about-${name}`).textContent = idle ? t('This model does not think, so this changes nothing.') : t(about);
+  }
 }
 
 /** Settings under a name, and those of new chats. */
@@ -139,7 +147,7 @@ function show() {
   presets.fill();
   find('#ask-again').hidden = !settings.always?.length;
   find('#export').hidden = !state.saved;
-  for (const link of find('#export').querySelectorAll('a')) link.href = `/export/${state.chat}.${link.dataset.kind}`;
+  for (const link of find('#export').querySelectorAll('a')) link.href = exportOf(state.chat, link.dataset.kind);
 }
 
 function changed() {
@@ -156,10 +164,10 @@ function changed() {
   timer = setTimeout(save, PAUSE_MS);
 }
 
-/** Sends what is waiting; the next one waits until it was answered. */
-export async function save() {
+/** Sends what is waiting; the next one waits until it was answered, unless the page is being left. */
+export async function save(leaving = false) {
   clearTimeout(timer);
-  if (!pending || running) return;
+  if (!pending || (running && !leaving)) return;
   const {chat, settings} = pending;
   pending = null;
   running = true;
@@ -167,7 +175,7 @@ export async function save() {
   const odd = Object.entries(settings).find(([, value]) => Number.isNaN(value));
   try {
     if (odd) throw Object.assign(new Error(t('{name} must be a number', {name: odd[0]})), {about: odd[0]});
-    await ask(`/chats/${chat}/set`, settings);
+    await ask(`/chats/${chat}/set`, settings, 'POST', leaving);
     if (chat === state.chat) state.settings = {...settings, always: state.settings.always};
   } catch (error) {
     problem = error;

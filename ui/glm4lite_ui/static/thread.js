@@ -36,7 +36,7 @@ export function clear() {
 
 /** A message of the server's about the chat that is shown. */
 export function draw(message) {
-  const stays = isAtEnd();
+  const stays = isAtEnd(), held = focusedButton();
   const before = message.order && turns.size ? firstVisible() : null;
   if (message.order) arrange(message);
   for (const delta of message.turns) drawTurn(delta);
@@ -46,10 +46,26 @@ export function draw(message) {
   if (before && before.element.isConnected) find('#thread').scrollTop += before.element.getBoundingClientRect().top - before.top;
   if (stays) toEnd();
   offerEnd();
+  if (held && !held.button.isConnected) focusAgain(held);
   if (printing && !earlier) {
     printing = false;
     setTimeout(() => print(), 50);
   }
+}
+
+/** Which button of which place in the conversation has the focus: it is drawn anew when the turn is. */
+function focusedButton() {
+  const button = document.activeElement, turn = button?.closest('#turns > .turn');
+  return turn && {button, place: [...find('#turns').children].indexOf(turn)};
+}
+
+/** The same button, for the other version where there is none on this side; else the message. */
+function focusAgain({button, place}) {
+  const buttons = [...find('#turns').children[place]?.querySelectorAll('button:not(:disabled)') ?? []];
+  const same = buttons.find(one => one.ariaLabel === button.ariaLabel);
+  const other = button.closest('.versions') && buttons.find(one => one.closest('.versions'));
+  (same ?? other)?.focus();
+  if (!same && !other) state.write();
 }
 
 export const lastTurn = () => [...turns.values()].at(-1);
@@ -212,10 +228,11 @@ function drawCall(part, change) {
   replaceFrom(part.body, 0, part.blocks);
   if (results) part.body.children[given].before(element('p', {class: 'label'}, failed ? t('Error') : t('Result')));
   if (not_run) part.body.append(element('p', {class: 'label'}, t('It was not run.')));
-  const said = results ? part.body.lastElementChild.querySelector('code').textContent.trim().split('\n', 1)[0].replace(/^Error: /, '') : '';
+  const [first = '', ...more] = results ? part.body.lastElementChild.querySelector('code').textContent.trim().replace(/^Error: /, '').split('\n') : [];
+  const said = first.length > 60 ? first.slice(0, 59) + '…' : more.length ? first + ' …' : first;
   part.summary.replaceChildren(
     element('strong', {}, failed ? t('{name} failed', {name}) : name),
-    said ? ` → ${said.length > 60 ? said.slice(0, 59) + '…' : said}` : '', lasted(seconds));
+    said ? ` → ${said}` : '', lasted(seconds));
 }
 
 // A call that waits for the user's word
@@ -223,6 +240,7 @@ function drawCall(part, change) {
 function showAsking(asking) {
   const card = find('#asking');
   if (!asking) {
+    if (card.contains(document.activeElement)) state.write();
     card.hidden = true;
     card.dataset.id = '';
     return card.replaceChildren();

@@ -46,7 +46,7 @@ function open() {
     groupChoice(group), ...group.tools.map(tool => choice(tool.name, isOn(tool), () => turn([tool], !isOn(tool)), {class: 'inner', 'data-tool': tool.name}))));
   const quiet = about.takes_tools ? '' : element('p', {class: 'note'}, t("This model's template has no place for tools."));
   menu = openMenu(find('#open-tools'), t('Tools of this chat'), [quiet, ...entries, entries.length ? ruler() : '',
-    entry(t('All about the tools…'), () => state.openSheet('settings', '#tools'))].filter(Boolean));
+    entry(t('Tools and MCP servers…'), () => state.openSheet('settings', '#tools'))].filter(Boolean));
 }
 
 const groupChoice = group => choice(titleOf(group), stateOf(group), () => turn(group.tools, among(group) < group.tools.length), {'data-group': keyOf(group)});
@@ -197,5 +197,5 @@ function form() {
     cancel.hidden = true;
   });
   const refused = element('p', {id: 'add-refused', class: 'note', hidden: true}, t('MCP servers are added and removed only on the machine where glm4lite runs, by its own user.'));
-  return element('details', {id: 'add-server'}, element('summary', {}, t('Add an MCP server')), refused, made);
+  return element('details', {id: 'add-server', on: {toggle: event => { if (event.target.open) find('#server-name').focus(); }}}, element('summary', {}, t('Add an MCP server')), refused, made);
 }
