@@ -36,7 +36,9 @@ class Source:
 
     def load(self, progress: Callable[[Progress], None], before_weights: Callable[[], None] | None = None) -> Engine:
         options = replace(self.options, progress=progress)
-        return Engine.from_options(self.model, options, True, before_weights, self.speculate)
+        return Engine.from_options(
+            self.model, options, need_template=True, before_weights=before_weights, speculate=self.speculate
+        )
 
 
 @dataclass
