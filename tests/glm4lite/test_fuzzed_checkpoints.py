@@ -13,7 +13,7 @@ import pytest
 from glm4lite.base.errors import Glm4liteError
 from glm4lite.checkpoint.quantize import quantize_checkpoint
 from glm4lite.engine.engine import Engine
-from glm4lite.loading.planner import plan
+from glm4lite.loading.plan_report import plan
 from glm4lite.measure.info import model_facts
 from glm4lite.pretrained.load import load
 from glm4lite.text.tokenizer import Tokenizer

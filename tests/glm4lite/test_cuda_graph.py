@@ -21,8 +21,8 @@ from glm4lite import Glm4ForCausalLM, SamplingParams, load
 from glm4lite.base.errors import ConfigError
 from glm4lite.engine.decoding import Generation, PrefixCache
 from glm4lite.model.cache import LayerCache
-from glm4lite.runtime import graph
-from glm4lite.runtime.graph import StepGraphs
+from glm4lite.runtime import cuda_graph
+from glm4lite.runtime.cuda_graph import StepGraphs
 from glm4lite.runtime.runner import FastRunner
 from glm4lite_quant.kernels.picking import REFERENCE
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
@@ -55,7 +55,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """Recorded decoding on whatever device there is, with small steps of the cache."""
     made = Recorder()
     if not CUDA:
-        monkeypatch.setattr(graph, "record", made.record)
+        monkeypatch.setattr(cuda_graph, "record", made.record)
         monkeypatch.setattr("glm4lite_quant.kernels.gpu.problem", lambda name, device: "")
         monkeypatch.setattr(
             FastRunner,
@@ -216,7 +216,7 @@ def test_it_can_be_switched_off(folders: dict[str, Path], recorder: Recorder, mo
     monkeypatch.setenv("GLM4LITE_GPU_DECODE", "eager")
     logits_of(model, [4, 1])
     assert recorder.recordings == 0
-    assert graph.status(torch.device(DEVICE)) == "eager: GLM4LITE_GPU_DECODE=eager is set"
+    assert cuda_graph.status(torch.device(DEVICE)) == "eager: GLM4LITE_GPU_DECODE=eager is set"
     monkeypatch.setenv("GLM4LITE_GPU_DECODE", "fast")
     with pytest.raises(ConfigError, match="GLM4LITE_GPU_DECODE is 'fast'; use graph or eager"):
         load(folders["9B"])

@@ -25,9 +25,9 @@ from glm4lite.measure.inventory import devices, kernel_names
 from glm4lite.memory.resources import Machine, Placement, Share
 from glm4lite.memory.speed import prefetch_tokens
 from glm4lite.model.cache import LayerCache
-from glm4lite.runtime import prefetch as crossing
+from glm4lite.runtime import gpu_prefetch
 from glm4lite.runtime.fused import FusedLayers
-from glm4lite.runtime.prefetch import PrefetchedStore, Prefetcher, prefetch_long_prompts
+from glm4lite.runtime.gpu_prefetch import PrefetchedStore, Prefetcher, prefetch_long_prompts
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 
 LAYERS, THRESHOLD = 6, 4
@@ -163,10 +163,10 @@ def test_without_pinned_memory_it_goes_on_and_says_so(
         return real(*args, **more)
 
     monkeypatch.setattr(torch, "empty", empty)
-    crossing._say_unpinned.cache_clear()
+    gpu_prefetch._say_unpinned.cache_clear()
     with caplog.at_level(logging.WARNING, "glm4lite"):
-        assert crossing._pinned(16).shape == (16,)
-        crossing._pinned(16)
+        assert gpu_prefetch._pinned(16).shape == (16,)
+        gpu_prefetch._pinned(16)
     (said,) = caplog.records
     assert said.message == (
         "no pinned memory can be had (CUDA error: out of host memory): weights cross the bus more slowly"

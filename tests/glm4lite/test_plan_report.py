@@ -16,7 +16,7 @@ import pytest
 from glm4lite.base.errors import CheckpointError, ConfigError, Glm4liteError
 from glm4lite.base.sizes import enough, parse_size
 from glm4lite.checkpoint.quantize import quantize_checkpoint
-from glm4lite.loading.planner import PlacementReport, plan
+from glm4lite.loading.plan_report import PlacementReport, plan
 from glm4lite.loading.proposals import Proposal
 from glm4lite.loading.requirements import headers, imagined, requirements_of
 from glm4lite.memory import machine
@@ -210,9 +210,9 @@ def test_every_proposal_makes_it_fit_and_a_little_less_does_not(
     assert found.proposals
     assert [text for name, text in found.lines() if name == "would fit"] == [one.said() for one in found.proposals]
 
-    monkeypatch.setattr("glm4lite.loading.planner._proposals", lambda *_: ())  # nobody asks for proposals of proposals
-    monkeypatch.setattr("glm4lite.loading.planner.headers", functools.cache(headers))  # the same few each time
-    monkeypatch.setattr("glm4lite.loading.planner.requirements_of", functools.cache(requirements_of))
+    monkeypatch.setattr("glm4lite.loading.plan_report._proposals", lambda *_: ())  # one level is enough
+    monkeypatch.setattr("glm4lite.loading.plan_report.headers", functools.cache(headers))  # the same few each time
+    monkeypatch.setattr("glm4lite.loading.plan_report.requirements_of", functools.cache(requirements_of))
 
     def applied(proposal: Proposal, **less: Any) -> PlacementReport:
         changes = {"quant": quant, **asdict(budget), **proposal.changes, **less}

@@ -29,7 +29,7 @@ from glm4lite.memory.placement import place
 from glm4lite.memory.resources import Machine, Placement, Share
 from glm4lite.model.cache import LayerCache
 from glm4lite.model.layers import layer_of
-from glm4lite.runtime.offload import DiskStore
+from glm4lite.runtime.disk_offload import DiskStore
 from glm4lite_quant import QuantError
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 
