@@ -1,6 +1,6 @@
 """Bodies made to be expensive, sent to `glm4lite serve` while /health is asked: what do they cost, and who waits?
 
-    python bench/bodies.py                # each kind alone; then several of each kind at once with --clients 4
+    python -m bench.bodies                # each kind alone; then several of each kind at once with --clients 4
 
 Prints per kind: the status, seconds until the answer, the server's processor time, how much its memory peaked above
 what it held, and the longest that /health took meanwhile; one JSON line last. Linux only (/proc).

@@ -1,6 +1,6 @@
 """One engine, one measurement: loads, warms up, times a prompt and the tokens after it, prints one JSON object.
 
-`python bench/engines.py KIND PATH --threads 2`; KIND is glm4lite, llama, nf4, torch-int4 or bf16. PATH is a checkpoint
+`python -m bench.engines KIND PATH --threads 2`; KIND is glm4lite, llama, nf4, torch-int4 or bf16. PATH is a checkpoint
 folder, for llama a GGUF, and for the last three (linear layers only) a folder whose config.json gives the shapes.
 bench/peers.py runs it once for each round, so that no engine's threads or memory disturb another.
 """
@@ -15,8 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.append(sys.path.pop(0))  # this folder last: its kernels.py is not the `kernels` that bitsandbytes looks for
-
 VOCABULARY = 151552
 
 
@@ -29,16 +27,16 @@ def glm4lite(path: Path, threads: int, prompt_tokens: int, new_tokens: int) -> d
 
 
 def llama_cpp(path: Path, threads: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    import llama
+    from bench import llama
 
     prompt = random.Random(0).choices(range(VOCABULARY), k=prompt_tokens)
     return llama.measure(path, threads, prompt, new_tokens)
 
 
 def linears_only(kind: str, path: Path, threads: int, prompt_tokens: int) -> dict[str, Any]:
-    import linears
     import torch
 
+    from bench import linears
     from glm4lite.model.config import Glm4Config
 
     torch.set_num_threads(threads)

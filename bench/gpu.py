@@ -1,6 +1,6 @@
 """Speed of glm4lite's GPU kernels at GLM-4's shapes, beside other 4-bit kernels and the device's own bounds.
 
-`python bench/gpu.py` needs a CUDA device, torch and triton, and takes some minutes; bitsandbytes is compared if it is
+`python -m bench.gpu` needs a CUDA device, torch and triton, and takes some minutes; bitsandbytes is compared if it is
 there, and where glm4lite itself is installed whole models are measured too (25 GB of disk). It prints tables and, last,
 one JSON line. A product is checked against the dequantized weight before it is timed. GB/s counts the bytes of the
 weights, the copy's both reads and writes; what has few tokens runs as a CUDA graph over enough copies of a weight that
@@ -21,15 +21,13 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quant"))  # also where nothing is installed
-
-from gpu_engines import (
+from bench.gpu_engines import (
     BFLOAT16,
     NF4,
     TINYGEMM,
@@ -41,10 +39,9 @@ from gpu_engines import (
     available,
     check,
 )
-from gpu_models import measure_models
-from gpu_timing import captured, copies, guarded, milliseconds
-from gpu_tune import sweep, tune
-
+from bench.gpu_models import measure_models
+from bench.gpu_timing import captured, copies, guarded, milliseconds
+from bench.gpu_tune import sweep, tune
 from glm4lite_quant.kernels import picking
 
 VOCABULARY = 151552
@@ -180,7 +177,7 @@ def prefill(size: str, engine: Engine, rate: float, device: torch.device) -> dic
         held = engine.make(n, k, bits, device)
         x = torch.randn(PREFILL, k, dtype=torch.bfloat16, device=device)
         check(engine, held, x)
-        took += milliseconds(lambda held=held, x=x: held.multiply(x))
+        took += milliseconds(partial(held.multiply, x))
         work_done += 2 * PREFILL * n * k
     tflops = work_done / took / 1e9
     print(
@@ -201,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     sizes = [size for size in options.sizes.split(",") if size in SIZES]
     if not torch.cuda.is_available():
-        print("bench/gpu.py measures a CUDA device, and torch finds none here")
+        print("bench.gpu measures a CUDA device, and torch finds none here")
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     copy, rate = copy_rate(device), matmul_rate(device)

@@ -57,7 +57,9 @@ def _ours(kernel: str, bits: int | None = None) -> Callable[[int, int, int, torc
         if backend.repacks:
             size = sum(t.nbytes for t in vars(packed).values() if isinstance(t, Tensor))
             del weight
-        return Held(lambda x: backend.matmul(x, packed, None), size, lambda: backend.unpack(packed).dequantize())
+        return Held(
+            lambda x: backend.matmul(x, packed, None), size, lambda: QuantTensor.of(backend.unpack(packed)).dequantize()
+        )
 
     return make
 

@@ -42,8 +42,7 @@ CASES = (
 
 def measure_models(matmul_tflops: float, device: torch.device, layers: int | None = None) -> Iterator[dict[str, Any]]:
     """One dictionary a case, each printed as a line; `layers` for a trial with smaller models."""
-    from make_checkpoint import make_config, write_checkpoint
-
+    from bench.make_checkpoint import make_config, write_checkpoint
     from glm4lite_quant import QuantConfig
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,16 +1,18 @@
-"""Which settings of the Triton kernels are fastest on this device: `python bench/gpu.py --tune` and `--sweep`."""
+"""Which settings of the Triton kernels are fastest on this device: `python -m bench.gpu --tune` and `--sweep`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
-from gpu_engines import random_weight
-from gpu_timing import captured, copies, guarded, milliseconds
 from torch import Tensor
+
+from bench.gpu_engines import random_weight
+from bench.gpu_timing import captured, copies, guarded, milliseconds
 
 TOKENS = (1, 2, 4, 8, 9, 16, 32, 64, 128, 192, 256, 512, 1024, 2048)
 WARPS, STAGES = (1, 2, 4, 8, 16), (2, 3, 4, 5)
@@ -59,7 +61,7 @@ def tune(bits: int, n: int, k: int, device: torch.device) -> dict[str, Any]:
 
     for config in (triton_gpu.Gemv(warps, stages) for warps, stages in product(WARPS, STAGES)):
         with guarded(f"{config} for {n} x {k}"):  # more shared memory than there is
-            times[config] = milliseconds(captured(lambda config=config: work(config)), 5) / len(packed) * 1e3
+            times[config] = milliseconds(captured(partial(work, config)), 5) / len(packed) * 1e3
     best, now = min(times, key=lambda config: times[config]), triton_gpu.gemv_config(bits, n, k)
     rate = packed[0].weight.nbytes / times[best] / 1e3
     print(f"    ({bits}, {n}, {k}): {best},  # {times[best]:.1f} us, {rate:.0f} GB/s; now {times.get(now, 0):.1f} us")

@@ -1,7 +1,7 @@
 """Speed of one linear layer at GLM-4's shapes, from one token to a prompt: every ISA of this host beside torch's own
 int4 and bfloat16 and llama.cpp's Q4_0 (where llama-cpp-python is installed), interleaved.
 
-`python bench/kernels.py [--rounds 7] [--shapes gate_up,down] [--tokens 1,4,128] [--only avx2,llama] [--cpu-time]`
+`python -m bench.kernels [--rounds 7] [--shapes gate_up,down] [--tokens 1,4,128] [--only avx2,llama] [--cpu-time]`
 prints a table: the fastest round (and the median over it: how noisy the machine was), GB/s of the weight's bytes (and
 the share of what a plain read of memory gave), GOP/s (2 * M * N * K), and time over that of the fewest tokens. Then the
 project's targets, and last one JSON line. GLM4LITE_THREADS sets the threads of all. With `--cpu-time` one thread is
@@ -20,9 +20,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from ggml import GgmlLinear, absent
 from torch import Tensor
 
+from bench.ggml import GgmlLinear, absent
 from glm4lite_quant import QuantConfig, QuantTensor
 from glm4lite_quant.kernels import native, picking
 
@@ -86,7 +86,9 @@ def contenders(weight: Tensor, isas: Sequence[str]) -> list[Contender]:
     library = native._library().cdll
     for bits in (4, 8):
         quantized = QuantTensor.quantize(weight, QuantConfig(bits, GROUP))
-        for isa in isas if library else ():
+        for isa in isas:
+            if library is None:
+                break  # torch alone computes here
             kernel = native.NativeBackend(library, isa)
             run = partial(kernel.matmul, packed=kernel.prepack(quantized), bias=None)
             found.append(Contender(f"glm4lite int{bits} {isa}", run, quantized.nbytes, isa, bits))

@@ -138,13 +138,15 @@ def measure(path: Path, threads: int, prompt: list[int], new_tokens: int) -> dic
     }
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 def _errors_only(level: int, text: bytes, _: object) -> None:
     if level == ERROR:
         sys.stderr.write(text.decode("utf-8", "replace"))
 
 
+_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_errors_only)
+
+
 def _quiet() -> None:
     import llama_cpp
 
-    llama_cpp.llama_log_set(_errors_only, None)
+    llama_cpp.llama_log_set(_LOG, None)

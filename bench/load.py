@@ -1,6 +1,6 @@
 """Many clients at once against `glm4lite serve`: answers right and unmixed, memory flat, queue bounded?
 
-    python bench/load.py --seconds 60
+    python -m bench.load --seconds 60
 
 Each client asks nano for the product of two numbers, runs the call it gets and asks for the answer; one question in
 five is left in the middle. Every wrong answer is asked again alone: one that is right then was disturbed by the others.

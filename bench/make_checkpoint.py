@@ -1,6 +1,6 @@
 """A checkpoint of a GLM-4 model's true shapes with random weights, which cost the same time and memory as trained ones.
 
-`python bench/make_checkpoint.py OUT [--shape 9b] [--layers N] [--quantized int4|int8] [--seed 0]` writes bfloat16
+`python -m bench.make_checkpoint OUT [--shape 9b] [--layers N] [--quantized int4|int8] [--seed 0]` writes bfloat16
 shards of at most 5 GiB (9b, all 40 layers: 18.8 GB), or, with --quantized, random codes and scales straight in
 glm4lite's own format. The tokenizer beside them is nano's, so that text goes in and comes out, without sense.
 """

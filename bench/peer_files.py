@@ -15,8 +15,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
-from make_checkpoint import make_config, write_checkpoint
 
+from bench.make_checkpoint import make_config, write_checkpoint
 from glm4lite import Glm4ForCausalLM, Glm4liteError
 from glm4lite.base.sizes import readable
 
@@ -109,7 +109,7 @@ class Files:
             command = [sys.executable, "-m", "glm4lite", "quantize", str(self.path("bf16")), str(target)]
             subprocess.run([*command, "--quant", kind], check=True)
         else:
-            import llama
+            from bench import llama
 
             partial = target.with_name(f"{target.name}.partial")
             if kind == "gguf":

@@ -1,6 +1,6 @@
 """glm4lite beside its peers: same weights, same threads, one run, repetitions interleaved.
 
-`python bench/peers.py [--shape 9b] [--layers N] [--rounds 5] [--work FOLDER] [--engines NAME,...]` writes a checkpoint
+`python -m bench.peers [--shape 9b] [--layers N] [--rounds 5] [--work FOLDER] [--engines NAME,...]` writes a checkpoint
 of random weights, quantizes it with each engine's own quantizer, then measures in rounds: each engine once a round,
 each in a process of its own that loads, warms up and times a prompt of 128 tokens and the tokens after it. Ratios are
 of one round and one group (int4, int8), so a noisy minute hits both sides. A table for people, one JSON line last.
@@ -28,14 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comparison import engine_table, target_table, targets
-from make_checkpoint import SHAPES
-from peer_files import Files
-
+from bench.comparison import engine_table, target_table, targets
+from bench.make_checkpoint import SHAPES
+from bench.peer_files import Files
 from glm4lite import Glm4liteError
 from glm4lite.measure.benchmark import versions
 
-MEASURE = Path(__file__).with_name("engines.py")
 SECONDS = 900  # for one engine's repetition, loading a cold file included
 
 
@@ -75,8 +73,8 @@ def absent(engine: Engine) -> str:
 
 def measure(engine: Engine, files: Files, threads: int, new_tokens: int) -> dict[str, Any] | None:
     """One repetition in a process of its own; None, and a line on stderr, where it failed."""
-    command = [sys.executable, str(MEASURE), engine.kind, str(files.path(engine.file)), "--threads", str(threads)]
-    command += ["--new-tokens", str(new_tokens)]
+    command = [sys.executable, "-m", "bench.engines", engine.kind, str(files.path(engine.file))]
+    command += ["--threads", str(threads), "--new-tokens", str(new_tokens)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
     except subprocess.CalledProcessError as error:

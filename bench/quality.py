@@ -1,6 +1,6 @@
 """How far 4-bit weights move a model's predictions: mean KL divergence from its float32 self, by way of quantizing.
 
-`python bench/quality.py FOLDER TEXT [TEXT ...] [--windows 4]`: FOLDER is a checkpoint small enough for float32, each
+`python -m bench.quality FOLDER TEXT [TEXT ...] [--windows 4]`: FOLDER is a checkpoint small enough for float32, each
 TEXT a UTF-8 file that is not the calibration text. Windows of 512 tokens, the second half of each scored. All linears
 of the layers are quantized, the embedding and the head are not; weights are multiplied in float32, so that only their
 own error counts. Needs the `gguf` package. A table, and one JSON line last.

@@ -1,8 +1,8 @@
 """What guessing ids is worth: the cost of a step by its rows, and the tokens a step that answers of a real model get.
 
-    python bench/speculation.py rows CHECKPOINT [--rounds N] [--ram SIZE]
-    python bench/speculation.py answers CHECKPOINT [--costs 1,1.1,...]
-    python bench/speculation.py replay CHECKPOINT [--right 0.6] [--ram SIZE]
+    python -m bench.speculation rows CHECKPOINT [--rounds N] [--ram SIZE]
+    python -m bench.speculation answers CHECKPOINT [--costs 1,1.1,...]
+    python -m bench.speculation replay CHECKPOINT [--right 0.6] [--ram SIZE]
 
 `rows` times steps of 1 to 8 ids behind a prompt, in turns (CHECKPOINT: the true shapes, see make_checkpoint.py).
 `answers` lets a model write what it would write, greedily and sampled, and counts its steps; with the costs that `rows`

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,6 @@ json.dump({
     "read": sys.stdin and sys.stdin.read(),
 }, sys.stdout, indent=1)
 """
-PRELOADED = "import sys; print('torch' in sys.modules)"
 
 
 def told(start: list[str], shell: str, folder: Path) -> str:
@@ -70,25 +70,34 @@ def test_it_gets_the_signals_that_are_sent(number: int) -> None:
     assert not Path(f"/proc/{pid}").exists()
 
 
+def preloaded(start: list[str], *flags: str, limit: Callable[[], None] | None = None, **variables: str) -> bool:
+    """Whether what begins so was forked."""
+    environment = os.environ | variables
+    command = [*start, *flags, "-c", "import sys; print('torch' in sys.modules)"]
+    done = subprocess.run(command, env=environment, preexec_fn=limit, capture_output=True, check=True)
+    return done.stdout == b"True\n"
+
+
+def lower_limits() -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+
+
 def test_only_what_would_start_alike_is_forked() -> None:
-    def preloaded(*flags: str, limited: bool = False, **variables: str) -> bool:
-        def limit() -> None:
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+    start = python()
+    assert preloaded(start)
+    assert preloaded(start, HF_HUB_OFFLINE="1", TERM="dumb", HOME="/")
+    assert not preloaded(start, "-O")
+    assert not preloaded(start, PYTHONHASHSEED="0")
+    assert not preloaded(start, LC_ALL="C")
+    assert not preloaded(start, OMP_NUM_THREADS="1")
+    assert not preloaded(start, limit=lower_limits)
 
-        done = subprocess.run(
-            [*python(), *flags, "-c", PRELOADED],
-            env=os.environ | variables,
-            preexec_fn=limit if limited else None,
-            capture_output=True,
-            check=True,
-        )
-        return done.stdout == b"True\n"
 
-    assert preloaded()
-    assert preloaded(HF_HUB_OFFLINE="1", TERM="dumb", HOME="/")
-    assert not preloaded("-O")
-    assert not preloaded(PYTHONHASHSEED="0")
-    assert not preloaded(LC_ALL="C")
-    assert not preloaded(OMP_NUM_THREADS="1")
-    assert not preloaded(limited=True)
+def test_what_the_first_test_to_run_a_command_has_set_is_not_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as set_meanwhile:
+        set_meanwhile.setenv("PYTHONPATH", "/elsewhere")
+        set_meanwhile.setenv("LC_ALL", "C")
+        start = python.__wrapped__()
+        assert not preloaded(start)
+    assert preloaded(start)

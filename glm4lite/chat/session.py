@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -172,7 +172,7 @@ class ChatSession:
         """Ends the answer that is being given; may be called from another thread or a signal handler."""
         self._cancel.set()
 
-    def send(self, text: str, cancel: threading.Event | None = None) -> Iterator[Event]:
+    def send(self, text: str, cancel: threading.Event | None = None) -> Generator[Event]:
         """Adds a user message and yields the events of the answer, the last one Done.
 
         `cancel` ends the answer as stop() does; one that is set already ends it at once. After an error
@@ -180,7 +180,7 @@ class ChatSession:
         """
         yield from self._turn([*self.messages, Message("user", text)], None, cancel)
 
-    def resume(self, text: str, thinking: str = "", cancel: threading.Event | None = None) -> Iterator[Event]:
+    def resume(self, text: str, thinking: str = "", cancel: threading.Event | None = None) -> Generator[Event]:
         """Goes on with an answer that was cut: `messages` end with what it answers, `text` and `thinking` begin it.
 
         The events are those of the whole answer: what was said comes again first, but for the end of a call that was
@@ -189,7 +189,7 @@ class ChatSession:
         begun = Begun(text.rstrip(_HALF), thinking.rstrip(_HALF))
         yield from self._turn(list(self.messages), begun if begun.text or begun.thinking else None, cancel)
 
-    def go_on(self, cancel: threading.Event | None = None) -> Iterator[Event]:
+    def go_on(self, cancel: threading.Event | None = None) -> Generator[Event]:
         """Goes on with the last answer, which must be `cut`; else as `resume`, and an error leaves it as it was."""
         if self.cut is None:
             raise Glm4liteError("there is no answer to go on with: the last one is whole")
@@ -202,7 +202,7 @@ class ChatSession:
             self.messages[:] = messages
             raise
 
-    def _turn(self, messages: list[Message], begun: Begun | None, cancel: threading.Event | None) -> Iterator[Event]:
+    def _turn(self, messages: list[Message], begun: Begun | None, cancel: threading.Event | None) -> Generator[Event]:
         self._cancel = cancel or threading.Event()
         before, cut, self.messages[:] = list(self.messages), self.cut, messages
         totals = Totals()

@@ -23,7 +23,7 @@ from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.folders import ADAPTER
 from glm4lite.checkpoint.formats.format import ForeignWeight, Quant
 from glm4lite.checkpoint.formats.registry import foreign_weight
-from glm4lite.checkpoint.quantization import column_multiple, empty_weight
+from glm4lite.checkpoint.quant_choice import column_multiple, empty_weight
 from glm4lite.model.config import Glm4Config
 from glm4lite.model.layers import layer_of
 from glm4lite_quant import QuantConfig, QuantError, QuantTensor

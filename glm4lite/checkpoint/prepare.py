@@ -16,7 +16,7 @@ from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.formats.format import Quant
 from glm4lite.checkpoint.formats.registry import format_of
 from glm4lite.checkpoint.load_plan import LoadPlan, Model, make_load_plan, read_config, skeleton
-from glm4lite.checkpoint.quantization import chosen, parse_quant, stored_quant
+from glm4lite.checkpoint.quant_choice import chosen, parse_quant, stored_quant
 from glm4lite.checkpoint.streaming import ProgressCallback
 from glm4lite.hub.options import HubOptions
 from glm4lite.hub.sources import resolve

@@ -19,7 +19,7 @@ from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.formats.format import Quant
 from glm4lite.checkpoint.load_plan import Fill, say_notices
 from glm4lite.checkpoint.prepare import model_class, opened, prepare
-from glm4lite.checkpoint.quantization import empty_weight, parse_quant, stored_quant
+from glm4lite.checkpoint.quant_choice import empty_weight, parse_quant, stored_quant
 from glm4lite.checkpoint.shard import DTYPES
 from glm4lite.checkpoint.streaming import (
     Meter,

@@ -10,7 +10,7 @@ from glm4lite.cli.streams import streams
 
 if TYPE_CHECKING:
     from glm4lite.cli.terminal import Renderer
-    from glm4lite.loading.planner import PlacementReport
+    from glm4lite.loading.plan_report import PlacementReport
     from glm4lite.measure.benchmark import Benchmark
     from glm4lite.measure.evaluate import Evaluation
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from glm4lite.base.errors import CheckpointError, NoModel, TemplateError
 from glm4lite.base.events import Done, Progress
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.engine.decoding import Generation
-from glm4lite.engine.prefixes import PrefixPool
+from glm4lite.engine.prefix_pool import PrefixPool
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.engine.speculation import MOST, Speculation, longest_guess
 from glm4lite.engine.stop_ids import stop_ids
@@ -118,7 +118,7 @@ class Engine:
     ) -> Engine:
         """`load` for callers that hold all they ask of it as one value, its limits as one `Budget`."""
         from glm4lite.checkpoint.prepare import opened
-        from glm4lite.checkpoint.quantization import chosen
+        from glm4lite.checkpoint.quant_choice import chosen
         from glm4lite.loading.loader import load_checkpoint
         from glm4lite.pretrained.models import Glm4ForCausalLM
 
@@ -189,7 +189,7 @@ class Engine:
             generation.replacement = ThinkingBudget(self.tokenizer, prompt, params.thinking_budget)
         return generation
 
-    def prefill(self, generation: Generation) -> Iterator[Progress]:
+    def prefill(self, generation: Generation) -> Generator[Progress]:
         """Computes the prompt; reports progress where it takes more than one chunk.
 
         What was computed is kept where it ends early, by an error or because nobody waits any more.

@@ -19,7 +19,7 @@ if os.environ.get("HF_ENDPOINT") and "huggingface_hub" not in sys.modules:
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 
 from huggingface_hub import constants, get_token, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported when asked for
+from huggingface_hub.utils import (
     build_hf_headers,
     get_session,
     hf_raise_for_status,

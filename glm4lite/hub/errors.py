@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the client it uses, under its lasting name
+from huggingface_hub.utils import httpx  # the client it uses, under its lasting name
 
 from glm4lite.base.errors import HubError
 

@@ -17,8 +17,8 @@ from glm4lite.checkpoint.shard import StoredTensor
 from glm4lite.checkpoint.streaming import Meter, finite_blocks, quantize_weight
 from glm4lite.loading.device_map import DeviceMap
 from glm4lite.model.layers import layer_of
-from glm4lite.runtime.offload import offload_to_disk
-from glm4lite.runtime.prefetch import prefetch_long_prompts
+from glm4lite.runtime.disk_offload import offload_to_disk
+from glm4lite.runtime.gpu_prefetch import prefetch_long_prompts
 from glm4lite_quant import (
     BnbLinear,
     BnbTensor,

@@ -1,4 +1,4 @@
-"""Where a load puts each weight: one device, or what the planner says for the budgets and this machine."""
+"""Where a load puts each weight: one device, or what `placement` says for the budgets and this machine."""
 
 from __future__ import annotations
 

@@ -13,12 +13,12 @@ from glm4lite.base.errors import ConfigError
 from glm4lite.base.files import CONFIG
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.formats.format import Quant
-from glm4lite.checkpoint.quantization import AUTO, parse_quant
+from glm4lite.checkpoint.quant_choice import AUTO, parse_quant
 from glm4lite.checkpoint.streaming import ProgressCallback
 from glm4lite.hub.options import HubOptions
 from glm4lite.memory.budget import Budget
 from glm4lite.model.config import Glm4Config
-from glm4lite.runtime.graph import eager_by_choice
+from glm4lite.runtime.cuda_graph import eager_by_choice
 from glm4lite_quant import BnbConfig, bnb
 from glm4lite_quant.kernels.picking import check_environment
 

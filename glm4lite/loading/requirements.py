@@ -18,7 +18,7 @@ from glm4lite.checkpoint.formats.format import Quant
 from glm4lite.checkpoint.formats.registry import format_of
 from glm4lite.checkpoint.load_plan import Fill, LoadPlan, automatic_dtype
 from glm4lite.checkpoint.prepare import Prepared, model_class, prepare
-from glm4lite.checkpoint.quantization import stored_quant
+from glm4lite.checkpoint.quant_choice import stored_quant
 from glm4lite.checkpoint.shard import DTYPE_NAMES, StoredTensor
 from glm4lite.checkpoint.streaming import BLOCK_BYTES, needs_calibration
 from glm4lite.hub.sources import locate

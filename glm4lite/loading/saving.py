@@ -19,7 +19,7 @@ from glm4lite.checkpoint.formats.bitsandbytes import tensors_of
 from glm4lite.checkpoint.quantize import destination_folder
 from glm4lite.checkpoint.shard import StoredTensor, read, torch_dtype
 from glm4lite.checkpoint.writer import FolderWriter, PlannedTensor
-from glm4lite.runtime.offload import streamed
+from glm4lite.runtime.disk_offload import streamed
 from glm4lite_quant import BnbLinear, QuantEmbedding, QuantLinear, bnb
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from glm4lite.base.events import Progress
 from glm4lite.base.sizes import readable
 from glm4lite.checkpoint.load_plan import read_config
 from glm4lite.checkpoint.prepare import opened
-from glm4lite.checkpoint.quantization import AUTO
+from glm4lite.checkpoint.quant_choice import AUTO
 from glm4lite.engine.decoding import Generation, PrefixCache
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.loading.load_options import LoadOptions
@@ -37,7 +37,7 @@ from glm4lite.memory.budget import Budget
 from glm4lite.memory.machine import beyond_caches, bus_bandwidth, gpu_bandwidth, read_rate
 from glm4lite.model.layers import DecoderLayer
 from glm4lite.pretrained.models import Glm4ForCausalLM
-from glm4lite.runtime import graph
+from glm4lite.runtime import cuda_graph
 from glm4lite.runtime.runner import graphs_of
 from glm4lite_quant.kernels import native
 
@@ -341,7 +341,7 @@ def _decoding(model: Glm4ForCausalLM, gpu: torch.device) -> str:
     first = next(layer for layer in model.model.layers if isinstance(layer, DecoderLayer) and layer.device == gpu)
     graphs = graphs_of(model.model)
     refused = "" if graphs is None else graphs.reason(first)
-    return f"eager: {refused}" if refused else graph.status(gpu)
+    return f"eager: {refused}" if refused else cuda_graph.status(gpu)
 
 
 def _read_rates(count: int) -> list[float]:

@@ -60,7 +60,7 @@ def model_facts(source: str, progress: Callable[[Progress], None] | None = None)
 
     from glm4lite.checkpoint.load_plan import make_load_plan, read_config, skeleton
     from glm4lite.checkpoint.prepare import model_class, opened
-    from glm4lite.checkpoint.quantization import stored_quant
+    from glm4lite.checkpoint.quant_choice import stored_quant
     from glm4lite.loading.requirements import requirements_of
     from glm4lite.model.cache import bytes_per_token
 
@@ -137,11 +137,11 @@ def _gpu_decoding() -> list[Fact]:
     """How tokens are decoded on the first GPU; nothing where there is none."""
     import torch
 
-    from glm4lite.runtime import graph
+    from glm4lite.runtime import cuda_graph
 
     if not torch.cuda.is_available():
         return []
-    return [("gpu decoding", graph.status(torch.device("cuda", torch.cuda.current_device())))]
+    return [("gpu decoding", cuda_graph.status(torch.device("cuda", torch.cuda.current_device())))]
 
 
 def _installed(name: str, purpose: str, source: str) -> str:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from glm4lite.model.layers import DecoderLayer
-from glm4lite.runtime.offload import DiskStore, streamed
-from glm4lite.runtime.prefetch import PrefetchedStore
+from glm4lite.runtime.disk_offload import DiskStore, streamed
+from glm4lite.runtime.gpu_prefetch import PrefetchedStore
 from glm4lite_quant import BnbLinear, QuantEmbedding, QuantLinear
 
 if TYPE_CHECKING:
     from glm4lite.model.causal_lm import CausalLM
     from glm4lite.runtime.disk_ring import WeightRing
-    from glm4lite.runtime.prefetch import Prefetcher
+    from glm4lite.runtime.gpu_prefetch import Prefetcher
 
 
 def kernel_names(model: nn.Module) -> dict[str, int]:

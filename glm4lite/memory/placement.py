@@ -155,7 +155,8 @@ def _spread(layers: tuple[int, ...], count: int) -> tuple[int, ...]:
 def _cpu_share(request: _Request, layers: tuple[int, ...], disk: tuple[int, ...], gpus: tuple[Share, ...]) -> Share:
     """RAM's share where `layers` are computed on the CPU and those in `disk` read from there."""
     needs = request.needs
-    held = tuple(layer for layer in layers if layer not in set(disk))
+    read = frozenset(disk)
+    held = tuple(layer for layer in layers if layer not in read)
     own = 0 if gpus else needs.head + needs.rest
     read_in_place = needs.stored and (needs.head > 0 or bool(gpus))  # a tied head reads all of the embedding
     staging = BUS_BLOCKS * BUS_BLOCK_BYTES if gpus and layers else 0

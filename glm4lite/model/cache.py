@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 KVType = Literal["float", "int8"]
 STEP = 256  # positions added when a buffer is full: few copies, little slack
-GPU_STEP = 1024  # there a buffer that moves has to be recorded anew (glm4lite.runtime.graph)
+GPU_STEP = 1024  # there a buffer that moves has to be recorded anew (glm4lite.runtime.cuda_graph)
 
 
 class LayerCache:
@@ -225,7 +225,7 @@ class PackedLayerCache:
         return sum(buffer.nbytes for buffer in (self._keys, self._values, self._scales) if buffer is not None)
 
 
-class AwayCache:
+class StagedCache:
     """One layer's part while the layer is computed away from where that lies: `new` is stored there afterwards.
 
     What is read has the same bits as if the cache lay here.
@@ -253,7 +253,7 @@ class AwayCache:
 
 
 HomeCache = LayerCache | PackedLayerCache
-Cache = HomeCache | AwayCache
+Cache = HomeCache | StagedCache
 
 
 def with_room(end: int, step: int = STEP) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -106,6 +106,11 @@ class Glm4Config(PretrainedConfig):
     classifier_dropout: Rate | None = None
     hidden_dropout: Rate | None = None
     token_classification_bias: bool = True
+
+    if TYPE_CHECKING:  # else a type checker makes one of the fields alone
+
+        def __init__(self, **values: Any) -> None:
+            """Also keys of older names, of other types (a dtype's name) and of no meaning here."""
 
     @classmethod
     def _folded(cls, values: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """GLM-4's decoder layer in torch, and the two seams through which it is made faster and moved elsewhere.
 
 One code path for `glm4` and `glm`, differences read from the config. Parameter names are Hugging Face's, so checkpoints
-load with no table. Linears may be replaced by quantized ones (`glm4lite.loading.loader`); nothing here knows about it.
+load with no table. Linears may be replaced by quantized ones (`glm4lite.loading.assembly`); nothing here knows of that.
 The residual stream and the norms are float32 whatever the model's dtype: o_proj and down_proj outputs of GLM-4 pass
 65 504, float16's largest number.
 """

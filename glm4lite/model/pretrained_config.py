@@ -7,7 +7,7 @@ import logging
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, overload
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
@@ -74,6 +74,11 @@ class PretrainedConfig(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigError(_one_line(error)) from None
+
+    if TYPE_CHECKING:  # pydantic has it, and hides it from type checkers
+
+        def __getattr__(self, name: str) -> Any:
+            """Keys that are no field of the class, as a checkpoint's config.json may have them."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "dtype":

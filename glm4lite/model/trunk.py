@@ -4,7 +4,7 @@ and runners the layers have."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,22 @@ class ModelBase(nn.Module):
                         module.weight[module.padding_idx].zero_()
 
 
+class DecoderLayers(nn.ModuleList):
+    """A list of modules that says what they are."""
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[DecoderLayer]: ...
+
+        @overload
+        def __getitem__(self, index: slice) -> DecoderLayers: ...
+
+        @overload
+        def __getitem__(self, index: int) -> DecoderLayer: ...
+
+        def __getitem__(self, index: int | slice) -> DecoderLayer | DecoderLayers: ...
+
+
 class Trunk(ModelBase):
     """The trunk: embeddings, layers, final norm."""
 
@@ -128,7 +144,7 @@ class Trunk(ModelBase):
             padding = None  # a finetune may cut the vocabulary below the pad id
         table = torch.empty(config.vocab_size, config.hidden_size)  # torch would draw its values, and these come after
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding, _weight=table)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = DecoderLayers(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         self.kv: KVType = "float"
@@ -139,18 +155,15 @@ class Trunk(ModelBase):
         self.interrupt: Callable[[], None] | None = None  # called before each step through the layers; may raise
         self._init_weights()
 
-    def _layers(self) -> Iterator[DecoderLayer]:
-        return (layer for layer in self.layers if isinstance(layer, DecoderLayer))
-
     @property
     def chunk(self) -> int:
         """Tokens of a prompt in one forward pass: more where a GPU decodes the weights, or is sent them, for each."""
-        devices = {layer.where(GPU_CHUNK, self.dtype)[0].type for layer in self._layers()}
+        devices = {layer.where(GPU_CHUNK, self.dtype)[0].type for layer in self.layers}
         return CPU_CHUNK if "cpu" in devices else GPU_CHUNK
 
     def _runs(self, tokens: int, together: bool) -> Iterator[slice]:
         """The layers in order: alone, or `together` as many as one call may take."""
-        kinds = [_kind(layer, tokens) if together else None for layer in self._layers()]
+        kinds = [_kind(layer, tokens) if together else None for layer in self.layers]
         begin = 0
         for end in range(1, len(kinds) + 1):
             joins = end < len(kinds) and kinds[end] is not None and kinds[end] == kinds[end - 1]
@@ -165,12 +178,12 @@ class Trunk(ModelBase):
     @property
     def cache_bytes(self) -> int:
         """What one token adds to the cache, each layer's in its own type."""
-        types = (layer.dtype or self.dtype for layer in self._layers())
+        types = (layer.dtype or self.dtype for layer in self.layers)
         return sum(bytes_per_token(self.config, self.kv, dtype.itemsize) for dtype in types) // len(self.layers)
 
     def new_cache(self, batch: int = 1) -> KVCache:
         """An empty cache of the kind that `kv` asks for, in the native layout where native layers will read it."""
-        return KVCache.of([self._layer_cache(layer, batch) for layer in self._layers()])
+        return KVCache.of([self._layer_cache(layer, batch) for layer in self.layers])
 
     def _layer_cache(self, layer: DecoderLayer, batch: int) -> HomeCache:
         native = batch == 1 and (layer.dtype or self.dtype) == torch.float32 and layer.store.fused(layer)
@@ -263,7 +276,7 @@ class Trunk(ModelBase):
         for run in self._runs(length, few):
             if self.interrupt is not None:
                 self.interrupt()
-            layers = list(self._layers())[run]
+            layers = list(self.layers)[run]
             stage = stages.of(*layers[0].where(length, embeds.dtype))
             x = x.to(stage.device)
             whole = self.runner.run(layers, x, *stage.inputs, caches[run]) if len(layers) > 1 else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, overload
 
 from torch import Tensor
 
@@ -35,6 +35,18 @@ class Glm4ForCausalLM(Glm4PreTrainedModel, CausalLM):
     loss_type: ClassVar[str] = "ForCausalLM"  # tells Transformers' Trainer that a row's first label does not count
     trunk_class = Glm4Model
     model: Glm4Model
+
+    @overload
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *arguments: Any,
+        return_dict_in_generate: Literal[True],
+        **options: Any,
+    ) -> GenerateDecoderOnlyOutput: ...
+
+    @overload
+    def generate(self, inputs: Tensor | None = None, *arguments: Any, **options: Any) -> Tensor: ...
 
     def generate(
         self, inputs: Tensor | None = None, *arguments: Any, **options: Any

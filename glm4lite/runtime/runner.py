@@ -11,8 +11,8 @@ from glm4lite.model.attention import Visibility
 from glm4lite.model.cache import Cache, HomeCache
 from glm4lite.model.layers import DecoderLayer
 from glm4lite.model.trunk import Trunk
+from glm4lite.runtime.cuda_graph import StepGraphs
 from glm4lite.runtime.fused import FusedLayers
-from glm4lite.runtime.graph import StepGraphs
 
 STEP_TOKENS = 8
 

@@ -1,5 +1,5 @@
 // Decoder layers over float32 activations: norms, rotary embedding, cache, attention and the products between them.
-// The residual stream stays float32. Source of the mathematics: Glm4DecoderLayer of Transformers, and glm4lite/model/trunk.py.
+// The residual stream stays float32. Source of the mathematics: Glm4DecoderLayer of Transformers, and glm4lite/model/layers.py.
 #include <math.h>
 #include <string.h>
 

@@ -21,6 +21,8 @@ from pathlib import Path
 
 FRESH = [sys.executable, "-m", "glm4lite"]
 _HERE = Path(__file__).parent
+# The server is begun by whichever test asks first; what that test has set is not to be every other's.
+_ENVIRONMENT = dict(os.environ)
 
 
 def forked() -> list[str]:
@@ -40,8 +42,10 @@ def python() -> list[str]:
     listening.bind(path)
     listening.listen(64)
     server = subprocess.Popen(
-        [sys.executable, str(_HERE / "server.py"), str(listening.fileno()), os.pathsep.join(sys.path)],
+        [sys.executable, "-m", "tests.commands.server", str(listening.fileno()), os.pathsep.join(sys.path)],
         pass_fds=[listening.fileno()],
+        cwd=_HERE.parents[1],
+        env=_ENVIRONMENT,
         stdin=subprocess.PIPE,  # which closes with this process, however that ends
         stdout=subprocess.DEVNULL,
         start_new_session=True,

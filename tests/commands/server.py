@@ -1,4 +1,7 @@
-"""`server.py SOCKET PATH`: imports what a chat needs, then forks for each client (client.py) what that is to run."""
+"""`python -m tests.commands.server SOCKET PATH`: imports what a chat needs, then forks for each client.
+
+What that is to run, a client (client.py) says.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import TextIO
 
-from client import limits as own_limits
+from tests.commands.client import limits as own_limits
 
 # Read where they are used. With another value of any other variable a command is begun anew: that may be one which
 # Python, C or a library reads while it starts.
@@ -117,7 +120,7 @@ def serve(listening: socket.socket, variables: dict[str, str], limits: str) -> R
                         selector.unregister(client)
                         client.close()
                 else:
-                    hand_on(key.data, key.fileobj)
+                    hand_on(key.data, running[key.data])
 
 
 def ended(running: dict[int, socket.socket]) -> int:
@@ -167,7 +170,7 @@ def become(request: Request) -> None:
     sys.orig_argv = [sys.executable, *request.arguments]
 
 
-def opened(number: int, mode: str, like: TextIO) -> TextIO:
+def opened(number: int, mode: str, like: TextIO) -> io.TextIOWrapper:
     """A standard stream as Python makes it."""
     binary = os.fdopen(number, f"{mode}b", closefd=False)
     stream = io.TextIOWrapper(
@@ -175,9 +178,9 @@ def opened(number: int, mode: str, like: TextIO) -> TextIO:
         like.encoding,
         like.errors,
         newline="\n" if mode == "w" else None,
-        line_buffering=like.line_buffering or binary.isatty(),
+        line_buffering=bool(like.line_buffering) or binary.isatty(),
     )
-    stream.mode = mode
+    stream.mode = mode  # type: ignore[misc]  # as Python sets it
     return stream
 
 
@@ -238,4 +241,5 @@ def main() -> None:
         raise
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -132,7 +132,7 @@ def write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], shards: int)
     if shards == 1:
         save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
         return
-    names, weight_map = list(tensors), {}
+    names, weight_map = list(tensors), dict[str, str]()
     for number in range(shards):
         part = names[number * len(names) // shards : (number + 1) * len(names) // shards]
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"

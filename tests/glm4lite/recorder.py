@@ -18,7 +18,7 @@ SYNCHRONIZING = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "equal"
 
 
 class Recorder:
-    """`record` stands for `runtime.graph.record`; `recordings` counts its calls, `replays` those of what it gave."""
+    """Stands for `cuda_graph.record`; `recordings` counts its calls, `replays` those of what it gave."""
 
     def __init__(self) -> None:
         self.recordings = self.replays = 0

@@ -487,7 +487,7 @@ def _at_25(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
 
 
 SAMPLED = {"do_sample": True, "max_new_tokens": 6}
-for name, settings in {
+GENERATED: dict[str, dict[str, Any]] = {
     "model.generate(input_ids, max_length=30)": {"max_length": 30},
     "generate(max_new_tokens=8)": {"max_new_tokens": 8},
     "generate(min_new_tokens=6, max_new_tokens=8)": {"min_new_tokens": 6, "max_new_tokens": 8},
@@ -516,7 +516,8 @@ for name, settings in {
     "generate(generation_config=GenerationConfig(...))": {
         "generation_config": lambda lib: lib.GenerationConfig(max_new_tokens=5)
     },
-}.items():
+}
+for name, settings in GENERATED.items():
     works(name, _generated(IDS, **settings))
 works("generate(inputs_embeds=...)", _generated(inputs_embeds=torch.ones(1, 4, SMALL["hidden_size"]), max_new_tokens=4))
 works("generate(return_dict_in_generate=True)", _kept())

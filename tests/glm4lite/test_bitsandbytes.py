@@ -210,7 +210,7 @@ def test_it_equals_what_bitsandbytes_makes_of_the_whole_weight(tmp_path: Path) -
     tensors = tiny_tensors(CONFIG)
     model = load(write_checkpoint(tmp_path, CONFIG, tensors), quant="nf4")
     codes, state = library().functional.quantize_4bit(tensors[f"{DOWN}.weight"], quant_type="nf4")
-    made = model.get_submodule(DOWN)
+    made: Any = model.get_submodule(DOWN)
     assert torch.equal(made.packed, codes.flatten())
     assert torch.equal(made.absmax, state.absmax)
 

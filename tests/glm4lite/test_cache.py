@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,11 @@ from glm4lite_quant.kernels import native
 from glm4lite_quant.kernels.decoder import DecoderKernel, Heads, run
 
 HEADS, HIDDEN = Heads(query=4, key_value=2, dim=16, rotary_dim=8), 64
-KINDS = {"plain": LayerCache, "packed": lambda: PackedLayerCache(False), "int8": lambda: PackedLayerCache(True)}
+KINDS: dict[str, Callable[[], LayerCache | PackedLayerCache]] = {
+    "plain": LayerCache,
+    "packed": lambda: PackedLayerCache(False),
+    "int8": lambda: PackedLayerCache(True),
+}
 needs_library = pytest.mark.skipif(native._library().cdll is None, reason="the native library was not built")
 
 

@@ -26,7 +26,7 @@ from glm4lite.cli.chat.loop import converse
 from glm4lite.cli.chat.mentions import completions, with_files
 from glm4lite.cli.chat.settings import Settings
 from glm4lite.cli.markdown import last_block
-from glm4lite.cli.terminal import ending
+from glm4lite.cli.terminal import Renderer, ending
 from glm4lite.engine.engine import Engine
 from glm4lite.loading.load_options import LoadOptions
 from glm4lite.text.messages import Message
@@ -42,7 +42,7 @@ THINKING = (
 )
 
 
-class Heard:
+class Heard(Renderer):
     """A renderer that keeps what it is told."""
 
     markdown = True
@@ -66,12 +66,11 @@ class Heard:
     def drawn_with(self, shown: str) -> str:
         return ""
 
-    def close(self) -> None:
+    def end_line(self) -> None:
         pass
 
-    def show_all(self, events: Any) -> None:
-        for event in events:
-            self.show(event)
+    def close(self) -> None:
+        pass
 
 
 class Lines:
@@ -115,9 +114,20 @@ def talk(tokenizer: Tokenizer, template: ChatTemplate, tmp_path: Path, monkeypat
     return begin
 
 
-def remarks(found: Conversation) -> str:
+def heard(found: Conversation) -> Heard:
     assert isinstance(found.renderer, Heard)
-    return "\n".join(found.renderer.remarks)
+    return found.renderer
+
+
+def limit(found: Conversation, context: int) -> None:
+    """The model takes so many tokens from now on."""
+    model: Any = found.session.engine.model
+    assert isinstance(model, ScriptedModel)
+    model.context = context
+
+
+def remarks(found: Conversation) -> str:
+    return "\n".join(heard(found).remarks)
 
 
 def asked(found: Conversation) -> list[str]:
@@ -151,7 +161,7 @@ def test_piped_lines_know_the_few_commands_they_always_knew(talk: Talk) -> None:
     found = talk("one", "two", by_hand=False)
     converse(found, Lines("/set temperature 1", "/save x.json", "/reset", "/exit", "never", by_hand=False))
     assert asked(found) == []
-    assert found.renderer.text == "onetwo"
+    assert heard(found).text == "onetwo"
     assert not Path("x.json").exists()
 
 
@@ -421,8 +431,8 @@ def test_continue_shows_the_rest_of_an_answer_until_it_is_whole(talk: Talk, of: 
     assert remarks(found).endswith("(the answer was cut at 8 tokens; /continue goes on)")
     while found.session.cut is not None:
         cut_at(found, 8, "/continue")
-    assert found.renderer.text == "Two and two make four, as everybody knows."
-    thought = found.renderer.thought.partition("<")[0]  # a cut within the tag shows its beginning
+    assert heard(found).text == "Two and two make four, as everybody knows."
+    thought = heard(found).thought.partition("<")[0]  # a cut within the tag shows its beginning
     assert thought == ("" if of is None else "Let me see, said she.")
     assert found.session.messages == [
         Message("user", "2 + 2?"),
@@ -437,19 +447,19 @@ def test_where_markdown_is_drawn_the_last_block_is_drawn_again(talk: Talk, monke
     found = talk(reply)
     monkeypatch.setattr(found.renderer, "drawn_with", last_block)
     cut_at(found, 14, "Code?")
-    shown = found.renderer.text
+    shown = heard(found).text
     assert shown.startswith("So:\n\n```python\nx")
     cut_at(found, 99, "/continue")
-    assert found.renderer.text == shown + reply.removeprefix("So:\n\n")
+    assert heard(found).text == shown + reply.removeprefix("So:\n\n")
 
 
 def test_a_call_that_was_cut_runs_when_it_is_continued(talk: Talk) -> None:
     found = talk('Let me see.\ncalculator\n{"expression": "37 * 24"}', "It is 888.")
     cut_at(found, 14, "37 * 24?")
-    assert "calculator" in found.renderer.text
-    shown = len(found.renderer.text)
+    assert "calculator" in heard(found).text
+    shown = len(heard(found).text)
     cut_at(found, 100, "/continue")
-    assert found.renderer.text[shown:] == "It is 888."
+    assert heard(found).text[shown:] == "It is 888."
     assert [message.role for message in found.session.messages] == ["user", "assistant", "tool", "assistant"]
 
 
@@ -458,11 +468,11 @@ def test_what_cannot_be_continued_stays_and_can_be_after_room_was_made(talk: Tal
     converse(found, Lines("/continue"))
     cut_at(found, 5, "2 + 2?")
     before, cut = list(found.session.messages), found.session.cut
-    found.session.engine.model.context = 10
+    limit(found, 10)
     converse(found, Lines("/continue", "What?"))
     assert remarks(found).count("error: the prompt has") == 2
     assert (found.session.messages, found.session.cut) == (before, cut)
-    found.session.engine.model.context = 4096
+    limit(found, 4096)
     cut_at(found, 99, "/continue")
     assert found.session.messages[-1].content == "Two and two make four."
 
@@ -478,7 +488,7 @@ def test_another_conversation_has_no_answer_to_continue(talk: Talk, command: str
 
 def test_a_context_that_is_full_promises_nothing(talk: Talk) -> None:
     found = talk("word " * 100)
-    found.session.engine.model.context = 200
+    limit(found, 200)
     converse(found, Lines("Write"))
     assert remarks(found).endswith("tokens: the model's context is full)")
 
@@ -587,7 +597,7 @@ def test_the_old_model_is_gone_before_the_new_ones_weights_are_read(
     converse(found, Lines("First?", "/model nano int8", "Second?"))
     assert seen == [True]
     assert asked(found) == ["First?", "Second?"]
-    assert found.renderer.text == "One.Two."
+    assert heard(found).text == "One.Two."
     assert (found.source.options.quant, found.session.params.top_k, found.session.params.top_p) == ("int8", 9, 0.5)
 
 
@@ -608,7 +618,7 @@ def test_the_old_model_comes_back_where_the_new_one_fails(
     converse(found, Lines("First?", "/model nano int8", "Second?"))
     assert "; nano is loaded again" in remarks(found)
     assert found.source.options.quant == "auto"
-    assert found.renderer.text == "One.Two."
+    assert heard(found).text == "One.Two."
 
 
 def test_a_model_that_is_refused_at_once_costs_nothing(talk: Talk) -> None:
@@ -618,4 +628,4 @@ def test_a_model_that_is_refused_at_once_costs_nothing(talk: Talk) -> None:
     assert remarks(found).count("error: ") == 3
     assert found.session.engine.model is model
     assert isinstance(model, ScriptedModel)
-    assert found.renderer.text == "One.Two."
+    assert heard(found).text == "One.Two."

@@ -90,15 +90,27 @@ def test_slash_commands_and_the_end_of_input() -> None:
 
 def test_what_begins_with_a_slash_and_is_no_command_is_a_message() -> None:
     lines = ("/etc/hosts - what is this file?", "//TODO explain", "/tmp is full", "/nonsense", "/reset the router?")
-    result = run("chat", "--lines", "--no-tools", "--json", "--max-new-tokens", "3", stdin="\n".join(lines))
+    result = run(
+        "chat", "--quant", "none", "--lines", "--no-tools", "--json", "--max-new-tokens", "3", stdin="\n".join(lines)
+    )
     assert sum(event["type"] == "done" for event in events(result.stdout)) == len(lines), result.stderr
     assert result.stderr.count("is not a command") == 1
 
 
 def test_a_piped_text_is_one_message_and_commands_in_it_are_text() -> None:
     text = "Please fix this function:\r\n\r\n/exit\r\n/reset\r\n    return a - b\r\n"
-    one = run("chat", "--no-tools", "--json", "--max-new-tokens", "3", stdin="\ufeff" + text)
-    same = run("chat", "--no-tools", "--json", "--max-new-tokens", "3", "-p", text.replace("\r\n", "\n").rstrip("\n"))
+    one = run("chat", "--quant", "none", "--no-tools", "--json", "--max-new-tokens", "3", stdin="\ufeff" + text)
+    same = run(
+        "chat",
+        "--quant",
+        "none",
+        "--no-tools",
+        "--json",
+        "--max-new-tokens",
+        "3",
+        "-p",
+        text.replace("\r\n", "\n").rstrip("\n"),
+    )
     (piped,) = (event for event in events(one.stdout) if event["type"] == "done")
     (given,) = (event for event in events(same.stdout) if event["type"] == "done")
     assert piped["prompt_tokens"] == given["prompt_tokens"]
@@ -134,14 +146,16 @@ def test_a_piped_text_that_cannot_be_a_message_is_one_line(
 
 
 def test_bytes_of_a_piped_text_that_are_no_text_are_said() -> None:
-    command = [*forked(), "chat", "--no-tools", "--max-new-tokens", "3"]
+    command = [*forked(), "chat", "--quant", "none", "--no-tools", "--max-new-tokens", "3"]
     done = subprocess.run(command, input=b"caf\xe9 caf\xe9\n", capture_output=True, timeout=60, check=True)
     assert "2 places of stdin are not UTF-8" in done.stderr.decode()
 
 
 def test_a_pipe_that_never_ends_is_said_and_a_silent_socket_is_left() -> None:
     reading, writing = os.pipe()
-    with subprocess.Popen([*forked(), "chat", "-p", "Hi"], stdin=reading, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*forked(), "chat", "--quant", "none", "-p", "Hi"], stdin=reading, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stderr
         assert "reading stdin to its end" in process.stderr.readline()
         os.close(writing)
@@ -151,7 +165,11 @@ def test_a_pipe_that_never_ends_is_said_and_a_silent_socket_is_left() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         done = subprocess.run(
-            [*forked(), "chat", "-p", "Hi"], stdin=theirs, capture_output=True, timeout=60, check=True
+            [*forked(), "chat", "--quant", "none", "-p", "Hi"],
+            stdin=theirs.fileno(),
+            capture_output=True,
+            timeout=60,
+            check=True,
         )
     assert b"nothing came from stdin within 3 s" in done.stderr
 

@@ -58,7 +58,11 @@ def replaced(file: str, old: bytes, new: bytes) -> Damage:
 
 
 def removed(*files: str) -> Damage:
-    return lambda folder: [(folder / file).unlink() for file in files]
+    def damage(folder: Path) -> None:
+        for file in files:
+            (folder / file).unlink()
+
+    return damage
 
 
 def only_pickle(folder: Path) -> None:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -45,20 +46,31 @@ def get_weather(city: str) -> str:
     return f"18 degrees and sunny in {city}{seen}"
 '''
 SAID = ("IMPORTED", "BYTES", "FETCHING \x1b[31m Lisbon", "AGAIN", "CHILD", "LIBRARY")
-HI = '"$@" chat --no-tools -p Hi --max-new-tokens 3'
+HI = '"$@" chat --quant none --no-tools -p Hi --max-new-tokens 3'
 Capture = pytest.CaptureFixture[str]
 posix = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
 
 
 def shell(
-    script: str, *flags: str, stdin: bytes = b"", cwd: Path | None = None, fresh: bool = False, **environment: str
+    script: str,
+    *flags: str,
+    stdin: bytes = b"",
+    cwd: Path | None = None,
+    fresh: bool = False,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[bytes]:
     """`script` in a shell, where "$@" is the command. fresh: an interpreter of its own, as with flags."""
     start = [sys.executable, *flags, "-m", "glm4lite"] if fresh or flags else forked()
     command = ["sh", "-c", script, "sh", *start]
     inherited = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(
-        command, input=stdin, capture_output=True, cwd=cwd, env=inherited | environment, timeout=240, check=False
+        command,
+        input=stdin,
+        capture_output=True,
+        cwd=cwd,
+        env=inherited | dict(environment or {}),
+        timeout=240,
+        check=False,
     )
 
 
@@ -172,7 +184,7 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 @posix
 def test_an_odd_environment_changes_nothing() -> None:
-    done = shell('"$@" chat -p "What is 37 * 24?"', "-OO", **ODD)
+    done = shell('"$@" chat -p "What is 37 * 24?"', "-OO", environment=ODD)
     check(done, 0)
     assert "888" in done.stdout.decode()
     assert "calculator" in done.stderr.decode()
@@ -181,18 +193,18 @@ def test_an_odd_environment_changes_nothing() -> None:
 
 @posix
 def test_a_prompt_is_read_as_utf8_in_any_locale() -> None:
-    def length(**environment: str) -> int:
-        done = shell('"$@" chat --no-tools --json -p 你好 --max-new-tokens 3', **environment)
+    def length(environment: Mapping[str, str]) -> int:
+        done = shell('"$@" chat --quant none --no-tools --json -p 你好 --max-new-tokens 3', environment=environment)
         check(done, 0)
         return int(json.loads(done.stdout.splitlines()[-1])["prompt_tokens"])
 
-    assert length(**ASCII) == length()
+    assert length(ASCII) == length({})
 
 
 @posix
 @pytest.mark.parametrize("environment", [ASCII, {}])
 def test_an_argument_that_is_not_utf8_is_one_line(environment: dict[str, str]) -> None:
-    done = shell('"$@" chat -p "$(printf "caf\\351")"', **environment)
+    done = shell('"$@" chat -p "$(printf "caf\\351")"', environment=environment)
     check(done, 2)
     assert "error: the argument 'caf?' is not UTF-8" in done.stderr.decode()
 
@@ -209,7 +221,8 @@ def test_a_folder_that_was_deleted_is_one_line(verb: str, tmp_path: Path) -> Non
 @posix
 @pytest.mark.parametrize("columns", ["0", "-1", "³"])
 def test_help_is_drawn_at_a_width_that_is_none(columns: str) -> None:
-    done = shell('"$@" chat --help', COLUMNS=columns, TERMINAL_WIDTH=columns, LINES=columns)
+    environment = dict.fromkeys(("COLUMNS", "TERMINAL_WIDTH", "LINES"), columns)
+    done = shell('"$@" chat --help', environment=environment)
     check(done, 0)
     assert "--no-tools" in done.stdout.decode()
 

@@ -333,12 +333,8 @@ def test_a_config_is_taken_instead_of_the_folders(folder: Path) -> None:
     other = transformers.Glm4Config.from_pretrained(folder, rms_norm_eps=0.5)
     wanted = logits(transformers.Glm4ForCausalLM.from_pretrained(folder, config=other, dtype=torch.float32))
     mine = Glm4Config.from_pretrained(folder, rms_norm_eps=0.5)
-    for config, changes in (
-        (other, {}),
-        (mine, {}),
-        (folder, {"rms_norm_eps": 0.5}),
-        (str(folder), {"rms_norm_eps": 0.5}),
-    ):
+    nearer: dict[str, Any] = {"rms_norm_eps": 0.5}
+    for config, changes in ((other, {}), (mine, {}), (folder, nearer), (str(folder), nearer)):
         model = Glm4ForCausalLM.from_pretrained(folder, config=config, dtype="float32", **changes)
         torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
         assert model.config is not config

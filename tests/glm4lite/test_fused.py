@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of layers of each native call."""
     made: list[int] = []
     run = decoder.run
-    monkeypatch.setattr(decoder, "run", lambda kernels, *rest: (made.append(len(kernels)), run(kernels, *rest)))
+
+    def counted(kernels: Sequence[Any], *rest: Any) -> None:
+        made.append(len(kernels))
+        run(kernels, *rest)
+
+    monkeypatch.setattr(decoder, "run", counted)
     return made
 
 

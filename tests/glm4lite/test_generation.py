@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glm4lite.base.errors import ConfigError, ContextLengthError
 from glm4lite.pretrained.generation import GenerationConfig
@@ -21,13 +21,13 @@ PROMPTS = tokens(3, 7)
 
 
 @pytest.fixture(scope="module")
-def models() -> tuple[Glm4ForCausalLM, nn.Module]:
+def models() -> tuple[Glm4ForCausalLM, Any]:
     ours, oracle = pair("ForCausalLM")
     assert isinstance(ours, Glm4ForCausalLM)
     return ours, oracle
 
 
-def padded() -> dict[str, Tensor]:
+def padded() -> dict[str, Any]:
     """Three prompts of 7, 5 and 2 tokens, padded on the left with another id than the pad id."""
     ids, mask = PROMPTS.clone(), torch.ones_like(PROMPTS)
     for row, padding in enumerate((0, 2, 5)):
@@ -35,14 +35,14 @@ def padded() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def ends(oracle: nn.Module, **inputs: Any) -> list[int]:
+def ends(oracle: Any, **inputs: Any) -> list[int]:
     """Ids that end the greedy texts of a batch at different steps."""
     free = oracle.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None)
     new = free[:, -12:].tolist()
     return sorted({new[0][3], new[1][6]})
 
 
-def both(models: tuple[Glm4ForCausalLM, nn.Module], *inputs: Any, seed: int = 0, **settings: Any) -> tuple[Any, Any]:
+def both(models: tuple[Glm4ForCausalLM, Any], *inputs: Any, seed: int = 0, **settings: Any) -> tuple[Any, Any]:
     """What each makes of the same call, from the same seed of torch's generator."""
     made = []
     for model in models:
@@ -53,7 +53,7 @@ def both(models: tuple[Glm4ForCausalLM, nn.Module], *inputs: Any, seed: int = 0,
     return made[0], made[1]
 
 
-def test_the_documented_example_gives_the_references_ids(models: tuple[Glm4ForCausalLM, nn.Module]) -> None:
+def test_the_documented_example_gives_the_references_ids(models: tuple[Glm4ForCausalLM, Any]) -> None:
     ours, wanted = both(models, PROMPTS[:1], max_length=30)
     assert ours.tolist() == wanted.tolist()
     assert ours.dtype == torch.int64
@@ -68,7 +68,7 @@ def test_greedy_batches_of_padded_prompts_equal_the_references(variant: str) -> 
         assert ours.tolist() == wanted.tolist(), (eos, pad)
 
 
-def test_padding_is_found_by_the_pad_id_where_no_mask_is_given(models: tuple[Glm4ForCausalLM, nn.Module]) -> None:
+def test_padding_is_found_by_the_pad_id_where_no_mask_is_given(models: tuple[Glm4ForCausalLM, Any]) -> None:
     ids = padded()["input_ids"]
     ids[ids == 3] = 0
     ours, wanted = both(models, ids, max_new_tokens=9)
@@ -101,7 +101,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_setting_gives_the_references_ids(name: str, models: tuple[Glm4ForCausalLM, nn.Module]) -> None:
+def test_a_setting_gives_the_references_ids(name: str, models: tuple[Glm4ForCausalLM, Any]) -> None:
     stops = ends(models[1], **padded())
     settings = {"max_new_tokens": 12, "eos_token_id": stops, "pad_token_id": 2, **SETTINGS[name]}
     for seed in range(3 if "do_sample" in settings else 1):
@@ -109,12 +109,12 @@ def test_a_setting_gives_the_references_ids(name: str, models: tuple[Glm4ForCaus
         assert ours.tolist() == wanted.tolist()
 
 
-def test_draws_follow_the_references_distribution(models: tuple[Glm4ForCausalLM, nn.Module]) -> None:
+def test_draws_follow_the_references_distribution(models: tuple[Glm4ForCausalLM, Any]) -> None:
     model, oracle = models
     settings: dict[str, Any] = {"do_sample": True, "top_k": 6, "temperature": 2.0, "max_new_tokens": 1}
     torch.manual_seed(7)
     drawn = model.generate(PROMPTS[:1], num_return_sequences=4000, **settings)
-    kept = {"return_dict_in_generate": True, "output_scores": True}
+    kept: dict[str, Any] = {"return_dict_in_generate": True, "output_scores": True}
     wanted = oracle.generate(PROMPTS[:1], **settings, **kept).scores[0].softmax(-1)[0]
     assert isinstance(drawn, Tensor)
     found = drawn[:, -1].bincount(minlength=SMALL["vocab_size"]) / 4000
@@ -122,9 +122,7 @@ def test_draws_follow_the_references_distribution(models: tuple[Glm4ForCausalLM,
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_scores_logits_and_states_equal_the_references(
-    models: tuple[Glm4ForCausalLM, nn.Module], use_cache: bool
-) -> None:
+def test_scores_logits_and_states_equal_the_references(models: tuple[Glm4ForCausalLM, Any], use_cache: bool) -> None:
     wanted = ("scores", "logits", "attentions", "hidden_states")
     kept = {f"output_{name}": True for name in wanted}
     ours, theirs = both(
@@ -158,7 +156,7 @@ def test_scores_logits_and_states_equal_the_references(
         )
 
 
-def test_a_cache_of_the_beginning_is_gone_on_from(models: tuple[Glm4ForCausalLM, nn.Module]) -> None:
+def test_a_cache_of_the_beginning_is_gone_on_from(models: tuple[Glm4ForCausalLM, Any]) -> None:
     model, oracle = models
     whole = oracle.generate(PROMPTS, max_new_tokens=10)
     for cache in (model.new_cache(3), transformers.DynamicCache()):
@@ -175,7 +173,7 @@ def test_a_cache_of_the_beginning_is_gone_on_from(models: tuple[Glm4ForCausalLM,
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_vectors_stand_in_for_ids_and_only_new_ids_come_back(
-    models: tuple[Glm4ForCausalLM, nn.Module], use_cache: bool
+    models: tuple[Glm4ForCausalLM, Any], use_cache: bool
 ) -> None:
     vectors = models[0].get_input_embeddings()(PROMPTS)
     for length in ({"max_new_tokens": 6}, {"max_length": 15}, {}, {"min_new_tokens": 4, "max_new_tokens": 6}):
@@ -183,7 +181,7 @@ def test_vectors_stand_in_for_ids_and_only_new_ids_come_back(
         assert ours.tolist() == wanted.tolist()
 
 
-def test_own_processors_criteria_and_allowed_ids_take_part(models: tuple[Glm4ForCausalLM, nn.Module]) -> None:
+def test_own_processors_criteria_and_allowed_ids_take_part(models: tuple[Glm4ForCausalLM, Any]) -> None:
     def even_only(ids: Tensor, scores: Tensor) -> Tensor:
         return scores.index_fill(1, torch.arange(1, scores.shape[1], 2), float("-inf"))
 
@@ -203,7 +201,7 @@ def test_own_processors_criteria_and_allowed_ids_take_part(models: tuple[Glm4For
     assert allowed.tolist() == allowed_wanted.tolist()
 
 
-def test_a_streamer_gets_the_prompt_and_every_id(models: tuple[Glm4ForCausalLM, nn.Module]) -> None:
+def test_a_streamer_gets_the_prompt_and_every_id(models: tuple[Glm4ForCausalLM, Any]) -> None:
     class Recorder:
         def __init__(self) -> None:
             self.got: list[Any] = []
@@ -231,7 +229,7 @@ class Letters:
 
 
 def test_a_stop_text_ends_a_sequence_also_where_it_begins_in_the_prompt(
-    models: tuple[Glm4ForCausalLM, nn.Module],
+    models: tuple[Glm4ForCausalLM, Any],
 ) -> None:
     model, letters = models[0], Letters()
     free = model.generate(PROMPTS, max_new_tokens=12, eos_token_id=[159])
@@ -284,7 +282,7 @@ def test_settings_come_from_the_call_then_the_object_then_the_model() -> None:
     ],
 )
 def test_a_setting_that_cannot_be_used_is_refused_by_name(
-    settings: dict[str, Any], message: str, models: tuple[Glm4ForCausalLM, nn.Module]
+    settings: dict[str, Any], message: str, models: tuple[Glm4ForCausalLM, Any]
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         models[0].generate(PROMPTS, **settings)
@@ -294,9 +292,7 @@ def test_a_setting_that_cannot_be_used_is_refused_by_name(
     "neutral",
     [{"num_beams": 1}, {"early_stopping": False}, {"synced_gpus": False}, {"cache_implementation": "dynamic"}],
 )
-def test_settings_that_ask_for_nothing_are_taken(
-    neutral: dict[str, Any], models: tuple[Glm4ForCausalLM, nn.Module]
-) -> None:
+def test_settings_that_ask_for_nothing_are_taken(neutral: dict[str, Any], models: tuple[Glm4ForCausalLM, Any]) -> None:
     ours, wanted = both(models, PROMPTS, max_new_tokens=3, **neutral)
     assert ours.tolist() == wanted.tolist()
 
@@ -314,14 +310,14 @@ def test_settings_that_ask_for_nothing_are_taken(
     ],
 )
 def test_inputs_that_cannot_be_used_are_one_sentence(
-    inputs: dict[str, Any], message: str, models: tuple[Glm4ForCausalLM, nn.Module]
+    inputs: dict[str, Any], message: str, models: tuple[Glm4ForCausalLM, Any]
 ) -> None:
     with pytest.raises(ValueError, match=message):
         models[0].generate(**inputs)
 
 
 def test_a_prompt_as_long_as_the_context_is_refused_and_a_long_answer_cut_with_a_word(
-    models: tuple[Glm4ForCausalLM, nn.Module],
+    models: tuple[Glm4ForCausalLM, Any],
 ) -> None:
     with pytest.raises(ContextLengthError, match=r"the prompt has 512 tokens and the model's context is 512"):
         models[0].generate(tokens(1, 512))

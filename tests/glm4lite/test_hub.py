@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from glm4lite.base import owned_folder
 from glm4lite.base.errors import HubError
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.hub.sources import nano_folder, resolve
@@ -476,7 +475,8 @@ def test_a_listing_without_checksums_is_said_once_and_an_etag_that_is_a_hash_cou
 def test_a_cache_that_cannot_be_written_is_used_as_it_is(hub: HubServer, tmp_path: Path) -> None:
     found, _ = find(hub.url, tmp_path, "org/tiny")
     tool = shutil.which("mount")
-    mounts = [[tool or "mount", "--bind", tmp_path, tmp_path], [tool or "mount", "-o", "remount,bind,ro", tmp_path]]
+    mount, folder = tool or "mount", str(tmp_path)
+    mounts = [[mount, "--bind", folder, folder], [mount, "-o", "remount,bind,ro", folder]]
     if tool is None or subprocess.run(mounts[0], capture_output=True, check=False).returncode:
         pytest.skip("mounting needs root on Linux")
     try:
@@ -487,7 +487,7 @@ def test_a_cache_that_cannot_be_written_is_used_as_it_is(hub: HubServer, tmp_pat
     assert again == {"folder": found["folder"], "events": [], "said": []}
 
 
-@pytest.mark.skipif(owned_folder.fcntl is None, reason="no locks that end with their process")
+@pytest.mark.skipif(os.name != "posix", reason="no locks that end with their process")
 def test_what_killed_downloads_left_is_removed_and_what_is_written_stays(hub: HubServer, tmp_path: Path) -> None:
     find(hub.url, tmp_path, "org/tiny")
     kept = tmp_path / "hub" / "models--org--tiny"
@@ -496,8 +496,10 @@ def test_what_killed_downloads_left_is_removed_and_what_is_written_stays(hub: Hu
     dead, living = (kept / "blobs" / f"{name}.0123abcd.incomplete" for name in names)
     dead.write_bytes(bytes(1000))
     living.write_bytes(b"")
+    import fcntl
+
     with (locks / f"{names[1]}.lock").open("r+b") as lock:
-        owned_folder.fcntl.flock(lock, owned_folder.fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         found, _ = find(hub.url, tmp_path, "org/tiny")
     assert leftovers(tmp_path) == [living]
     assert found["said"] == [

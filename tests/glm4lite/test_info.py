@@ -82,8 +82,11 @@ def test_info_gives_no_notices(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 def test_progress_reaches_the_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path)
     given: list[object] = []
-    monkeypatch.setattr(
-        "glm4lite.checkpoint.prepare.resolve", lambda source, progress=None, hub=None: given.append(progress) or folder
-    )
+
+    def resolve(source: str, progress: object = None, hub: object = None) -> Path:
+        given.append(progress)
+        return folder
+
+    monkeypatch.setattr("glm4lite.checkpoint.prepare.resolve", resolve)
     info.model_facts("org/name", given.append)
     assert given == [given.append]

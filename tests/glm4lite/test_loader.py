@@ -13,7 +13,7 @@ from glm4lite.base.errors import ContextLengthError
 from glm4lite.base.events import Progress
 from glm4lite.checkpoint import streaming
 from glm4lite.engine.engine import Engine
-from glm4lite.loading.planner import plan
+from glm4lite.loading.plan_report import plan
 from glm4lite.measure.info import model_facts
 from glm4lite.memory import system
 from glm4lite.memory.budget import Budget

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from glm4lite.base.errors import Glm4liteError
 from glm4lite.checkpoint.checkpoint import Checkpoint
-from glm4lite.loading.planner import plan
+from glm4lite.loading.plan_report import plan
 from glm4lite.pretrained.load import load
 from glm4lite.text.tokenizer import Tokenizer
 from tests.glm4lite.checkpoints import tiny_config, tiny_tensors, write_checkpoint

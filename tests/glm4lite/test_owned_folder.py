@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from glm4lite.base import owned_folder
-from glm4lite.base.owned_folder import OwnedFolder, remove_abandoned_temporary
+from glm4lite.base.owned_folder import LOCK, OwnedFolder, is_abandoned, remove_abandoned_temporary
 from glm4lite.tools.sandbox.process import run_python
 
-pytestmark = pytest.mark.skipif(owned_folder.fcntl is None, reason="no locks that end with their process")
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="no locks that end with their process")
 
 
 @pytest.fixture(autouse=True)
@@ -29,13 +28,16 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def killed(program: str, temporary: Path, pattern: str) -> Path:
-    """The folder that a Python program had made when it was killed."""
+    """What a Python program had made when it was killed, and no process that it had begun to start lives either."""
     process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
     deadline = time.monotonic() + 60
     while not (made := list(temporary.glob(pattern))) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    lock = made[0].parent / LOCK
+    while not is_abandoned(lock) and time.monotonic() < deadline:  # a child has the lock, too, until it is begun
+        time.sleep(0.01)
     return made[0]
 
 

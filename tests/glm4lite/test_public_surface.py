@@ -11,6 +11,7 @@ import difflib
 import inspect
 import json
 from collections.abc import Callable, Iterator
+from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from glm4lite import ChatSession, Completion, Engine, Glm4ForCausalLM, SamplingP
 from glm4lite.cli.app import add_commands, app
 
 RECORD = Path(__file__).with_name("public_surface.txt")
+KINDS: dict[Any, str] = {Parameter.KEYWORD_ONLY: " (by name)", Parameter.VAR_KEYWORD: " (others by name)"}
 SCHEMA = Path(__file__).parents[2] / "docs" / "events.schema.json"
 
 
@@ -30,9 +32,7 @@ def parameters(name: str, function: Callable[..., Any]) -> Iterator[str]:
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name == "self":
             continue
-        kind = {parameter.KEYWORD_ONLY: " (by name)", parameter.VAR_KEYWORD: " (others by name)"}.get(
-            parameter.kind, ""
-        )
+        kind = KINDS.get(parameter.kind, "")
         default = "" if parameter.default is parameter.empty else f" = {_value(parameter.default)}"
         yield f"{name}({parameter.name}){kind}{default}"
 
@@ -74,9 +74,9 @@ def surface() -> Iterator[str]:
         yield from fields(f"event {name}", schema)
 
 
-def _value(default: object) -> str:
+def _value(default: Any) -> str:
     if callable(default):
-        return default.__name__
+        return str(default.__name__)
     return json.dumps(default) if default is None or isinstance(default, str | bool | int) else repr(default)
 
 

@@ -19,7 +19,10 @@ from glm4lite.tools.python import python
 from glm4lite.tools.running import nobody_to_ask, run_tool
 from glm4lite.tools.sandbox.process import Limits, Outcome, run_python
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="the sandbox needs POSIX")
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="the sandbox needs POSIX"),
+    pytest.mark.usefixtures("missing"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +44,6 @@ def isolated(missing: tuple[str, ...]) -> None:
 def confined(missing: tuple[str, ...]) -> None:
     if "reading files" in missing:
         pytest.skip("no Landlock on this system")
-
-
-pytestmark = [pytestmark, pytest.mark.usefixtures("missing")]
 
 
 def run(code: str, seconds: float = 10, **limits: int) -> Outcome:

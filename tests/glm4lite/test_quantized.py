@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from glm4lite.base import owned_folder
 from glm4lite.base.errors import CheckpointError, ConfigError
 from glm4lite.base.events import Progress
 from glm4lite.checkpoint import partial, writer
@@ -249,7 +248,8 @@ def test_quant_and_destination_are_checked_before_the_source_is_looked_for(folde
         quantize_checkpoint("org/absent", tmp_path / "q", "int3")
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         quantize_checkpoint("org/absent", folder, "int4")
-    for wrong in ({"quant": "int3"}, {"dtype": "float16"}, {"device": "abacus"}):
+    choices: list[dict[str, Any]] = [{"quant": "int3"}, {"dtype": "float16"}, {"device": "abacus"}]
+    for wrong in choices:
         with pytest.raises(ConfigError, match=next(iter(wrong.values()))):
             load("org/absent", **wrong)
 
@@ -350,7 +350,7 @@ def test_under_nohup_a_closed_terminal_ends_nothing(folder: Path, tmp_path: Path
     assert (tmp_path / "q" / "config.json").exists()
 
 
-@pytest.mark.skipif(owned_folder.fcntl is None, reason="no locks that end with their process")
+@pytest.mark.skipif(os.name != "posix", reason="no locks that end with their process")
 def test_what_a_killed_run_left_is_removed_by_the_next(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

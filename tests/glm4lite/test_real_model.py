@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from glm4lite import Glm4ForCausalLM
-from glm4lite.base.events import TextDelta
+from glm4lite.base.events import Done, TextDelta
 from glm4lite.chat.session import ChatSession
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.hub.sources import nano_folder
@@ -56,13 +56,13 @@ def test_the_example_of_transformers_page_gives_its_text_with_another_import(
     transformers = pytest.importorskip("transformers")
     folder = nano_folder() if model == "nano" else request.getfixturevalue("smollm")
     theirs = {"nano": transformers.Glm4ForCausalLM, "smollm": transformers.GlmForCausalLM}[model]
-    texts = []
+    texts: list[str] = []
     for causal_lm, auto_tokenizer in ((Glm4ForCausalLM, Tokenizer), (theirs, transformers.AutoTokenizer)):
-        model = causal_lm.from_pretrained(folder, dtype=torch.float32)
+        made = causal_lm.from_pretrained(folder, dtype=torch.float32)
         tokenizer = auto_tokenizer.from_pretrained(folder)
         prompt = "Hey, are you conscious? Can you talk to me?"
         inputs = tokenizer(prompt, return_tensors="pt")
-        generate_ids = model.generate(inputs.input_ids, max_length=30, do_sample=False)
+        generate_ids = made.generate(inputs.input_ids, max_length=30, do_sample=False)
         texts += tokenizer.batch_decode(generate_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert texts[0] == texts[1]
     assert texts[0].startswith("Hey, are you conscious?")
@@ -75,6 +75,7 @@ def test_its_chat_answers_tokyo(smollm: Path, quant: str | None) -> None:
     events = list(session.send("What is the capital of Japan?"))
     text = "".join(event.text for event in events if isinstance(event, TextDelta))
     assert "Tokyo" in text
+    assert isinstance(events[-1], Done)
     assert events[-1].finish_reason == "stop"  # its own stop ids were obeyed
 
 

@@ -1,5 +1,7 @@
 """SamplingParams refuse what cannot be meant; the sampler obeys its filters and its seed."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from glm4lite.engine.sampling import Sampler, SamplingParams, _pick
 LOGITS = torch.tensor([1.0, 4.0, 3.9, -2.0, 0.5, 3.0])
 
 
-def draws(count: int = 200, **params: object) -> set[int]:
+def draws(count: int = 200, **params: Any) -> set[int]:
     sampler = Sampler(SamplingParams(**{"temperature": 1.0, "top_p": 1.0, "seed": 1, **params}))
     return {sampler(LOGITS, []) for _ in range(count)}
 
@@ -107,8 +109,9 @@ def test_the_same_seed_draws_the_same_ids() -> None:
     [("temperature", -1), ("top_p", 1.5), ("min_p", -0.1), ("repetition_penalty", 0), ("max_new_tokens", 0)],
 )
 def test_a_value_out_of_range_is_named(name: str, value: float) -> None:
+    wrong: dict[str, Any] = {name: value}
     with pytest.raises(SamplingError, match=rf"{name} must be a (whole )?number .* found {value}"):
-        SamplingParams(**{name: value})
+        SamplingParams(**wrong)
 
 
 @pytest.mark.parametrize(
@@ -123,8 +126,9 @@ def test_a_value_out_of_range_is_named(name: str, value: float) -> None:
     ],
 )
 def test_a_value_torch_could_not_take_is_refused(name: str, value: float) -> None:
+    wrong: dict[str, Any] = {name: value}
     with pytest.raises(SamplingError, match=name):
-        SamplingParams(**{name: value})
+        SamplingParams(**wrong)
 
 
 def test_a_tiny_temperature_is_nearly_greedy() -> None:
@@ -133,7 +137,7 @@ def test_a_tiny_temperature_is_nearly_greedy() -> None:
 
 def test_a_stop_text_that_is_not_in_a_list_is_refused() -> None:
     with pytest.raises(SamplingError, match="list of texts"):
-        SamplingParams(stop="abc")
+        SamplingParams(stop="abc")  # type: ignore[arg-type]
 
 
 def test_a_bad_generation_config_names_its_file() -> None:

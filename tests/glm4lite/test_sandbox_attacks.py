@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -397,7 +398,7 @@ class Outside:
             os.chown(path, owner, owner, follow_symlinks=False)
             if not path.is_symlink():
                 path.chmod(0o777)
-        identity = {"user": owner, "group": owner, "extra_groups": []} if os.geteuid() == 0 else {}
+        identity: dict[str, Any] = {"user": owner, "group": owner, "extra_groups": []} if os.geteuid() == 0 else {}
         self.victim = subprocess.Popen(["sleep", "100"], start_new_session=True, env={"SECRET": "x"}, **identity)
         self.segment = _libc.shmget(0, 4096, 0o1666)
         stack.callback(_libc.shmctl, self.segment, 0, None)

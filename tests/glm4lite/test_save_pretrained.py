@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 from glm4lite import Glm4Config, Glm4ForCausalLM, Glm4ForSequenceClassification, Glm4Model
 from glm4lite.base.errors import CheckpointError, ConfigError
-from glm4lite.checkpoint import replacing
 from glm4lite.checkpoint.shard import read_header
 from glm4lite.pretrained.load import load
 from glm4lite.pretrained.models import Glm4ForTokenClassification
@@ -117,6 +116,7 @@ def test_shards_are_no_larger_than_asked_for(folder: Path, tmp_path: Path) -> No
     for path in (tmp_path / "saved").glob("*.safetensors"):
         header = read_header(path)
         assert len(header) == 1 or sum(tensor.nbytes for tensor in header.values()) <= 40_000
+    wrong: Any
     for wrong in (0, "5 elephants", "5", 2.5, True):
         with pytest.raises(ConfigError, match=r"max_shard_size|is not a size|has no unit"):
             model.save_pretrained(tmp_path / "saved", max_shard_size=wrong)
@@ -301,7 +301,7 @@ def test_whatever_interrupts_the_exchange_leaves_the_old_files(
         for after in (False, True):
             steps = 0
             with monkeypatch.context() as patch:
-                patch.setattr(replacing.os, "replace", interrupted(at, after))
+                patch.setattr("glm4lite.checkpoint.replacing.os.replace", interrupted(at, after))
                 with pytest.raises((KeyboardInterrupt, CheckpointError)):
                     model.save_pretrained(folder)
             assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -403,7 +403,8 @@ def test_what_asks_for_nothing_else_is_taken(folder: Path, tmp_path: Path) -> No
     assert load(tmp_path / "saved")
     own = set(inspect.signature(transformers.PreTrainedModel.save_pretrained).parameters)
     for name in own - {"self", "kwargs", "save_directory", "is_main_process", "state_dict", "max_shard_size"}:
-        model.save_pretrained(tmp_path / "saved", is_main_process=False, **{name: None})
+        nothing: dict[str, Any] = {name: None}
+        model.save_pretrained(tmp_path / "saved", is_main_process=False, **nothing)
 
 
 def test_another_process_writes_nothing(folder: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,8 @@ def test_pattern_and_values_come_along() -> None:
 
 
 def test_what_is_no_sentence_is_refused() -> None:
-    for data in (None, 5, [], {}, {"said": 5}, {"said": "x", "values": []}, {"said": "x", "values": {"a b": 1}}):
+    wrong: list[Any] = [None, 5, [], {}, {"said": 5}, {"said": "x", "values": []}]
+    for data in (*wrong, {"said": "x", "values": {"a b": 1}}):
         with pytest.raises(ValueError, match="sentence"):
             Sentence.from_json(data)
     assert Sentence.from_json("{x}").to_json() == {"said": "{x}"}

@@ -19,6 +19,7 @@ from glm4lite.server.requests import ChatRequest
 from glm4lite.text.template import ChatTemplate
 from glm4lite.tools.builtin.tools import BUILTIN_TOOLS, calculator
 from glm4lite.tools.running import run_tool
+from tests.glm4lite.scripted import ScriptedModel
 from tests.glm4lite.served import Served, scripted, served
 
 TOOLS: Any = [tool.schema() for tool in BUILTIN_TOOLS]
@@ -170,7 +171,8 @@ def test_a_required_call_that_is_cut_is_a_call_with_its_length_said(nano: Served
 
 def test_the_lengths_limit_is_held_and_said(nano: Served) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
-        answer = nano.chat(**{name: 3})
+        limit: dict[str, Any] = {name: 3}
+        answer = nano.chat(**limit)
         assert answer.choices[0].finish_reason == "length"
         assert answer.usage.completion_tokens == 3
 
@@ -211,8 +213,11 @@ def test_without_a_limit_a_chat_takes_what_the_context_leaves_and_a_completion_1
     with served(scripted("word " * 400, "word " * 40, context=300)) as server:
         answer = server.chat()
         assert (answer.choices[0].finish_reason, answer.usage.total_tokens) == ("length", 300)
-        server.worker.engine.model.left.clear()  # type: ignore[operator, union-attr]
+        model: Any = server.worker.engine.model
+        assert isinstance(model, ScriptedModel)
+        model.left.clear()
         text = server.client.completions.create(model="nano", prompt="On")
+        assert text.usage is not None
         assert (text.choices[0].finish_reason, text.usage.completion_tokens) == ("length", 16)
 
 
@@ -295,7 +300,9 @@ def test_results_reach_the_model_in_the_order_of_the_calls() -> None:
     history += [{"role": "tool", "tool_call_id": at, "content": f"result {at}"} for at in reversed(ids)]
     with served(engine) as server:
         server.chat(messages=history, tools=TOOLS)
-    prompt = engine.tokenizer.text(engine.model.fed[0], keep_special=True)  # type: ignore[operator,union-attr]
+    model: Any = engine.model
+    assert isinstance(model, ScriptedModel)
+    prompt = engine.tokenizer.text(model.fed[0], keep_special=True)
     assert prompt.index("result call_a") < prompt.index("result call_b")
 
 

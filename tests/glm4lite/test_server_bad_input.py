@@ -203,7 +203,8 @@ def test_true_is_no_one_and_one_is_not_true(server: Served) -> None:
 @pytest.mark.parametrize("field", ["function_call", "audio", "prefix"])
 def test_what_a_message_says_in_unsupported_fields_is_not_lost_in_silence(server: Served, field: str) -> None:
     value = True if field == "prefix" else {"name": "a", "arguments": "{}"}
-    history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho", field: value}]
+    history: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
+    history.append({"role": "assistant", "content": "Ho", field: value})
     error = server.post(CHAT, {**HELLO, "messages": history}).json()["error"]
     assert error["param"] == f"messages[1].{field}"
     assert server.post(CHAT, {**HELLO, "messages": [{**history[1], field: None}]}).status_code == 200

@@ -214,7 +214,7 @@ def test_special_tokens_that_a_client_types_stay_text(nano: Served) -> None:
         seen["prompt"] = prompt
         return generate(prompt, *rest)
 
-    engine.generate = watching  # type: ignore[method-assign]
+    engine.generate = watching  # type: ignore[method-assign, assignment]
     try:
         call = {
             "id": "c",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -41,7 +41,7 @@ class Random(Speculation):
         super().__init__()
         self.answer, self.prompt, self.random = answer, prompt, random.Random(seed)
 
-    def find(self, last: list[int], count: int) -> tuple[list[int], int]:
+    def find(self, last: Sequence[int], count: int) -> tuple[list[int], int]:
         return [self.random.randrange(20, 400) for _ in range(count)], 24
 
     def length(self, agreed: int, most: int) -> int:

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from glm4lite.base.events import Done, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
+from glm4lite.base.events import Done, Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
 from glm4lite.cli.printable import printable
 from glm4lite.cli.terminal import JsonLines, Terminal
 
-TURN = [
+TURN: list[Event] = [
     Progress("prefill", 512, 1024, "tokens"),
     Progress("prefill", 1024, 1024, "tokens"),
     ThinkingDelta("Let me see"),
@@ -22,7 +22,7 @@ TURN = [
 
 
 def test_answers_go_to_stdout_and_the_rest_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    Terminal().show_all(iter(TURN))
+    Terminal().show_all(TURN)
     found = capsys.readouterr()
     assert found.out == "An answer\n"
     for text in ("Let me see", '"what": "[bold]x[/]', "Error: [red] 1:100:2", "the answer was cut"):
@@ -40,7 +40,7 @@ def test_control_characters_never_reach_the_terminal(
 
 @pytest.mark.parametrize("text", ["C:\\\\", "\\\\\\", "[/]", "[bold]\\[/]", "[link=http://x]y", ":smile:"])
 def test_no_text_is_markup(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    call = [ToolCallStarted("1", text, {"what": text}), ToolCallFinished("1", text, text, error=False)]
+    call: list[Event] = [ToolCallStarted("1", text, {"what": text}), ToolCallFinished("1", text, text, error=False)]
     Terminal().show_all(iter([*call, ThinkingDelta(text + "\n")]))
     started, finished, thought = capsys.readouterr().err.splitlines()
     assert started == text + "(" + json.dumps({"what": text}) + ")"

@@ -89,7 +89,7 @@ def test_transformers_streamers_print_with_it(
 ) -> None:
     chat = [{"role": "user", "content": "Hi"}]
     inputs = nano.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
-    options = {"max_new_tokens": 12, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
     ids = model.generate(**inputs, **options)
     answer = nano.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     streamer = transformers.TextStreamer(nano, skip_prompt=True, skip_special_tokens=True)

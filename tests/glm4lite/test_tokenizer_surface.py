@@ -63,7 +63,7 @@ def outcome(function: Any, *arguments: Any, **options: Any) -> Any:
 
 
 def options_of(draw: random.Random) -> dict[str, Any]:
-    chosen = {
+    chosen: dict[str, Any] = {
         "padding": draw.choice([True, False, "longest", "max_length", "do_not_pad"]),
         "truncation": draw.choice([True, False, None, "only_first", "longest_first", "do_not_truncate"]),
         "max_length": draw.choice([None, 0, 2, 3, 10, 20]),
@@ -110,7 +110,7 @@ def test_ids_masks_and_offsets_are_transformers_for_any_text_and_argument(pair: 
 
 def test_a_very_long_text_and_words_are_as_transformers_has_them(pair: tuple[Any, Tokenizer]) -> None:
     reference, ours = pair
-    text = "".join(random.Random(2).choices(PIECES, k=30_000))
+    text = "".join(random.Random(2).choices(PIECES, k=10_000))
     assert ours.encode(text) == reference.encode(text)
     assert values(ours(text, truncation=True, max_length=50)) == values(reference(text, truncation=True, max_length=50))
     for words in (["Hello", "world", "<|user|>"], [["a", "b"], ["c"]]):

@@ -183,7 +183,12 @@ def test_a_circular_result_is_an_error() -> None:
 
 def test_a_tool_that_takes_too_long_is_an_error() -> None:
     release, ended = threading.Event(), threading.Event()
-    declared = Tool("slow", "", {}, lambda: release.wait(60) or ended.set())
+
+    def slow() -> None:
+        release.wait(60)
+        ended.set()
+
+    declared = Tool("slow", "", {}, slow)
     result = run_tool(declared, call(declared), timeout_s=0.1)
     assert not ended.is_set()
     release.set()

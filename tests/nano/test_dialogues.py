@@ -13,7 +13,7 @@ from glm4lite.tools.running import run_tool
 from nano.dialogues import Dialogue, generate
 from nano.values import Values, is_reserved
 
-JSON_TYPES = {"string": str, "number": (int, float), "integer": int}
+JSON_TYPES: dict[str, type | tuple[type, ...]] = {"string": str, "number": (int, float), "integer": int}
 
 
 def _dialogues(count: int, held_out: bool = False) -> list[Dialogue]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import glm4lite.model.layers
+from glm4lite.model.attention import attend
 from nano import batches, train
 from nano.dialogues import generate
 from nano.export import model_config
@@ -24,7 +24,7 @@ PACKAGE = Path(__file__).parents[2] / "glm4lite" / "nano"
 @pytest.fixture(autouse=True)
 def attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training puts its own in the model's place, which other tests of this process must not find."""
-    monkeypatch.setattr(glm4lite.model.layers, "attend", glm4lite.model.layers.attend)
+    monkeypatch.setattr("glm4lite.model.layers.attend", attend)
 
 
 def test_a_chunk_is_reproducible_and_within_the_token_limit() -> None:

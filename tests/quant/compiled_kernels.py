@@ -68,25 +68,26 @@ def main() -> None:
             row = {"kernel": f"{name}, sm_{capability}", "shared": made.metadata.shared, "whole": 0}
             print(json.dumps(row | {"fits": made.metadata.shared <= LIMIT}), flush=True)
         for bits in (4, 8):
-            types, constants = dict(POINTERS), {"BITS": bits, "GROUP": 32}
+            types = dict(POINTERS)
+            constants: dict[str, Any] = {"BITS": bits, "GROUP": 32}
             types |= AFFINE if bits == 4 else {}
             constants |= {} if bits == 4 else dict.fromkeys(AFFINE)
             found: dict[str, Any] = {}
             for config in sorted(set(triton_gpu.GEMV.values()), key=repr):
                 own = constants | {"TOKENS": 1, "BLOCKS": 8 * config.warps, "WHOLE": False, "STAGES": config.stages}
-                for bias in ({"bias": None}, {}):
+                for bias in (dict.fromkeys(("bias",)), dict[str, None]()):
                     floats = types | {"x": "*bf16", "out": "*bf16", "bias": "*fp32"}
                     made = compiled(triton_kernels.gemv, capability, config.warps, 3, floats, own | bias)
                     found[f"gemv {config} {bias}"] = made
             four = constants | {"TOKENS": 4, "BLOCKS": 64, "WHOLE": True, "STAGES": 2, "bias": None}
             floats = types | {"x": "*fp32", "out": "*fp32"}
             found["gemv of four tokens, float32"] = compiled(triton_kernels.gemv, capability, 8, 3, floats, four)
-            for config in (triton_gpu.GEMM[0], triton_gpu.GEMM[-1]):
-                own = constants | {"TOKENS": config.tokens, "TILES": config.tiles, "BLOCKS": config.blocks}
+            for many in (triton_gpu.GEMM[0], triton_gpu.GEMM[-1]):
+                own = constants | {"TOKENS": many.tokens, "TILES": many.tiles, "BLOCKS": many.blocks}
                 own |= {"FACTOR": tl.bfloat16, "bias": None}
                 floats = types | {"x": "*bf16", "out": "*bf16"}
-                made = compiled(triton_kernels.gemm, capability, config.warps, config.stages, floats, own)
-                found[f"gemm {config}"] = made
+                made = compiled(triton_kernels.gemm, capability, many.warps, many.stages, floats, own)
+                found[f"gemm {many}"] = made
             own = constants | {"TILES": 1, "BLOCKS": 16}
             found["decode"] = compiled(triton_kernels.decode, capability, 4, 2, types | {"out": "*bf16"}, own)
             for name, made in found.items():

@@ -69,13 +69,15 @@ def test_no_two_threads_touch_the_same_memory(tmp_path: Path) -> None:
 
 
 # A processor that has both is the next test's.
+@pytest.mark.slow
 @pytest.mark.parametrize(("cpu", "isas"), [("neoverse-n1", ["neon"]), ("cortex-a53", [])])
 def test_an_arm_processor_gets_the_kernels_it_has(neon: Path, cpu: str, isas: list[str]) -> None:
     have = [isa for isa in ("neon", "neoni8mm") if subprocess.run(emulated(neon, cpu, isa, "threads")).returncode == 0]
     assert have == isas
 
 
-@pytest.mark.parametrize("isa", [pytest.param("scalar", marks=pytest.mark.slow), "neon", "neoni8mm"])
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["scalar", "neon", "neoni8mm"])
 def test_the_kernels_are_right_on_arm(neon: Path, isa: str) -> None:
     assert finished(*emulated(neon, "max", isa)).endswith("all right\n")
 

@@ -142,6 +142,7 @@ def test_it_multiplies_with_the_decoded_weight(
     shape: tuple[int, int], kernel: str, config: BnbConfig, dtype: torch.dtype
 ) -> None:
     made, x = layer(shape, config), values(2, 3, shape[1], seed=2).to(dtype)
+    assert made.bias is not None
     wanted = F.linear(x.double(), made.weight_tensor.dequantize(dtype).double(), made.bias.double())
     found = made(x)
     assert (made.kernel, found.dtype, found.shape) == (kernel, dtype, (2, 3, 80))

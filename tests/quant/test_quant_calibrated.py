@@ -38,7 +38,7 @@ def importance(k: int) -> Tensor:
 
 
 def quantized(w: Tensor, group: int, importance: Tensor | None = None) -> QuantTensor:
-    out = QuantTensor.empty(*w.shape, QuantConfig(4, group))
+    out = QuantTensor.empty(w.shape[0], w.shape[1], QuantConfig(4, group))
     out.quantize_rows(0, w, importance)
     return out
 

@@ -59,7 +59,8 @@ class Cache:
         return cls(keys, values, sizes if int8 else None)
 
     def view(self) -> CacheView:
-        return CacheView(self.keys, self.values, *(self.scales or (None, None)), self.length)
+        key_scale, value_scale = self.scales or (None, None)
+        return CacheView(self.keys, self.values, key_scale, value_scale, self.length)
 
     def read(self) -> tuple[Tensor, Tensor]:
         both = [self.keys.transpose(2, 3).flatten(1, 2).double(), self.values.double()]

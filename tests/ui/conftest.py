@@ -27,6 +27,13 @@ CHROMIUM = next((path for name in ("chromium", "chromium-browser") if (path := s
 # Without these Chromium looks for Google's hosts when it starts; --no-sandbox since CI runs as root.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync", "--no-first-run", "--disable-quic"]
+# Two pages of the address bar's own come with each window otherwise, and take as long as the page that is tested.
+# Of two such switches Chromium obeys the last: the others are Playwright's, as far as they matter here.
+FLAGS += [
+    "--disable-features=WebUIOmniboxPopup,WebUIOmniboxAimPopup,WebUIOmniboxFullPopup,"
+    "AvoidUnnecessaryBeforeUnloadCheckSync,DestroyProfileOnBrowserClose,HttpsUpgrades,MediaRouter,OptimizationHints,"
+    "PaintHolding,ThirdPartyStoragePartitioning"
+]
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +68,25 @@ class Site:
 Serve = Callable[..., Site]
 
 
+def started(engine: Engine, folder: Path, tools: Sequence[Tool] = BUILTIN_TOOLS, port: int = 0) -> Site:
+    runtime = Runtime(EngineWorker(engine), ChatStore(folder), tools)
+    listening = Address("127.0.0.1", port).listen()
+    server = Server(mount(create_app(runtime.worker, lambda: runtime.name), runtime))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.01)
+    return Site(url_of(listening), runtime, server, thread)
+
+
+@pytest.fixture(scope="module")
+def empty_site(nano: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """One page for all tests of a file that change nothing of it."""
+    site = started(nano, tmp_path_factory.mktemp("site") / "chats")
+    yield site
+    site.close()
+
+
 @pytest.fixture
 def serve(nano: Engine, tmp_path: Path) -> Iterator[Serve]:
     sites: list[Site] = []
@@ -71,14 +97,7 @@ def serve(nano: Engine, tmp_path: Path) -> Iterator[Serve]:
         folder: Path | None = None,
         port: int = 0,
     ) -> Site:
-        runtime = Runtime(EngineWorker(engine or nano), ChatStore(folder or tmp_path / "chats"), tools)
-        listening = Address("127.0.0.1", port).listen()
-        server = Server(mount(create_app(runtime.worker, lambda: runtime.name), runtime))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        while not server.started and thread.is_alive():
-            time.sleep(0.01)
-        sites.append(Site(url_of(listening), runtime, server, thread))
+        sites.append(started(engine or nano, folder or tmp_path / "chats", tools, port))
         return sites[-1]
 
     yield start

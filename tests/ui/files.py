@@ -12,7 +12,7 @@ _OTHER = "http://schemas.openxmlformats.org/markup-compatibility/2006"
 def pdf(*pages: str, extra: bytes = b"") -> bytes:
     """A PDF with these pages in Helvetica; `extra` goes into the dictionary of the first content stream."""
     objects = [b"<< /Type /Catalog /Pages 2 0 R >>", b"", b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"]
-    kids = []
+    kids: list[bytes] = []
     for text in pages:
         lines = b" T* ".join(b"(%s) Tj" % line.encode("latin-1") for line in text.split("\n"))
         objects.append(stream(b"BT /F1 12 Tf 14 TL 72 720 Td %s ET" % lines, extra if not kids else b""))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from glm4lite.base.sentences import Sentence
 from glm4lite.engine.engine import Engine
 from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 from glm4lite_ui.chats import Attachment, Chat, Counts, Part, Settings, Turn
@@ -53,12 +54,11 @@ TURNS = [
         ],
         Counts(10, 5, "length", 7.0, 3),
     ),
-    Turn("Fail", error="something went wrong", dropped=True),
+    Turn("Fail", error=Sentence("something went wrong"), dropped=True),
 ]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1440, "dark")])
 def test_axe_finds_nothing_serious(serve: Serve, visit: Callable[..., Any], width: int, scheme: str) -> None:
     site = serve(Engine.load("nano"), tools=[replace(tool, needs_approval=True) for tool in BUILTIN_TOOLS])
     site.runtime.preferences.keep_preset("Brief", Settings("Be brief."))

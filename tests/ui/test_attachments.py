@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from glm4lite.base.sentences import Sentence
 from glm4lite.engine.engine import Engine
 from glm4lite.engine.worker import EngineWorker
 from glm4lite_ui.attachments import Read, read, shown_name
@@ -275,7 +276,7 @@ def runtime(nano: Engine, tmp_path: Path) -> Iterator[Runtime]:
 
 def test_how_a_file_was_read_is_saved_with_the_message_and_the_model_reads_its_text(runtime: Runtime) -> None:
     attached = [runtime.attachment("a.txt", CHINESE.encode("gbk")), runtime.attachment("c.pdf", pdf("Hello"))]
-    assert attached[0] == Attachment("a.txt", CHINESE, runtime.count(CHINESE), "text", "GB18030")
+    assert attached[0] == Attachment("a.txt", CHINESE, runtime.count(CHINESE), "text", Sentence("GB18030"))
     assert attached[1] == Attachment("c.pdf", "Hello", runtime.count("Hello"), "PDF", pages=1)
     chat = runtime.open("0" * 16)
     turn = chat.ask("Read", attached)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from glm4lite.base.errors import Glm4liteError
+from glm4lite.base.sentences import Sentence
 from glm4lite_ui.chats import Attachment, Chat, ChatError, Part, Settings, Turn, read_chat
 from glm4lite_ui.export import as_json, write_archive
 from glm4lite_ui.saved import importing
@@ -151,7 +152,7 @@ def test_a_list_of_openais_messages_is_a_chat(tmp_path: Path) -> None:
 
 def own_chat() -> Chat:
     chat = Chat.of(
-        Turn("Hi", [Attachment("a.pdf", "text", 1, "PDF", "", 2)], [Part("thinking", 0, "Hm", seconds=1)]),
+        Turn("Hi", [Attachment("a.pdf", "text", 1, "PDF", Sentence(""), 2)], [Part("thinking", 0, "Hm", seconds=1)]),
         Turn("Und?", parts=[Part("call", 0, "888", "calculator", "{}", seconds=1), Part("text", 1, "Ü", seconds=1)]),
         title="Eigener / Titel", settings=Settings("Be brief.", temperature=0.5, always=["python"]), folder="Work",
     )  # fmt: skip
@@ -197,7 +198,8 @@ def test_what_cannot_be_taken_is_skipped_with_the_reason_and_the_rest_comes(tmp_
     )  # fmt: skip
     itself = chatgpt(("a", "a", "user", "x"), conversation_id="c4", title="itself")
     newer = json.loads(as_json(own_chat())) | {"format": 9}
-    odd = [5, None, [], {"title": "empty"}, {"mapping": {"a": 5, "b": {"message": {"author": 5, "content": []}}}}]
+    odd: list[Any] = [5, None, [], {"title": "empty"}]
+    odd.append({"mapping": {"a": 5, "b": {"message": {"author": 5, "content": []}}}})
     store, came = imported(tmp_path, [circle, partly, itself, newer, *odd, TALK])
     assert sorted(chat.title for chat in store.summaries()) == ["A talk", "partly"]
     reasons = dict(came.skipped)
@@ -208,7 +210,7 @@ def test_what_cannot_be_taken_is_skipped_with_the_reason_and_the_rest_comes(tmp_
     assert came.left_out["messages that follow each other in a circle"] == 5
 
 
-ODD = (None, 5, 1e400, "", "u1", [], {}, [[]], {"a": 1}, True, [1, "u1"], float("nan"), "\ud800")
+ODD: tuple[Any, ...] = (None, 5, 1e400, "", "u1", [], {}, [[]], {"a": 1}, True, [1, "u1"], float("nan"), "\ud800")
 
 
 def places(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -310,6 +312,7 @@ def test_a_full_disk_is_said_with_what_came(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(ChatStore, "save", until_full)
     _, came = imported(tmp_path, [TALK, TALK | {"conversation_id": "other"}])
     assert came.chats == saved
+    assert came.failure is not None
     assert "No space left" in came.failure
 
 

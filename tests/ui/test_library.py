@@ -214,7 +214,12 @@ def test_settings_typed_before_another_chat_is_opened_stay_with_theirs(serve: Se
     page.wait_for_selector(".said >> text=One")
     page.click("#chats >> text=Two")
     page.wait_for_selector(".said >> text=Two")
-    page.route("**/set", lambda route: (time.sleep(0.5), route.continue_()))  # a server that has other work
+
+    def late(route: Any) -> None:
+        time.sleep(0.5)  # a server that has other work
+        route.continue_()
+
+    page.route("**/set", late)
     page.click("#open-settings")
     page.fill("#system", "For two")
     page.go_back()

@@ -10,6 +10,7 @@ from urllib.parse import unquote
 import pytest
 from markdown_it import MarkdownIt
 
+from glm4lite.base.sentences import Sentence
 from glm4lite_ui.chats import Chat, Part, Turn
 from glm4lite_ui.export import as_markdown
 from glm4lite_ui.formulas import DISPLAY, INLINE, parser
@@ -186,7 +187,7 @@ def test_no_text_takes_long_and_none_is_left_out(text: str) -> None:
 def test_an_exported_chat_draws_nothing_but_its_own_folds(text: str) -> None:
     thought, call = Part("thinking", 0, f"{text}\n</details>"), Part("call", 0, text, text, text, seconds=1)
     parts = [thought, call, Part("text", 0, text), Part("text", 1, "![a] ![b]\n\n[b]: http://127.0.0.1:9/x")]
-    shown = as_markdown(Chat.of(Turn(text, parts=parts, error=text), title=text))
+    shown = as_markdown(Chat.of(Turn(text, parts=parts, error=Sentence(text)), title=text))
     folds = ("<details><summary>", "</details>", "<details>", "<summary>", "</summary>")
     assert not [one for one in drawn(COMMONMARK, shown) if not one.startswith(folds)]
 

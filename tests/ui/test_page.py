@@ -26,6 +26,7 @@ from glm4lite_ui.chats import Settings
 from glm4lite_ui.loading import Loading
 from glm4lite_ui.runtime import Runtime
 from glm4lite_ui.saved.store import ChatStore
+from tests.commands import python
 from tests.ui.acts import ask, delete_chat, shown, start_long_answer, wait_for_end
 from tests.ui.conftest import Serve
 from tests.ui.slow_model import slow_engine
@@ -127,7 +128,12 @@ def test_a_turn_is_deleted_and_the_last_question_changed_with_a_key(serve: Serve
         ask(page, question)
         wait_for_end(page)
     dialogs = list[str]()
-    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.accept()))
+
+    def accept(dialog: Any) -> None:
+        dialogs.append(dialog.message)
+        dialog.accept()
+
+    page.on("dialog", accept)
     page.get_by_label("Delete turn").first.click()
     page.wait_for_selector("text=888", state="detached")
     assert "cannot be brought back" in dialogs[0]
@@ -310,8 +316,8 @@ def test_what_is_done_in_one_window_is_seen_in_the_others(serve: Serve, visit: V
     new.fill("#title", "Products")
     new.press("#title", "Enter")
     old.wait_for_selector("#chats >> text=Products")
-    assert old.input_value("#title") == "Products"
-    assert old.title() == "Products · glm4lite"
+    old.wait_for_function("document.querySelector('#title').value === 'Products'")
+    old.wait_for_function("document.title === 'Products · glm4lite'")
 
 
 def test_always_for_this_chat_asks_once_and_can_be_taken_back(serve: Serve, visit: Visit) -> None:
@@ -453,7 +459,7 @@ def free_port() -> int:
 @contextmanager
 def running_page(port: int, folder: Path) -> Iterator[subprocess.Popen[str]]:
     """The page of a slow model in a process of its own."""
-    command = [sys.executable, "-m", "tests.ui.slow_model", str(port), str(folder)]
+    command = [*python(), "-m", "tests.ui.slow_model", str(port), str(folder)]
     with subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert "Open http" in process.stdout.readline()
@@ -600,27 +606,27 @@ ESCAPES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("escape", "scripts"),
-    [(escape, run) for escape in ESCAPES for run in (False, True) if "<script" in escape or not run],
-)
-def test_a_preview_reaches_nothing_over_http(
-    serve: Serve, visit: Visit, nano: Engine, escape: str, scripts: bool
-) -> None:
+@pytest.mark.parametrize("scripts", [False, True])
+def test_a_preview_reaches_nothing_over_http(serve: Serve, visit: Visit, nano: Engine, scripts: bool) -> None:
     with socket.create_server(("127.0.0.1", 0)) as elsewhere:
         there = f"http://127.0.0.1:{elsewhere.getsockname()[1]}"
-        site = serve(slow_engine(nano, "", seconds=0))
-        source = escape.format(there=there, here=site.url)
-        site.runtime.worker.engine = slow_engine(nano, f"```html\n<p>here</p>{source}\n```\n", seconds=0)
+        site = serve()
         page = visit(site.url)
-        ask(page, "Go")
-        wait_for_end(page)
-        page.get_by_label("Preview").click()
-        if scripts:
-            page.click("#run-scripts")
-        page.wait_for_timeout(400)
-        assert received(elsewhere) == b""
-        assert page.url.startswith(site.url)
+        for escape in (escape for escape in ESCAPES if "<script" in escape or not scripts):
+            source = escape.format(there=there, here=site.url)
+            site.runtime.worker.engine = slow_engine(nano, f"```html\n<p>here</p>{source}\n```\n", seconds=0)
+            page.click("#new-chat")
+            page.wait_for_selector("#greeting")
+            ask(page, "Go")
+            wait_for_end(page)
+            page.get_by_label("Preview").click()
+            if scripts:
+                page.click("#run-scripts")
+            page.wait_for_timeout(400)
+            assert received(elsewhere) == b"", escape
+            assert page.url.startswith(site.url), escape
+            assert len(page.context.pages) == 1, escape
+            page.locator("#pane .close").click()
     visit.errors.clear()  # type: ignore[attr-defined]  # what was refused is logged
 
 

@@ -72,7 +72,12 @@ def test_chats_are_read_once_not_each_time_the_list_is_drawn(tmp_path: Path, mon
     for number in range(5):
         store.save(chat_of(f"chat {number}"))
     load = store._load
-    monkeypatch.setattr(store, "_load", lambda chat_id: read.append(chat_id) or load(chat_id))
+
+    def noted(chat_id: str) -> tuple[Chat, bool]:
+        read.append(chat_id)
+        return load(chat_id)
+
+    monkeypatch.setattr(store, "_load", noted)
     for query in ("", "chat 3", "absent"):
         store.summaries(query)
     assert len(read) == 5

@@ -24,9 +24,9 @@ from glm4lite.tools.mcp_client import connection
 from glm4lite.tools.mcp_config import ServerConfig
 from glm4lite.tools.running import run_tool
 from glm4lite_ui.chats import Settings
-from glm4lite_ui.saved import store
 from glm4lite_ui.saved.servers import ServerFile
 from glm4lite_ui.servers import Servers, entry_of
+from tests.commands import forked
 from tests.glm4lite.test_mcp import BAD, GOOD, ended
 from tests.ui.acts import ask, wait_for_end
 from tests.ui.conftest import Serve, Site
@@ -55,6 +55,11 @@ def open_form(page: Any) -> None:
 def add(page: Any, name: str, command: str, **more: str) -> None:
     """Fills in the form and sends it."""
     open_form(page)
+    fill(page, name, command, **more)
+
+
+def fill(page: Any, name: str, command: str, **more: str) -> None:
+    """The same where it is open."""
     for field, text in {"name": name, "command": command, **more}.items():
         page.fill(f"#server-{field}", text)
     page.click("#add-server button[type=submit]")
@@ -121,31 +126,31 @@ def test_a_server_is_added_called_kept_over_a_restart_and_removed(serve: Serve, 
     assert [tool.name for tool in second.runtime.toolset.tools()] == ["calculator", "current_time", "unit_convert"]
 
 
-@pytest.mark.parametrize(
-    ("command", "problem"),
-    [
-        ("no-such-program --at-all", "there is no program 'no-such-program'"),
-        (shlex.join([sys.executable, "-c", "import sys; sys.exit('no token given')"]), "no token given"),
-        (line(BAD, "silent"), "did not answer within 1 s"),
-        (line(BAD, "bad-list"), "inputSchema"),
-        ("'unclosed", "the command line: No closing quotation"),
-        (" ", "needs a command line or an address"),
-    ],
-    ids=["not found", "ends", "silent", "no MCP", "quote", "empty"],
-)
+REFUSED = {
+    "no-such-program --at-all": "there is no program 'no-such-program'",
+    shlex.join([sys.executable, "-c", "import sys; sys.exit('no token given')"]): "no token given",
+    line(BAD, "silent"): "did not answer within 1 s",
+    line(BAD, "bad-list"): "inputSchema",
+    "'unclosed": "the command line: No closing quotation",
+    " ": "needs a command line or an address",
+}
+
+
 def test_a_server_that_cannot_be_added_is_said_in_the_form_and_not_kept(
-    serve: Serve, visit: Visit, monkeypatch: pytest.MonkeyPatch, command: str, problem: str
+    serve: Serve, visit: Visit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "START_LIMIT_S", 1.0 if "silent" in command else 30.0)
     site = serve()
     page = visit(site.url)
-    add(page, "new", command)
-    page.wait_for_selector(f'#add-problem:has-text("{problem}")')
-    assert page.input_value("#server-command") == command  # to be mended
-    assert page.is_enabled("#add-server button[type=submit]")
-    page.wait_for_selector('[data-origin="MCP server new"]', state="detached")
-    assert not site.runtime.toolset.servers.file.path.exists()
-    assert site.runtime.toolset.servers.all() == []
+    open_form(page)
+    for command, problem in REFUSED.items():
+        monkeypatch.setattr(connection, "START_LIMIT_S", 1.0 if "silent" in command else 30.0)
+        fill(page, "new", command)
+        page.wait_for_selector(f'#add-problem:has-text("{problem}")')
+        assert page.input_value("#server-command") == command  # to be mended
+        assert page.is_enabled("#add-server button[type=submit]")
+        page.wait_for_selector('[data-origin="MCP server new"]', state="detached")
+        assert not site.runtime.toolset.servers.file.path.exists()
+        assert site.runtime.toolset.servers.all() == []
     visit.errors.clear()  # type: ignore[attr-defined]  # Chromium logs each answer that is a refusal
 
 
@@ -330,7 +335,7 @@ def test_the_file_keeps_what_else_stands_in_it_and_a_crash_leaves_the_old_one(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store.os, "fsync", full)
+    monkeypatch.setattr("glm4lite_ui.saved.store.os.fsync", full)
     with pytest.raises(Glm4liteError, match="the MCP server could not be saved: No space left"):
         file.remove("old")
     assert json.loads(path.read_text()) == whole
@@ -380,7 +385,7 @@ def test_a_server_of_the_command_line_keeps_its_name(tmp_path: Path) -> None:
 def test_the_command_connects_what_lies_in_the_users_folder(tmp_path: Path, switch: tuple[str, ...]) -> None:
     file = ServerFile(tmp_path / "glm4lite" / "mcp.json")
     file.put("weather", entry(GOOD, "stdio"))
-    command = [sys.executable, "-m", "glm4lite", "ui", "--port", "0", "--chats", str(tmp_path / "chats"), *switch]
+    command = [*forked(), "ui", "--port", "0", "--chats", str(tmp_path / "chats"), *switch]
     environment = os.environ | {"XDG_DATA_HOME": str(tmp_path)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

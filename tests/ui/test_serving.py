@@ -19,6 +19,13 @@ from glm4lite_ui.chats import Chat, Turn
 from tests.ui.conftest import Serve, Site
 
 
+@pytest.fixture(scope="module")
+def asking(empty_site: Site) -> Iterator[httpx.Client]:
+    """Of the page that all tests share which change nothing."""
+    with httpx.Client(base_url=empty_site.url, trust_env=False) as client:
+        yield client
+
+
 @pytest.fixture
 def site(serve: Serve) -> Site:
     return serve()
@@ -30,8 +37,8 @@ def client(site: Site) -> Iterator[httpx.Client]:
         yield client
 
 
-def test_the_page_may_load_and_reach_only_itself(client: httpx.Client) -> None:
-    answer = client.get("/")
+def test_the_page_may_load_and_reach_only_itself(asking: httpx.Client) -> None:
+    answer = asking.get("/")
     assert answer.status_code == 200
     policy = answer.headers["content-security-policy"]
     for rule in ("default-src 'self'", "connect-src 'self'", "img-src 'self' data:", "frame-src 'none'"):
@@ -45,31 +52,31 @@ ROUTES = ["/", "/config", "/page/events?window=x", "/page/chats", "/page/static/
 
 
 @pytest.mark.parametrize("path", ROUTES)
-def test_a_rebound_name_is_refused_everywhere(client: httpx.Client, path: str) -> None:
-    assert client.get(path, headers={"Host": "evil.example"}).status_code == 403
+def test_a_rebound_name_is_refused_everywhere(asking: httpx.Client, path: str) -> None:
+    assert asking.get(path, headers={"Host": "evil.example"}).status_code == 403
 
 
 @pytest.mark.parametrize("path", ["/page/show", "/page/chats/0123456789abcdef/send", "/page/model/load", "/page/ack"])
-def test_a_foreign_page_cannot_post(client: httpx.Client, path: str) -> None:
+def test_a_foreign_page_cannot_post(asking: httpx.Client, path: str) -> None:
     for origin in ("http://evil.example", "null"):
-        assert client.post(path, json={"data": []}, headers={"Origin": origin}).status_code == 403
-    assert client.post(path, json={"data": []}, headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
+        assert asking.post(path, json={"data": []}, headers={"Origin": origin}).status_code == 403
+    assert asking.post(path, json={"data": []}, headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
 
 
-def test_a_foreign_page_cannot_upload_listen_or_send_a_form(client: httpx.Client, site: Site) -> None:
-    refused = client.post("/page/files?name=a.txt", content=b"text", headers={"Origin": "http://evil.example"})
+def test_a_foreign_page_cannot_upload_listen_or_send_a_form(asking: httpx.Client, empty_site: Site) -> None:
+    refused = asking.post("/page/files?name=a.txt", content=b"text", headers={"Origin": "http://evil.example"})
     assert refused.status_code == 403
-    stream = client.get("/page/events?window=x", headers={"Sec-Fetch-Site": "cross-site"})
+    stream = asking.get("/page/events?window=x", headers={"Sec-Fetch-Site": "cross-site"})
     assert stream.status_code == 403
     form = {"Content-Type": "text/plain"}  # what a page may send without asking first; a browser adds its Origin
-    sent = client.post("/page/chats/0123456789abcdef/send", content=b'{"text": "Hi"}', headers=form)
+    sent = asking.post("/page/chats/0123456789abcdef/send", content=b'{"text": "Hi"}', headers=form)
     assert sent.status_code == 422
-    assert site.runtime.store.summaries() == []
+    assert empty_site.runtime.store.summaries() == []
 
 
-def test_no_answer_of_the_pages_routes_is_a_page_or_may_be_shared(client: httpx.Client) -> None:
+def test_no_answer_of_the_pages_routes_is_a_page_or_may_be_shared(asking: httpx.Client) -> None:
     for path in ("/page/chats", "/page/model", "/page/static/page.js", "/page/chats/x/turns/y"):
-        answer = client.get(path)
+        answer = asking.get(path)
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["cross-origin-resource-policy"] == "same-origin"
         assert "default-src 'none'" in answer.headers["content-security-policy"]
@@ -89,14 +96,14 @@ def test_no_answer_of_the_pages_routes_is_a_page_or_may_be_shared(client: httpx.
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(
-    client: httpx.Client, site: Site, path: str, body: dict[str, object], problem: str
+    asking: httpx.Client, empty_site: Site, path: str, body: dict[str, object], problem: str
 ) -> None:
-    answer = client.post(path, json=body)
+    answer = asking.post(path, json=body)
     assert answer.status_code in (404, 409, 422)
     if problem:
         assert problem in Sentence.from_json(answer.json()["error"])
     assert "Traceback" not in answer.text
-    assert site.runtime.store.summaries() == []
+    assert empty_site.runtime.store.summaries() == []
 
 
 @pytest.mark.parametrize(
@@ -126,15 +133,15 @@ def test_what_cannot_be_done_is_said_in_a_line(
         "/export/0123456789abcdefx.md",
     ],
 )
-def test_no_file_and_no_page_of_gradios_own_is_served(client: httpx.Client, path: str) -> None:
-    answer = client.get(path)
+def test_no_file_and_no_page_of_gradios_own_is_served(asking: httpx.Client, path: str) -> None:
+    answer = asking.get(path)
     assert answer.status_code in (400, 403, 404)
     assert "root:" not in answer.text
 
 
-def test_none_of_gradios_own_calls_is_there(client: httpx.Client) -> None:
+def test_none_of_gradios_own_calls_is_there(asking: httpx.Client) -> None:
     for path in ("call/send", "api/send", "run/predict", "component_server", "queue/join", "upload", "cancel", "reset"):
-        assert client.post(f"/gradio_api/{path}", json={"data": []}).status_code in (404, 405)
+        assert asking.post(f"/gradio_api/{path}", json={"data": []}).status_code in (404, 405)
 
 
 def test_a_file_is_read_and_kept_nowhere(client: httpx.Client, site: Site) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from glm4lite.base.sentences import Sentence
 from glm4lite.chat.session import ChatSession
 from glm4lite.cli.chat import saved
 from glm4lite.cli.chat.conversation import Conversation, Source
@@ -59,7 +60,7 @@ def page_chat() -> Chat:
     other.parts = [Part("text", 0, "Other", seconds=1.0)]
     chat.show(first)
     failed = chat.ask("Failed")
-    failed.error = "It failed."
+    failed.error = Sentence("It failed.")
     last = chat.ask("And?")
     last.parts = [Part("text", 0, "Yes.", seconds=1.0)]
     return chat

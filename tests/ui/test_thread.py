@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from glm4lite.base.sentences import Sentence
 from glm4lite.engine.engine import Engine
 from glm4lite_ui.chats import Chat, Counts, Part, Turn
 from tests.ui.acts import ask, shown, start_long_answer, wait_for_end
@@ -255,7 +256,7 @@ def test_nothing_that_a_text_wrote_stands_on_the_page(serve: Serve, visit: Visit
         Turn(text, parts=[Part("thinking", 0, text, seconds=1), Part("text", 0, text, seconds=1)]) for text in texts
     ]
     turns[-1].parts.append(Part("call", 0, texts[0], f"`{FORM}`", '{"a": "``` <b>"}', seconds=1))
-    turns[-1].error = FORM
+    turns[-1].error = Sentence(FORM)
     page = visit(f"{site.url}/?chat={save(site, *turns, title=FORM).id}")
     for drawn in range(30, len(turns), 30):
         page.wait_for_function(f"document.querySelectorAll('.turn').length >= {drawn}")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from glm4lite.base.events import Done, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
+from glm4lite.base.sentences import Sentence
 from glm4lite.engine.engine import Engine
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.engine.worker import EngineWorker
@@ -83,7 +84,7 @@ def test_a_version_deep_in_another_branch_is_shown_with_the_way_to_it() -> None:
 def test_a_question_that_nothing_answered_is_not_kept_as_a_version() -> None:
     chat = conversation()
     failed = chat.ask("q4")
-    failed.error = "It failed."
+    failed.error = Sentence("It failed.")
     again = chat.another(failed)
     assert chat.versions(again) == [again]
     assert again.error is None

@@ -1,7 +1,7 @@
 """What a saved chat is: a tree of turns, of which one path is shown.
 
 A turn is what the user said and the parts of the answer in their order. Everything else is derived from the path: what
-the model reads (history.py), what the page shows (render.py), what is exported (export.py).
+the model reads (history.py), what the page shows (thread.py), what is exported (export.py).
 
     chat = Chat()
     asked = chat.ask("Hi")                 # a turn at the end of the path, to be answered (Runtime.answer)

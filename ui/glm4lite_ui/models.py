@@ -14,7 +14,7 @@ from glm4lite.base.sentences import Sentence
 from glm4lite.base.sizes import readable
 from glm4lite.hub.client import cached_models
 from glm4lite.hub.sources import NANO, locate
-from glm4lite.loading.planner import plan
+from glm4lite.loading.plan_report import plan
 from glm4lite.measure.inventory import devices, kernel_names
 from glm4lite.memory.budget import Budget
 from glm4lite_ui.loading import Loading

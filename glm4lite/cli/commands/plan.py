@@ -25,13 +25,13 @@ def plan(
 ) -> None:
     """Will it fit, and how fast will it be? Of a model that is not here only a few kilobytes are fetched."""
     from glm4lite.base.sizes import parse_size
-    from glm4lite.loading import planner
+    from glm4lite.loading import plan_report
     from glm4lite.memory.budget import Budget
 
     budget = Budget.of(gpu_memory, ram, context, kv)
     bandwidth = None if gpu_bandwidth is None else float(parse_size(gpu_bandwidth))
     options.use_threads(None)
-    report = planner.plan(model, quant, budget, bandwidth)
+    report = plan_report.plan(model, quant, budget, bandwidth)
     if not as_json:
         from glm4lite.cli.terminal import print_table
 

@@ -29,7 +29,7 @@ def quantize(
 ) -> None:
     """Write a pre-quantized checkpoint, which loads at once and needs no conversion."""
     from glm4lite.base.sizes import readable
-    from glm4lite.checkpoint.quantization import parse_quant
+    from glm4lite.checkpoint.quant_choice import parse_quant
     from glm4lite.checkpoint.quantize import quantize_checkpoint
     from glm4lite_quant import QuantConfig
 

@@ -1,1 +1,1 @@
-"""What the built-in tools do: arithmetic, time zones, units. Their declarations are in glm4lite.tools.tool."""
+"""What the built-in tools do: arithmetic, time zones, units. Their declarations are in tools.py."""

@@ -50,7 +50,7 @@ class Gemm:
 
 # (bits, N, K) of the 9B and the 32B. A tile of 4096 columns is 32 KiB of int4: eight warps have all of it on its way at
 # once, which 4096 rows need (two tiles on each of an H200's multiprocessors) and 27392 do not. Derived, not yet
-# measured: `python bench/gpu.py --tune` prints the fastest of all.
+# measured: `python -m bench.gpu --tune` prints the fastest of all.
 GEMV: Mapping[tuple[int, int, int], Gemv] = {
     (4, 4096, 4096): Gemv(8, 3),
     (4, 4096, 13696): Gemv(8, 3),

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from glm4lite.memory.resources import BUS_BLOCK_BYTES, BUS_BLOCKS, BUS_BUFFERS
-from glm4lite.model.cache import AwayCache, Cache, HomeCache
+from glm4lite.model.cache import Cache, HomeCache, StagedCache
 from glm4lite.model.layers import DecoderLayer, WeightStore
-from glm4lite.runtime.offload import shallow_clone
+from glm4lite.runtime.disk_offload import shallow_clone
 from glm4lite_quant import QuantLinear, QuantTensor
 from glm4lite_quant.format import NAMES
 
@@ -65,7 +65,7 @@ class PrefetchedStore:
             return
         clone = self._clone = self._clone or shallow_clone(layer)
         _materialize(clone, self.bus.weights(self._index), self.bus.dtype)
-        away = None if cache is None else AwayCache(cache)
+        away = None if cache is None else StagedCache(cache)
         yield clone, away
         self.bus.release(self._index, None if away is None else _Writeback(away, self.bus.device, layer.dtype))
 
@@ -225,7 +225,7 @@ class _Staging:
 class _Writeback:
     """Keys and values of a layer on their way into its cache in RAM."""
 
-    def __init__(self, cache: AwayCache, device: torch.device, dtype: torch.dtype | None) -> None:
+    def __init__(self, cache: StagedCache, device: torch.device, dtype: torch.dtype | None) -> None:
         """`dtype`: of the layer's activations at home; None: what is stored stays as it is."""
         self._home, self._length, self._dtype = cache.home, cache.home.length, dtype
         self._done: torch.cuda.Event | None = None

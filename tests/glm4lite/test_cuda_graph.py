@@ -21,8 +21,8 @@ from glm4lite import Glm4ForCausalLM, SamplingParams, load
 from glm4lite.base.errors import ConfigError
 from glm4lite.engine.decoding import Generation, PrefixCache
 from glm4lite.model.cache import LayerCache
-from glm4lite.runtime import graph
-from glm4lite.runtime.graph import StepGraphs
+from glm4lite.runtime import cuda_graph
+from glm4lite.runtime.cuda_graph import StepGraphs
 from glm4lite.runtime.runner import FastRunner
 from glm4lite_quant.kernels.picking import REFERENCE
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
@@ -55,7 +55,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """Recorded decoding on whatever device there is, with small steps of the cache."""
     made = Recorder()
     if not CUDA:
-        monkeypatch.setattr(graph, "record", made.record)
+        monkeypatch.setattr(cuda_graph, "record", made.record)
         monkeypatch.setattr("glm4lite_quant.kernels.gpu.problem", lambda name, device: "")
         monkeypatch.setattr(
             FastRunner,
@@ -63,7 +63,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
             lambda runner, layers, *rest: runner.graphs.run(layers, *rest) if len(layers) > 1 else None,
         )
         monkeypatch.setattr("glm4lite.model.cache.STEP", 16)
-        monkeypatch.setattr("glm4lite_quant.kernels.triton_step.PARTS", 4)  # the interpreter runs them in turn
+        monkeypatch.setattr("glm4lite_quant.kernels.triton_step.PARTS", 2)  # the interpreter runs them in turn
     monkeypatch.setattr("glm4lite.model.cache.GPU_STEP", 16)
     return made
 
@@ -90,8 +90,11 @@ def eagerly(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -> Any:
         return work()
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("9B", torch.float32), ("9B", torch.bfloat16), ("32B", torch.bfloat16), ("glm", torch.float32)],
+    ids=str,
+)
 def test_replayed_tokens_have_the_torch_codes_numbers(
     folders: dict[str, Path], recorder: Recorder, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
 ) -> None:
@@ -143,7 +146,7 @@ def test_two_conversations_in_turn_do_not_mix(
     def in_turn() -> list[Tensor]:
         with torch.inference_mode():
             caches, found = [model.new_cache() for _ in others], []
-            for at in range(4):
+            for at in range(3):
                 for ids, cache in zip(others, caches, strict=True):
                     found.append(model(ids[:, at : at + 1].to(DEVICE), past_key_values=cache).logits)
             return found
@@ -188,6 +191,7 @@ def test_where_nothing_can_be_recorded_the_reason_is_said_once(
         logits_of(model, [4, 1, 1])
     (said,) = caplog.records
     assert said.message.endswith("without a CUDA graph, which is slower: triton is not here")
+    assert isinstance(model.model.runner, FastRunner)
     assert model.model.runner.graphs.reason(model.model.layers[0]) == "triton is not here"
 
 
@@ -212,7 +216,7 @@ def test_it_can_be_switched_off(folders: dict[str, Path], recorder: Recorder, mo
     monkeypatch.setenv("GLM4LITE_GPU_DECODE", "eager")
     logits_of(model, [4, 1])
     assert recorder.recordings == 0
-    assert graph.status(torch.device(DEVICE)) == "eager: GLM4LITE_GPU_DECODE=eager is set"
+    assert cuda_graph.status(torch.device(DEVICE)) == "eager: GLM4LITE_GPU_DECODE=eager is set"
     monkeypatch.setenv("GLM4LITE_GPU_DECODE", "fast")
     with pytest.raises(ConfigError, match="GLM4LITE_GPU_DECODE is 'fast'; use graph or eager"):
         load(folders["9B"])

@@ -24,9 +24,10 @@ from glm4lite.loading.device_map import _bus
 from glm4lite.measure.inventory import devices, kernel_names
 from glm4lite.memory.resources import Machine, Placement, Share
 from glm4lite.memory.speed import prefetch_tokens
-from glm4lite.runtime import prefetch as crossing
+from glm4lite.model.cache import LayerCache
+from glm4lite.runtime import gpu_prefetch
 from glm4lite.runtime.fused import FusedLayers
-from glm4lite.runtime.prefetch import PrefetchedStore, Prefetcher, prefetch_long_prompts
+from glm4lite.runtime.gpu_prefetch import PrefetchedStore, Prefetcher, prefetch_long_prompts
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 
 LAYERS, THRESHOLD = 6, 4
@@ -106,7 +107,7 @@ def test_layers_on_disk_cross_too(folders: dict[str, Path], monkeypatch: pytest.
     monkeypatch.setattr("glm4lite.memory.placement.RING_BUFFERS", 0)
     resident, model = load(folders["int4"]), None
     whole = sum(held["weights"] for held in devices(resident).values())
-    for ram in range(whole + (1 << 20), 0, -8192):
+    for ram in range(whole + (1 << 20), 0, -(64 << 10)):
         model = load(folders["int4"], ram=ram, context=48, kv="float")
         if "disk" in devices(model):
             break
@@ -162,10 +163,10 @@ def test_without_pinned_memory_it_goes_on_and_says_so(
         return real(*args, **more)
 
     monkeypatch.setattr(torch, "empty", empty)
-    crossing._say_unpinned.cache_clear()
+    gpu_prefetch._say_unpinned.cache_clear()
     with caplog.at_level(logging.WARNING, "glm4lite"):
-        assert crossing._pinned(16).shape == (16,)
-        crossing._pinned(16)
+        assert gpu_prefetch._pinned(16).shape == (16,)
+        gpu_prefetch._pinned(16)
     (said,) = caplog.records
     assert said.message == (
         "no pinned memory can be had (CUDA error: out of host memory): weights cross the bus more slowly"
@@ -192,7 +193,10 @@ def test_what_a_gpu_computed_in_bfloat16_is_stored_in_the_layers_own_type(folder
         cache = model.model.new_cache(batch=2)
         model(both[:, :10], past_key_values=cache)
         model(both[:, 10:11], past_key_values=cache)  # by the CPU, in float32
-    assert {layer.keys.dtype for layer in cache.layers} == {torch.float32}
+    for stored in cache.layers:
+        assert isinstance(stored, LayerCache)
+        assert stored.keys is not None
+        assert stored.keys.dtype == torch.float32
 
 
 def test_a_model_that_is_let_go_is_gone_at_once(folders: dict[str, Path]) -> None:

@@ -11,7 +11,7 @@ from glm4lite.base.errors import ConfigError
 from glm4lite.base.sentences import Sentence
 from glm4lite.base.sizes import readable
 from glm4lite.checkpoint.checkpoint import Checkpoint
-from glm4lite.checkpoint.quantization import AUTO, parse_quant
+from glm4lite.checkpoint.quant_choice import AUTO, parse_quant
 from glm4lite.loading.proposals import Attempt, Changes, Proposal, proposals, smaller_quants
 from glm4lite.loading.requirements import headers, requirements_of
 from glm4lite.memory import machine as machines

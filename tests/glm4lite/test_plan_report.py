@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
@@ -15,7 +16,7 @@ import pytest
 from glm4lite.base.errors import CheckpointError, ConfigError, Glm4liteError
 from glm4lite.base.sizes import enough, parse_size
 from glm4lite.checkpoint.quantize import quantize_checkpoint
-from glm4lite.loading.planner import PlacementReport, plan
+from glm4lite.loading.plan_report import PlacementReport, plan
 from glm4lite.loading.proposals import Proposal
 from glm4lite.loading.requirements import headers, imagined, requirements_of
 from glm4lite.memory import machine
@@ -127,7 +128,12 @@ def test_the_disk_is_measured_where_layers_lie_on_it(
 ) -> None:
     folder = quantize_checkpoint(write_checkpoint(tmp_path / "tiny"), tmp_path / "int4", "int4")
     asked: list[Path] = []
-    monkeypatch.setattr(machine, "disk_bandwidth", lambda file: asked.append(file) or 5e9)
+
+    def bandwidth(file: Path) -> float:
+        asked.append(file)
+        return 5e9
+
+    monkeypatch.setattr(machine, "disk_bandwidth", bandwidth)
     monkeypatch.setattr(
         "glm4lite.memory.placement.RING_BUFFERS", 0
     )  # of two tiny layers, three would be more than both
@@ -204,14 +210,16 @@ def test_every_proposal_makes_it_fit_and_a_little_less_does_not(
     assert found.proposals
     assert [text for name, text in found.lines() if name == "would fit"] == [one.said() for one in found.proposals]
 
-    monkeypatch.setattr("glm4lite.loading.planner._proposals", lambda *_: ())  # nobody asks for proposals of proposals
+    monkeypatch.setattr("glm4lite.loading.plan_report._proposals", lambda *_: ())  # one level is enough
+    monkeypatch.setattr("glm4lite.loading.plan_report.headers", functools.cache(headers))  # the same few each time
+    monkeypatch.setattr("glm4lite.loading.plan_report.requirements_of", functools.cache(requirements_of))
 
     def applied(proposal: Proposal, **less: Any) -> PlacementReport:
         changes = {"quant": quant, **asdict(budget), **proposal.changes, **less}
         asked, model = changes.pop("quant"), folder
         if proposal.quantize_first is not None:
             stored = QuantConfig(int(proposal.quantize_first.removeprefix("int"))).to_dict()
-            asked, model = None, bare(tmp_path / "stored", config | {"quantization_config": stored})
+            asked, model = None, bare(tmp_path / proposal.quantize_first, config | {"quantization_config": stored})
         return plan(model, asked, Budget.of(**changes))
 
     for proposal in found.proposals:
