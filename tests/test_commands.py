@@ -87,6 +87,7 @@ def test_only_what_would_start_alike_is_forked() -> None:
     start = python()
     assert preloaded(start)
     assert preloaded(start, HF_HUB_OFFLINE="1", TERM="dumb", HOME="/")
+    assert preloaded(start, GRADIO_SHARE="False", TORCHINDUCTOR_CACHE_DIR="/tmp/x")  # as libraries set them
     assert not preloaded(start, "-O")
     assert not preloaded(start, PYTHONHASHSEED="0")
     assert not preloaded(start, LC_ALL="C")

@@ -21,10 +21,11 @@ from typing import TextIO
 
 from tests.commands.client import limits as own_limits
 
-# Read where they are used. With another value of any other variable a command is begun anew: that may be one which
-# Python, C or a library reads while it starts.
+# Read where they are used, or set by a library that the tests imported (torch, gradio). With another value
+# of any other variable a command is begun anew: that may be one which Python, C or a library reads while it starts.
 READ_LATE = re.compile(
-    "HOME|TERM|COLUMNS|LINES|TMPDIR|PWD|OLDPWD|SHLVL|_|PYTEST_.*|TRANSFORMERS_OFFLINE|.*_PROXY|(GLM4LITE|HF|XDG)_.*",
+    "HOME|TERM|COLUMNS|LINES|TMPDIR|PWD|OLDPWD|SHLVL|_|PYTEST_.*|TRANSFORMERS_OFFLINE|.*_PROXY|(GLM4LITE|HF|XDG)_.*"
+    "|_?TORCHINDUCTOR_.*|GRADIO_.*",
     re.IGNORECASE,
 )
 
