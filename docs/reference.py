@@ -24,6 +24,7 @@ MODULES = (
     "glm4lite.pretrained.generation.loop",
     "glm4lite.model.outputs",
     "glm4lite.pretrained.transformers_names",
+    "glm4lite.engine.speculation",
     "glm4lite.engine.worker",
     "glm4lite.base.errors",
     "glm4lite.base.extras",
