@@ -15,7 +15,7 @@ import torch
 
 from glm4lite.base.errors import ContextLengthError, DeviceError
 from glm4lite.engine.sampling import Sampler, SamplingParams
-from glm4lite.engine.speculation import Drafts, Speculation
+from glm4lite.engine.speculation import MOST, Drafts, Speculation
 from glm4lite.model.causal_lm import CausalLM
 from glm4lite.runtime.out_of_memory import ran_out
 
@@ -187,8 +187,8 @@ class Generation:
             self.cache.ids += ids
             self.drafts.accepted += 1
             return
-        room = min(self.limit - len(self.ids), self.model.context - len(self.cache.ids) - len(ids)) - 1
-        draft = self.drafts.next(room)
+        left = min(self.limit - len(self.ids), self.model.context - len(self.cache.ids) - len(ids)) - 1
+        draft = self.drafts.next(min(left, MOST + 1 - len(ids)))  # ids that were put in take rows of the step, too
         self._began, self._rows = time.perf_counter(), len(ids) + len(draft)
         self._forward(ids, draft)
 

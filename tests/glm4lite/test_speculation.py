@@ -116,6 +116,19 @@ def test_fewer_steps_are_made_where_an_answer_repeats_what_was_said(
     assert len(rows) < 0.6 * len(answered)
 
 
+def test_ids_that_are_put_in_and_guesses_make_no_more_rows_than_a_step_has(engine: Engine) -> None:
+    prompt = engine.tokenizer.ids("one two three four five six seven " * 12)
+    answers, rows = [], list[int]()
+    hook = engine.model.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
+    for speculation in (None, Eager()):
+        answered, drawn = generation(engine, prompt, GREEDY, speculation), iter(range(100))
+        answered.replacement = lambda _, drawn=drawn: prompt[:5] if next(drawn) % 4 == 3 else []
+        answers.append(list(answered))
+    hook.remove()
+    assert answers[0] == answers[1]
+    assert max(count for count in rows if count < len(prompt) - 1) <= MOST + 1
+
+
 def test_a_limit_and_the_end_of_the_context_are_kept(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = engine.tokenizer.ids("again and again and again and again and again and")
     for count in range(1, 12):

@@ -164,9 +164,6 @@ class Answer:
     def start(self) -> None:
         self._thread.start()
 
-    def is_watched_by(self, window: str) -> bool:
-        return window in self._windows
-
     @contextmanager
     def watched_by(self, window: str) -> Iterator[None]:
         """For as long as a window is open. Some seconds after the last one was closed, the answer stops."""
