@@ -1,4 +1,4 @@
-"""quant/wheels.py: what it refuses of a wheel. That it makes them, and that their kernels are right, .ci/run --wheels shows."""
+"""What quant/wheels.py refuses. That it makes wheels, and their kernels are right, `.ci/run --wheels` shows."""
 
 from __future__ import annotations
 
