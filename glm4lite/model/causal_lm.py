@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from glm4lite.model.cache import (
 from glm4lite.model.config import Glm4Config
 from glm4lite.model.inputs import keep_problem, labels_problem
 from glm4lite.model.outputs import CausalLMOutputWithPast
+from glm4lite.model.step import Span
 from glm4lite.model.trunk import ModelWithTrunk, draw
 
 
@@ -40,6 +42,21 @@ class CausalLM(ModelWithTrunk):
     def chunk(self) -> int:
         """Tokens of a prompt in one forward pass."""
         return self.model.chunk
+
+    @torch.inference_mode()
+    def step(self, spans: Sequence[Span]) -> list[Tensor]:
+        """Computes new ids of several sequences: logits float32 [kept, vocabulary] of each, in order.
+
+        Each span's cache is extended in place; after an error layers may hold differently many of the new ids
+        (`KVCache.truncate`). `Trunk.interrupt` is honoured between layers.
+        """
+        return [self._logits_of(span) for span in spans]
+
+    def _logits_of(self, span: Span) -> Tensor:
+        ids = torch.tensor([span.ids], device=self.device)
+        states = self.model(ids, past_key_values=span.cache, use_cache=True, return_dict=True).last_hidden_state
+        logits: Tensor = self.lm_head(states[0, len(span.ids) - span.kept :])
+        return logits.float()
 
     def forward(
         self,
