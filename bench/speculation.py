@@ -85,7 +85,7 @@ def rows(path: str, rounds: int, ram: str | None) -> None:
 def answers(path: str, costs: Sequence[float]) -> None:
     from glm4lite.chat.session import ChatSession
     from glm4lite.engine.engine import Engine
-    from glm4lite.engine.speculation import Costs, Speculation
+    from glm4lite.engine.scheduler.speculation import Costs, Speculation
 
     class Given(Costs):
         def of(self, rows: int) -> float:
@@ -94,8 +94,8 @@ def answers(path: str, costs: Sequence[float]) -> None:
     engine = Engine.load(path, quant="int8", device="cpu")
     for name, question in QUESTIONS.items():
         for temperature in (0.0, 0.7):
-            engine.speculation = Speculation()
-            engine.speculation.costs = Given()
+            engine.scheduler.speculation = Speculation()
+            engine.scheduler.speculation.costs = Given()
             steps: list[int] = []
             hook = engine.model.register_forward_pre_hook(lambda _, inputs, seen=steps: seen.append(inputs[0].shape[1]))
             params = engine.params(temperature=temperature, max_new_tokens=256, seed=1)
@@ -115,7 +115,7 @@ def replay(path: str, right: float, ram: str | None, rounds: int) -> None:
     from glm4lite.engine.decoding import Generation
     from glm4lite.engine.engine import Engine
     from glm4lite.engine.sampling import SamplingParams
-    from glm4lite.engine.speculation import Speculation
+    from glm4lite.engine.scheduler.speculation import Speculation
 
     engine = Engine.load(path, device="cpu", ram=ram)
     prompt = random.Random(0).choices(range(20, 5000), k=128)

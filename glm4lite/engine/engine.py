@@ -17,10 +17,10 @@ from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.engine.decoding import Generation
 from glm4lite.engine.prefix_pool import PrefixPool
 from glm4lite.engine.sampling import SamplingParams
+from glm4lite.engine.scheduler import PARALLEL, Scheduler
 from glm4lite.engine.speculation import MOST, Speculation, longest_guess
 from glm4lite.engine.stop_ids import stop_ids
 from glm4lite.engine.thinking_budget import ThinkingBudget
-from glm4lite.model.cache import STEP
 from glm4lite.model.causal_lm import CausalLM
 from glm4lite.model.layers import DecoderLayer
 from glm4lite.text.stop_strings import StopStrings
@@ -51,18 +51,18 @@ class Engine:
         session, other = ChatSession(engine), ChatSession(engine, system="Answer in one word.")
 
     What was computed for the last prompts is kept in `prefixes`, whoever asked; `totals` counts all that was generated.
-    For one thread at a time.
+    Up to `parallel` answers are computed together by `scheduler`, whichever threads they are read in.
     """
 
     model: Glm4ForCausalLM
     tokenizer: Tokenizer
     template: ChatTemplate | None = None
     generation_config: dict[str, Any] = field(default_factory=dict)
+    parallel: int = PARALLEL
 
     def __post_init__(self) -> None:
-        self.prefixes = PrefixPool(self.model)
+        self.scheduler = Scheduler(self.model, PrefixPool(self.model), self.parallel)
         self.totals = Totals()
-        self.speculation: Speculation | None = None
 
     def speculate(self, how: str | int = "auto") -> None:
         """Whether ids are guessed and verified together (see `glm4lite.engine.speculation`): "off"; the most ids of a
@@ -73,7 +73,18 @@ class Engine:
         Raises ConfigError for anything else.
         """
         most = longest_guess(how, MOST if _computed_natively(self.model) else 0)
-        self.speculation = Speculation(most) if most else None
+        self.scheduler.speculation = Speculation(most) if most else None
+
+    @property
+    def prefixes(self) -> PrefixPool:
+        """What was computed for the last prompts."""
+        if (pool := self.scheduler.prefixes) is None:
+            raise NoModel
+        return pool
+
+    @prefixes.setter
+    def prefixes(self, pool: PrefixPool) -> None:
+        self.scheduler.prefixes = pool
 
     @classmethod
     def load(
@@ -146,7 +157,7 @@ class Engine:
         from glm4lite.memory.system import give_back
 
         if self.loaded:
-            del self.model, self.prefixes
+            del self.model, self.scheduler
             give_back()
 
     @property
@@ -157,7 +168,7 @@ class Engine:
     if not TYPE_CHECKING:  # a checker would take any name for an attribute
 
         def __getattr__(self, name: str) -> Any:
-            if name in ("model", "prefixes"):
+            if name in ("model", "scheduler", "prefixes"):
                 raise NoModel
             raise AttributeError(f"an Engine has no {name!r}")
 
@@ -175,16 +186,22 @@ class Engine:
         params: SamplingParams,
         cancel: threading.Event | None = None,
     ) -> Generation:
-        """A Generation with this model's stop ids, on the kept prefix that suits it; `pieces` gives that back.
+        """A Generation with this model's stop ids, which begins over the kept prefix that suits it.
 
         A thought that reaches `params.thinking_budget` is ended. Ids the tokenizer does not know are never drawn.
         Raises ContextLengthError.
         """
         stops = stop_ids(self.model.config, self.generation_config, self.tokenizer)
         generation = Generation(
-            self.model, prompt, params, stops, self.tokenizer.size, cancel=cancel, speculation=self.speculation
+            self.model,
+            prompt,
+            params,
+            stops,
+            self.tokenizer.size,
+            cancel=cancel,
+            speculation=self.scheduler.speculation,
+            scheduler=self.scheduler,
         )
-        generation.cache = self.prefixes.take(prompt)
         if params.thinking_budget is not None:
             generation.replacement = ThinkingBudget(self.tokenizer, prompt, params.thinking_budget)
         return generation
@@ -199,23 +216,16 @@ class Engine:
                 if total > self.model.chunk:
                     yield Progress("prefill", done, total, "tokens")
         except BaseException:
-            self.prefixes.give(generation.cache)
+            generation.close()
             raise
 
     def pieces(self, generation: Generation) -> Iterator[str | None]:
         """The output as text as it comes, cut at stop texts; None where the separator token stood."""
-        ids, room = generation.cache.ids, 0
         try:
-            for piece in self._pieces(generation):
-                if len(ids) > room:  # before the cache grows
-                    room = len(ids) + STEP
-                    self.prefixes.make_room(self.prefixes.bytes_of(room))
-                yield piece
+            yield from self._pieces(generation)
         finally:
-            self.prefixes.give(generation.cache)
+            generation.close()
             self.totals.add(generation)
-            if generation.drafts is not None:
-                generation.drafts.done()
 
     def _pieces(self, generation: Generation) -> Iterator[str | None]:
         stops, detokenizer = StopStrings(generation.params.stop), StreamingDetokenizer(self.tokenizer)
@@ -276,15 +286,17 @@ class Totals:
         self.prefilled_tokens = 0
         self.seconds = 0.0
         self.drafted_tokens = self.accepted_tokens = 0
+        self._lock = threading.Lock()  # answers end in threads of their own
 
     def add(self, generation: Generation) -> None:
-        self.new_tokens += generation.new_tokens
-        self.prefilled_tokens += generation.prefilled_tokens
-        self.seconds += generation.seconds
-        self.prompt_tokens += len(generation.prompt)
-        if generation.drafts is not None:
-            self.drafted_tokens += generation.drafts.drafted
-            self.accepted_tokens += generation.drafts.accepted
+        with self._lock:
+            self.new_tokens += generation.new_tokens
+            self.prefilled_tokens += generation.prefilled_tokens
+            self.seconds += generation.seconds
+            self.prompt_tokens += len(generation.prompt)
+            if generation.drafts is not None:
+                self.drafted_tokens += generation.drafts.drafted
+                self.accepted_tokens += generation.drafts.accepted
 
     def done(self, last: Generation, finish_reason: str | None = None) -> Done:
         """The turn's last event; prompt_tokens is the length of the last prompt."""

@@ -139,16 +139,20 @@ class Speculation:
                 self._answers.popleft()
             self._former = Lookup([token for kept in self._answers for token in kept])
 
-    def length(self, agreed: int, most: int) -> int:
-        """How many guessed ids to compute together with the certain one, at most `most`; 0: it does not pay."""
-        odds = self.odds.of(agreed)
+    def length(self, agreed: int, most: int, sequences: int = 1, rows: int = 1) -> int:
+        """How many guessed ids to compute together with the certain ones, at most `most`; 0: it does not pay.
+
+        `sequences`, `rows`: of the step without the guess; what a guess costs is paid by all in the step.
+        """
+        odds, alone = self.odds.of(agreed), self.costs.of(rows)
         best, gain = 0, _GAIN
-        expected = chance = 1.0
+        expected, chance = float(sequences), 1.0
         for count in range(1, most + 1):
             chance *= odds
             expected += chance
-            if expected / self.costs.of(count + 1) > gain:
-                best, gain = count, expected / self.costs.of(count + 1)
+            gained = expected / sequences * alone / self.costs.of(rows + count)
+            if gained > gain:
+                best, gain = count, gained
         return best
 
 
@@ -170,8 +174,11 @@ class Drafts:
             self._guess = (guess[1:], agreed) if guess[0] == token else ([], 0)
         self._lookup.extend((token,))
 
-    def next(self, room: int) -> list[int]:
-        """The ids to compute behind the last one, at most `room`; none where nothing is likely enough."""
+    def next(self, room: int, sequences: int = 1, rows: int = 1) -> list[int]:
+        """The ids to compute behind the last one, at most `room`; none where nothing is likely enough.
+
+        `sequences`, `rows`: of the step they come into.
+        """
         speculation, last = self._speculation, self._lookup.ids[-_LONGEST:]
         most = max(0, min(room, speculation.most))
         guess = max(
@@ -179,13 +186,9 @@ class Drafts:
             key=lambda found: found[1],
         )
         self._guess = guess
-        count = speculation.length(guess[1], min(most, len(guess[0]))) if guess[0] else 0
+        count = speculation.length(guess[1], min(most, len(guess[0])), sequences, rows) if guess[0] else 0
         self.drafted += count
         return guess[0][:count]
-
-    def measured(self, rows: int, seconds: float) -> None:
-        """A step of so many ids took so long."""
-        self._speculation.costs.add(rows, seconds)
 
     def done(self) -> None:
         """The answer is at its end."""
