@@ -85,7 +85,7 @@ def rows(path: str, rounds: int, ram: str | None) -> None:
 def answers(path: str, costs: Sequence[float]) -> None:
     from glm4lite.chat.session import ChatSession
     from glm4lite.engine.engine import Engine
-    from glm4lite.engine.scheduler.speculation import Costs, Speculation
+    from glm4lite.engine.speculation import Costs, Speculation
 
     class Given(Costs):
         def of(self, rows: int) -> float:
@@ -115,7 +115,7 @@ def replay(path: str, right: float, ram: str | None, rounds: int) -> None:
     from glm4lite.engine.decoding import Generation
     from glm4lite.engine.engine import Engine
     from glm4lite.engine.sampling import SamplingParams
-    from glm4lite.engine.scheduler.speculation import Speculation
+    from glm4lite.engine.speculation import Speculation
 
     engine = Engine.load(path, device="cpu", ram=ram)
     prompt = random.Random(0).choices(range(20, 5000), k=128)

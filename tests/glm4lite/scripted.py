@@ -49,7 +49,9 @@ class ScriptedModel(nn.Module):
         return logits
 
 
-def scripted_engine(tokenizer: Tokenizer, template: ChatTemplate, replies: list[str], context: int = 4096) -> Engine:
+def scripted_engine(
+    tokenizer: Tokenizer, template: ChatTemplate, replies: list[str], context: int = 4096, parallel: int = 1
+) -> Engine:
     """An Engine whose model gives `replies` in turn, greedily."""
     model: Any = ScriptedModel(tokenizer, replies, context)
-    return Engine(model, tokenizer, template, {"do_sample": False})
+    return Engine(model, tokenizer, template, {"do_sample": False}, parallel)

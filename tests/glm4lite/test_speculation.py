@@ -14,7 +14,7 @@ from glm4lite.base.errors import ConfigError
 from glm4lite.engine.decoding import Generation
 from glm4lite.engine.engine import Engine
 from glm4lite.engine.sampling import SamplingParams
-from glm4lite.engine.scheduler.speculation import MOST, Costs, Drafts, Lookup, Odds, Speculation
+from glm4lite.engine.speculation import MOST, Costs, Drafts, Lookup, Odds, Speculation
 from glm4lite.model.step import Span
 from glm4lite_quant.kernels import native
 
@@ -234,10 +234,10 @@ def test_what_cannot_be_asked_for_is_refused(engine: Engine, how: str | int) -> 
 def test_guesses_are_made_by_themselves_only_where_bits_stay_the_same() -> None:
     assert Engine.load("nano", quant="int8", device="cpu").scheduler.speculation is not None
     plain = Engine.load("nano", quant="none", device="cpu")
-    assert plain.speculation is None
+    assert plain.scheduler.speculation is None
     plain.speculate(4)
-    assert plain.speculation is not None
-    assert plain.speculation.most == 4
+    assert plain.scheduler.speculation is not None
+    assert plain.scheduler.speculation.most == 4
 
 
 @pytest.mark.parametrize("rows", [2, 5, 8])
