@@ -102,6 +102,10 @@ Speculate = Annotated[
         autocompletion=_among("auto", "off"),
     ),
 ]
+Parallel = Annotated[
+    int | None,
+    typer.Option(min=1, max=64, help="Answers computed at once.", show_default="4 on a CPU, 1 with a GPU"),
+]
 JsonObject = Annotated[bool, typer.Option("--json", help="Stdout is one JSON object.")]
 
 

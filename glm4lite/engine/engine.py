@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from glm4lite.base.errors import CheckpointError, NoModel, TemplateError
+from glm4lite.base.errors import CheckpointError, ConfigError, NoModel, TemplateError
 from glm4lite.base.events import Done, Progress
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.engine.decoding import Generation
@@ -23,6 +25,7 @@ from glm4lite.engine.stop_ids import stop_ids
 from glm4lite.engine.thinking_budget import ThinkingBudget
 from glm4lite.model.causal_lm import CausalLM
 from glm4lite.model.layers import DecoderLayer
+from glm4lite.text.messages import Message
 from glm4lite.text.stop_strings import StopStrings
 from glm4lite.text.template import ChatTemplate
 from glm4lite.text.tokenization.streaming import StreamingDetokenizer
@@ -37,10 +40,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("glm4lite")
 
+MOST_PARALLEL = 64
 LARGE = 4 << 30  # bytes of a checkpoint that is worth quantizing once
 
 # The token between two calls of one output.
 SEPARATOR = "<|assistant|>"
+_AHEAD = 4  # prompts that are taken for each that is computed
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One answer of many."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    new_tokens: int
 
 
 @dataclass(eq=False, repr=False)  # another model is another engine, and one without a model can be told of, too
@@ -61,6 +76,8 @@ class Engine:
     parallel: int = PARALLEL
 
     def __post_init__(self) -> None:
+        if not 1 <= self.parallel <= MOST_PARALLEL:
+            raise ConfigError(f"parallel is {self.parallel}; from 1 to {MOST_PARALLEL} answers can be computed at once")
         self.scheduler = Scheduler(self.model, PrefixPool(self.model), self.parallel)
         self.totals = Totals()
 
@@ -101,10 +118,12 @@ class Engine:
         context: int | str | None = None,
         before_weights: Callable[[], None] | None = None,
         speculate: str | int = "auto",
+        parallel: int | None = None,
     ) -> Engine:
         """Arguments as `glm4lite.load`; quant "auto" is int4, or as the checkpoint is stored if that is quantized.
 
-        `speculate`: as the method.
+        `speculate`: as the method. `parallel`: answers computed at once; None: 4 where all layers are on the CPU, else
+        1, for a GPU's fast way is for one.
 
         `before_weights` is called once all that is cheap to check was right: the time to unload another model.
 
@@ -116,7 +135,7 @@ class Engine:
 
         budget = Budget.of(gpu_memory, ram, context, kv)
         options = LoadOptions(quant, device, dtype, progress, budget=budget)
-        return cls.from_options(source, options, need_template, before_weights, speculate)
+        return cls.from_options(source, options, need_template, before_weights, speculate, parallel)
 
     @classmethod
     def from_options(
@@ -126,6 +145,7 @@ class Engine:
         need_template: bool = False,
         before_weights: Callable[[], None] | None = None,
         speculate: str | int = "auto",
+        parallel: int | None = None,
     ) -> Engine:
         """`load` for callers that hold all they ask of it as one value, its limits as one `Budget`."""
         from glm4lite.checkpoint.prepare import opened
@@ -145,7 +165,7 @@ class Engine:
         if before_weights is not None:
             before_weights()
         model, _ = load_checkpoint(Glm4ForCausalLM, checkpoint, options, str(folder))
-        engine = cls(model, tokenizer, template, checkpoint.generation_config)
+        engine = cls(model, tokenizer, template, checkpoint.generation_config, parallel or _usual_parallel(model))
         engine.speculate(speculate)
         return engine
 
@@ -227,6 +247,41 @@ class Engine:
             generation.close()
             self.totals.add(generation)
 
+    def generate_many(self, prompts: Iterable[str | Sequence[Message]], **sampling: Any) -> Iterator[Generated]:
+        """Answers to many prompts, in their order, `parallel` of them computed at once.
+
+        A prompt is a text to go on from, or the messages of a conversation to answer. `sampling` are fields of
+        SamplingParams, None where the checkpoint decides. Closing the iterator stops what is computed.
+
+        Raises ContextLengthError, SamplingError and TemplateError (a conversation, for a base model), when it comes to
+        the prompt that is wrong.
+        """
+        cancel, params = threading.Event(), self.params(**sampling)
+
+        def answer(prompt: str | Sequence[Message]) -> Generated:
+            if isinstance(prompt, str):
+                ids = self.tokenizer.prefix_ids + self.tokenizer.ids(prompt)
+            else:
+                ids = self.chat_template().encode(self.tokenizer, prompt, ())
+            generation = self.generate(ids, params, cancel)
+            text = "".join(SEPARATOR if piece is None else piece for piece in self.pieces(generation))
+            if not isinstance(prompt, str):
+                text = text.removeprefix("\n")  # GLM starts every answer with it
+            return Generated(text, generation.finish_reason, len(ids), generation.new_tokens)
+
+        threads = ThreadPoolExecutor(self.parallel, "many")
+        ahead: deque[Future[Generated]] = deque()
+        try:
+            for prompt in prompts:
+                ahead.append(threads.submit(answer, prompt))
+                if len(ahead) > _AHEAD * self.parallel:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            cancel.set()
+            threads.shutdown(cancel_futures=True)
+
     def _pieces(self, generation: Generation) -> Iterator[str | None]:
         stops, detokenizer = StopStrings(generation.params.stop), StreamingDetokenizer(self.tokenizer)
         separator = self.tokenizer.special.get(SEPARATOR)
@@ -255,6 +310,10 @@ def _computed_natively(model: CausalLM) -> bool:
         and isinstance(head, QuantLinear)
         and native.backend() is not None
     )
+
+
+def _usual_parallel(model: CausalLM) -> int:
+    return PARALLEL if all(layer.device.type == "cpu" for layer in model.model.layers) else 1
 
 
 def _required(template: ChatTemplate | None) -> ChatTemplate:
