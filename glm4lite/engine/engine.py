@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,9 @@ import torch
 from glm4lite.base.errors import CheckpointError, ConfigError, NoModel, TemplateError
 from glm4lite.base.events import Done, Progress
 from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.quant_choice import AUTO
 from glm4lite.engine.decoding import Generation
+from glm4lite.engine.draft_model import DraftModel
 from glm4lite.engine.prefix_pool import PrefixPool
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.engine.scheduler import PARALLEL, Scheduler
@@ -119,11 +121,13 @@ class Engine:
         before_weights: Callable[[], None] | None = None,
         speculate: str | int = "auto",
         parallel: int | None = None,
+        draft: str | Path | None = None,
     ) -> Engine:
         """Arguments as `glm4lite.load`; quant "auto" is int4, or as the checkpoint is stored if that is quantized.
 
         `speculate`: as the method. `parallel`: answers computed at once; None: 4 where all layers are on the CPU, else
-        1, for a GPU's fast way is for one.
+        1, for a GPU's fast way is for one. `draft`: a smaller model with the same vocabulary, which guesses what this
+        one will say (`glm4lite.engine.draft_model`); it is loaded first, and a limit on RAM counts it.
 
         `before_weights` is called once all that is cheap to check was right: the time to unload another model.
 
@@ -135,7 +139,7 @@ class Engine:
 
         budget = Budget.of(gpu_memory, ram, context, kv)
         options = LoadOptions(quant, device, dtype, progress, budget=budget)
-        return cls.from_options(source, options, need_template, before_weights, speculate, parallel)
+        return cls.from_options(source, options, need_template, before_weights, speculate, parallel, draft)
 
     @classmethod
     def from_options(
@@ -146,6 +150,7 @@ class Engine:
         before_weights: Callable[[], None] | None = None,
         speculate: str | int = "auto",
         parallel: int | None = None,
+        draft: str | Path | None = None,
     ) -> Engine:
         """`load` for callers that hold all they ask of it as one value, its limits as one `Budget`."""
         from glm4lite.checkpoint.prepare import opened
@@ -164,9 +169,15 @@ class Engine:
             logger.warning("calibrating and quantizing takes minutes at each start; `glm4lite quantize` does it once")
         if before_weights is not None:
             before_weights()
+        small = None
+        if draft is not None:
+            small, options = _draft_of(tokenizer, draft, options)
         model, _ = load_checkpoint(Glm4ForCausalLM, checkpoint, options, str(folder))
         engine = cls(model, tokenizer, template, checkpoint.generation_config, parallel or _usual_parallel(model))
         engine.speculate(speculate)
+        if small is not None:
+            engine.scheduler.draft = DraftModel(small)
+            engine.scheduler.speculation = engine.scheduler.speculation or Speculation()
         return engine
 
     def unload(self) -> None:
@@ -299,6 +310,23 @@ class Engine:
                 generation.finish_reason = "stop"
                 return
         yield stops.feed(detokenizer.finish()) + stops.finish()
+
+
+def _draft_of(tokenizer: Tokenizer, source: str | Path, options: LoadOptions) -> tuple[CausalLM, LoadOptions]:
+    """The small model, and what is left for the large one."""
+    from glm4lite.checkpoint.prepare import opened
+    from glm4lite.loading.loader import load_checkpoint
+    from glm4lite.pretrained.models import Glm4ForCausalLM
+
+    checkpoint = opened(source, options.progress)
+    if Tokenizer.from_folder(checkpoint.folder).get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(f"the draft model {source} has another vocabulary; use a smaller model of the same family")
+    model, _ = load_checkpoint(Glm4ForCausalLM, checkpoint, replace(options, quant=AUTO), str(checkpoint.folder))
+    budget = options.budget
+    if budget.ram is not None:
+        taken = model.get_memory_footprint() + model.model.cache_bytes * model.context
+        budget = replace(budget, ram=max(0, budget.ram - taken))
+    return model, replace(options, budget=budget)
 
 
 def _computed_natively(model: CausalLM) -> bool:

@@ -27,6 +27,7 @@ def serve(
     ram: options.Ram = None,
     context: options.Context = None,
     speculate: options.Speculate = "auto",
+    draft: options.Draft = None,
     parallel: options.Parallel = None,
     threads: options.Threads = None,
 ) -> None:
@@ -48,7 +49,7 @@ def serve(
             renderer.remark(nano_remark("serve"))
         budget = Budget.of(gpu_memory, ram, context, kv)
         asked = LoadOptions(quant or "auto", device, dtype, renderer.show, budget=budget)
-        engine = Engine.from_options(model, asked, speculate=speculate, parallel=parallel)
+        engine = Engine.from_options(model, asked, speculate=speculate, parallel=parallel, draft=draft)
         name = name_of(model)
         ready = f"{name} answers at {url_of(listening)}/v1 (Ctrl-C ends)"
         served = create_app(EngineWorker(engine, queue), name, api_key)
