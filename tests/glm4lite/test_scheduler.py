@@ -325,7 +325,6 @@ def test_conversations_in_threads_of_their_own_get_their_own_answers(engine: Eng
     for thread in threads:
         thread.join()
     worker.close()
-    engine.scheduler.wake = None
     assert ["".join(found[n]) for n in range(12)] == ["".join(one) for one in wanted]
 
 
