@@ -127,6 +127,13 @@ def test_fewer_steps_are_made_where_an_answer_repeats_what_was_said(
     assert len(rows) < 0.6 * len(answered)
 
 
+def test_what_steps_cost_is_learnt_from_steps(engine: Engine) -> None:
+    speculation = Eager()
+    prompt = engine.tokenizer.ids("one two three four five six seven " * 12)
+    list(generation(engine, prompt, GREEDY, speculation))
+    assert speculation.costs.seconds(MOST + 1)
+
+
 def test_ids_that_are_put_in_and_guesses_make_no_more_rows_than_a_step_has(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
