@@ -53,6 +53,8 @@ class CausalLM(ModelWithTrunk):
         Each span's cache is extended in place; after an error layers may hold differently many of the new ids
         (`KVCache.truncate`). `Trunk.interrupt` is called between the layers; a few rows go through all of them at once.
         """
+        if not spans:
+            return []
         logits: Tensor = self.lm_head(self.model.step(spans)).float()
         return list(logits.split([span.kept for span in spans]))
 

@@ -32,7 +32,7 @@ from glm4lite.model.outputs import (
     ModelOutput,
 )
 from glm4lite.model.rotary import RotaryEmbedding
-from glm4lite.model.step import Span
+from glm4lite.model.step import Span, spans_problem
 
 Output = TypeVar("Output", bound=ModelOutput)
 
@@ -275,11 +275,9 @@ class Trunk(ModelBase):
 
     def step(self, spans: Sequence[Span]) -> Tensor:
         """The states [rows kept of all spans, H] after the final norm; see `CausalLM.step`."""
+        if problem := spans_problem(spans):
+            raise ValueError(problem)
         rows, pasts = [len(span.ids) for span in spans], [span.cache.get_seq_length() for span in spans]
-        if not all(rows):
-            raise ValueError("a span has no ids")
-        if len({id(span.cache) for span in spans}) != len(spans):
-            raise ValueError("two spans of a step share a cache")
         ids = torch.tensor([[new for span in spans for new in span.ids]], device=self.device)
         each = [torch.arange(past, past + count) for past, count in zip(pasts, rows, strict=True)]
 
