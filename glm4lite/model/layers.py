@@ -161,8 +161,9 @@ class Attention(nn.Module):
         v = self._heads(self.v_proj(x))
         if isinstance(cache, SpanCaches):
             rows = [part.length for part in visible.parts]
-            each = zip(*(new.split(rows, 2) for new in (q, k, v)), visible.parts, cache.parts, strict=True)
-            out, weights = torch.cat([self._attended(*span, False)[0] for span in each], 2), None
+            qs, ks, vs = (new.split(rows, 2) for new in (q, k, v))
+            spans = zip(qs, ks, vs, visible.parts, cache.parts, strict=True)
+            out, weights = torch.cat([self._attended(*span, False)[0] for span in spans], 2), None
         else:
             out, weights = self._attended(q, k, v, visible, cache, want_weights)
         return self.o_proj(out.transpose(1, 2).flatten(-2)), weights

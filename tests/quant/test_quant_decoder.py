@@ -296,12 +296,12 @@ def in_blocks(cache: Cache, table: Tensor) -> CacheView:
     keys[table] = cache.keys.unflatten(1, (-1, BLOCK // 16)).transpose(0, 1)
     values = torch.zeros(blocks, kv_heads, BLOCK, dim, dtype=cache.values.dtype)
     values[table] = cache.values.unflatten(1, (-1, BLOCK)).transpose(0, 1)
-    scales: list[Tensor | None] = [None, None]
-    for which, scale in enumerate(cache.scales or ()):
-        of_blocks = torch.zeros(blocks, kv_heads, BLOCK)
-        of_blocks[table] = scale.unflatten(1, (-1, BLOCK)).transpose(0, 1)
-        scales[which] = of_blocks
-    return CacheView(keys, values, *scales, cache.length, table)
+    if cache.scales is None:
+        return CacheView(keys, values, None, None, cache.length, table)
+    scales = torch.zeros(2, blocks, kv_heads, BLOCK)
+    for to, scale in zip(scales, cache.scales, strict=True):
+        to[table] = scale.unflatten(1, (-1, BLOCK)).transpose(0, 1)
+    return CacheView(keys, values, scales[0], scales[1], cache.length, table)
 
 
 def test_layers_run_one_after_another(isa: str) -> None:

@@ -261,7 +261,8 @@ def _load(override: str) -> Library:
     numbers, place = [ctypes.c_int32] * 3, ctypes.POINTER(ctypes.c_int64 * 2)
     cdll.glm4_quantize.argtypes = [matrix, weight, ctypes.c_void_p, *numbers, place]
     pointer, whole = ctypes.c_void_p, ctypes.c_int32
-    cdll.glm4_decoder_layers.argtypes = [*[pointer, whole] * 2, *[pointer] * 3, whole, whole]
+    spans = (pointer, whole, pointer, whole)
+    cdll.glm4_decoder_layers.argtypes = [*spans, *[pointer] * 3, whole, whole]
     isas = tuple(name for code, name in enumerate(ISAS) if cdll.glm4_isa_available(code))
     return Library(path, cdll, isas)
 
