@@ -232,9 +232,9 @@ def test_former_answers_serve_the_next_one_and_do_not_pile_up() -> None:
     assert len(speculation._former.ids) <= 70_000
 
 
-@pytest.mark.parametrize("how", [0, 8, -1, "on", "1.5", ""])
+@pytest.mark.parametrize("how", [0, 16, -1, "on", "1.5", ""])
 def test_what_cannot_be_asked_for_is_refused(engine: Engine, how: str | int) -> None:
-    with pytest.raises(ConfigError, match="use auto, off, or a number from 1 to 7"):
+    with pytest.raises(ConfigError, match="use auto, off, or a number from 1 to 15"):
         engine.speculate(how)
 
 
