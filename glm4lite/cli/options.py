@@ -24,6 +24,14 @@ Model = Annotated[
         autocompletion=lambda incomplete: list(models(incomplete)),
     ),
 ]
+NamedModel = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="A folder, a Hub repository or nano; requests call a folder by its last name.",
+        autocompletion=lambda incomplete: list(models(incomplete)),
+    ),
+]
 Quant = Annotated[
     str | None,
     typer.Option(
@@ -102,6 +110,7 @@ Speculate = Annotated[
         autocompletion=_among("auto", "off"),
     ),
 ]
+Parallel = Annotated[int, typer.Option(metavar="N", min=1, max=256, help="Requests answered at once.")]
 JsonObject = Annotated[bool, typer.Option("--json", help="Stdout is one JSON object.")]
 
 
