@@ -110,11 +110,11 @@ def test_a_run_that_was_killed_goes_on_and_each_request_is_answered_once(tmp_pat
     before = out.read_bytes()
     count = before.count(b"\n")
     assert count < 60
-    rest = run("batch", source, out, "--parallel", 7)
+    rest = run("batch", source, out, "--parallel", "7")
     assert rest.returncode == 0, rest.stderr
     assert f"holds {count} results" in rest.stderr
     assert out.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
-    assert run("batch", source, whole, "--parallel", 1).returncode == 0
+    assert run("batch", source, whole, "--parallel", "1").returncode == 0
     assert by_id(read(out)) == by_id(read(whole))
     assert len(read(out)) == 60
 
