@@ -94,8 +94,8 @@ def answers(path: str, costs: Sequence[float]) -> None:
     engine = Engine.load(path, quant="int8", device="cpu")
     for name, question in QUESTIONS.items():
         for temperature in (0.0, 0.7):
-            engine.speculation = Speculation()
-            engine.speculation.costs = Given()
+            engine.scheduler.speculation = Speculation()
+            engine.scheduler.speculation.costs = Given()
             steps: list[int] = []
             hook = engine.model.register_forward_pre_hook(lambda _, inputs, seen=steps: seen.append(inputs[0].shape[1]))
             params = engine.params(temperature=temperature, max_new_tokens=256, seed=1)

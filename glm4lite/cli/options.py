@@ -110,7 +110,18 @@ Speculate = Annotated[
         autocompletion=_among("auto", "off"),
     ),
 ]
-Parallel = Annotated[int, typer.Option(metavar="N", min=1, max=256, help="Requests answered at once.")]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="A small model of the same family that guesses what the large one says.",
+        show_default="none",
+    ),
+]
+Parallel = Annotated[
+    int | None,
+    typer.Option(min=1, max=64, help="Answers computed at once.", show_default="4 on a CPU, 1 with a GPU"),
+]
 JsonObject = Annotated[bool, typer.Option("--json", help="Stdout is one JSON object.")]
 
 

@@ -4,15 +4,15 @@ A server keeps no sessions: each request brings its whole history. The pool find
 token ids. Conversations that share only a beginning (a system prompt, the declared tools) get a copy of that, which
 takes milliseconds where computing it takes seconds or minutes.
 
-All kept caches and the one in use hold no more memory than the cache of one whole context, which is what a model's
+All kept caches and those in use hold no more memory than the cache of one whole context, which is what a model's
 placement has set aside; the conversation that was used longest ago goes first.
 """
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING
 
-from glm4lite.engine.decoding import PrefixCache
 from glm4lite.model.cache import GPU_STEP, STEP, with_room
 
 if TYPE_CHECKING:
@@ -22,18 +22,56 @@ MOST = 16  # conversations kept, however short
 COPIED = 0.5  # a conversation that would lose more than this part of itself is kept, and its beginning copied
 
 
+class PrefixCache:
+    """A KVCache and the ids it was computed from, so that the next prompt only pays for what is new."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self.kv = model.new_cache()
+        self.ids: list[int] = []
+
+    def common_prefix(self, ids: list[int]) -> int:
+        """Length of the longest common prefix with `ids` (short of its last id, which must be computed)."""
+        length, limit = 0, min(len(self.ids), len(ids) - 1)
+        while length < limit and self.ids[length] == ids[length]:
+            length += 1
+        return length
+
+    def keep_common_prefix(self, ids: list[int]) -> int:
+        """Cuts back to the longest common prefix with `ids`."""
+        length = self.common_prefix(ids)
+        self._cut(length)
+        return length
+
+    def copy(self, length: int) -> PrefixCache:
+        """Another one with the first `length` ids."""
+        made = copy(self)
+        made.kv, made.ids = self.kv.copy(length), self.ids[:length]
+        return made
+
+    def _cut(self, length: int) -> None:
+        self.kv.truncate(length)
+        del self.ids[length:]
+
+    def settle(self) -> None:
+        """After a forward pass that was stopped half-way, or of guesses: keep what every layer has and `ids` names."""
+        self._cut(min(self.kv.get_seq_length(), len(self.ids)))
+
+
 class PrefixPool:
     """The kept prefixes of one model, oldest first. For the thread that computes with the model, like the model."""
 
     def __init__(self, model: CausalLM, memory: int | None = None) -> None:
-        """`memory`: bytes of all caches, the one in use included; None: what one full context takes."""
+        """`memory`: bytes of all caches, those in use included; None: what one full context takes."""
         self.model, self._memory = model, memory
         self._kept: list[PrefixCache] = []
 
-    def take(self, ids: list[int]) -> PrefixCache:
-        """The cache that has most of `ids`. It is the caller's until it is given back; dropping it is no harm."""
+    def take(self, ids: list[int], in_use: int = 0) -> PrefixCache:
+        """The cache that has most of `ids`. It is the caller's until it is given back; dropping it is no harm.
+
+        `in_use`: bytes of other caches that are in use.
+        """
         best = max(self._kept, key=lambda cache: cache.common_prefix(ids), default=None)
-        shared, needed = best.common_prefix(ids) if best else 0, self.bytes_of(len(ids))
+        shared, needed = best.common_prefix(ids) if best else 0, in_use + self.bytes_of(len(ids))
         if best is None or not shared:
             self.make_room(needed)
             return PrefixCache(self.model)
@@ -53,7 +91,7 @@ class PrefixPool:
         self.make_room(0)
 
     def make_room(self, nbytes: int) -> None:
-        """Forgets the oldest until `nbytes`, those of the cache in use, fit too."""
+        """Forgets the oldest until `nbytes`, those of the caches in use, fit too."""
         while self._kept and self.nbytes + nbytes > self.memory:
             self._kept.pop(0)
 

@@ -28,7 +28,8 @@ from glm4lite.base.sizes import readable
 from glm4lite.checkpoint.load_plan import read_config
 from glm4lite.checkpoint.prepare import opened
 from glm4lite.checkpoint.quant_choice import AUTO
-from glm4lite.engine.decoding import Generation, PrefixCache
+from glm4lite.engine.decoding import Generation
+from glm4lite.engine.prefix_pool import PrefixCache
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.loading.load_options import LoadOptions
 from glm4lite.loading.loader import load_checkpoint

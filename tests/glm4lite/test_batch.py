@@ -356,15 +356,15 @@ def test_as_many_requests_are_under_way_as_may_be_and_none_when_the_run_ends() -
 def test_an_answer_that_fails_is_an_error_of_its_own(error: Exception, status: int) -> None:
     engine = scripted("one", "two", "three")
     model: Any = engine.model
-    forward, calls = model.forward, list[None]()
+    step, calls = model.step, list[None]()
 
-    def failing(*arguments: Any, **more: Any) -> Any:
+    def failing(spans: Any) -> Any:
         calls.append(None)
         if len(calls) == 2:
             raise error
-        return forward(*arguments, **more)
+        return step(spans)
 
-    model.forward = failing
+    model.step = failing
     given = [Request(name, asked(name, chat(max_tokens=1))) for name in "abc"]
     with closing(EngineWorker(engine, 3)) as worker:
         found = {one.line["custom_id"]: one.line["response"] for one in results(worker, "nano", iter(given), 3)}

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from glm4lite import Glm4ForCausalLM, SamplingParams, load
 from glm4lite.base.errors import ConfigError
-from glm4lite.engine.decoding import Generation, PrefixCache
+from glm4lite.engine.decoding import Generation
+from glm4lite.engine.prefix_pool import PrefixCache
 from glm4lite.model.cache import LayerCache
 from glm4lite.runtime import cuda_graph
 from glm4lite.runtime.cuda_graph import StepGraphs

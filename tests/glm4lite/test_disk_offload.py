@@ -18,8 +18,9 @@ from glm4lite import Glm4ForCausalLM, SamplingParams, load
 from glm4lite.base.errors import CheckpointError, ConfigError, ContextLengthError, DeviceError
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.quantize import quantize_checkpoint
-from glm4lite.engine.decoding import Generation, PrefixCache
+from glm4lite.engine.decoding import Generation
 from glm4lite.engine.engine import Engine
+from glm4lite.engine.prefix_pool import PrefixCache
 from glm4lite.engine.speculation import Speculation
 from glm4lite.loading.device_map import DeviceMap
 from glm4lite.loading.requirements import requirements_of

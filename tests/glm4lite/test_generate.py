@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from glm4lite.base.errors import ContextLengthError
-from glm4lite.engine.decoding import Generation, PrefixCache
+from glm4lite.engine.decoding import Generation
+from glm4lite.engine.prefix_pool import PrefixCache
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.model.config import Glm4Config
 from glm4lite.pretrained.models import Glm4ForCausalLM

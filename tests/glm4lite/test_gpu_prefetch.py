@@ -19,7 +19,8 @@ import torch
 
 from glm4lite import Glm4ForCausalLM, SamplingParams, load
 from glm4lite.checkpoint.quantize import quantize_checkpoint
-from glm4lite.engine.decoding import Generation, PrefixCache
+from glm4lite.engine.decoding import Generation
+from glm4lite.engine.prefix_pool import PrefixCache
 from glm4lite.loading.device_map import _bus
 from glm4lite.measure.inventory import devices, kernel_names
 from glm4lite.memory.resources import Machine, Placement, Share

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from glm4lite.base.errors import DeviceError
-from glm4lite.engine.decoding import Generation, PrefixCache
+from glm4lite.engine.decoding import Generation
 from glm4lite.engine.engine import Engine
-from glm4lite.engine.prefix_pool import MOST, PrefixPool
+from glm4lite.engine.prefix_pool import MOST, PrefixCache, PrefixPool
 from glm4lite.engine.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)

@@ -39,7 +39,6 @@ def batch(
         str, typer.Argument(metavar="OUT.jsonl", help="Added to; what it has is not answered again. - is stdout.")
     ],
     model: options.NamedModel = "nano",
-    parallel: options.Parallel = 4,
     quant: options.Quant = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -48,6 +47,8 @@ def batch(
     ram: options.Ram = None,
     context: options.Context = None,
     speculate: options.Speculate = "auto",
+    draft: options.Draft = None,
+    parallel: options.Parallel = None,
     threads: options.Threads = None,
 ) -> None:
     """Answer a file of requests in OpenAI's batch format. The same command goes on where it was stopped."""
@@ -71,8 +72,8 @@ def batch(
         run = _Run(renderer, results, total=_count(source))
         with run.saying_how_to_go_on():
             asked = LoadOptions(quant or "auto", device, dtype, renderer.show, budget=budget)
-            engine = Engine.from_options(model, asked, speculate=speculate)
-            at_once = parallel + READ_AHEAD
+            engine = Engine.from_options(model, asked, speculate=speculate, parallel=parallel, draft=draft)
+            at_once = engine.parallel + READ_AHEAD
             worker = stack.enter_context(closing(EngineWorker(engine, at_once)))
             run.answer(source, worker, model, at_once)
     if results.held.failed:
