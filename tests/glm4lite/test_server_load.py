@@ -157,8 +157,8 @@ def server(queue: int) -> Iterator[str]:
     """The address of `glm4lite serve`."""
     command = [*forked(), "serve", "nano", "--port", "0", "--queue", str(queue)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
         try:
-            assert process.stderr
             line = next(line for line in process.stderr if "answers at" in line)
             yield line.split("answers at ")[1].split("/v1")[0]
         finally:
