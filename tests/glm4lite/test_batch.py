@@ -238,6 +238,9 @@ def test_files_that_cannot_be_meant_are_refused_and_stay_as_they_are(tmp_path: P
         assert (refused.returncode, out.read_bytes()) == (2, before)
         assert why in refused.stderr
         assert len(refused.stderr.splitlines()) == 1
+    if Path("/dev/full").exists():
+        full = run("batch", source, "/dev/full")
+        assert (full.returncode, full.stderr.splitlines()[-1]) == (2, "error: No space left on device")
     missing = run("batch", tmp_path / "none.jsonl", tmp_path / "out.jsonl")
     assert missing.returncode == 2
     assert not (tmp_path / "out.jsonl").exists()
