@@ -141,5 +141,6 @@ def _read(path: str, appending: BinaryIO) -> Held:
 
 
 def _may_be_ours(line: bytes) -> bool:
-    """Whether a process that was killed may have left this of a line."""
-    return line.startswith(_BEGINNING) or _BEGINNING.startswith(line)
+    """Whether a process that was killed may have left this of a line, or a power cut, where some disks put zeros."""
+    written = line.rstrip(b"\0")
+    return written.startswith(_BEGINNING) or _BEGINNING.startswith(written)

@@ -107,14 +107,14 @@ class Result:
         return f"in line {error['line']}" if error else f"of {shown(self.line['custom_id'])}"
 
 
-def lines(file: BinaryIO, limit: int = LINE_LIMIT) -> Iterator[tuple[int, bytes | None]]:
+def lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
     """Each line that is not blank, with its number from 1 on; None for a longer one, which is read but not held."""
     number = 0
-    while line := file.readline(limit + 1):
+    while line := file.readline(LINE_LIMIT + 1):
         number += 1
         if number == 1:
             line = line.removeprefix(_MARK)
-        if len(line) <= limit or line.endswith(b"\n"):
+        if len(line) <= LINE_LIMIT or line.endswith(b"\n"):
             if line.strip():
                 yield number, line
             continue

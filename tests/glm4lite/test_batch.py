@@ -278,8 +278,8 @@ def test_a_line_that_was_cut_anywhere_is_dropped(tmp_path: Path, left: int) -> N
     whole = out.read_bytes()
     second = whole.index(b"\n") + 1
     cut = [second + 1 + 3 * (left + 12), len(whole) + left]
-    for end in cut:
-        out.write_bytes(whole[:end])
+    for end, zeros in zip(cut, (b"", b"\0" * 9), strict=True):
+        out.write_bytes(whole[:end] + (zeros if end < len(whole) - 1 else b""))
         with opened(str(out)) as file:
             assert file.held.has(Request("a", {}))
             if end == len(whole) - 1:  # but for its end, the line is whole
