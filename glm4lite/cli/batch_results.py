@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,10 +21,8 @@ from glm4lite.cli.terminal import json_line
 from glm4lite.server.batch import LineError, Request, failed
 from glm4lite.server.replies import JSON
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 _LONGEST = 1 << 30  # bytes of a line; 128 K tokens with the log probabilities of 20 others each take a third
 _BEGINNING = b'{"id": "batch_req_'  # of each line that `json_line` wrote
@@ -113,7 +112,7 @@ class _File(Results):
 
 
 def _lock(file: BinaryIO, path: str) -> None:
-    if fcntl is None:
+    if sys.platform == "win32":  # whose locks would keep others from reading, too
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
