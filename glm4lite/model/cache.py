@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -254,6 +255,25 @@ class StagedCache:
 
 HomeCache = LayerCache | PackedLayerCache
 Cache = HomeCache | StagedCache
+AnyCache = TypeVar("AnyCache", bound=Cache, covariant=True)
+
+
+@dataclass(frozen=True)
+class SpanCaches(Generic[AnyCache]):
+    """One layer's caches of the sequences of a step, in the place of one cache."""
+
+    parts: Sequence[AnyCache]
+
+
+HomeCaches = HomeCache | SpanCaches[HomeCache]
+Caches = Cache | SpanCaches[Cache]
+
+
+def parts_of(caches: AnyCache | SpanCaches[AnyCache] | None) -> Sequence[AnyCache]:
+    """Each sequence's; of one cache, that."""
+    if isinstance(caches, SpanCaches):
+        return caches.parts
+    return () if caches is None else (caches,)
 
 
 def with_room(end: int, step: int = STEP) -> int:

@@ -30,9 +30,11 @@ from glm4lite.memory.placement import place
 from glm4lite.memory.resources import Machine, Placement, Share
 from glm4lite.model.cache import LayerCache
 from glm4lite.model.layers import layer_of
+from glm4lite.model.step import Span
 from glm4lite.runtime.disk_offload import DiskStore
 from glm4lite_quant import QuantError
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
+from tests.glm4lite.company import alone, company, random_prompts
 
 CONTEXT = 96
 LAYERS = 7
@@ -97,6 +99,18 @@ def test_the_logits_have_the_same_bits_wherever_the_layers_lie(
     for _ in range(2):  # the second pass begins where the ring stands after the first
         for got, wanted in zip(logits_of(model, PIECES), logits_of(resident, PIECES), strict=True):
             assert torch.equal(got, wanted)
+
+
+def test_a_read_of_the_disk_serves_all_sequences_of_a_step(folder: Path, streamed: Glm4ForCausalLM) -> None:
+    prompts = random_prompts(streamed, 8, 60, seed=4)
+    wanted = alone(load(folder, kv="float"), prompts)
+    for number, rows, logits in company(streamed, prompts, seed=4):
+        assert torch.equal(logits, wanted[number][rows])
+    (ring,) = rings(streamed)
+    before, caches = ring.bytes_read, [streamed.new_cache() for _ in prompts]
+    for _ in range(3):
+        streamed.step([Span([7], cache) for cache in caches])
+    assert ring.bytes_read - before <= 3 * ring.layers_bytes + ring.nbytes
 
 
 def test_code_that_knows_no_kernels_gets_the_weights_too(folder: Path, streamed: Glm4ForCausalLM) -> None:
