@@ -24,6 +24,14 @@ Model = Annotated[
         autocompletion=lambda incomplete: list(models(incomplete)),
     ),
 ]
+NamedModel = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="A folder, a Hub repository or nano; requests call a folder by its last name.",
+        autocompletion=lambda incomplete: list(models(incomplete)),
+    ),
+]
 Quant = Annotated[
     str | None,
     typer.Option(
