@@ -53,7 +53,7 @@ class Generation:
         vocab = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
         self._sequence = Sequence(prompt, params, model.context, vocab, stop_ids, cancel, speculation)
         if scheduler is None:
-            scheduler, cache = Scheduler(model, speculation=speculation), cache or PrefixCache(model)
+            scheduler, cache = Scheduler(model, speculation=speculation), cache or PrefixCache(model.new_cache())
         self._scheduler = scheduler
         self._sequence.cache = cache
         self._begun = False

@@ -180,14 +180,16 @@ class Scheduler:
         while self.waiting and len(self.running) < self.parallel:
             sequence = self.waiting[0]
             if self.prefixes is not None and sequence.cache is None:
-                if self.running and self._used(sequence) > self.prefixes.memory:
+                if self.running and not self.prefixes.fits(sequence.ids, FEW, self._in_use()):
                     return
-                sequence.cache = self.prefixes.take(sequence.ids, self._used())
-            sequence.admit(sequence.cache or PrefixCache(self.model))
+                sequence.cache = self.prefixes.take(sequence.ids, self._in_use())
+            sequence.admit(sequence.cache or PrefixCache(self.model.new_cache()))
             self.running.append(self.waiting.popleft())
 
     def _compose(self) -> tuple[list[tuple[Sequence, int]], Sequence | None]:
         """Who computes how many ids at most in the next step, and whose prompt one part of them is."""
+        for sequence in self.running:
+            sequence.settle()
         batch = [(sequence, FEW) for sequence in self.running if sequence.todo <= FEW]
         prompts = [sequence for sequence in self.running if sequence.todo > FEW]
         prompt = self._next_prompt(prompts)
@@ -230,8 +232,11 @@ class Scheduler:
         """Copies what another one has of the same beginning: a system prompt of several clients is computed once."""
         others = [one.cache for one in self.running if one is not prompt and one.cache is not None]
         best = max(others, key=lambda cache: cache.common_prefix(prompt.ids), default=None)
-        if best is not None and (shared := best.common_prefix(prompt.ids)) > prompt.cached:
-            prompt.admit(best.copy(shared))
+        if best is None or (shared := best.common_prefix(prompt.ids)) <= prompt.cached:
+            return
+        copied = best.copy(shared) if self.prefixes is None else self.prefixes.copied(best, shared, self._in_use())
+        if copied is not None:
+            prompt.admit(copied)
 
     def _part(self, shared: bool) -> int:
         """Ids of a prompt for one step."""
@@ -244,25 +249,19 @@ class Scheduler:
         """The batch, without sequences that had to give their room to those that came before them."""
         if self.prefixes is None:
             return batch
-        while len(self.running) > 1 and self._used() > self.prefixes.memory:
+        while not self.prefixes.reserve(self._in_use()) and len(self.running) > 1:
             last = self.running.pop()
             last.give_up()
             if self.draft is not None:
                 self.draft.done(last)
             self.waiting.appendleft(last)
             self.preempted += 1
-        self.prefixes.make_room(self._used())
         return [(sequence, most) for sequence, most in batch if sequence in self.running]
 
-    def _used(self, *others: Sequence) -> int:
-        """Bytes of the caches of all that run, and of others, after the next step; a prompt's room is kept for it."""
-        if self.prefixes is None:
-            return 0
-        total = 0
-        for sequence in (*self.running, *others):
-            held = sequence.cache.kv.nbytes if sequence.cache is not None else 0
-            total += max(held, self.prefixes.bytes_of(len(sequence.ids) + FEW))
-        return total
+    def _in_use(self) -> list[tuple[PrefixCache, int]]:
+        """The caches of all that run; the whole prompt's room is kept for it, and that of a guess."""
+        caches = [(sequence.cache, len(sequence.ids) + FEW) for sequence in self.running]
+        return [(cache, ids) for cache, ids in caches if cache is not None]
 
     def _compute(self, batch: list[tuple[Sequence, Span]]) -> None:
         """Makes the step. Where it fails, each sequence goes alone, so that only the one that asks too much is told."""

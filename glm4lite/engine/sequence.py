@@ -133,7 +133,6 @@ class Sequence:
     def span(self, most: int) -> Span:
         """What comes into the step: at most `most` of the ids that have to be computed, and the guess behind all."""
         cache = self._held()
-        cache.settle()
         chunk = self.ids[self.cached : self.cached + most]
         self._certain = len(chunk)
         last = self._certain == self.todo
@@ -161,7 +160,7 @@ class Sequence:
                 self.drafts.accepted += 1
 
     def settle(self) -> None:
-        """After a step that was stopped half-way: forgets what it left behind."""
+        """Forgets what a step left behind that was stopped half-way, or that guessed wrongly."""
         if self.cache is not None:
             self.cache.settle()
 

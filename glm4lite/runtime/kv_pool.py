@@ -16,6 +16,7 @@ Layers that keep their cache on a GPU, or in another type than the native code r
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -55,6 +56,13 @@ class KVPool:
         self._free = list(range(self.blocks))[::-1]  # the last one given back is taken first: its pages are there
         self._users = [0] * self.blocks
         self._lock = threading.RLock()  # the collector may drop a cache in the middle of anything
+
+    @classmethod
+    def of_whole(cls, model: CausalLM, tokens: int) -> KVPool | None:
+        """One for a model all of whose layers it serves; None for others."""
+        if not all(isinstance(own, PackedLayerCache) for own in model.new_cache().layers):
+            return None
+        return cls(model, tokens) if all(layer.device.type == "cpu" for layer in model.model.layers) else None
 
     @property
     def free(self) -> int:
@@ -121,6 +129,11 @@ class PoolCache(KVCache):
     @property
     def batch(self) -> int | None:
         return 1 if self.layers[0].length else None
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        """The numbers of its blocks."""
+        return self._table.held
 
     def needs(self, tokens: int) -> int:
         """Blocks that `reserve` would take."""
@@ -241,6 +254,10 @@ class _Table:
 
     def __del__(self) -> None:
         self.pool.give_back(self._held)
+
+    @property
+    def held(self) -> Sequence[int]:
+        return self._held
 
     @property
     def numbers(self) -> Tensor:

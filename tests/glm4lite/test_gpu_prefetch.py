@@ -148,7 +148,7 @@ def test_layers_on_disk_cross_too(folders: dict[str, Path], monkeypatch: pytest.
 
 def test_a_stop_in_mid_pass_leaves_a_cache_to_go_on_from(folders: dict[str, Path]) -> None:
     model, _ = crossing_model(folders["int4"])
-    prompt, cancel, cache = IDS[0].tolist(), threading.Event(), PrefixCache(model)
+    prompt, cancel, cache = IDS[0].tolist(), threading.Event(), PrefixCache(model.new_cache())
     handle = model.model.layers[2].register_forward_pre_hook(lambda *_: cancel.set())
     assert list(Generation(model, prompt, GREEDY, cache=cache, cancel=cancel)) == []
     handle.remove()
