@@ -169,6 +169,7 @@ class Scheduler:
         sequence.settle()
         if self.prefixes is not None and sequence.cache is not None:
             self.prefixes.give(sequence.cache)
+            sequence.give_up()
         if self.draft is not None:
             self.draft.done(sequence)
         if sequence.drafts is not None:
@@ -191,6 +192,7 @@ class Scheduler:
         prompts = [sequence for sequence in self.running if sequence.todo > FEW]
         prompt = self._next_prompt(prompts)
         if prompt is not None:
+            self._share(prompt)
             batch.append((prompt, self._part(shared=len(self.running) > 1)))
         batch = self._make_room(batch)
         return batch, prompt if prompt in self.running else None
@@ -224,6 +226,13 @@ class Scheduler:
         self._passed_over = 0 if chosen is first else self._passed_over + 1
         return chosen
 
+    def _share(self, prompt: Sequence) -> None:
+        """Copies what another one has of the same beginning: a system prompt of several clients is computed once."""
+        others = [one.cache for one in self.running if one is not prompt and one.cache is not None]
+        best = max(others, key=lambda cache: cache.common_prefix(prompt.ids), default=None)
+        if best is not None and (shared := best.common_prefix(prompt.ids)) > prompt.cached:
+            prompt.admit(best.copy(shared))
+
     def _part(self, shared: bool) -> int:
         """Ids of a prompt for one step."""
         if not shared:
@@ -237,7 +246,7 @@ class Scheduler:
             return batch
         while len(self.running) > 1 and self._used() > self.prefixes.memory:
             last = self.running.pop()
-            last.preempt()
+            last.give_up()
             if self.draft is not None:
                 self.draft.done(last)
             self.waiting.appendleft(last)
@@ -291,8 +300,8 @@ class Scheduler:
 
     def _stop_if_unwanted(self) -> None:
         """Where most of a step is for those who left, the rest is computed anew sooner than it would be finished."""
-        rows = [(len(span.ids), sequence.cancel.is_set()) for sequence, span in self._computing]
-        if 2 * sum(count for count, cancelled in rows if cancelled) >= sum(count for count, _ in rows):
+        rows = [(len(span.ids), one.cancel.is_set() or one.abandoned) for one, span in self._computing]
+        if 2 * sum(count for count, gone in rows if gone) >= sum(count for count, _ in rows):
             raise _Stopped
 
 

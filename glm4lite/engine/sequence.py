@@ -103,11 +103,10 @@ class Sequence:
         """Goes on over what a cache has of the ids."""
         self.cache = cache
         computed = cache.keep_common_prefix(self.ids)
-        if not self.to_prefill:
-            self.to_prefill = len(self.prompt) - computed
+        self.to_prefill = min(self.prefilled + len(self.prompt) - computed, len(self.prompt))
 
-    def preempt(self) -> None:
-        """Gives what was computed up, to be computed again later."""
+    def give_up(self) -> None:
+        """Others have what was computed, or its memory; what is still needed is computed again."""
         self.cache = None
 
     @property

@@ -165,5 +165,5 @@ def test_a_prompt_whose_reading_is_cancelled_stops_between_two_layers(engine: En
     assert list(engine.pieces(generation)) == [""]
     for hook in hooks:
         hook.remove()
-    assert (entered, generation.finish_reason, len(generation.cache.ids)) == ([0], "cancelled", 0)
+    assert (entered, generation.finish_reason, len(pool)) == ([0], "cancelled", 0)
     assert answer(engine, prompt)[0] == fresh(engine, prompt)

@@ -225,6 +225,22 @@ def test_a_long_prompt_gets_its_turn_beside_short_ones_without_end(
     assert long._sequence.over
 
 
+def test_a_beginning_that_several_prompts_share_is_computed_once(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(engine.model), "chunk", 64)
+    shared = engine.tokenizer.ids("You are a helpful cat that answers in one word. " * 12)
+    asked = [([*shared, 30 + n, 31, 32, *range(20, 30)], PARAMS) for n in range(4)]
+    wanted = [alone(engine, *one).ids for one in asked]
+    scheduler = Scheduler(engine.model, PrefixPool(engine.model), parallel=4)
+    made = [scheduled(engine, scheduler, *one) for one in asked]
+    for one in made:
+        one.begin()
+    assert [list(one) for one in made] == wanted
+    assert sum(one.prefilled_tokens for one in made) <= len(shared) + 4 * 14
+    assert sum(sorted(one.prefilled_tokens for one in made)[:3]) <= 3 * 14
+
+
 def test_what_fails_in_one_answer_is_told_to_its_reader_and_the_others_go_on(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
