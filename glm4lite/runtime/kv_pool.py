@@ -45,17 +45,27 @@ class KVPool:
 
     def __init__(self, model: CausalLM, tokens: int) -> None:
         """`tokens`: of all sequences together, those that share blocks counted once; in whole blocks."""
-        self.blocks = blocks_of(tokens)
-        self._model = model
+        self._model, count = model, blocks_of(tokens)
         self._memory = [
-            _LayerMemory.of(self.blocks, layer.self_attn.heads, own.int8)
+            _LayerMemory.of(count, layer.self_attn.heads, own.int8)
             if isinstance(own, PackedLayerCache) and layer.device.type == "cpu"
             else None
             for layer, own in zip(model.model.layers, model.new_cache().layers, strict=True)
         ]
-        self._free = list(range(self.blocks))[::-1]  # the last one given back is taken first: its pages are there
-        self._users = [0] * self.blocks
-        self._lock = threading.RLock()  # the collector may drop a cache in the middle of anything
+        self._blocks = _Blocks(count, [memory for memory in self._memory if memory is not None])
+
+    def new(self) -> PoolCache:
+        """An empty cache of one sequence."""
+        table = _Table(self._blocks)
+        layers = [
+            own if memory is None else PooledLayerCache(memory, table, 0)
+            for memory, own in zip(self._memory, self._model.new_cache().layers, strict=True)
+        ]
+        return PoolCache(layers, table)
+
+    @property
+    def blocks(self) -> int:
+        return self._blocks.count
 
     @classmethod
     def of_whole(cls, model: CausalLM, tokens: int) -> KVPool | None:
@@ -67,56 +77,12 @@ class KVPool:
     @property
     def free(self) -> int:
         """Blocks that no sequence holds."""
-        return len(self._free)
+        return self._blocks.free
 
     @property
     def block_bytes(self) -> int:
         """What a block takes, in all layers that have it."""
-        return sum(memory.nbytes for memory in self._memory if memory is not None) // max(self.blocks, 1)
-
-    def new(self) -> PoolCache:
-        """An empty cache of one sequence."""
-        return self.over(_Table(self), self._model.new_cache().layers, 0)
-
-    def over(self, table: _Table, others: list[HomeCache], length: int) -> PoolCache:
-        """A cache of the blocks in a table; `others` are the parts of layers that the pool does not serve."""
-        layers: list[HomeCache] = [
-            other if memory is None else PooledLayerCache(memory, table, length)
-            for memory, other in zip(self._memory, others, strict=True)
-        ]
-        return PoolCache(layers, table)
-
-    def take(self, count: int) -> list[int]:
-        """Blocks for one user each; all or none."""
-        with self._lock:
-            if count > len(self._free):
-                raise PoolFull(count, len(self._free))
-            taken = [self._free.pop() for _ in range(count)]
-            for number in taken:
-                self._users[number] = 1
-            return taken
-
-    def share(self, numbers: list[int]) -> None:
-        """They have one user more."""
-        with self._lock:
-            for number in numbers:
-                self._users[number] += 1
-
-    def give_back(self, numbers: list[int]) -> None:
-        """They have one user less."""
-        with self._lock:
-            for number in numbers:
-                self._users[number] -= 1
-                if not self._users[number]:
-                    self._free.append(number)
-
-    def is_shared(self, number: int) -> bool:
-        return self._users[number] > 1
-
-    def copy_block(self, source: int, target: int) -> None:
-        for memory in self._memory:
-            if memory is not None:
-                memory.copy_block(source, target)
+        return self._blocks.nbytes
 
 
 class PoolCache(KVCache):
@@ -156,15 +122,18 @@ class PoolCache(KVCache):
     def copy(self, length: int) -> PoolCache:
         """Another cache with the first `length` positions of this one: it shares whole blocks. Raises PoolFull."""
         length = min(length, self.get_seq_length())
-        table, pool = self._table.copy(length), self._table.pool
-        ordinary = [layer if isinstance(layer, PooledLayerCache) else layer.copy(length) for layer in self.layers]
-        return pool.over(table, ordinary, length)
+        table = self._table.copy(length)
+        layers = [
+            layer.over(table, length) if isinstance(layer, PooledLayerCache) else layer.copy(length)
+            for layer in self.layers
+        ]
+        return PoolCache(layers, table)
 
     @property
     def nbytes(self) -> int:
         """Bytes held: whole blocks, those it shares with others too (`KVPool.free` counts each once)."""
         ordinary = sum(layer.nbytes for layer in self.layers if not isinstance(layer, PooledLayerCache))
-        return len(self._table) * self._table.pool.block_bytes + ordinary
+        return len(self._table) * self._table.blocks.nbytes + ordinary
 
 
 class PooledLayerCache(PackedLayerCache):
@@ -184,8 +153,14 @@ class PooledLayerCache(PackedLayerCache):
         key_scale, value_scale = (None, None) if scales is None else (scales[0], scales[1])
         return CacheView(keys, values, key_scale, value_scale, self.length, self._table.numbers)
 
-    def copy(self, length: int) -> PackedLayerCache:
-        raise TypeError("a layer of a pool's cache has no blocks of its own: copy the whole cache")
+    def copy(self, length: int) -> PooledLayerCache:
+        """Over blocks of its own; the layers of a whole cache share theirs (`PoolCache.copy`)."""
+        length = min(length, self.length)
+        return self.over(self._table.copy(length), length)
+
+    def over(self, table: _Table, length: int) -> PooledLayerCache:
+        """The same layer of another sequence."""
+        return PooledLayerCache(self._memory, table, length)
 
     @property
     def nbytes(self) -> int:
@@ -241,19 +216,66 @@ class _LayerMemory(NamedTuple):
             self.scales[:, target] = self.scales[:, source]
 
 
+class _Blocks:
+    """How many tables hold each block of a pool, and the memory in which they lie."""
+
+    def __init__(self, count: int, memory: list[_LayerMemory]) -> None:
+        self.count, self._memory = count, memory
+        self.users = [0] * count
+        self._unused = list(range(count))[::-1]  # the last one given back is taken first: its pages are there
+        self._lock = threading.RLock()  # the collector may drop a cache in the middle of anything
+
+    @property
+    def free(self) -> int:
+        return len(self._unused)
+
+    @property
+    def nbytes(self) -> int:
+        """Of one block."""
+        return sum(memory.nbytes for memory in self._memory) // max(self.count, 1)
+
+    def take(self, count: int) -> list[int]:
+        """Blocks for one user each; all or none."""
+        with self._lock:
+            if count > len(self._unused):
+                raise PoolFull(count, len(self._unused))
+            taken = [self._unused.pop() for _ in range(count)]
+            for number in taken:
+                self.users[number] = 1
+            return taken
+
+    def share(self, numbers: list[int]) -> None:
+        """They have one user more."""
+        with self._lock:
+            for number in numbers:
+                self.users[number] += 1
+
+    def give_back(self, numbers: list[int]) -> None:
+        """They have one user less."""
+        with self._lock:
+            for number in numbers:
+                self.users[number] -= 1
+                if not self.users[number]:
+                    self._unused.append(number)
+
+    def copy(self, source: int, target: int) -> None:
+        for memory in self._memory:
+            memory.copy_block(source, target)
+
+
 class _Table:
     """The blocks of one sequence, in order, for all of its layers. They are given back when nobody holds it."""
 
-    def __init__(self, pool: KVPool) -> None:
-        self.pool, self._held = pool, list[int]()
+    def __init__(self, blocks: _Blocks) -> None:
+        self.blocks, self._held = blocks, list[int]()
         with torch.inference_mode(False):
-            self._numbers = torch.empty(pool.blocks, dtype=torch.int32, device="cpu")  # never moved: kernels read it
+            self._numbers = torch.empty(blocks.count, dtype=torch.int32, device="cpu")  # never moved: kernels read it
 
     def __len__(self) -> int:
         return len(self._held)
 
     def __del__(self) -> None:
-        self.pool.give_back(self._held)
+        self.blocks.give_back(self._held)
 
     @property
     def held(self) -> Sequence[int]:
@@ -269,34 +291,35 @@ class _Table:
     def held_by_others(self, length: int) -> bool:
         """Whether position `length` lies in a block that others hold too: it has to be copied before it is written."""
         at = length // BLOCK
-        return at < len(self._held) and self.pool.is_shared(self._held[at])
+        return at < len(self._held) and self.blocks.users[self._held[at]] > 1
 
     def reserve(self, length: int, end: int) -> None:
         """Blocks up to `end`, those from `length` on its own; PoolFull, with nothing done."""
         copied, missing = self.held_by_others(length), self.missing(end)
         if not copied and not missing:
             return
-        taken = self.pool.take(missing + copied)
+        taken = self.blocks.take(missing + copied)
         if copied:
             at = length // BLOCK
-            self.pool.copy_block(self._held[at], taken[-1])
-            self.pool.give_back([self._held[at]])
+            self.blocks.copy(self._held[at], taken[-1])
+            self.blocks.give_back([self._held[at]])
             self._held[at] = taken.pop()
             self._numbers[at] = self._held[at]
         self._add(taken)
 
     def cut(self, length: int) -> None:
+        """Gives back what lies behind the first `length` positions."""
         kept = blocks_of(length)
         surplus, self._held = self._held[kept:], self._held[:kept]
-        self.pool.give_back(surplus)
+        self.blocks.give_back(surplus)
 
     def copy(self, length: int) -> _Table:
         """Another one of the first `length` positions: whole blocks are shared, what is left is copied."""
-        whole, made = length // BLOCK, _Table(self.pool)
-        rest = self.pool.take(blocks_of(length) - whole)
+        whole, made = length // BLOCK, _Table(self.blocks)
+        rest = self.blocks.take(blocks_of(length) - whole)
         for number in rest:
-            self.pool.copy_block(self._held[whole], number)
-        self.pool.share(self._held[:whole])
+            self.blocks.copy(self._held[whole], number)
+        self.blocks.share(self._held[:whole])
         made._add([*self._held[:whole], *rest])
         return made
 

@@ -212,9 +212,9 @@ def test_random_operations_keep_every_sequence_and_count_every_block(model: Glm4
 
 
 def write(cache: PoolCache, plain: Plain, tokens: int, kv_heads: int, dim: int, generator: torch.Generator) -> None:
-    needed, free = cache.needs(tokens), cache._table.pool.free
+    needed, free = cache.needs(tokens), cache._table.blocks.free
     cache.reserve(tokens)
-    assert free - cache._table.pool.free <= needed
+    assert free - cache._table.blocks.free == needed
     assert cache.needs(tokens) == 0
     for layer, own in zip(cache.layers, plain.layers, strict=True):
         keys, values = (torch.randn(1, kv_heads, tokens, dim, generator=generator) for _ in range(2))
@@ -223,8 +223,8 @@ def write(cache: PoolCache, plain: Plain, tokens: int, kv_heads: int, dim: int, 
 
 def agree(pool: KVPool, held: list[tuple[PoolCache, Plain]]) -> None:
     users = Counter(number for cache, _ in held for number in cache._table.numbers.tolist())
-    assert pool._users == [users[number] for number in range(pool.blocks)]
-    assert sorted(pool._free) == [number for number in range(pool.blocks) if not users[number]]
+    assert pool._blocks.users == [users[number] for number in range(pool.blocks)]
+    assert pool.free == sum(not users[number] for number in range(pool.blocks))
     for cache, plain in held:
         assert isinstance(cache.layers[0], PooledLayerCache)
         assert len(cache._table) * BLOCK >= cache.get_seq_length() == plain.layers[0].length
