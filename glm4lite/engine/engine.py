@@ -263,8 +263,9 @@ class Engine:
     ) -> Iterator[Generated]:
         """Answers to many prompts, in their order, `parallel` of them computed at once.
 
-        A prompt is a text to go on from, or the messages of a conversation to answer (`Message`, or its dict). `sampling`
-        are fields of SamplingParams, None where the checkpoint decides. Closing the iterator stops what is computed.
+        A prompt is a text to go on from, or the messages of a conversation to answer (`Message`, or its dict).
+        `sampling` are fields of SamplingParams, None where the checkpoint decides. Closing the iterator stops what is
+        computed.
 
         Raises ContextLengthError, SamplingError and TemplateError (a conversation, for a base model), when it comes to
         the prompt that is wrong.
