@@ -138,7 +138,7 @@ const glm4_isa* glm4_isa_of(int32_t isa);
 
 // No code is shared between the files of different ISAs: the linker keeps one copy. Widths are even, for inputs in two
 // parts.
-enum { GLM4_SCALAR_WIDTH = 4, GLM4_AVX2_WIDTH = 4, GLM4_AVXVNNI_WIDTH = 6, GLM4_AVX512VNNI_WIDTH = 12 };
+enum { GLM4_SCALAR_WIDTH = 4, GLM4_AVX2_WIDTH = 6, GLM4_AVXVNNI_WIDTH = 6, GLM4_AVX512VNNI_WIDTH = 12 };
 enum { GLM4_NEON_WIDTH = 6, GLM4_NEONI8MM_WIDTH = 6, GLM4_MAX_WIDTH = 12 };
 void glm4_tile_scalar(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);
 void glm4_tile_avx2(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);
