@@ -14,7 +14,7 @@ using glm4::Sink;
 using glm4::Source;
 
 constexpr int64_t kChunkRows = 512;         // rows of x quantized at once: bounds the scratch
-constexpr int64_t kCacheBytes = 256 << 10;  // activations that stay in the second-level cache over one item
+constexpr int64_t kCacheBytes = 1 << 20;     // activations that stay in the caches over one item
 constexpr int64_t kMaxColumns = 144;        // that one tile is multiplied with at once, and their panels
 constexpr int64_t kMaxPanels = 36;
 constexpr int64_t kMaxItemTiles = 8;        // several tiles use a panel of activations while it is in cache

@@ -145,6 +145,7 @@ void glm4_tile_avx2(const glm4_weight*, int64_t, const glm4_panel*, int64_t, flo
 void glm4_tile_avxvnni(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);
 void glm4_tile_avx512vnni(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);
 void glm4_tile_neon(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);
+void glm4_mins_neon(const glm4_weight*, int64_t, const glm4_panel*, float*);  // of glm4_tile_neon alone
 void glm4_tile_neoni8mm(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);
 extern const glm4_rows glm4_rows_scalar;
 extern const glm4_rows glm4_rows_avx2;
