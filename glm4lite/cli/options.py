@@ -106,7 +106,7 @@ Speculate = Annotated[
     str,
     typer.Option(
         metavar="auto|off|N",
-        help="Guess up to N (1 to 7) tokens and verify them in one step; auto: where answers stay what they are.",
+        help="Guess up to N (1 to 15) tokens and verify them in one step; auto: where answers stay what they are.",
         autocompletion=_among("auto", "off"),
     ),
 ]

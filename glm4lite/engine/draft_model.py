@@ -53,7 +53,8 @@ class DraftModel:
         begin = len(written.cache.ids)
         while begin < end:
             ids = sequence.ids[begin : min(begin + self.model.chunk, end)]
-            self._step({sequence: ids}, kept=0)
+            if not self._step({sequence: ids}, kept=0):
+                return
             begin += len(ids)
 
     def propose(self, wanted: Mapping[Sequence, int], costs: Costs, rows: int) -> dict[Sequence, list[int]]:
@@ -65,15 +66,19 @@ class DraftModel:
         fitting = [one for one, most in wanted.items() if most and len(one.ids) + most <= self.model.context]
         open_ = dict.fromkeys(fitting, 1.0)  # how likely all guesses so far are right
         todo = {}
-        for sequence in open_:
+        for sequence in list(open_):
             self.follow(sequence, len(sequence.ids) - 1)
             todo[sequence] = sequence.ids[len(self._written[sequence].cache.ids) :]
+            if len(todo[sequence]) > 1:  # there is no room for it
+                del open_[sequence], todo[sequence]
         gained, spent = float(len(wanted)), costs.of(rows)
         while open_:
             if not self._pays(max(open_.values()), costs, rows, gained, spent):
                 break
             began = time.perf_counter()
             drawn = self._drawn(self._step(todo, kept=1))
+            if not drawn:
+                break
             self._measure(time.perf_counter() - began)
             todo = {}
             for sequence, (token, sure) in drawn.items():
@@ -114,7 +119,7 @@ class DraftModel:
         """What is written of a sequence, cut back to what became certain; learns from which guesses were right."""
         written = self._written.get(sequence)
         if written is None:
-            in_use = sum(other.cache.kv.nbytes for other in self._written.values())
+            in_use = [(other.cache, len(other.cache.ids)) for other in self._written.values()]
             cache = self.prefixes.take(sequence.ids, in_use)
             cache.keep_common_prefix(sequence.ids)
             written = self._written[sequence] = _Written(cache, len(cache.ids))
@@ -133,10 +138,13 @@ class DraftModel:
 
     @torch.inference_mode()
     def _step(self, todo: Mapping[Sequence, list[int]], kept: int) -> dict[Sequence, Tensor]:
+        """The logits of each; nothing where there is no memory."""
+        caches = [(self._written[sequence].cache, ids) for sequence, ids in todo.items()]
+        if not self.prefixes.reserve([(cache, len(cache.ids) + len(ids)) for cache, ids in caches]):
+            return {}
         spans = []
         for sequence, ids in todo.items():
             cache = self._written[sequence].cache
-            cache.settle()
             spans.append(Span(ids, cache.kv, kept))
         logits = self.model.step(spans)
         for sequence, ids in todo.items():

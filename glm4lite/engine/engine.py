@@ -85,7 +85,7 @@ class Engine:
 
     def speculate(self, how: str | int = "auto") -> None:
         """Whether ids are guessed and verified together (see `glm4lite.engine.speculation`): "off"; the most ids of a
-        guess, 1 to 7; "auto": 7 where a row has the same bits in any step, which is where the native kernels compute
+        guess, 1 to 15; "auto": 15 where a row has the same bits in any step, which is where the native kernels compute
         all layers and the head. There answers are what they are without; elsewhere sums are rounded otherwise, and two
         ids that are nearly as likely may change places.
 

@@ -169,6 +169,7 @@ class Scheduler:
         sequence.settle()
         if self.prefixes is not None and sequence.cache is not None:
             self.prefixes.give(sequence.cache)
+            sequence.give_up()
         if self.draft is not None:
             self.draft.done(sequence)
         if sequence.drafts is not None:
@@ -179,18 +180,21 @@ class Scheduler:
         while self.waiting and len(self.running) < self.parallel:
             sequence = self.waiting[0]
             if self.prefixes is not None and sequence.cache is None:
-                if self.running and self._used(sequence) > self.prefixes.memory:
+                if self.running and not self.prefixes.fits(sequence.ids, FEW, self._in_use()):
                     return
-                sequence.cache = self.prefixes.take(sequence.ids, self._used())
-            sequence.admit(sequence.cache or PrefixCache(self.model))
+                sequence.cache = self.prefixes.take(sequence.ids, self._in_use())
+            sequence.admit(sequence.cache or PrefixCache(self.model.new_cache()))
             self.running.append(self.waiting.popleft())
 
     def _compose(self) -> tuple[list[tuple[Sequence, int]], Sequence | None]:
         """Who computes how many ids at most in the next step, and whose prompt one part of them is."""
+        for sequence in self.running:
+            sequence.settle()
         batch = [(sequence, FEW) for sequence in self.running if sequence.todo <= FEW]
         prompts = [sequence for sequence in self.running if sequence.todo > FEW]
         prompt = self._next_prompt(prompts)
         if prompt is not None:
+            self._share(prompt)
             batch.append((prompt, self._part(shared=len(self.running) > 1)))
         batch = self._make_room(batch)
         return batch, prompt if prompt in self.running else None
@@ -224,6 +228,16 @@ class Scheduler:
         self._passed_over = 0 if chosen is first else self._passed_over + 1
         return chosen
 
+    def _share(self, prompt: Sequence) -> None:
+        """Copies what another one has of the same beginning: a system prompt of several clients is computed once."""
+        others = [one.cache for one in self.running if one is not prompt and one.cache is not None]
+        best = max(others, key=lambda cache: cache.common_prefix(prompt.ids), default=None)
+        if best is None or (shared := best.common_prefix(prompt.ids)) <= prompt.cached:
+            return
+        copied = best.copy(shared) if self.prefixes is None else self.prefixes.copied(best, shared, self._in_use())
+        if copied is not None:
+            prompt.admit(copied)
+
     def _part(self, shared: bool) -> int:
         """Ids of a prompt for one step."""
         if not shared:
@@ -235,25 +249,19 @@ class Scheduler:
         """The batch, without sequences that had to give their room to those that came before them."""
         if self.prefixes is None:
             return batch
-        while len(self.running) > 1 and self._used() > self.prefixes.memory:
+        while not self.prefixes.reserve(self._in_use()) and len(self.running) > 1:
             last = self.running.pop()
-            last.preempt()
+            last.give_up()
             if self.draft is not None:
                 self.draft.done(last)
             self.waiting.appendleft(last)
             self.preempted += 1
-        self.prefixes.make_room(self._used())
         return [(sequence, most) for sequence, most in batch if sequence in self.running]
 
-    def _used(self, *others: Sequence) -> int:
-        """Bytes of the caches of all that run, and of others, after the next step; a prompt's room is kept for it."""
-        if self.prefixes is None:
-            return 0
-        total = 0
-        for sequence in (*self.running, *others):
-            held = sequence.cache.kv.nbytes if sequence.cache is not None else 0
-            total += max(held, self.prefixes.bytes_of(len(sequence.ids) + FEW))
-        return total
+    def _in_use(self) -> list[tuple[PrefixCache, int]]:
+        """The caches of all that run; the whole prompt's room is kept for it, and that of a guess."""
+        caches = [(sequence.cache, len(sequence.ids) + FEW) for sequence in self.running]
+        return [(cache, ids) for cache, ids in caches if cache is not None]
 
     def _compute(self, batch: list[tuple[Sequence, Span]]) -> None:
         """Makes the step. Where it fails, each sequence goes alone, so that only the one that asks too much is told."""
@@ -291,8 +299,8 @@ class Scheduler:
 
     def _stop_if_unwanted(self) -> None:
         """Where most of a step is for those who left, the rest is computed anew sooner than it would be finished."""
-        rows = [(len(span.ids), sequence.cancel.is_set()) for sequence, span in self._computing]
-        if 2 * sum(count for count, cancelled in rows if cancelled) >= sum(count for count, _ in rows):
+        rows = [(len(span.ids), one.cancel.is_set() or one.abandoned) for one, span in self._computing]
+        if 2 * sum(count for count, gone in rows if gone) >= sum(count for count, _ in rows):
             raise _Stopped
 
 

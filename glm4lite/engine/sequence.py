@@ -103,11 +103,10 @@ class Sequence:
         """Goes on over what a cache has of the ids."""
         self.cache = cache
         computed = cache.keep_common_prefix(self.ids)
-        if not self.to_prefill:
-            self.to_prefill = len(self.prompt) - computed
+        self.to_prefill = min(self.prefilled + len(self.prompt) - computed, len(self.prompt))
 
-    def preempt(self) -> None:
-        """Gives what was computed up, to be computed again later."""
+    def give_up(self) -> None:
+        """Others have what was computed, or its memory; what is still needed is computed again."""
         self.cache = None
 
     @property
@@ -134,7 +133,6 @@ class Sequence:
     def span(self, most: int) -> Span:
         """What comes into the step: at most `most` of the ids that have to be computed, and the guess behind all."""
         cache = self._held()
-        cache.settle()
         chunk = self.ids[self.cached : self.cached + most]
         self._certain = len(chunk)
         last = self._certain == self.todo
@@ -162,7 +160,7 @@ class Sequence:
                 self.drafts.accepted += 1
 
     def settle(self) -> None:
-        """After a step that was stopped half-way: forgets what it left behind."""
+        """Forgets what a step left behind that was stopped half-way, or that guessed wrongly."""
         if self.cache is not None:
             self.cache.settle()
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from glm4lite.base.errors import ConfigError
 
-MOST = 7  # ids of a draft: with the one that is certain as many rows as the kernels take for one step
+MOST = 15  # ids of a draft: what pays beside them is less where memory is the bound, and nearly all where a disk is
 _SHORTEST = 2  # ids that have to agree before what follows them is a guess
 _LONGEST = 24  # more that agree make a guess no likelier
 _REMEMBERED = 65_536  # ids of former answers that are looked through

@@ -52,6 +52,7 @@ class CausalLM(ModelWithTrunk):
 
         Each span's cache is extended in place; after an error layers may hold differently many of the new ids
         (`KVCache.truncate`). `Trunk.interrupt` is called between the layers; a few rows go through all of them at once.
+        Raises what `KVCache.reserve` does before anything is computed.
         """
         if not spans:
             return []

@@ -221,6 +221,8 @@ class Trunk(ModelBase):
         embeds = self._embedded(input_ids, inputs_embeds)
         cache = self._cache(past_key_values, use_cache, embeds)
         past, length = 0 if cache is None else cache.get_seq_length(), embeds.shape[1]
+        if cache is not None:
+            cache.reserve(length)
         given = cache_position[None] if isinstance(cache_position, Tensor) else cache_position
         given = given if position_ids is None else position_ids
         if problem := beside_problem(embeds, given, attention_mask, past, self.config.num_attention_heads):
@@ -277,6 +279,7 @@ class Trunk(ModelBase):
         """The states [rows kept of all spans, H] after the final norm; see `CausalLM.step`."""
         if problem := spans_problem(spans):
             raise ValueError(problem)
+        _reserve(spans)
         rows, pasts = [len(span.ids) for span in spans], [span.cache.get_seq_length() for span in spans]
         ids = torch.tensor([[new for span in spans for new in span.ids]], device=self.device)
         each = [torch.arange(past, past + count) for past, count in zip(pasts, rows, strict=True)]
@@ -325,6 +328,17 @@ class Trunk(ModelBase):
         x = self.norm(x.to(self.norm.weight.device), stage.dtype)
         collected.hidden(x)
         return x
+
+
+def _reserve(spans: Sequence[Span]) -> None:
+    """Room for the new ids of all, or of none."""
+    try:
+        for span in spans:
+            span.cache.reserve(len(span.ids))
+    except BaseException:
+        for span in spans:
+            span.cache.truncate(span.cache.get_seq_length())
+        raise
 
 
 def _call(layer: DecoderLayer, *inputs: Any) -> Any:

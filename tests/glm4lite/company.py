@@ -7,12 +7,12 @@ for number, rows, logits in company(model, prompts, seed=1):
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from glm4lite import Glm4ForCausalLM
+from glm4lite import Glm4ForCausalLM, KVCache
 from glm4lite.model.step import Span
 
 PIECES = (1, 1, 1, 4, 8, 30, 200)
@@ -30,13 +30,15 @@ def alone(model: Glm4ForCausalLM, prompts: list[list[int]]) -> list[Tensor]:
     return [model(torch.tensor([ids])).logits[0].float() for ids in prompts]
 
 
-def company(model: Glm4ForCausalLM, prompts: list[list[int]], seed: int) -> Iterator[tuple[int, slice, Tensor]]:
+def company(
+    model: Glm4ForCausalLM, prompts: list[list[int]], seed: int, new_cache: Callable[[], KVCache] | None = None
+) -> Iterator[tuple[int, slice, Tensor]]:
     """All ids in random pieces and random company; gives a sequence's number, rows of it and their logits.
 
     The last row of each is among them.
     """
     chance, done = random.Random(seed), [0] * len(prompts)
-    caches = [model.new_cache() for _ in prompts]
+    caches = [(new_cache or model.new_cache)() for _ in prompts]
     while waiting := [number for number, ids in enumerate(prompts) if done[number] < len(ids)]:
         spans, rows = [], []
         for number in chance.sample(waiting, chance.randint(1, len(waiting))):

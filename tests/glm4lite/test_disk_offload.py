@@ -167,7 +167,7 @@ def test_generating_goes_on_after_a_stop_in_mid_pass(folder: Path, streamed: Glm
     prompt = IDS[0].tolist()
     wanted = list(Generation(load(folder), prompt, GREEDY))
     cancel = threading.Event()
-    cache = PrefixCache(streamed)
+    cache = PrefixCache(streamed.new_cache())
     stopped = Generation(streamed, prompt, GREEDY, cache=cache, cancel=cancel)
     third = streamed.model.layers[3]
     handle = third.register_forward_pre_hook(lambda *_: cancel.set())
@@ -243,7 +243,7 @@ def test_an_error_of_the_disk_is_said_and_the_next_pass_tries_again(
         raise OSError(5, "Input/output error")
 
     reads["do"] = broken
-    cache = PrefixCache(streamed)
+    cache = PrefixCache(streamed.new_cache())
     with pytest.raises(CheckpointError, match=r"safetensors cannot be read: Input/output error"):
         list(Generation(streamed, IDS[0].tolist(), GREEDY, cache=cache))
     reads["do"] = reads["real"]
@@ -508,7 +508,7 @@ def test_a_device_that_fails_in_a_prompt_is_said_and_the_session_goes_on(
     folder: Path, failure: Exception, message: str
 ) -> None:
     model = load(folder)
-    cache, prompt = PrefixCache(model), IDS[0].tolist()
+    cache, prompt = PrefixCache(model.new_cache()), IDS[0].tolist()
 
     def fail(*_: Any) -> None:
         raise failure
