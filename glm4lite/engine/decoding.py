@@ -139,7 +139,7 @@ class Generation:
             if sequence.prefilled > told:
                 told = sequence.prefilled
                 yield told, sequence.to_prefill
-            elif sequence.outputs or sequence.over:
+            elif sequence.outputs or sequence.over or self.cancel.is_set():
                 break
         self._raise()
 
