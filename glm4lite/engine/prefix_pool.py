@@ -55,9 +55,13 @@ class PrefixCache:
         self.kv.truncate(length)
         del self.ids[length:]
 
-    def settle(self) -> None:
-        """After a forward pass that was stopped half-way, or of guesses: keep what every layer has and `ids` names."""
-        self._cut(min(self.kv.get_seq_length(), len(self.ids)))
+    def settle(self, most: int | None = None) -> None:
+        """After a forward pass that was stopped half-way, or of guesses: keep what every layer has and `ids` names.
+
+        `most`: of the ids, that are kept at all.
+        """
+        held = min(self.kv.get_seq_length(), len(self.ids))
+        self._cut(held if most is None else min(held, most))
 
 
 InUse = Sequence[tuple[PrefixCache, int]]

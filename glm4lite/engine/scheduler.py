@@ -293,9 +293,11 @@ class Scheduler:
             try:
                 with torch.inference_mode():
                     sequence.computed(rows)
-            except Exception as error:  # of one sequence's constraint, say: the others go on
+            except BaseException as error:  # of one sequence's constraint, say: the others go on
                 sequence.settle()
                 sequence.fail(error)
+                if not isinstance(error, Exception) and self.wake is None:
+                    raise
 
     def _stop_if_unwanted(self) -> None:
         """Where most of a step is for those who left, the rest is computed anew sooner than it would be finished."""
