@@ -188,6 +188,7 @@ class Engine:
         from glm4lite.memory.system import give_back
 
         if self.loaded:
+            self.scheduler.wake = None  # whoever still reads an answer makes the steps himself
             del self.model, self.scheduler
             give_back()
 

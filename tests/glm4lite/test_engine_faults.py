@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from itertools import cycle
 from typing import TypeVar
 
 import pytest
+from torch import Tensor
 
+from glm4lite.chat.session import ChatSession
 from glm4lite.engine.decoding import Generation
 from glm4lite.engine.engine import Engine
+from glm4lite.engine.prefix_pool import PrefixPool
 from glm4lite.engine.sampling import SamplingParams
+from glm4lite.engine.scheduler import Scheduler
 from glm4lite.engine.worker import EngineWorker
+from glm4lite.model.step import Span
 from glm4lite_quant.kernels import native
 
 T = TypeVar("T")
@@ -137,3 +144,133 @@ def test_whatever_a_constraint_raises_reaches_its_reader_and_the_engines_thread_
         within(20, lambda: list(worker.run(constrained)))
     assert within(20, lambda: list(worker.run(lambda engine: iter(engine.generate([30, 31, 32], PARAMS))))) == wanted
     worker.close()
+
+
+def test_an_error_before_a_step_is_told_to_all_who_wait_and_the_next_are_answered(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = EngineWorker(engine)
+
+    def plain(engine: Engine) -> Iterator[int]:
+        return iter(engine.generate([30, 31, 32], PARAMS))
+
+    def fails(*_: object) -> None:
+        raise MemoryError("no table")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.prefixes, "take", fails)
+        with pytest.raises(MemoryError):
+            within(20, lambda: list(worker.run(plain)))
+    assert len(within(20, lambda: list(worker.run(plain)))) == PARAMS.max_new_tokens
+    worker.close()
+
+
+def test_a_model_that_is_unloaded_between_two_looks_ends_no_thread(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, other = EngineWorker(engine), Engine.load("nano", quant="int4", device="cpu")
+    monkeypatch.setattr(Engine, "loaded", property(lambda _: True))  # as it was a moment ago
+    del engine.model, engine.scheduler
+    assert worker.state().steps == 0
+    list(worker.run(lambda _: iter([1])))
+    monkeypatch.undo()
+    worker.engine = other
+    ids = within(20, lambda: list(worker.run(lambda engine: iter(engine.generate([30, 31, 32], PARAMS)))))
+    assert len(ids) == PARAMS.max_new_tokens
+    worker.close()
+
+
+def test_work_that_ends_between_two_looks_ends_no_thread(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = EngineWorker(engine)
+    with monkeypatch.context() as patched:
+        looks = cycle([True, False])
+        patched.setattr(Scheduler, "busy", property(lambda _: next(looks)))
+        for _ in range(20):
+            list(worker.run(lambda _: iter([1])))
+    ids = within(20, lambda: list(worker.run(lambda engine: iter(engine.generate([30, 31, 32], PARAMS)))))
+    assert len(ids) == PARAMS.max_new_tokens
+    worker.close()
+
+
+@pytest.mark.parametrize("how", ["replaced", "unloaded"])
+def test_who_still_reads_from_a_model_that_was_taken_away_gets_the_answer(engine: Engine, how: str) -> None:
+    wanted, other = list(engine.generate([30, 31, 32], PARAMS)), Engine.load("nano", quant="int4", device="cpu")
+    worker, made = EngineWorker(engine), engine.generate([30, 31, 32], PARAMS)
+    if how == "unloaded":
+        engine.unload()
+    else:
+        worker.engine = other
+    assert within(20, lambda: list(made)) == wanted
+    worker.close()
+
+
+def test_nothing_is_computed_for_an_answer_that_nobody_holds(engine: Engine) -> None:
+    begun, read = engine.generate([30, 31, 32], PARAMS), engine.generate([40, 31, 32], PARAMS)
+    begun.begin()
+    list(read.prefill())
+    assert engine.scheduler.busy
+    del begun, read
+    assert not engine.scheduler.busy
+
+
+def test_an_answer_that_is_gone_on_with_and_left_at_its_beginning_is_not_computed(engine: Engine) -> None:
+    session = ChatSession(engine)
+    list(session.send("Hello"))
+    events = session.resume("I am a cat that", cancel=threading.Event())
+    next(events)
+    events.close()
+    assert not engine.scheduler.busy
+
+
+def test_an_error_that_is_kept_keeps_no_memory_of_the_pool(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    context, step = 512, engine.model.step
+    monkeypatch.setattr(engine.model.model, "context", context)
+    monkeypatch.setattr(type(engine.model), "chunk", 64)
+    engine.prefixes = PrefixPool(engine.model)
+    long = [20 + n % 100 for n in range(400)]
+
+    def gives_out(spans: list[Span]) -> list[Tensor]:
+        if spans[0].kept:
+            raise RuntimeError("a fault")
+        return step(spans)
+
+    with monkeypatch.context() as patched:
+        failed = engine.generate(long, PARAMS)
+        patched.setattr(engine.model, "step", gives_out)
+        with pytest.raises(RuntimeError, match="a fault") as kept:
+            list(failed)
+    other = engine.generate([150 + n % 100 for n in range(context - 20)], PARAMS)
+    assert len(list(other)) == PARAMS.max_new_tokens
+    assert kept.value is not None
+
+
+def test_a_step_that_was_not_made_is_not_measured(engine: Engine) -> None:
+    engine.speculate("auto")
+    scheduler, speculation = engine.scheduler, engine.scheduler.speculation
+    assert speculation is not None
+    for prompt in ([30, 31, 32], list(range(20, 90))):
+        made = engine.generate(prompt, PARAMS)
+        hook = engine.model.model.layers[0].register_forward_pre_hook(lambda *_, made=made: made.cancel.set())
+        list(made)
+        hook.remove()
+    assert (scheduler.steps, scheduler._rate, speculation.costs.seconds(3)) == (0, 0, None)
+
+
+def test_a_thread_that_is_to_make_steps_sleeps_while_another_makes_one(engine: Engine) -> None:
+    made, entered, go_on = engine.generate([30, 31, 32], PARAMS), threading.Event(), threading.Event()
+
+    def slow(*_: object) -> None:
+        entered.set()
+        go_on.wait(10)
+
+    hook = engine.model.model.layers[0].register_forward_pre_hook(slow)
+    thread = threading.Thread(target=lambda: list(made))
+    thread.start()
+    entered.wait(10)
+    began = time.monotonic()
+    for _ in range(3):
+        engine.scheduler.step()
+    assert time.monotonic() - began > 0.2
+    go_on.set()
+    thread.join()
+    hook.remove()
