@@ -102,21 +102,27 @@ class PrefixPool:
                     pass
             if not others:
                 return None
-            self._kept.remove(others.pop(0))
+            self._forget(others.pop(0))
 
     def give(self, cache: PrefixCache) -> None:
         """Keeps what an answer left behind."""
         if cache.ids and all(cache is not kept for kept in self._kept):
             self._kept.append(cache)
-        del self._kept[:-MOST]
+        for old in self._kept[:-MOST]:
+            self._forget(old)
         self.reserve(())
+
+    def drop(self, cache: PrefixCache) -> None:
+        """Gives back the blocks of one that is not kept, whoever still refers to it: the traceback of an error, say."""
+        cache.kv.truncate(0)
+        cache.ids.clear()
 
     def reserve(self, in_use: InUse) -> bool:
         """Room for what the caches are to hold next, for which the oldest are forgotten; whether there is."""
         if self.blocks is None:
             wanted = self._wanted(in_use)
             while self._kept and self.nbytes + wanted > self.memory:
-                self._kept.pop(0)
+                self._forget(self._kept[0])
             return wanted <= self.memory
         return all(self._reserved(cache, ids) for cache, ids in in_use)
 
@@ -156,6 +162,10 @@ class PrefixPool:
         step = STEP if trunk.norm.weight.device.type == "cpu" else GPU_STEP
         return trunk.cache_bytes * min(with_room(tokens, step), self.model.context)
 
+    def _forget(self, kept: PrefixCache) -> None:
+        self._kept.remove(kept)
+        self.drop(kept)
+
     def _new(self) -> PrefixCache:
         return PrefixCache(self.model.new_cache() if self.blocks is None else self.blocks.new())
 
@@ -166,7 +176,7 @@ class PrefixPool:
             except PoolFull:
                 if not self._kept:
                     return False
-                self._kept.pop(0)
+                self._forget(self._kept[0])
             else:
                 return True
 
