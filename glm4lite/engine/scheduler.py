@@ -298,7 +298,7 @@ class Scheduler:
             sequence.fail(failure or error)
             return False
         finally:
-            trunk.interrupt = None
+            trunk.interrupt, self._computing = None, []
         for (sequence, _), rows in zip(batch, logits, strict=True):
             try:
                 with torch.inference_mode():

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from itertools import cycle
 from typing import TypeVar
 
@@ -14,10 +15,13 @@ from torch import Tensor
 
 from glm4lite.chat.session import ChatSession
 from glm4lite.engine.decoding import Generation
+from glm4lite.engine.draft_model import DraftModel
 from glm4lite.engine.engine import Engine
 from glm4lite.engine.prefix_pool import PrefixPool
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.engine.scheduler import Scheduler
+from glm4lite.engine.sequence import Sequence
+from glm4lite.engine.speculation import Costs, Speculation
 from glm4lite.engine.worker import EngineWorker
 from glm4lite.model.step import Span
 from glm4lite_quant.kernels import native
@@ -274,3 +278,53 @@ def test_a_thread_that_is_to_make_steps_sleeps_while_another_makes_one(engine: E
     go_on.set()
     thread.join()
     hook.remove()
+
+
+def test_between_steps_nothing_holds_what_was_computed(engine: Engine) -> None:
+    list(engine.generate([30, 31, 32], PARAMS))
+    blocks = engine.prefixes.blocks
+    assert blocks is not None
+    assert blocks.free == blocks.blocks - 1
+    engine.prefixes = PrefixPool(engine.model)
+    assert blocks.free == blocks.blocks
+
+
+def test_a_draft_model_that_reads_a_long_prompt_hears_that_it_is_not_wanted(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(engine.model), "chunk", 16)
+    draft, step, cancel, steps = DraftModel(engine.model), engine.model.step, threading.Event(), list[int]()
+    sequence = Sequence(list(range(20, 220)), PARAMS, engine.model.context, engine.tokenizer.size, cancel=cancel)
+
+    def stops(spans: list[Span]) -> list[Tensor]:
+        steps.append(len(spans[0].ids))
+        cancel.set()
+        return step(spans)
+
+    monkeypatch.setattr(engine.model, "step", stops)
+    assert draft.propose({sequence: 4}, Costs(), 1) == {sequence: []}
+    assert steps == [16]
+
+
+def test_a_pool_of_one_context_is_enough_for_two_that_each_need_all_of_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.model.model, "context", 256)
+    params = replace(PARAMS, max_new_tokens=None)
+    prompts = [[*range(20, 120)], [*range(20, 90), *range(150, 200)]]
+
+    def answers(scheduler: Scheduler) -> list[Generation]:
+        size = engine.tokenizer.size
+        return [
+            Generation(engine.model, one, params, (), size, speculation=scheduler.speculation, scheduler=scheduler)
+            for one in prompts
+        ]
+
+    wanted = [list(one) for one in answers(Scheduler(engine.model, PrefixPool(engine.model), parallel=1))]
+    scheduler = Scheduler(engine.model, PrefixPool(engine.model), parallel=2, speculation=Speculation())
+    made = answers(scheduler)
+    for one in made:
+        one.begin()
+    assert [list(one) for one in made] == wanted
+    assert [len(one) + len(ids) for one, ids in zip(prompts, wanted, strict=True)] == [256, 256]
+    assert scheduler.preempted
