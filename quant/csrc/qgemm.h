@@ -160,13 +160,14 @@ const glm4_isa* glm4_isa_of(int32_t isa);
 
 // No code is shared between the files of different ISAs: the linker keeps one copy. Widths are even, for inputs in two
 // parts.
-enum { GLM4_SCALAR_WIDTH = 4, GLM4_AVX2_WIDTH = 4, GLM4_AVXVNNI_WIDTH = 6, GLM4_AVX512VNNI_WIDTH = 12 };
+enum { GLM4_SCALAR_WIDTH = 4, GLM4_AVX2_WIDTH = 6, GLM4_AVXVNNI_WIDTH = 6, GLM4_AVX512VNNI_WIDTH = 12 };
 enum { GLM4_NEON_WIDTH = 6, GLM4_NEONI8MM_WIDTH = 6, GLM4_MAX_WIDTH = 12 };
 void glm4_tile_scalar(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);
 void glm4_tile_avx2(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);
 void glm4_tile_avxvnni(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);
 void glm4_tile_avx512vnni(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);
 void glm4_tile_neon(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);
+void glm4_mins_neon(const glm4_weight*, int64_t, const glm4_panel*, float*);  // of glm4_tile_neon alone
 void glm4_tile_neoni8mm(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);
 extern const glm4_rows glm4_rows_scalar;
 extern const glm4_rows glm4_rows_avx2;
