@@ -1,9 +1,9 @@
 """Several sequences at once, glm4lite beside llama.cpp: total tokens/s, one run, repetitions interleaved.
 
-`python -m bench.batched [--shape 9b] [--layers N] [--rounds 5] [--sequences 1,2,4,8] [--ram SIZE] [--work FOLDER]` makes
-or takes the files of bench/peers.py, then measures in rounds: each engine once a round, in a process of its own that loads once
-and gives each number of sequences its turn (bench/sequences.py), every second round from the largest down. llama.cpp
-gets several seq_ids in one llama_batch. Ratios are of one round. Tables for people, one JSON line last.
+`python -m bench.batched [--shape 9b] [--layers N] [--rounds 5] [--sequences 1,2,4,8] [--ram SIZE] [--work FOLDER]`
+makes or takes the files of bench/peers.py, then measures in rounds: each engine once a round, in a process of its own
+that loads once and gives each number of sequences its turn (bench/sequences.py), every second round from the largest
+down. llama.cpp gets several seq_ids in one llama_batch. Ratios are of one round. Tables for people, one JSON line last.
 """
 
 from __future__ import annotations

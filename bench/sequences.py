@@ -28,7 +28,8 @@ class Sequences(Protocol):
 
 
 class Glm4liteSequences:
-    """glm4lite's model, loaded as it is stored; `backend` is what multiplies. With too little `ram` layers stay on disk."""
+    """glm4lite's model, loaded as it is stored; `backend` is what multiplies. Layers that `ram` has no room for are
+    read from disk."""
 
     def __init__(self, path: Path, threads: int, ram: str | None = None) -> None:
         from glm4lite import load
