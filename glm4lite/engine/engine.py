@@ -17,6 +17,8 @@ from glm4lite.base.errors import CheckpointError, ConfigError, NoModel, Template
 from glm4lite.base.events import Done, Progress
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.engine.decoding import Generation
+from glm4lite.engine.kept_prefixes import KeptPrefixes, key_of, named, wanted_size
+from glm4lite.engine.prefix_files import PrefixFolder
 from glm4lite.engine.prefix_pool import PrefixPool
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.engine.scheduler import PARALLEL, Scheduler
@@ -119,11 +121,13 @@ class Engine:
         before_weights: Callable[[], None] | None = None,
         speculate: str | int = "auto",
         parallel: int | None = None,
+        keep_prefixes: bool | int | str | None = None,
     ) -> Engine:
         """Arguments as `glm4lite.load`; quant "auto" is int4, or as the checkpoint is stored if that is quantized.
 
         `speculate`: as the method. `parallel`: answers computed at once; None: 4 where all layers are on the CPU, else
-        1, for a GPU's fast way is for one.
+        1, for a GPU's fast way is for one. `keep_prefixes`: what was computed for prompts is also written to a folder,
+        of at most so many bytes (True: 4 GiB; or a text such as "8GiB"), and read from there by the next process.
 
         `before_weights` is called once all that is cheap to check was right: the time to unload another model.
 
@@ -135,7 +139,9 @@ class Engine:
 
         budget = Budget.of(gpu_memory, ram, context, kv)
         options = LoadOptions(quant, device, dtype, progress, budget=budget)
-        return cls.from_options(source, options, need_template, before_weights, speculate, parallel)
+        return cls.from_options(
+            source, options, need_template, before_weights, speculate, parallel, keep_prefixes=keep_prefixes
+        )
 
     @classmethod
     def from_options(
@@ -146,6 +152,7 @@ class Engine:
         before_weights: Callable[[], None] | None = None,
         speculate: str | int = "auto",
         parallel: int | None = None,
+        keep_prefixes: bool | int | str | None = None,
     ) -> Engine:
         """`load` for callers that hold all they ask of it as one value, its limits as one `Budget`."""
         from glm4lite.checkpoint.prepare import opened
@@ -154,6 +161,8 @@ class Engine:
         from glm4lite.pretrained.models import Glm4ForCausalLM
 
         longest_guess(speculate)
+        size = wanted_size(keep_prefixes)
+        folder_of_prefixes = None if size is None else PrefixFolder(size=size)
         checkpoint = opened(source, options.progress)
         folder = checkpoint.folder
         tokenizer, template = Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder)
@@ -167,6 +176,9 @@ class Engine:
         model, _ = load_checkpoint(Glm4ForCausalLM, checkpoint, options, str(folder))
         engine = cls(model, tokenizer, template, checkpoint.generation_config, parallel or _usual_parallel(model))
         engine.speculate(speculate)
+        if folder_of_prefixes is not None:
+            name = named(source, model)
+            engine.prefixes.disk = KeptPrefixes(model, name, key_of(model, checkpoint), folder_of_prefixes)
         return engine
 
     def unload(self) -> None:
@@ -177,6 +189,7 @@ class Engine:
         from glm4lite.memory.system import give_back
 
         if self.loaded:
+            self.prefixes.close()
             del self.model, self.scheduler
             give_back()
 

@@ -11,7 +11,7 @@ placement has set aside; the conversation that was used longest ago goes first.
 from __future__ import annotations
 
 from copy import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from glm4lite.model.cache import GPU_STEP, STEP, with_room
 
@@ -39,7 +39,7 @@ class PrefixCache:
     def keep_common_prefix(self, ids: list[int]) -> int:
         """Cuts back to the longest common prefix with `ids`."""
         length = self.common_prefix(ids)
-        self._cut(length)
+        self.cut(length)
         return length
 
     def copy(self, length: int) -> PrefixCache:
@@ -48,21 +48,38 @@ class PrefixCache:
         made.kv, made.ids = self.kv.copy(length), self.ids[:length]
         return made
 
-    def _cut(self, length: int) -> None:
+    def cut(self, length: int) -> None:
+        """Keeps the first `length` ids."""
         self.kv.truncate(length)
         del self.ids[length:]
 
     def settle(self) -> None:
         """After a forward pass that was stopped half-way, or of guesses: keep what every layer has and `ids` names."""
-        self._cut(min(self.kv.get_seq_length(), len(self.ids)))
+        self.cut(min(self.kv.get_seq_length(), len(self.ids)))
+
+
+class Disk(Protocol):
+    """Where prefixes outlive the pool and the process: `glm4lite.engine.kept_prefixes`."""
+
+    def extend(self, cache: PrefixCache, ids: list[int]) -> None:
+        """Cuts a cache back to what it has of `ids`, and appends what the disk has beyond that."""
+
+    def rests(self, cache: PrefixCache) -> None:
+        """The cache stays as it is until it leaves."""
+
+    def leaves(self, cache: PrefixCache) -> None:
+        """The cache is used again, or given up."""
+
+    def close(self) -> None:
+        """Writes what rests, and holds no cache any more."""
 
 
 class PrefixPool:
     """The kept prefixes of one model, oldest first. For the thread that computes with the model, like the model."""
 
-    def __init__(self, model: CausalLM, memory: int | None = None) -> None:
+    def __init__(self, model: CausalLM, memory: int | None = None, disk: Disk | None = None) -> None:
         """`memory`: bytes of all caches, those in use included; None: what one full context takes."""
-        self.model, self._memory = model, memory
+        self.model, self._memory, self.disk = model, memory, disk
         self._kept: list[PrefixCache] = []
 
     def take(self, ids: list[int], in_use: int = 0) -> PrefixCache:
@@ -70,15 +87,23 @@ class PrefixPool:
 
         `in_use`: bytes of other caches that are in use.
         """
+        cache = self._take(ids, in_use)
+        if self.disk is not None:
+            self.disk.extend(cache, ids)
+        return cache
+
+    def _take(self, ids: list[int], in_use: int) -> PrefixCache:
         best = max(self._kept, key=lambda cache: cache.common_prefix(ids), default=None)
         shared, needed = best.common_prefix(ids) if best else 0, in_use + self.bytes_of(len(ids))
         if best is None or not shared:
             self.make_room(needed)
             return PrefixCache(self.model)
         self._kept.remove(best)
+        if self.disk is not None:
+            self.disk.leaves(best)
         if shared < COPIED * len(best.ids) and best.kv.nbytes + needed <= self.memory:
             self.make_room(best.kv.nbytes + needed)
-            self._kept.append(best)
+            self._keep(best)
             return best.copy(shared)
         self.make_room(needed)
         return best
@@ -86,14 +111,30 @@ class PrefixPool:
     def give(self, cache: PrefixCache) -> None:
         """Keeps what an answer left behind."""
         if cache.ids and all(cache is not kept for kept in self._kept):
-            self._kept.append(cache)
-        del self._kept[:-MOST]
+            self._keep(cache)
+        while len(self._kept) > MOST:
+            self._forget_oldest()
         self.make_room(0)
 
     def make_room(self, nbytes: int) -> None:
         """Forgets the oldest until `nbytes`, those of the caches in use, fit too."""
         while self._kept and self.nbytes + nbytes > self.memory:
-            self._kept.pop(0)
+            self._forget_oldest()
+
+    def close(self) -> None:
+        """The model goes: what is to outlive it is written."""
+        if self.disk is not None:
+            self.disk.close()
+
+    def _keep(self, cache: PrefixCache) -> None:
+        self._kept.append(cache)
+        if self.disk is not None:
+            self.disk.rests(cache)
+
+    def _forget_oldest(self) -> None:
+        cache = self._kept.pop(0)
+        if self.disk is not None:
+            self.disk.leaves(cache)
 
     @property
     def nbytes(self) -> int:

@@ -68,6 +68,22 @@ class LayerCache:
         """Keys or values as they read back once they are stored."""
         return new
 
+    def stored(self, begin: int, end: int) -> tuple[Tensor, ...]:
+        """Positions begin..end-1 of one sequence as `stored_forms` says, copied to the CPU."""
+        if self.keys is None or self.values is None:
+            raise ValueError("the cache is empty")
+        return (torch.stack((self.keys[0, :, begin:end], self.values[0, :, begin:end])).cpu(),)
+
+    def restore(self, stored: tuple[Tensor, ...], room: int = 0) -> None:
+        """Appends what a cache of this kind gave as `stored`, bit by bit, on the device where that lies now.
+
+        `room`: positions that it and what follows soon will take.
+        """
+        keys, values = stored[0][:, None]
+        end = self.length + max(room, keys.shape[2])
+        self.keys, self.values = self._reserved(self.keys, keys, end), self._reserved(self.values, values, end)
+        self.append(keys, values)
+
     def _concatenated(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.keys is None or self.values is None:
             return keys, values
@@ -158,15 +174,12 @@ class PackedLayerCache:
         batch, heads, tokens, head_dim = keys.shape
         end = self.length + tokens
         self._reserve(end, (batch, heads), head_dim, keys.device)
-        packed, stored, scales = self._buffers()
-        at = torch.arange(self.length, end, device=keys.device)
-        new_keys, new_values = keys.float(), values.float()
-        if scales is not None:
-            new_keys, scales[0, :, :, self.length : end] = _int8(new_keys)
-            new_values, scales[1, :, :, self.length : end] = _int8(new_values)
-        packed[:, :, at // TOKENS, :, at % TOKENS] = new_keys.permute(2, 0, 1, 3).to(packed.dtype)
-        stored[:, :, self.length : end] = new_values.to(stored.dtype)
-        self.length = end
+        new_keys, new_values, scale = keys.float(), values.float(), None
+        if self.int8:
+            (new_keys, key_scale), (new_values, value_scale) = _int8(new_keys), _int8(new_values)
+            scale = torch.stack((key_scale, value_scale))
+        self._write(new_keys, new_values, scale)
+        packed, stored, _ = self._buffers()
         return self._read(packed.transpose(3, 4).flatten(2, 3), 0, keys.dtype), self._read(stored, 1, values.dtype)
 
     def past(self) -> tuple[Tensor, Tensor] | None:
@@ -182,6 +195,32 @@ class PackedLayerCache:
             return new
         codes, scale = _int8(new.float())
         return (codes * scale[..., None]).to(new.dtype)
+
+    def stored(self, begin: int, end: int) -> tuple[Tensor, ...]:
+        """As LayerCache's."""
+        packed, values, scales = self._buffers()
+        first, last = begin // TOKENS, -(-end // TOKENS)
+        keys = packed[0, :, first:last].transpose(2, 3).flatten(1, 2)[:, begin - first * TOKENS :][:, : end - begin]
+        both = torch.stack((keys, values[0, :, begin:end])).cpu()
+        return (both,) if scales is None else (both, scales[:, 0, :, begin:end].cpu().clone())
+
+    def restore(self, stored: tuple[Tensor, ...], room: int = 0) -> None:
+        """As LayerCache's."""
+        both, *scale = stored
+        _, heads, tokens, head_dim = both.shape
+        self._reserve(self.length + max(room, tokens), (1, heads), head_dim, both.device)
+        self._write(both[0][None], both[1][None], scale[0][:, None] if scale else None)
+
+    def _write(self, keys: Tensor, values: Tensor, scale: Tensor | None) -> None:
+        """Appends [B, kv_heads, T, head_dim] in the cache's own type, where there is room."""
+        packed, stored, scales = self._buffers()
+        begin, end = self.length, self.length + keys.shape[2]
+        at = torch.arange(begin, end, device=keys.device)
+        packed[:, :, at // TOKENS, :, at % TOKENS] = keys.permute(2, 0, 1, 3)
+        stored[:, :, begin:end] = values
+        if scales is not None and scale is not None:
+            scales[..., begin:end] = scale
+        self.length = end
 
     def _read(self, codes: Tensor, which: int, dtype: torch.dtype) -> Tensor:
         values = codes[:, :, : self.length].float()
@@ -272,6 +311,19 @@ def _int8(x: Tensor) -> tuple[Tensor, Tensor]:
     top = x.abs().amax(-1)
     inverse = torch.where(top < 1e-30, 0, 127 / top)  # the inverse of less may be infinite
     return (x * inverse[..., None]).round().nan_to_num(0).to(torch.int8), top / 127
+
+
+def stored_forms(
+    config: Glm4Config, kv: KVType, dtype: torch.dtype, tokens: int
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and types of what `stored` gives of one layer, whatever the layout it has in memory.
+
+    Keys and values [2, kv_heads, tokens, head_dim] in `dtype`, or as int8 codes with scales [2, kv_heads, tokens].
+    """
+    heads = (2, config.num_key_value_heads, tokens)
+    if kv == "int8":
+        return [((*heads, config.head_dim), torch.int8), (heads, torch.float32)]
+    return [((*heads, config.head_dim), dtype)]
 
 
 def bytes_per_token(config: Glm4Config, kv: KVType, float_bytes: int) -> int:
