@@ -20,6 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -121,7 +122,11 @@ class KeptPrefixes:
             self._resting.append(cache)
             if self._writer is None:
                 self._writer = threading.Thread(target=self._write_resting, name="prefixes")
-                self._writer.start()
+                try:
+                    self._writer.start()
+                except RuntimeError:  # the program is ending
+                    self._writer = None
+                    self._resting.clear()
 
     def leaves(self, cache: PrefixCache) -> None:
         """It is used again, or given up. Waits for milliseconds where a part of it is just being copied."""
@@ -217,7 +222,7 @@ class KeptPrefixes:
         with ThreadPoolExecutor(_READERS, "prefixes") as readers:
             reads, waiting = deque[Future[bytearray]](), iter(needed)
             for run in needed:
-                reads.extend(readers.submit(ahead.segment.read) for ahead in _first(waiting, _AHEAD - len(reads)))
+                reads.extend(readers.submit(ahead.segment.read) for ahead in islice(waiting, _AHEAD - len(reads)))
                 try:
                     data = reads.popleft().result()
                 except (OSError, Damaged) as error:
@@ -355,10 +360,6 @@ def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
         return len(one)
     pairs = enumerate(zip(one, other, strict=False))
     return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
-def _first(runs: Iterator[_Run], count: int) -> list[_Run]:
-    return [run for run, _ in zip(runs, range(count), strict=False)]
 
 
 def _bytes(layers: Iterator[tuple[Tensor, ...]]) -> list[memoryview]:

@@ -51,6 +51,7 @@ def ui(
     context: options.Context = None,
     speculate: options.Speculate = "auto",
     parallel: options.Parallel = None,
+    keep_prefixes: options.KeepPrefixes = None,
     threads: options.Threads = None,
     servers_from_elsewhere: Annotated[
         bool,
@@ -67,6 +68,7 @@ def ui(
         "kv": kv,
         "speculate": speculate,
         "parallel": parallel,
+        "keep_prefixes": keep_prefixes,
     }
     with rendering(as_json=False) as renderer:
         # Before what takes seconds to import.
