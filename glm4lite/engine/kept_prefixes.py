@@ -265,8 +265,6 @@ class KeptPrefixes:
 
     def _next_piece(self) -> _Piece | None:
         """A copy of what no file holds of the cache that rests longest."""
-        if self._resting:
-            self._look()
         while self._resting:
             cache = self._resting[0]
             runs = self._covering(cache.ids)

@@ -12,10 +12,13 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -202,6 +205,36 @@ def test_answers_that_run_together_over_a_busy_folder_are_each_what_they_are_alo
     assert sum(generation.prefilled_tokens for generation in pending) < sum(map(len, prompts)) // 2
 
 
+@pytest.mark.usefixtures("small_files")
+def test_a_cache_that_is_taken_is_not_looked_at_by_the_writer(
+    int8: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, pool, prompt = started(int8, tmp_path), int8.prefixes, list(range(300, 700))
+    writing, go_on, write = threading.Event(), threading.Event(), kept.folder.write
+
+    def slowly(*arguments: Any) -> Any:
+        writing.set()
+        go_on.wait(20)
+        return write(*arguments)
+
+    monkeypatch.setattr(kept.folder, "write", slowly)
+    answer(int8, prompt)
+    assert writing.wait(20)
+    cache = pool.take([*prompt[:32], 299, 298])
+    cache.keep_common_prefix([*prompt[:32], 299, 298])
+    looked_at = list[object]()
+    for layer in cache.kv.layers:
+        monkeypatch.setattr(layer, "stored", looked_at.append)
+    go_on.set()
+    kept.close()
+    assert not looked_at
+    assert [list(read_head(path).ids) for path in files(tmp_path)] == [prompt[:64]]
+    monkeypatch.undo()
+    pool.give(cache)
+    kept.close()
+    assert len(files(tmp_path)) == 1  # all of it is there
+
+
 # --- whose it is
 
 
@@ -381,12 +414,12 @@ answer(engine, list(range(300, 700)))
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9")
 def test_a_process_that_is_killed_while_it_writes_leaves_nothing_wrong(int8: Engine, tmp_path: Path) -> None:
-    with subprocess.Popen([*python(), "-c", WRITES_SLOWLY, str(tmp_path)], start_new_session=True) as process:
+    command = [sys.executable, "-c", WRITES_SLOWLY, str(tmp_path)]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2]) as process:
         try:
             wait_for(lambda: any(part.stat().st_size for part in tmp_path.rglob(".*.part")), 60)
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
-    # What was forked for it outlives the process that asked for it by a moment, and holds the lock so long.
+            process.kill()
     assert not files(tmp_path)
     kept, prompt = started(int8, tmp_path), list(range(300, 700))
     assert answer(int8, prompt)[1] == len(prompt)
@@ -467,6 +500,19 @@ def test_the_least_recently_used_goes_first_and_no_beginning_before_its_end(int8
         probe._look()
         reachable |= {run.segment.path for run in probe._covering(prompt)}
     assert reachable == set(files(tmp_path))
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_conversation_that_goes_on_does_not_push_its_own_beginning_out(int8: Engine, tmp_path: Path) -> None:
+    kept = started(int8, tmp_path, 500 * int8.model.model.cache_bytes)
+    first, other = list(range(300, 480)), list(range(500, 680))
+    for prompt in (first, other, [*first, *range(700, 800)]):
+        said, _ = answer(int8, prompt)
+        kept.close()
+    probe = started(int8, tmp_path)
+    probe._look()
+    assert sum(run.end - run.begin for run in probe._covering([*prompt, *said])) >= len(prompt)
+    assert sum(run.end - run.begin for run in probe._covering(other)) < len(other)
 
 
 @pytest.mark.usefixtures("small_files")
