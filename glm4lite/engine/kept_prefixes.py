@@ -20,6 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +28,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from glm4lite import __version__
 from glm4lite.base.errors import CheckpointError, ConfigError, one_line
 from glm4lite.base.sizes import parse_size, readable
 from glm4lite.engine.prefix_files import BLOCK, MOST_IDS, USUAL_SIZE, Damaged, PrefixFolder, Segment, as_bytes, digest
@@ -329,7 +329,7 @@ def key_of(model: CausalLM, checkpoint: Checkpoint) -> bytes:
     gpus = {torch.cuda.get_device_name(layer.device) for layer in trunk.layers if layer.device.type == "cuda"}
     config = trunk.config.to_dict() | {"name_or_path": "", "_name_or_path": ""}
     made = (
-        (__version__, torch.__version__, backend.name if backend is not None else "torch", sorted(gpus)),
+        (version("glm4lite"), torch.__version__, backend.name if backend is not None else "torch", sorted(gpus)),
         (config, str(trunk.dtype), trunk.kv, layers, repr(trunk)),
     )
     return digest(json.dumps(made, sort_keys=True, default=str).encode(), _weights(checkpoint))
@@ -362,4 +362,4 @@ def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
 
 def _bytes(layers: Iterator[tuple[Tensor, ...]]) -> list[memoryview]:
     tensors = [tensor for stored in layers for tensor in stored]
-    return [memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()) for tensor in tensors]
+    return [tensor.contiguous().view(-1).view(torch.uint8).numpy().data for tensor in tensors]

@@ -196,9 +196,9 @@ class PrefixFolder:
         It is there whole or not at all. Raises OSError.
         """
         checksum = 0
-        for part in data:
-            checksum = zlib.crc32(part, checksum)
-        nbytes = sum(memoryview(part).nbytes for part in data)
+        for piece in data:
+            checksum = zlib.crc32(piece, checksum)
+        nbytes = sum(memoryview(piece).nbytes for piece in data)
         path = self.path_of(key, f"{digest(parent, as_bytes(ids)).hex()}.kv")
         model = model.encode("utf-8", "replace")[:_LONGEST_NAME].decode("utf-8", "ignore")
         segment = Segment(path, key, parent, tuple(ids), model, checksum, nbytes)
