@@ -88,7 +88,7 @@ def main() -> None:
     command = [sys.executable, "-m", "bench.prefixes", given.checkpoint, "--tokens", str(given.tokens)]
     command += ["--kv", given.kv, "--only"]
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        environment = os.environ | {"GLM4LITE_PREFIXES": folder, "OMP_WAIT_POLICY": "PASSIVE"}  # as the commands have it
+        environment = os.environ | {"GLM4LITE_PREFIXES": folder, "OMP_WAIT_POLICY": "PASSIVE"}  # as in commands
         subprocess.run([*command, "write"], env=environment, check=True)
         for state in ("memory", "disk") * given.rounds:
             if state == "disk":
