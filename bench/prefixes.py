@@ -27,11 +27,10 @@ def write(checkpoint: str, tokens: int, kv: str) -> None:
     from glm4lite.base.sizes import readable
     from glm4lite.engine.engine import Engine
     from glm4lite.engine.prefix_files import PrefixFolder
-    from glm4lite.engine.prefix_pool import PrefixCache
 
     engine = Engine.load(checkpoint, device="cpu", kv=kv, keep_prefixes="64GiB")
     config = engine.model.config
-    cache = PrefixCache(engine.model)
+    cache = engine.prefixes.take(prompt(tokens))
     cache.ids = prompt(tokens)[:-1]
     for layer in cache.kv.layers:
         shape = (1, config.num_key_value_heads, tokens - 1, config.head_dim)

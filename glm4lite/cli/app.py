@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from glm4lite import __version__
+from glm4lite.cli.commands.batch import batch
 from glm4lite.cli.commands.bench import bench
 from glm4lite.cli.commands.chat import chat
 from glm4lite.cli.commands.evaluate import evaluate
@@ -54,7 +55,7 @@ def _add(command: Callable[..., Any], name: str | None = None) -> None:
     app.command(name=name, cls=_Command)(run)
 
 
-for _command in (chat, generate, serve, quantize, info, plan, bench, prefixes):
+for _command in (chat, generate, serve, batch, quantize, info, plan, bench, prefixes):
     _add(_command)
 _add(evaluate, "eval")
 

@@ -27,8 +27,8 @@ class Generation:
 
     May be set before iteration: `constraint`, which is given each drawn id and its logits and returns the id to take;
     `replacement`, which is given each drawn id first and returns ids to take in its place, all of them, or none;
-    `top_logprobs`, with which `logprobs` gets an entry for each drawn id, stop ids left out; all of them are called by
-    the thread that steps. `is_replaced`: whether the id that was given last came from `replacement`.
+    `top_logprobs`, with which `logprobs` gets an entry for each drawn id, stop ids left out. The first two are called
+    by the thread that makes the steps. `is_replaced`: whether the id that was given last came from `replacement`.
 
     The engine may have computed more than was read; what is not read is neither counted nor part of the answer.
     """
@@ -53,7 +53,7 @@ class Generation:
         vocab = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
         self._sequence = Sequence(prompt, params, model.context, vocab, stop_ids, cancel, speculation)
         if scheduler is None:
-            scheduler, cache = Scheduler(model), cache or PrefixCache(model)
+            scheduler, cache = Scheduler(model, speculation=speculation), cache or PrefixCache(model.new_cache())
         self._scheduler = scheduler
         self._sequence.cache = cache
         self._begun = False

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,10 @@ import torch
 from glm4lite.base.errors import CheckpointError, ConfigError, NoModel, TemplateError
 from glm4lite.base.events import Done, Progress
 from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.quant_choice import AUTO
 from glm4lite.engine.decoding import Generation
-from glm4lite.engine.kept_prefixes import KeptPrefixes, key_of, named, wanted_size
+from glm4lite.engine.draft_model import DraftModel
+from glm4lite.engine.kept_prefixes import KeptPrefixes, wanted_size
 from glm4lite.engine.prefix_files import PrefixFolder
 from glm4lite.engine.prefix_pool import PrefixPool
 from glm4lite.engine.sampling import SamplingParams
@@ -85,7 +87,7 @@ class Engine:
 
     def speculate(self, how: str | int = "auto") -> None:
         """Whether ids are guessed and verified together (see `glm4lite.engine.speculation`): "off"; the most ids of a
-        guess, 1 to 7; "auto": 7 where a row has the same bits in any step, which is where the native kernels compute
+        guess, 1 to 15; "auto": 15 where a row has the same bits in any step, which is where the native kernels compute
         all layers and the head. There answers are what they are without; elsewhere sums are rounded otherwise, and two
         ids that are nearly as likely may change places.
 
@@ -121,13 +123,16 @@ class Engine:
         before_weights: Callable[[], None] | None = None,
         speculate: str | int = "auto",
         parallel: int | None = None,
+        draft: str | Path | None = None,
         keep_prefixes: bool | int | str | None = None,
     ) -> Engine:
         """Arguments as `glm4lite.load`; quant "auto" is int4, or as the checkpoint is stored if that is quantized.
 
         `speculate`: as the method. `parallel`: answers computed at once; None: 4 where all layers are on the CPU, else
-        1, for a GPU's fast way is for one. `keep_prefixes`: what was computed for prompts is also written to a folder,
-        of at most so many bytes (True: 4 GiB; or a text such as "8GiB"), and read from there by the next process.
+        1, for a GPU's fast way is for one. `draft`: a smaller model with the same vocabulary, which guesses what this
+        one will say (`glm4lite.engine.draft_model`); it is loaded first, and a limit on RAM counts it.
+        `keep_prefixes`: what was computed for prompts is also written to a folder, of at most so many bytes (True: 4
+        GiB; or a text such as "8GiB"), and read from there by the next process.
 
         `before_weights` is called once all that is cheap to check was right: the time to unload another model.
 
@@ -140,7 +145,7 @@ class Engine:
         budget = Budget.of(gpu_memory, ram, context, kv)
         options = LoadOptions(quant, device, dtype, progress, budget=budget)
         return cls.from_options(
-            source, options, need_template, before_weights, speculate, parallel, keep_prefixes=keep_prefixes
+            source, options, need_template, before_weights, speculate, parallel, draft, keep_prefixes
         )
 
     @classmethod
@@ -152,6 +157,7 @@ class Engine:
         before_weights: Callable[[], None] | None = None,
         speculate: str | int = "auto",
         parallel: int | None = None,
+        draft: str | Path | None = None,
         keep_prefixes: bool | int | str | None = None,
     ) -> Engine:
         """`load` for callers that hold all they ask of it as one value, its limits as one `Budget`."""
@@ -162,7 +168,7 @@ class Engine:
 
         longest_guess(speculate)
         size = wanted_size(keep_prefixes)
-        folder_of_prefixes = None if size is None else PrefixFolder(size=size)
+        prefixes = None if size is None else PrefixFolder(size=size)
         checkpoint = opened(source, options.progress)
         folder = checkpoint.folder
         tokenizer, template = Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder)
@@ -173,12 +179,19 @@ class Engine:
             logger.warning("calibrating and quantizing takes minutes at each start; `glm4lite quantize` does it once")
         if before_weights is not None:
             before_weights()
+        small = None
+        if draft is not None:
+            small, options = _draft_of(tokenizer, draft, options)
         model, _ = load_checkpoint(Glm4ForCausalLM, checkpoint, options, str(folder))
         engine = cls(model, tokenizer, template, checkpoint.generation_config, parallel or _usual_parallel(model))
         engine.speculate(speculate)
-        if folder_of_prefixes is not None:
-            name = named(source, model)
-            engine.prefixes.disk = KeptPrefixes(model, name, key_of(model, checkpoint), folder_of_prefixes)
+        if prefixes is not None:
+            engine.prefixes.disk = KeptPrefixes.of(model, source, checkpoint, prefixes)
+        if small is not None and draft is not None:
+            engine.scheduler.draft = DraftModel(small)
+            engine.scheduler.speculation = engine.scheduler.speculation or Speculation()
+            if prefixes is not None:
+                engine.scheduler.draft.prefixes.disk = KeptPrefixes.of(small, draft, opened(draft), prefixes)
         return engine
 
     def unload(self) -> None:
@@ -189,7 +202,9 @@ class Engine:
         from glm4lite.memory.system import give_back
 
         if self.loaded:
-            self.prefixes.close()
+            for owner in (self.scheduler, self.scheduler.draft):
+                if owner is not None and owner.prefixes is not None:
+                    owner.prefixes.close()
             del self.model, self.scheduler
             give_back()
 
@@ -312,6 +327,23 @@ class Engine:
                 generation.finish_reason = "stop"
                 return
         yield stops.feed(detokenizer.finish()) + stops.finish()
+
+
+def _draft_of(tokenizer: Tokenizer, source: str | Path, options: LoadOptions) -> tuple[CausalLM, LoadOptions]:
+    """The small model, and what is left for the large one."""
+    from glm4lite.checkpoint.prepare import opened
+    from glm4lite.loading.loader import load_checkpoint
+    from glm4lite.pretrained.models import Glm4ForCausalLM
+
+    checkpoint = opened(source, options.progress)
+    if Tokenizer.from_folder(checkpoint.folder).get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(f"the draft model {source} has another vocabulary; use a smaller model of the same family")
+    model, _ = load_checkpoint(Glm4ForCausalLM, checkpoint, replace(options, quant=AUTO), str(checkpoint.folder))
+    budget = options.budget
+    if budget.ram is not None:
+        taken = model.get_memory_footprint() + model.model.cache_bytes * model.context
+        budget = replace(budget, ram=max(0, budget.ram - taken))
+    return model, replace(options, budget=budget)
 
 
 def _computed_natively(model: CausalLM) -> bool:

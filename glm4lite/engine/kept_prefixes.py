@@ -17,8 +17,9 @@ import logging
 import math
 import os
 import threading
+import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from itertools import islice
@@ -75,7 +76,7 @@ class _Run(NamedTuple):
 class _Piece(NamedTuple):
     """What is to be written of a cache: `ids` behind those that `parent` is the digest of, which lie in `before`."""
 
-    cache: PrefixCache
+    cache: weakref.ref[PrefixCache]  # its memory may be needed while this is written
     before: list[Path]
     parent: bytes
     ids: list[int]
@@ -99,10 +100,18 @@ class KeptPrefixes:
         self._writer: threading.Thread | None = None
         self._said: set[str] = set()
 
+    @classmethod
+    def of(cls, model: CausalLM, source: str | Path, checkpoint: Checkpoint, folder: PrefixFolder) -> KeptPrefixes:
+        """`source`: what a user calls the model. Raises CheckpointError."""
+        return cls(model, _named(source, model), key_of(model, checkpoint), folder)
+
     # --- for the thread that computes
 
-    def extend(self, cache: PrefixCache, ids: list[int]) -> None:
-        """Cuts the cache back to what it has of `ids`, and appends what files have beyond that."""
+    def extend(self, cache: PrefixCache, ids: list[int], reserve: Callable[[int], bool]) -> None:
+        """Cuts the cache back to what it has of `ids`, and appends what files have beyond that.
+
+        `reserve`: makes room for so many ids in all; whether there is.
+        """
         have = cache.keep_common_prefix(ids)
         with self._lock:
             self._look()
@@ -110,7 +119,7 @@ class KeptPrefixes:
         if sum(run.end - run.begin for run in runs) < have + LEAST:
             return
         try:
-            self._read(cache, ids, runs)
+            self._read(cache, ids, runs, reserve)
         except (RuntimeError, MemoryError) as error:  # of the device: the prompt's own error says more
             self._say("memory", f"a kept prefix was not used ({one_line(error, 200)})")
         finally:
@@ -211,7 +220,7 @@ class KeptPrefixes:
 
     # --- reading
 
-    def _read(self, cache: PrefixCache, ids: list[int], runs: list[_Run]) -> None:
+    def _read(self, cache: PrefixCache, ids: list[int], runs: list[_Run], reserve: Callable[[int], bool]) -> None:
         cache.cut(len(cache.ids) // BLOCK * BLOCK)  # where blocks of files begin
         needed, position = list[_Run](), 0
         for run in runs:
@@ -219,6 +228,8 @@ class KeptPrefixes:
             position += run.end - run.begin
             if known < run.end - run.begin:
                 needed.append(run._replace(begin=run.begin + known))
+        if not reserve(position):
+            return
         with ThreadPoolExecutor(_READERS, "prefixes") as readers:
             reads, waiting = deque[Future[bytearray]](), iter(needed)
             for run in needed:
@@ -274,7 +285,7 @@ class KeptPrefixes:
                 ids = cache.ids[begin : begin + self._most]
                 try:
                     data = _bytes(layer.stored(begin, begin + len(ids)) for layer in cache.kv.layers)
-                    return _Piece(cache, paths, self._digest(cache.ids[:begin]), ids, data)
+                    return _Piece(weakref.ref(cache), paths, self._digest(cache.ids[:begin]), ids, data)
                 except (RuntimeError, MemoryError) as error:
                     self._say("memory", f"a prompt is not kept ({one_line(error, 200)})")
             elif paths:
@@ -300,8 +311,8 @@ class KeptPrefixes:
         with self._lock:
             if segment is not None:
                 self._add(segment)
-            else:
-                self._leave(piece.cache)
+            elif (cache := piece.cache()) is not None:
+                self._leave(cache)
 
     def _say(self, kind: str, what: str) -> None:
         """Once of a kind."""
@@ -310,7 +321,7 @@ class KeptPrefixes:
             logger.warning("%s", what)
 
 
-def named(source: str | Path, model: CausalLM) -> str:
+def _named(source: str | Path, model: CausalLM) -> str:
     """What a user knows a model by, and how it is computed."""
     made: dict[str, Any] = getattr(model.config, "quantization_config", None) or {}
     weights = f"int{made['bits']}" if "bits" in made else made.get("bnb_4bit_quant_type", str(model.dtype)[6:])

@@ -8,6 +8,7 @@ waits, or gives its own up and is computed again later; none is cut.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -15,13 +16,16 @@ from collections.abc import Callable
 
 import torch
 
-from glm4lite.base.errors import DeviceError
+from glm4lite.base.errors import DeviceError, one_line
+from glm4lite.engine.draft_model import DraftModel
 from glm4lite.engine.prefix_pool import PrefixCache, PrefixPool
 from glm4lite.engine.sequence import FEW, Sequence
 from glm4lite.engine.speculation import Speculation
 from glm4lite.model.causal_lm import CausalLM
 from glm4lite.model.step import Span
 from glm4lite.runtime.out_of_memory import ran_out
+
+logger = logging.getLogger("glm4lite")
 
 PARALLEL = 4  # sequences computed at once by default
 PATIENCE_S = 1.0  # how long a part of a prompt may take while others wait for their next ids
@@ -48,12 +52,14 @@ class Scheduler:
         prefixes: PrefixPool | None = None,
         parallel: int = PARALLEL,
         speculation: Speculation | None = None,
+        draft: DraftModel | None = None,
     ) -> None:
         """`prefixes`: where caches come from and go to; None: each sequence brings its own, and memory is not counted.
 
-        `parallel`: most sequences computed at once.
+        `parallel`: most sequences computed at once. `draft`: guesses where `speculation` finds nothing.
         """
-        self.model, self.prefixes, self.parallel, self.speculation = model, prefixes, parallel, speculation
+        self.model, self.prefixes, self.parallel = model, prefixes, parallel
+        self.speculation, self.draft = speculation, draft
         self.wake: Callable[[], None] | None = None
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -107,6 +113,9 @@ class Scheduler:
         if self._take_turn():
             try:
                 self._step()
+            except Exception as error:  # nobody else would tell those who wait
+                for sequence in self.running:
+                    sequence.fail(error)
             finally:
                 self._end_turn()
 
@@ -128,19 +137,22 @@ class Scheduler:
         with self._changed:
             self._sort_out()
             self._admit()
-            batch, part = self._compose()
+            batch, prompt = self._compose()
         if not batch:
             return
-        self._compute(batch)
-        seconds = time.perf_counter() - began
+        self._guess([sequence for sequence, _ in batch], prompt)  # outside the lock: a draft model may take long
+        guessed = time.perf_counter()
+        spans = [(sequence, sequence.span(most)) for sequence, most in batch]
+        part = sum(len(span.ids) for sequence, span in spans if sequence is prompt)
+        self._compute(spans)
+        ended = time.perf_counter()
         self.steps += 1
-        self.busy_s += seconds
-        rows = sum(len(span.ids) for _, span in batch)
+        self.busy_s += ended - began
         if part:
-            rate = part / seconds
+            rate = part / (ended - began)
             self._rate = rate if not self._rate else 0.7 * self._rate + 0.3 * rate
         elif self.speculation is not None:
-            self.speculation.costs.add(rows, seconds)
+            self.speculation.costs.add(sum(len(span.ids) for _, span in spans), ended - guessed)
 
     def _sort_out(self) -> None:
         """Takes those out that are over, or that nobody wants, and keeps what they computed."""
@@ -157,6 +169,9 @@ class Scheduler:
         sequence.settle()
         if self.prefixes is not None and sequence.cache is not None:
             self.prefixes.give(sequence.cache)
+            sequence.give_up()
+        if self.draft is not None:
+            self.draft.done(sequence)
         if sequence.drafts is not None:
             sequence.drafts.done()
 
@@ -165,28 +180,43 @@ class Scheduler:
         while self.waiting and len(self.running) < self.parallel:
             sequence = self.waiting[0]
             if self.prefixes is not None and sequence.cache is None:
-                if self.running and self._used(sequence) > self.prefixes.memory:
+                if self.running and not self.prefixes.fits(sequence.ids, FEW, self._in_use()):
                     return
-                sequence.cache = self.prefixes.take(sequence.ids, self._used())
-            sequence.admit(sequence.cache or PrefixCache(self.model))
+                sequence.cache = self.prefixes.take(sequence.ids, self._in_use())
+            sequence.admit(sequence.cache or PrefixCache(self.model.new_cache()))
             self.running.append(self.waiting.popleft())
 
-    def _compose(self) -> tuple[list[tuple[Sequence, Span]], int]:
-        """The parts of the next step, and how many ids of them are of a prompt that is not all decoded yet."""
-        few = [sequence for sequence in self.running if sequence.todo <= FEW]
+    def _compose(self) -> tuple[list[tuple[Sequence, int]], Sequence | None]:
+        """Who computes how many ids at most in the next step, and whose prompt one part of them is."""
+        for sequence in self.running:
+            sequence.settle()
+        batch = [(sequence, FEW) for sequence in self.running if sequence.todo <= FEW]
         prompts = [sequence for sequence in self.running if sequence.todo > FEW]
-        rows = sum(sequence.todo for sequence in few)
-        for sequence in few:
-            if not prompts:  # whose next part has all the rows that pay
-                rows += sequence.guess(len(few), rows)
-        batch = [(sequence, FEW) for sequence in few]
-        chosen = self._next_prompt(prompts)
-        if chosen is not None:
-            batch.append((chosen, self._part(bool(few) or len(prompts) > 1)))
+        prompt = self._next_prompt(prompts)
+        if prompt is not None:
+            self._share(prompt)
+            batch.append((prompt, self._part(shared=len(self.running) > 1)))
         batch = self._make_room(batch)
-        spans = [(sequence, sequence.span(most)) for sequence, most in batch]
-        part = sum(len(span.ids) for sequence, span in spans if sequence is chosen)
-        return spans, part
+        return batch, prompt if prompt in self.running else None
+
+    def _guess(self, sequences: list[Sequence], prompt: Sequence | None) -> None:
+        """What may follow, where the rows of a prompt do not make a step dear already."""
+        rows = sum(sequence.todo for sequence in sequences)
+        if prompt is None:
+            for sequence in sequences:
+                rows += sequence.look_up(len(sequences), rows)
+        if self.draft is None or self.speculation is None:
+            return
+        try:
+            if prompt is not None:
+                self.draft.follow(prompt, prompt.cached)
+                return
+            wanted = {sequence: sequence.room for sequence in sequences if not sequence.guessed}
+            for sequence, ids in self.draft.propose(wanted, self.speculation.costs, rows).items():
+                sequence.guess(ids)
+        except Exception as error:
+            self.draft = None
+            logger.warning("the draft model failed (%s): answers go on without it", one_line(error))
 
     def _next_prompt(self, prompts: list[Sequence]) -> Sequence | None:
         """The shortest first: it delays the others little; but none is passed over for long."""
@@ -197,6 +227,16 @@ class Scheduler:
         chosen = first if self._passed_over >= _PASSED_OVER else shortest
         self._passed_over = 0 if chosen is first else self._passed_over + 1
         return chosen
+
+    def _share(self, prompt: Sequence) -> None:
+        """Copies what another one has of the same beginning: a system prompt of several clients is computed once."""
+        others = [one.cache for one in self.running if one is not prompt and one.cache is not None]
+        best = max(others, key=lambda cache: cache.common_prefix(prompt.ids), default=None)
+        if best is None or (shared := best.common_prefix(prompt.ids)) <= prompt.cached:
+            return
+        copied = best.copy(shared) if self.prefixes is None else self.prefixes.copied(best, shared, self._in_use())
+        if copied is not None:
+            prompt.admit(copied)
 
     def _part(self, shared: bool) -> int:
         """Ids of a prompt for one step."""
@@ -209,23 +249,19 @@ class Scheduler:
         """The batch, without sequences that had to give their room to those that came before them."""
         if self.prefixes is None:
             return batch
-        while len(self.running) > 1 and self._used() > self.prefixes.memory:
+        while not self.prefixes.reserve(self._in_use()) and len(self.running) > 1:
             last = self.running.pop()
-            last.preempt()
+            last.give_up()
+            if self.draft is not None:
+                self.draft.done(last)
             self.waiting.appendleft(last)
             self.preempted += 1
-        self.prefixes.make_room(self._used())
         return [(sequence, most) for sequence, most in batch if sequence in self.running]
 
-    def _used(self, *others: Sequence) -> int:
-        """Bytes of the caches of all that run, and of others, after the next step; a prompt's room is kept for it."""
-        if self.prefixes is None:
-            return 0
-        total = 0
-        for sequence in (*self.running, *others):
-            held = sequence.cache.kv.nbytes if sequence.cache is not None else 0
-            total += max(held, self.prefixes.bytes_of(len(sequence.ids) + FEW))
-        return total
+    def _in_use(self) -> list[tuple[PrefixCache, int]]:
+        """The caches of all that run; the whole prompt's room is kept for it, and that of a guess."""
+        caches = [(sequence.cache, len(sequence.ids) + FEW) for sequence in self.running]
+        return [(cache, ids) for cache, ids in caches if cache is not None]
 
     def _compute(self, batch: list[tuple[Sequence, Span]]) -> None:
         """Makes the step. Where it fails, each sequence goes alone, so that only the one that asks too much is told."""
@@ -263,8 +299,8 @@ class Scheduler:
 
     def _stop_if_unwanted(self) -> None:
         """Where most of a step is for those who left, the rest is computed anew sooner than it would be finished."""
-        rows = [(len(span.ids), sequence.cancel.is_set()) for sequence, span in self._computing]
-        if 2 * sum(count for count, cancelled in rows if cancelled) >= sum(count for count, _ in rows):
+        rows = [(len(span.ids), one.cancel.is_set() or one.abandoned) for one, span in self._computing]
+        if 2 * sum(count for count, gone in rows if gone) >= sum(count for count, _ in rows):
             raise _Stopped
 
 

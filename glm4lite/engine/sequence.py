@@ -103,30 +103,40 @@ class Sequence:
         """Goes on over what a cache has of the ids."""
         self.cache = cache
         computed = cache.keep_common_prefix(self.ids)
-        if not self.to_prefill:
-            self.to_prefill = len(self.prompt) - computed
+        self.to_prefill = min(self.prefilled + len(self.prompt) - computed, len(self.prompt))
 
-    def preempt(self) -> None:
-        """Gives what was computed up, to be computed again later."""
+    def give_up(self) -> None:
+        """Others have what was computed, or its memory; what is still needed is computed again."""
         self.cache = None
 
-    def guess(self, sequences: int, rows: int) -> int:
-        """Guesses the ids behind the certain ones, for a step of so many sequences and rows without it; how many."""
-        self._draft = []
-        if self.drafts is not None and self.todo <= FEW:
-            left = self.limit - len(self.ids) - 1
-            self._draft = self.drafts.next(min(left, FEW - self.todo), sequences, rows)
+    @property
+    def room(self) -> int:
+        """Ids that may be guessed behind the certain ones."""
+        return 0 if self.todo > FEW else max(0, min(self.limit - len(self.ids) - 1, FEW - self.todo))
+
+    def look_up(self, sequences: int, rows: int) -> int:
+        """Guesses from what was said before, for a step of so many sequences and rows without it; how many ids."""
+        self._draft = self.drafts.next(self.room, sequences, rows) if self.drafts is not None else []
         return len(self._draft)
+
+    def guess(self, ids: list[int]) -> None:
+        """Takes guesses of someone else's into the next step."""
+        self._draft = ids
+        if self.drafts is not None:
+            self.drafts.drafted += len(ids)
+
+    @property
+    def guessed(self) -> bool:
+        """Whether there is a guess for the next step."""
+        return bool(self._draft)
 
     def span(self, most: int) -> Span:
         """What comes into the step: at most `most` of the ids that have to be computed, and the guess behind all."""
         cache = self._held()
-        cache.settle()
         chunk = self.ids[self.cached : self.cached + most]
         self._certain = len(chunk)
         last = self._certain == self.todo
-        if not last:
-            self._draft = []
+        self._draft = self._draft[: most - self._certain] if last else []
         return Span([*chunk, *self._draft], cache.kv, 1 + len(self._draft) if last else 0)
 
     def computed(self, logits: Tensor) -> None:
@@ -138,7 +148,8 @@ class Sequence:
         in_prompt = max(0, min(self.cached + self._certain, len(self.prompt)) - self.cached)
         cache.ids += self.ids[self.cached : self.cached + self._certain]
         self.prefilled = min(self.prefilled + in_prompt, self.to_prefill)
-        for row, guess in zip(logits, [*self._draft, None], strict=False):
+        draft, self._draft = self._draft, []
+        for row, guess in zip(logits, [*draft, None], strict=False):  # of a part of a prompt there are no logits
             if self.cancel.is_set():
                 return
             taken = self._draw(row[: self.vocab_size].float())
@@ -149,7 +160,7 @@ class Sequence:
                 self.drafts.accepted += 1
 
     def settle(self) -> None:
-        """After a step that was stopped half-way: forgets what it left behind."""
+        """Forgets what a step left behind that was stopped half-way, or that guessed wrongly."""
         if self.cache is not None:
             self.cache.settle()
 

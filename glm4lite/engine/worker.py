@@ -193,6 +193,8 @@ class EngineWorker:
                 job.cancel.set()
             self._changed.notify_all()
         end = time.monotonic() + timeout_s
+        if self.engine.loaded and self.engine.scheduler.wake == self._wake:
+            self.engine.scheduler.wake = None  # who uses it from now on makes the steps himself
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, end - time.monotonic()))

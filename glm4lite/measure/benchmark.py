@@ -283,7 +283,7 @@ class _Trial:
         self.prompt = torch.randint(0, model.config.vocab_size, (prompt_tokens,), generator=seeded).tolist()
         self.params = SamplingParams(temperature=0, max_new_tokens=new_tokens)
         self._bus, self.bus_bytes = prefetcher_of(model), 0
-        self._cache = PrefixCache(model)  # one for all runs: a GPU's recordings stay true
+        self._cache = PrefixCache(model.new_cache())  # one for all runs: a GPU's recordings stay true
 
     def run(self) -> tuple[float, float]:
         """(prompt tokens per second, new tokens per second); the first new token belongs to the prompt's pass."""

@@ -47,16 +47,17 @@ class CausalLM(ModelWithTrunk):
     def step(self, spans: Sequence[Span]) -> list[Tensor]:
         """Computes new ids of several sequences: logits float32 [kept, vocabulary] of each, in order.
 
-        Each span's cache is extended in place; after an error layers may hold differently many of the new ids
-        (`KVCache.truncate`). `Trunk.interrupt` is honoured between layers.
-        """
-        return [self._logits_of(span) for span in spans]
+        The weights are read once for all of them. Where the native kernels compute all layers and the head, each
+        sequence's logits have the bits that they have alone, however its ids are cut into steps.
 
-    def _logits_of(self, span: Span) -> Tensor:
-        ids = torch.tensor([span.ids], device=self.device)
-        states = self.model(ids, past_key_values=span.cache, use_cache=True, return_dict=True).last_hidden_state
-        logits: Tensor = self.lm_head(states[0, len(span.ids) - span.kept :])
-        return logits.float()
+        Each span's cache is extended in place; after an error layers may hold differently many of the new ids
+        (`KVCache.truncate`). `Trunk.interrupt` is called between the layers; a few rows go through all of them at once.
+        Raises what `KVCache.reserve` does before anything is computed.
+        """
+        if not spans:
+            return []
+        logits: Tensor = self.lm_head(self.model.step(spans)).float()
+        return list(logits.split([span.kept for span in spans]))
 
     def forward(
         self,

@@ -17,3 +17,13 @@ class Span(NamedTuple):
     """What it has computed so far, of a batch of one; extended in place."""
     kept: int = 1
     """Logits of so many of its last ids are wanted; 0: none, a chunk of a prompt that is not the last."""
+
+
+def spans_problem(spans: Sequence[Span]) -> str:
+    """Why these are no step, "" where they are."""
+    for span in spans:
+        if not span.ids:
+            return "a span has no ids"
+        if not 0 <= span.kept <= len(span.ids):
+            return f"a span of {len(span.ids)} ids cannot have {span.kept} of them kept"
+    return "two spans of a step share a cache" if len({id(span.cache) for span in spans}) < len(spans) else ""

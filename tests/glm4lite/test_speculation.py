@@ -127,6 +127,13 @@ def test_fewer_steps_are_made_where_an_answer_repeats_what_was_said(
     assert len(rows) < 0.6 * len(answered)
 
 
+def test_what_steps_cost_is_learnt_from_steps(engine: Engine) -> None:
+    speculation = Eager()
+    prompt = engine.tokenizer.ids("one two three four five six seven " * 12)
+    list(generation(engine, prompt, GREEDY, speculation))
+    assert speculation.costs.seconds(MOST + 1)
+
+
 def test_ids_that_are_put_in_and_guesses_make_no_more_rows_than_a_step_has(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,9 +232,9 @@ def test_former_answers_serve_the_next_one_and_do_not_pile_up() -> None:
     assert len(speculation._former.ids) <= 70_000
 
 
-@pytest.mark.parametrize("how", [0, 8, -1, "on", "1.5", ""])
+@pytest.mark.parametrize("how", [0, 16, -1, "on", "1.5", ""])
 def test_what_cannot_be_asked_for_is_refused(engine: Engine, how: str | int) -> None:
-    with pytest.raises(ConfigError, match="use auto, off, or a number from 1 to 7"):
+    with pytest.raises(ConfigError, match="use auto, off, or a number from 1 to 15"):
         engine.speculate(how)
 
 

@@ -28,14 +28,13 @@ def slow_engine(nano: Engine, reply: str, seconds: float = 0.01) -> Engine:
     model, left = copy.copy(nano.model), dict[int, list[int]]()  # by what keeps an answer's keys and values
 
     def told(spans: Sequence[Span]) -> list[torch.Tensor]:
-        output = nano.model.step(spans)
+        output = [torch.zeros_like(logits) for logits in nano.model.step(spans)]
         time.sleep(seconds)
         for span, logits in zip(spans, output, strict=True):
             said = left.setdefault(id(span.cache), [])
             if len(span.ids) > 1 or not said:
                 said[:] = words
             if span.kept:
-                logits.zero_()
                 logits[-1, said.pop(0)] = 1
         return output
 

@@ -50,6 +50,7 @@ def ui(
     ram: options.Ram = None,
     context: options.Context = None,
     speculate: options.Speculate = "auto",
+    draft: options.Draft = None,
     parallel: options.Parallel = None,
     keep_prefixes: options.KeepPrefixes = None,
     threads: options.Threads = None,

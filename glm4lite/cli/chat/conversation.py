@@ -33,6 +33,7 @@ class Source:
     model: str
     options: LoadOptions
     speculate: str = "auto"
+    draft: str | None = None
     keep_prefixes: str | None = None
 
     def load(self, progress: Callable[[Progress], None], before_weights: Callable[[], None] | None = None) -> Engine:
@@ -43,6 +44,7 @@ class Source:
             need_template=True,
             before_weights=before_weights,
             speculate=self.speculate,
+            draft=self.draft,
             keep_prefixes=self.keep_prefixes,
         )
 
