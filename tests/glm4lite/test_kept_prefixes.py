@@ -193,7 +193,7 @@ def test_answers_that_run_together_over_a_busy_folder_are_each_what_they_are_alo
         prompts.append([*begin, *(chance.randint(300, 1200) for _ in range(chance.randint(20, 200)))])
     wanted = [alone(int8, prompt) for prompt in prompts]
     for _ in range(2):
-        kept = started(int8, tmp_path, memory=PrefixPool(int8.model).bytes_of(1) * 6)
+        kept = started(int8, tmp_path, memory=(max(map(len, prompts)) + 128) * int8.model.model.cache_bytes)
         pending = [int8.generate(prompt, GREEDY) for prompt in prompts]
         for group in range(0, len(pending), 4):
             readers = [int8.pieces(generation) for generation in pending[group : group + 4]]
