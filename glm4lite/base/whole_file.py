@@ -15,6 +15,7 @@ import glob
 import os
 import secrets
 import stat
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -76,7 +77,7 @@ def _mode(path: Path) -> int | None:
 
 def _sync_folder(folder: Path) -> None:
     """The new name, to the disk too. The file is there whole without it, so a system that cannot do it may leave it."""
-    if os.name == "nt":
+    if sys.platform == "win32":
         return
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

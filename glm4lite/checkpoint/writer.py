@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -266,7 +267,7 @@ def _write_all(descriptor: int, data: memoryview) -> None:
 
 def _sync(path: Path) -> None:
     """Force a file's or folder's content to disk; folders cannot be opened on Windows."""
-    if path.is_dir() and os.name == "nt":
+    if path.is_dir() and sys.platform == "win32":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:

@@ -102,9 +102,7 @@ def choose(
         return DeviceMap(home, types)  # the loader itself sees whether what it makes fits
     if budget.gpu_memory and not gpus:
         logger.warning("gpu_memory is of no use: there is no GPU that may be used")
-    free = free_ram()
-    machine = Machine(1 << 62 if free is None else free, gpus)  # a system that does not tell: nothing is refused
-    placement = place_within(needs, machine, budget)
+    placement = place_within(needs, Machine(free_ram(), gpus), budget)
     if not gpus and not budget.limits and not (placement.fits and placement.share("disk").layers):
         return DeviceMap(home, types)  # mapped: takes no memory that others could not have back
     if not placement.fits:
@@ -129,7 +127,7 @@ def _bus(needs: Requirements, placement: Placement, dtype: torch.dtype) -> Prefe
 def _cache_type(needs: Requirements, context: int) -> KVType:
     """float, unless a cache of the model's whole context is more than the memory that is free."""
     size, free = context * len(needs.layers) * needs.kv_per_token("float", gpu=False), system.available()
-    if free is None or size <= free:
+    if size <= free:
         return "float"
     logger.warning(
         "the cache is int8: a whole context of %d tokens takes %s, %s are free (--kv float: as it is)",

@@ -17,14 +17,12 @@ from glm4lite.base.sentences import Sentence
 from glm4lite.base.sizes import readable
 from glm4lite.memory import system
 from glm4lite.memory.resources import Machine
-from glm4lite_quant import QuantConfig, QuantLinear, QuantTensor, pages
+from glm4lite_quant import QuantConfig, QuantLinear, QuantTensor, host, pages
 from glm4lite_quant.kernels import native
 
 MARGIN = 0.95  # of the RAM that is free: what is left for the rest of the machine
-UNKNOWN_RAM = 16 << 30  # where the system does not tell
 
 PROBE_BYTES = 256 << 20
-CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 PROBE_SIDE, PROBE_TOKENS = 4096, 128  # one q_proj of the 9B, a short prompt
 PROBE_ROWS = 27392  # and its gate_up_proj
 PROBE_SECONDS, LEAST_CALLS = 0.5, 3
@@ -43,25 +41,17 @@ def this_machine(quantized: bool = True) -> Machine:
     quantized: the CPU's speeds are those of int4 layers, else of bfloat16.
     """
     free, bandwidth, rate = free_ram(), ram_bandwidth(quantized), cpu_rate(quantized)
-    unknown = Sentence("{size} of RAM (this system does not tell what is free)", size=readable(UNKNOWN_RAM))
     speeds = (
         Sentence("int4 layers {speed} GB/s" if quantized else "memory {speed} GB/s", speed=f"{bandwidth / 1e9:.1f}"),
         Sentence("prompts on the CPU {speed} TOP/s", speed=f"{rate / 1e12:.2f}"),
     )
-    machine = Machine(
-        UNKNOWN_RAM if free is None else free,
-        ram_bandwidth=bandwidth,
-        cpu_rate=rate,
-        measured=speeds,
-        assumed=(unknown,) if free is None else (),
-    )
+    machine = Machine(free, ram_bandwidth=bandwidth, cpu_rate=rate, measured=speeds)
     return _with_gpus(machine) if torch.cuda.is_available() else machine
 
 
-def free_ram() -> int | None:
-    """Bytes of RAM that a model may take where no budget says so; None where the system does not tell."""
-    free = system.available(swap=False)
-    return None if free is None else int(free * MARGIN)
+def free_ram() -> int:
+    """Bytes of RAM that a model may take where no budget says so."""
+    return int(system.available(swap=False) * MARGIN)
 
 
 def prefetch_speeds(quantized: bool) -> Machine:
@@ -110,12 +100,7 @@ def ram_bandwidth(quantized: bool) -> float:
 
 def beyond_caches() -> int:
     """Bytes that no cache of the processor holds: twice the largest one, if the system tells; 256 MiB to 1 GiB."""
-    try:
-        sizes = [file.read_text(encoding="ascii").strip() for file in CACHES.glob("index*/size")]
-        largest = max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=0)
-    except (OSError, ValueError):
-        largest = 0
-    return min(max(PROBE_BYTES, 2 * largest), 1 << 30)
+    return min(max(PROBE_BYTES, 2 * host.largest_cache()), 1 << 30)
 
 
 def _int4_layer(rows: int) -> QuantLinear:

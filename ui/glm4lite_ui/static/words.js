@@ -348,7 +348,6 @@ const CHINESE = {
   '{size} for {tokens} tokens ({kv}), {each} for each 1024': '{tokens} 词元占 {size}（{kv}），每 1024 个占 {each}',
   '{size} of GPU memory ({free} are free here now)': '{size} 显存（现在可用 {free}）',
   '{size} of RAM': '{size} 内存',
-  '{size} of RAM (this system does not tell what is free)': '{size} 内存（本系统不提供可用内存的数值）',
   '{size} of RAM ({free} are free here now)': '{size} 内存（现在可用 {free}）',
   '{size} of RAM do not suffice': '{size} 内存不够',
   '{size} of the weights stay in the file\'s pages: not held, outside a budget': '其中 {size} 权重留在文件的页中：不占用内存，不计入限制',
