@@ -19,7 +19,7 @@ def available(swap: bool = True) -> int:
     take.
     """
     free = min([psutil.virtual_memory().available, *_left_in_cgroups()])
-    return free + (psutil.swap_memory().free if swap else 0)
+    return free + (_free_swap() if swap else 0)
 
 
 def resident() -> int:
@@ -41,6 +41,14 @@ def give_back() -> None:
     gc.collect()
     if hasattr(psutil, "heap_trim"):  # not with every C library of Linux
         psutil.heap_trim()
+
+
+def _free_swap() -> int:
+    """0 where the system does not tell: Windows' performance counters can be switched off."""
+    try:
+        return int(psutil.swap_memory().free)
+    except (OSError, RuntimeError):
+        return 0
 
 
 def _left_in_cgroups() -> Iterator[int]:
