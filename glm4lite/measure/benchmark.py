@@ -6,7 +6,6 @@ between the repetitions, with the kernels' own threads: a machine shared with ot
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import threading
@@ -39,6 +38,7 @@ from glm4lite.model.layers import DecoderLayer
 from glm4lite.pretrained.models import Glm4ForCausalLM
 from glm4lite.runtime import cuda_graph
 from glm4lite.runtime.runner import graphs_of
+from glm4lite_quant.host import processors
 from glm4lite_quant.kernels import native
 
 REPETITIONS = 5
@@ -158,7 +158,7 @@ class Benchmark:
         """The same for people."""
         yield "model", self.model
         yield "kernels", ", ".join(f"{count} x {name}" for name, count in self.kernels.items())
-        yield "threads", f"{self.threads} of {os.cpu_count()} cores"
+        yield "threads", f"{self.threads} of {len(processors())} processors"
         yield "load", f"{self.load_s:.2f} s"
         yield f"prefill, {self.prompt_tokens} tokens", _rate(self.prefill)
         yield f"decode, {self.new_tokens} tokens", _rate(self.decode)
