@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from glm4lite.base.whole_file import replace
+
 if sys.platform == "win32":
     import msvcrt
 
@@ -74,7 +76,7 @@ class OwnedFolder:
             (self.path / name).unlink(missing_ok=True)
         if destination.exists():
             destination.rmdir()
-        self.path.rename(destination)
+        replace(self.path, destination)
         self._release()
 
     def discard(self, remove: Remove = remove_tree) -> None:
