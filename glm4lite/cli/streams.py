@@ -66,8 +66,11 @@ def settle_streams() -> None:
     sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # bytes that are no text do not end a chat
-    if not (_is(sys.stdout, 1) and _is(sys.stderr, 2)):
-        return  # another program's, such as a test's
+    if not (_is(sys.stdout, 1) and _is(sys.stderr, 2)):  # another program's, such as a test's
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+                stream.reconfigure(errors="replace")  # a code page does not have every letter
+        return
     if sys.platform != "win32":
         sys.stdout, sys.stderr = _text(os.dup(1), _refuse), _text(os.dup(2), _drop)
     else:  # Python's own streams know how a console of Windows is written to

@@ -17,6 +17,7 @@ from glm4lite.base.errors import CheckpointError
 from glm4lite.base.processes import bounded, end_tree, tree_bytes
 from glm4lite.checkpoint.writer import FolderWriter
 from glm4lite_quant.kernels import native
+from tests.commands import python
 
 ROOT = Path(__file__).parents[2]
 EXPECTED = {
@@ -129,3 +130,26 @@ def test_a_process_that_no_system_limits_ends_when_it_takes_too_much(monkeypatch
         with bounded(process, 0.2, 1 << 40) as late:
             assert process.wait(60) != 0
         assert late.is_set()
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp936", "ascii"])
+def test_no_code_page_ends_a_command(encoding: str) -> None:
+    """Whether it is the locale's or that of a program whose streams are lent."""
+    said = subprocess.run(
+        [*python(), "-m", "glm4lite", "info", "模型 🙂"],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert (said.returncode, "模型 🙂" in said.stderr.decode()) == (2, True), said.stderr
+    lent = (
+        "import io, os, sys\n"
+        f"sys.stdout, sys.stderr = (io.TextIOWrapper(open(os.dup(n), 'wb'), encoding={encoding!r}) for n in (1, 2))\n"
+        "from glm4lite.cli.app import main\n"
+        "sys.argv = ['glm4lite', 'info', '模型 🙂']\n"
+        "main()\n"
+    )
+    said = subprocess.run([*python(), "-c", lent], capture_output=True, timeout=120, check=False)
+    assert said.returncode == 2, said.stderr
+    assert said.stderr.decode(encoding).startswith("error: "), said.stderr
