@@ -18,7 +18,7 @@ from glm4lite.base.sizes import readable
 from glm4lite.memory import system
 from glm4lite.memory.resources import Machine
 from glm4lite_quant import QuantConfig, QuantLinear, QuantTensor, host, pages
-from glm4lite_quant.kernels import native
+from glm4lite_quant.kernels import gpu, native
 
 MARGIN = 0.95  # of the RAM that is free: what is left for the rest of the machine
 
@@ -46,7 +46,23 @@ def this_machine(quantized: bool = True) -> Machine:
         Sentence("prompts on the CPU {speed} TOP/s", speed=f"{rate / 1e12:.2f}"),
     )
     machine = Machine(free, ram_bandwidth=bandwidth, cpu_rate=rate, measured=speeds)
-    return _with_gpus(machine) if torch.cuda.is_available() else machine
+    return _with_gpus(machine, quantized) if torch.cuda.is_available() else machine
+
+
+def free_gpus(quantized: bool, say: Callable[[Sentence], object]) -> tuple[int, ...]:
+    """Free bytes of torch's GPUs, by index; none of one that the CPU is faster than, and `say` is told why.
+
+    () where no GPU is of use.
+    """
+    free = list[int]()
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        why = gpu.slower_than_cpu(device, quantized)
+        if why:
+            name = torch.cuda.get_device_name(device)
+            say(Sentence("{name} is left out, the CPU is faster: {why}", name=name, why=why))
+        free.append(0 if why else torch.cuda.mem_get_info(index)[0])
+    return tuple(free) if any(free) else ()
 
 
 def free_ram() -> int:
@@ -56,9 +72,9 @@ def free_ram() -> int:
 
 def prefetch_speeds(quantized: bool) -> Machine:
     """The measured speeds that decide which prompts cross the bus to a GPU; assumed where that fails."""
-    gpu = torch.device("cuda", 0)
+    first = torch.device("cuda", 0)
     try:
-        speeds = Machine(0, bus_bandwidth=bus_bandwidth(gpu), gpu_rate=gpu_rate(gpu))
+        speeds = Machine(0, bus_bandwidth=bus_bandwidth(first), gpu_rate=gpu_rate(first))
     except RuntimeError:  # out of memory, no pinned memory
         speeds = Machine(0)
     return replace(speeds, cpu_rate=cpu_rate(quantized))
@@ -134,12 +150,16 @@ def _mean_seconds(work: Callable[[], object]) -> float:
     return passed / count
 
 
-def _with_gpus(machine: Machine) -> Machine:
-    """Free memory of every GPU; speeds of the first: a copy on it, one to it from pinned memory, a bfloat16 product."""
-    free = tuple(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
-    gpu = torch.device("cuda", 0)
+def _with_gpus(machine: Machine, quantized: bool) -> Machine:
+    """Free memory of every GPU; speeds of the first in use: a copy on it, one to it from pinned memory, a product."""
+    left_out = list[Sentence]()
+    free = free_gpus(quantized, left_out.append)
+    machine = replace(machine, assumed=(*machine.assumed, *left_out))
+    if not free:
+        return machine
+    first = torch.device("cuda", next(index for index, size in enumerate(free) if size))
     try:
-        copied, crossed, rate = gpu_bandwidth(gpu), bus_bandwidth(gpu), gpu_rate(gpu)
+        copied, crossed, rate = gpu_bandwidth(first), bus_bandwidth(first), gpu_rate(first)
     except RuntimeError:  # out of memory, no pinned memory: the free bytes are known all the same
         note = Sentence("speeds of an RTX 4060 (this GPU could not be measured)")
         return replace(machine, gpus=free, assumed=(*machine.assumed, note))

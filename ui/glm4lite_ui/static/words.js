@@ -335,6 +335,7 @@ const CHINESE = {
   '{name} cannot be read: {why}': '无法读取 {name}：{why}',
   '{name} cannot be used: {problem}': '{name} 的值不可用：{problem}',
   '{name} does not exist; {how}': '{name} 不存在；{how}',
+  '{name} is left out, the CPU is faster: {why}': '{name} 不使用，CPU 更快：{why}',
   '{name} is neither a folder nor a Hub repo id; {how}': '{name} 既不是文件夹，也不是 Hub 仓库名；{how}',
   '{name} is not the name of a chat': '{name} 不是对话的编号',
   '{name} must be {what} {bounds}, found {found}': '{name} 必须是{what}{bounds}，现为 {found}',
