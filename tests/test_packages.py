@@ -142,7 +142,7 @@ for package in (glm4lite, glm4lite_quant):
         except MissingPackageError as error:
             print(error)
         except ImportError as error:
-            print(error.name)
+            print(error.name or error)
 """
 
 
@@ -150,7 +150,9 @@ def test_no_module_of_the_core_needs_an_extra_and_those_of_an_extra_name_it(core
     done = run(core, "-c", EVERY_MODULE)
     assert done.returncode == 0, done.stderr
     of_mcp = "using MCP servers needs mcp: pip install 'glm4lite[mcp]'"
-    assert set(done.stdout.splitlines()) == {of_mcp, "prompt_toolkit"}  # the file of what was typed before is its
+    of_windows = "these are calls of Windows"
+    # prompt_toolkit has the file of what was typed before
+    assert set(done.stdout.splitlines()) - {of_windows} == {of_mcp, "prompt_toolkit"}
 
 
 @pytest.mark.parametrize(
