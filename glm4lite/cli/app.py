@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from glm4lite import __version__
+from glm4lite.cli.commands.batch import batch
 from glm4lite.cli.commands.bench import bench
 from glm4lite.cli.commands.chat import chat
 from glm4lite.cli.commands.evaluate import evaluate
@@ -44,7 +45,7 @@ def _add(command: Callable[..., Any], name: str | None = None) -> None:
     app.command(name=name)(run)
 
 
-for _command in (chat, generate, serve, quantize, info, plan, bench):
+for _command in (chat, generate, serve, batch, quantize, info, plan, bench):
     _add(_command)
 _add(evaluate, "eval")
 

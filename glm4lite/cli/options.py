@@ -24,6 +24,14 @@ Model = Annotated[
         autocompletion=lambda incomplete: list(models(incomplete)),
     ),
 ]
+NamedModel = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="A folder, a Hub repository or nano; requests call a folder by its last name.",
+        autocompletion=lambda incomplete: list(models(incomplete)),
+    ),
+]
 Quant = Annotated[
     str | None,
     typer.Option(
@@ -98,9 +106,21 @@ Speculate = Annotated[
     str,
     typer.Option(
         metavar="auto|off|N",
-        help="Guess up to N (1 to 7) tokens and verify them in one step; auto: where answers stay what they are.",
+        help="Guess up to N (1 to 15) tokens and verify them in one step; auto: where answers stay what they are.",
         autocompletion=_among("auto", "off"),
     ),
+]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="A small model of the same family that guesses what the large one says.",
+        show_default="none",
+    ),
+]
+Parallel = Annotated[
+    int | None,
+    typer.Option(min=1, max=64, help="Answers computed at once.", show_default="4 on a CPU, 1 with a GPU"),
 ]
 JsonObject = Annotated[bool, typer.Option("--json", help="Stdout is one JSON object.")]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -158,23 +159,15 @@ class PackedLayerCache:
         batch, heads, tokens, head_dim = keys.shape
         end = self.length + tokens
         self._reserve(end, (batch, heads), head_dim, keys.device)
-        packed, stored, scales = self._buffers()
         at = torch.arange(self.length, end, device=keys.device)
-        new_keys, new_values = keys.float(), values.float()
-        if scales is not None:
-            new_keys, scales[0, :, :, self.length : end] = _int8(new_keys)
-            new_values, scales[1, :, :, self.length : end] = _int8(new_values)
-        packed[:, :, at // TOKENS, :, at % TOKENS] = new_keys.permute(2, 0, 1, 3).to(packed.dtype)
-        stored[:, :, self.length : end] = new_values.to(stored.dtype)
+        for which, new in enumerate((keys.float(), values.float())):
+            self._write(which, at, *(_int8(new) if self.int8 else (new, None)))
         self.length = end
-        return self._read(packed.transpose(3, 4).flatten(2, 3), 0, keys.dtype), self._read(stored, 1, values.dtype)
+        return self._read(0).to(keys.dtype), self._read(1).to(values.dtype)
 
     def past(self) -> tuple[Tensor, Tensor] | None:
         """All positions so far as float32, None where there are none."""
-        if not self.length:
-            return None
-        packed, stored, _ = self._buffers()
-        return self._read(packed.transpose(3, 4).flatten(2, 3), 0, torch.float32), self._read(stored, 1, torch.float32)
+        return (self._read(0), self._read(1)) if self.length else None
 
     def rounded(self, new: Tensor) -> Tensor:
         """Keys or values as they read back once they are stored."""
@@ -183,11 +176,22 @@ class PackedLayerCache:
         codes, scale = _int8(new.float())
         return (codes * scale[..., None]).to(new.dtype)
 
-    def _read(self, codes: Tensor, which: int, dtype: torch.dtype) -> Tensor:
-        values = codes[:, :, : self.length].float()
-        if self._scales is not None:
-            values = values * self._scales[which, :, :, : self.length, None]
-        return values.to(dtype)
+    def _write(self, which: int, at: Tensor, codes: Tensor, scales: Tensor | None) -> None:
+        """Keys (0) or values (1) [B, kv_heads, T, head_dim] of the positions `at`, and the scales of int8 codes."""
+        keys, values, all_scales = self._buffers()
+        if which == 0:
+            keys[:, :, at // TOKENS, :, at % TOKENS] = codes.permute(2, 0, 1, 3).to(keys.dtype)
+        else:
+            values[:, :, at] = codes.to(values.dtype)
+        if scales is not None and all_scales is not None:
+            all_scales[which][:, :, at] = scales
+
+    def _read(self, which: int) -> Tensor:
+        """All positions so far as float32, [B, kv_heads, length, head_dim]."""
+        keys, values, scales = self._buffers()
+        codes = keys.transpose(3, 4).flatten(2, 3) if which == 0 else values
+        whole = codes[:, :, : self.length].float()
+        return whole if scales is None else whole * scales[which, :, :, : self.length, None]
 
     def _buffers(self) -> tuple[Tensor, Tensor, Tensor | None]:
         if self._keys is None or self._values is None:
@@ -254,6 +258,25 @@ class StagedCache:
 
 HomeCache = LayerCache | PackedLayerCache
 Cache = HomeCache | StagedCache
+AnyCache = TypeVar("AnyCache", bound=Cache, covariant=True)
+
+
+@dataclass(frozen=True)
+class SpanCaches(Generic[AnyCache]):
+    """One layer's caches of the sequences of a step, in the place of one cache."""
+
+    parts: Sequence[AnyCache]
+
+
+HomeCaches = HomeCache | SpanCaches[HomeCache]
+Caches = Cache | SpanCaches[Cache]
+
+
+def parts_of(caches: AnyCache | SpanCaches[AnyCache] | None) -> Sequence[AnyCache]:
+    """Each sequence's; of one cache, that."""
+    if isinstance(caches, SpanCaches):
+        return caches.parts
+    return () if caches is None else (caches,)
 
 
 def with_room(end: int, step: int = STEP) -> int:
@@ -335,6 +358,9 @@ class KVCache:
     def crop(self, max_length: int) -> None:
         """Transformers' name: keeps so many positions, or with a negative number forgets so many of the last."""
         self.truncate(max_length if max_length >= 0 else max(self.get_seq_length() + max_length, 0))
+
+    def reserve(self, tokens: int) -> None:
+        """Room for so many more positions in every layer, where that may run out (`glm4lite.runtime.kv_pool`)."""
 
     def truncate(self, length: int) -> None:
         """Forgets everything after the first `length` positions."""

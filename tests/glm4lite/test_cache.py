@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from glm4lite.model.cache import STEP, KVCache, LayerCache, PackedLayerCache
 from glm4lite_quant import QuantConfig, QuantTensor
 from glm4lite_quant.kernels import native
-from glm4lite_quant.kernels.decoder import DecoderKernel, Heads, run
+from glm4lite_quant.kernels.decoder import DecoderKernel, Heads, SpanRows, run
 
 HEADS, HIDDEN = Heads(query=4, key_value=2, dim=16, rotary_dim=8), 64
 KINDS: dict[str, Callable[[], LayerCache | PackedLayerCache]] = {
@@ -133,7 +133,7 @@ def kernel() -> DecoderKernel:
 def step(layer: DecoderKernel, cache: PackedLayerCache, x: Tensor) -> Tensor:
     """What the native layer makes of x [T, hidden], nothing being rotated."""
     out, flat = x.clone(), torch.zeros(len(x), HEADS.rotary_dim // 2)
-    run([layer], [cache.view(len(x), HEADS, x.device, x.dtype)], out, flat + 1, flat)
+    run([layer], [SpanRows(len(x), [cache.view(len(x), HEADS, x.device, x.dtype)])], out, flat + 1, flat)
     cache.length += len(x)
     return out
 
