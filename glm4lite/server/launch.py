@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -50,7 +51,9 @@ class Address:
         except (OSError, UnicodeError) as error:
             raise ConfigError(f"--host {self.host[:100]}: {one_line(error)}") from None
         try:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # Windows' SO_REUSEADDR would take the port of a server that is running, and lend ours to the next program.
+            option = socket.SO_EXCLUSIVEADDRUSE if sys.platform == "win32" else socket.SO_REUSEADDR
+            listening.setsockopt(socket.SOL_SOCKET, option, 1)
             listening.bind(where)
         except OSError as error:
             listening.close()
