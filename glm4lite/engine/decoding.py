@@ -88,9 +88,9 @@ class Generation:
         return self._sequence.drafts
 
     @property
-    def cache(self) -> PrefixCache | None:
-        """What is computed, with what it was computed from; None before a step, and where others have it now."""
-        return self._sequence.cache
+    def cache(self) -> PrefixCache:
+        """What is computed, with the ids it was computed from, of one that is computed alone."""
+        return self._sequence.held()
 
     @cache.setter
     def cache(self, cache: PrefixCache) -> None:

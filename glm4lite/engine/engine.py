@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -275,22 +275,26 @@ class Engine:
             generation.close()
             self.totals.add(generation)
 
-    def generate_many(self, prompts: Iterable[str | Sequence[Message]], **sampling: Any) -> Iterator[Generated]:
+    def generate_many(
+        self, prompts: Iterable[str | Sequence[Message | Mapping[str, Any]]], **sampling: Any
+    ) -> Iterator[Generated]:
         """Answers to many prompts, in their order, `parallel` of them computed at once.
 
-        A prompt is a text to go on from, or the messages of a conversation to answer. `sampling` are fields of
-        SamplingParams, None where the checkpoint decides. Closing the iterator stops what is computed.
+        A prompt is a text to go on from, or the messages of a conversation to answer (`Message`, or its dict).
+        `sampling` are fields of SamplingParams, None where the checkpoint decides. Closing the iterator stops what is
+        computed.
 
         Raises ContextLengthError, SamplingError and TemplateError (a conversation, for a base model), when it comes to
         the prompt that is wrong.
         """
         cancel, params = threading.Event(), self.params(**sampling)
 
-        def answer(prompt: str | Sequence[Message]) -> Generated:
+        def answer(prompt: str | Sequence[Message | Mapping[str, Any]]) -> Generated:
             if isinstance(prompt, str):
                 ids = self.tokenizer.prefix_ids + self.tokenizer.ids(prompt)
             else:
-                ids = self.chat_template().encode(self.tokenizer, prompt, ())
+                messages = [one if isinstance(one, Message) else Message.from_dict(one) for one in prompt]
+                ids = self.chat_template().encode(self.tokenizer, messages)
             generation = self.generate(ids, params, cancel)
             text = "".join(SEPARATOR if piece is None else piece for piece in self.pieces(generation))
             if not isinstance(prompt, str):

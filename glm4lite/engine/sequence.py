@@ -132,7 +132,7 @@ class Sequence:
 
     def span(self, most: int) -> Span:
         """What comes into the step: at most `most` of the ids that have to be computed, and the guess behind all."""
-        cache = self._held()
+        cache = self.held()
         chunk = self.ids[self.cached : self.cached + most]
         self._certain = len(chunk)
         last = self._certain == self.todo
@@ -144,7 +144,7 @@ class Sequence:
 
         A guess is right where it is what would have been drawn anyway, so what comes is as without.
         """
-        cache = self._held()
+        cache = self.held()
         in_prompt = max(0, min(self.cached + self._certain, len(self.prompt)) - self.cached)
         cache.ids += self.ids[self.cached : self.cached + self._certain]
         self.prefilled = min(self.prefilled + in_prompt, self.to_prefill)
@@ -173,9 +173,10 @@ class Sequence:
         if not self.over:
             self.finish_reason, self.over = reason, True
 
-    def _held(self) -> PrefixCache:
+    def held(self) -> PrefixCache:
+        """The cache, of one that has it."""
         if self.cache is None:
-            raise RuntimeError("a sequence that waits has no cache")
+            raise RuntimeError("a sequence that waits, or is over, has no cache")
         return self.cache
 
     def _draw(self, logits: Tensor) -> list[int]:

@@ -4,14 +4,13 @@ and runners the layers have."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from glm4lite.base.errors import ConfigError
-from glm4lite.model.attention import SpanVisibility, Visibility, packed_mask
+from glm4lite.model.attention import Visibility, packed_mask
 from glm4lite.model.cache import (
     HomeCache,
     HomeCaches,
@@ -20,7 +19,6 @@ from glm4lite.model.cache import (
     LayerCache,
     PackedLayerCache,
     PastKeyValues,
-    SpanCaches,
     as_cache,
     bytes_per_token,
 )
@@ -32,7 +30,8 @@ from glm4lite.model.outputs import (
     ModelOutput,
 )
 from glm4lite.model.rotary import RotaryEmbedding
-from glm4lite.model.step import Span, spans_problem
+from glm4lite.model.stages import Stages
+from glm4lite.model.step import Span, Step
 
 Output = TypeVar("Output", bound=ModelOutput)
 
@@ -221,12 +220,12 @@ class Trunk(ModelBase):
         embeds = self._embedded(input_ids, inputs_embeds)
         cache = self._cache(past_key_values, use_cache, embeds)
         past, length = 0 if cache is None else cache.get_seq_length(), embeds.shape[1]
-        if cache is not None:
-            cache.reserve(length)
         given = cache_position[None] if isinstance(cache_position, Tensor) else cache_position
         given = given if position_ids is None else position_ids
         if problem := beside_problem(embeds, given, attention_mask, past, self.config.num_attention_heads):
             raise ValueError(problem)
+        if cache is not None:
+            cache.reserve(length)
         if given is None:
             position_ids = torch.arange(past, past + length, device=embeds.device)[None]
         else:
@@ -235,11 +234,14 @@ class Trunk(ModelBase):
                 attention_mask = packed_mask(position_ids)
         weights_wanted = self._switch("output_attentions", output_attentions)
         collected = _Collected(self._switch("output_hidden_states", output_hidden_states), weights_wanted)
-        stages = _Stages(
-            self.rotary_emb, position_ids, lambda device: _visibility(attention_mask, past, length, device)
-        )
+
+        def visibility(device: torch.device) -> Visibility:
+            padding = None if attention_mask is None else attention_mask.to(device)
+            return Visibility(padding, past, length, device)
+
         few = cache is not None and cache.dynamic is None and not collected.wanted
         caches = [None] * len(self.layers) if cache is None else cache.layers
+        stages = Stages(self.rotary_emb, position_ids, visibility)
         x = self._through_layers(embeds, stages, caches, few, collected)
         output = BaseModelOutputWithPast(
             x, None if cache is None else cache.dynamic or cache, collected.hidden_states, collected.attentions
@@ -277,28 +279,17 @@ class Trunk(ModelBase):
 
     def step(self, spans: Sequence[Span]) -> Tensor:
         """The states [rows kept of all spans, H] after the final norm; see `CausalLM.step`."""
-        if problem := spans_problem(spans):
-            raise ValueError(problem)
-        _reserve(spans)
-        rows, pasts = [len(span.ids) for span in spans], [span.cache.get_seq_length() for span in spans]
-        ids = torch.tensor([[new for span in spans for new in span.ids]], device=self.device)
-        each = [torch.arange(past, past + count) for past, count in zip(pasts, rows, strict=True)]
-
-        def visibility(device: torch.device) -> Visibility:
-            parts = [Visibility(None, past, count, device) for past, count in zip(pasts, rows, strict=True)]
-            return parts[0] if len(parts) == 1 else SpanVisibility(parts, device)
-
-        layers = zip(*(span.cache.layers for span in spans), strict=True)
-        caches = spans[0].cache.layers if len(spans) == 1 else [SpanCaches(parts) for parts in layers]
-        stages = _Stages(self.rotary_emb, torch.cat(each).to(ids.device)[None], visibility)
-        x = self._through_layers(self._embedded(ids, None), stages, caches, True, _Collected(False, False))
-        kept = [range(end - span.kept, end) for span, end in zip(spans, accumulate(rows), strict=True)]
-        return x[0, [row for of_span in kept for row in of_span]]
+        step = Step(spans)
+        step.reserve()
+        embeds = self._embedded(torch.tensor([step.ids], device=self.device), None)
+        stages = Stages(self.rotary_emb, step.positions.to(embeds.device), step.visibility)
+        x = self._through_layers(embeds, stages, step.caches, True, _Collected(False, False))
+        return x[0, step.kept]
 
     def _through_layers(
         self,
         embeds: Tensor,
-        stages: _Stages,
+        stages: Stages,
         caches: Sequence[HomeCaches | None],
         together: bool,
         collected: _Collected,
@@ -330,17 +321,6 @@ class Trunk(ModelBase):
         return x
 
 
-def _reserve(spans: Sequence[Span]) -> None:
-    """Room for the new ids of all, or of none."""
-    try:
-        for span in spans:
-            span.cache.reserve(len(span.ids))
-    except BaseException:
-        for span in spans:
-            span.cache.truncate(span.cache.get_seq_length())
-        raise
-
-
 def _call(layer: DecoderLayer, *inputs: Any) -> Any:
     return layer(*inputs)
 
@@ -351,39 +331,6 @@ def _kind(layer: DecoderLayer, tokens: int) -> tuple[torch.device, torch.dtype |
     if not store.resident or store.where(tokens) is not None or hooked:
         return None
     return layer.device, layer.dtype
-
-
-def _visibility(padding: Tensor | None, past: int, length: int, device: torch.device) -> Visibility:
-    return Visibility(None if padding is None else padding.to(device), past, length, device)
-
-
-class _Stage(NamedTuple):
-    """What the layers of one device share in a forward pass."""
-
-    device: torch.device
-    dtype: torch.dtype
-    rotary: tuple[Tensor, Tensor]
-    visible: Visibility
-
-    @property
-    def inputs(self) -> tuple[torch.dtype, tuple[Tensor, Tensor], Visibility]:
-        return self.dtype, self.rotary, self.visible
-
-
-class _Stages:
-    """The stages of one forward pass, each made when its first layer comes."""
-
-    def __init__(
-        self, rotary: RotaryEmbedding, positions: Tensor, visibility: Callable[[torch.device], Visibility]
-    ) -> None:
-        self._rotary, self._positions, self._visibility = rotary, positions, visibility
-        self._made: dict[tuple[torch.device, torch.dtype], _Stage] = {}
-
-    def of(self, device: torch.device, dtype: torch.dtype) -> _Stage:
-        if (device, dtype) not in self._made:
-            rotary = self._rotary(self._positions.to(device), dtype)
-            self._made[device, dtype] = _Stage(device, dtype, rotary, self._visibility(device))
-        return self._made[device, dtype]
 
 
 class _Collected:

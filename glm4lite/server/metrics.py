@@ -59,6 +59,10 @@ class Metrics:
         yield from _metric(
             "kept_prefixes", "gauge", "Conversations kept.", len(prefixes) if prefixes is not None else 0
         )
+        blocks = prefixes.blocks if prefixes is not None else None
+        if blocks is not None:
+            yield from _metric("kv_blocks", "gauge", "Blocks of 64 tokens for keys and values.", blocks.blocks)
+            yield from _metric("kv_blocks_free", "gauge", "Of those, in no conversation.", blocks.free)
         yield from _metric("resident_bytes", "gauge", "Memory of the process.", resident_bytes())
 
 

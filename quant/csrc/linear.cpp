@@ -14,7 +14,7 @@ using glm4::Sink;
 using glm4::Source;
 
 constexpr int64_t kChunkRows = 512;         // rows of x quantized at once: bounds the scratch
-constexpr int64_t kCacheBytes = 256 << 10;  // activations that stay in the second-level cache over one item
+constexpr int64_t kCacheBytes = 1 << 20;     // activations that stay in the caches over one item
 constexpr int64_t kMaxColumns = 144;        // that one tile is multiplied with at once, and their panels
 constexpr int64_t kMaxPanels = 36;
 constexpr int64_t kMaxItemTiles = 8;        // several tiles use a panel of activations while it is in cache
@@ -109,6 +109,15 @@ int64_t tiles_of(const Sink& sink) {
   return sink.swiglu ? tiles / 2 : tiles;
 }
 
+// One number for each row of a tile, 0 past the weight's end and where there are none.
+struct OfRows {
+  OfRows(const float* from, int64_t tile, int64_t n) {
+    const int64_t first = tile * GLM4_ROWS, rows = std::min<int64_t>(GLM4_ROWS, n - first);
+    if (from) memcpy(value, from + first, sizeof(float) * static_cast<size_t>(rows));
+  }
+  float value[GLM4_ROWS] = {};
+};
+
 struct Product {
   const Sink* sinks;
   const glm4_isa& isa;
@@ -117,23 +126,22 @@ struct Product {
 
   // One tile times panels p0..p1 - 1 with row scales and bias: out [rows of x][16].
   void finish(const Sink& sink, int64_t tile, int64_t p0, int64_t p1, float* out) const {
-    float min[kMaxColumns * GLM4_ROWS];
+    alignas(64) float min[kMaxColumns * GLM4_ROWS];  // the products write whole cache lines
     glm4_panel panels[kMaxPanels];
     for (int64_t p = p0; p < p1; ++p) panels[p - p0] = x.panel(p);
     isa.tile(sink.w, tile, panels, p1 - p0, out, min);
-    const glm4_weight& w = *sink.w;
     const int64_t width = x.start(p1) - x.start(p0);
     if (x.splits() == 2) add_splits(width, out);
-    if (x.splits() == 2 && w.mins) add_splits(width, min);
-    const int64_t n0 = tile * GLM4_ROWS;
-    const int rows = static_cast<int>(std::min<int64_t>(GLM4_ROWS, w.n - n0));
+    if (x.splits() == 2 && sink.w->mins) add_splits(width, min);
+    const OfRows scale(sink.w->row_scale, tile, sink.w->n), low(sink.w->row_min, tile, sink.w->n);
+    const OfRows bias(sink.bias, tile, sink.w->n);
     for (int64_t c = 0; c < width; ++c) {
       float* to = out + GLM4_ROWS * c;
-      for (int r = 0; r < rows; ++r) to[r] *= w.row_scale[n0 + r];
-      if (w.row_min)
-        for (int r = 0; r < rows; ++r) to[r] -= min[GLM4_ROWS * c + r] * w.row_min[n0 + r];
+      for (int r = 0; r < GLM4_ROWS; ++r) to[r] *= scale.value[r];
+      if (sink.w->row_min)
+        for (int r = 0; r < GLM4_ROWS; ++r) to[r] -= min[GLM4_ROWS * c + r] * low.value[r];
       if (sink.bias)
-        for (int r = 0; r < rows; ++r) to[r] += sink.bias[n0 + r];
+        for (int r = 0; r < GLM4_ROWS; ++r) to[r] += bias.value[r];
     }
   }
 
@@ -150,7 +158,12 @@ struct Product {
       const int64_t at = (first + row + c) * sink.y.stride + n0;
       const float* from = out + GLM4_ROWS * c;
       if (sink.y.dtype == GLM4_FLOAT32) {
-        memcpy(static_cast<float*>(sink.y.data) + at, from, sizeof(float) * rows);
+        float* to = static_cast<float*>(sink.y.data) + at;
+        if (rows == whole) {
+          memcpy(to, from, sizeof(float) * GLM4_ROWS);  // in line
+        } else {
+          memcpy(to, from, sizeof(float) * static_cast<size_t>(rows));
+        }
       } else {
         for (int64_t r = 0; r < rows; ++r) static_cast<uint16_t*>(sink.y.data)[at + r] = to_bfloat16(from[r]);
       }
@@ -158,11 +171,11 @@ struct Product {
   }
 
   void tile(const Sink& sink, int64_t tile, int64_t p0, int64_t p1) const {
-    float out[kMaxColumns * GLM4_ROWS];
+    alignas(64) float out[kMaxColumns * GLM4_ROWS];
     const int64_t width = x.start(p1) - x.start(p0);
     finish(sink, tile, p0, p1, out);
     if (sink.swiglu) {
-      float up[kMaxColumns * GLM4_ROWS];
+      alignas(64) float up[kMaxColumns * GLM4_ROWS];
       finish(sink, tile + tiles_of(sink), p0, p1, up);
       isa.rows->swiglu(out, up, GLM4_ROWS * width, out);
     }

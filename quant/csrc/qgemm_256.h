@@ -1,10 +1,10 @@
 // One row tile times panels of activations, written once for AVX2 and AVX-VNNI over the few operations in which they
 // differ; qgemm_<isa>.cpp defines those and includes this file (internal linkage: each has its own copy).
 //
-// A register holds four columns of eight rows, kHalves of them a tile. One panel is multiplied with the codes as they
-// lie in memory, and so are two. For more, pieces of the tile are unpacked into the first-level cache, one byte a code,
-// in the order of 8-bit weights, and all panels go through a piece before the next one. A sum is added up in the same
-// order either way.
+// A register holds four columns of eight rows, kHalves of them a tile. Few columns of activations are multiplied with the
+// codes as they lie in memory. For more, pieces of the tile are prepared in the first-level cache: one byte a code, in the
+// order of 8-bit weights, scales and minima as they are multiplied. All panels go through a piece before the next one. A
+// sum is added up in the same order either way.
 #ifndef GLM4LITE_QGEMM_256_H
 #define GLM4LITE_QGEMM_256_H
 
@@ -15,9 +15,28 @@
 namespace {
 
 constexpr int kHalves = 2;
-constexpr int kMostPacked = 2;  // panels for which unpacking costs more than it saves
-constexpr int64_t kPiece = 16;  // blocks of 32 columns that are unpacked at once: 8 KiB
-constexpr int64_t kBlockBytes = GLM4_ROWS * GLM4_COLS;  // of an unpacked block
+constexpr int kMostDirect = 8;  // columns for which preparing a piece costs more than it saves
+constexpr int kDirect = 4;      // of them at once: the registers also hold what is unpacked
+constexpr int64_t kPiece = 16;  // blocks of 32 columns in a piece
+constexpr int64_t kBlockBytes = GLM4_ROWS * GLM4_COLS;  // of a block, one byte a code
+
+struct Piece {
+  alignas(32) uint8_t codes[kPiece * kBlockBytes];  // of 4-bit weights
+  Scale scales[kPiece][kHalves];                    // of each block
+  Floats mins[kPiece][kHalves];                     // of each group
+};
+
+// Groups begin..end-1 of one tile.
+struct Part {
+  const glm4_weight* w;
+  int64_t tile, begin, end;
+  const uint8_t* codes;
+  const Piece* piece;  // null: everything is read as it lies in memory
+
+  int64_t per_group() const { return w->group / GLM4_COLS; }
+  const uint8_t* scales() const { return w->scales + (tile * (w->k / w->group) + begin) * GLM4_ROWS; }
+  const uint8_t* mins() const { return w->mins + (tile * (w->k / w->group) + begin) * GLM4_ROWS; }
+};
 
 // Asks for codes of `Bits` bits, for the second-level cache, long before they are used: the processor's own prefetching
 // loses its way among several streams. It is left alone with one column of 8 bits, which waits for memory only.
@@ -46,12 +65,8 @@ template <int C, int Bits>
 inline void add_quad(const Ints* w, const int32_t* a, int j, const Scale* s, Ints (*sum)[kHalves]) {
 #pragma GCC unroll 6
   for (int c = 0; c < C; ++c) {
-    const Ints x = _mm256_set1_epi32(a[8 * c + j]);
-#pragma GCC unroll 2
-    for (int h = 0; h < kHalves; ++h) {
-      sum[c][h] = add_products<Bits>(sum[c][h], w[h], x, s[h]);
-      settle(sum[c][h]);
-    }
+    add_products<Bits>(sum[c], w, _mm256_set1_epi32(a[8 * c + j]), s);
+    settle(sum[c][0]), settle(sum[c][1]);
   }
 }
 
@@ -77,12 +92,13 @@ inline void add_block(const uint8_t* codes, const int32_t* a, const Scale* s, In
 
 // Adds a group's minima times the activations' sum.
 template <int C>
-inline void add_min(const uint8_t* m, const float* group_sum, Floats (*total)[kHalves]) {
-  const Floats v[kHalves] = {bytes_to_float(m), bytes_to_float(m + 8)};
+inline void add_min(Floats low, Floats high, const float* group_sum, Floats (*total)[kHalves]) {
 #pragma GCC unroll 6
-  for (int c = 0; c < C; ++c)
-#pragma GCC unroll 2
-    for (int h = 0; h < kHalves; ++h) total[c][h] = _mm256_fmadd_ps(v[h], _mm256_set1_ps(group_sum[c]), total[c][h]);
+  for (int c = 0; c < C; ++c) {
+    const Floats by = _mm256_set1_ps(group_sum[c]);
+    total[c][0] = _mm256_fmadd_ps(low, by, total[c][0]);
+    total[c][1] = _mm256_fmadd_ps(high, by, total[c][1]);
+  }
 }
 
 template <int C>
@@ -101,94 +117,145 @@ inline void store_sums(const Floats (*total)[kHalves], float* to) {
     for (int h = 0; h < kHalves; ++h) _mm256_storeu_ps(to + GLM4_ROWS * c + 8 * h, total[c][h]);
 }
 
-// Groups begin..end-1 of one tile, whose codes of those groups are at `codes`, with one panel; adds to dot and min.
-template <int C, int Bits, bool Packed>
-void dots(const glm4_weight* w, int64_t tile, int64_t begin, int64_t end, const uint8_t* codes, const glm4_panel* x,
-          float* dot, float* min) {
-  constexpr bool alone = C == 1, with_mins = alone && Bits == 4;  // one column has the registers for its float sums
-  const int64_t groups = w->k / w->group, per_group = w->group / GLM4_COLS;
+// Multiplies with columns first..first + C - 1 of a panel; adds to dot and min.
+template <int C, int Bits, bool Prepared>
+void dots(const Part& part, const glm4_panel* x, int first, float* dot, float* min) {
+  constexpr bool alone = C == 1, packed = Bits == 4 && !Prepared;
+  constexpr bool with_mins = alone && packed;  // one column has the registers for its float sums
+  const int64_t per_group = part.per_group(), skipped = part.begin * per_group, width = x->width;
+  const int64_t blocks = part.end * per_group - skipped;
   const int shift = static_cast<int>(per_group / 2);  // 1, 2 or 4 blocks are a group
-  const uint8_t* scales = w->scales + tile * groups * GLM4_ROWS;
-  const uint8_t* mins = Bits == 4 ? w->mins + tile * groups * GLM4_ROWS : nullptr;
-  const int32_t *a = x->quads + begin * per_group * 8 * C, *sums = x->sum + begin * per_group * C;
-  const float* by = x->scale + begin * per_group * C;
+  const uint8_t *codes = part.codes, *scales = part.scales(), *mins = Bits == 4 ? part.mins() : nullptr;
+  const int32_t *a = x->quads + (skipped * width + first) * 8, *sums = x->sum + skipped * width + first;
+  const float *by = x->scale + skipped * width + first, *group_sum = x->group_sum + part.begin * width + first;
   Floats total[C][kHalves], low[C][kHalves];
   if (alone) load_sums<C>(dot, total);
   if (with_mins) load_sums<C>(min, low);
-  for (int64_t b = begin * per_group; b < end * per_group; ++b) {
+  for (int64_t b = 0; b < blocks; ++b) {
     const int64_t g = b >> shift;
-    if (with_mins && b == g << shift) add_min<C>(mins + g * GLM4_ROWS, x->group_sum + g * C, low);
-    const Scale s[kHalves] = {scale_of<0>(scales + g * GLM4_ROWS), scale_of<1>(scales + g * GLM4_ROWS)};
-    if (Packed || (Bits == 8 && C > 1)) fetch_ahead<Bits>(codes);
+    if (with_mins && b == g << shift) {
+      const uint8_t* m = mins + g * GLM4_ROWS;
+      add_min<C>(bytes_to_float(m), bytes_to_float(m + 8), group_sum + g * width, low);
+    }
+    Scale own[kHalves];
+    if (!Prepared) own[0] = scale_of<0>(scales + g * GLM4_ROWS), own[1] = scale_of<1>(scales + g * GLM4_ROWS);
+    const Scale* s = Prepared ? part.piece->scales[b] : own;
+    if (packed || (Bits == 8 && C > 1)) fetch_ahead<Bits>(codes);
     Ints sum[C][kHalves];
 #pragma GCC unroll 6
     for (int c = 0; c < C; ++c) sum[c][0] = sum[c][1] = first_sum<Bits>(sums[c]);
-    add_block<C, Bits, Packed>(codes, a, s, sum);
+    add_block<C, Bits, packed>(codes, a, s, sum);
     if (!alone) forget(dot);
 #pragma GCC unroll 6
-    for (int c = 0; c < C; ++c)
+    for (int c = 0; c < C; ++c) {
+      const Floats scale = _mm256_set1_ps(by[c]);
 #pragma GCC unroll 2
       for (int h = 0; h < kHalves; ++h) {
         if (alone) {
-          total[c][h] = add_scaled<Bits>(sum[c][h], s[h], by[c], total[c][h]);
+          total[c][h] = add_scaled<Bits>(sum[c][h], s[h], scale, total[c][h]);
         } else {
           float* at = dot + GLM4_ROWS * c + 8 * h;
-          _mm256_storeu_ps(at, add_scaled<Bits>(sum[c][h], s[h], by[c], _mm256_loadu_ps(at)));
+          _mm256_storeu_ps(at, add_scaled<Bits>(sum[c][h], s[h], scale, _mm256_loadu_ps(at)));
         }
       }
-    codes += Packed ? kBlockBytes / 2 : kBlockBytes, a += 8 * C, by += C, sums += C;
+    }
+    codes += packed ? kBlockBytes / 2 : kBlockBytes, a += 8 * width, by += width, sums += width;
   }
   if (alone) store_sums<C>(total, dot);
   if (with_mins) return store_sums<C>(low, min);
   if (Bits == 8) return;
   load_sums<C>(min, low);
-  for (int64_t g = begin; g < end; ++g) add_min<C>(mins + g * GLM4_ROWS, x->group_sum + g * C, low);
+  for (int64_t g = 0; g < part.end - part.begin; ++g, mins += GLM4_ROWS, group_sum += width) {
+    const Floats* ready = part.piece->mins[g];
+    if (Prepared) {
+      add_min<C>(ready[0], ready[1], group_sum, low);
+    } else {
+      add_min<C>(bytes_to_float(mins), bytes_to_float(mins + 8), group_sum, low);
+    }
+  }
   store_sums<C>(low, min);
 }
 
 // Four-bit codes in the order of eight-bit ones.
-void unpack(const uint8_t* codes, int64_t blocks, uint8_t* to) {
-  for (; blocks > 0; --blocks) {
-    fetch_ahead<4>(codes);
-    for (int j = 0; j < 4; ++j, codes += 64, to += 128)
-      for (int h = 0; h < kHalves; ++h) {
-        const Ints both = load(codes + 32 * h);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * h), low_nibbles(both));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * h + 64), high_nibbles(both));
-      }
-  }
+inline void unpack(const uint8_t* codes, uint8_t* to) {
+  fetch_ahead<4>(codes);
+  for (int j = 0; j < 4; ++j, codes += 64, to += 128)
+    for (int h = 0; h < kHalves; ++h) {
+      const Ints both = load(codes + 32 * h);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * h), low_nibbles(both));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * h + 64), high_nibbles(both));
+    }
 }
 
-using Dots = void (*)(const glm4_weight*, int64_t, int64_t, int64_t, const uint8_t*, const glm4_panel*, float*, float*);
+// Asks for the scales or minima of the piece after the next one.
+inline void fetch_bytes(const uint8_t* groups) {
+  for (int i = 0; i < 256; i += 64) _mm_prefetch(reinterpret_cast<const char*>(groups + 512 + i), _MM_HINT_T1);
+}
 
-template <int C>
-constexpr Dots choose(int width, int bits, bool packed) {
+template <int Bits>
+void prepare(Part* part, Piece* piece) {
+  const uint8_t *scales = part->scales(), *mins = Bits == 4 ? part->mins() : nullptr;
+  fetch_bytes(scales);
+  if (Bits == 4) fetch_bytes(mins);
+  int64_t b = 0;
+  for (int64_t g = 0; g < part->end - part->begin; ++g, scales += GLM4_ROWS) {
+    for (const int64_t end = b + part->per_group(); b < end; ++b) {
+      piece->scales[b][0] = scale_of<0>(scales), piece->scales[b][1] = scale_of<1>(scales);
+      if (Bits == 4) unpack(part->codes + b * (kBlockBytes / 2), piece->codes + b * kBlockBytes);
+    }
+    if (Bits == 8) continue;
+    piece->mins[g][0] = bytes_to_float(mins), piece->mins[g][1] = bytes_to_float(mins + 8);
+    mins += GLM4_ROWS;
+  }
+  part->piece = piece;
+  if (Bits == 4) part->codes = piece->codes;
+}
+
+using Dots = void (*)(const Part&, const glm4_panel*, int, float*, float*);
+
+template <int C, int Bits, bool Prepared>
+constexpr Dots choose(int columns) {
   if constexpr (C == 0) {
     return nullptr;
   } else {
-    if (width != C) return choose<C - 1>(width, bits, packed);
-    return bits == 8 ? dots<C, 8, false> : packed ? dots<C, 4, true> : dots<C, 4, false>;
+    return columns == C ? dots<C, Bits, Prepared> : choose<C - 1, Bits, Prepared>(columns);
+  }
+}
+
+// A part with one panel.
+template <int Width, int Bits>
+void multiply_panel(const Part& part, const glm4_panel* x, float* dot, float* min) {
+  if (part.piece) return choose<Width, Bits, true>(x->width)(part, x, 0, dot, min);
+  const int passes = (x->width + kDirect - 1) / kDirect;
+  for (int p = 0; p < passes; ++p) {
+    const int first = x->width * p / passes, columns = x->width * (p + 1) / passes - first;
+    choose<kDirect, Bits, false>(columns)(part, x, first, dot + GLM4_ROWS * first, min + GLM4_ROWS * first);
+  }
+}
+
+template <int Width, int Bits>
+void multiply_panels(const glm4_weight* w, int64_t tile, const glm4_panel* x, int64_t count, float* dot, float* min) {
+  const int64_t groups = w->k / w->group, bytes = w->group / GLM4_COLS * 64 * Bits;
+  const uint8_t* codes = w->qweight + tile * groups * bytes;
+  int64_t columns = 0;
+  for (int64_t p = 0; p < count; ++p) columns += x[p].width;
+  memset(dot, 0, sizeof(float) * GLM4_ROWS * columns);
+  memset(min, 0, sizeof(float) * GLM4_ROWS * columns);
+  const int64_t step = columns <= kDirect ? groups : kPiece * GLM4_COLS / w->group;
+  Piece piece;
+  for (int64_t begin = 0; begin < groups; begin += step) {
+    Part part{w, tile, begin, begin + step < groups ? begin + step : groups, codes + begin * bytes, nullptr};
+    if (columns > kMostDirect) prepare<Bits>(&part, &piece);
+    float *to = dot, *low = min;
+    for (int64_t p = 0; p < count; to += GLM4_ROWS * x[p].width, low += GLM4_ROWS * x[p].width, ++p)
+      multiply_panel<Width, Bits>(part, x + p, to, low);
   }
 }
 
 // glm4_tile_kernel of an ISA whose widest panel has `Width` columns.
 template <int Width>
 void multiply_tile(const glm4_weight* w, int64_t tile, const glm4_panel* x, int64_t count, float* dot, float* min) {
-  const int64_t groups = w->k / w->group, per_group = w->group / GLM4_COLS;
-  const int64_t step = count == 1 ? groups : kPiece / per_group;
-  const bool packed = count <= kMostPacked, unpacking = w->bits == 4 && !packed;
-  const uint8_t* codes = w->qweight + tile * (w->k / GLM4_COLS) * 64 * w->bits;
-  alignas(32) uint8_t piece[kPiece * kBlockBytes];
-  for (int64_t begin = 0; begin < groups; begin += step, codes += step * per_group * 64 * w->bits) {
-    const int64_t end = begin + step < groups ? begin + step : groups;
-    if (unpacking) unpack(codes, (end - begin) * per_group, piece);
-    float *to = dot, *low = min;
-    for (int64_t p = 0; p < count; to += GLM4_ROWS * x[p].width, low += GLM4_ROWS * x[p].width, ++p) {
-      if (begin == 0) memset(to, 0, sizeof(float) * GLM4_ROWS * x[p].width);
-      if (begin == 0) memset(low, 0, sizeof(float) * GLM4_ROWS * x[p].width);
-      choose<Width>(x[p].width, w->bits, packed)(w, tile, begin, end, unpacking ? piece : codes, x + p, to, low);
-    }
-  }
+  (w->bits == 4 ? multiply_panels<Width, 4> : multiply_panels<Width, 8>)(w, tile, x, count, dot, min);
 }
 
 }  // namespace

@@ -26,18 +26,19 @@ inline Ints first_sum(int32_t codes) {
 }
 
 template <int Bits>
-inline Ints add_products(Ints sum, Ints w, Ints x, Scale) {
+inline void add_products(Ints* sum, const Ints* w, Ints x, const Scale*) {
+  for (int h = 0; h < 2; ++h) {
 #if defined(GLM4LITE_EVEX_VNNI)  // for tests: AVX-512's code of the same instruction, on hosts that have only that
-  __asm__("%{evex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
-  return sum;
+    __asm__("%{evex%} vpdpbusd %2, %1, %0" : "+x"(sum[h]) : "x"(w[h]), "x"(x));
 #else
-  return _mm256_dpbusd_avx_epi32(sum, w, x);
+    sum[h] = _mm256_dpbusd_avx_epi32(sum[h], w[h], x);
 #endif
+  }
 }
 
 template <int Bits>
-inline Floats add_scaled(Ints sum, Scale s, float by, Floats total) {
-  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(s, _mm256_set1_ps(by)), total);
+inline Floats add_scaled(Ints sum, Scale s, Floats by, Floats total) {
+  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(s, by), total);
 }
 
 }  // namespace

@@ -7,12 +7,6 @@
 
 namespace {
 
-inline float32x4_t bytes_to_float(const uint8_t* p) {
-  uint32_t four;
-  __builtin_memcpy(&four, p, 4);
-  return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four)))));
-}
-
 // Columns 8 * j..8 * j + 7 of rows first..first + 7, two rows to a register.
 template <int Bits>
 inline void weights(const uint8_t* tile, int j, int8x16_t* w) {
@@ -32,6 +26,9 @@ inline void weights(const uint8_t* tile, int j, int8x16_t* w) {
   }
 }
 
+// Keeps the compiler from holding in registers, or on the stack as well, what lies there.
+inline void forget(float*& p) { __asm__("" : "+r"(p)); }
+
 // acc[pair of columns][pair of rows]; the last of an odd number of columns is paired with itself.
 template <int C, int Bits>
 inline void dot_block(const uint8_t* tile, const int8_t* a, int32x4_t (*acc)[4]) {
@@ -39,16 +36,24 @@ inline void dot_block(const uint8_t* tile, const int8_t* a, int32x4_t (*acc)[4])
 #pragma GCC unroll 4
   for (int p = 0; p < pairs; ++p)
     for (int r = 0; r < 4; ++r) acc[p][r] = vdupq_n_s32(0);
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    int8x16_t w[4];
-    weights<Bits>(tile, j, w);
-#pragma GCC unroll 4
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    int8x16_t x[pairs][2];  // eight columns of the weights each, for both of the pair
+#pragma GCC unroll 3
     for (int p = 0; p < pairs; ++p) {
       const int second = 2 * p + 1 < C ? 2 * p + 1 : 2 * p;
-      const int8x16_t x = vcombine_s8(vld1_s8(a + 64 * p + 8 * j), vld1_s8(a + 32 * second + 8 * j));
+      const int64x2_t one = vreinterpretq_s64_s8(vld1q_s8(a + 64 * p + 16 * half));
+      const int64x2_t other = vreinterpretq_s64_s8(vld1q_s8(a + 32 * second + 16 * half));
+      x[p][0] = vreinterpretq_s8_s64(vzip1q_s64(one, other)), x[p][1] = vreinterpretq_s8_s64(vzip2q_s64(one, other));
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      int8x16_t w[4];
+      weights<Bits>(tile, 2 * half + j, w);
+#pragma GCC unroll 3
+      for (int p = 0; p < pairs; ++p)
 #pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) acc[p][r] = vmmlaq_s32(acc[p][r], w[r], x);
+        for (int r = 0; r < 4; ++r) acc[p][r] = vmmlaq_s32(acc[p][r], w[r], x[p][j]);
     }
   }
 }
@@ -57,53 +62,41 @@ inline void dot_block(const uint8_t* tile, const int8_t* a, int32x4_t (*acc)[4])
 template <int C, int Bits>
 void dots(const glm4_weight* w, int64_t tile, int first, const glm4_panel* x, float* out) {
   constexpr int pairs = (C + 1) / 2;
-  const int64_t groups = w->k / w->group, per_group = w->group / GLM4_COLS;
-  const uint8_t* codes = w->qweight + tile * (w->k / GLM4_COLS) * (64 * Bits) + 4 * first;
+  const int64_t groups = w->k / w->group, per_group = w->group / GLM4_COLS, blocks = w->k / GLM4_COLS;
+  const int shift = static_cast<int>(per_group / 2);  // 1, 2 or 4 blocks are a group
+  const uint8_t* codes = w->qweight + tile * blocks * (64 * Bits) + 4 * first;
   const uint8_t* scales = w->scales + tile * groups * GLM4_ROWS + first;
   const int8_t* a = reinterpret_cast<const int8_t*>(x->quads);
-  const float* scale = x->scale;
-  float32x4_t total[pairs][4];
-  for (int p = 0; p < pairs; ++p)
-    for (int r = 0; r < 4; ++r) total[p][r] = vdupq_n_f32(0.0f);
-  for (int64_t g = 0; g < groups; ++g) {
-    const float32x4_t low = bytes_to_float(scales + g * GLM4_ROWS), high = bytes_to_float(scales + g * GLM4_ROWS + 4);
-    const float32x4_t s[4] = {vzip1q_f32(low, low), vzip2q_f32(low, low), vzip1q_f32(high, high),
-                              vzip2q_f32(high, high)};  // each row twice
-    for (int64_t b = 0; b < per_group; ++b) {
-      int32x4_t acc[pairs][4];
-      dot_block<C, Bits>(codes, a, acc);
+  const float* by = x->scale;
+  float sums[pairs * 16] = {};  // of each accumulator: there are not enough registers for both
+  for (int64_t b = 0; b < blocks; ++b, codes += 64 * Bits, a += 32 * C, by += C) {
+    int32x4_t acc[pairs][4];
+    dot_block<C, Bits>(codes, a, acc);
+    const uint16x8_t bytes = vmovl_u8(vld1_u8(scales + (b >> shift) * GLM4_ROWS));
+    const int32x4_t low = vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(bytes)));
+    const int32x4_t high = vreinterpretq_s32_u32(vmovl_high_u16(bytes));
+    const int32x4_t s[4] = {vzip1q_s32(low, low), vzip2q_s32(low, low), vzip1q_s32(high, high),
+                            vzip2q_s32(high, high)};  // each row twice
+    float* total = sums;
+    forget(total);
+#pragma GCC unroll 3
+    for (int p = 0; p < pairs; ++p) {
+      const float32x2_t both = 2 * p + 1 < C ? vld1_f32(by + 2 * p) : vld1_dup_f32(by + 2 * p);
+      const float32x4_t scale = vcombine_f32(both, both);
 #pragma GCC unroll 4
-      for (int p = 0; p < pairs; ++p) {
-        const int second = 2 * p + 1 < C ? 2 * p + 1 : 2 * p;
-        const float both[4] = {scale[2 * p], scale[second], scale[2 * p], scale[second]};
-        const float32x4_t by = vld1q_f32(both);
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r)
-          total[p][r] = vfmaq_f32(total[p][r], vcvtq_f32_s32(acc[p][r]), vmulq_f32(s[r], by));
+      for (int r = 0; r < 4; ++r) {
+        float* at = total + 16 * p + 4 * r;
+        vst1q_f32(at, vfmaq_f32(vld1q_f32(at), vcvtq_f32_s32(vmulq_s32(acc[p][r], s[r])), scale));
       }
-      codes += 64 * Bits, a += 32 * C, scale += C;
     }
   }
   for (int p = 0; p < pairs; ++p)
     for (int r = 0; r < 4; r += 2) {
       float* to = out + GLM4_ROWS * 2 * p + first + 2 * r;
-      vst1q_f32(to, vuzp1q_f32(total[p][r], total[p][r + 1]));
-      if (2 * p + 1 < C) vst1q_f32(to + GLM4_ROWS, vuzp2q_f32(total[p][r], total[p][r + 1]));
+      const float32x4_t early = vld1q_f32(sums + 16 * p + 4 * r), late = vld1q_f32(sums + 16 * p + 4 * r + 4);
+      vst1q_f32(to, vuzp1q_f32(early, late));
+      if (2 * p + 1 < C) vst1q_f32(to + GLM4_ROWS, vuzp2q_f32(early, late));
     }
-}
-
-void mins(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* out) {
-  const int64_t groups = w->k / w->group, width = x->width;
-  for (int r = 0; r < GLM4_ROWS; r += 4) {
-    const uint8_t* m = w->mins + tile * groups * GLM4_ROWS + r;
-    float32x4_t total[GLM4_NEONI8MM_WIDTH];
-    for (int c = 0; c < width; ++c) total[c] = vdupq_n_f32(0.0f);
-    for (int64_t g = 0; g < groups; ++g) {
-      const float32x4_t v = bytes_to_float(m + g * GLM4_ROWS);
-      for (int c = 0; c < width; ++c) total[c] = vfmaq_n_f32(total[c], v, x->group_sum[g * width + c]);
-    }
-    for (int c = 0; c < width; ++c) vst1q_f32(out + GLM4_ROWS * c + r, total[c]);
-  }
 }
 
 template <int C>
@@ -115,7 +108,7 @@ void tile_of(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* dot
       dots<C, 4>(w, tile, first, x, dot);
     }
   }
-  if (w->bits == 4) mins(w, tile, x, min);
+  if (w->bits == 4) glm4_mins_neon(w, tile, x, min);
 }
 
 void tile_of_one(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* dot, float* min) {

@@ -299,7 +299,9 @@ def test_many_prompts_are_answered_in_their_order(engine: Engine) -> None:
     texts = ["One two three", "The cat sat", "What is 37 * 24?"] * 9
     conversation = [Message("user", "Hello")]
     wanted = list(map(plain_text(engine), texts))
-    found = list(engine.generate_many([*texts, conversation], temperature=0, max_new_tokens=9))
+    as_dicts = [message.to_dict() for message in conversation]
+    *found, last = engine.generate_many([*texts, conversation, as_dicts], temperature=0, max_new_tokens=9)
+    assert found[-1] == last
     assert [one.text for one in found[:-1]] == wanted
     session = ChatSession(engine, params=engine.params(temperature=0, max_new_tokens=9))
     said = "".join(event.text for event in session.send("Hello") if isinstance(event, TextDelta))
