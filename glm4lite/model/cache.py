@@ -234,8 +234,10 @@ class PackedLayerCache:
 
     def _read(self, which: int) -> Tensor:
         """All positions so far as float32, [B, kv_heads, length, head_dim]."""
-        codes, scales = self._codes(which, 0, self.length)
-        return codes.float() if scales is None else codes.float() * scales[..., None]
+        keys, values, scales = self._buffers()
+        codes = keys.transpose(3, 4).flatten(2, 3) if which == 0 else values
+        whole = codes[:, :, : self.length].float()
+        return whole if scales is None else whole * scales[which, :, :, : self.length, None]
 
     def _buffers(self) -> tuple[Tensor, Tensor, Tensor | None]:
         if self._keys is None or self._values is None:

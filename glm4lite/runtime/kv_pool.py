@@ -190,6 +190,10 @@ class PooledLayerCache(PackedLayerCache):
         whole = codes.transpose(0, 1).flatten(1, 2)[None, :, part]
         return whole, None if scales is None else scales[which][blocks].transpose(0, 1).flatten(1)[None, :, part]
 
+    def _read(self, which: int) -> Tensor:
+        codes, scales = self._codes(which, 0, self.length)
+        return codes.float() if scales is None else codes.float() * scales[..., None]
+
 
 class _LayerMemory(NamedTuple):
     """Of one layer, as `CacheView` describes blocks; scales [keys or values, blocks, kv_heads, 64]."""

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -555,6 +555,28 @@ def test_unloading_writes_what_rests_and_gives_the_memory_back(tmp_path: Path, m
     assert sum(len(read_head(path).ids) for path in files(tmp_path)) >= len(prompt)
     again = Engine.load("nano", quant="int8", device="cpu", keep_prefixes="20MiB")
     assert answer(again, prompt)[1] == 1
+
+
+def test_a_draft_model_reads_its_part_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLM4LITE_PREFIXES", str(tmp_path))
+    stepped = list[int]()
+    for _ in range(2):
+        engine = Engine.load("nano", quant="int8", device="cpu", draft="nano", keep_prefixes=True)
+        draft, prompt = engine.scheduler.draft, ids(engine, TEXT * 3)
+        assert draft is not None
+        step, rows = draft.model.step, list[int]()
+
+        def counted(spans: Sequence[Span], step: Any = step, rows: list[int] = rows) -> list[torch.Tensor]:
+            rows.append(sum(len(span.ids) for span in spans))
+            computed: list[torch.Tensor] = step(spans)
+            return computed
+
+        monkeypatch.setattr(draft.model, "step", counted)
+        answer(engine, prompt)
+        engine.unload()
+        stepped.append(sum(rows))
+    assert stepped[0] > len(prompt)
+    assert stepped[1] < len(prompt) // 2
 
 
 @pytest.mark.parametrize("asked", ["1MiB", "much", 5, -1, 1.5, "12"])
