@@ -133,6 +133,7 @@ struct glm4_isa {
   glm4_tile_kernel tile;
   const glm4_rows* rows;
   int32_t width;  // the widest panel its registers hold
+  bool pieces;    // a tile is gone through in pieces by all panels, so that these may come from beyond the caches
 };
 const glm4_isa* glm4_isa_of(int32_t isa);
 

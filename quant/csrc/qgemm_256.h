@@ -166,9 +166,8 @@ void dots(const Part& part, const glm4_panel* x, int first, float* dot, float* m
   if (Bits == 8) return;
   load_sums<C>(min, low);
   for (int64_t g = 0; g < part.end - part.begin; ++g, mins += GLM4_ROWS, group_sum += width) {
-    const Floats* ready = part.piece->mins[g];
     if (Prepared) {
-      add_min<C>(ready[0], ready[1], group_sum, low);
+      add_min<C>(part.piece->mins[g][0], part.piece->mins[g][1], group_sum, low);
     } else {
       add_min<C>(bytes_to_float(mins), bytes_to_float(mins + 8), group_sum, low);
     }
