@@ -8,7 +8,8 @@ of one round and one group (int4, int8), so a noisy minute hits both sides. A ta
 llama.cpp runs where llama-cpp-python is installed (bench/llama.py says how to build it). NF4, torch-int4 and bf16 are
 linear layers only, times the number of layers, with random weights of the same shapes. All 40 layers of the 9B take
 about 56 GB of disk at the worst moment and half an hour; `--layers 4` takes 13 GB and some minutes. Files that are in
-the work folder already are used and stay there; without --work everything is deleted at the end.
+the work folder already are used and stay there; without --work everything is deleted at the end. Several sequences at
+once are bench/batched.py's.
 """
 
 from __future__ import annotations
@@ -71,10 +72,13 @@ def absent(engine: Engine) -> str:
     return ""
 
 
-def measure(engine: Engine, files: Files, threads: int, new_tokens: int) -> dict[str, Any] | None:
-    """One repetition in a process of its own; None, and a line on stderr, where it failed."""
+def measure(engine: Engine, files: Files, threads: int, new_tokens: int, *more: str) -> dict[str, Any] | None:
+    """One repetition in a process of its own; None, and a line on stderr, where it failed.
+
+    more: further options of bench/engines.py.
+    """
     command = [sys.executable, "-m", "bench.engines", engine.kind, str(files.path(engine.file))]
-    command += ["--threads", str(threads), "--new-tokens", str(new_tokens)]
+    command += ["--threads", str(threads), "--new-tokens", str(new_tokens), *more]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
     except subprocess.CalledProcessError as error:

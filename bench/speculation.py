@@ -4,7 +4,7 @@
     python -m bench.speculation answers CHECKPOINT [--costs 1,1.1,...]
     python -m bench.speculation replay CHECKPOINT [--right 0.6] [--ram SIZE]
 
-`rows` times steps of 1 to 8 ids behind a prompt, in turns (CHECKPOINT: the true shapes, see make_checkpoint.py).
+`rows` times steps of 1 to 16 ids behind a prompt, in turns (CHECKPOINT: the true shapes, see make_checkpoint.py).
 `answers` lets a model write what it would write, greedily and sampled, and counts its steps; with the costs that `rows`
 found (each relative to one row) it says what that makes on such a machine and model. `replay` answers twice in turns,
 the second time with its first answer as guesses, of which the share `--right` is left as it was: the whole way through
@@ -21,8 +21,15 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-ROWS = range(1, 9)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from glm4lite.engine.engine import Engine
+    from glm4lite.model.step import Span
+
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 CODE = """def total(prices, tax):
     result = 0
     for price in prices:
@@ -89,26 +96,40 @@ def answers(path: str, costs: Sequence[float]) -> None:
 
     class Given(Costs):
         def of(self, rows: int) -> float:
-            return costs[rows - 1]
+            return measured.of(rows)
+
+    measured = Costs()
+    for count, cost in zip(ROWS, costs, strict=True):
+        measured.add(count, cost)
 
     engine = Engine.load(path, quant="int8", device="cpu")
     for name, question in QUESTIONS.items():
         for temperature in (0.0, 0.7):
-            engine.speculation = Speculation()
-            engine.speculation.costs = Given()
-            steps: list[int] = []
-            hook = engine.model.register_forward_pre_hook(lambda _, inputs, seen=steps: seen.append(inputs[0].shape[1]))
+            engine.scheduler.speculation = Speculation()
+            engine.scheduler.speculation.costs = Given()
+            steps = counted(engine)
             params = engine.params(temperature=temperature, max_new_tokens=256, seed=1)
             for _ in ChatSession(engine, params=params).send(question):
                 pass
-            hook.remove()
             taken, tokens = steps[1:], engine.totals.new_tokens
             engine.totals.new_tokens = 0
-            rate = tokens / sum(costs[count - 1] for count in taken)
+            rate = tokens / sum(measured.of(count) for count in taken)
             say(
                 f"{name}, temperature {temperature}: {tokens} tokens in {len(taken)} steps, "
                 f"{tokens / len(taken):.2f} a step, {rate:.2f} times as fast"
             )
+
+
+def counted(engine: Engine) -> list[int]:
+    """Grows by the rows of each step that is made from now on."""
+    rows, step = list[int](), type(engine.model).step
+
+    def counting(spans: Sequence[Span]) -> list[Tensor]:
+        rows.append(sum(len(span.ids) for span in spans))
+        return step(engine.model, spans)
+
+    engine.model.step = counting  # type: ignore[method-assign]
+    return rows
 
 
 def replay(path: str, right: float, ram: str | None, rounds: int) -> None:
@@ -154,7 +175,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ram")
     parser.add_argument("--right", type=float, default=0.6)
-    parser.add_argument("--costs", default="1,1.2,1.4,1.6,1.8,2,2.2,2.4", help="of 1 to 8 rows, relative to one")
+    parser.add_argument("--costs", default="1,1.2,1.4,1.6,1.8,2,2.2,2.4,3.2,4", help="as `rows` says them")
     given = parser.parse_args()
     if given.what == "rows":
         rows(given.path, given.rounds, given.ram)

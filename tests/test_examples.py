@@ -56,6 +56,12 @@ def test_a_batch_gives_the_answers_it_gives_in_turn(run: Run) -> None:
     assert "in turn they are the same" in said
 
 
+def test_a_batch_file_is_answered_and_its_answers_found_again(run: Run, tmp_path: Path) -> None:
+    said = run("batch_file.py", "nano", str(tmp_path))
+    assert "Who are you?                         I am nano, a tiny demonstration model of glm4lite." in said
+    assert said == run("batch_file.py", "nano", str(tmp_path))  # from the file
+
+
 def test_what_is_streamed_is_what_is_returned(run: Run) -> None:
     said = run("streaming.py")
     assert "I am nano" in said

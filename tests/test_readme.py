@@ -13,6 +13,7 @@ PAGES = (
     "CHANGELOG.md",
     "SECURITY.md",
     "docs/architecture.md",
+    "docs/batch.md",
     "docs/security.md",
     "nano/README.md",
 )

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from glm4lite.base.errors import CheckpointError, NoModel, TemplateError
+from glm4lite.base.errors import CheckpointError, ConfigError, NoModel, TemplateError
 from glm4lite.base.events import Done, Progress
 from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.quant_choice import AUTO
 from glm4lite.engine.decoding import Generation
+from glm4lite.engine.draft_model import DraftModel
+from glm4lite.engine.kept_prefixes import KeptPrefixes, wanted_size
+from glm4lite.engine.prefix_files import PrefixFolder
 from glm4lite.engine.prefix_pool import PrefixPool
 from glm4lite.engine.sampling import SamplingParams
+from glm4lite.engine.scheduler import PARALLEL, Scheduler
 from glm4lite.engine.speculation import MOST, Speculation, longest_guess
 from glm4lite.engine.stop_ids import stop_ids
 from glm4lite.engine.thinking_budget import ThinkingBudget
-from glm4lite.model.cache import STEP
 from glm4lite.model.causal_lm import CausalLM
 from glm4lite.model.layers import DecoderLayer
+from glm4lite.text.messages import Message
 from glm4lite.text.stop_strings import StopStrings
 from glm4lite.text.template import ChatTemplate
 from glm4lite.text.tokenization.streaming import StreamingDetokenizer
@@ -37,10 +44,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("glm4lite")
 
+MOST_PARALLEL = 64
 LARGE = 4 << 30  # bytes of a checkpoint that is worth quantizing once
 
 # The token between two calls of one output.
 SEPARATOR = "<|assistant|>"
+_AHEAD = 4  # prompts that are taken for each that is computed
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One answer of many."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    new_tokens: int
 
 
 @dataclass(eq=False, repr=False)  # another model is another engine, and one without a model can be told of, too
@@ -51,29 +70,42 @@ class Engine:
         session, other = ChatSession(engine), ChatSession(engine, system="Answer in one word.")
 
     What was computed for the last prompts is kept in `prefixes`, whoever asked; `totals` counts all that was generated.
-    For one thread at a time.
+    Up to `parallel` answers are computed together by `scheduler`, whichever threads they are read in.
     """
 
     model: Glm4ForCausalLM
     tokenizer: Tokenizer
     template: ChatTemplate | None = None
     generation_config: dict[str, Any] = field(default_factory=dict)
+    parallel: int = PARALLEL
 
     def __post_init__(self) -> None:
-        self.prefixes = PrefixPool(self.model)
+        if not 1 <= self.parallel <= MOST_PARALLEL:
+            raise ConfigError(f"parallel is {self.parallel}; from 1 to {MOST_PARALLEL} answers can be computed at once")
+        self.scheduler = Scheduler(self.model, PrefixPool(self.model), self.parallel)
         self.totals = Totals()
-        self.speculation: Speculation | None = None
 
     def speculate(self, how: str | int = "auto") -> None:
         """Whether ids are guessed and verified together (see `glm4lite.engine.speculation`): "off"; the most ids of a
-        guess, 1 to 7; "auto": 7 where a row has the same bits in any step, which is where the native kernels compute
+        guess, 1 to 15; "auto": 15 where a row has the same bits in any step, which is where the native kernels compute
         all layers and the head. There answers are what they are without; elsewhere sums are rounded otherwise, and two
         ids that are nearly as likely may change places.
 
         Raises ConfigError for anything else.
         """
         most = longest_guess(how, MOST if _computed_natively(self.model) else 0)
-        self.speculation = Speculation(most) if most else None
+        self.scheduler.speculation = Speculation(most) if most else None
+
+    @property
+    def prefixes(self) -> PrefixPool:
+        """What was computed for the last prompts."""
+        if (pool := self.scheduler.prefixes) is None:
+            raise NoModel
+        return pool
+
+    @prefixes.setter
+    def prefixes(self, pool: PrefixPool) -> None:
+        self.scheduler.prefixes = pool
 
     @classmethod
     def load(
@@ -90,10 +122,17 @@ class Engine:
         context: int | str | None = None,
         before_weights: Callable[[], None] | None = None,
         speculate: str | int = "auto",
+        parallel: int | None = None,
+        draft: str | Path | None = None,
+        keep_prefixes: bool | int | str | None = None,
     ) -> Engine:
         """Arguments as `glm4lite.load`; quant "auto" is int4, or as the checkpoint is stored if that is quantized.
 
-        `speculate`: as the method.
+        `speculate`: as the method. `parallel`: answers computed at once; None: 4 where all layers are on the CPU, else
+        1, for a GPU's fast way is for one. `draft`: a smaller model with the same vocabulary, which guesses what this
+        one will say (`glm4lite.engine.draft_model`); it is loaded first, and a limit on RAM counts it.
+        `keep_prefixes`: what was computed for prompts is also written to a folder, of at most so many bytes (True: 4
+        GiB; or a text such as "8GiB"), and read from there by the next process.
 
         `before_weights` is called once all that is cheap to check was right: the time to unload another model.
 
@@ -105,7 +144,9 @@ class Engine:
 
         budget = Budget.of(gpu_memory, ram, context, kv)
         options = LoadOptions(quant, device, dtype, progress, budget=budget)
-        return cls.from_options(source, options, need_template, before_weights, speculate)
+        return cls.from_options(
+            source, options, need_template, before_weights, speculate, parallel, draft, keep_prefixes
+        )
 
     @classmethod
     def from_options(
@@ -115,6 +156,9 @@ class Engine:
         need_template: bool = False,
         before_weights: Callable[[], None] | None = None,
         speculate: str | int = "auto",
+        parallel: int | None = None,
+        draft: str | Path | None = None,
+        keep_prefixes: bool | int | str | None = None,
     ) -> Engine:
         """`load` for callers that hold all they ask of it as one value, its limits as one `Budget`."""
         from glm4lite.checkpoint.prepare import opened
@@ -123,6 +167,8 @@ class Engine:
         from glm4lite.pretrained.models import Glm4ForCausalLM
 
         longest_guess(speculate)
+        size = wanted_size(keep_prefixes)
+        prefixes = None if size is None else PrefixFolder(size=size)
         checkpoint = opened(source, options.progress)
         folder = checkpoint.folder
         tokenizer, template = Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder)
@@ -133,9 +179,19 @@ class Engine:
             logger.warning("calibrating and quantizing takes minutes at each start; `glm4lite quantize` does it once")
         if before_weights is not None:
             before_weights()
+        small = None
+        if draft is not None:
+            small, options = _draft_of(tokenizer, draft, options)
         model, _ = load_checkpoint(Glm4ForCausalLM, checkpoint, options, str(folder))
-        engine = cls(model, tokenizer, template, checkpoint.generation_config)
+        engine = cls(model, tokenizer, template, checkpoint.generation_config, parallel or _usual_parallel(model))
         engine.speculate(speculate)
+        if prefixes is not None:
+            engine.prefixes.disk = KeptPrefixes.of(model, source, checkpoint, prefixes)
+        if small is not None and draft is not None:
+            engine.scheduler.draft = DraftModel(small)
+            engine.scheduler.speculation = engine.scheduler.speculation or Speculation()
+            if prefixes is not None:
+                engine.scheduler.draft.prefixes.disk = KeptPrefixes.of(small, draft, opened(draft), prefixes)
         return engine
 
     def unload(self) -> None:
@@ -146,7 +202,10 @@ class Engine:
         from glm4lite.memory.system import give_back
 
         if self.loaded:
-            del self.model, self.prefixes
+            for owner in (self.scheduler, self.scheduler.draft):
+                if owner is not None and owner.prefixes is not None:
+                    owner.prefixes.close()
+            del self.model, self.scheduler
             give_back()
 
     @property
@@ -157,7 +216,7 @@ class Engine:
     if not TYPE_CHECKING:  # a checker would take any name for an attribute
 
         def __getattr__(self, name: str) -> Any:
-            if name in ("model", "prefixes"):
+            if name in ("model", "scheduler", "prefixes"):
                 raise NoModel
             raise AttributeError(f"an Engine has no {name!r}")
 
@@ -175,16 +234,22 @@ class Engine:
         params: SamplingParams,
         cancel: threading.Event | None = None,
     ) -> Generation:
-        """A Generation with this model's stop ids, on the kept prefix that suits it; `pieces` gives that back.
+        """A Generation with this model's stop ids, which begins over the kept prefix that suits it.
 
         A thought that reaches `params.thinking_budget` is ended. Ids the tokenizer does not know are never drawn.
         Raises ContextLengthError.
         """
         stops = stop_ids(self.model.config, self.generation_config, self.tokenizer)
         generation = Generation(
-            self.model, prompt, params, stops, self.tokenizer.size, cancel=cancel, speculation=self.speculation
+            self.model,
+            prompt,
+            params,
+            stops,
+            self.tokenizer.size,
+            cancel=cancel,
+            speculation=self.scheduler.speculation,
+            scheduler=self.scheduler,
         )
-        generation.cache = self.prefixes.take(prompt)
         if params.thinking_budget is not None:
             generation.replacement = ThinkingBudget(self.tokenizer, prompt, params.thinking_budget)
         return generation
@@ -199,23 +264,55 @@ class Engine:
                 if total > self.model.chunk:
                     yield Progress("prefill", done, total, "tokens")
         except BaseException:
-            self.prefixes.give(generation.cache)
+            generation.close()
             raise
 
     def pieces(self, generation: Generation) -> Iterator[str | None]:
         """The output as text as it comes, cut at stop texts; None where the separator token stood."""
-        ids, room = generation.cache.ids, 0
         try:
-            for piece in self._pieces(generation):
-                if len(ids) > room:  # before the cache grows
-                    room = len(ids) + STEP
-                    self.prefixes.make_room(self.prefixes.bytes_of(room))
-                yield piece
+            yield from self._pieces(generation)
         finally:
-            self.prefixes.give(generation.cache)
+            generation.close()
             self.totals.add(generation)
-            if generation.drafts is not None:
-                generation.drafts.done()
+
+    def generate_many(
+        self, prompts: Iterable[str | Sequence[Message | Mapping[str, Any]]], **sampling: Any
+    ) -> Iterator[Generated]:
+        """Answers to many prompts, in their order, `parallel` of them computed at once.
+
+        A prompt is a text to go on from, or the messages of a conversation to answer (`Message`, or its dict).
+        `sampling` are fields of SamplingParams, None where the checkpoint decides. Closing the iterator stops what is
+        computed.
+
+        Raises ContextLengthError, SamplingError and TemplateError (a conversation, for a base model), when it comes to
+        the prompt that is wrong.
+        """
+        cancel, params = threading.Event(), self.params(**sampling)
+
+        def answer(prompt: str | Sequence[Message | Mapping[str, Any]]) -> Generated:
+            if isinstance(prompt, str):
+                ids = self.tokenizer.prefix_ids + self.tokenizer.ids(prompt)
+            else:
+                messages = [one if isinstance(one, Message) else Message.from_dict(one) for one in prompt]
+                ids = self.chat_template().encode(self.tokenizer, messages)
+            generation = self.generate(ids, params, cancel)
+            text = "".join(SEPARATOR if piece is None else piece for piece in self.pieces(generation))
+            if not isinstance(prompt, str):
+                text = text.removeprefix("\n")  # GLM starts every answer with it
+            return Generated(text, generation.finish_reason, len(ids), generation.new_tokens)
+
+        threads = ThreadPoolExecutor(self.parallel, "many")
+        ahead: deque[Future[Generated]] = deque()
+        try:
+            for prompt in prompts:
+                ahead.append(threads.submit(answer, prompt))
+                if len(ahead) > _AHEAD * self.parallel:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            cancel.set()
+            threads.shutdown(cancel_futures=True)
 
     def _pieces(self, generation: Generation) -> Iterator[str | None]:
         stops, detokenizer = StopStrings(generation.params.stop), StreamingDetokenizer(self.tokenizer)
@@ -236,6 +333,23 @@ class Engine:
         yield stops.feed(detokenizer.finish()) + stops.finish()
 
 
+def _draft_of(tokenizer: Tokenizer, source: str | Path, options: LoadOptions) -> tuple[CausalLM, LoadOptions]:
+    """The small model, and what is left for the large one."""
+    from glm4lite.checkpoint.prepare import opened
+    from glm4lite.loading.loader import load_checkpoint
+    from glm4lite.pretrained.models import Glm4ForCausalLM
+
+    checkpoint = opened(source, options.progress)
+    if Tokenizer.from_folder(checkpoint.folder).get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(f"the draft model {source} has another vocabulary; use a smaller model of the same family")
+    model, _ = load_checkpoint(Glm4ForCausalLM, checkpoint, replace(options, quant=AUTO), str(checkpoint.folder))
+    budget = options.budget
+    if budget.ram is not None:
+        taken = model.get_memory_footprint() + model.model.cache_bytes * model.context
+        budget = replace(budget, ram=max(0, budget.ram - taken))
+    return model, replace(options, budget=budget)
+
+
 def _computed_natively(model: CausalLM) -> bool:
     """Whether native kernels compute all layers and the head."""
     trunk, head = model.model, model.lm_head
@@ -245,6 +359,10 @@ def _computed_natively(model: CausalLM) -> bool:
         and isinstance(head, QuantLinear)
         and native.backend() is not None
     )
+
+
+def _usual_parallel(model: CausalLM) -> int:
+    return PARALLEL if all(layer.device.type == "cpu" for layer in model.model.layers) else 1
 
 
 def _required(template: ChatTemplate | None) -> ChatTemplate:
@@ -276,15 +394,17 @@ class Totals:
         self.prefilled_tokens = 0
         self.seconds = 0.0
         self.drafted_tokens = self.accepted_tokens = 0
+        self._lock = threading.Lock()  # answers end in threads of their own
 
     def add(self, generation: Generation) -> None:
-        self.new_tokens += generation.new_tokens
-        self.prefilled_tokens += generation.prefilled_tokens
-        self.seconds += generation.seconds
-        self.prompt_tokens += len(generation.prompt)
-        if generation.drafts is not None:
-            self.drafted_tokens += generation.drafts.drafted
-            self.accepted_tokens += generation.drafts.accepted
+        with self._lock:
+            self.new_tokens += generation.new_tokens
+            self.prefilled_tokens += generation.prefilled_tokens
+            self.seconds += generation.seconds
+            self.prompt_tokens += len(generation.prompt)
+            if generation.drafts is not None:
+                self.drafted_tokens += generation.drafts.drafted
+                self.accepted_tokens += generation.drafts.accepted
 
     def done(self, last: Generation, finish_reason: str | None = None) -> Done:
         """The turn's last event; prompt_tokens is the length of the last prompt."""

@@ -10,11 +10,11 @@ many rows cost here, both measured on the way.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from glm4lite.base.errors import ConfigError
 
-MOST = 7  # ids of a draft: with the one that is certain as many rows as the kernels take for one step
+MOST = 15  # ids of a draft: what pays beside them is less where memory is the bound, and nearly all where a disk is
 _SHORTEST = 2  # ids that have to agree before what follows them is a guess
 _LONGEST = 24  # more that agree make a guess no likelier
 _REMEMBERED = 65_536  # ids of former answers that are looked through
@@ -81,6 +81,10 @@ class Costs:
         else:
             self._seconds[rows] = _MEMORY * old + (1 - _MEMORY) * min(seconds, 2 * old)  # one slow step says little
 
+    def seconds(self, rows: int) -> float | None:
+        """Of a step of so many rows, where one was measured."""
+        return self._seconds.get(rows)
+
     def of(self, rows: int) -> float:
         """Relative to one row. What was not measured lies between its neighbours that were."""
         if 1 not in self._seconds:
@@ -95,20 +99,22 @@ class Costs:
 
 
 class Odds:
-    """How often a guessed id was right, by how many ids had agreed."""
+    """How often a guessed id was right, by how many ids had agreed, or another reason to believe in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Callable[[int], int] | None = None) -> None:
+        """`kind`: reasons of one kind count together; None: numbers of ids in powers of two."""
         self._counts: dict[int, list[float]] = {}
+        self._kind = kind or _kind
 
     def add(self, agreed: int, right: bool) -> None:
-        counts = self._counts.setdefault(_kind(agreed), [_TRUST * 0.5, _TRUST])
+        counts = self._counts.setdefault(self._kind(agreed), [_TRUST * 0.5, _TRUST])
         counts[0] += right
         counts[1] += 1
         if counts[1] > _FADING:
             counts[:] = [count * 0.5 for count in counts]
 
     def of(self, agreed: int) -> float:
-        right, all_of_them = self._counts.get(_kind(agreed), (0.5, 1.0))
+        right, all_of_them = self._counts.get(self._kind(agreed), (0.5, 1.0))
         return right / all_of_them
 
 
@@ -139,16 +145,20 @@ class Speculation:
                 self._answers.popleft()
             self._former = Lookup([token for kept in self._answers for token in kept])
 
-    def length(self, agreed: int, most: int) -> int:
-        """How many guessed ids to compute together with the certain one, at most `most`; 0: it does not pay."""
-        odds = self.odds.of(agreed)
+    def length(self, agreed: int, most: int, sequences: int = 1, rows: int = 1) -> int:
+        """How many guessed ids to compute together with the certain ones, at most `most`; 0: it does not pay.
+
+        `sequences`, `rows`: of the step without the guess; what a guess costs is paid by all in the step.
+        """
+        odds, alone = self.odds.of(agreed), self.costs.of(rows)
         best, gain = 0, _GAIN
-        expected = chance = 1.0
+        expected, chance = float(sequences), 1.0
         for count in range(1, most + 1):
             chance *= odds
             expected += chance
-            if expected / self.costs.of(count + 1) > gain:
-                best, gain = count, expected / self.costs.of(count + 1)
+            gained = expected / sequences * alone / self.costs.of(rows + count)
+            if gained > gain:
+                best, gain = count, gained
         return best
 
 
@@ -170,8 +180,11 @@ class Drafts:
             self._guess = (guess[1:], agreed) if guess[0] == token else ([], 0)
         self._lookup.extend((token,))
 
-    def next(self, room: int) -> list[int]:
-        """The ids to compute behind the last one, at most `room`; none where nothing is likely enough."""
+    def next(self, room: int, sequences: int = 1, rows: int = 1) -> list[int]:
+        """The ids to compute behind the last one, at most `room`; none where nothing is likely enough.
+
+        `sequences`, `rows`: of the step they come into.
+        """
         speculation, last = self._speculation, self._lookup.ids[-_LONGEST:]
         most = max(0, min(room, speculation.most))
         guess = max(
@@ -179,13 +192,9 @@ class Drafts:
             key=lambda found: found[1],
         )
         self._guess = guess
-        count = speculation.length(guess[1], min(most, len(guess[0]))) if guess[0] else 0
+        count = speculation.length(guess[1], min(most, len(guess[0])), sequences, rows) if guess[0] else 0
         self.drafted += count
         return guess[0][:count]
-
-    def measured(self, rows: int, seconds: float) -> None:
-        """A step of so many ids took so long."""
-        self._speculation.costs.add(rows, seconds)
 
     def done(self) -> None:
         """The answer is at its end."""

@@ -5,8 +5,9 @@
     for event in worker.run(lambda engine: session.send("Hi", cancel), cancel):
         ...
 
-What is submitted is a function from the Engine to an iterator of events. The iterator is advanced on the engine's
-thread only, one job at a time; an error it raises is raised where its events are read. A bounded number of jobs waits.
+What is submitted is a function from the Engine to an iterator of events. As many jobs as the engine computes at once
+run side by side, each in a thread of its own that turns ids into events; one thread makes the steps for all of them.
+An error that a job raises is raised where its events are read. A bounded number of jobs waits.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from glm4lite.engine.engine import Engine
 
 T = TypeVar("T")
 
-WAITING = 8  # jobs that may wait by default
+WAITING = 512  # jobs that may wait by default
 POLL_S = 0.1  # how often a reader looks whether its job was cancelled while it waits
 LAST_WORDS_S = 0.5  # what a cancelled job gets to end by itself, with its Done
 LONGEST_RETRY_S = 120
@@ -36,8 +37,8 @@ class WorkerState:
     """What the worker and its engine did so far, for a status line or metrics.
 
     `prefilled_tokens` are the prompt tokens that were computed, the rest was found in a kept prefix; `drafted_tokens`
-    were guessed, and `accepted_tokens` of them rightly. `busy_s` is the time spent on jobs, `decode_s` the part of it
-    spent on new tokens.
+    were guessed, and `accepted_tokens` of them rightly. `preempted` counts answers that gave their memory to others and
+    were computed again. `busy_s` is the time spent on steps, `decode_s` all answers' time from the end of the prompt.
     """
 
     waiting: int = 0
@@ -51,6 +52,8 @@ class WorkerState:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     new_tokens: int = 0
+    preempted: int = 0
+    steps: int = 0
     busy_s: float = 0.0
     decode_s: float = 0.0
 
@@ -64,34 +67,58 @@ class Ended:
 
 @dataclass(eq=False)
 class Job(Generic[T]):
-    """One piece of work. `deliver` is called on the engine's thread for each event and, last, with Ended.
+    """One piece of work. `deliver` is called on the job's thread for each event and, last, with Ended.
 
-    A job that is cancelled while it waits delivers Ended alone, on the thread that finds it so.
+    A job that is cancelled while it waits delivers Ended alone, on the thread that finds it so. `alone`: nothing else
+    runs beside it, for it takes the model away.
     """
 
     make_events: Callable[[Engine], Iterator[T]]
     cancel: threading.Event
     deliver: Callable[[T | Ended], None]
+    alone: bool = False
 
 
 class EngineWorker:
-    """The thread that owns an Engine, and the queue in front of it.
+    """The thread that owns an Engine's model, the threads of the jobs, and the queue in front of them.
 
     `engine` may be read by anyone (its tokenizer, its template, its settings), but is computed with by jobs only.
     """
 
     def __init__(self, engine: Engine, queue_size: int = WAITING) -> None:
-        self.engine, self.queue_size = engine, queue_size
+        """As many jobs as `engine.parallel` run at once; `queue_size` more may wait."""
+        self.queue_size = queue_size
         self._waiting: deque[Job[Any]] = deque()
         self._changed = threading.Condition()
         self._state = WorkerState()
         self._closed = False
-        self._running: Job[Any] | None = None
+        self._running: list[Job[Any]] = []
         self._recent: deque[float] = deque(maxlen=16)  # seconds of the last jobs
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        self._thread.start()
+        self._take(engine)
+        names = [f"answer-{number}" for number in range(engine.parallel)]
+        self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
+        self._threads.append(threading.Thread(target=self._make_steps, name="engine", daemon=True))
+        for thread in self._threads:
+            thread.start()
 
-    def run(self, make_events: Callable[[Engine], Iterator[T]], cancel: threading.Event | None = None) -> Iterator[T]:
+    @property
+    def engine(self) -> Engine:
+        return self._engine
+
+    @engine.setter
+    def engine(self, engine: Engine) -> None:
+        """Another model's, from the next job on; for a job that is alone."""
+        with self._changed:
+            self._take(engine)
+
+    def _take(self, engine: Engine) -> None:
+        self._engine = engine
+        if engine.loaded:
+            engine.scheduler.wake = self._wake
+
+    def run(
+        self, make_events: Callable[[Engine], Iterator[T]], cancel: threading.Event | None = None, alone: bool = False
+    ) -> Iterator[T]:
         """Submits a job at once and returns its events. Closing the iterator cancels the job.
 
         Once `cancel` is set, a waiting job ends without events within 0.1 s; a running one ends by itself (it should
@@ -102,7 +129,7 @@ class EngineWorker:
             WorkerClosed: close() was called.
         """
         events: queue.SimpleQueue[T | Ended] = queue.SimpleQueue()
-        job = self.submit(make_events, events.put, cancel)
+        job = self.submit(make_events, events.put, cancel, alone)
         return _Events(self, job, events)
 
     def submit(
@@ -110,9 +137,10 @@ class EngineWorker:
         make_events: Callable[[Engine], Iterator[T]],
         deliver: Callable[[T | Ended], None],
         cancel: threading.Event | None = None,
+        alone: bool = False,
     ) -> Job[T]:
         """As `run`, for callers that cannot block: `deliver` is called with each event and, last, Ended."""
-        job = Job(make_events, cancel or threading.Event(), deliver)
+        job = Job(make_events, cancel or threading.Event(), deliver, alone)
         with self._changed:
             if self._closed:
                 raise WorkerClosed("the model was closed")
@@ -140,29 +168,36 @@ class EngineWorker:
 
     def state(self) -> WorkerState:
         """A snapshot of the counters."""
-        totals = self.engine.totals
+        totals, scheduler = self.engine.totals, self.engine.scheduler if self.engine.loaded else None
         with self._changed:
             return replace(
                 self._state,
                 waiting=len(self._waiting),
-                running=int(self._running is not None),
+                running=len(self._running),
                 prompt_tokens=totals.prompt_tokens,
                 prefilled_tokens=totals.prefilled_tokens,
                 drafted_tokens=totals.drafted_tokens,
                 accepted_tokens=totals.accepted_tokens,
                 new_tokens=totals.new_tokens,
                 decode_s=totals.seconds,
+                preempted=scheduler.preempted if scheduler else 0,
+                steps=scheduler.steps if scheduler else 0,
+                busy_s=scheduler.busy_s if scheduler else 0.0,
             )
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Cancels everything and ends the thread; jobs that waited end without events."""
         with self._changed:
             self._closed = True
-            for job in (*self._waiting, *([self._running] if self._running else [])):
+            for job in (*self._waiting, *self._running):
                 job.cancel.set()
             self._changed.notify_all()
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout_s)
+        end = time.monotonic() + timeout_s
+        if self.engine.loaded and self.engine.scheduler.wake == self._wake:
+            self.engine.scheduler.wake = None  # who uses it from now on makes the steps himself
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, end - time.monotonic()))
 
     def _take_cancelled(self) -> list[Job[Any]]:
         """Removes cancelled jobs from the queue; the caller, who holds the lock, tells them later."""
@@ -175,26 +210,51 @@ class EngineWorker:
     def _retry_after(self) -> int:
         """Seconds until the queue has moved on by one, as the last jobs went."""
         usual = sum(self._recent) / len(self._recent) if self._recent else 1.0
-        return min(max(1, math.ceil(usual)), LONGEST_RETRY_S)
+        return min(max(1, math.ceil(usual / len(self._threads[:-1]))), LONGEST_RETRY_S)
 
     def _count(self, **more: float) -> None:
         self._state = replace(self._state, **{name: getattr(self._state, name) + n for name, n in more.items()})
 
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _make_steps(self) -> None:
+        """The engine's thread."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._to_compute() or (self._closed and not self._running))
+                scheduler = self.engine.scheduler if self._to_compute() else None
+            if scheduler is None:
+                return
+            scheduler.step()
+            del scheduler
+
+    def _to_compute(self) -> bool:
+        return self.engine.loaded and self.engine.scheduler.busy
+
+    def _may_begin(self) -> bool:
+        """Whether the first job that waits can run beside those that run."""
+        if not self._waiting:
+            return False
+        return not self._running or not (self._waiting[0].alone or any(job.alone for job in self._running))
+
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
+                self._changed.wait_for(lambda: self._may_begin() or (self._closed and not self._waiting))
                 if not self._waiting:
                     return
-                job = self._running = self._waiting.popleft()
+                job = self._waiting.popleft()
+                self._running.append(job)
             started = time.monotonic()
             ended = Ended() if job.cancel.is_set() else self._perform(job)
             with self._changed:
-                self._running = None
-                spent = time.monotonic() - started
-                self._recent.append(spent)
+                self._running.remove(job)
+                self._recent.append(time.monotonic() - started)
                 kind = "failed" if ended.error else "cancelled" if job.cancel.is_set() else "finished"
-                self._count(busy_s=spent, **{kind: 1})
+                self._count(**{kind: 1})
+                self._changed.notify_all()
             _deliver(job, ended)
             del job, ended  # nothing of a job outlives it here, tensors of a traceback least of all
 

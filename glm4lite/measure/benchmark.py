@@ -28,7 +28,8 @@ from glm4lite.base.sizes import readable
 from glm4lite.checkpoint.load_plan import read_config
 from glm4lite.checkpoint.prepare import opened
 from glm4lite.checkpoint.quant_choice import AUTO
-from glm4lite.engine.decoding import Generation, PrefixCache
+from glm4lite.engine.decoding import Generation
+from glm4lite.engine.prefix_pool import PrefixPool
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.loading.load_options import LoadOptions
 from glm4lite.loading.loader import load_checkpoint
@@ -282,7 +283,7 @@ class _Trial:
         self.prompt = torch.randint(0, model.config.vocab_size, (prompt_tokens,), generator=seeded).tolist()
         self.params = SamplingParams(temperature=0, max_new_tokens=new_tokens)
         self._bus, self.bus_bytes = prefetcher_of(model), 0
-        self._cache = PrefixCache(model)  # one for all runs: a GPU's recordings stay true
+        self._cache = PrefixPool(model).take(self.prompt)  # one for all runs: a GPU's recordings stay true
 
     def run(self) -> tuple[float, float]:
         """(prompt tokens per second, new tokens per second); the first new token belongs to the prompt's pass."""

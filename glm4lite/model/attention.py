@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -30,7 +31,12 @@ class Visibility:
     def __init__(self, padding: Tensor | None, past: int, length: int, device: torch.device) -> None:
         given = padding is not None and (padding.dim() == 4 or not bool(padding.all()))
         self._padding = padding if given else None
-        self._past, self._length, self._device = past, length, device
+        self._past, self.length, self._device = past, length, device
+
+    @property
+    def parts(self) -> Sequence[Visibility]:
+        """Of each sequence, where a pass is of several (`SpanVisibility`)."""
+        return (self,)
 
     @property
     def causal_only(self) -> bool:
@@ -40,7 +46,7 @@ class Visibility:
     @cached_property
     def mask(self) -> Tensor | None:
         """bool [B or 1, 1, T, past + T] (or the caller's own), None where torch's causal attention does the same."""
-        padding, past, length = self._padding, self._past, self._length
+        padding, past, length = self._padding, self._past, self.length
         if padding is not None and padding.dim() == 4:
             return padding
         if padding is None and (length == 1 or past == 0):
@@ -52,6 +58,18 @@ class Visibility:
             visible = visible & padding[:, None, None, : past + length].bool()
             visible = visible | (~visible.any(-1, keepdim=True) & (keys == queries))
         return visible
+
+
+class SpanVisibility(Visibility):
+    """Of a pass of several sequences, one behind the other: each sees itself alone."""
+
+    def __init__(self, parts: Sequence[Visibility], device: torch.device) -> None:
+        super().__init__(None, 0, sum(part.length for part in parts), device)
+        self._parts = parts
+
+    @property
+    def parts(self) -> Sequence[Visibility]:
+        return self._parts
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from glm4lite.model.cache import (
 from glm4lite.model.config import Glm4Config
 from glm4lite.model.inputs import keep_problem, labels_problem
 from glm4lite.model.outputs import CausalLMOutputWithPast
+from glm4lite.model.step import Span
 from glm4lite.model.trunk import ModelWithTrunk, draw
 
 
@@ -40,6 +42,22 @@ class CausalLM(ModelWithTrunk):
     def chunk(self) -> int:
         """Tokens of a prompt in one forward pass."""
         return self.model.chunk
+
+    @torch.inference_mode()
+    def step(self, spans: Sequence[Span]) -> list[Tensor]:
+        """Computes new ids of several sequences: logits float32 [kept, vocabulary] of each, in order.
+
+        The weights are read once for all of them. Where the native kernels compute all layers and the head, each
+        sequence's logits have the bits that they have alone, however its ids are cut into steps.
+
+        Each span's cache is extended in place; after an error layers may hold differently many of the new ids
+        (`KVCache.truncate`). `Trunk.interrupt` is called between the layers; a few rows go through all of them at once.
+        Raises what `KVCache.reserve` does before anything is computed.
+        """
+        if not spans:
+            return []
+        logits: Tensor = self.lm_head(self.model.step(spans)).float()
+        return list(logits.split([span.kept for span in spans]))
 
     def forward(
         self,

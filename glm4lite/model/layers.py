@@ -18,10 +18,7 @@ from torch import Tensor, nn
 
 from glm4lite.model.activations import ACTIVATIONS
 from glm4lite.model.attention import Visibility, attend, attend_with_weights
-from glm4lite.model.cache import (
-    Cache,
-    HomeCache,
-)
+from glm4lite.model.cache import Cache, Caches, HomeCaches, SpanCaches
 from glm4lite.model.config import Glm4Config
 from glm4lite.model.rotary import apply_rotary
 from glm4lite_quant.kernels.decoder import Heads
@@ -49,8 +46,8 @@ class WeightStore(Protocol):
         """Where and in what so many tokens are computed; None: on the layer's own device, in its own type."""
 
     def acquire(
-        self, layer: DecoderLayer, device: torch.device, cache: HomeCache | None
-    ) -> AbstractContextManager[tuple[DecoderLayer, Cache | None]]:
+        self, layer: DecoderLayer, device: torch.device, cache: HomeCaches | None
+    ) -> AbstractContextManager[tuple[DecoderLayer, Caches | None]]:
         """For an input on `device`: the layer that computes, which has its weights while this is open, and its cache.
 
         Raises CheckpointError where the disk fails.
@@ -69,8 +66,8 @@ class Resident:
         return None
 
     def acquire(
-        self, layer: DecoderLayer, device: torch.device, cache: HomeCache | None
-    ) -> AbstractContextManager[tuple[DecoderLayer, Cache | None]]:
+        self, layer: DecoderLayer, device: torch.device, cache: HomeCaches | None
+    ) -> AbstractContextManager[tuple[DecoderLayer, Caches | None]]:
         return nullcontext((layer, cache))
 
     def fused(self, layer: DecoderLayer) -> bool:
@@ -90,7 +87,7 @@ class LayerRunner(Protocol):
         dtype: torch.dtype,
         rotary: tuple[Tensor, Tensor],
         visible: Visibility,
-        caches: Sequence[Cache | None],
+        caches: Sequence[Caches | None],
     ) -> Tensor | None:
         """x after the layers, resident ones of one device; None, with nothing done, where torch's code has to run."""
 
@@ -155,22 +152,32 @@ class Attention(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         visible: Visibility,
-        cache: Cache | None,
+        cache: Caches | None,
         want_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """x [B, T, H] -> [B, T, H] and, where wanted, the attention weights [B, heads, T, S]."""
         q = apply_rotary(self._heads(self.q_proj(x)), *rotary)
         k = apply_rotary(self._heads(self.k_proj(x)), *rotary)
         v = self._heads(self.v_proj(x))
+        if isinstance(cache, SpanCaches):
+            rows = [part.length for part in visible.parts]
+            qs, ks, vs = (new.split(rows, 2) for new in (q, k, v))
+            spans = zip(qs, ks, vs, visible.parts, cache.parts, strict=True)
+            out, weights = torch.cat([self._attended(*span, False)[0] for span in spans], 2), None
+        else:
+            out, weights = self._attended(q, k, v, visible, cache, want_weights)
+        return self.o_proj(out.transpose(1, 2).flatten(-2)), weights
+
+    def _attended(
+        self, q: Tensor, k: Tensor, v: Tensor, visible: Visibility, cache: Cache | None, want_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """q, k and v of new positions, which the cache takes in, [B, heads, T, head_dim] -> the same of q's shape."""
         if cache is not None:
             k, v = cache.append(k, v)
         dropout = self.dropout if self.training else 0.0
-        weights = None
         if want_weights:
-            out, weights = attend_with_weights(q, k, v, visible.mask, self.scale, dropout)
-        else:
-            out = attend(q, k, v, visible.mask, self.scale, dropout)
-        return self.o_proj(out.transpose(1, 2).flatten(-2)), weights
+            return attend_with_weights(q, k, v, visible.mask, self.scale, dropout)
+        return attend(q, k, v, visible.mask, self.scale, dropout), None
 
 
 class MLP(nn.Module):
@@ -209,7 +216,7 @@ class DecoderLayer(nn.Module):
         dtype: torch.dtype,
         rotary: tuple[Tensor, Tensor],
         visible: Visibility,
-        cache: HomeCache | None,
+        cache: HomeCaches | None,
         want_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """x: the residual stream, float32 [B, T, H]; `dtype` is what the linears compute in."""
@@ -224,7 +231,7 @@ class DecoderLayer(nn.Module):
         dtype: torch.dtype,
         rotary: tuple[Tensor, Tensor],
         visible: Visibility,
-        cache: Cache | None,
+        cache: Caches | None,
         want_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         faster = None if want_weights else self.runner.run((self,), x, dtype, rotary, visible, (cache,))

@@ -4,7 +4,7 @@ and runners the layers have."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from glm4lite.base.errors import ConfigError
 from glm4lite.model.attention import Visibility, packed_mask
 from glm4lite.model.cache import (
     HomeCache,
+    HomeCaches,
     KVCache,
     KVType,
     LayerCache,
@@ -29,6 +30,8 @@ from glm4lite.model.outputs import (
     ModelOutput,
 )
 from glm4lite.model.rotary import RotaryEmbedding
+from glm4lite.model.stages import Stages
+from glm4lite.model.step import Span, Step
 
 Output = TypeVar("Output", bound=ModelOutput)
 
@@ -221,6 +224,8 @@ class Trunk(ModelBase):
         given = given if position_ids is None else position_ids
         if problem := beside_problem(embeds, given, attention_mask, past, self.config.num_attention_heads):
             raise ValueError(problem)
+        if cache is not None:
+            cache.reserve(length)
         if given is None:
             position_ids = torch.arange(past, past + length, device=embeds.device)[None]
         else:
@@ -229,8 +234,15 @@ class Trunk(ModelBase):
                 attention_mask = packed_mask(position_ids)
         weights_wanted = self._switch("output_attentions", output_attentions)
         collected = _Collected(self._switch("output_hidden_states", output_hidden_states), weights_wanted)
-        stages = _Stages(self.rotary_emb, embeds, position_ids, attention_mask, past)
-        x = self._through_layers(embeds, stages, cache, collected)
+
+        def visibility(device: torch.device) -> Visibility:
+            padding = None if attention_mask is None else attention_mask.to(device)
+            return Visibility(padding, past, length, device)
+
+        few = cache is not None and cache.dynamic is None and not collected.wanted
+        caches = [None] * len(self.layers) if cache is None else cache.layers
+        stages = Stages(self.rotary_emb, position_ids, visibility)
+        x = self._through_layers(embeds, stages, caches, few, collected)
         output = BaseModelOutputWithPast(
             x, None if cache is None else cache.dynamic or cache, collected.hidden_states, collected.attentions
         )
@@ -265,11 +277,26 @@ class Trunk(ModelBase):
             raise ValueError(f"past_key_values holds {cache.batch} sequences, the input {batch}")
         return cache
 
-    def _through_layers(self, embeds: Tensor, stages: _Stages, cache: KVCache | None, collected: _Collected) -> Tensor:
-        """[B, T, H] after the final norm."""
+    def step(self, spans: Sequence[Span]) -> Tensor:
+        """The states [rows kept of all spans, H] after the final norm; see `CausalLM.step`."""
+        step = Step(spans)
+        step.reserve()
+        embeds = self._embedded(torch.tensor([step.ids], device=self.device), None)
+        stages = Stages(self.rotary_emb, step.positions.to(embeds.device), step.visibility)
+        x = self._through_layers(embeds, stages, step.caches, True, _Collected(False, False))
+        return x[0, step.kept]
+
+    def _through_layers(
+        self,
+        embeds: Tensor,
+        stages: Stages,
+        caches: Sequence[HomeCaches | None],
+        together: bool,
+        collected: _Collected,
+    ) -> Tensor:
+        """[B, T, H] after the final norm. `together`: a few rows go through several layers in one call."""
         length = embeds.shape[1]
-        caches: Sequence[HomeCache | None] = [None] * len(self.layers) if cache is None else cache.layers
-        few = cache is not None and cache.dynamic is None and length <= self.runner.few and not collected.wanted
+        few = together and length <= self.runner.few
         checkpointed = self.checkpointed if self.training else None
         x, stage = embeds.float(), stages.of(embeds.device, embeds.dtype)
         collected.hidden(embeds)
@@ -304,38 +331,6 @@ def _kind(layer: DecoderLayer, tokens: int) -> tuple[torch.device, torch.dtype |
     if not store.resident or store.where(tokens) is not None or hooked:
         return None
     return layer.device, layer.dtype
-
-
-class _Stage(NamedTuple):
-    """What the layers of one device share in a forward pass."""
-
-    device: torch.device
-    dtype: torch.dtype
-    rotary: tuple[Tensor, Tensor]
-    visible: Visibility
-
-    @property
-    def inputs(self) -> tuple[torch.dtype, tuple[Tensor, Tensor], Visibility]:
-        return self.dtype, self.rotary, self.visible
-
-
-class _Stages:
-    """The stages of one forward pass, each made when its first layer comes."""
-
-    def __init__(
-        self, rotary: RotaryEmbedding, embeds: Tensor, positions: Tensor, padding: Tensor | None, past: int
-    ) -> None:
-        self._rotary, self._positions, self._padding = rotary, positions, padding
-        self._past, self._length = past, embeds.shape[1]
-        self._made: dict[tuple[torch.device, torch.dtype], _Stage] = {}
-
-    def of(self, device: torch.device, dtype: torch.dtype) -> _Stage:
-        if (device, dtype) not in self._made:
-            padding = None if self._padding is None else self._padding.to(device)
-            visible = Visibility(padding, self._past, self._length, device)
-            rotary = self._rotary(self._positions.to(device), dtype)
-            self._made[device, dtype] = _Stage(device, dtype, rotary, visible)
-        return self._made[device, dtype]
 
 
 class _Collected:

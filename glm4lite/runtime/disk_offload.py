@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from glm4lite.base.direct_io import DirectFile
 from glm4lite.base.errors import CheckpointError
 from glm4lite.checkpoint.shard import StoredTensor, torch_dtype
-from glm4lite.model.cache import Cache, HomeCache
+from glm4lite.model.cache import Caches, HomeCaches
 from glm4lite.model.layers import RESIDENT, DecoderLayer
 from glm4lite.runtime.disk_ring import Span, WeightRing, span_of
 from glm4lite_quant import QuantLinear, QuantTensor, pages
@@ -42,8 +42,8 @@ class DiskStore:
 
     @contextmanager
     def acquire(
-        self, layer: DecoderLayer, device: torch.device, cache: HomeCache | None
-    ) -> Iterator[tuple[DecoderLayer, Cache | None]]:
+        self, layer: DecoderLayer, device: torch.device, cache: HomeCaches | None
+    ) -> Iterator[tuple[DecoderLayer, Caches | None]]:
         memory = self.ring.acquire(self._index)
         try:
             _materialize(layer, self._over(memory))

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glm4lite.model.attention import Visibility
-from glm4lite.model.cache import Cache, PackedLayerCache
+from glm4lite.model.cache import Caches, PackedLayerCache, parts_of
 from glm4lite.model.layers import DecoderLayer
 from glm4lite_quant import QuantLinear
 from glm4lite_quant.kernels import decoder
-from glm4lite_quant.kernels.decoder import DecoderKernel
+from glm4lite_quant.kernels.decoder import DecoderKernel, SpanRows
 
 
 class FusedLayers:
@@ -44,22 +44,28 @@ class FusedLayers:
         dtype: torch.dtype,
         rotary: tuple[Tensor, Tensor],
         visible: Visibility,
-        caches: Sequence[Cache | None],
+        caches: Sequence[Caches | None],
     ) -> Tensor | None:
         """x [1, T, H] after the layers; None, with nothing done, where they must run as torch code."""
         fits = dtype == torch.float32 and x.shape[0] == 1 and x.shape[1] > 0
         if not fits or not visible.causal_only or (torch.is_grad_enabled() and x.requires_grad):
             return None
-        packed = [cache for cache in caches if isinstance(cache, PackedLayerCache)]
+        rows = [part.length for part in visible.parts]
+        packed = [[own for own in parts_of(cache) if isinstance(own, PackedLayerCache)] for cache in caches]
         kernels = [kernel for layer in layers if (kernel := self.kernel(layer)) is not None]
-        if len(packed) != len(caches) or len(kernels) != len(caches):
+        if len(kernels) != len(caches) or any(len(of_layer) != len(rows) for of_layer in packed):
             return None
-        heads, tokens = kernels[0].heads, x.shape[1]
+        heads = kernels[0].heads
         out = x.detach().clone(memory_format=torch.contiguous_format)
-        cos, sin = (part.expand(1, 1, tokens, -1)[0, 0].contiguous() for part in rotary)
-        decoder.run(kernels, [cache.view(tokens, heads, x.device, dtype) for cache in packed], out[0], cos, sin)
-        for cache in packed:
-            cache.length += tokens
+        cos, sin = (part.expand(1, 1, x.shape[1], -1)[0, 0].contiguous() for part in rotary)
+        spans = [
+            SpanRows(count, [own.view(count, heads, x.device, dtype) for own in of_sequence])
+            for count, of_sequence in zip(rows, zip(*packed, strict=True), strict=True)
+        ]
+        decoder.run(kernels, spans, out[0], cos, sin)
+        for of_layer in packed:
+            for own, count in zip(of_layer, rows, strict=True):
+                own.length += count
         return out
 
 

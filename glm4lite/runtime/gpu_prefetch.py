@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from glm4lite.memory.resources import BUS_BLOCK_BYTES, BUS_BLOCKS, BUS_BUFFERS
-from glm4lite.model.cache import Cache, HomeCache, StagedCache
+from glm4lite.model.cache import Caches, HomeCaches, SpanCaches, StagedCache, parts_of
 from glm4lite.model.layers import DecoderLayer, WeightStore
 from glm4lite.runtime.disk_offload import shallow_clone
 from glm4lite_quant import QuantLinear, QuantTensor
@@ -57,17 +57,17 @@ class PrefetchedStore:
 
     @contextmanager
     def acquire(
-        self, layer: DecoderLayer, device: torch.device, cache: HomeCache | None
-    ) -> Iterator[tuple[DecoderLayer, Cache | None]]:
+        self, layer: DecoderLayer, device: torch.device, cache: HomeCaches | None
+    ) -> Iterator[tuple[DecoderLayer, Caches | None]]:
         if not self.bus.carries(device):
             with self.home.acquire(layer, device, cache) as borrowed:
                 yield borrowed
             return
         clone = self._clone = self._clone or shallow_clone(layer)
         _materialize(clone, self.bus.weights(self._index), self.bus.dtype)
-        away = None if cache is None else StagedCache(cache)
-        yield clone, away
-        self.bus.release(self._index, None if away is None else _Writeback(away, self.bus.device, layer.dtype))
+        away = [StagedCache(part) for part in parts_of(cache)]
+        yield clone, SpanCaches(away) if isinstance(cache, SpanCaches) else away[0] if away else None
+        self.bus.release(self._index, [_Writeback(part, self.bus.device, layer.dtype) for part in away])
 
 
 class Prefetcher:
@@ -108,11 +108,10 @@ class Prefetcher:
             for part in self._parts[index]
         }
 
-    def release(self, index: int, writeback: _Writeback | None) -> None:
+    def release(self, index: int, new: list[_Writeback]) -> None:
         """The layer's kernels are launched: the next layer is sent, the keys and values of the one before stored."""
         self._slots[index % BUS_BUFFERS].free()
         self._at = index
-        new = [] if writeback is None else [writeback]
         last = index + 1 == len(self._layers)
         if last:
             self._writebacks += new

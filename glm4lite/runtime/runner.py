@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from glm4lite.model.attention import Visibility
-from glm4lite.model.cache import Cache, HomeCache
+from glm4lite.model.cache import Caches, HomeCache
 from glm4lite.model.layers import DecoderLayer
 from glm4lite.model.trunk import Trunk
 from glm4lite.runtime.cuda_graph import StepGraphs
@@ -32,7 +32,7 @@ class FastRunner:
         dtype: torch.dtype,
         rotary: tuple[Tensor, Tensor],
         visible: Visibility,
-        caches: Sequence[Cache | None],
+        caches: Sequence[Caches | None],
     ) -> Tensor | None:
         if x.device.type == "cpu":
             return self.layers.run(layers, x, dtype, rotary, visible, caches)

@@ -10,9 +10,10 @@ from typing import TypeAlias
 
 from glm4lite.base.errors import ModelReplaced
 from glm4lite.base.events import Done, Progress, TextDelta, ThinkingDelta
-from glm4lite.engine.decoding import Generation, TokenLogprobs
+from glm4lite.engine.decoding import Generation
 from glm4lite.engine.engine import SEPARATOR, Engine
 from glm4lite.engine.forced_call import ForcedCall
+from glm4lite.engine.sequence import TokenLogprobs
 from glm4lite.server.question import Question
 from glm4lite.text.output_parser import Call, OutputParser, Segment, Text, Thinking
 

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.background import BackgroundTask
@@ -18,19 +18,15 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glm4lite.base.errors import CheckpointError, NoModel
-from glm4lite.engine.engine import Engine
 from glm4lite.engine.worker import EngineWorker
 from glm4lite.server.body import Bodies, parse
-from glm4lite.server.errors import ApiError, json_response
+from glm4lite.server.endpoint import CHAT, COMPLETION, Asked, Endpoint, check_model
+from glm4lite.server.errors import ApiError, json_response, told
 from glm4lite.server.guard import Guard
 from glm4lite.server.metrics import Metrics
 from glm4lite.server.preparing import Preparing
-from glm4lite.server.question import Question, chat_question, completion_question
-from glm4lite.server.replies import ChatReply, CompletionReply, Reply
-from glm4lite.server.requests import ChatRequest, CompletionRequest
 from glm4lite.server.stream import Stream, events
 
-Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
 LOOKING = ["GET", "HEAD"]  # HEAD is what the health checks of containers send
 ENDPOINTS = {
     "/v1/models": (LOOKING, "models"),
@@ -70,8 +66,8 @@ def create_app(
     app.add_middleware(_Counted, metrics=api.metrics)
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(HTTPException, _refused)
-    app.add_exception_handler(CheckpointError, _unusable)
-    app.add_exception_handler(NoModel, _unloaded)
+    app.add_exception_handler(CheckpointError, _failed)
+    app.add_exception_handler(NoModel, _failed)
     app.add_exception_handler(Exception, _failed)
     for path, (methods, endpoint) in ENDPOINTS.items():
         app.add_api_route(path, getattr(api, endpoint), methods=methods)
@@ -94,7 +90,7 @@ class Api:
         return json_response({"object": "list", "data": cards})
 
     async def model(self, name: str) -> Response:
-        self._check_model(name)
+        check_model(name, self._model)
         return json_response(self._card())
 
     async def health(self) -> Response:
@@ -105,32 +101,24 @@ class Api:
         return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def chat(self, request: Request) -> Response:
-        asked, question = await self._prepared(request, ChatRequest, chat_question)
-        return await self._reply(request, asked, question, ChatReply(self._model, question.engine.tokenizer))
+        return await self._answered(request, CHAT)
 
     async def completion(self, request: Request) -> Response:
-        asked, question = await self._prepared(request, CompletionRequest, completion_question)
-        return await self._reply(request, asked, question, CompletionReply(self._model, question.engine.tokenizer))
+        return await self._answered(request, COMPLETION)
 
-    async def _prepared(
-        self, request: Request, form: type[Asked], ask: Callable[[Engine, Asked], Question]
-    ) -> tuple[Asked, Question]:
+    async def _answered(self, request: Request, endpoint: Endpoint[Asked]) -> Response:
         engine = self._worker.engine
         async with self._bodies.read(request, engine.model.context) as body:
-            asked = await self.preparing.run(request, lambda: form.read(parse(body)))
-            self._check_model(asked.model)
-            return asked, await self.preparing.run(request, lambda: ask(engine, asked))
-
-    async def _reply(
-        self, request: Request, asked: ChatRequest | CompletionRequest, question: Question, reply: Reply
-    ) -> Response:
+            asked = await self.preparing.run(request, lambda: endpoint.read(parse(body), self._model))
+            question = await self.preparing.run(request, lambda: endpoint.ask(engine, asked))
+        reply = endpoint.reply(self._model, engine.tokenizer)
         stream = Stream(self._worker, question, request)
         said = _said(asked.ignored)
         if asked.stream:
-            body = events(stream, reply, asked.include_usage)
+            sent = events(stream, reply, asked.include_usage)
             # `events` cancels by itself, but is never begun for a client that is gone already.
             gone = BackgroundTask(stream.cancel)
-            return StreamingResponse(body, media_type="text/event-stream", headers=NO_BUFFER | said, background=gone)
+            return StreamingResponse(sent, media_type="text/event-stream", headers=NO_BUFFER | said, background=gone)
         async for piece in stream.pieces():
             if piece is not None:
                 for _ in reply.chunks(piece):
@@ -138,11 +126,6 @@ class Api:
         if stream.gone:
             return Response(status_code=499)  # nobody reads it; nginx' number for that, for the metrics
         return json_response(reply.whole(), headers=said)
-
-    def _check_model(self, name: str) -> None:
-        if name != self._model:
-            message = f"The model {name[:200]!r} does not exist; this server has {self._model!r}"
-            raise ApiError(message, 404, param="model", code="model_not_found")
 
     def _card(self) -> dict[str, Any]:
         context = self._worker.engine.model.context
@@ -183,17 +166,8 @@ def _closing(worker: EngineWorker, preparing: Preparing) -> Any:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    """A mistake of this program; uvicorn logs its traceback."""
-    return ApiError(f"the request failed: {type(error).__name__}; the server's log says more", 500).response()
-
-
-async def _unusable(request: Request, error: Exception) -> Response:
-    """A file of the model fails at this text: its tokenizer, say."""
-    return ApiError(str(error), 500).response()
-
-
-async def _unloaded(request: Request, error: Exception) -> Response:
-    return ApiError(str(error), 503, code="model_not_loaded").response()
+    """What the model's files or this program did wrong; of the latter uvicorn logs the traceback."""
+    return told(error).response()
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -8,6 +8,8 @@ from typing import Any
 
 from starlette.responses import Response
 
+from glm4lite.base.errors import CheckpointError, Glm4liteError, NoModel
+
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 500: "server_error"}
 
 
@@ -34,6 +36,17 @@ class ApiError(Exception):
     def response(self) -> Response:
         """The object as an answer with its status."""
         return json_response(self.body(), self.status, self.headers)
+
+
+def told(error: BaseException) -> ApiError:
+    """What a client is told of any error: its own faults and the model's in words, a bug by its kind alone."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, NoModel):
+        return ApiError(str(error), 503, code="model_not_loaded")
+    if isinstance(error, Glm4liteError):  # a file of the model may fail at this text: its tokenizer, say
+        return ApiError(str(error), 500 if isinstance(error, CheckpointError) else 400)
+    return ApiError(f"the request failed: {type(error).__name__}; the log says more", 500)
 
 
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -45,6 +45,8 @@ class Metrics:
         yield from _metric("new_tokens_total", "counter", "Tokens generated.", state.new_tokens)
         yield from _metric("drafted_tokens_total", "counter", "Tokens guessed and computed.", state.drafted_tokens)
         yield from _metric("accepted_tokens_total", "counter", "Of those, right ones.", state.accepted_tokens)
+        yield from _metric("steps_total", "counter", "Passes through the model.", state.steps)
+        yield from _metric("preempted_total", "counter", "Answers that gave their memory to others.", state.preempted)
         yield from _metric("busy_seconds_total", "counter", "Time the model worked.", round(state.busy_s, 3))
         yield from _metric("tokens_per_second", "gauge", "Mean speed of generation.", round(speed, 2))
         held = devices(engine.model) if engine.loaded else {}
@@ -57,6 +59,10 @@ class Metrics:
         yield from _metric(
             "kept_prefixes", "gauge", "Conversations kept.", len(prefixes) if prefixes is not None else 0
         )
+        blocks = prefixes.blocks if prefixes is not None else None
+        if blocks is not None:
+            yield from _metric("kv_blocks", "gauge", "Blocks of 64 tokens for keys and values.", blocks.blocks)
+            yield from _metric("kv_blocks_free", "gauge", "Of those, in no conversation.", blocks.free)
         yield from _metric("resident_bytes", "gauge", "Memory of the process.", resident_bytes())
 
 

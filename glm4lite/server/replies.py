@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from glm4lite import __version__
 from glm4lite.base.events import Done, TextDelta, ThinkingDelta
-from glm4lite.engine.decoding import TokenLogprobs
+from glm4lite.engine.sequence import TokenLogprobs
 from glm4lite.server.answer import Piece, Scored
 from glm4lite.text.output_parser import Call
 from glm4lite.text.tokenizer import Tokenizer

@@ -14,7 +14,7 @@ from glm4lite.base.errors import Glm4liteError, QueueFull, WorkerClosed
 from glm4lite.base.events import Done, Progress
 from glm4lite.engine.worker import Ended, EngineWorker, Job
 from glm4lite.server.answer import Piece, answer
-from glm4lite.server.errors import ApiError, encode
+from glm4lite.server.errors import ApiError, encode, told
 from glm4lite.server.question import Question
 from glm4lite.server.replies import Reply
 
@@ -82,10 +82,9 @@ def _stopping() -> ApiError:
 def _raise(error: BaseException | None) -> None:
     if error is None:
         return
-    if isinstance(error, Glm4liteError):
-        raise ApiError(str(error))
-    logger.error("an answer failed", exc_info=error)
-    raise ApiError(f"the answer failed: {type(error).__name__}; the server's log says more", 500)
+    if not isinstance(error, Glm4liteError):
+        logger.error("an answer failed", exc_info=error)
+    raise told(error)
 
 
 async def events(stream: Stream, reply: Reply, include_usage: bool) -> AsyncIterator[bytes]:

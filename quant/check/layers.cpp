@@ -2,6 +2,7 @@
 #include <math.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "check.h"
 
@@ -55,25 +56,36 @@ struct Layer {
   Exact<float> norms[4];
 };
 
-// Room for `capacity` tokens and not one more.
+// Room for `capacity` tokens and not one more; in one piece, or in blocks that lie in any order.
 struct Cache {
-  Cache(const Shape& s, int64_t capacity)
-      : s(s), capacity(capacity), floats(s.int8 ? 0 : size()), values(s.int8 ? 0 : size()),
-        key_codes(s.int8 ? size() : 0), value_codes(s.int8 ? size() : 0), key_scale(s.int8 ? s.kv_heads * capacity : 0),
-        value_scale(key_scale.size()) {}
-
-  int64_t size() const { return s.kv_heads * capacity * s.head_dim; }
-  int64_t key_at(int head, int64_t token, int i) const {
-    return (head * capacity + token / GLM4_TOKENS * GLM4_TOKENS) * s.head_dim + i * GLM4_TOKENS + token % GLM4_TOKENS;
+  Cache(const Shape& s, int64_t capacity) : Cache(s, capacity, {}) {}
+  static Cache in_blocks(const Shape& s, int64_t tokens, Random& random) {
+    std::vector<int32_t> table((tokens + GLM4_BLOCK - 1) / GLM4_BLOCK);
+    for (size_t i = 0; i < table.size(); ++i) {
+      const size_t other = static_cast<size_t>(random.whole(0, static_cast<int64_t>(i)));
+      table[i] = table[other], table[other] = static_cast<int32_t>(i);
+    }
+    return Cache(s, static_cast<int64_t>(table.size()) * GLM4_BLOCK, table);
   }
-  int64_t value_at(int head, int64_t token, int i) const { return (head * capacity + token) * s.head_dim + i; }
+
+  int64_t places() const { return s.kv_heads * capacity; }
+  int64_t place(int head, int64_t token) const {
+    if (table.empty()) return head * capacity + token;
+    const int64_t block = table[static_cast<size_t>(token / GLM4_BLOCK)];
+    return (block * s.kv_heads + head) * GLM4_BLOCK + token % GLM4_BLOCK;
+  }
+  int64_t key_at(int head, int64_t token, int i) const {
+    const int64_t at = place(head, token);
+    return at / GLM4_TOKENS * GLM4_TOKENS * s.head_dim + i * GLM4_TOKENS + at % GLM4_TOKENS;
+  }
+  int64_t value_at(int head, int64_t token, int i) const { return place(head, token) * s.head_dim + i; }
   double key(int head, int64_t token, int i) const {
     const int64_t at = key_at(head, token, i);
-    return s.int8 ? static_cast<double>(key_codes[at]) * key_scale[head * capacity + token] : floats[at];
+    return s.int8 ? static_cast<double>(key_codes[at]) * key_scale[place(head, token)] : floats[at];
   }
   double value(int head, int64_t token, int i) const {
     const int64_t at = value_at(head, token, i);
-    return s.int8 ? static_cast<double>(value_codes[at]) * value_scale[head * capacity + token] : values[at];
+    return s.int8 ? static_cast<double>(value_codes[at]) * value_scale[place(head, token)] : values[at];
   }
   // Past tokens out of nowhere; now and then one whose value outweighs all others, so that its loss shows.
   void invent(int64_t tokens, Random& random) {
@@ -81,7 +93,7 @@ struct Cache {
       for (int64_t t = 0; t < tokens; ++t) {
         const bool loud = t == 0 || t == tokens - 1 || random.whole(0, 40) == 0;
         const float size = loud ? 30.0f : 1.0f;
-        if (s.int8) key_scale[h * capacity + t] = 0.02f, value_scale[h * capacity + t] = size / 127;
+        if (s.int8) key_scale[place(h, t)] = 0.02f, value_scale[place(h, t)] = size / 127;
         for (int i = 0; i < s.head_dim; ++i) {
           const float k = random.bell(), v = random.bell() * size;
           if (s.int8) {
@@ -97,15 +109,30 @@ struct Cache {
   glm4_cache c() const {
     void* keys = s.int8 ? static_cast<void*>(key_codes.data()) : floats.data();
     void* of_values = s.int8 ? static_cast<void*>(value_codes.data()) : values.data();
+    const bool whole = table.empty();
     return {keys, of_values, s.int8 ? key_scale.data() : nullptr, s.int8 ? value_scale.data() : nullptr,
-            capacity, length, s.int8 ? GLM4_INT8 : GLM4_FLOAT32};
+            whole ? nullptr : table.data(), whole ? GLM4_BLOCK : s.kv_heads * GLM4_BLOCK,
+            whole ? capacity : GLM4_BLOCK, length, s.int8 ? GLM4_INT8 : GLM4_FLOAT32};
   }
 
   Shape s;
   int64_t capacity, length = 0;
+  std::vector<int32_t> table;
   Exact<float> floats, values;
   Exact<int8_t> key_codes, value_codes;
   Exact<float> key_scale, value_scale;
+
+ private:
+  Cache(const Shape& s, int64_t capacity, std::vector<int32_t> table)
+      : s(s), capacity(capacity), table(std::move(table)), floats(s.int8 ? 0 : places() * s.head_dim),
+        values(floats.size()), key_codes(s.int8 ? places() * s.head_dim : 0), value_codes(key_codes.size()),
+        key_scale(s.int8 ? places() : 0), value_scale(key_scale.size()) {}
+};
+
+// So many new tokens of one sequence.
+struct Span {
+  Cache* cache;
+  int64_t tokens;
 };
 
 double largest(const Rows& v) {
@@ -138,6 +165,12 @@ void add(Rows* x, const Rows& y, const Exact<float>* norm, double eps) {
 
 struct Turn {  // cos and sin of each token's angles
   Exact<float> cos, sin;
+  Turn(const Turn& whole, int64_t first, int64_t tokens, const Shape& s)
+      : cos(tokens * (s.rotary_dim / 2)), sin(cos.size()) {
+    for (int64_t i = 0; i < cos.size(); ++i) {
+      cos[i] = whole.cos[first * (s.rotary_dim / 2) + i], sin[i] = whole.sin[first * (s.rotary_dim / 2) + i];
+    }
+  }
   Turn(int64_t tokens, const Shape& s, Random& random) : cos(tokens * (s.rotary_dim / 2)), sin(cos.size()) {
     for (int64_t i = 0; i < cos.size(); ++i) {
       const float angle = random.real(-3.0f, 3.0f);
@@ -232,35 +265,69 @@ void past_is_kept(const Cache& before, const Cache& after) {
           fail("token %d of the past was changed", static_cast<int>(t));
 }
 
-// `tokens` more go through the layer.
-void step(const Layer& layer, Cache* cache, int64_t tokens, int isa, int threads, Random& random) {
-  const Shape& s = layer.s;
-  describe("%d heads (%d kv) of %d, %d rotated, hidden %d, inner %d, int%d, %s cache of %d with %d, %d tokens, "
-           "%d threads",
-           s.heads, s.kv_heads, s.head_dim, s.rotary_dim, s.hidden, s.inner, s.bits, s.int8 ? "int8" : "float32",
-           static_cast<int>(cache->capacity), static_cast<int>(cache->length), static_cast<int>(tokens), threads);
-  Exact<float> x(tokens * s.hidden);
-  random.fill(x);
-  const Turn turn(tokens, s, random);
-  const Rows before(x.data(), x.data() + x.size());
-  const Cache kept = *cache;
+void run(const Layer& layer, const std::vector<Span>& spans, const Exact<float>& x, const Turn& turn, int isa,
+         int threads) {
   const glm4_layer described = layer.c(), *const pointer = &described;
-  const glm4_cache place = cache->c();
+  std::vector<glm4_cache> places;
+  std::vector<glm4_span> rows;
+  for (const Span& span : spans) places.push_back(span.cache->c());
+  for (size_t i = 0; i < spans.size(); ++i) rows.push_back({spans[i].tokens, &places[i]});
+  const int32_t count = static_cast<int32_t>(spans.size());
   const float *cos = turn.cos.data(), *sin = turn.sin.data();
-  if (glm4_decoder_layers(&pointer, &place, 1, x.data(), tokens, cos, sin, isa, threads) != GLM4_OK) fail("refused");
-  past_is_kept(kept, *cache);
-  const Rows want = oracle(layer, before, turn, *cache, cache->length);
+  if (glm4_decoder_layers(&pointer, 1, rows.data(), count, x.data(), cos, sin, isa, threads) != GLM4_OK) fail("refused");
+}
+
+// What a span's rows became is what the mathematics say, and to the bit what they become alone on other threads.
+void compare(const Layer& layer, const Span& span, const Cache& kept, const Exact<float>& before, const float* after,
+             const Turn& turn, int isa, int threads) {
+  past_is_kept(kept, *span.cache);
+  const Rows x(before.data(), before.data() + before.size()), want = oracle(layer, x, turn, *span.cache, kept.length);
   Rows change(want.size());
-  for (size_t i = 0; i < want.size(); ++i) change[i] = want[i] - before[i];
+  for (size_t i = 0; i < want.size(); ++i) change[i] = want[i] - x[i];
   const double top = largest(change);
   double off = 0.0, size = 0.0;
   for (size_t i = 0; i < want.size(); ++i) {
-    const double got = x[static_cast<int64_t>(i)] - before[i];
+    const double got = after[i] - x[i];
     near("an output", got, change[i], 0.03 * top);
     off += (got - change[i]) * (got - change[i]), size += change[i] * change[i];
   }
   near("the root of the mean squared error", sqrt(off), 0.0, 8e-3 * sqrt(size));
-  cache->length += tokens;
+  Cache own = kept;
+  run(layer, {{&own, span.tokens}}, before, turn, isa, 4 - threads);
+  if (memcmp(before.data(), after, sizeof(float) * before.size()) != 0) fail("a row has other bits than alone");
+}
+
+// New tokens of several sequences go through the layer.
+void step(const Layer& layer, const std::vector<Span>& spans, int isa, int threads, Random& random) {
+  const Shape& s = layer.s;
+  const Span& first = spans[0];
+  int64_t tokens = 0;
+  for (const Span& span : spans) tokens += span.tokens;
+  describe("%d heads (%d kv) of %d, %d rotated, hidden %d, inner %d, int%d, %d threads, %d sequences of %d tokens; the "
+           "first: %s cache of %d with %d, %d tokens",
+           s.heads, s.kv_heads, s.head_dim, s.rotary_dim, s.hidden, s.inner, s.bits, threads,
+           static_cast<int>(spans.size()), static_cast<int>(tokens), s.int8 ? "int8" : "float32",
+           static_cast<int>(first.cache->capacity), static_cast<int>(first.cache->length),
+           static_cast<int>(first.tokens));
+  Exact<float> x(tokens * s.hidden);
+  random.fill(x);
+  const Exact<float> before(x);
+  const Turn turn(tokens, s, random);
+  std::vector<Cache> kept;
+  for (const Span& span : spans) kept.push_back(*span.cache);
+  run(layer, spans, x, turn, isa, threads);
+  int64_t at = 0;
+  for (size_t i = 0; i < spans.size(); ++i) {
+    Exact<float> own(spans[i].tokens * s.hidden);
+    memcpy(own.data(), before.data() + at * s.hidden, sizeof(float) * own.size());
+    compare(layer, spans[i], kept[i], own, x.data() + at * s.hidden, Turn(turn, at, spans[i].tokens, s), isa, threads);
+    spans[i].cache->length += spans[i].tokens;
+    at += spans[i].tokens;
+  }
+}
+
+void step(const Layer& layer, Cache* cache, int64_t tokens, int isa, int threads, Random& random) {
+  step(layer, {{cache, tokens}}, isa, threads, random);
 }
 
 int64_t whole_blocks(int64_t tokens) { return (tokens + GLM4_TOKENS - 1) / GLM4_TOKENS * GLM4_TOKENS; }
@@ -269,6 +336,18 @@ void conversation(const Shape& s, int isa, Random& random) {
   const Layer layer(s, random);
   Cache cache(s, whole_blocks(29));
   for (int tokens : {5, 1, 0, 1, 17, 1, 4}) step(layer, &cache, tokens, isa, 1 + tokens % 3, random);
+}
+
+// Sequences that join and leave, some with pasts of several ranges, in one piece and in blocks.
+void company(const Shape& s, int isa, Random& random) {
+  const Layer layer(s, random);
+  Cache fresh(s, whole_blocks(40)), old(s, whole_blocks(1100)), blocks = Cache::in_blocks(s, 70, random);
+  Cache old_blocks = Cache::in_blocks(s, 600, random);
+  old.invent(1020, random), old_blocks.invent(500, random);
+  step(layer, {{&fresh, 30}, {&blocks, 1}}, isa, 2, random);
+  step(layer, {{&old_blocks, 1}, {&fresh, 1}, {&old, 1}, {&blocks, 1}}, isa, 2, random);
+  step(layer, {{&old, 70}, {&blocks, 65}, {&old_blocks, 20}}, isa, 3, random);
+  step(layer, {{&old_blocks, 60}, {&old, 3}, {&fresh, 0}}, isa, 1, random);
 }
 
 void long_past(const Shape& s, int64_t past, int64_t tokens, int isa, int threads, Random& random) {
@@ -287,11 +366,9 @@ void spoiled_token(const Shape& s, int isa, Random& random) {
   random.fill(x);
   Exact<float> clean(x);
   const Turn turn(90, s, random);
-  const glm4_layer described = layer.c(), *const pointer = &described;
-  const glm4_cache place = cache.c();
-  glm4_decoder_layers(&pointer, &place, 1, clean.data(), 90, turn.cos.data(), turn.sin.data(), isa, 2);
+  run(layer, {{&cache, 90}}, clean, turn, isa, 2);
   x[70 * s.hidden + 3] = NAN, x[80 * s.hidden] = INFINITY;
-  glm4_decoder_layers(&pointer, &place, 1, x.data(), 90, turn.cos.data(), turn.sin.data(), isa, 2);
+  run(layer, {{&cache, 90}}, x, turn, isa, 2);
   for (int64_t t : {70, 75, 80, 89})
     for (int i = 0; i < s.hidden; ++i)
       if (const float v = x[t * s.hidden + i]; !isnan(v))
@@ -325,6 +402,8 @@ void check_layers(int isa) {
       long_past({16, 1, 16, 8, 64, 64, 4, 32, false, true, int8}, past, past == 1040 ? 3 : 1, isa, 2, random);
     long_past({6, 2, 32, 16, 64, 64, 8, 64, true, false, int8}, 1100, 1, isa, 3, random);
     long_past({2, 2, 16, 16, 32, 32, 4, 32, true, false, int8}, 20, 515, isa, 2, random);  // more than one chunk
+    company({6, 2, 32, 16, 64, 96, 4, 32, true, false, int8}, isa, random);
+    company({32, 1, 16, 16, 32, 32, 8, 32, false, true, int8, 2}, isa, random);
     tiny_keys({4, 2, 32, 16, 64, 64, 4, 32, true, false, int8}, isa, random);
     spoiled_token({4, 2, 32, 16, 64, 64, 4, 32, true, true, int8, 2}, isa, random);
   }

@@ -7,18 +7,18 @@
 #include <new>
 #include <vector>
 
+#include "attention.h"
 #include "linear.h"
 #include "thread_pool.h"
 
 namespace {
 
 using glm4::parallel_for;
+using glm4::Part;
 using glm4::Sink;
 using glm4::Source;
 
-constexpr int64_t kChunkTokens = 512;  // a longer input goes through in parts: bounds the scratch
-constexpr int64_t kSplitTokens = 512;  // fewest cached tokens worth an item of their own
-constexpr int64_t kStepTokens = 8;     // so few are drafts that are verified, or a batch: each has the bits it has alone
+constexpr int64_t kChunkRows = 512;  // a longer input goes through in parts: bounds the scratch
 
 class Layer {
  public:
@@ -26,8 +26,10 @@ class Layer {
       : l_(l), isa_(isa), threads_(threads), hidden_(l.q.k), q_size_(int64_t{l.heads} * l.head_dim),
         kv_size_(int64_t{l.kv_heads} * l.head_dim) {}
 
-  void run(float* x, int64_t tokens, const float* cos, const float* sin, const glm4_cache& cache) {
+  // x, cos and sin: the rows of all parts.
+  void run(float* x, const std::vector<Part>& parts, const float* cos, const float* sin) {
     static thread_local std::vector<float> kept;
+    const int64_t tokens = parts.back().first + parts.back().rows;
     const int64_t inner = l_.down.k;
     const int64_t need = tokens * (2 * q_size_ + 2 * kv_size_ + hidden_ + inner);
     if (static_cast<int64_t>(kept.size()) < need) kept.resize(static_cast<size_t>(need));
@@ -38,8 +40,8 @@ class Layer {
                          {&l_.k, l_.k_bias, matrix(k, tokens, kv_size_)},
                          {&l_.v, l_.v_bias, matrix(v, tokens, kv_size_)}};
     multiply(Normed(*this, x, nullptr, nullptr, l_.input_norm, tokens), qkv, 3, l_.qkv_splits);
-    place(q, k, v, tokens, cos, sin, cache);
-    attention(q, tokens, cache, attended);
+    place(q, k, v, parts, tokens, cos, sin);
+    glm4::attention(l_, parts, q, attended, isa_, threads_);
     const Sink o{&l_.o, nullptr, matrix(out, tokens, hidden_)};
     multiply(Plain(attended, tokens, q_size_), &o, 1);
     const Sink gate_up{&l_.gate_up, nullptr, matrix(h, tokens, inner), true};
@@ -88,15 +90,16 @@ class Layer {
   }
 
   // Rotates queries in place, and keys on their way into the cache; values go there too.
-  void place(float* q, float* k, const float* v, int64_t tokens, const float* cos, const float* sin,
-             const glm4_cache& cache) const {
+  void place(float* q, float* k, const float* v, const std::vector<Part>& parts, int64_t tokens, const float* cos,
+             const float* sin) const {
     auto token = [&](int64_t t, int) {
       const float *c = cos + t * (l_.rotary_dim / 2), *s = sin + t * (l_.rotary_dim / 2);
+      const Part& part = *std::find_if(parts.begin(), parts.end(), [t](const Part& p) { return t < p.first + p.rows; });
       for (int h = 0; h < l_.heads; ++h) rotate(q + t * q_size_ + h * l_.head_dim, c, s);
       for (int h = 0; h < l_.kv_heads; ++h) {
         float* key = k + t * kv_size_ + h * l_.head_dim;
         rotate(key, c, s);
-        keep(cache, h, cache.length + t, key, v + t * kv_size_ + h * l_.head_dim);
+        keep(part.cache, h, part.cache.length + t - part.first, key, v + t * kv_size_ + h * l_.head_dim);
       }
     };
     parallel_for(few(tokens) ? 1 : threads_, tokens, token);
@@ -111,8 +114,8 @@ class Layer {
   }
 
   void keep(const glm4_cache& cache, int head, int64_t at, const float* key, const float* value) const {
-    const int64_t d = l_.head_dim, place = head * cache.capacity + at;
-    const int64_t block = (head * cache.capacity + at / GLM4_TOKENS * GLM4_TOKENS) * d + at % GLM4_TOKENS;
+    const int64_t d = l_.head_dim, place = glm4_place(&cache, head, at);
+    const int64_t block = place / GLM4_TOKENS * GLM4_TOKENS * d + place % GLM4_TOKENS;
     if (cache.type == GLM4_FLOAT32) {
       float* keys = static_cast<float*>(cache.keys) + block;
       for (int64_t i = 0; i < d; ++i) keys[i * GLM4_TOKENS] = key[i];
@@ -137,95 +140,39 @@ class Layer {
     return bad == 0.0f ? top / 127.0f : NAN;
   }
 
-  // Items: key/value heads x groups of query tokens x ranges of cached tokens, whose results are merged. Where there are
-  // few queries, as in decoding, the ranges are the same for however many; many need several ranges only for the threads.
-  void attention(const float* q, int64_t tokens, const glm4_cache& cache, float* attended) const {
-    const int64_t per_token = l_.heads / l_.kv_heads, total = cache.length + tokens;
-    const int64_t item_tokens = std::max<int64_t>(1, GLM4_ATTENTION_ROWS / per_token);
-    const int64_t parts = (tokens + item_tokens - 1) / item_tokens, pairs = parts * l_.kv_heads;
-    const int64_t most = std::max<int64_t>(1, (4 * threads_ + pairs - 1) / pairs);
-    const bool step = tokens <= kStepTokens;
-    const int64_t splits =
-        step ? (total + kSplitTokens - 1) / kSplitTokens : std::clamp<int64_t>(total / kSplitTokens, 1, most);
-    const int64_t range =
-        step ? kSplitTokens : (total + splits * GLM4_TOKENS - 1) / (splits * GLM4_TOKENS) * GLM4_TOKENS;
-    const int64_t rows = std::min(tokens, item_tokens) * per_token, d = l_.head_dim;
-    static thread_local std::vector<float> kept, scratch;
-    const int64_t result = rows * (d + 2);
-    const auto fit = [](std::vector<float>& v, int64_t n) {
-      if (static_cast<int64_t>(v.size()) < n) v.resize(static_cast<size_t>(n));
-      return v.data();
-    };
-    float* results = fit(kept, pairs * splits * result);
-    float* scratches = fit(scratch, int64_t{threads_} * GLM4_ATTENTION_SCRATCH);
-    auto item = [&](int64_t i, int slot) {
-      const int64_t pair = i / splits, first = pair / l_.kv_heads * item_tokens, head = pair % l_.kv_heads;
-      const int64_t count = std::min(item_tokens, tokens - first), visible = cache.length + first + 1;
-      float* out = results + i * result;
-      glm4_attention a{};
-      a.q = q + first * q_size_ + head * per_token * d;
-      head_of(cache, head, &a);
-      a.q_stride = q_size_, a.rows = count * per_token, a.per_token = per_token, a.head_dim = d;
-      a.begin = i % splits * range;
-      a.end = std::min(a.begin + range, visible + count - 1);
-      a.visible = visible, a.scale = 1.0f / sqrtf(static_cast<float>(d));
-      a.out = out, a.top = out + rows * d, a.total = a.top + rows;
-      isa_.rows->attend(&a, scratches + int64_t{slot} * GLM4_ATTENTION_SCRATCH);
-    };
-    parallel_for(tokens * total * q_size_ < (1 << 18) ? 1 : threads_, pairs * splits, item);
-    auto merge = [&](int64_t pair, int) {
-      const int64_t first = pair / l_.kv_heads * item_tokens, head = pair % l_.kv_heads;
-      for (int64_t r = 0; r < std::min(item_tokens, tokens - first) * per_token; ++r)
-        merge_row(results + pair * splits * result, splits, result, rows, r,
-                  attended + (first + r / per_token) * q_size_ + (head * per_token + r % per_token) * d);
-    };
-    parallel_for(few(tokens) ? 1 : threads_, pairs, merge);
-  }
-
-  void head_of(const glm4_cache& cache, int64_t head, glm4_attention* a) const {
-    const int64_t at = head * cache.capacity, size = cache.type == GLM4_FLOAT32 ? sizeof(float) : 1;
-    a->keys = static_cast<const char*>(cache.keys) + at * l_.head_dim * size;
-    a->values = static_cast<const char*>(cache.values) + at * l_.head_dim * size;
-    a->key_scale = cache.key_scale ? cache.key_scale + at : nullptr;
-    a->value_scale = cache.value_scale ? cache.value_scale + at : nullptr;
-    a->kv_type = cache.type;
-  }
-
-  // One row's ranges, each a sum of exp(score - top) * value, to the weighted mean over all of them.
-  void merge_row(const float* results, int64_t splits, int64_t result, int64_t rows, int64_t r, float* to) const {
-    const int64_t d = l_.head_dim;
-    float top = -INFINITY, total = 0.0f;
-    for (int64_t s = 0; s < splits; ++s) top = std::max(top, results[s * result + rows * d + r]);
-    for (int64_t i = 0; i < d; ++i) to[i] = 0.0f;
-    for (int64_t s = 0; s < splits; ++s) {
-      const float* from = results + s * result;
-      if (from[rows * d + r] == -INFINITY) continue;
-      const float share = expf(from[rows * d + r] - top);
-      total += share * from[rows * d + rows + r];
-      for (int64_t i = 0; i < d; ++i) to[i] += share * from[r * d + i];
-    }
-    for (int64_t i = 0; i < d; ++i) to[i] /= total;
-  }
-
   const glm4_layer& l_;
   const glm4_isa& isa_;
   int threads_;
   int64_t hidden_, q_size_, kv_size_;
 };
 
+// What rows first..first+count-1 of a step are parts of, with their caches in one layer.
+const std::vector<Part>& cut(const glm4_span* spans, int32_t span_count, int32_t layer, int64_t first, int64_t count) {
+  static thread_local std::vector<Part> parts;
+  int64_t begin = 0;
+  parts.clear();
+  for (const glm4_span* span = spans; span < spans + span_count; begin += span->rows, ++span) {
+    const int64_t from = std::max(begin, first), to = std::min(begin + span->rows, first + count);
+    if (from >= to) continue;
+    parts.push_back({span->caches[layer], from - first, to - from});
+    parts.back().cache.length += from - begin;
+  }
+  return parts;
+}
+
 }  // namespace
 
-GLM4_API int32_t glm4_decoder_layers(const glm4_layer* const* layers, const glm4_cache* caches, int32_t count, float* x,
-                                     int64_t tokens, const float* cos, const float* sin, int32_t isa,
+GLM4_API int32_t glm4_decoder_layers(const glm4_layer* const* layers, int32_t count, const glm4_span* spans,
+                                     int32_t span_count, float* x, const float* cos, const float* sin, int32_t isa,
                                      int32_t threads) {
   try {
+    int64_t rows = 0;
+    for (int32_t i = 0; i < span_count; ++i) rows += spans[i].rows;
     for (int32_t i = 0; i < count; ++i) {
       Layer layer(*layers[i], *glm4_isa_of(isa), threads);
-      glm4_cache at = caches[i];
-      for (int64_t first = 0; first < tokens; first += kChunkTokens) {
-        const int64_t part = std::min(kChunkTokens, tokens - first), turn = first * (layers[i]->rotary_dim / 2);
-        layer.run(x + first * layers[i]->q.k, part, cos + turn, sin + turn, at);
-        at.length += part;
+      for (int64_t first = 0; first < rows; first += kChunkRows) {
+        const int64_t part = std::min(kChunkRows, rows - first), turn = first * (layers[i]->rotary_dim / 2);
+        layer.run(x + first * layers[i]->q.k, cut(spans, span_count, i, first, part), cos + turn, sin + turn);
       }
     }
     return GLM4_OK;

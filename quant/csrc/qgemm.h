@@ -20,6 +20,9 @@ enum { GLM4_ROWS = 16, GLM4_COLS = 32 };
 enum { GLM4_FLOAT32 = 0, GLM4_BFLOAT16 = 1, GLM4_INT8 = 2 };
 enum { GLM4_SCALAR, GLM4_AVX2, GLM4_AVXVNNI, GLM4_AVX512VNNI, GLM4_NEON, GLM4_NEONI8MM, GLM4_ISAS };  // slowest first
 enum { GLM4_OK = 0, GLM4_NOT_FINITE = 1, GLM4_NO_MEMORY = 2 };
+// Tokens of keys that lie together, tokens of a cache's block, and tokens whose softmax is computed by itself: ranges are
+// folded in their order, so that a row's bits depend on its position alone.
+enum { GLM4_TOKENS = 16, GLM4_BLOCK = 64, GLM4_RANGE = 512 };
 
 struct glm4_weight {
   uint8_t* qweight;
@@ -37,16 +40,29 @@ struct glm4_matrix {  // rows of float32 or bfloat16, stride in elements
   int32_t dtype;
 };
 
-// Keys and values of one layer: float32, or int8 codes with one scale per head and token. `capacity` (tokens) is a
-// multiple of GLM4_TOKENS. keys [kv_heads][capacity / 16][head_dim][16], values [kv_heads][capacity][head_dim], scales
-// [kv_heads][capacity].
+// Keys and values of one sequence in one layer, in blocks of GLM4_BLOCK tokens that may lie anywhere: float32, or int8
+// codes with one scale per head and token. The memory is a row of places for a head's token; `glm4_place` finds one.
+// Values are [place][head_dim], scales [place], keys [place / 16][head_dim][16]. Strides are multiples of GLM4_TOKENS.
 struct glm4_cache {
   void* keys;
   void* values;
   float* key_scale;  // null for float32
   float* value_scale;
-  int64_t capacity, length;  // tokens there is room for, tokens held
-  int32_t type;              // GLM4_FLOAT32 or GLM4_INT8
+  const int32_t* table;               // the number of each of its blocks; null: they lie in order
+  int64_t block_stride, head_stride;  // places from a block to the next, and from a head to the next
+  int64_t length;                     // tokens held
+  int32_t type;                       // GLM4_FLOAT32 or GLM4_INT8
+};
+
+static inline int64_t glm4_place(const glm4_cache* c, int64_t head, int64_t token) {
+  const int64_t block = token / GLM4_BLOCK;
+  return (c->table ? c->table[block] : block) * c->block_stride + head * c->head_stride + token % GLM4_BLOCK;
+}
+
+// One sequence's part of a step: so many new tokens, and its cache in each layer.
+struct glm4_span {
+  int64_t rows;
+  const glm4_cache* caches;
 };
 
 // A decoder layer. Norm weights [hidden] are null where the architecture has no such norm, biases where it has none.
@@ -67,10 +83,11 @@ GLM4_API int32_t glm4_isa_available(int32_t isa);
 // int8 too and multiplied as well: 15 bits for twice the work.
 GLM4_API int32_t glm4_matmul(const glm4_weight* w, const glm4_matrix* x, const float* bias, const glm4_matrix* y,
                              int32_t splits, int32_t isa, int32_t threads);
-// x [tokens, hidden], the float32 residual stream, goes through `count` layers in place; the tokens' keys and values are
-// written into each layer's cache after the `length` that it holds. cos and sin: [tokens, rotary_dim / 2].
-GLM4_API int32_t glm4_decoder_layers(const glm4_layer* const* layers, const glm4_cache* caches, int32_t count, float* x,
-                                     int64_t tokens, const float* cos, const float* sin, int32_t isa,
+// x [rows, hidden], the float32 residual stream, goes through `count` layers in place: the rows of each span, one span
+// behind the other. Their keys and values are written into the span's cache after the `length` that it holds. cos and
+// sin: [rows, rotary_dim / 2]. A row's result depends on its own sequence alone, to the bit, however that is cut into calls.
+GLM4_API int32_t glm4_decoder_layers(const glm4_layer* const* layers, int32_t count, const glm4_span* spans,
+                                     int32_t span_count, float* x, const float* cos, const float* sin, int32_t isa,
                                      int32_t threads);
 // Fills w from source [n, k]; GLM4_NOT_FINITE puts the first such row and column in place[0..1]. int4: importance
 // [k] says how much an error in each column counts (the largest of each group is 1); where it is null, the first
@@ -103,16 +120,20 @@ struct glm4_panel_column {
 typedef void (*glm4_tile_kernel)(const glm4_weight* w, int64_t tile, const glm4_panel* x, int64_t count, float* dot,
                                  float* min);
 
-// Queries of one key/value head against its tokens begin..end-1 (begin a multiple of GLM4_TOKENS). Row r is query head
+// What rows have seen of the tokens: out [rows][head_dim] is the sum of exp(score - top) * value, total that of
+// exp(score - top).
+struct glm4_sums {
+  float *out, *top, *total;
+};
+
+// Queries of one key/value head against its tokens begin..end-1 (begin a multiple of GLM4_RANGE). Row r is query head
 // r % per_token of token r / per_token; row 0 sees `visible` tokens, each later token one more.
 struct glm4_attention {
   const float* q;  // row r at r / per_token * q_stride + r % per_token * head_dim
-  const void *keys, *values;
-  const float *key_scale, *value_scale;
-  int64_t q_stride, rows, per_token, head_dim, begin, end, visible;
-  int32_t kv_type;
+  const glm4_cache* cache;
+  int64_t head, q_stride, rows, per_token, head_dim, begin, end, visible;
   float scale;
-  float *out, *top, *total;  // out [rows][head_dim] is the sum of exp(score - top) * value, total of exp(score - top)
+  glm4_sums to;
 };
 
 // What surrounds the products; rows of float32, k a multiple of 32. See rows.h.
@@ -123,10 +144,11 @@ struct glm4_rows {
   void (*add)(float* x, const float* add, const float* weight, float eps, int64_t k);
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
   void (*attend)(const glm4_attention* a, float* scratch);
+  void (*fold)(const glm4_sums* range, int64_t rows, int64_t head_dim, const glm4_sums* to);  // `to`: of those before it
 };
 
-// Tokens in a block of keys, most rows of a glm4_attention, and the floats of scratch it needs.
-enum { GLM4_TOKENS = 16, GLM4_ATTENTION_ROWS = 128, GLM4_MAX_HEAD_DIM = 256 };
+// Most rows of a glm4_attention, and the floats of scratch it needs.
+enum { GLM4_ATTENTION_ROWS = 128, GLM4_MAX_HEAD_DIM = 256 };
 enum { GLM4_ATTENTION_SCRATCH = (2 * (GLM4_ATTENTION_ROWS + 16) + 2 * 64) * GLM4_MAX_HEAD_DIM + 16 * 64 };
 
 struct glm4_isa {

@@ -19,7 +19,9 @@ constexpr int kRowBlock = 16;
 constexpr int kRowBlock = 8;
 #endif
 constexpr int kTileTokens = 64;  // tokens whose scores are computed before their values are added
-static_assert(kRowBlock <= GLM4_ATTENTION_ROWS && kTileTokens % GLM4_TOKENS == 0, "blocks nest");
+static_assert(kRowBlock <= GLM4_ATTENTION_ROWS && kTileTokens % GLM4_TOKENS == 0 && GLM4_BLOCK % kTileTokens == 0 &&
+                  GLM4_RANGE % kTileTokens == 0,
+              "blocks nest, and a tile lies in one block of the cache");
 
 // 32 values -> int8 codes, their sum and the scale; NaN as the scale where a value is not finite.
 inline void quantize_block(const float* v, int8_t* codes, float* scale, int32_t* sum) {
@@ -117,6 +119,7 @@ void swiglu_row(const float* gate, const float* up, int64_t n, float* out) {
 struct Tile {  // up to kTileTokens tokens as floats: keys [16 tokens together][dim][16], values [token][dim]
   const float* keys;
   const float* values;
+  const float *key_scale, *value_scale;  // of int8 codes, else null
 };
 
 // Memory that will be read soon, asked for a line at a time between other work: with one token's queries attention waits
@@ -132,23 +135,33 @@ struct Ahead {
   }
 };
 
+int64_t tile_tokens(const glm4_attention* a, int64_t first) {
+  return a->end - first < kTileTokens ? a->end - first : kTileTokens;
+}
+
 Ahead tile_ahead(const glm4_attention* a, int64_t first) {
-  const int64_t size = a->kv_type == GLM4_FLOAT32 ? sizeof(float) : 1, at = first * a->head_dim * size;
-  const int64_t tokens = a->end - first < kTileTokens ? a->end - first : kTileTokens;
-  return {static_cast<const char*>(a->keys) + at, static_cast<const char*>(a->values) + at, tokens * a->head_dim * size};
+  if (first >= a->end) return {};
+  const glm4_cache* c = a->cache;
+  const int64_t size = (c->type == GLM4_FLOAT32 ? sizeof(float) : 1) * a->head_dim;
+  const int64_t at = glm4_place(c, a->head, first) * size, bytes = tile_tokens(a, first) * size;
+  return {static_cast<const char*>(c->keys) + at, static_cast<const char*>(c->values) + at, bytes};
 }
 
 // int8 codes become floats once per tile and serve all query rows; float32 is used in place.
 Tile read_tile(const glm4_attention* a, int64_t first, int64_t tokens, float* scratch) {
-  const int64_t d = a->head_dim, blocks = (tokens + GLM4_TOKENS - 1) / GLM4_TOKENS;
-  if (a->kv_type == GLM4_FLOAT32)
-    return {static_cast<const float*>(a->keys) + first * d, static_cast<const float*>(a->values) + first * d};
-  const int8_t* keys = static_cast<const int8_t*>(a->keys) + first * d;
-  const int8_t* values = static_cast<const int8_t*>(a->values) + first * d;
+  const glm4_cache* c = a->cache;
+  const int64_t d = a->head_dim, at = glm4_place(c, a->head, first);
+  if (c->type == GLM4_FLOAT32) {
+    const float *keys = static_cast<const float*>(c->keys), *values = static_cast<const float*>(c->values);
+    return {keys + at * d, values + at * d, nullptr, nullptr};
+  }
+  const int8_t* keys = static_cast<const int8_t*>(c->keys) + at * d;
+  const int8_t* values = static_cast<const int8_t*>(c->values) + at * d;
+  const int64_t padded = (tokens + GLM4_TOKENS - 1) / GLM4_TOKENS * GLM4_TOKENS;
   float* to = scratch + kTileTokens * d;
-  for (int64_t i = 0; i < blocks * GLM4_TOKENS * d; i += kLanes) store(scratch + i, widen(keys + i));
+  for (int64_t i = 0; i < padded * d; i += kLanes) store(scratch + i, widen(keys + i));
   for (int64_t i = 0; i < tokens * d; i += kLanes) store(to + i, widen(values + i));
-  return {scratch, to};
+  return {scratch, to, c->key_scale + at, c->value_scale + at};
 }
 
 // scores[r][t] = query r . key t; queries are [dim][kRowBlock].
@@ -221,25 +234,32 @@ void soften(float* scores, int64_t tokens, int64_t visible, const float* key_sca
   *total += sum_of(sum);
 }
 
-void attend(const glm4_attention* a, float* scratch) {
-  const int64_t d = a->head_dim, blocks = (a->rows + kRowBlock - 1) / kRowBlock;
-  float *queries = scratch, *scores = queries + blocks * kRowBlock * d, *out = scores + kRowBlock * kTileTokens;
-  float* tile_scratch = out + blocks * kRowBlock * d;
-  memset(queries, 0, sizeof(float) * blocks * kRowBlock * d);
-  memset(out, 0, sizeof(float) * blocks * kRowBlock * d);
-  memset(scores, 0, sizeof(float) * kRowBlock * kTileTokens);
-  for (int64_t r = 0; r < a->rows; ++r) {
-    const float* from = a->q + r / a->per_token * a->q_stride + r % a->per_token * d;
-    float* to = queries + r / kRowBlock * (kRowBlock * d) + r % kRowBlock;
-    for (int64_t i = 0; i < d; ++i) to[i * kRowBlock] = from[i] * a->scale;
-    a->top[r] = -INFINITY;
-    a->total[r] = 0.0f;
+// Called from here and from other files, and never inlined: every row's sums are added by the same instructions.
+__attribute__((noinline)) void fold(const glm4_sums* range, int64_t rows, int64_t d, const glm4_sums* to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (range->top[r] == -INFINITY) continue;  // the row sees nothing of the range
+    const float now = to->top[r] < range->top[r] ? range->top[r] : to->top[r];
+    const Vec old = exponential(all(to->top[r] - now)), fresh = exponential(all(range->top[r] - now));
+    float* out = to->out + r * d;
+    for (int64_t i = 0; i < d; i += kLanes) store(out + i, load(out + i) * old + load(range->out + r * d + i) * fresh);
+    to->total[r] = to->total[r] * old[0] + range->total[r] * fresh[0];
+    to->top[r] = now;
   }
-  for (int64_t first = a->begin; first < a->end; first += kTileTokens) {
-    const int64_t tokens = a->end - first < kTileTokens ? a->end - first : kTileTokens;
+}
+
+void nothing_seen(const glm4_sums& sums, int64_t rows, int64_t d) {
+  memset(sums.out, 0, sizeof(float) * rows * d);
+  for (int64_t r = 0; r < rows; ++r) sums.top[r] = -INFINITY, sums.total[r] = 0.0f;
+}
+
+// One range of tokens; `scratch` has room for a block's scores and a tile.
+void attend_range(const glm4_attention* a, int64_t begin, int64_t end, const float* queries, float* scratch,
+                  const glm4_sums& to) {
+  const int64_t d = a->head_dim, blocks = (a->rows + kRowBlock - 1) / kRowBlock;
+  float *scores = scratch, *tile_scratch = scores + kRowBlock * kTileTokens;
+  for (int64_t first = begin; first < end; first += kTileTokens) {
+    const int64_t tokens = tile_tokens(a, first);
     const Tile tile = read_tile(a, first, tokens, tile_scratch);
-    const float* key_scale = a->key_scale ? a->key_scale + first : nullptr;
-    const float* value_scale = a->value_scale ? a->value_scale + first : nullptr;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t row = b * kRowBlock, rows = a->rows - row < kRowBlock ? a->rows - row : kRowBlock;
       const int64_t last = row + rows - 1;
@@ -248,13 +268,33 @@ void attend(const glm4_attention* a, float* scratch) {
       kScores[kind](queries + row * d, tile.keys, d, tokens, scores, b == 0 ? tile_ahead(a, first + kTileTokens) : Ahead{});
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t seen = a->visible + (row + r) / a->per_token - first;
-        soften(scores + r * kTileTokens, tokens, seen < tokens ? seen : tokens, key_scale, value_scale,
-               out + (row + r) * d, d, a->top + row + r, a->total + row + r);
+        soften(scores + r * kTileTokens, tokens, seen < tokens ? seen : tokens, tile.key_scale, tile.value_scale,
+               to.out + (row + r) * d, d, to.top + row + r, to.total + row + r);
       }
-      kValues[kind](scores, tile.values, d, tokens, out + row * d);
+      kValues[kind](scores, tile.values, d, tokens, to.out + row * d);
     }
   }
-  memcpy(a->out, out, sizeof(float) * a->rows * d);
+}
+
+void attend(const glm4_attention* a, float* scratch) {
+  const int64_t d = a->head_dim, padded = (a->rows + kRowBlock - 1) / kRowBlock * kRowBlock;
+  float top[GLM4_ATTENTION_ROWS], total[GLM4_ATTENTION_ROWS];
+  float *queries = scratch, *rest = queries + 2 * padded * d;
+  const glm4_sums range{queries + padded * d, top, total};
+  memset(queries, 0, sizeof(float) * padded * d);
+  memset(rest, 0, sizeof(float) * kRowBlock * kTileTokens);
+  for (int64_t r = 0; r < a->rows; ++r) {
+    const float* from = a->q + r / a->per_token * a->q_stride + r % a->per_token * d;
+    float* to = queries + r / kRowBlock * (kRowBlock * d) + r % kRowBlock;
+    for (int64_t i = 0; i < d; ++i) to[i * kRowBlock] = from[i] * a->scale;
+  }
+  nothing_seen(a->to, a->rows, d);
+  for (int64_t begin = a->begin; begin < a->end; begin += GLM4_RANGE) {
+    memset(range.out + a->rows * d, 0, sizeof(float) * (padded - a->rows) * d);
+    nothing_seen(range, a->rows, d);
+    attend_range(a, begin, a->end - begin < GLM4_RANGE ? a->end : begin + GLM4_RANGE, queries, rest, range);
+    fold(&range, a->rows, d, &a->to);
+  }
 }
 
 }  // namespace

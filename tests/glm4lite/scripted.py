@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from glm4lite.engine.engine import Engine
 from glm4lite.model.cache import KVCache
 from glm4lite.model.config import Glm4Config
+from glm4lite.model.step import Span
 from glm4lite.text.template import ChatTemplate
 from glm4lite.text.tokenizer import Tokenizer
 
@@ -32,18 +34,24 @@ class ScriptedModel(nn.Module):
     def new_cache(self) -> KVCache:
         return KVCache(2)
 
-    def forward(self, ids: torch.Tensor, past_key_values: KVCache, **_: Any) -> SimpleNamespace:
-        self.fed.append(ids[0].tolist())
-        for layer in past_key_values.layers:
-            layer.append(torch.zeros(1, 1, ids.shape[1], 1), torch.zeros(1, 1, ids.shape[1], 1))
-        if not self.left:
-            self.left = list(self.replies.pop(0))
-        logits = torch.zeros(1, 1, self.config.vocab_size)
-        logits[0, 0, self.left.pop(0)] = 100  # certain at any temperature
-        return SimpleNamespace(logits=logits)
+    def step(self, spans: Sequence[Span]) -> list[torch.Tensor]:
+        return [self._answered(span) for span in spans]
+
+    def _answered(self, span: Span) -> torch.Tensor:
+        self.fed.append(list(span.ids))
+        for layer in span.cache.layers:
+            layer.append(torch.zeros(1, 1, len(span.ids), 1), torch.zeros(1, 1, len(span.ids), 1))
+        logits = torch.zeros(span.kept, self.config.vocab_size)
+        if span.kept:
+            if not self.left:
+                self.left = list(self.replies.pop(0))
+            logits[0, self.left.pop(0)] = 100  # certain at any temperature
+        return logits
 
 
-def scripted_engine(tokenizer: Tokenizer, template: ChatTemplate, replies: list[str], context: int = 4096) -> Engine:
+def scripted_engine(
+    tokenizer: Tokenizer, template: ChatTemplate, replies: list[str], context: int = 4096, parallel: int = 1
+) -> Engine:
     """An Engine whose model gives `replies` in turn, greedily."""
     model: Any = ScriptedModel(tokenizer, replies, context)
-    return Engine(model, tokenizer, template, {"do_sample": False})
+    return Engine(model, tokenizer, template, {"do_sample": False}, parallel)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from openai import OpenAI
 import glm4lite
 from glm4lite.engine.engine import Engine
 from glm4lite.engine.worker import EngineWorker
+from glm4lite.model.step import Span
 from glm4lite.server import Address, create_app
 from glm4lite.server.launch import Server, url_of
 from glm4lite.text.template import ChatTemplate
@@ -86,19 +87,18 @@ class EndlessModel(ScriptedModel):
         super().__init__(tokenizer, [])
         self.token, self.pause, self.passes = tokenizer.ids("a")[0], pause, 0
 
-    def forward(self, ids: torch.Tensor, past_key_values: Any, **more: Any) -> Any:
+    def step(self, spans: Sequence[Span]) -> list[torch.Tensor]:
         time.sleep(self.pause)
         self.passes += 1
-        self.left = [self.token]
-        return super().forward(ids, past_key_values, **more)
+        self.left = [self.token] * len(spans)
+        return super().step(spans)
 
 
 def endless(pause: float = 0.02) -> Engine:
-    """An engine whose answers only end when they are stopped."""
-    engine = scripted()
-    engine.model = EndlessModel(engine.tokenizer, pause)  # type: ignore[assignment]
-    engine.prefixes.model = engine.model
-    return engine
+    """An engine whose answers only end when they are stopped, one at a time."""
+    like = scripted()
+    model: Any = EndlessModel(like.tokenizer, pause)
+    return Engine(model, like.tokenizer, like.template, like.generation_config, parallel=1)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> float:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from glm4lite import Glm4ForCausalLM, SamplingParams, load
 from glm4lite.base.errors import ConfigError
-from glm4lite.engine.decoding import Generation, PrefixCache
+from glm4lite.engine.decoding import Generation
+from glm4lite.engine.prefix_pool import PrefixCache
 from glm4lite.model.cache import LayerCache
 from glm4lite.runtime import cuda_graph
 from glm4lite.runtime.cuda_graph import StepGraphs
@@ -161,7 +162,7 @@ def test_a_cache_that_was_cut_back_is_gone_on_from(
     model, params = model_of(folders["9B"], torch.float32), SamplingParams(temperature=0, max_new_tokens=4)
 
     def twice() -> list[int]:
-        cache, prompt = PrefixCache(model), IDS[0, :9].tolist()
+        cache, prompt = PrefixCache(model.new_cache()), IDS[0, :9].tolist()
         list(Generation(model, prompt, params, cache=cache))
         return list(Generation(model, [*prompt[:6], 7], params, cache=cache))
 
@@ -247,7 +248,7 @@ def test_layers_whose_caches_have_grown_unequally_are_not_written_beyond_their_e
     model, params = model_of(folders["9B"], torch.float32), SamplingParams(temperature=0, max_new_tokens=6)
 
     def after_a_stop() -> list[int]:
-        cache = PrefixCache(model)
+        cache = PrefixCache(model.new_cache())
         stopped_in_mid_pass(model, cache, IDS[0].tolist())  # the first layer's cache has grown, the second's has not
         return list(Generation(model, IDS[0, :13].tolist(), params, cache=cache))
 

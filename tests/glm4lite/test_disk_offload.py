@@ -18,8 +18,9 @@ from glm4lite import Glm4ForCausalLM, SamplingParams, load
 from glm4lite.base.errors import CheckpointError, ConfigError, ContextLengthError, DeviceError
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.quantize import quantize_checkpoint
-from glm4lite.engine.decoding import Generation, PrefixCache
+from glm4lite.engine.decoding import Generation
 from glm4lite.engine.engine import Engine
+from glm4lite.engine.prefix_pool import PrefixCache
 from glm4lite.engine.speculation import Speculation
 from glm4lite.loading.device_map import DeviceMap
 from glm4lite.loading.requirements import requirements_of
@@ -29,9 +30,11 @@ from glm4lite.memory.placement import place
 from glm4lite.memory.resources import Machine, Placement, Share
 from glm4lite.model.cache import LayerCache
 from glm4lite.model.layers import layer_of
+from glm4lite.model.step import Span
 from glm4lite.runtime.disk_offload import DiskStore
 from glm4lite_quant import QuantError
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
+from tests.glm4lite.company import alone, company, random_prompts
 
 CONTEXT = 96
 LAYERS = 7
@@ -98,6 +101,18 @@ def test_the_logits_have_the_same_bits_wherever_the_layers_lie(
             assert torch.equal(got, wanted)
 
 
+def test_a_read_of_the_disk_serves_all_sequences_of_a_step(folder: Path, streamed: Glm4ForCausalLM) -> None:
+    prompts = random_prompts(streamed, 8, 60, seed=4)
+    wanted = alone(load(folder, kv="float"), prompts)
+    for number, rows, logits in company(streamed, prompts, seed=4):
+        assert torch.equal(logits, wanted[number][rows])
+    (ring,) = rings(streamed)
+    before, caches = ring.bytes_read, [streamed.new_cache() for _ in prompts]
+    for _ in range(3):
+        streamed.step([Span([7], cache) for cache in caches])
+    assert ring.bytes_read - before <= 3 * ring.layers_bytes + ring.nbytes
+
+
 def test_code_that_knows_no_kernels_gets_the_weights_too(folder: Path, streamed: Glm4ForCausalLM) -> None:
     mask = torch.ones(1, 40, dtype=torch.long)
     mask[0, :7] = 0  # padding takes the torch code
@@ -152,7 +167,7 @@ def test_generating_goes_on_after_a_stop_in_mid_pass(folder: Path, streamed: Glm
     prompt = IDS[0].tolist()
     wanted = list(Generation(load(folder), prompt, GREEDY))
     cancel = threading.Event()
-    cache = PrefixCache(streamed)
+    cache = PrefixCache(streamed.new_cache())
     stopped = Generation(streamed, prompt, GREEDY, cache=cache, cancel=cancel)
     third = streamed.model.layers[3]
     handle = third.register_forward_pre_hook(lambda *_: cancel.set())
@@ -228,7 +243,7 @@ def test_an_error_of_the_disk_is_said_and_the_next_pass_tries_again(
         raise OSError(5, "Input/output error")
 
     reads["do"] = broken
-    cache = PrefixCache(streamed)
+    cache = PrefixCache(streamed.new_cache())
     with pytest.raises(CheckpointError, match=r"safetensors cannot be read: Input/output error"):
         list(Generation(streamed, IDS[0].tolist(), GREEDY, cache=cache))
     reads["do"] = reads["real"]
@@ -493,7 +508,7 @@ def test_a_device_that_fails_in_a_prompt_is_said_and_the_session_goes_on(
     folder: Path, failure: Exception, message: str
 ) -> None:
     model = load(folder)
-    cache, prompt = PrefixCache(model), IDS[0].tolist()
+    cache, prompt = PrefixCache(model.new_cache()), IDS[0].tolist()
 
     def fail(*_: Any) -> None:
         raise failure

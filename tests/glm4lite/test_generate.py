@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from glm4lite.base.errors import ContextLengthError
-from glm4lite.engine.decoding import Generation, PrefixCache
+from glm4lite.engine.decoding import Generation
+from glm4lite.engine.prefix_pool import PrefixCache
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.model.config import Glm4Config
 from glm4lite.pretrained.models import Glm4ForCausalLM
@@ -46,7 +47,7 @@ def test_a_long_prompt_is_computed_in_chunks_with_the_same_result(model: Glm4For
 
 
 def test_only_what_the_kept_prefix_lacks_is_prefilled(model: Glm4ForCausalLM) -> None:
-    cache = PrefixCache(model)
+    cache = PrefixCache(model.new_cache())
     first = Generation(model, prompt(50), GREEDY, cache=cache)
     answer = list(first)
     longer = [*prompt(50), *answer, 7, 8, 9]
@@ -57,7 +58,7 @@ def test_only_what_the_kept_prefix_lacks_is_prefilled(model: Glm4ForCausalLM) ->
 
 
 def test_a_changed_history_is_computed_again_from_the_change_on(model: Glm4ForCausalLM) -> None:
-    cache = PrefixCache(model)
+    cache = PrefixCache(model.new_cache())
     list(Generation(model, prompt(50), GREEDY, cache=cache))
     changed = [*prompt(50)[:30], 1, 2, 3]
     generation = Generation(model, changed, GREEDY, cache=cache)
@@ -66,7 +67,7 @@ def test_a_changed_history_is_computed_again_from_the_change_on(model: Glm4ForCa
 
 
 def test_the_same_prompt_again_computes_one_token(model: Glm4ForCausalLM) -> None:
-    cache = PrefixCache(model)
+    cache = PrefixCache(model.new_cache())
     answer = list(Generation(model, prompt(), GREEDY, cache=cache))
     again = Generation(model, prompt(), GREEDY, cache=cache)
     assert list(again) == answer
@@ -106,7 +107,7 @@ def test_cancel_ends_within_one_token(model: Glm4ForCausalLM) -> None:
 
 
 def test_cancel_inside_a_prefill_chunk_leaves_a_cache_that_can_be_used(model: Glm4ForCausalLM) -> None:
-    cache, cancel = PrefixCache(model), threading.Event()
+    cache, cancel = PrefixCache(model.new_cache()), threading.Event()
     hook = model.model.layers[0].register_forward_hook(lambda *_: cancel.set())
     stopped = Generation(model, prompt(40), GREEDY, cache=cache, cancel=cancel)
     assert list(stopped) == []

@@ -19,16 +19,20 @@ import torch
 
 from glm4lite import Glm4ForCausalLM, SamplingParams, load
 from glm4lite.checkpoint.quantize import quantize_checkpoint
-from glm4lite.engine.decoding import Generation, PrefixCache
+from glm4lite.engine.decoding import Generation
+from glm4lite.engine.prefix_pool import PrefixCache
 from glm4lite.loading.device_map import _bus
 from glm4lite.measure.inventory import devices, kernel_names
 from glm4lite.memory.resources import Machine, Placement, Share
 from glm4lite.memory.speed import prefetch_tokens
 from glm4lite.model.cache import LayerCache
+from glm4lite.model.step import Span
 from glm4lite.runtime import gpu_prefetch
 from glm4lite.runtime.fused import FusedLayers
 from glm4lite.runtime.gpu_prefetch import PrefetchedStore, Prefetcher, prefetch_long_prompts
+from glm4lite.runtime.kv_pool import KVPool
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
+from tests.glm4lite.company import company, random_prompts
 
 LAYERS, THRESHOLD = 6, 4
 IDS = torch.randint(3, 90, (1, 40), generator=torch.Generator().manual_seed(5))
@@ -86,8 +90,7 @@ def test_only_long_prompts_cross_and_each_layer_once(folders: dict[str, Path]) -
     model, bus = crossing_model(folders["int4"])
     logits_of(model, PIECES[:1])
     once = bus.bytes_sent
-    layer = sum(t.nbytes for t in (*model.model.layers[0].parameters(), *model.model.layers[0].buffers()))
-    assert once == 4 * layer
+    assert once == 4 * bus_bytes(model)
     logits_of(model, [IDS[:, :1], IDS[:, 1:4]])
     assert bus.bytes_sent == once
     logits_of(model, PIECES)
@@ -100,6 +103,29 @@ def test_every_cache_is_complete_after_a_pass(folders: dict[str, Path]) -> None:
     with torch.inference_mode():
         model(IDS, past_key_values=cache)
     assert [layer.length for layer in cache.layers] == [40] * LAYERS
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("kv", ["float", "int8"])
+def test_a_step_of_several_sequences_crosses_with_the_resident_models_bits(
+    folders: dict[str, Path], kv: str, pooled: bool
+) -> None:
+    model, bus = crossing_model(folders["int4"], kv=kv)
+    prompts = random_prompts(model, 5, 40, seed=6)
+    new_cache = KVPool(model, 400).new if pooled else model.new_cache
+    resident = company(load(folders["int4"], kv=kv), prompts, 6)
+    each = zip(company(model, prompts, 6, new_cache), resident, strict=True)
+    for (number, rows, got), (other, other_rows, want) in each:
+        assert (number, rows) == (other, other_rows)
+        assert torch.equal(got, want)
+    sent = bus.bytes_sent
+    model.step([Span(ids[:1], model.new_cache()) for ids in prompts])
+    assert bus.bytes_sent - sent == 4 * bus_bytes(model)
+
+
+def bus_bytes(model: Glm4ForCausalLM) -> int:
+    """Of one layer."""
+    return sum(t.nbytes for t in (*model.model.layers[0].parameters(), *model.model.layers[0].buffers()))
 
 
 def test_layers_on_disk_cross_too(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +148,7 @@ def test_layers_on_disk_cross_too(folders: dict[str, Path], monkeypatch: pytest.
 
 def test_a_stop_in_mid_pass_leaves_a_cache_to_go_on_from(folders: dict[str, Path]) -> None:
     model, _ = crossing_model(folders["int4"])
-    prompt, cancel, cache = IDS[0].tolist(), threading.Event(), PrefixCache(model)
+    prompt, cancel, cache = IDS[0].tolist(), threading.Event(), PrefixCache(model.new_cache())
     handle = model.model.layers[2].register_forward_pre_hook(lambda *_: cancel.set())
     assert list(Generation(model, prompt, GREEDY, cache=cache, cancel=cancel)) == []
     handle.remove()

@@ -19,6 +19,7 @@ from glm4lite.server.requests import ChatRequest
 from glm4lite.text.template import ChatTemplate
 from glm4lite.tools.builtin.tools import BUILTIN_TOOLS, calculator
 from glm4lite.tools.running import run_tool
+from glm4lite_quant.kernels import native
 from tests.glm4lite.scripted import ScriptedModel
 from tests.glm4lite.served import Served, scripted, served
 
@@ -315,6 +316,10 @@ def test_metrics_and_health_say_what_happened(nano: Served) -> None:
     assert float(values["glm4lite_tokens_per_second"]) > 0
     assert int(values['glm4lite_weight_bytes{device="cpu"}']) > 1_000_000
     assert int(values["glm4lite_resident_bytes"]) > 10_000_000
+    assert int(values["glm4lite_steps_total"]) > 0
+    assert values["glm4lite_preempted_total"] == "0"
+    if native.backend() is not None:
+        assert 0 < int(values["glm4lite_kv_blocks_free"]) < int(values["glm4lite_kv_blocks"])  # one prefix is kept
     assert (values["glm4lite_queue_waiting"], values["glm4lite_running"]) == ("0", "0")
     assert nano.http.get("/health").json() == {"status": "ok", "waiting": 0, "running": 0}
 

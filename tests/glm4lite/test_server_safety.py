@@ -249,14 +249,14 @@ def test_a_call_in_the_history_cannot_bring_a_line_of_its_own(nano: Served) -> N
 
 def test_what_fails_within_is_a_500_without_details_and_the_next_is_answered(caplog: pytest.LogCaptureFixture) -> None:
     engine = scripted("\nHi.<|user|>")
-    forward = engine.model.forward
-    engine.model.forward = lambda *_, **__: 1 / 0  # type: ignore[method-assign,assignment]
+    step = engine.model.step
+    engine.model.step = lambda *_: 1 / 0  # type: ignore[method-assign,assignment]
     with served(engine) as server:
         with pytest.raises(openai.InternalServerError, match="ZeroDivisionError"):
             server.chat()
         with pytest.raises(openai.APIError, match="ZeroDivisionError"):
             list(server.chat(stream=True))
-        engine.model.forward = forward  # type: ignore[method-assign]
+        engine.model.step = step  # type: ignore[method-assign]
         assert server.chat().choices[0].message.content == "Hi."
     assert "an answer failed" in caplog.text
 

@@ -15,6 +15,7 @@ from glm4lite.engine.decoding import Generation
 from glm4lite.engine.engine import Engine
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.engine.speculation import MOST, Costs, Drafts, Lookup, Odds, Speculation
+from glm4lite.model.step import Span
 from glm4lite_quant.kernels import native
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=40)
@@ -30,7 +31,7 @@ def engine(request: pytest.FixtureRequest) -> Engine:
 class Eager(Speculation):
     """Guesses whatever it can, as far as it can: how often that is right does not matter to what comes out."""
 
-    def length(self, agreed: int, most: int) -> int:
+    def length(self, agreed: int, most: int, sequences: int = 1, rows: int = 1) -> int:
         return most
 
 
@@ -44,7 +45,7 @@ class Random(Speculation):
     def find(self, last: Sequence[int], count: int) -> tuple[list[int], int]:
         return [self.random.randrange(20, 400) for _ in range(count)], 24
 
-    def length(self, agreed: int, most: int) -> int:
+    def length(self, agreed: int, most: int, sequences: int = 1, rows: int = 1) -> int:
         return self.random.randint(0, most)
 
 
@@ -55,6 +56,18 @@ def generation(
     made = Generation(engine.model, prompt, params, stops, size, speculation=speculation)
     made.top_logprobs = 2
     return made
+
+
+def rows_of_steps(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the ids of each step that is made from now on."""
+    rows, step = list[int](), engine.model.step
+
+    def counted(spans: Sequence[Span]) -> list[torch.Tensor]:
+        rows.append(sum(len(span.ids) for span in spans))
+        return step(spans)
+
+    monkeypatch.setattr(engine.model, "step", counted)
+    return rows
 
 
 def prompts(engine: Engine, count: int) -> Iterator[tuple[list[int], SamplingParams]]:
@@ -103,28 +116,33 @@ class Known(Costs):
 
 
 def test_fewer_steps_are_made_where_an_answer_repeats_what_was_said(
-    engine: Engine,
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows: list[int] = []
-    hook = engine.model.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
+    rows = rows_of_steps(engine, monkeypatch)
     speculation = Speculation()
     speculation.costs = Known()
     prompt = engine.tokenizer.prefix_ids + engine.tokenizer.ids("one two three four five six seven " * 12)
     answered = list(generation(engine, prompt, replace(GREEDY, max_new_tokens=60), speculation))
-    hook.remove()
     assert len(answered) > 30
     assert len(rows) < 0.6 * len(answered)
 
 
-def test_ids_that_are_put_in_and_guesses_make_no_more_rows_than_a_step_has(engine: Engine) -> None:
+def test_what_steps_cost_is_learnt_from_steps(engine: Engine) -> None:
+    speculation = Eager()
     prompt = engine.tokenizer.ids("one two three four five six seven " * 12)
-    answers, rows = [], list[int]()
-    hook = engine.model.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
+    list(generation(engine, prompt, GREEDY, speculation))
+    assert speculation.costs.seconds(MOST + 1)
+
+
+def test_ids_that_are_put_in_and_guesses_make_no_more_rows_than_a_step_has(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = engine.tokenizer.ids("one two three four five six seven " * 12)
+    answers, rows = [], rows_of_steps(engine, monkeypatch)
     for speculation in (None, Eager()):
         answered, drawn = generation(engine, prompt, GREEDY, speculation), iter(range(100))
         answered.replacement = lambda _, drawn=drawn: prompt[:5] if next(drawn) % 4 == 3 else []
         answers.append(list(answered))
-    hook.remove()
     assert answers[0] == answers[1]
     assert max(count for count in rows if count < len(prompt) - 1) <= MOST + 1
 
@@ -214,19 +232,19 @@ def test_former_answers_serve_the_next_one_and_do_not_pile_up() -> None:
     assert len(speculation._former.ids) <= 70_000
 
 
-@pytest.mark.parametrize("how", [0, 8, -1, "on", "1.5", ""])
+@pytest.mark.parametrize("how", [0, 16, -1, "on", "1.5", ""])
 def test_what_cannot_be_asked_for_is_refused(engine: Engine, how: str | int) -> None:
-    with pytest.raises(ConfigError, match="use auto, off, or a number from 1 to 7"):
+    with pytest.raises(ConfigError, match="use auto, off, or a number from 1 to 15"):
         engine.speculate(how)
 
 
 def test_guesses_are_made_by_themselves_only_where_bits_stay_the_same() -> None:
-    assert Engine.load("nano", quant="int8", device="cpu").speculation is not None
+    assert Engine.load("nano", quant="int8", device="cpu").scheduler.speculation is not None
     plain = Engine.load("nano", quant="none", device="cpu")
-    assert plain.speculation is None
+    assert plain.scheduler.speculation is None
     plain.speculate(4)
-    assert plain.speculation is not None
-    assert plain.speculation.most == 4
+    assert plain.scheduler.speculation is not None
+    assert plain.scheduler.speculation.most == 4
 
 
 @pytest.mark.parametrize("rows", [2, 5, 8])

@@ -214,7 +214,8 @@ def test_a_real_model_goes_on_as_if_it_had_ended_the_thought_itself(tmp_path: Pa
             logits = engine.model(torch.tensor([uncached])).logits[0, -1, : engine.tokenizer.size]
             assert drawn == int(logits.argmax())
             uncached.append(drawn)
-    assert generation.cache.ids == [*prompt, *ids][: len(generation.cache.ids)]
+    kept = engine.prefixes.take([*prompt, *ids, 0]).ids
+    assert kept == [*prompt, *ids][: len(kept)]
     assert len(ids) > len(closed)
 
 

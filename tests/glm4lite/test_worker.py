@@ -23,11 +23,15 @@ from tests.glm4lite.scripted import scripted_engine
 NANO = Path(glm4lite.__file__).parent / "nano"
 
 
-@pytest.fixture
-def worker() -> Iterator[EngineWorker]:
+def scripted(parallel: int = 1) -> Engine:
     tokenizer, template = Tokenizer.from_folder(NANO), ChatTemplate.from_folder(NANO)
     assert template is not None
-    made = EngineWorker(scripted_engine(tokenizer, template, ["\nHello.<|user|>", "\nFine.<|user|>"]), queue_size=2)
+    return scripted_engine(tokenizer, template, ["\nHello.<|user|>", "\nFine.<|user|>"], parallel=parallel)
+
+
+@pytest.fixture
+def worker() -> Iterator[EngineWorker]:
+    made = EngineWorker(scripted(), queue_size=2)
     yield made
     made.close()
 
@@ -70,7 +74,7 @@ def test_tokens_are_counted_also_of_a_job_without_a_last_event(worker: EngineWor
     assert (state.prompt_tokens, state.new_tokens) == (len(worker.engine.tokenizer.ids("Hi")), 2)
 
 
-def test_jobs_run_one_after_another_on_the_engines_thread(worker: EngineWorker) -> None:
+def test_an_engine_that_computes_one_answer_at_once_runs_jobs_one_after_another(worker: EngineWorker) -> None:
     first, second = Gate(), Gate()
     one, two = worker.run(first, first.cancel), worker.run(second, second.cancel)
     assert next(one) == "a"
@@ -80,7 +84,37 @@ def test_jobs_run_one_after_another_on_the_engines_thread(worker: EngineWorker) 
     first.opened.set()
     second.opened.set()
     assert (list(one), list(two)) == (["b"], ["a", "b"])
-    assert first.thread == second.thread == "engine"
+    assert first.thread == second.thread
+
+
+def test_as_many_jobs_run_side_by_side_as_the_engine_computes_at_once() -> None:
+    worker = EngineWorker(scripted(parallel=2))
+    gates = [Gate() for _ in range(3)]
+    jobs = [worker.run(gate, gate.cancel) for gate in gates]
+    assert [next(job) for job in jobs[:2]] == ["a", "a"]
+    assert gates[0].thread != gates[1].thread
+    time.sleep(0.05)
+    assert (worker.state().running, worker.state().waiting, gates[2].thread) == (2, 1, "")
+    gates[1].opened.set()
+    assert list(jobs[1]) == ["b"]
+    assert next(jobs[2]) == "a"
+    worker.close()
+
+
+def test_nothing_runs_beside_a_job_that_is_alone() -> None:
+    worker = EngineWorker(scripted(parallel=2))
+    gates = [Gate() for _ in range(3)]
+    jobs = [worker.run(gate, gate.cancel, alone=gate is gates[1]) for gate in gates]
+    assert next(jobs[0]) == "a"
+    time.sleep(0.05)
+    assert (gates[1].thread, gates[2].thread) == ("", "")
+    gates[0].opened.set()
+    assert next(jobs[1]) == "a"
+    time.sleep(0.05)
+    assert (worker.state().running, gates[2].thread) == (1, "")
+    gates[1].opened.set()
+    assert next(jobs[2]) == "a"
+    worker.close()
 
 
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(worker: EngineWorker) -> None:

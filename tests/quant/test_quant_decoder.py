@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import random
+from dataclasses import dataclass
 from functools import lru_cache
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from glm4lite_quant import QuantConfig, QuantError, QuantTensor
 from glm4lite_quant.kernels import native
-from glm4lite_quant.kernels.decoder import BIASES, NORMS, WEIGHTS, CacheView, DecoderKernel, Heads, run
+from glm4lite_quant.kernels.decoder import BIASES, BLOCK, NORMS, WEIGHTS, CacheView, DecoderKernel, Heads, SpanRows
+from glm4lite_quant.kernels.decoder import run as run_spans
 
 HAVE = native._library()
 HIDDEN, INNER, EPS = 96, 160, 1e-5
@@ -133,6 +135,11 @@ class Layer:
         return x + self.norm("post_mlp", self.linear("down", F.silu(gate) * up))
 
 
+def run(kernels: list[DecoderKernel], caches: list[CacheView], x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """One sequence's rows, in place."""
+    run_spans(kernels, [SpanRows(len(x), caches)], x, cos, sin)
+
+
 @lru_cache
 def layer_of(shape: Shape) -> Layer:
     """Made once: quantizing takes longer than all else here."""
@@ -194,35 +201,107 @@ def test_a_long_past_is_read_in_ranges_that_are_merged(isa: str, int8: bool, mon
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
-def test_a_prompt_in_parts_gives_what_it_gives_at_once(isa: str, int8: bool) -> None:
-    heads = HEADS["three queries each"]
-    kernel, whole, parts = layer_of(Shape(heads)).kernel(), Cache.empty(heads, 200, int8), Cache.empty(heads, 200, int8)
-    x, (cos, sin) = torch.randn(200, HIDDEN), turns(heads, 200)
-    once, split = x.clone(), x.clone()
-    run([kernel], [whole.view()], once, cos, sin)
-    for start, stop in ((0, 1), (1, 90), (90, 91), (91, 200)):
-        run([kernel], [replace(parts, length=start).view()], split[start:stop], cos[start:stop], sin[start:stop])
-    torch.testing.assert_close(split, once, rtol=1e-4, atol=1e-4)
-    assert torch.equal(whole.values, parts.values)
-    assert torch.equal(whole.keys, parts.keys)
+@pytest.mark.parametrize("heads", ["three queries each", "the 9B's sixteen", "the 32B's twenty-four"])
+def test_a_row_has_the_bits_it_has_alone_whatever_goes_beside_it(
+    isa: str, heads: str, int8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences in random chunks and random company, on any number of threads, against each id by id."""
+    shape, chance = HEADS[heads], random.Random(heads)
+    kernel = layer_of(Shape(shape)).kernel()
+    pasts, lengths = (0, 3, 509, 1021, 2040), (140, 9, 60, 8, 1)  # borders between ranges fall within some
+    sequences = [Sequence.random(kernel, past, length, int8) for past, length in zip(pasts, lengths, strict=True)]
+    for _ in range(4):
+        monkeypatch.setenv("GLM4LITE_THREADS", chance.choice("12"))
+        for sequence in sequences:
+            sequence.begin()
+        while waiting := [sequence for sequence in sequences if sequence.left]:
+            joined = chance.sample(waiting, chance.randint(1, len(waiting)))
+            step(kernel, [(one, min(one.left, chance.choice((1, 2, 7, 8, 9, 33, 140)))) for one in joined])
+        for sequence in sequences:
+            assert torch.equal(sequence.out, sequence.alone)
+
+
+@dataclass
+class Sequence:
+    """New rows behind a past, as far as they are computed, and what each becomes alone."""
+
+    cache: Cache
+    past: int
+    x: Tensor
+    turns: tuple[Tensor, Tensor]
+    alone: Tensor
+    out: Tensor
+    done: int = 0
+
+    @classmethod
+    def random(cls, kernel: DecoderKernel, past: int, length: int, int8: bool) -> Sequence:
+        cache = Cache.empty(kernel.heads, past + length, int8)
+        cache.invent(past)
+        x = torch.randn(length, HIDDEN)
+        made = cls(cache, past, x, turns(kernel.heads, length), x, x)
+        made.begin()
+        for _ in range(length):
+            step(kernel, [(made, 1)])
+        made.alone = made.out
+        return made
+
+    @property
+    def left(self) -> int:
+        return len(self.x) - self.done
+
+    def begin(self) -> None:
+        self.out, self.done, self.cache.length = self.x.clone(), 0, self.past
+
+    def next(self, count: int) -> slice:
+        return slice(self.done, self.done + count)
+
+
+def step(kernel: DecoderKernel, joined: list[tuple[Sequence, int]]) -> None:
+    """So many more rows of each go through in one call."""
+    spans = [SpanRows(count, [one.cache.view()]) for one, count in joined]
+    x = torch.cat([one.out[one.next(count)] for one, count in joined])
+    cos, sin = (torch.cat([one.turns[which][one.next(count)] for one, count in joined]) for which in (0, 1))
+    run_spans([kernel], spans, x, cos, sin)
+    for (one, count), rows in zip(joined, x.split([count for _, count in joined]), strict=True):
+        one.out[one.next(count)] = rows
+        one.done += count
+        one.cache.length += count
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
-@pytest.mark.parametrize("past", [3, 509, 1021])  # a border between two ranges of the past falls within the step
-def test_a_step_of_a_few_tokens_gives_each_the_bits_it_has_alone(isa: str, int8: bool, past: int) -> None:
-    heads = HEADS["three queries each"]
-    kernel, together, alone = layer_of(Shape(heads)).kernel(), *(Cache.empty(heads, past + 8, int8) for _ in range(2))
-    for cache in (together, alone):
-        torch.manual_seed(past)
-        cache.invent(past)
-    x, (cos, sin) = torch.randn(8, HIDDEN), turns(heads, 8)
-    for tokens in (8, 5, 2):
-        at_once, one_by_one = x[:tokens].clone(), x[:tokens].clone()
-        run([kernel], [together.view()], at_once, cos[:tokens], sin[:tokens])
-        for t in range(tokens):
-            at = replace(alone, length=past + t).view()
-            run([kernel], [at], one_by_one[t : t + 1], cos[t : t + 1], sin[t : t + 1])
-        assert torch.equal(at_once, one_by_one)
+def test_blocks_that_lie_anywhere_give_the_bits_of_memory_in_one_piece(isa: str, int8: bool) -> None:
+    heads, tokens, past = HEADS["two queries each"], 150, 530
+    kernel, whole = layer_of(Shape(heads)).kernel(), Cache.empty(heads, 704, int8)
+    whole.invent(past)
+    count = whole.view().capacity // BLOCK
+    table = torch.randperm(2 * count)[:count].to(torch.int32)
+    pooled = in_blocks(whole, table)
+    x, (cos, sin) = torch.randn(tokens, HIDDEN), turns(heads, tokens)
+    one, other = x.clone(), x.clone()
+    run([kernel], [whole.view()], one, cos, sin)
+    run([kernel], [pooled], other, cos, sin)
+    assert torch.equal(one, other)
+    after = in_blocks(whole, table)
+    used = [(pooled.keys, after.keys), (pooled.values, after.values)]
+    if int8:
+        used += [(pooled.key_scale, after.key_scale), (pooled.value_scale, after.value_scale)]  # type: ignore[list-item]
+    for written, expected in used:
+        assert torch.equal(written, expected)  # and no other block was touched
+
+
+def in_blocks(cache: Cache, table: Tensor) -> CacheView:
+    """The same keys and values in memory cut into blocks, of which `table` says the places."""
+    blocks, (kv_heads, _, dim) = 2 * len(table), cache.values.shape
+    keys = torch.zeros(blocks, kv_heads, BLOCK // 16, dim, 16, dtype=cache.keys.dtype)
+    keys[table] = cache.keys.unflatten(1, (-1, BLOCK // 16)).transpose(0, 1)
+    values = torch.zeros(blocks, kv_heads, BLOCK, dim, dtype=cache.values.dtype)
+    values[table] = cache.values.unflatten(1, (-1, BLOCK)).transpose(0, 1)
+    if cache.scales is None:
+        return CacheView(keys, values, None, None, cache.length, table)
+    scales = torch.zeros(2, blocks, kv_heads, BLOCK)
+    for to, scale in zip(scales, cache.scales, strict=True):
+        to[table] = scale.unflatten(1, (-1, BLOCK)).transpose(0, 1)
+    return CacheView(keys, values, scales[0], scales[1], cache.length, table)
 
 
 def test_layers_run_one_after_another(isa: str) -> None:
@@ -247,7 +326,7 @@ def test_what_does_not_fit_is_refused() -> None:
     for wrong in (x[:9, :64].contiguous(), x[:8]):
         with pytest.raises(QuantError, match="do not fit"):
             run([layer.kernel()], [cache.view()], wrong, cos[:9], sin[:9])
-    with pytest.raises(QuantError, match="do not fit 2 caches"):
+    with pytest.raises(QuantError, match=r"do not fit 9 rows of \[2\] caches"):
         run([layer.kernel()], [cache.view()] * 2, x[:9], cos[:9], sin[:9])
 
 

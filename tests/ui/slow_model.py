@@ -8,13 +8,14 @@ from __future__ import annotations
 import copy
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from glm4lite.engine.engine import Engine
 from glm4lite.engine.worker import EngineWorker
+from glm4lite.model.step import Span
 from glm4lite.server import Address
 from glm4lite_ui.runtime import Runtime
 from glm4lite_ui.saved.store import ChatStore
@@ -24,18 +25,20 @@ from glm4lite_ui.serving import serve_page
 def slow_engine(nano: Engine, reply: str, seconds: float = 0.01) -> Engine:
     """An Engine that computes like nano but answers everything with `reply`, taking `seconds` more a token."""
     words = [*nano.tokenizer.ids(reply), nano.tokenizer.special["<|user|>"]]
-    model, left = copy.copy(nano.model), list[int]()
+    model, left = copy.copy(nano.model), dict[int, list[int]]()  # by what keeps an answer's keys and values
 
-    def told(ids: torch.Tensor, **named: Any) -> Any:
-        output = nano.model(ids, **named)
+    def told(spans: Sequence[Span]) -> list[torch.Tensor]:
+        output = [torch.zeros_like(logits) for logits in nano.model.step(spans)]
         time.sleep(seconds)
-        if ids.shape[1] > 1 or not left:
-            left[:] = words
-        output.logits = torch.zeros_like(output.logits)
-        output.logits[0, -1, left.pop(0)] = 1
+        for span, logits in zip(spans, output, strict=True):
+            said = left.setdefault(id(span.cache), [])
+            if len(span.ids) > 1 or not said:
+                said[:] = words
+            if span.kept:
+                logits[-1, said.pop(0)] = 1
         return output
 
-    model.forward = told  # type: ignore[method-assign, assignment]
+    model.step = told  # type: ignore[method-assign]
     return Engine(model, nano.tokenizer, nano.template, {"do_sample": False})
 
 

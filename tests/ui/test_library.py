@@ -10,7 +10,7 @@ from typing import Any
 
 from glm4lite.engine.engine import Engine
 from glm4lite_ui.chats import Chat, Part, Settings, Turn
-from tests.ui.acts import ask, start_long_answer, wait_for_end
+from tests.ui.acts import ask, shown, start_long_answer, wait_for_end
 from tests.ui.conftest import Serve
 from tests.ui.slow_model import slow_engine
 
@@ -54,6 +54,20 @@ def test_among_200_chats_the_search_finds_what_was_typed_within_a_second(
     assert page.locator("#chats a").all_inner_texts() == ["Chat 77"]  # and no earlier one came after it
     page.fill("#search", "nothing like it")
     page.wait_for_selector("#chats >> text=No chat matches.")
+
+
+def test_two_chats_are_answered_at_once(nano: Engine, serve: Serve, visit: Visit) -> None:
+    site = serve(slow_engine(nano, "word " * 3000))
+    pages = [visit(site.url) for _ in range(2)]
+    for page in pages:
+        start_long_answer(page)
+    words = [shown(page).count("word") for page in pages]
+    for page, before in zip(pages, words, strict=True):
+        page.wait_for_function("n => document.body.innerText.split('word').length > n", arg=before + 20)
+    assert site.runtime.worker.state().running == 2
+    for page in pages:
+        page.click("#stop")
+        wait_for_end(page)
 
 
 def test_a_chat_is_pinned_and_put_into_a_folder(serve: Serve, visit: Visit) -> None:

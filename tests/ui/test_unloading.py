@@ -114,7 +114,9 @@ def test_what_the_routes_and_the_api_say_meanwhile(serve: Serve, own: Engine) ->
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_not_loaded")
         assert client.get("/v1/models").json()["data"] == []
         assert client.get("/health").status_code == 200
-        assert "glm4lite_kept_prefixes 0" in client.get("/metrics").text
+        metrics = client.get("/metrics").text
+        assert "glm4lite_kept_prefixes 0" in metrics
+        assert "glm4lite_kv_blocks" not in metrics
         assert client.post("/page/model/load", json={"source": "nano"}).status_code == 200
         deadline = time.monotonic() + 60
         while not site.runtime.engine.loaded and time.monotonic() < deadline:

@@ -50,6 +50,9 @@ def ui(
     ram: options.Ram = None,
     context: options.Context = None,
     speculate: options.Speculate = "auto",
+    draft: options.Draft = None,
+    parallel: options.Parallel = None,
+    keep_prefixes: options.KeepPrefixes = None,
     threads: options.Threads = None,
     servers_from_elsewhere: Annotated[
         bool,
@@ -59,7 +62,15 @@ def ui(
 ) -> None:
     """Chat with a model in the browser, on this machine only."""
     limits: dict[str, Any] = {"device": device, "dtype": dtype}
-    limits |= {"gpu_memory": gpu_memory, "ram": ram, "context": context, "kv": kv, "speculate": speculate}
+    limits |= {
+        "gpu_memory": gpu_memory,
+        "ram": ram,
+        "context": context,
+        "kv": kv,
+        "speculate": speculate,
+        "parallel": parallel,
+        "keep_prefixes": keep_prefixes,
+    }
     with rendering(as_json=False) as renderer:
         # Before what takes seconds to import.
         require("the web chat", "gradio", "nh3", "latex2mathml", "pygments", extra="ui")

@@ -60,7 +60,7 @@ class Loading:
 
         def run() -> None:
             try:
-                for _ in self.runtime.worker.run(job, cancel):
+                for _ in self.runtime.worker.run(job, cancel, alone=True):
                     pass
             except BaseException as error:  # raised again where the page reads
                 failures.append(error)

@@ -237,7 +237,7 @@ class Runtime:
 
         if self.answers:  # their tools may wait for the user: nothing is gained by waiting for those
             raise BusyError("a chat is being answered; stop that first")
-        for _ in self.worker.run(job):
+        for _ in self.worker.run(job, alone=True):
             pass
 
     def close(self) -> None:

@@ -33,11 +33,19 @@ class Source:
     model: str
     options: LoadOptions
     speculate: str = "auto"
+    draft: str | None = None
+    keep_prefixes: str | None = None
 
     def load(self, progress: Callable[[Progress], None], before_weights: Callable[[], None] | None = None) -> Engine:
         options = replace(self.options, progress=progress)
         return Engine.from_options(
-            self.model, options, need_template=True, before_weights=before_weights, speculate=self.speculate
+            self.model,
+            options,
+            need_template=True,
+            before_weights=before_weights,
+            speculate=self.speculate,
+            draft=self.draft,
+            keep_prefixes=self.keep_prefixes,
         )
 
 

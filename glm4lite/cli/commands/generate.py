@@ -31,6 +31,7 @@ def generate(
     ram: options.Ram = None,
     context: options.Context = None,
     speculate: options.Speculate = "auto",
+    draft: options.Draft = None,
     threads: options.Threads = None,
 ) -> None:
     """Continue a text, without a chat template (for base models, or to look at a model's raw output)."""
@@ -48,6 +49,6 @@ def generate(
     with rendering(as_json, raw=True) as renderer:
         asked = LoadOptions(quant or "auto", device, dtype, renderer.show, budget=budget)
         text = "" if prompt is None and is_interactive() else prompt_text(prompt, renderer.remark)
-        completion = Completion(Engine.from_options(model, asked, speculate=speculate))
+        completion = Completion(Engine.from_options(model, asked, speculate=speculate, draft=draft))
         with interrupt_stops(completion):
             renderer.show_all(completion.run(text, **sampling))

@@ -18,7 +18,7 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="GLM4LITE_API_KEY", help="Asked of every client.", show_default="none")
     ] = None,
-    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for the one being answered.")] = 8,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for those being answered.")] = 512,
     quant: options.Quant = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -27,6 +27,9 @@ def serve(
     ram: options.Ram = None,
     context: options.Context = None,
     speculate: options.Speculate = "auto",
+    draft: options.Draft = None,
+    parallel: options.Parallel = None,
+    keep_prefixes: options.KeepPrefixes = None,
     threads: options.Threads = None,
 ) -> None:
     """Serve a model to programs that speak OpenAI's API."""
@@ -47,7 +50,9 @@ def serve(
             renderer.remark(nano_remark("serve"))
         budget = Budget.of(gpu_memory, ram, context, kv)
         asked = LoadOptions(quant or "auto", device, dtype, renderer.show, budget=budget)
-        engine = Engine.from_options(model, asked, speculate=speculate)
+        engine = Engine.from_options(
+            model, asked, speculate=speculate, parallel=parallel, draft=draft, keep_prefixes=keep_prefixes
+        )
         name = name_of(model)
         ready = f"{name} answers at {url_of(listening)}/v1 (Ctrl-C ends)"
         served = create_app(EngineWorker(engine, queue), name, api_key)

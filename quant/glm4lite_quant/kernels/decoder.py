@@ -1,4 +1,4 @@
-"""Decoder layers in one native call: between their linears nothing returns to Python and nothing is allocated."""
+"""Decoder layers in one native call, for the rows of several sequences: nothing returns to Python in between."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from glm4lite_quant.kernels import native
 WEIGHTS = ("q", "k", "v", "o", "gate_up", "down")
 BIASES = ("q", "k", "v")
 NORMS = ("input", "post_self_attn", "post_attention", "post_mlp")
-TOKENS = 16  # tokens of keys that lie together
+TOKENS, BLOCK = 16, 64  # tokens of keys that lie together; tokens of a block (GLM4_TOKENS, GLM4_BLOCK)
 MAX_HEAD_DIM, MAX_GROUP = 256, 128  # GLM4_MAX_HEAD_DIM, GLM4_ATTENTION_ROWS
 
 
@@ -32,9 +32,12 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True)
 class CacheView:
-    """One layer's keys and values: float32, or int8 with a scale per head and token. `capacity` is a multiple of 16.
+    """One sequence's keys and values in one layer: float32, or int8 with a scale per head and token.
 
-    keys [kv_heads, capacity / 16, head_dim, 16], values [kv_heads, capacity, head_dim], scales [kv_heads, capacity].
+    keys [kv_heads, capacity / 16, head_dim, 16], values [kv_heads, capacity, head_dim], scales [kv_heads, capacity];
+    `capacity` is a multiple of 16. With a `table`, int32 [blocks of the sequence], the memory is shared by many and
+    cut into blocks of 64 tokens: keys [blocks, kv_heads, 4, head_dim, 16], values [blocks, kv_heads, 64, head_dim],
+    scales [blocks, kv_heads, 64].
     A float cache of a GPU has its keys as its values, in the activations' type.
     """
 
@@ -43,21 +46,34 @@ class CacheView:
     key_scale: Tensor | None
     value_scale: Tensor | None
     length: int
+    table: Tensor | None = None
 
     @property
     def capacity(self) -> int:
-        return self.values.shape[1]
+        return self.values.shape[1] if self.table is None else BLOCK * len(self.table)
+
+
+class SpanRows(NamedTuple):
+    """One sequence's part of a call: so many rows, and its cache in each layer."""
+
+    rows: int
+    caches: Sequence[CacheView]
 
 
 class _Cache(ctypes.Structure):
     """glm4_cache of csrc/qgemm.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scale", "value_scale")),
-        ("capacity", ctypes.c_int64),
-        ("length", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scale", "value_scale", "table")),
+        *((name, ctypes.c_int64) for name in ("block_stride", "head_stride", "length")),
         ("type", ctypes.c_int32),
     ]
+
+
+class _Span(ctypes.Structure):
+    """glm4_span of csrc/qgemm.h."""
+
+    _fields_ = [("rows", ctypes.c_int64), ("caches", ctypes.POINTER(_Cache))]
 
 
 class _Layer(ctypes.Structure):
@@ -115,29 +131,36 @@ class DecoderKernel:
         )
 
 
-def run(kernels: Sequence[DecoderKernel], caches: Sequence[CacheView], x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """x [T, hidden], the float32 residual stream, goes through the layers in place; keys and values join the caches.
+def run(kernels: Sequence[DecoderKernel], spans: Sequence[SpanRows], x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """x [rows, hidden], the float32 residual stream, goes through the layers in place: the rows of each span, one span
+    behind the other. Their keys and values join the spans' caches. cos and sin are float32 [rows, rotary_dim / 2].
 
-    cos and sin are float32 [T, rotary_dim / 2]. QuantError where a cache has no room for T tokens, or shapes differ.
+    A row's result depends on its own sequence alone, to the bit, however that is cut into calls.
+    QuantError where a cache has no room for its rows, or shapes differ.
     """
-    tokens, turns = x.shape[0], (x.shape[0], kernels[0].heads.rotary_dim // 2)
-    if len(caches) != len(kernels) or x.shape[1] != kernels[0].layer.q.k or cos.shape != turns or sin.shape != turns:
-        raise QuantError(f"{len(kernels)} layers of {kernels[0].layer.q.k} do not fit {len(caches)} caches, {x.shape}")
+    rows, turns = sum(span.rows for span in spans), (x.shape[0], kernels[0].heads.rotary_dim // 2)
+    whole = rows == x.shape[0] and all(len(span.caches) == len(kernels) for span in spans)
+    if not whole or x.shape[1] != kernels[0].layer.q.k or cos.shape != turns or sin.shape != turns:
+        found = f"{rows} rows of {[len(span.caches) for span in spans]} caches, {list(x.shape)}"
+        raise QuantError(f"{len(kernels)} layers of {kernels[0].layer.q.k} do not fit {found}")
     for name, tensor in (("x", x), ("cos", cos), ("sin", sin)):
         if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device.type != "cpu":
             raise QuantError(f"{name} must be contiguous float32 on the CPU")
-    for cache in caches:
-        if cache.length + tokens > cache.capacity:
-            raise QuantError(f"a cache of {cache.capacity} tokens holds {cache.length}: {tokens} more do not fit")
-    layers = (ctypes.c_void_p * len(kernels))(*(ctypes.addressof(kernel.layer) for kernel in kernels))
-    views = (_Cache * len(caches))(*(_cache(cache) for cache in caches))
-    kernels[0].backend.decoder_layers(layers, views, len(kernels), x, cos, sin)
+    for span in spans:
+        for cache in span.caches:
+            if cache.length + span.rows > cache.capacity:
+                found = f"a cache of {cache.capacity} tokens holds {cache.length}"
+                raise QuantError(f"{found}: {span.rows} more do not fit")
+    views = [(_Cache * len(kernels))(*(_cache(cache) for cache in span.caches)) for span in spans]
+    described = (_Span * len(spans))(*(_Span(span.rows, caches) for span, caches in zip(spans, views, strict=True)))
+    kernels[0].backend.decoder_layers([ctypes.addressof(kernel.layer) for kernel in kernels], described, x, cos, sin)
 
 
 def _cache(view: CacheView) -> _Cache:
     kind = native.FLOAT32 if view.keys.dtype == torch.float32 else native.INT8
-    scales = (_pointer(view.key_scale), _pointer(view.value_scale))
-    return _Cache(view.keys.data_ptr(), view.values.data_ptr(), *scales, view.capacity, view.length, kind)
+    pointers = (view.keys, view.values, view.key_scale, view.value_scale, view.table)
+    strides = (BLOCK, view.capacity) if view.table is None else (view.values.shape[1] * BLOCK, BLOCK)
+    return _Cache(*(_pointer(tensor) for tensor in pointers), *strides, view.length, kind)
 
 
 def _heads_fit(heads: Heads) -> bool:

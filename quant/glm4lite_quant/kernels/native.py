@@ -9,9 +9,11 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from glm4lite_quant.config import QuantError
 from glm4lite_quant.format import Planes, not_finite
 from glm4lite_quant.kernels.reference import SHARES
 
-ABI = 4
+ABI = 5
 ISAS = ("scalar", "avx2", "avxvnni", "avx512vnni", "neon", "neoni8mm")  # in the order of the C enum, slowest first
 SUFFIXES = {"win32": "dll", "darwin": "dylib"}  # of a library, by sys.platform; elsewhere so
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2  # element types, as in the C enum
@@ -134,10 +136,13 @@ class NativeBackend:
         )
         return int(self._quantize(*refs, self._code, thread_count(), ctypes.byref(place)))
 
-    def decoder_layers(self, layers: object, caches: object, count: int, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """`kernels.decoder` describes the arguments."""
-        where = (x.data_ptr(), x.shape[0], cos.data_ptr(), sin.data_ptr())
-        if self._decoder_layers(layers, caches, count, *where, self._code, thread_count()) != OK:
+    def decoder_layers(
+        self, layers: Sequence[int], spans: ctypes.Array[Any], x: Tensor, cos: Tensor, sin: Tensor
+    ) -> None:
+        """`layers` by their addresses; `kernels.decoder` describes the arguments."""
+        where = (ctypes.c_void_p * len(layers))(*layers)
+        rows = (x.data_ptr(), cos.data_ptr(), sin.data_ptr())
+        if self._decoder_layers(where, len(layers), spans, len(spans), *rows, self._code, thread_count()) != OK:
             raise MemoryError("no memory for the activations of a decoder layer")
 
 
@@ -255,9 +260,9 @@ def _load(override: str) -> Library:
     cdll.glm4_matmul.argtypes = [weight, matrix, ctypes.c_void_p, matrix, *[ctypes.c_int32] * 3]
     numbers, place = [ctypes.c_int32] * 3, ctypes.POINTER(ctypes.c_int64 * 2)
     cdll.glm4_quantize.argtypes = [matrix, weight, ctypes.c_void_p, *numbers, place]
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    whole = ctypes.c_int32
-    cdll.glm4_decoder_layers.argtypes = [pointer, pointer, whole, pointer, number, pointer, pointer, whole, whole]
+    pointer, whole = ctypes.c_void_p, ctypes.c_int32
+    spans = (pointer, whole, pointer, whole)
+    cdll.glm4_decoder_layers.argtypes = [*spans, *[pointer] * 3, whole, whole]
     isas = tuple(name for code, name in enumerate(ISAS) if cdll.glm4_isa_available(code))
     return Library(path, cdll, isas)
 

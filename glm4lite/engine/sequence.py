@@ -1,0 +1,213 @@
+"""Sequence: one answer as the engine computes it: the ids that come next into a step, and what follows from the logits.
+
+Nothing here knows text, or that there are other sequences.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from glm4lite.base.errors import ContextLengthError
+from glm4lite.engine.prefix_pool import PrefixCache
+from glm4lite.engine.sampling import Sampler, SamplingParams
+from glm4lite.engine.speculation import MOST, Drafts, Speculation
+from glm4lite.model.step import Span
+
+FEW = MOST + 1
+"""Rows that one sequence may have in a step that is not for a prompt: the ids that are certain, and a guess."""
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A new token's log probability as the model gave it (before temperature and the like), and the likeliest ids'."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A new id. `put_in`: by the sequence's `replacement`, not by the model."""
+
+    id: int
+    put_in: bool = False
+    logprobs: TokenLogprobs | None = None
+
+
+class Sequence:
+    """Belongs to whoever steps it (`Scheduler`); a reader takes from `outputs` and looks at `over`.
+
+    `ids` are the prompt and all ids taken so far, `cache` holds the first of them and is None while the sequence waits.
+    When it is `over`, `error` is what went wrong, or `finish_reason` is "stop" (a stop id came, `stop_id`), "length" or
+    "cancelled".
+    """
+
+    def __init__(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        context: int,
+        vocab_size: int,
+        stop_ids: Collection[int] = (),
+        cancel: threading.Event | None = None,
+        speculation: Speculation | None = None,
+    ) -> None:
+        """`context`: most ids it may have; `vocab_size`: ids that may be drawn. Raises ContextLengthError."""
+        if not prompt:
+            raise ContextLengthError("the prompt is empty: there is nothing to go on from")
+        if len(prompt) >= context:
+            raise ContextLengthError(
+                "the prompt has {tokens} tokens and the model's context is {context}; "
+                "shorten the conversation or start a new one",
+                tokens=str(len(prompt)),
+                context=str(context),
+            )
+        self.prompt, self.params, self.vocab_size = prompt, params, vocab_size
+        self.stop_ids, self.cancel = frozenset(stop_ids), cancel or threading.Event()
+        self.constraint: Callable[[int, Tensor], int] | None = None
+        self.replacement: Callable[[int], list[int]] | None = None
+        self.top_logprobs: int | None = None
+        self.ids = list(prompt)
+        self.limit = len(prompt) + min(params.max_new_tokens or context, context - len(prompt))  # of ids
+        self.cache: PrefixCache | None = None
+        self.outputs: deque[Drawn] = deque()
+        self.over, self.abandoned = False, False  # abandoned: nobody takes outputs any more
+        self.finish_reason = "length"
+        self.stop_id: int | None = None
+        self.error: BaseException | None = None
+        self.prefilled, self.to_prefill = 0, 0  # ids of the prompt that were computed, and that had to be
+        self.seconds = 0.0  # from the end of the prompt to the last id
+        self.drafts = Drafts(speculation, prompt) if speculation is not None else None
+        self._sampler = Sampler(params)
+        self._certain, self._draft = 0, list[int]()  # the step that is being computed: ids of ours, and guessed ones
+        self._began: float | None = None
+
+    @property
+    def cached(self) -> int:
+        """Ids that are computed."""
+        return 0 if self.cache is None else len(self.cache.ids)
+
+    @property
+    def todo(self) -> int:
+        """Ids that are taken and not computed."""
+        return len(self.ids) - self.cached
+
+    def admit(self, cache: PrefixCache) -> None:
+        """Goes on over what a cache has of the ids."""
+        self.cache = cache
+        computed = cache.keep_common_prefix(self.ids)
+        self.to_prefill = min(self.prefilled + len(self.prompt) - computed, len(self.prompt))
+
+    def give_up(self) -> None:
+        """Others have what was computed, or its memory; what is still needed is computed again."""
+        self.cache = None
+
+    @property
+    def room(self) -> int:
+        """Ids that may be guessed behind the certain ones."""
+        return 0 if self.todo > FEW else max(0, min(self.limit - len(self.ids) - 1, FEW - self.todo))
+
+    def look_up(self, sequences: int, rows: int) -> int:
+        """Guesses from what was said before, for a step of so many sequences and rows without it; how many ids."""
+        self._draft = self.drafts.next(self.room, sequences, rows) if self.drafts is not None else []
+        return len(self._draft)
+
+    def guess(self, ids: list[int]) -> None:
+        """Takes guesses of someone else's into the next step."""
+        self._draft = ids
+        if self.drafts is not None:
+            self.drafts.drafted += len(ids)
+
+    @property
+    def guessed(self) -> bool:
+        """Whether there is a guess for the next step."""
+        return bool(self._draft)
+
+    def span(self, most: int) -> Span:
+        """What comes into the step: at most `most` of the ids that have to be computed, and the guess behind all."""
+        cache = self.held()
+        chunk = self.ids[self.cached : self.cached + most]
+        self._certain = len(chunk)
+        last = self._certain == self.todo
+        self._draft = self._draft[: most - self._certain] if last else []
+        return Span([*chunk, *self._draft], cache.kv, 1 + len(self._draft) if last else 0)
+
+    def computed(self, logits: Tensor) -> None:
+        """The step was made: [kept, vocab] of its last ids. Draws what can be drawn from them.
+
+        A guess is right where it is what would have been drawn anyway, so what comes is as without.
+        """
+        cache = self.held()
+        in_prompt = max(0, min(self.cached + self._certain, len(self.prompt)) - self.cached)
+        cache.ids += self.ids[self.cached : self.cached + self._certain]
+        self.prefilled = min(self.prefilled + in_prompt, self.to_prefill)
+        draft, self._draft = self._draft, []
+        for row, guess in zip(logits, [*draft, None], strict=False):  # of a part of a prompt there are no logits
+            if self.cancel.is_set():
+                return
+            taken = self._draw(row[: self.vocab_size].float())
+            if self.over or taken != [guess]:
+                return
+            cache.ids += taken
+            if self.drafts is not None:
+                self.drafts.accepted += 1
+
+    def settle(self) -> None:
+        """Forgets what a step left behind that was stopped half-way, or that guessed wrongly."""
+        if self.cache is not None:
+            self.cache.settle()
+
+    def fail(self, error: BaseException) -> None:
+        """Ends with an error, which the reader gets."""
+        self.error, self.over = error, True
+
+    def end(self, reason: str) -> None:
+        """Ends, where it is not over already."""
+        if not self.over:
+            self.finish_reason, self.over = reason, True
+
+    def held(self) -> PrefixCache:
+        """The cache, of one that has it."""
+        if self.cache is None:
+            raise RuntimeError("a sequence that waits, or is over, has no cache")
+        return self.cache
+
+    def _draw(self, logits: Tensor) -> list[int]:
+        """The next ids, which are taken; none where the answer is over."""
+        began = self._began = self._began or time.perf_counter()
+        token = self._sampler(logits, self.ids)
+        taken = self.replacement(token) if self.replacement is not None else []
+        put_in = bool(taken)
+        if not put_in:
+            token = self.constraint(token, logits) if self.constraint is not None else token
+            taken = [token]
+        self.seconds = time.perf_counter() - began
+        if not put_in and token in self.stop_ids:
+            self.stop_id = token
+            self.end("stop")
+            return []
+        if len(self.ids) + len(taken) > self.limit:
+            self.end("length")
+            return []
+        scored = None if put_in or self.top_logprobs is None else _logprobs(logits, token, self.top_logprobs)
+        for each in taken:
+            self.ids.append(each)
+            if self.drafts is not None:
+                self.drafts.take(each)
+            self.outputs.append(Drawn(each, put_in, scored))
+        if len(self.ids) >= self.limit:
+            self.end("length")
+        return taken
+
+
+def _logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(count)
+    return TokenLogprobs(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
