@@ -155,13 +155,16 @@ struct glm4_isa {
   glm4_tile_kernel tile;
   const glm4_rows* rows;
   int32_t width;  // the widest panel its registers hold
+  // Columns of a panel where there are at most twice as many in all; 0: `width` always. A kernel that has it goes through a
+  // tile in pieces where there are more, by all panels, so that these may come from beyond the caches.
+  int32_t few;
 };
 const glm4_isa* glm4_isa_of(int32_t isa);
 
 // No code is shared between the files of different ISAs: the linker keeps one copy. Widths are even, for inputs in two
 // parts.
 enum { GLM4_SCALAR_WIDTH = 4, GLM4_AVX2_WIDTH = 6, GLM4_AVXVNNI_WIDTH = 6, GLM4_AVX512VNNI_WIDTH = 12 };
-enum { GLM4_NEON_WIDTH = 6, GLM4_NEONI8MM_WIDTH = 6, GLM4_MAX_WIDTH = 12 };
+enum { GLM4_256_FEW = 4, GLM4_NEON_WIDTH = 6, GLM4_NEONI8MM_WIDTH = 6, GLM4_MAX_WIDTH = 12 };
 void glm4_tile_scalar(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);
 void glm4_tile_avx2(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);
 void glm4_tile_avxvnni(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);
