@@ -10,9 +10,9 @@ placement has set aside; the conversation that was used longest ago goes first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from glm4lite.model.cache import GPU_STEP, STEP, KVCache, with_room
 from glm4lite.runtime.kv_pool import KVPool, PoolCache, PoolFull, blocks_of
@@ -42,7 +42,7 @@ class PrefixCache:
     def keep_common_prefix(self, ids: list[int]) -> int:
         """Cuts back to the longest common prefix with `ids`."""
         length = self.common_prefix(ids)
-        self._cut(length)
+        self.cut(length)
         return length
 
     def copy(self, length: int) -> PrefixCache:
@@ -51,13 +51,33 @@ class PrefixCache:
         made.kv, made.ids = self.kv.copy(length), self.ids[:length]
         return made
 
-    def _cut(self, length: int) -> None:
+    def cut(self, length: int) -> None:
+        """Keeps the first `length` ids."""
         self.kv.truncate(length)
         del self.ids[length:]
 
     def settle(self) -> None:
         """After a forward pass that was stopped half-way, or of guesses: keep what every layer has and `ids` names."""
-        self._cut(min(self.kv.get_seq_length(), len(self.ids)))
+        self.cut(min(self.kv.get_seq_length(), len(self.ids)))
+
+
+class Disk(Protocol):
+    """Where prefixes outlive the pool and the process: `glm4lite.engine.kept_prefixes`."""
+
+    def extend(self, cache: PrefixCache, ids: list[int], reserve: Callable[[int], bool]) -> None:
+        """Cuts a cache back to what it has of `ids`, and appends what the disk has beyond that.
+
+        `reserve`: makes room for so many ids in all; whether there is.
+        """
+
+    def rests(self, cache: PrefixCache) -> None:
+        """The cache stays as it is until it leaves."""
+
+    def leaves(self, cache: PrefixCache) -> None:
+        """The cache is used again, or given up."""
+
+    def close(self) -> None:
+        """Writes what rests, and holds no cache any more."""
 
 
 InUse = Sequence[tuple[PrefixCache, int]]
@@ -67,15 +87,21 @@ InUse = Sequence[tuple[PrefixCache, int]]
 class PrefixPool:
     """The kept prefixes of one model, oldest first. For the thread that computes with the model, like the model."""
 
-    def __init__(self, model: CausalLM, memory: int | None = None) -> None:
+    def __init__(self, model: CausalLM, memory: int | None = None, disk: Disk | None = None) -> None:
         """`memory`: bytes of all caches, those in use included; None: what one full context takes."""
-        self.model, self._memory = model, memory
+        self.model, self._memory, self.disk = model, memory, disk
         self._kept: list[PrefixCache] = []
         tokens = model.context if memory is None else memory // model.model.cache_bytes
         self.blocks = KVPool.of_whole(model, tokens)
 
     def take(self, ids: list[int], in_use: InUse = ()) -> PrefixCache:
         """The cache that has most of `ids`. It is the caller's until it is given back; dropping it is no harm."""
+        cache = self._take(ids, in_use)
+        if self.disk is not None:
+            self.disk.extend(cache, ids, lambda held: self.reserve([*in_use, (cache, held)]))
+        return cache
+
+    def _take(self, ids: list[int], in_use: InUse) -> PrefixCache:
         best = max(self._kept, key=lambda cache: cache.common_prefix(ids), default=None)
         shared = best.common_prefix(ids) if best else 0
         if best is None or not shared:
@@ -84,7 +110,7 @@ class PrefixPool:
             copied = self.copied(best, shared, in_use)
             if copied is not None:
                 return copied
-        self._kept.remove(best)
+        self._forget(best)
         return best
 
     def copied(self, cache: PrefixCache, length: int, in_use: InUse = ()) -> PrefixCache | None:
@@ -98,13 +124,16 @@ class PrefixPool:
                     pass
             if not others:
                 return None
-            self._kept.remove(others.pop(0))
+            self._forget(others.pop(0))
 
     def give(self, cache: PrefixCache) -> None:
         """Keeps what an answer left behind."""
         if cache.ids and all(cache is not kept for kept in self._kept):
             self._kept.append(cache)
-        del self._kept[:-MOST]
+            if self.disk is not None:
+                self.disk.rests(cache)
+        while len(self._kept) > MOST:
+            self._forget(self._kept[0])
         self.reserve(())
 
     def reserve(self, in_use: InUse) -> bool:
@@ -112,7 +141,7 @@ class PrefixPool:
         if self.blocks is None:
             wanted = self._wanted(in_use)
             while self._kept and self.nbytes + wanted > self.memory:
-                self._kept.pop(0)
+                self._forget(self._kept[0])
             return wanted <= self.memory
         return all(self._reserved(cache, ids) for cache, ids in in_use)
 
@@ -125,6 +154,16 @@ class PrefixPool:
         for cache, held in in_use:
             wanted += max(0, blocks_of(self._bounded(held)) - len(_blocks(cache)))
         return len(self._held(cache for cache, _ in in_use)) + wanted <= self.blocks.blocks
+
+    def close(self) -> None:
+        """The model goes: what is to outlive it is written."""
+        if self.disk is not None:
+            self.disk.close()
+
+    def _forget(self, cache: PrefixCache) -> None:
+        self._kept.remove(cache)
+        if self.disk is not None:
+            self.disk.leaves(cache)
 
     @property
     def nbytes(self) -> int:
@@ -162,7 +201,7 @@ class PrefixPool:
             except PoolFull:
                 if not self._kept:
                     return False
-                self._kept.pop(0)
+                self._forget(self._kept[0])
             else:
                 return True
 
