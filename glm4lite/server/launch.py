@@ -51,9 +51,10 @@ class Address:
         except (OSError, UnicodeError) as error:
             raise ConfigError(f"--host {self.host[:100]}: {one_line(error)}") from None
         try:
-            # Windows' SO_REUSEADDR would take the port of a server that is running, and lend ours to the next program.
-            option = socket.SO_EXCLUSIVEADDRUSE if sys.platform == "win32" else socket.SO_REUSEADDR
-            listening.setsockopt(socket.SOL_SOCKET, option, 1)
+            if sys.platform == "win32":  # its SO_REUSEADDR would take the port of a program that is running
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+            else:
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind(where)
         except OSError as error:
             listening.close()

@@ -250,8 +250,8 @@ def test_free_memory_is_what_the_machine_and_the_control_group_allow(
 ) -> None:
     own, files, free = CGROUPS[case]
     (tmp_path / "own").write_text(own)
-    monkeypatch.setattr(system.psutil, "virtual_memory", lambda: SimpleNamespace(available=4 * GIB))
-    monkeypatch.setattr(system.psutil, "swap_memory", lambda: SimpleNamespace(free=1 << 20))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=4 * GIB))
+    monkeypatch.setattr("psutil.swap_memory", lambda: SimpleNamespace(free=1 << 20))
     monkeypatch.setattr(host, "OWN_CGROUPS", tmp_path / "own")
     monkeypatch.setattr(host, "CGROUPS", cgroups(tmp_path / "cgroup", files))
     assert system.available() == free + (1 << 20)
