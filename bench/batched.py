@@ -1,9 +1,9 @@
 """Several sequences at once, glm4lite beside llama.cpp: total tokens/s, one run, repetitions interleaved.
 
-`python -m bench.batched [--shape 9b] [--layers N] [--rounds 5] [--sequences 1,2,4,8] [--work FOLDER]` makes or takes
-the files of bench/peers.py, then measures in rounds: each engine once a round, in a process of its own that loads once
-and gives each number of sequences its turn (bench/sequences.py), every second round from the largest down. llama.cpp
-gets several seq_ids in one llama_batch. Ratios are of one round. Tables for people, one JSON line last.
+`python -m bench.batched [--shape 9b] [--layers N] [--rounds 5] [--sequences 1,2,4,8] [--ram SIZE] [--work FOLDER]`
+makes or takes the files of bench/peers.py, then measures in rounds: each engine once a round, in a process of its own
+that loads once and gives each number of sequences its turn (bench/sequences.py), every second round from the largest
+down. llama.cpp gets several seq_ids in one llama_batch. Ratios are of one round. Tables for people, one JSON line last.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def run_rounds(engines: Sequence[Engine], files: Files, given: argparse.Namespac
         turn = -1 if index % 2 else 1
         counts = ",".join(map(str, given.sequences[::turn]))
         for engine in engines[::turn]:
-            found = measure(engine, files, given.threads, given.new_tokens, "--sequences", counts)
+            limit = ("--ram", given.ram) if given.ram else ()
+            found = measure(engine, files, given.threads, given.new_tokens, "--sequences", counts, *limit)
             results[engine.row].append(found)
             if found:
                 speeds = ", ".join(f"{found['tokens_per_s'][str(count)]:.2f}" for count in given.sequences)
@@ -137,6 +138,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sequences", default="1,2,4,8", help="how many at once, fewest first")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--ram", help="for glm4lite: what does not fit is read from disk for each step")
     parser.add_argument("--work", type=Path, help="folder for the files; what is in it is used and kept")
     parser.add_argument("--engines", default=f"{OWN},{PEER}", help=f"some of {', '.join(rows)}")
     given = parser.parse_args()

@@ -34,13 +34,15 @@ def llama_cpp(path: Path, threads: int, prompt_tokens: int, new_tokens: int) -> 
     return llama.measure(path, threads, prompt, new_tokens)
 
 
-def at_once(kind: str, path: Path, threads: int, counts: list[int], prompt_tokens: int, new: int) -> dict[str, Any]:
+def at_once(
+    kind: str, path: Path, threads: int, counts: list[int], prompt_tokens: int, new: int, ram: str | None = None
+) -> dict[str, Any]:
     """Total tokens/s by the number of sequences, and what computed them."""
     from bench.sequences import Glm4liteSequences, Sequences, tokens_per_s
 
     model: Sequences
     if kind == "glm4lite":
-        model = own = Glm4liteSequences(path, threads)
+        model = own = Glm4liteSequences(path, threads, ram)
         about = own.backend
     else:
         from bench.llama import Llama
@@ -69,12 +71,13 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--sequences", help="glm4lite and llama: so many at once, such as 1,2,4,8")
+    parser.add_argument("--ram", help="glm4lite with --sequences: what does not fit is read from disk for each step")
     given = parser.parse_args()
     if given.kind == "glm4lite":
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, and only for it
     if given.sequences:
         counts = [int(count) for count in given.sequences.split(",")]
-        found = at_once(given.kind, given.path, given.threads, counts, given.prompt_tokens, given.new_tokens)
+        found = at_once(given.kind, given.path, given.threads, counts, given.prompt_tokens, given.new_tokens, given.ram)
     elif given.kind == "glm4lite":
         found = glm4lite(given.path, given.threads, given.prompt_tokens, given.new_tokens)
     elif given.kind == "llama":

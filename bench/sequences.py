@@ -28,14 +28,15 @@ class Sequences(Protocol):
 
 
 class Glm4liteSequences:
-    """glm4lite's model, loaded as it is stored; `backend` is what multiplies."""
+    """glm4lite's model, loaded as it is stored; `backend` is what multiplies. Layers that `ram` has no room for are
+    read from disk."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, ram: str | None = None) -> None:
         from glm4lite import load
         from glm4lite_quant.kernels import native
 
         native.set_threads(threads)
-        self._model = load(path, device="cpu")
+        self._model = load(path, device="cpu", ram=ram)
         self._caches = [self._model.new_cache()]
         native_kernels = native.backend()
         self.backend = "torch" if native_kernels is None else native_kernels.name

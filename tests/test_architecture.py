@@ -27,8 +27,9 @@ ALLOWED = {
         "quant/glm4lite_quant/kernels/native.py",
         "quant/glm4lite_quant/kernels/decoder.py",
         "glm4lite/tools/sandbox/kernel.py",
-        "glm4lite/memory/system.py",
+        "glm4lite/base/windows_io.py",
     },
+    "psutil": {"glm4lite/base/processes.py", "glm4lite/memory/system.py", "quant/glm4lite_quant/host.py"},
     "mcp": {f"glm4lite/tools/{name}.py" for name in ("mcp_servers", "mcp_client/connection", "mcp_client/transport")},
     "transformers": set(),
     "bitsandbytes": {"quant/glm4lite_quant/bnb.py"},
@@ -169,6 +170,29 @@ def test_heavy_and_dangerous_modules_are_imported_only_in_their_own_file() -> No
     for _, file, tree in sources():
         for module, homes in ALLOWED.items():
             assert module not in imported(tree) or file in homes, f"{file} imports {module}"
+
+
+# Linux' files are read in one room, beside psutil, and where that has no answer: how a process is walled in, whose a
+# connection is.
+ASKS_LINUX = {
+    "quant/glm4lite_quant/host.py",
+    "glm4lite/tools/sandbox/jail.py",
+    "ui/glm4lite_ui/here.py",
+}
+
+
+def test_what_the_system_knows_is_asked_in_one_room() -> None:
+    for _, file, tree in sources():
+        found = [
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and re.match(r"/(proc|sys)(/|$)", node.value)
+        ]
+        assert not found or file in ASKS_LINUX, f"{file} reads {found}"
+        calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert not calls & {"os.cpu_count", "os.sysconf", "multiprocessing.cpu_count"} or file in ASKS_LINUX, file
 
 
 def test_nothing_is_evaluated_unpickled_or_given_to_a_shell() -> None:

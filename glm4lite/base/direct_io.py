@@ -2,18 +2,24 @@
 
 Weights that stream from disk for every token would push everything else out of the page cache and still never be found
 in it: a scan larger than the cache hits nothing. Reads here go straight into the caller's memory (O_DIRECT on Linux,
-F_NOCACHE on macOS); where a file system refuses that, they go through the cache and its pages are given back.
+F_NOCACHE on macOS, FILE_FLAG_NO_BUFFERING on Windows); where a file system of Linux refuses that, they go through the
+cache and its pages are given back.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import threading
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from glm4lite.base.errors import CheckpointError
+
+if sys.platform == "win32":
+    from glm4lite.base import windows_io
+elif sys.platform == "darwin":
+    import fcntl
 
 ALIGNMENT = 4096
 """Offsets, lengths and addresses of direct reads are multiples of this many bytes."""
@@ -27,31 +33,29 @@ class DirectFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.direct = True
         try:
             self._fd = self._open()
             self._opened = os.fstat(self._fd)
         except OSError as error:
             raise self._unreadable(error) from None
         self.size = self._opened.st_size
-        self._seeking = threading.Lock()
 
     def _open(self) -> int:
-        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-        if hasattr(os, "O_DIRECT"):
+        self.direct = True
+        if sys.platform == "win32":
+            return windows_io.open_direct(self.path)
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        if sys.platform == "linux":
             try:
                 return os.open(self.path, flags | os.O_DIRECT)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-        self.direct = False
         fd = os.open(self.path, flags)
-        no_cache = _no_cache_command()
-        if no_cache is not None:
-            import fcntl
-
-            fcntl.fcntl(fd, no_cache, 1)
-            self.direct = True
+        if sys.platform == "darwin":
+            fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
+        else:
+            self.direct = False
         return fd
 
     def read_into(self, target: memoryview, offset: int) -> None:
@@ -70,19 +74,15 @@ class DirectFile:
                         f"{self.path} ended at {offset + done + count} of {self.size} bytes while in use"
                     )
                 done = whole
-            if not self.direct and hasattr(os, "posix_fadvise"):
+            if not self.direct and sys.platform == "linux":
                 os.posix_fadvise(self._fd, offset, len(target), os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise self._unreadable(error) from None
 
     def _read(self, target: memoryview, offset: int) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self._fd, [target], offset)
-        with self._seeking:  # Windows has no positional reads
-            os.lseek(self._fd, offset, os.SEEK_SET)
-            data = os.read(self._fd, len(target))
-        target[: len(data)] = data
-        return len(data)
+        if sys.platform == "win32":
+            return windows_io.read_at(self._fd, target, offset)
+        return os.preadv(self._fd, [target], offset)
 
     def check_unchanged(self) -> None:
         """CheckpointError where the file was written to since it was opened."""
@@ -101,14 +101,6 @@ class DirectFile:
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
             self.close()
-
-
-def _no_cache_command() -> int | None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    return getattr(fcntl, "F_NOCACHE", None)
 
 
 class Extent(NamedTuple):

@@ -1,26 +1,42 @@
 """A folder that one process fills, and what a process that was killed left of one.
 
 A file in it is locked as long as its process lives: the system lets go of the lock however that ends. The number of a
-process would not tell, since numbers are used again and each machine has its own. Where there are no such locks
-(Windows), what was left is named and not removed.
+process would not tell, since numbers are used again and each machine has its own.
+
+Windows neither renames nor removes a file that is open, so there the lock is taken a moment after its file is made, and
+let go of a moment before the folder gets its place: a file that was touched a short while ago is taken for locked.
 """
 
 import logging
 import os
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-try:
+from glm4lite.base.whole_file import replace
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _take(descriptor: int) -> None:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+else:
     import fcntl
-except ImportError:
-    fcntl = None  # type: ignore[assignment]
+
+    def _take(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
 
 logger = logging.getLogger("glm4lite")
 
 LOCK = ".glm4lite-lock"
+_WINDOWS = sys.platform == "win32"
+_FRESH_S = 60.0
+_OPEN = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
 Remove = Callable[[Path], None]
 
 
@@ -43,12 +59,11 @@ class OwnedFolder:
 
     def _hold(self) -> None:
         """The lock gets its name when it is held, so that nobody takes it in between."""
-        if fcntl is None:
-            return
-        new = self.path / f"{LOCK}.new"
+        new = self.path / (LOCK if _WINDOWS else f"{LOCK}.new")
         self._lock = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        new.rename(self.path / LOCK)
+        _take(self._lock)
+        if not _WINDOWS:
+            new.rename(self.path / LOCK)
 
     def files(self) -> list[Path]:
         """What was written."""
@@ -56,17 +71,25 @@ class OwnedFolder:
 
     def publish(self, destination: Path) -> None:
         """Gives the folder its place; an empty one may be there."""
+        self._release_early()
         for name in (LOCK, f"{LOCK}.new"):
             (self.path / name).unlink(missing_ok=True)
         if destination.exists():
             destination.rmdir()
-        self.path.rename(destination)
+        replace(self.path, destination)
         self._release()
 
     def discard(self, remove: Remove = remove_tree) -> None:
         """Removes what was written."""
+        self._release_early()
         remove(self.path)
         self._release()
+
+    def _release_early(self) -> None:
+        if _WINDOWS and self._lock is not None:
+            with suppress(OSError):
+                os.utime(self.path / LOCK)
+            self._release()
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -98,14 +121,14 @@ def remove_abandoned_temporary(prefix: str, remove: Remove = remove_tree) -> Non
 
 def is_abandoned(lock: Path) -> bool:
     """Whether a lock's file is there and its process is not."""
-    if fcntl is None:
-        return False
     try:
-        descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
+        descriptor = os.open(lock, _OPEN)
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _WINDOWS and time.time() - os.fstat(descriptor).st_mtime < _FRESH_S:
+            return False
+        _take(descriptor)
         return not _takes_twice(lock)
     except OSError:
         return False
@@ -115,9 +138,9 @@ def is_abandoned(lock: Path) -> bool:
 
 def _takes_twice(lock: Path) -> bool:
     """Some network disks give a lock to everyone who asks: there it says nothing."""
-    second = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
+    second = os.open(lock, _OPEN)
     try:
-        fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _take(second)
         return True
     except OSError:
         return False

@@ -30,6 +30,12 @@ def chats_folder() -> Path:
     return Path(chosen) if chosen else user_folder() / "chats"
 
 
+def prefixes_folder() -> Path:
+    """Where `--keep-prefixes` keeps what was computed: GLM4LITE_PREFIXES, else in the user's folder; Glm4liteError."""
+    chosen = os.environ.get("GLM4LITE_PREFIXES")
+    return Path(chosen) if chosen else user_folder() / "prefixes"
+
+
 def make_private(folder: Path) -> None:
     """The folder with those above it, for this user alone; raises OSError."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -15,11 +15,13 @@ import glob
 import os
 import secrets
 import stat
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 _STALE_S = 3600.0  # a file is written in a moment; what is older than this nobody writes any more
+_PATIENCE_S = 1.0
 _NAME = 40  # characters of the file's name in that of its part, which may be no longer than a name
 
 
@@ -42,12 +44,28 @@ def write_whole(path: str | Path, data: bytes, private: bool = False) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+        replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
     remove_leftovers(path.parent, f".{glob.escape(path.name[:_NAME])}.*.part")
+
+
+def replace(source: Path, target: Path) -> None:
+    """Gives a file or folder its place. OSError.
+
+    Windows refuses that while a program has one of them open; virus scanners and indexers do so for a moment with what
+    is new, so there it is tried for a second.
+    """
+    deadline = time.monotonic() + (_PATIENCE_S if sys.platform == "win32" else 0.0)
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.02)
 
 
 def remove_leftovers(folder: Path, pattern: str = ".*.part") -> None:
@@ -76,7 +94,7 @@ def _mode(path: Path) -> int | None:
 
 def _sync_folder(folder: Path) -> None:
     """The new name, to the disk too. The file is there whole without it, so a system that cannot do it may leave it."""
-    if os.name == "nt":
+    if sys.platform == "win32":
         return
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from glm4lite.base.files import CONFIG, INDEX, SINGLE
+from glm4lite.base.whole_file import replace
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors", re.ASCII)
 
@@ -34,7 +35,7 @@ def replace_files(folder: Path, new: Sequence[Path], aside: Path) -> None:
     try:
         for source, target in moves:
             begun.append((source, target))
-            os.replace(source, target)
+            replace(source, target)
     except BaseException:
         for source, target in reversed(begun):
             if os.path.lexists(target) and not os.path.lexists(source):

@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import reprlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -240,7 +241,7 @@ def read(tensor: StoredTensor) -> torch.Tensor:
                 if not count:
                     raise CheckpointError(f"{tensor.path} ended while {tensor.name} was read; {_AGAIN}")
                 done += count
-            if hasattr(os, "posix_fadvise"):  # a pass over a big file must not push everything else out of the cache
+            if sys.platform == "linux":  # a pass over a big file must not push everything else out of the cache
                 os.posix_fadvise(file.fileno(), tensor.offset, tensor.nbytes, os.POSIX_FADV_DONTNEED)
     except OSError as error:
         raise CheckpointError(f"{tensor.path} cannot be read: {error.strerror or error}") from None

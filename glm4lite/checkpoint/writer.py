@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from glm4lite.checkpoint.shard import DTYPE_NAMES
 
 SHARD_BYTES = 2 << 30
 HEADER_ALIGNMENT = 64
+_IN_USE = (5, 32, 33, 1224)  # Windows: access denied, open in another program, locked, mapped
 """A multiple of every element size: mapped tensors start at addresses their type can be read at."""
 
 
@@ -131,7 +133,7 @@ class FolderWriter:
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         with self._disk():
-            (self._folder / name).write_text(text, encoding="utf-8")
+            (self._folder / name).write_bytes(text.encode())  # with the same line ends on every system
 
     def copy(self, files: Iterable[Path]) -> None:
         """Copy small files as they are; those that are missing are left out."""
@@ -235,6 +237,11 @@ def check_destination(destination: Path, replace: bool = False) -> None:
 
 
 def _unwritable(destination: Path, error: OSError) -> CheckpointError:
+    if getattr(error, "winerror", None) in _IN_USE:
+        return CheckpointError(
+            f"{destination} cannot be written while a program has its files open, as one that has loaded this model "
+            "has them on Windows; end that program, or choose another folder"
+        )
     return CheckpointError(f"{destination} cannot be written ({error.strerror or error}); choose another folder")
 
 
@@ -266,7 +273,7 @@ def _write_all(descriptor: int, data: memoryview) -> None:
 
 def _sync(path: Path) -> None:
     """Force a file's or folder's content to disk; folders cannot be opened on Windows."""
-    if path.is_dir() and os.name == "nt":
+    if path.is_dir() and sys.platform == "win32":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:

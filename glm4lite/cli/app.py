@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from glm4lite import __version__
 from glm4lite.cli.commands.batch import batch
@@ -19,9 +20,11 @@ from glm4lite.cli.commands.evaluate import evaluate
 from glm4lite.cli.commands.generate import generate
 from glm4lite.cli.commands.info import info
 from glm4lite.cli.commands.plan import plan
+from glm4lite.cli.commands.prefixes import prefixes
 from glm4lite.cli.commands.quantize import quantize
 from glm4lite.cli.commands.serve import serve
 from glm4lite.cli.failures import told
+from glm4lite.cli.options import with_sizes
 from glm4lite.cli.signals import leaving_on_signals
 from glm4lite.cli.startup import settle
 from glm4lite.cli.streams import owned_stdout
@@ -34,6 +37,13 @@ app = typer.Typer(
 )
 
 
+class _Command(TyperCommand):
+    """A command whose --keep-prefixes may stand alone."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, with_sizes(args))
+
+
 def _add(command: Callable[..., Any], name: str | None = None) -> None:
     """A command of the program: stdout is its result's alone."""
 
@@ -42,10 +52,10 @@ def _add(command: Callable[..., Any], name: str | None = None) -> None:
         with owned_stdout():
             return command(*arguments, **options)
 
-    app.command(name=name)(run)
+    app.command(name=name, cls=_Command)(run)
 
 
-for _command in (chat, generate, serve, batch, quantize, info, plan, bench):
+for _command in (chat, generate, serve, batch, quantize, info, plan, bench, prefixes):
     _add(_command)
 _add(evaluate, "eval")
 

@@ -112,14 +112,14 @@ class _File(Results):
 
 
 def _lock(file: BinaryIO, path: str) -> None:
-    if sys.platform == "win32":  # whose locks would keep others from reading, too
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f"{path} is being written by another process; wait for it, or name another file") from None
-    except OSError:  # a disk without locks
-        return
+    if sys.platform != "win32":  # whose locks would keep others from reading, too
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            why = "is being written by another process; wait for it, or name another file"
+            raise ConfigError(f"{path} {why}") from None
+        except OSError:  # a disk without locks
+            return
 
 
 def _read(path: str, appending: BinaryIO) -> Held:

@@ -12,6 +12,7 @@ are shown with their address, and HTML is text.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ Line = list[Segment]
 
 def can_draw(out: TextIO) -> bool:
     """Whether `out` is a terminal whose cursor can be moved."""
-    if not out.isatty() or os.environ.get("TERM", "" if os.name == "posix" else "windows") in ("", "dumb", "unknown"):
+    named = os.environ.get("TERM", "windows" if sys.platform == "win32" else "")
+    if not out.isatty() or named in ("", "dumb", "unknown"):
         return False
     return not Console(file=out).legacy_windows
 

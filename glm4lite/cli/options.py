@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,8 @@ import typer
 
 from glm4lite.base.errors import ConfigError
 from glm4lite.cli.paths import models
+
+_LIKE_A_SIZE = re.compile(r"[\d.]+ *[A-Za-z]{0,3}", re.ASCII)
 
 
 def _among(*words: str) -> Callable[[str], list[str]]:
@@ -122,7 +125,27 @@ Parallel = Annotated[
     int | None,
     typer.Option(min=1, max=64, help="Answers computed at once.", show_default="4 on a CPU, 1 with a GPU"),
 ]
+KeepPrefixes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[SIZE]",
+        help="Keep what is computed for prompts in a folder (which tells what was said) and read it after a restart.",
+        show_default="off; SIZE is 4GiB",
+    ),
+]
 JsonObject = Annotated[bool, typer.Option("--json", help="Stdout is one JSON object.")]
+
+
+def with_sizes(arguments: list[str]) -> list[str]:
+    """Arguments in which --keep-prefixes has a value: its SIZE may be left out, which no option of typer's can."""
+    given = list[str]()
+    for number, argument in enumerate(arguments):
+        if argument == "--":
+            return given + arguments[number:]
+        after = arguments[number + 1] if number + 1 < len(arguments) else ""
+        alone = argument == "--keep-prefixes" and not _LIKE_A_SIZE.fullmatch(after)
+        given.append(f"{argument}=4GiB" if alone else argument)
+    return given
 
 
 def use_threads(count: str | None) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 @contextmanager
 def leaving_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP (a closed terminal) end the program as Ctrl-C does: what is half written is removed.
+    """SIGTERM, SIGHUP (a closed terminal) and Windows' Ctrl-Break end the program as Ctrl-C does: what is half written
+    is removed.
 
     Those that are ignored (`nohup`) stay so. A server has its own way to end on SIGTERM, which a closed terminal takes.
     """
@@ -24,7 +25,7 @@ def leaving_on_signals() -> Iterator[None]:
             signal.signal(ours, signal.SIG_IGN)  # a shell and a terminal may both say so, while we tidy up
         sys.exit(128 + number)
 
-    names = ("SIGTERM", "SIGHUP")
+    names = ("SIGTERM", "SIGHUP", "SIGBREAK")
     known = [getattr(signal, name) for name in names if hasattr(signal, name)]
     numbers = [number for number in known if signal.getsignal(number) is signal.SIG_DFL]
     for number in numbers:

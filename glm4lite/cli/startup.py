@@ -42,7 +42,7 @@ def _speak_utf8() -> None:
 
     Texts and names on the command line, files and pipes are UTF-8 here; nothing less than a new start makes them so.
     """
-    if os.name == "posix" and sys.getfilesystemencoding() == "ascii" and os.environ.get("PYTHONUTF8") != "1":
+    if sys.platform != "win32" and sys.getfilesystemencoding() == "ascii" and os.environ.get("PYTHONUTF8") != "1":
         environment = {**os.environ, "PYTHONUTF8": "1"}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 

@@ -66,9 +66,12 @@ def settle_streams() -> None:
     sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # bytes that are no text do not end a chat
-    if not (_is(sys.stdout, 1) and _is(sys.stderr, 2)):
-        return  # another program's, such as a test's
-    if os.name == "posix":
+    if not (_is(sys.stdout, 1) and _is(sys.stderr, 2)):  # another program's, such as a test's
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+                stream.reconfigure(errors="replace")  # a code page does not have every letter
+        return
+    if sys.platform != "win32":
         sys.stdout, sys.stderr = _text(os.dup(1), _refuse), _text(os.dup(2), _drop)
     else:  # Python's own streams know how a console of Windows is written to
         for stream in (sys.stdout, sys.stderr):
@@ -102,7 +105,7 @@ def owned_stdout() -> Iterator[None]:
 @contextmanager
 def lent_terminal() -> Iterator[None]:
     """For input(), which edits lines only where descriptor 1 is the terminal."""
-    if os.name != "posix" or _own is None or not _own.out.isatty():
+    if sys.platform == "win32" or _own is None or not _own.out.isatty():
         yield
         return
     os.dup2(_own.out.fileno(), 1)
@@ -118,7 +121,7 @@ def echo(on: bool) -> Iterator[None]:
 
     While an answer is drawn a key must not move the cursor. What is typed then is read, and shown, by the next prompt.
     """
-    if os.name != "posix" or sys.stdin is None or not sys.stdin.isatty():
+    if sys.platform == "win32" or sys.stdin is None or not sys.stdin.isatty():
         yield
         return
     import termios
@@ -259,7 +262,7 @@ def _is(stream: TextIO | None, number: int) -> bool:
 
 def _divert() -> None:
     """Descriptor 1 leads to stderr from now on, and 0 to nothing unless it is a terminal."""
-    if os.name != "posix" or _own is None:
+    if sys.platform == "win32" or _own is None:
         sys.stdout = sys.stderr
         return
     os.dup2(2, 1)

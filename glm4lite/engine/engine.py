@@ -19,6 +19,8 @@ from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.quant_choice import AUTO
 from glm4lite.engine.decoding import Generation
 from glm4lite.engine.draft_model import DraftModel
+from glm4lite.engine.kept_prefixes import KeptPrefixes, wanted_size
+from glm4lite.engine.prefix_files import PrefixFolder
 from glm4lite.engine.prefix_pool import PrefixPool
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.engine.scheduler import PARALLEL, Scheduler
@@ -122,12 +124,15 @@ class Engine:
         speculate: str | int = "auto",
         parallel: int | None = None,
         draft: str | Path | None = None,
+        keep_prefixes: bool | int | str | None = None,
     ) -> Engine:
         """Arguments as `glm4lite.load`; quant "auto" is int4, or as the checkpoint is stored if that is quantized.
 
         `speculate`: as the method. `parallel`: answers computed at once; None: 4 where all layers are on the CPU, else
         1, for a GPU's fast way is for one. `draft`: a smaller model with the same vocabulary, which guesses what this
         one will say (`glm4lite.engine.draft_model`); it is loaded first, and a limit on RAM counts it.
+        `keep_prefixes`: what was computed for prompts is also written to a folder, of at most so many bytes (True: 4
+        GiB; or a text such as "8GiB"), and read from there by the next process.
 
         `before_weights` is called once all that is cheap to check was right: the time to unload another model.
 
@@ -139,7 +144,9 @@ class Engine:
 
         budget = Budget.of(gpu_memory, ram, context, kv)
         options = LoadOptions(quant, device, dtype, progress, budget=budget)
-        return cls.from_options(source, options, need_template, before_weights, speculate, parallel, draft)
+        return cls.from_options(
+            source, options, need_template, before_weights, speculate, parallel, draft, keep_prefixes
+        )
 
     @classmethod
     def from_options(
@@ -151,6 +158,7 @@ class Engine:
         speculate: str | int = "auto",
         parallel: int | None = None,
         draft: str | Path | None = None,
+        keep_prefixes: bool | int | str | None = None,
     ) -> Engine:
         """`load` for callers that hold all they ask of it as one value, its limits as one `Budget`."""
         from glm4lite.checkpoint.prepare import opened
@@ -159,6 +167,8 @@ class Engine:
         from glm4lite.pretrained.models import Glm4ForCausalLM
 
         longest_guess(speculate)
+        size = wanted_size(keep_prefixes)
+        prefixes = None if size is None else PrefixFolder(size=size)
         checkpoint = opened(source, options.progress)
         folder = checkpoint.folder
         tokenizer, template = Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder)
@@ -175,9 +185,13 @@ class Engine:
         model, _ = load_checkpoint(Glm4ForCausalLM, checkpoint, options, str(folder))
         engine = cls(model, tokenizer, template, checkpoint.generation_config, parallel or _usual_parallel(model))
         engine.speculate(speculate)
-        if small is not None:
+        if prefixes is not None:
+            engine.prefixes.disk = KeptPrefixes.of(model, source, checkpoint, prefixes)
+        if small is not None and draft is not None:
             engine.scheduler.draft = DraftModel(small)
             engine.scheduler.speculation = engine.scheduler.speculation or Speculation()
+            if prefixes is not None:
+                engine.scheduler.draft.prefixes.disk = KeptPrefixes.of(small, draft, opened(draft), prefixes)
         return engine
 
     def unload(self) -> None:
@@ -189,6 +203,9 @@ class Engine:
 
         if self.loaded:
             self.scheduler.wake = None  # whoever still reads an answer makes the steps himself
+            for owner in (self.scheduler, self.scheduler.draft):
+                if owner is not None and owner.prefixes is not None:
+                    owner.prefixes.close()
             del self.model, self.scheduler
             give_back()
 

@@ -10,9 +10,9 @@ placement has set aside; the conversation that was used longest ago goes first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from glm4lite.model.cache import GPU_STEP, STEP, KVCache, with_room
 from glm4lite.runtime.kv_pool import KVPool, PoolCache, PoolFull, blocks_of
@@ -42,7 +42,7 @@ class PrefixCache:
     def keep_common_prefix(self, ids: list[int]) -> int:
         """Cuts back to the longest common prefix with `ids`."""
         length = self.common_prefix(ids)
-        self._cut(length)
+        self.cut(length)
         return length
 
     def copy(self, length: int) -> PrefixCache:
@@ -51,7 +51,8 @@ class PrefixCache:
         made.kv, made.ids = self.kv.copy(length), self.ids[:length]
         return made
 
-    def _cut(self, length: int) -> None:
+    def cut(self, length: int) -> None:
+        """Keeps the first `length` ids."""
         self.kv.truncate(length)
         del self.ids[length:]
 
@@ -61,7 +62,26 @@ class PrefixCache:
         `most`: of the ids, that are kept at all.
         """
         held = min(self.kv.get_seq_length(), len(self.ids))
-        self._cut(held if most is None else min(held, most))
+        self.cut(held if most is None else min(held, most))
+
+
+class Disk(Protocol):
+    """Where prefixes outlive the pool and the process: `glm4lite.engine.kept_prefixes`."""
+
+    def extend(self, cache: PrefixCache, ids: list[int], reserve: Callable[[int], bool]) -> None:
+        """Cuts a cache back to what it has of `ids`, and appends what the disk has beyond that.
+
+        `reserve`: makes room for so many ids in all; whether there is.
+        """
+
+    def rests(self, cache: PrefixCache) -> None:
+        """The cache stays as it is until it leaves."""
+
+    def leaves(self, cache: PrefixCache) -> None:
+        """The cache is used again, or given up."""
+
+    def close(self) -> None:
+        """Writes what rests, and holds no cache any more."""
 
 
 InUse = Sequence[tuple[PrefixCache, int]]
@@ -71,15 +91,21 @@ InUse = Sequence[tuple[PrefixCache, int]]
 class PrefixPool:
     """The kept prefixes of one model, oldest first. For the thread that computes with the model, like the model."""
 
-    def __init__(self, model: CausalLM, memory: int | None = None) -> None:
+    def __init__(self, model: CausalLM, memory: int | None = None, disk: Disk | None = None) -> None:
         """`memory`: bytes of all caches, those in use included; None: what one full context takes."""
-        self.model, self._memory = model, memory
+        self.model, self._memory, self.disk = model, memory, disk
         self._kept: list[PrefixCache] = []
         tokens = model.context if memory is None else memory // model.model.cache_bytes
         self.blocks = KVPool.of_whole(model, tokens)
 
     def take(self, ids: list[int], in_use: InUse = ()) -> PrefixCache:
         """The cache that has most of `ids`. It is the caller's until it is given back; dropping it is no harm."""
+        cache = self._take(ids, in_use)
+        if self.disk is not None:
+            self.disk.extend(cache, ids, lambda held: self.reserve([*in_use, (cache, held)]))
+        return cache
+
+    def _take(self, ids: list[int], in_use: InUse) -> PrefixCache:
         best = max(self._kept, key=lambda cache: cache.common_prefix(ids), default=None)
         shared = best.common_prefix(ids) if best else 0
         if best is None or not shared:
@@ -88,7 +114,7 @@ class PrefixPool:
             copied = self.copied(best, shared, in_use)
             if copied is not None:
                 return copied
-        self._kept.remove(best)
+        self._leave(best)
         return best
 
     def copied(self, cache: PrefixCache, length: int, in_use: InUse = ()) -> PrefixCache | None:
@@ -108,8 +134,10 @@ class PrefixPool:
         """Keeps what an answer left behind."""
         if cache.ids and all(cache is not kept for kept in self._kept):
             self._kept.append(cache)
-        for old in self._kept[:-MOST]:
-            self._forget(old)
+            if self.disk is not None:
+                self.disk.rests(cache)
+        while len(self._kept) > MOST:
+            self._forget(self._kept[0])
         self.reserve(())
 
     def drop(self, cache: PrefixCache) -> None:
@@ -136,6 +164,20 @@ class PrefixPool:
             wanted += max(0, blocks_of(self._bounded(held)) - len(_blocks(cache)))
         return len(self._held(cache for cache, _ in in_use)) + wanted <= self.blocks.blocks
 
+    def close(self) -> None:
+        """The model goes: what is to outlive it is written."""
+        if self.disk is not None:
+            self.disk.close()
+
+    def _leave(self, cache: PrefixCache) -> None:
+        self._kept.remove(cache)
+        if self.disk is not None:
+            self.disk.leaves(cache)
+
+    def _forget(self, cache: PrefixCache) -> None:
+        self._leave(cache)
+        self.drop(cache)
+
     @property
     def nbytes(self) -> int:
         """Bytes held by the kept caches."""
@@ -161,10 +203,6 @@ class PrefixPool:
         trunk = self.model.model
         step = STEP if trunk.norm.weight.device.type == "cpu" else GPU_STEP
         return trunk.cache_bytes * min(with_room(tokens, step), self.model.context)
-
-    def _forget(self, kept: PrefixCache) -> None:
-        self._kept.remove(kept)
-        self.drop(kept)
 
     def _new(self) -> PrefixCache:
         return PrefixCache(self.model.new_cache() if self.blocks is None else self.blocks.new())

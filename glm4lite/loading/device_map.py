@@ -15,7 +15,7 @@ from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.load_plan import LoadPlan, automatic_dtype
 from glm4lite.memory import speed, system
 from glm4lite.memory.budget import Budget, place_within
-from glm4lite.memory.machine import free_ram, prefetch_speeds
+from glm4lite.memory.machine import free_gpus, free_ram, prefetch_speeds
 from glm4lite.memory.resources import Machine, Placement, Requirements
 from glm4lite.model.cache import KVType
 from glm4lite.model.layers import layer_of
@@ -96,15 +96,13 @@ def choose(
     types = {kind: dtype or automatic_dtype(checkpoint, plan, torch.device(kind)) for kind in ("cpu", "cuda")}
     if home.type == "cuda" and not budget.limits:
         return DeviceMap(home, types)
-    gpus = _free_gpus(device)
+    gpus = _free_gpus(device, needs.quant in ("int4", "int8"))
     needs = replace(needs, stored=needs.stored and plan.quantized and not plan.foreign)
     if not gpus and not budget.limits and not needs.stored:
         return DeviceMap(home, types)  # the loader itself sees whether what it makes fits
     if budget.gpu_memory and not gpus:
         logger.warning("gpu_memory is of no use: there is no GPU that may be used")
-    free = free_ram()
-    machine = Machine(1 << 62 if free is None else free, gpus)  # a system that does not tell: nothing is refused
-    placement = place_within(needs, machine, budget)
+    placement = place_within(needs, Machine(free_ram(), gpus), budget)
     if not gpus and not budget.limits and not (placement.fits and placement.share("disk").layers):
         return DeviceMap(home, types)  # mapped: takes no memory that others could not have back
     if not placement.fits:
@@ -129,7 +127,7 @@ def _bus(needs: Requirements, placement: Placement, dtype: torch.dtype) -> Prefe
 def _cache_type(needs: Requirements, context: int) -> KVType:
     """float, unless a cache of the model's whole context is more than the memory that is free."""
     size, free = context * len(needs.layers) * needs.kv_per_token("float", gpu=False), system.available()
-    if free is None or size <= free:
+    if size <= free:
         return "float"
     logger.warning(
         "the cache is int8: a whole context of %d tokens takes %s, %s are free (--kv float: as it is)",
@@ -140,11 +138,10 @@ def _cache_type(needs: Requirements, context: int) -> KVType:
     return "int8"
 
 
-def _free_gpus(device: torch.device | None) -> tuple[int, ...]:
-    """Free bytes of the GPUs that may be used, by index."""
+def _free_gpus(device: torch.device | None, quantized: bool) -> tuple[int, ...]:
+    """Free bytes of the GPUs that may be used, by index. One that was asked for is used, however slow."""
     if (device is not None and device.type == "cpu") or not torch.cuda.is_available():
         return ()
     if device is not None and device.index:
         raise ConfigError(f"a budget places layers on the first GPU on; use device='auto' instead of {device}")
-    count = torch.cuda.device_count() if device is None else 1
-    return tuple(torch.cuda.mem_get_info(index)[0] for index in range(count))
+    return free_gpus(quantized, logger.warning) if device is None else (torch.cuda.mem_get_info(0)[0],)

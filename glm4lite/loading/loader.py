@@ -82,7 +82,7 @@ def _check_memory(checkpoint: Checkpoint, plan: LoadPlan, wanted: Quant | None, 
     needed, free = plan.held_bytes(device_map.dtype("layers.0")), system.available()
     if needs_calibration(plan):
         needed += layer_bytes(checkpoint, plan)
-    if device_map.home.type != "cpu" or device_map.placement is not None or free is None or needed <= free:
+    if device_map.home.type != "cpu" or device_map.placement is not None or needed <= free:
         return
     advice = Sentence("load a folder made by `glm4lite quantize`, which is mapped")
     if wanted is None and not plan.quantized:

@@ -6,10 +6,8 @@ between the repetitions, with the kernels' own threads: a machine shared with ot
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -34,16 +32,17 @@ from glm4lite.engine.sampling import SamplingParams
 from glm4lite.loading.load_options import LoadOptions
 from glm4lite.loading.loader import load_checkpoint
 from glm4lite.measure.inventory import devices, kernel_names, prefetcher_of, read_bytes, rings
+from glm4lite.memory import system
 from glm4lite.memory.budget import Budget
 from glm4lite.memory.machine import beyond_caches, bus_bandwidth, gpu_bandwidth, read_rate
 from glm4lite.model.layers import DecoderLayer
 from glm4lite.pretrained.models import Glm4ForCausalLM
 from glm4lite.runtime import cuda_graph
 from glm4lite.runtime.runner import graphs_of
+from glm4lite_quant.host import processors
 from glm4lite_quant.kernels import native
 
 REPETITIONS = 5
-STATUS = Path("/proc/self/status")
 SAMPLE_SECONDS = 0.005
 
 
@@ -84,9 +83,9 @@ class Benchmark:
     reads: dict[str, int]
     memory: Spread
     devices: dict[str, dict[str, Any]]
-    peak_rss_bytes: int | None
-    peak_anon_bytes: int | None
-    anon_before_load_bytes: int | None
+    peak_rss_bytes: int
+    peak_anon_bytes: int
+    anon_before_load_bytes: int
     disk_bytes_per_token: int = 0
     disk: Spread | None = None
     bus_bytes_per_prompt: int = 0
@@ -160,7 +159,7 @@ class Benchmark:
         """The same for people."""
         yield "model", self.model
         yield "kernels", ", ".join(f"{count} x {name}" for name, count in self.kernels.items())
-        yield "threads", f"{self.threads} of {os.cpu_count()} cores"
+        yield "threads", f"{self.threads} of {len(processors())} processors"
         yield "load", f"{self.load_s:.2f} s"
         yield f"prefill, {self.prompt_tokens} tokens", _rate(self.prefill)
         yield f"decode, {self.new_tokens} tokens", _rate(self.decode)
@@ -186,9 +185,9 @@ class Benchmark:
                 f"{self.disk_read_gb_per_s:.2f} GB/s ({readable(self.disk_bytes_per_token)} for each token)",
             )
             yield "disk gives", f"{spread} GB/s: {self.disk_bound_fraction or 0:.0%} of it is used"
-        yield "peak memory", _size(self.peak_rss_bytes)
-        before = _size(self.anon_before_load_bytes)
-        yield "of it not files", f"{_size(self.peak_anon_bytes)} ({before} before loading)"
+        yield "peak memory", readable(self.peak_rss_bytes)
+        before = readable(self.anon_before_load_bytes)
+        yield "of it not files", f"{readable(self.peak_anon_bytes)} ({before} before loading)"
         for name, size in self.gpu_peak_bytes.items():
             yield f"peak on {name}", readable(size)
 
@@ -236,7 +235,7 @@ def benchmark(
         raise ContextLengthError(
             f"{prompt_tokens} prompt tokens and {new_tokens} new ones do not fit the model's context of {context}"
         )
-    before = memory_now("RssAnon")
+    before = system.private()
     peak = _Peak()
     for index in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(index)
@@ -261,8 +260,8 @@ def benchmark(
         reads,
         spreads["memory"],
         devices(model),
-        peak.seen["VmRSS"],
-        peak.seen["RssAnon"],
+        peak.resident,
+        peak.private,
         before,
         disk_bytes_per_token=sum(ring.layers_bytes for ring in rings(model)),
         bus_bytes_per_prompt=trial.bus_bytes,
@@ -357,21 +356,11 @@ def _read_rates(count: int) -> list[float]:
     return rates
 
 
-def memory_now(field: str) -> int | None:
-    """Bytes of VmRSS (all resident memory) or RssAnon (without mapped files) of this process; None beside Linux."""
-    try:
-        lines = STATUS.read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
-    return int(found[0]) * 1024 if found else None
-
-
 class _Peak:
-    """Largest VmRSS and RssAnon seen while it watched, every few milliseconds; None where the system does not tell."""
+    """The most memory, and the most without files, that was seen while it watched, every few milliseconds."""
 
     def __init__(self) -> None:
-        self.seen: dict[str, int | None] = {field: memory_now(field) for field in ("VmRSS", "RssAnon")}
+        self.resident, self.private = system.resident(), system.private()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -379,9 +368,8 @@ class _Peak:
 
         def sample() -> None:
             while not ended.wait(SAMPLE_SECONDS):
-                for name, known in self.seen.items():
-                    if known is not None:
-                        self.seen[name] = max(known, memory_now(name) or 0)
+                self.resident = max(self.resident, system.resident())
+                self.private = max(self.private, system.private())
 
         sampler = threading.Thread(target=sample, daemon=True)
         sampler.start()
@@ -394,7 +382,3 @@ class _Peak:
 
 def _rate(spread: Spread) -> str:
     return f"{spread.median:.2f} tok/s ({spread.min:.2f} to {spread.max:.2f})"
-
-
-def _size(count: int | None) -> str:
-    return f"not available on {sys.platform}" if count is None else readable(count)

@@ -17,14 +17,12 @@ from glm4lite.base.sentences import Sentence
 from glm4lite.base.sizes import readable
 from glm4lite.memory import system
 from glm4lite.memory.resources import Machine
-from glm4lite_quant import QuantConfig, QuantLinear, QuantTensor, pages
-from glm4lite_quant.kernels import native
+from glm4lite_quant import QuantConfig, QuantLinear, QuantTensor, host, pages
+from glm4lite_quant.kernels import gpu, native
 
 MARGIN = 0.95  # of the RAM that is free: what is left for the rest of the machine
-UNKNOWN_RAM = 16 << 30  # where the system does not tell
 
 PROBE_BYTES = 256 << 20
-CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 PROBE_SIDE, PROBE_TOKENS = 4096, 128  # one q_proj of the 9B, a short prompt
 PROBE_ROWS = 27392  # and its gate_up_proj
 PROBE_SECONDS, LEAST_CALLS = 0.5, 3
@@ -43,32 +41,40 @@ def this_machine(quantized: bool = True) -> Machine:
     quantized: the CPU's speeds are those of int4 layers, else of bfloat16.
     """
     free, bandwidth, rate = free_ram(), ram_bandwidth(quantized), cpu_rate(quantized)
-    unknown = Sentence("{size} of RAM (this system does not tell what is free)", size=readable(UNKNOWN_RAM))
     speeds = (
         Sentence("int4 layers {speed} GB/s" if quantized else "memory {speed} GB/s", speed=f"{bandwidth / 1e9:.1f}"),
         Sentence("prompts on the CPU {speed} TOP/s", speed=f"{rate / 1e12:.2f}"),
     )
-    machine = Machine(
-        UNKNOWN_RAM if free is None else free,
-        ram_bandwidth=bandwidth,
-        cpu_rate=rate,
-        measured=speeds,
-        assumed=(unknown,) if free is None else (),
-    )
-    return _with_gpus(machine) if torch.cuda.is_available() else machine
+    machine = Machine(free, ram_bandwidth=bandwidth, cpu_rate=rate, measured=speeds)
+    return _with_gpus(machine, quantized) if torch.cuda.is_available() else machine
 
 
-def free_ram() -> int | None:
-    """Bytes of RAM that a model may take where no budget says so; None where the system does not tell."""
-    free = system.available(swap=False)
-    return None if free is None else int(free * MARGIN)
+def free_gpus(quantized: bool, say: Callable[[Sentence], object]) -> tuple[int, ...]:
+    """Free bytes of torch's GPUs, by index; none of one that the CPU is faster than, and `say` is told why.
+
+    () where no GPU is of use.
+    """
+    free = list[int]()
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        why = gpu.slower_than_cpu(device, quantized)
+        if why:
+            name = torch.cuda.get_device_name(device)
+            say(Sentence("{name} is left out, the CPU is faster: {why}", name=name, why=why))
+        free.append(0 if why else torch.cuda.mem_get_info(index)[0])
+    return tuple(free) if any(free) else ()
+
+
+def free_ram() -> int:
+    """Bytes of RAM that a model may take where no budget says so."""
+    return int(system.available(swap=False) * MARGIN)
 
 
 def prefetch_speeds(quantized: bool) -> Machine:
     """The measured speeds that decide which prompts cross the bus to a GPU; assumed where that fails."""
-    gpu = torch.device("cuda", 0)
+    first = torch.device("cuda", 0)
     try:
-        speeds = Machine(0, bus_bandwidth=bus_bandwidth(gpu), gpu_rate=gpu_rate(gpu))
+        speeds = Machine(0, bus_bandwidth=bus_bandwidth(first), gpu_rate=gpu_rate(first))
     except RuntimeError:  # out of memory, no pinned memory
         speeds = Machine(0)
     return replace(speeds, cpu_rate=cpu_rate(quantized))
@@ -110,12 +116,7 @@ def ram_bandwidth(quantized: bool) -> float:
 
 def beyond_caches() -> int:
     """Bytes that no cache of the processor holds: twice the largest one, if the system tells; 256 MiB to 1 GiB."""
-    try:
-        sizes = [file.read_text(encoding="ascii").strip() for file in CACHES.glob("index*/size")]
-        largest = max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=0)
-    except (OSError, ValueError):
-        largest = 0
-    return min(max(PROBE_BYTES, 2 * largest), 1 << 30)
+    return min(max(PROBE_BYTES, 2 * host.largest_cache()), 1 << 30)
 
 
 def _int4_layer(rows: int) -> QuantLinear:
@@ -149,12 +150,16 @@ def _mean_seconds(work: Callable[[], object]) -> float:
     return passed / count
 
 
-def _with_gpus(machine: Machine) -> Machine:
-    """Free memory of every GPU; speeds of the first: a copy on it, one to it from pinned memory, a bfloat16 product."""
-    free = tuple(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
-    gpu = torch.device("cuda", 0)
+def _with_gpus(machine: Machine, quantized: bool) -> Machine:
+    """Free memory of every GPU; speeds of the first in use: a copy on it, one to it from pinned memory, a product."""
+    left_out = list[Sentence]()
+    free = free_gpus(quantized, left_out.append)
+    machine = replace(machine, assumed=(*machine.assumed, *left_out))
+    if not free:
+        return machine
+    first = torch.device("cuda", next(index for index, size in enumerate(free) if size))
     try:
-        copied, crossed, rate = gpu_bandwidth(gpu), bus_bandwidth(gpu), gpu_rate(gpu)
+        copied, crossed, rate = gpu_bandwidth(first), bus_bandwidth(first), gpu_rate(first)
     except RuntimeError:  # out of memory, no pinned memory: the free bytes are known all the same
         note = Sentence("speeds of an RTX 4060 (this GPU could not be measured)")
         return replace(machine, gpus=free, assumed=(*machine.assumed, note))

@@ -69,6 +69,22 @@ class LayerCache:
         """Keys or values as they read back once they are stored."""
         return new
 
+    def stored(self, begin: int, end: int) -> tuple[Tensor, ...]:
+        """Positions begin..end-1 of one sequence as `stored_forms` says, copied to the CPU."""
+        if self.keys is None or self.values is None:
+            raise ValueError("the cache is empty")
+        return (torch.stack((self.keys[0, :, begin:end], self.values[0, :, begin:end])).cpu(),)
+
+    def restore(self, stored: tuple[Tensor, ...], room: int = 0) -> None:
+        """Appends what a cache of this kind gave as `stored`, bit by bit, on the device where that lies now.
+
+        `room`: positions that it and what follows soon will take.
+        """
+        keys, values = stored[0][:, None]
+        end = self.length + max(room, keys.shape[2])
+        self.keys, self.values = self._reserved(self.keys, keys, end), self._reserved(self.values, values, end)
+        self.append(keys, values)
+
     def _concatenated(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.keys is None or self.values is None:
             return keys, values
@@ -176,6 +192,24 @@ class PackedLayerCache:
         codes, scale = _int8(new.float())
         return (codes * scale[..., None]).to(new.dtype)
 
+    def stored(self, begin: int, end: int) -> tuple[Tensor, ...]:
+        """As LayerCache's."""
+        (keys, key_scales), (values, value_scales) = (self._codes(which, begin, end) for which in (0, 1))
+        both = torch.stack((keys[0], values[0]))
+        if key_scales is None or value_scales is None:
+            return (both.cpu(),)
+        return both.cpu(), torch.stack((key_scales[0], value_scales[0])).cpu()
+
+    def restore(self, stored: tuple[Tensor, ...], room: int = 0) -> None:
+        """As LayerCache's."""
+        both, *scales = stored
+        _, heads, tokens, head_dim = both.shape
+        self._reserve(self.length + max(room, tokens), (1, heads), head_dim, both.device)
+        at = torch.arange(self.length, self.length + tokens, device=both.device)
+        for which in (0, 1):
+            self._write(which, at, both[which][None], scales[0][which][None] if scales else None)
+        self.length += tokens
+
     def _write(self, which: int, at: Tensor, codes: Tensor, scales: Tensor | None) -> None:
         """Keys (0) or values (1) [B, kv_heads, T, head_dim] of the positions `at`, and the scales of int8 codes."""
         keys, values, all_scales = self._buffers()
@@ -185,6 +219,18 @@ class PackedLayerCache:
             values[:, :, at] = codes.to(values.dtype)
         if scales is not None and all_scales is not None:
             all_scales[which][:, :, at] = scales
+
+    def _codes(self, which: int, begin: int, end: int) -> tuple[Tensor, Tensor | None]:
+        """Keys or values [B, kv_heads, T, head_dim] of positions begin..end-1 as they lie there; of int8 codes the
+        scales [B, kv_heads, T]."""
+        keys, values, scales = self._buffers()
+        if which == 0:
+            first = begin // TOKENS
+            codes = keys[:, :, first : -(-end // TOKENS)].transpose(3, 4).flatten(2, 3)
+            codes = codes[:, :, begin - first * TOKENS : end - first * TOKENS]
+        else:
+            codes = values[:, :, begin:end]
+        return codes, None if scales is None else scales[which, :, :, begin:end]
 
     def _read(self, which: int) -> Tensor:
         """All positions so far as float32, [B, kv_heads, length, head_dim]."""
@@ -295,6 +341,19 @@ def _int8(x: Tensor) -> tuple[Tensor, Tensor]:
     top = x.abs().amax(-1)
     inverse = torch.where(top < 1e-30, 0, 127 / top)  # the inverse of less may be infinite
     return (x * inverse[..., None]).round().nan_to_num(0).to(torch.int8), top / 127
+
+
+def stored_forms(
+    config: Glm4Config, kv: KVType, dtype: torch.dtype, tokens: int
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and types of what `stored` gives of one layer, whatever the layout it has in memory.
+
+    Keys and values [2, kv_heads, tokens, head_dim] in `dtype`, or as int8 codes with scales [2, kv_heads, tokens].
+    """
+    heads = (2, config.num_key_value_heads, tokens)
+    if kv == "int8":
+        return [((*heads, config.head_dim), torch.int8), (heads, torch.float32)]
+    return [((*heads, config.head_dim), dtype)]
 
 
 def bytes_per_token(config: Glm4Config, kv: KVType, float_bytes: int) -> int:

@@ -181,14 +181,18 @@ class PooledLayerCache(PackedLayerCache):
         if scales is not None and self._memory.scales is not None:
             self._memory.scales[which][blocks, :, place] = scales[0].transpose(0, 1)
 
-    def _read(self, which: int) -> Tensor:
-        blocks = self._table.numbers[: blocks_of(self.length)].long()
+    def _codes(self, which: int, begin: int, end: int) -> tuple[Tensor, Tensor | None]:
+        first = begin // BLOCK
+        blocks = self._table.numbers[first : blocks_of(end)].long()
+        part = slice(begin - first * BLOCK, end - first * BLOCK)
         keys, values, scales = self._memory
         codes = keys[blocks].transpose(3, 4).flatten(2, 3) if which == 0 else values[blocks]
-        whole = codes.transpose(0, 1).flatten(1, 2)[None, :, : self.length].float()
-        if scales is None:
-            return whole
-        return whole * scales[which][blocks].transpose(0, 1).flatten(1)[None, :, : self.length, None]
+        whole = codes.transpose(0, 1).flatten(1, 2)[None, :, part]
+        return whole, None if scales is None else scales[which][blocks].transpose(0, 1).flatten(1)[None, :, part]
+
+    def _read(self, which: int) -> Tensor:
+        codes, scales = self._codes(which, 0, self.length)
+        return codes.float() if scales is None else codes.float() * scales[..., None]
 
 
 class _LayerMemory(NamedTuple):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from glm4lite.engine.worker import EngineWorker
 from glm4lite.measure.inventory import devices
+from glm4lite.memory.system import resident
 
-_PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 Samples = Mapping[tuple[tuple[str, str], ...], float]
 
 
@@ -63,16 +62,7 @@ class Metrics:
         if blocks is not None:
             yield from _metric("kv_blocks", "gauge", "Blocks of 64 tokens for keys and values.", blocks.blocks)
             yield from _metric("kv_blocks_free", "gauge", "Of those, in no conversation.", blocks.free)
-        yield from _metric("resident_bytes", "gauge", "Memory of the process.", resident_bytes())
-
-
-def resident_bytes() -> int:
-    """Bytes of this process in RAM; 0 where the system does not say."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * _PAGE
-    except (OSError, ValueError, IndexError):
-        return 0
+        yield from _metric("resident_bytes", "gauge", "Memory of the process.", resident())
 
 
 def _metric(name: str, kind: str, help_text: str, samples: Samples | float) -> Iterator[str]:

@@ -71,7 +71,8 @@ struct Cache {
   int64_t places() const { return s.kv_heads * capacity; }
   int64_t place(int head, int64_t token) const {
     if (table.empty()) return head * capacity + token;
-    return (int64_t{table[static_cast<size_t>(token / GLM4_BLOCK)]} * s.kv_heads + head) * GLM4_BLOCK + token % GLM4_BLOCK;
+    const int64_t block = table[static_cast<size_t>(token / GLM4_BLOCK)];
+    return (block * s.kv_heads + head) * GLM4_BLOCK + token % GLM4_BLOCK;
   }
   int64_t key_at(int head, int64_t token, int i) const {
     const int64_t at = place(head, token);
@@ -264,15 +265,16 @@ void past_is_kept(const Cache& before, const Cache& after) {
           fail("token %d of the past was changed", static_cast<int>(t));
 }
 
-void run(const Layer& layer, const std::vector<Span>& spans, const Exact<float>& x, const Turn& turn, int isa, int threads) {
+void run(const Layer& layer, const std::vector<Span>& spans, const Exact<float>& x, const Turn& turn, int isa,
+         int threads) {
   const glm4_layer described = layer.c(), *const pointer = &described;
   std::vector<glm4_cache> places;
   std::vector<glm4_span> rows;
   for (const Span& span : spans) places.push_back(span.cache->c());
   for (size_t i = 0; i < spans.size(); ++i) rows.push_back({spans[i].tokens, &places[i]});
   const int32_t count = static_cast<int32_t>(spans.size());
-  if (glm4_decoder_layers(&pointer, 1, rows.data(), count, x.data(), turn.cos.data(), turn.sin.data(), isa, threads) != GLM4_OK)
-    fail("refused");
+  const float *cos = turn.cos.data(), *sin = turn.sin.data();
+  if (glm4_decoder_layers(&pointer, 1, rows.data(), count, x.data(), cos, sin, isa, threads) != GLM4_OK) fail("refused");
 }
 
 // What a span's rows became is what the mathematics say, and to the bit what they become alone on other threads.
@@ -305,7 +307,8 @@ void step(const Layer& layer, const std::vector<Span>& spans, int isa, int threa
            "first: %s cache of %d with %d, %d tokens",
            s.heads, s.kv_heads, s.head_dim, s.rotary_dim, s.hidden, s.inner, s.bits, threads,
            static_cast<int>(spans.size()), static_cast<int>(tokens), s.int8 ? "int8" : "float32",
-           static_cast<int>(first.cache->capacity), static_cast<int>(first.cache->length), static_cast<int>(first.tokens));
+           static_cast<int>(first.cache->capacity), static_cast<int>(first.cache->length),
+           static_cast<int>(first.tokens));
   Exact<float> x(tokens * s.hidden);
   random.fill(x);
   const Exact<float> before(x);

@@ -1,5 +1,5 @@
-// Attention as one list of items for the threads, whatever sequences they belong to. Each range of tokens is computed by
-// itself and ranges are folded in their order, all by one thread or after several: a row's bits are the same.
+// Attention as one list of items for the threads, whatever sequences they belong to. Each range of tokens is computed
+// by itself and ranges are folded in their order, all by one thread or after several: a row's bits are the same.
 #include "attention.h"
 
 #include <math.h>
@@ -31,29 +31,39 @@ struct Item {
 
 int64_t ranges_of(const Group& group) { return (group.seen + GLM4_RANGE - 1) / GLM4_RANGE; }
 
-template <class T>
-T* room(std::vector<T>& v, int64_t size) {
+// Memory that a calling thread keeps from one call to the next.
+struct Buffers {
+  std::vector<float> kept, scratch;
+  std::vector<Group> groups;
+  std::vector<Item> items;
+
+  static Buffers& of_thread() {
+    static thread_local Buffers buffers;
+    return buffers;
+  }
+};
+
+float* room(std::vector<float>& v, int64_t size) {
   if (static_cast<int64_t>(v.size()) < size) v.resize(static_cast<size_t>(size));
   return v.data();
 }
 
 class Attention {
  public:
-  Attention(const glm4_layer& l, const float* q, float* out, const glm4_isa& isa)
-      : l_(l), isa_(isa), q_(q), out_(out), per_token_(l.heads / l.kv_heads), row_size_(int64_t{l.heads} * l.head_dim) {}
+  Attention(const glm4_layer& l, const float* q, float* out, const glm4_isa& isa, Buffers& buffers)
+      : l_(l), isa_(isa), q_(q), out_(out), per_token_(l.heads / l.kv_heads), row_size_(int64_t{l.heads} * l.head_dim),
+        buffers_(buffers), groups_(buffers.groups), items_(buffers.items) {}
 
   void run(const std::vector<Part>& parts, int threads) {
-    static thread_local std::vector<float> kept, scratch;
     int64_t tokens = 0, work = 0;  // of each key/value head: query tokens times tokens seen
     for (const Part& part : parts) tokens += part.rows, work += part.rows * (part.cache.length + part.rows);
     cut(parts, work * l_.kv_heads / (4 * threads));
-    kept_ = room(kept, floats_);
-    scratch_ = room(scratch, threads * scratch_size());
+    kept_ = room(buffers_.kept, floats_);
+    float* const scratch = room(buffers_.scratch, threads * scratch_size());
 
-    const std::vector<Item>& items = items_;
-    auto compute = [&](int64_t i, int slot) { attend(items[i], scratch_ + slot * scratch_size()); };
+    auto compute = [&](int64_t i, int slot) { attend(items_[i], scratch + slot * scratch_size()); };
     const bool little = work * row_size_ < kSerialWork;
-    parallel_for(little ? 1 : threads, static_cast<int64_t>(items.size()), compute);
+    parallel_for(little ? 1 : threads, static_cast<int64_t>(items_.size()), compute);
     auto fold_kept = [&](int64_t g, int) {
       if (groups_[g].kept >= 0) fold(groups_[g]);
     };
@@ -63,6 +73,7 @@ class Attention {
  private:
   // A group of more than `most` work is an item for each range, as far as there is memory for their sums.
   void cut(const std::vector<Part>& parts, int64_t most) {
+    groups_.clear(), items_.clear();
     const int64_t item_tokens = std::max<int64_t>(1, GLM4_ATTENTION_ROWS / per_token_);
     for (const Part& part : parts)
       for (int64_t first = 0; first < part.rows; first += item_tokens)
@@ -133,15 +144,16 @@ class Attention {
   const float* q_;
   float* out_;
   int64_t per_token_, row_size_;
-  std::vector<Group> groups_;
-  std::vector<Item> items_;
+  Buffers& buffers_;
+  std::vector<Group>& groups_;
+  std::vector<Item>& items_;
   int64_t floats_ = 0;
-  float *kept_ = nullptr, *scratch_ = nullptr;
+  float* kept_ = nullptr;
 };
 
 }  // namespace
 
 void glm4::attention(const glm4_layer& layer, const std::vector<Part>& parts, const float* q, float* out,
                      const glm4_isa& isa, int threads) {
-  Attention(layer, q, out, isa).run(parts, threads);
+  Attention(layer, q, out, isa, Buffers::of_thread()).run(parts, threads);
 }

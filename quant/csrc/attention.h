@@ -8,8 +8,8 @@
 
 namespace glm4 {
 
-// Rows of one sequence, one behind the other: rows first..first+rows-1 of all, which follow the cache's tokens and whose
-// keys and values are already there.
+// Rows of one sequence, one behind the other: rows first..first+rows-1 of all. They follow the cache's tokens, and their
+// keys and values are there already when attention begins.
 struct Part {
   glm4_cache cache;
   int64_t first, rows;

@@ -77,32 +77,32 @@ uint32_t host_isas() {
 uint32_t host_isas() { return bit(GLM4_SCALAR); }
 #endif
 
-constexpr glm4_isa kNone = {nullptr, nullptr, 0};
+constexpr glm4_isa kNone = {nullptr, nullptr, 0, 0};
 
 const glm4_isa kIsas[GLM4_ISAS] = {
-    {glm4_tile_scalar, &glm4_rows_scalar, GLM4_SCALAR_WIDTH},
+    {glm4_tile_scalar, &glm4_rows_scalar, GLM4_SCALAR_WIDTH, 0},
 #if defined(GLM4LITE_HAVE_AVX2)
-    {glm4_tile_avx2, &glm4_rows_avx2, GLM4_AVX2_WIDTH},
+    {glm4_tile_avx2, &glm4_rows_avx2, GLM4_AVX2_WIDTH, GLM4_256_FEW},
 #else
     kNone,
 #endif
 #if defined(GLM4LITE_HAVE_AVXVNNI) && defined(GLM4LITE_HAVE_AVX2)
-    {glm4_tile_avxvnni, &glm4_rows_avx2, GLM4_AVXVNNI_WIDTH},
+    {glm4_tile_avxvnni, &glm4_rows_avx2, GLM4_AVXVNNI_WIDTH, GLM4_256_FEW},
 #else
     kNone,
 #endif
 #if defined(GLM4LITE_HAVE_AVX512VNNI)
-    {glm4_tile_avx512vnni, &glm4_rows_avx512, GLM4_AVX512VNNI_WIDTH},
+    {glm4_tile_avx512vnni, &glm4_rows_avx512, GLM4_AVX512VNNI_WIDTH, 0},
 #else
     kNone,
 #endif
 #if defined(GLM4LITE_HAVE_NEON)
-    {glm4_tile_neon, &glm4_rows_neon, GLM4_NEON_WIDTH},
+    {glm4_tile_neon, &glm4_rows_neon, GLM4_NEON_WIDTH, 0},
 #else
     kNone,
 #endif
 #if defined(GLM4LITE_HAVE_NEONI8MM) && defined(GLM4LITE_HAVE_NEON)
-    {glm4_tile_neoni8mm, &glm4_rows_neon, GLM4_NEONI8MM_WIDTH},
+    {glm4_tile_neoni8mm, &glm4_rows_neon, GLM4_NEONI8MM_WIDTH, 0},
 #else
     kNone,
 #endif

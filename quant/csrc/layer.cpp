@@ -147,9 +147,10 @@ class Layer {
 };
 
 // What rows first..first+count-1 of a step are parts of, with their caches in one layer.
-std::vector<Part> cut(const glm4_span* spans, int32_t span_count, int32_t layer, int64_t first, int64_t count) {
-  std::vector<Part> parts;
+const std::vector<Part>& cut(const glm4_span* spans, int32_t span_count, int32_t layer, int64_t first, int64_t count) {
+  static thread_local std::vector<Part> parts;
   int64_t begin = 0;
+  parts.clear();
   for (const glm4_span* span = spans; span < spans + span_count; begin += span->rows, ++span) {
     const int64_t from = std::max(begin, first), to = std::min(begin + span->rows, first + count);
     if (from >= to) continue;

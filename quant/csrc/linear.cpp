@@ -14,7 +14,7 @@ using glm4::Sink;
 using glm4::Source;
 
 constexpr int64_t kChunkRows = 512;         // rows of x quantized at once: bounds the scratch
-constexpr int64_t kCacheBytes = 1 << 20;     // activations that stay in the caches over one item
+constexpr int64_t kCacheBytes = 256 << 10;  // activations that stay in the second-level cache over one item
 constexpr int64_t kMaxColumns = 144;        // that one tile is multiplied with at once, and their panels
 constexpr int64_t kMaxPanels = 36;
 constexpr int64_t kMaxItemTiles = 8;        // several tiles use a panel of activations while it is in cache
@@ -59,7 +59,7 @@ class Activations {
   Activations(const Source& source, int32_t group, int64_t first, int64_t rows, int splits, const glm4_isa& isa,
               int threads)
       : source_(source), isa_(isa), group_(group), splits_(splits), first_(first), rows_(rows),
-        panels_((rows * splits + isa.width - 1) / isa.width) {
+        panels_(panels_of(rows * splits, isa)) {
     Buffers& buffers = Buffers::of_thread();
     const int64_t blocks = rows * splits * (source.k / GLM4_COLS);
     quads_ = room(buffers.quads, blocks * 8);
@@ -69,6 +69,10 @@ class Activations {
     scratch_ = room(buffers.rows, 2 * source.k * threads);
   }
 
+  static int64_t panels_of(int64_t columns, const glm4_isa& isa) {
+    const int64_t width = columns <= 2 * isa.few ? isa.few : isa.width;
+    return (columns + width - 1) / width;
+  }
   int64_t panels() const { return panels_; }
   int splits() const { return splits_; }
   int64_t start(int64_t panel) const { return rows_ * panel / panels_; }  // first row of a panel, within the chunk
@@ -190,7 +194,7 @@ struct Product {
     while (begin < end) {
       const int64_t stop = std::min(end, tiles_of(*sink));
       const int64_t in_cache = std::clamp<int64_t>(kCacheBytes / (sink->w->k * isa.width), 1, most);
-      const int64_t turns = (x.panels() + in_cache - 1) / in_cache;
+      const int64_t at_once = isa.few ? most : in_cache, turns = (x.panels() + at_once - 1) / at_once;
       for (int64_t i = 0; i < turns; ++i)
         for (int64_t t = begin; t < stop; ++t) tile(*sink, t, x.panels() * i / turns, x.panels() * (i + 1) / turns);
       end -= tiles_of(*sink), begin = 0, ++sink;

@@ -40,9 +40,9 @@ struct glm4_matrix {  // rows of float32 or bfloat16, stride in elements
   int32_t dtype;
 };
 
-// Keys and values of one sequence in one layer, in blocks of GLM4_BLOCK tokens that may lie anywhere: float32, or int8 codes
-// with one scale per head and token. The memory is a row of places for a head's token; `glm4_place` finds one. Values are
-// [place][head_dim], scales [place], keys [place / 16][head_dim][16]. Both strides are multiples of GLM4_TOKENS.
+// Keys and values of one sequence in one layer, in blocks of GLM4_BLOCK tokens that may lie anywhere: float32, or int8
+// codes with one scale per head and token. The memory is a row of places for a head's token; `glm4_place` finds one.
+// Values are [place][head_dim], scales [place], keys [place / 16][head_dim][16]. Strides are multiples of GLM4_TOKENS.
 struct glm4_cache {
   void* keys;
   void* values;
@@ -84,8 +84,8 @@ GLM4_API int32_t glm4_isa_available(int32_t isa);
 GLM4_API int32_t glm4_matmul(const glm4_weight* w, const glm4_matrix* x, const float* bias, const glm4_matrix* y,
                              int32_t splits, int32_t isa, int32_t threads);
 // x [rows, hidden], the float32 residual stream, goes through `count` layers in place: the rows of each span, one span
-// behind the other. Their keys and values are written into the span's cache after the `length` that it holds. cos and sin:
-// [rows, rotary_dim / 2]. A row's result depends on its own sequence alone, to the bit, however that is cut into calls.
+// behind the other. Their keys and values are written into the span's cache after the `length` that it holds. cos and
+// sin: [rows, rotary_dim / 2]. A row's result depends on its own sequence alone, to the bit, however that is cut into calls.
 GLM4_API int32_t glm4_decoder_layers(const glm4_layer* const* layers, int32_t count, const glm4_span* spans,
                                      int32_t span_count, float* x, const float* cos, const float* sin, int32_t isa,
                                      int32_t threads);
@@ -120,7 +120,8 @@ struct glm4_panel_column {
 typedef void (*glm4_tile_kernel)(const glm4_weight* w, int64_t tile, const glm4_panel* x, int64_t count, float* dot,
                                  float* min);
 
-// What rows have seen of the tokens: out [rows][head_dim] is the sum of exp(score - top) * value, total of exp(score - top).
+// What rows have seen of the tokens: out [rows][head_dim] is the sum of exp(score - top) * value, total that of
+// exp(score - top).
 struct glm4_sums {
   float *out, *top, *total;
 };
@@ -154,13 +155,16 @@ struct glm4_isa {
   glm4_tile_kernel tile;
   const glm4_rows* rows;
   int32_t width;  // the widest panel its registers hold
+  // Columns of a panel where there are at most twice as many in all; 0: `width` always. A kernel that has it goes through a
+  // tile in pieces where there are more, by all panels, so that these may come from beyond the caches.
+  int32_t few;
 };
 const glm4_isa* glm4_isa_of(int32_t isa);
 
 // No code is shared between the files of different ISAs: the linker keeps one copy. Widths are even, for inputs in two
 // parts.
 enum { GLM4_SCALAR_WIDTH = 4, GLM4_AVX2_WIDTH = 6, GLM4_AVXVNNI_WIDTH = 6, GLM4_AVX512VNNI_WIDTH = 12 };
-enum { GLM4_NEON_WIDTH = 6, GLM4_NEONI8MM_WIDTH = 6, GLM4_MAX_WIDTH = 12 };
+enum { GLM4_256_FEW = 4, GLM4_NEON_WIDTH = 6, GLM4_NEONI8MM_WIDTH = 6, GLM4_MAX_WIDTH = 12 };
 void glm4_tile_scalar(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);
 void glm4_tile_avx2(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);
 void glm4_tile_avxvnni(const glm4_weight*, int64_t, const glm4_panel*, int64_t, float*, float*);

@@ -15,8 +15,7 @@
 namespace {
 
 constexpr int kHalves = 2;
-constexpr int kMostDirect = 8;  // columns for which preparing a piece costs more than it saves
-constexpr int kDirect = 4;      // of them at once: the registers also hold what is unpacked
+constexpr int kDirect = GLM4_256_FEW;  // columns whose sums leave registers for unpacking; for twice as many it is cheaper
 constexpr int64_t kPiece = 16;  // blocks of 32 columns in a piece
 constexpr int64_t kBlockBytes = GLM4_ROWS * GLM4_COLS;  // of a block, one byte a code
 
@@ -117,17 +116,16 @@ inline void store_sums(const Floats (*total)[kHalves], float* to) {
     for (int h = 0; h < kHalves; ++h) _mm256_storeu_ps(to + GLM4_ROWS * c + 8 * h, total[c][h]);
 }
 
-// Multiplies with columns first..first + C - 1 of a panel; adds to dot and min.
+// Multiplies with a panel of C columns; adds to dot and min.
 template <int C, int Bits, bool Prepared>
-void dots(const Part& part, const glm4_panel* x, int first, float* dot, float* min) {
+void dots(const Part& part, const glm4_panel* x, float* dot, float* min) {
   constexpr bool alone = C == 1, packed = Bits == 4 && !Prepared;
   constexpr bool with_mins = alone && packed;  // one column has the registers for its float sums
-  const int64_t per_group = part.per_group(), skipped = part.begin * per_group, width = x->width;
-  const int64_t blocks = part.end * per_group - skipped;
+  const int64_t per_group = part.per_group(), first = part.begin * per_group, blocks = part.end * per_group - first;
   const int shift = static_cast<int>(per_group / 2);  // 1, 2 or 4 blocks are a group
   const uint8_t *codes = part.codes, *scales = part.scales(), *mins = Bits == 4 ? part.mins() : nullptr;
-  const int32_t *a = x->quads + (skipped * width + first) * 8, *sums = x->sum + skipped * width + first;
-  const float *by = x->scale + skipped * width + first, *group_sum = x->group_sum + part.begin * width + first;
+  const int32_t *a = x->quads + first * 8 * C, *sums = x->sum + first * C;
+  const float *by = x->scale + first * C, *group_sum = x->group_sum + part.begin * C;
   Floats total[C][kHalves], low[C][kHalves];
   if (alone) load_sums<C>(dot, total);
   if (with_mins) load_sums<C>(min, low);
@@ -135,7 +133,7 @@ void dots(const Part& part, const glm4_panel* x, int first, float* dot, float* m
     const int64_t g = b >> shift;
     if (with_mins && b == g << shift) {
       const uint8_t* m = mins + g * GLM4_ROWS;
-      add_min<C>(bytes_to_float(m), bytes_to_float(m + 8), group_sum + g * width, low);
+      add_min<C>(bytes_to_float(m), bytes_to_float(m + 8), group_sum + g * C, low);
     }
     Scale own[kHalves];
     if (!Prepared) own[0] = scale_of<0>(scales + g * GLM4_ROWS), own[1] = scale_of<1>(scales + g * GLM4_ROWS);
@@ -159,16 +157,15 @@ void dots(const Part& part, const glm4_panel* x, int first, float* dot, float* m
         }
       }
     }
-    codes += packed ? kBlockBytes / 2 : kBlockBytes, a += 8 * width, by += width, sums += width;
+    codes += packed ? kBlockBytes / 2 : kBlockBytes, a += 8 * C, by += C, sums += C;
   }
   if (alone) store_sums<C>(total, dot);
   if (with_mins) return store_sums<C>(low, min);
   if (Bits == 8) return;
   load_sums<C>(min, low);
-  for (int64_t g = 0; g < part.end - part.begin; ++g, mins += GLM4_ROWS, group_sum += width) {
-    const Floats* ready = part.piece->mins[g];
+  for (int64_t g = 0; g < part.end - part.begin; ++g, mins += GLM4_ROWS, group_sum += C) {
     if (Prepared) {
-      add_min<C>(ready[0], ready[1], group_sum, low);
+      add_min<C>(part.piece->mins[g][0], part.piece->mins[g][1], group_sum, low);
     } else {
       add_min<C>(bytes_to_float(mins), bytes_to_float(mins + 8), group_sum, low);
     }
@@ -211,25 +208,14 @@ void prepare(Part* part, Piece* piece) {
   if (Bits == 4) part->codes = piece->codes;
 }
 
-using Dots = void (*)(const Part&, const glm4_panel*, int, float*, float*);
+using Dots = void (*)(const Part&, const glm4_panel*, float*, float*);
 
 template <int C, int Bits, bool Prepared>
-constexpr Dots choose(int columns) {
+constexpr Dots choose(int width) {
   if constexpr (C == 0) {
     return nullptr;
   } else {
-    return columns == C ? dots<C, Bits, Prepared> : choose<C - 1, Bits, Prepared>(columns);
-  }
-}
-
-// A part with one panel.
-template <int Width, int Bits>
-void multiply_panel(const Part& part, const glm4_panel* x, float* dot, float* min) {
-  if (part.piece) return choose<Width, Bits, true>(x->width)(part, x, 0, dot, min);
-  const int passes = (x->width + kDirect - 1) / kDirect;
-  for (int p = 0; p < passes; ++p) {
-    const int first = x->width * p / passes, columns = x->width * (p + 1) / passes - first;
-    choose<kDirect, Bits, false>(columns)(part, x, first, dot + GLM4_ROWS * first, min + GLM4_ROWS * first);
+    return width == C ? dots<C, Bits, Prepared> : choose<C - 1, Bits, Prepared>(width);
   }
 }
 
@@ -241,14 +227,15 @@ void multiply_panels(const glm4_weight* w, int64_t tile, const glm4_panel* x, in
   for (int64_t p = 0; p < count; ++p) columns += x[p].width;
   memset(dot, 0, sizeof(float) * GLM4_ROWS * columns);
   memset(min, 0, sizeof(float) * GLM4_ROWS * columns);
-  const int64_t step = columns <= kDirect ? groups : kPiece * GLM4_COLS / w->group;
+  const bool direct = columns <= 2 * kDirect && x[count - 1].width <= kDirect;  // the widest
+  const int64_t step = direct && count == 1 ? groups : kPiece * GLM4_COLS / w->group;
   Piece piece;
   for (int64_t begin = 0; begin < groups; begin += step) {
     Part part{w, tile, begin, begin + step < groups ? begin + step : groups, codes + begin * bytes, nullptr};
-    if (columns > kMostDirect) prepare<Bits>(&part, &piece);
+    if (!direct) prepare<Bits>(&part, &piece);
     float *to = dot, *low = min;
     for (int64_t p = 0; p < count; to += GLM4_ROWS * x[p].width, low += GLM4_ROWS * x[p].width, ++p)
-      multiply_panel<Width, Bits>(part, x + p, to, low);
+      (direct ? choose<kDirect, Bits, false>(x[p].width) : choose<Width, Bits, true>(x[p].width))(part, x + p, to, low);
   }
 }
 

@@ -43,6 +43,7 @@ inline void add_products(Ints* sum, const Ints* w, Ints x, const Scale* s) {
   for (int h = 0; h < 2; ++h) {
     const Ints pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w[h]), _mm256_sign_epi8(x, w[h]));
     sum[h] = _mm256_add_epi32(sum[h], _mm256_madd_epi16(pairs, s[h]));
+    __asm__("" : "+x"(sum[h]));
   }
 }
 

@@ -142,16 +142,19 @@ int64_t tile_tokens(const glm4_attention* a, int64_t first) {
 Ahead tile_ahead(const glm4_attention* a, int64_t first) {
   if (first >= a->end) return {};
   const glm4_cache* c = a->cache;
-  const int64_t size = (c->type == GLM4_FLOAT32 ? sizeof(float) : 1) * a->head_dim, at = glm4_place(c, a->head, first) * size;
-  return {static_cast<const char*>(c->keys) + at, static_cast<const char*>(c->values) + at, tile_tokens(a, first) * size};
+  const int64_t size = (c->type == GLM4_FLOAT32 ? sizeof(float) : 1) * a->head_dim;
+  const int64_t at = glm4_place(c, a->head, first) * size, bytes = tile_tokens(a, first) * size;
+  return {static_cast<const char*>(c->keys) + at, static_cast<const char*>(c->values) + at, bytes};
 }
 
 // int8 codes become floats once per tile and serve all query rows; float32 is used in place.
 Tile read_tile(const glm4_attention* a, int64_t first, int64_t tokens, float* scratch) {
   const glm4_cache* c = a->cache;
   const int64_t d = a->head_dim, at = glm4_place(c, a->head, first);
-  if (c->type == GLM4_FLOAT32)
-    return {static_cast<const float*>(c->keys) + at * d, static_cast<const float*>(c->values) + at * d, nullptr, nullptr};
+  if (c->type == GLM4_FLOAT32) {
+    const float *keys = static_cast<const float*>(c->keys), *values = static_cast<const float*>(c->values);
+    return {keys + at * d, values + at * d, nullptr, nullptr};
+  }
   const int8_t* keys = static_cast<const int8_t*>(c->keys) + at * d;
   const int8_t* values = static_cast<const int8_t*>(c->values) + at * d;
   const int64_t padded = (tokens + GLM4_TOKENS - 1) / GLM4_TOKENS * GLM4_TOKENS;

@@ -1,16 +1,19 @@
-"""What the host gives this process: the cores, and the control groups (containers, batch jobs) it is in.
+"""What the host gives this process: the cores, their caches, and the control groups (containers, batch jobs) it is in.
 
-Linux tells it in files; elsewhere every processor counts as a core of its own, and there are no groups.
+psutil asks every system; Linux' files say more: which processors share a core, which cores are slow, what groups allow.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+
+import psutil
 
 PROCESSORS = Path("/sys/devices/system/cpu")
 HYBRID = Path("/sys/devices/cpu_atom/cpus")  # the efficiency cores, where Intel's processors have both kinds
@@ -45,10 +48,10 @@ class Cores:
 
 
 def processors() -> frozenset[int]:
-    """The numbers of the processors this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return frozenset(os.sched_getaffinity(0)) or frozenset((0,))
-    return frozenset(range(os.cpu_count() or 1))
+    """The numbers of the processors this process may run on. macOS has no such mask: all."""
+    if sys.platform == "darwin":
+        return frozenset(range(os.cpu_count() or 1))
+    return frozenset(psutil.Process().cpu_affinity()) or frozenset((0,))
 
 
 def cores() -> Cores:
@@ -58,6 +61,9 @@ def cores() -> Cores:
 
 @lru_cache
 def _cores_of(allowed: frozenset[int]) -> Cores:
+    if sys.platform != "linux":
+        physical = psutil.cpu_count(logical=False) or len(allowed)
+        return Cores(len(allowed), min(physical, len(allowed)), 0, None)
     siblings = {number: _siblings(number) for number in allowed}
     by_core = {first: number for number, first in siblings.items()}  # a core, and one of its processors
     atoms = _numbers(read(HYBRID))
@@ -98,6 +104,12 @@ def _shares() -> Iterator[float]:
             quota, period = read(group / "cpu.cfs_quota_us").strip(), read(group / "cpu.cfs_period_us").strip()
         if quota.isdecimal() and period.isdecimal() and int(period):
             yield int(quota) / int(period)
+
+
+def largest_cache() -> int:
+    """Bytes of the first processor's largest cache; 0 where the system does not tell."""
+    sizes = [read(file).strip() for file in (PROCESSORS / "cpu0" / "cache").glob("index*/size")]
+    return max((int(size[:-1]) << 10 for size in sizes if size[:-1].isdecimal() and size.endswith("K")), default=0)
 
 
 def control_groups(controller: str) -> Iterator[Path]:

@@ -7,6 +7,7 @@ huge pages only to those who ask.
 from __future__ import annotations
 
 import mmap
+import sys
 from contextlib import suppress
 
 import torch
@@ -21,13 +22,14 @@ def zeros(nbytes: int) -> Tensor:
     Raises:
         MemoryError: there is not so much.
     """
-    # Shared memory has no huge pages, and is not counted as the process's own. Windows has no such flags.
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     try:
-        pages = mmap.mmap(-1, max(nbytes, 1), **private)
+        if sys.platform == "win32":
+            pages = mmap.mmap(-1, max(nbytes, 1))
+        else:  # shared memory has no huge pages, and is not counted as the process's own
+            pages = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"{nbytes} bytes of memory cannot be had: {error.strerror}") from None
-    if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= HUGE:
+    if sys.platform == "linux" and nbytes >= HUGE:
         with suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8, count=nbytes)

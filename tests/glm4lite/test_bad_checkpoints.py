@@ -6,6 +6,7 @@ import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -558,10 +559,9 @@ def held(model: Any) -> str:
     return readable(sum(value.nbytes for value in model.state_dict().values()))
 
 
-def limit_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 90 kB\nMemAvailable: 64 kB\nSwapFree: 0 kB\n")
-    monkeypatch.setattr("glm4lite.memory.system.MEMINFO", meminfo)
+def limit_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=64 << 10))
+    monkeypatch.setattr("psutil.swap_memory", lambda: SimpleNamespace(free=0))
 
 
 MAPPED = "load a folder made by `glm4lite quantize`, which is mapped"
@@ -579,7 +579,7 @@ def test_a_checkpoint_that_does_not_fit_the_memory_is_refused_first(
 ) -> None:
     arguments, advice = ADVICE[how]
     needed = held(load(folder, **arguments))
-    limit_memory(tmp_path, monkeypatch)
+    limit_memory(monkeypatch)
     assert refused(folder, **arguments) == f"DIR needs {needed} of memory, 64 KiB are free; {advice}"
 
 
@@ -590,7 +590,7 @@ def test_calibrating_needs_the_memory_of_one_layer_more(
     tensors = tiny_tensors(tiny_config())
     layer = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("model.layers.0."))
     needed = readable(sum(value.nbytes for value in model.state_dict().values()) + layer)
-    limit_memory(tmp_path, monkeypatch)
+    limit_memory(monkeypatch)
     assert refused(folder, quant="int4") == f"DIR needs {needed} of memory, 64 KiB are free; {MAPPED}"
 
 
@@ -598,7 +598,7 @@ def test_a_float16_checkpoint_needs_the_memory_of_float32(tmp_path: Path, monkey
     tensors = tiny_tensors(tiny_config(), dtype=torch.float16)
     folder = write_checkpoint(tmp_path / "f16", tensors=tensors)
     needed = held(load(folder))
-    limit_memory(tmp_path, monkeypatch)
+    limit_memory(monkeypatch)
     assert refused(folder).startswith(f"DIR needs {needed} of memory, 64 KiB are free; ")
 
 
@@ -606,7 +606,7 @@ def test_a_pre_quantized_folder_needs_no_memory_for_what_is_mapped(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = quantize_checkpoint(folder, tmp_path / "q", "int4")
-    limit_memory(tmp_path, monkeypatch)
+    limit_memory(monkeypatch)
     assert load(written)
 
 

@@ -16,7 +16,7 @@ from glm4lite.base.errors import BenchmarkError, ContextLengthError
 from glm4lite.base.events import Progress
 from glm4lite.cli.app import main
 from glm4lite.measure import benchmark as module
-from glm4lite.measure.benchmark import Benchmark, Spread, benchmark, memory_now
+from glm4lite.measure.benchmark import Benchmark, Spread, benchmark
 from glm4lite.measure.inventory import read_bytes
 from glm4lite_quant import QuantError
 from glm4lite_quant.kernels import native
@@ -103,15 +103,6 @@ def test_the_whole_context_can_be_used_and_no_more(tmp_path: Path) -> None:
         benchmark(folder, "none", 61, 4)
 
 
-def test_memory_that_the_system_does_not_tell_is_said_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(module, "STATUS", tmp_path / "missing")
-    assert memory_now("RssAnon") is None
-    one = Spread(1.0, 1.0, 1.0)
-    found = Benchmark("x", 1, 2, 1, {"k": 1}, 1.0, one, one, {"cpu": 10**9}, one, {}, None, None, None)
-    assert "not available on" in dict(found.lines())["peak memory"]
-    assert found.to_json()["peak_anon_bytes"] is None
-
-
 @pytest.mark.parametrize("threads", [1, 2])
 def test_reading_memory_reads_all_of_it(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLM4LITE_THREADS", str(threads))
@@ -142,7 +133,7 @@ def test_the_bound_is_the_sum_of_what_each_device_takes_at_least() -> None:
     gives, rate = Spread(10.0, 10.0, 10.0), Spread(5.0, 5.0, 5.0)
     reads = {"cpu": 10**9, "cuda:0": 10**9}
     found = Benchmark(
-        "x", 100, 2, 1, {}, 1.0, rate, rate, reads, gives, {}, None, None, None,
+        "x", 100, 2, 1, {}, 1.0, rate, rate, reads, gives, {}, 0, 0, 0,
         disk_bytes_per_token=10**8, disk=Spread(0.5, 0.5, 0.5), bus_bytes_per_prompt=2 * 10**9, bus=gives,
         gpu=Spread(100.0, 100.0, 100.0), gpu_peak_bytes={"cuda:0": 1 << 30}, decoding={"cuda:0": "one CUDA graph"},
     )  # fmt: skip

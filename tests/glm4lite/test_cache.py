@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from glm4lite.model.cache import STEP, KVCache, LayerCache, PackedLayerCache
+from glm4lite.model.cache import (
+    STEP,
+    KVCache,
+    LayerCache,
+    PackedLayerCache,
+    bytes_per_token,
+    stored_forms,
+)
+from glm4lite.model.config import Glm4Config
 from glm4lite_quant import QuantConfig, QuantTensor
 from glm4lite_quant.kernels import native
 from glm4lite_quant.kernels.decoder import DecoderKernel, Heads, SpanRows, run
@@ -179,3 +187,34 @@ def test_a_batch_is_not_handed_to_the_native_code() -> None:
         cache.view(1, HEADS, torch.device("cpu"), torch.float32)
     with pytest.raises(ValueError, match="the cache is empty"):
         PackedLayerCache(False)._buffers()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_stored_and_restored_in_parts_of_any_length_has_the_same_bits(kind: str, dtype: torch.dtype) -> None:
+    one, other = KINDS[kind](), KINDS[kind]()
+    keys, values = (part.to(dtype) for part in tokens(3 * STEP + 7))
+    one.append(keys, values)
+    ends = [1, 16, 17, 100, 256, 300, one.length]
+    for begin, end in zip([0, *ends], ends, strict=False):
+        stored = one.stored(begin, end)
+        assert all(part.shape[:3] == (2, 2, end - begin) for part in stored)
+        other.restore(stored, one.length - begin if begin == 17 else 0)
+        assert other.length == end
+    for ours, theirs in zip(one.past() or (), other.past() or (), strict=True):
+        assert torch.equal(ours, theirs)
+    more = tokens(3)
+    for ours, theirs in zip(one.append(*more), other.append(*more), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_stored_has_the_forms_that_are_told_of_it(kind: str) -> None:
+    cache = KINDS[kind]()
+    cache.append(*tokens(40))
+    config = Glm4Config(num_key_value_heads=2, num_attention_heads=4, head_dim=16, hidden_size=64)
+    told = stored_forms(config, "int8" if kind == "int8" else "float", torch.float32, 9)
+    stored = cache.stored(20, 29)
+    assert [(tuple(part.shape), part.dtype) for part in stored] == told
+    nbytes = bytes_per_token(config, "int8" if kind == "int8" else "float", 4) // config.num_hidden_layers
+    assert sum(part.nbytes for part in stored) == 9 * nbytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from glm4lite import Glm4ForCausalLM, SamplingParams, load
+from glm4lite.base.direct_io import DirectFile
 from glm4lite.base.errors import CheckpointError, ConfigError, ContextLengthError, DeviceError
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.quantize import quantize_checkpoint
@@ -208,16 +210,20 @@ def kv_width(model: Glm4ForCausalLM) -> int:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """`reads["do"](fd, buffers, offset)` stands for the system's positional read."""
-    real = os.preadv
+    """`reads["do"](file, buffers, offset)` stands for the system's positional read."""
+    own = DirectFile._read
+
+    def real(file: DirectFile, buffers: list[memoryview], offset: int) -> int:
+        return own(file, buffers[0], offset)
+
     doing: dict[str, Any] = {"do": real, "real": real}
-    monkeypatch.setattr(os, "preadv", lambda *args: doing["do"](*args))
+    monkeypatch.setattr(DirectFile, "_read", lambda file, target, offset: doing["do"](file, [target], offset))
     return doing
 
 
 def test_short_reads_are_read_on(folder: Path, streamed: Glm4ForCausalLM, reads: dict[str, Any]) -> None:
-    def short(fd: int, buffers: list[memoryview], offset: int) -> int:
-        return reads["real"](fd, [buffers[0][: max(4096, len(buffers[0]) // 3 // 4096 * 4096)]], offset)
+    def short(file: DirectFile, buffers: list[memoryview], offset: int) -> int:
+        return reads["real"](file, [buffers[0][: max(4096, len(buffers[0]) // 3 // 4096 * 4096)]], offset)
 
     reads["do"] = short
     for got, wanted in zip(logits_of(streamed, PIECES), logits_of(load(folder), PIECES), strict=True):
@@ -227,9 +233,9 @@ def test_short_reads_are_read_on(folder: Path, streamed: Glm4ForCausalLM, reads:
 def test_a_read_that_ends_within_a_block_is_begun_again_at_it(
     folder: Path, streamed: Glm4ForCausalLM, reads: dict[str, Any]
 ) -> None:
-    def ragged(fd: int, buffers: list[memoryview], offset: int) -> int:
+    def ragged(file: DirectFile, buffers: list[memoryview], offset: int) -> int:
         assert offset % 4096 == 0
-        count = reads["real"](fd, buffers, offset)
+        count = reads["real"](file, buffers, offset)
         return count - 100 if count > 8192 else count
 
     reads["do"] = ragged
@@ -301,6 +307,7 @@ def test_a_file_replaced_by_another_changes_nothing(folder: Path, own: tuple[Pat
     assert torch.equal(logits_of(model, PIECES)[0], wanted)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux' file systems refuse them")
 def test_a_file_system_without_direct_reads_serves_too(
     folder: Path, budget: Callable[[int], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from glm4lite import Glm4ForCausalLM, load
+from glm4lite.memory.system import resident
 from glm4lite.model.cache import KVCache, LayerCache, PackedLayerCache
 from glm4lite.model.step import Span
 from glm4lite.runtime.fused import FusedLayers
 from glm4lite.runtime.kv_pool import KVPool, PoolCache, PooledLayerCache, PoolFull
-from glm4lite.server.metrics import resident_bytes
 from glm4lite_quant.kernels import native
 from glm4lite_quant.kernels.decoder import BLOCK
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
@@ -131,16 +131,15 @@ def test_blocks_come_back_whatever_happens(model: Glm4ForCausalLM) -> None:
     assert pool.free == pool.blocks
 
 
-@pytest.mark.skipif(resident_bytes() == 0, reason="this system does not tell a process's memory")
 def test_memory_is_taken_as_blocks_are_used(model: Glm4ForCausalLM) -> None:
-    before = resident_bytes()
+    before = resident()
     pool = KVPool(model, (1 << 30) // model.model.cache_bytes)
     assert pool.blocks * pool.block_bytes > 1 << 29
     for _ in range(3):
         cache = pool.new()
         step(model, ([1] * 300, cache))
         del cache  # its blocks are the next one's
-    assert resident_bytes() - before < 100 << 20
+    assert resident() - before < 100 << 20
 
 
 def test_layers_that_the_pool_has_no_memory_for_are_counted_by_tokens_alone(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -248,9 +249,9 @@ def test_free_memory_is_what_the_machine_and_the_control_group_allow(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own, files, free = CGROUPS[case]
-    (tmp_path / "meminfo").write_text(f"MemAvailable: {4 * GIB // 1024} kB\nSwapFree: 1024 kB\n")
     (tmp_path / "own").write_text(own)
-    monkeypatch.setattr(system, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=4 * GIB))
+    monkeypatch.setattr("psutil.swap_memory", lambda: SimpleNamespace(free=1 << 20))
     monkeypatch.setattr(host, "OWN_CGROUPS", tmp_path / "own")
     monkeypatch.setattr(host, "CGROUPS", cgroups(tmp_path / "cgroup", files))
     assert system.available() == free + (1 << 20)

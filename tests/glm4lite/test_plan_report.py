@@ -22,7 +22,7 @@ from glm4lite.loading.requirements import headers, imagined, requirements_of
 from glm4lite.memory import machine
 from glm4lite.memory.budget import Budget
 from glm4lite.memory.resources import Machine
-from glm4lite_quant import QuantConfig
+from glm4lite_quant import QuantConfig, host
 from tests.commands import forked, python
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 from tests.glm4lite.hub_server import HubServer, Repo
@@ -415,13 +415,14 @@ def test_an_advised_size_suffices(size: int) -> None:
 def test_what_is_read_to_measure_memory_is_more_than_the_caches_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "CACHES", tmp_path)
+    monkeypatch.setattr(host, "PROCESSORS", tmp_path)
     assert machine.beyond_caches() == 256 << 20
     for index, size in enumerate(("48K", "2048K", "491520K", "odd")):
-        (tmp_path / f"index{index}").mkdir()
-        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+        folder = tmp_path / "cpu0" / "cache" / f"index{index}"
+        folder.mkdir(parents=True)
+        (folder / "size").write_text(f"{size}\n")
     assert machine.beyond_caches() == 2 * 480 << 20
-    (tmp_path / "index3" / "size").write_text("4000000K")
+    (tmp_path / "cpu0" / "cache" / "index3" / "size").write_text("4000000K")
     assert machine.beyond_caches() == 1 << 30
 
 

@@ -198,3 +198,49 @@ def test_a_layer_with_packed_codes_can_be_moved_copied_and_loaded(repacked: Quan
     y = torch.randn(1, 128, requires_grad=True)
     repacked(y).sum().backward()
     torch.testing.assert_close(y.grad, repacked.weight_tensor.dequantize().sum(0, keepdim=True))
+
+
+def card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], *kernels: str, hip: str | None = None) -> None:
+    """torch finds a GPU of this capability, on which these kernels pass their first product."""
+    usable(monkeypatch, *kernels)
+    monkeypatch.delenv("GLM4LITE_GPU_KERNEL", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+
+
+CUDA = torch.device("cuda", 0)
+
+
+def test_a_gpu_with_a_kernel_is_faster_than_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kernels in (("triton",), ("tinygemm",), ("triton", "tinygemm")):
+        card(monkeypatch, (8, 6), *kernels)
+        assert (gpu.slower_than_cpu(CUDA, True), gpu.slower_than_cpu(CUDA, False)) == ("", "")
+
+
+def test_a_gpu_before_ampere_is_left_out_unless_its_kernel_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    card(monkeypatch, (7, 5))
+    assert gpu.slower_than_cpu(CUDA, True) == "no kernel for int4 runs there: triton is not here"
+    assert gpu.slower_than_cpu(CUDA, False) == "bfloat16 needs compute capability 8.0, it has 7.5"
+    monkeypatch.setenv("GLM4LITE_GPU_KERNEL", "dequant")
+    assert gpu.slower_than_cpu(CUDA, True) == ""
+
+
+def test_an_amd_gpu_is_used_where_triton_computes_right_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    card(monkeypatch, (10, 3), "triton", hip="7.0")
+    assert gpu.slower_than_cpu(CUDA, True) == ""
+    card(monkeypatch, (10, 3), hip="7.0")
+    assert "no kernel for int4 runs there" in gpu.slower_than_cpu(CUDA, True)
+    card(monkeypatch, (6, 0), hip="7.0")  # of AMD's own numbers none is Nvidia's
+    assert gpu.slower_than_cpu(CUDA, False) == ""
+
+
+@pytest.mark.parametrize(("backend", "named"), [("mps", "Apple's GPU (mps)"), ("xpu", "Intel's GPU (xpu)")])
+def test_the_gpus_of_apple_and_intel_are_named_and_the_cpu_computes(
+    monkeypatch: pytest.MonkeyPatch, backend: str, named: str
+) -> None:
+    monkeypatch.delenv("GLM4LITE_GPU_KERNEL", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    module = torch.xpu if backend == "xpu" else torch.backends.mps
+    monkeypatch.setattr(module, "is_available", lambda: True)
+    assert picking.gpu_status() == f"none for {named}: the CPU computes"
+    assert gpu.slower_than_cpu(torch.device(backend), True) == f"no kernels are written for {backend}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from glm4lite.base.errors import NoModel
 from glm4lite.engine.engine import Engine
 from glm4lite.engine.worker import EngineWorker
-from glm4lite.server.metrics import resident_bytes
+from glm4lite.memory.system import resident
 from glm4lite_ui.chats import Chat
 from glm4lite_ui.loading import Loading
 from glm4lite_ui.runtime import Runtime
@@ -47,9 +47,9 @@ def main(source: str, quant: str, chats: str) -> None:
     for _ in range(2):  # what a first load leaves for good is there at the second
         load(runtime, source, quant)
         answer(runtime)
-        full = resident_bytes()
+        full = resident()
         runtime.unload()
-        seen.append((full, resident_bytes()))
+        seen.append((full, resident()))
     try:
         _ = runtime.engine.model
     except NoModel:

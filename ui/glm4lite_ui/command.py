@@ -52,6 +52,7 @@ def ui(
     speculate: options.Speculate = "auto",
     draft: options.Draft = None,
     parallel: options.Parallel = None,
+    keep_prefixes: options.KeepPrefixes = None,
     threads: options.Threads = None,
     servers_from_elsewhere: Annotated[
         bool,
@@ -68,6 +69,7 @@ def ui(
         "kv": kv,
         "speculate": speculate,
         "parallel": parallel,
+        "keep_prefixes": keep_prefixes,
     }
     with rendering(as_json=False) as renderer:
         # Before what takes seconds to import.

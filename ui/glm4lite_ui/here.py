@@ -9,6 +9,7 @@ other machines, a tool that the model may call) is refused.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from starlette.requests import Request
@@ -28,9 +29,10 @@ def from_elsewhere(request: Request) -> str:
         return "another machine asks"
     if any(name in _FORWARDED or name.startswith("x-forwarded-") for name in request.headers):
         return "a proxy asks"
-    users = _users(client.port, server[1])
-    if users is not None and (not users or users - {os.getuid(), 0}):
-        return "another user of this machine asks"
+    if sys.platform != "win32":
+        users = _users(client.port, server[1])
+        if users is not None and (not users or users - {os.getuid(), 0}):
+            return "another user of this machine asks"
     return ""
 
 

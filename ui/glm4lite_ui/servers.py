@@ -7,8 +7,8 @@ Each has connections of its own (`McpServers`), so that one that hangs holds up 
 from __future__ import annotations
 
 import logging
-import os
 import shlex
+import sys
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -205,7 +205,7 @@ def entry_of(fields: Mapping[str, str]) -> dict[str, Any]:
     entry: dict[str, Any] = {}
     if command := filled.get("command"):
         try:
-            words = shlex.split(command, posix=os.name == "posix")
+            words = shlex.split(command, posix=sys.platform != "win32")
         except ValueError as error:
             raise ToolError("the command line: {why}", why=one_line(error)) from None
         entry = {"command": words[0], "args": words[1:]} if words else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from typing import TYPE_CHECKING
@@ -57,7 +56,7 @@ def _marked(text: str) -> str:
 
 def _line() -> str | None:
     """What is typed next; None at the end of input or when the call was stopped meanwhile."""
-    if os.name == "posix":  # input() would go on reading after Ctrl-C stopped the answer, and take the next question
+    if sys.platform != "win32":  # input() would read on after Ctrl-C stopped the answer, and take the next question
         import select
 
         while not select.select([sys.stdin], [], [], 0.1)[0]:
@@ -69,7 +68,14 @@ def _line() -> str | None:
 
 def _forget_typed_ahead() -> None:
     """A key pressed before the question was seen answers nothing."""
-    if os.name == "posix" and sys.stdin.isatty():
+    if not sys.stdin.isatty():
+        return
+    if sys.platform == "win32":
+        import msvcrt
+
+        while msvcrt.kbhit():
+            msvcrt.getwch()
+    else:
         import termios
 
         termios.tcflush(sys.stdin, termios.TCIFLUSH)

@@ -34,6 +34,7 @@ class Source:
     options: LoadOptions
     speculate: str = "auto"
     draft: str | None = None
+    keep_prefixes: str | None = None
 
     def load(self, progress: Callable[[Progress], None], before_weights: Callable[[], None] | None = None) -> Engine:
         options = replace(self.options, progress=progress)
@@ -44,6 +45,7 @@ class Source:
             before_weights=before_weights,
             speculate=self.speculate,
             draft=self.draft,
+            keep_prefixes=self.keep_prefixes,
         )
 
 

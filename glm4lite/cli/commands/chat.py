@@ -47,6 +47,7 @@ def chat(
     context: options.Context = None,
     speculate: options.Speculate = "auto",
     draft: options.Draft = None,
+    keep_prefixes: options.KeepPrefixes = None,
     threads: options.Threads = None,
 ) -> None:
     """Chat with a model: at a terminal, or one answer to -p, to what is piped, or to both."""
@@ -65,7 +66,8 @@ def chat(
     options.use_threads(threads)
     budget = Budget.of(gpu_memory, ram, context, kv)
     with rendering(as_json, raw) as renderer, ExitStack() as open_tools:
-        source = Source(model, LoadOptions(quant or "auto", device, dtype, budget=budget), speculate, draft)
+        asked = LoadOptions(quant or "auto", device, dtype, budget=budget)
+        source = Source(model, asked, speculate, draft, keep_prefixes)
         by_hand = prompt is None and is_interactive()
         message = None if lines or by_hand else _question(prompt, renderer)
         box = open_tools.enter_context(Toolbox(tools or (), mcp or (), not no_tools, approve))

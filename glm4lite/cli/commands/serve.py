@@ -29,6 +29,7 @@ def serve(
     speculate: options.Speculate = "auto",
     draft: options.Draft = None,
     parallel: options.Parallel = None,
+    keep_prefixes: options.KeepPrefixes = None,
     threads: options.Threads = None,
 ) -> None:
     """Serve a model to programs that speak OpenAI's API."""
@@ -49,7 +50,9 @@ def serve(
             renderer.remark(nano_remark("serve"))
         budget = Budget.of(gpu_memory, ram, context, kv)
         asked = LoadOptions(quant or "auto", device, dtype, renderer.show, budget=budget)
-        engine = Engine.from_options(model, asked, speculate=speculate, parallel=parallel, draft=draft)
+        engine = Engine.from_options(
+            model, asked, speculate=speculate, parallel=parallel, draft=draft, keep_prefixes=keep_prefixes
+        )
         name = name_of(model)
         ready = f"{name} answers at {url_of(listening)}/v1 (Ctrl-C ends)"
         served = create_app(EngineWorker(engine, queue), name, api_key)

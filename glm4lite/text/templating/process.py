@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from glm4lite.base.errors import TemplateError, one_line
+from glm4lite.base.processes import apart, bounded
 
 _SCRIPT = Path(__file__).with_name("sandbox.py")
 _MOST = 16_000_000  # characters of a prompt; the longest context, a million tokens, is about 4 million
 _OWN_TEXT = 1_000_000  # characters that a template may write of its own; real ones have a few thousand
 _ESCAPED = 12  # characters of JSON for one
+_MEMORY = 1 << 30  # bytes; Python and jinja2 take about 60 MB of it
 _START_LIMIT_S = 30.0  # starting Python and importing jinja2 takes 0.1 s, on a busy machine much longer
 
 
@@ -56,16 +58,15 @@ class TemplateProcess:
 
     def _start(self) -> None:
         # -P: the package's folder must not become an import path, its file names would shadow other modules.
-        # A session of its own: Ctrl-C in the terminal is meant for the parent.
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", str(_SCRIPT)],
+                [sys.executable, "-P", str(_SCRIPT), str(_MEMORY)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 encoding="utf-8",
                 errors="surrogatepass",
-                start_new_session=True,
+                **apart(),
             )
         except OSError as error:
             raise TemplateError(f"{self._origin}: the process for templates cannot start ({error})") from error
@@ -80,21 +81,13 @@ class TemplateProcess:
         process = self._process
         if process is None or process.stdin is None or process.stdout is None:
             raise TemplateError(f"{self._origin}: the process for templates is not running")
-        expired = threading.Event()
-
-        def expire() -> None:
-            expired.set()
-            process.kill()
-
-        timer = threading.Timer(limit_s, expire)
-        timer.daemon = True
-        timer.start()
         try:
-            if request is not None:
-                process.stdin.write(request)
-                process.stdin.write("\n")
-                process.stdin.flush()
-            answer: dict[str, Any] = json.loads(process.stdout.readline(_ESCAPED * most + 1000))
+            with bounded(process, limit_s, _MEMORY) as expired:
+                if request is not None:
+                    process.stdin.write(request)
+                    process.stdin.write("\n")
+                    process.stdin.flush()
+                answer: dict[str, Any] = json.loads(process.stdout.readline(_ESCAPED * most + 1000))
         except (OSError, ValueError) as error:
             self._drop()
             reason = f"did not finish within {limit_s:g} s" if expired.is_set() else "ended its process"
@@ -102,8 +95,6 @@ class TemplateProcess:
         except BaseException:  # Ctrl-C between question and answer: the next answer would be this one's
             self._drop()
             raise
-        finally:
-            timer.cancel()
         if expired.is_set():
             self._drop()
         if "error" in answer:

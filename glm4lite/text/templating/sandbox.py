@@ -10,10 +10,13 @@ Rendering is Hugging Face's (transformers/utils/chat_template_utils.py): same en
 """
 
 import json
+import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -24,7 +27,6 @@ import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
 
-MEMORY_LIMIT = 1 << 30  # bytes of address space; Python and jinja2 take about 60 MB of it
 OPENERS_LIMIT = 200  # different ones, each of which takes a pass through the conversation; GLM's templates have one
 ERROR_LIMIT = 1000  # characters of a template's own words about what it refuses
 ORPHAN_LIMIT_S = 30  # this process ends itself if the parent is gone and cannot
@@ -190,18 +192,35 @@ def _short(error: jinja2.exceptions.TemplateError | Exception) -> str:
     return str(message)[:ERROR_LIMIT]
 
 
-def _limit_process() -> None:
+def _limit_process(memory: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    try:
-        import resource
-    except ImportError:  # Windows: the parent's time limit has to do
+    if sys.platform == "win32":  # it has none of the limits: the parent looks at time and memory
         return
+    import resource
+
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT, hard)
+    limit = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     except (OSError, ValueError):  # macOS may refuse it
         return
+
+
+@contextmanager
+def _orphan_limit() -> Iterator[None]:
+    """In here the process ends itself after ORPHAN_LIMIT_S: the parent may be gone and cannot."""
+    if sys.platform == "win32":
+        timer = threading.Timer(ORPHAN_LIMIT_S, os._exit, [1])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+    else:
+        signal.alarm(ORPHAN_LIMIT_S)
+        yield
+        signal.alarm(0)
 
 
 def _write(answer: dict[str, Any]) -> None:
@@ -211,17 +230,14 @@ def _write(answer: dict[str, Any]) -> None:
 
 def main() -> None:
     """Answer requests until stdin ends, which it does when the parent does."""
-    _limit_process()
+    _limit_process(int(sys.argv[1]))
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(encoding="utf-8", errors="surrogatepass")  # type: ignore[union-attr]
     renderer = Renderer()
     _write({"text": "ready"})
     for line in sys.stdin:
-        if hasattr(signal, "alarm"):
-            signal.alarm(ORPHAN_LIMIT_S)
-        _write(renderer.answer(json.loads(line)))
-        if hasattr(signal, "alarm"):
-            signal.alarm(0)
+        with _orphan_limit():
+            _write(renderer.answer(json.loads(line)))
 
 
 if __name__ == "__main__":

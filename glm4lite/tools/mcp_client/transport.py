@@ -6,9 +6,7 @@ floods would take memory and processor from the model. So the process is started
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import subprocess
 from collections import deque
 from collections.abc import AsyncIterator
@@ -26,6 +24,7 @@ from mcp.shared.message import SessionMessage
 from mcp.types import jsonrpc_message_adapter
 
 from glm4lite.base.errors import ToolError, one_line
+from glm4lite.base.processes import apart, end_tree
 from glm4lite.tools.mcp_config import ServerConfig
 
 MAX_BYTES = 16 << 20  # of one line, or of one HTTP answer; an image in base64 fits
@@ -73,9 +72,8 @@ class StdioServer:
         if command is None:
             raise ToolError(f"there is no program {config.command!r}")
         try:
-            # A session of its own: Ctrl-C in the terminal is meant for the parent, and all its children end with it.
             return await anyio.open_process(
-                [command, *config.args], env=environment, cwd=config.cwd, stderr=subprocess.PIPE, start_new_session=True
+                [command, *config.args], env=environment, cwd=config.cwd, stderr=subprocess.PIPE, **apart()
             )
         except (OSError, ValueError) as error:
             raise ToolError(f"{command} cannot be started ({one_line(error)})") from error
@@ -138,11 +136,7 @@ class StdioServer:
         """Ends the process and its children at once; may be called from any thread, also when nothing else answers."""
         if self._process is None or self._ended:
             return
-        with suppress(ProcessLookupError, PermissionError):
-            if os.name == "posix":
-                os.killpg(self._process.pid, signal.SIGKILL)
-            else:
-                self._process.kill()
+        end_tree(self._process.pid)
 
     def why(self) -> str:
         """Flood, exit status and last words, as far as known."""

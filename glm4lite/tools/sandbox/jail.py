@@ -11,13 +11,17 @@ Elsewhere the resource limits remain. man pages: namespaces(7), user_namespaces(
 
 import json
 import os
-import resource
 import signal
 import struct
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
+
+if sys.platform == "win32":
+    raise ImportError("Windows has none of the sandbox's calls")
+
+import resource
 
 sys.path.append(str(Path(__file__).parents[3]))  # behind the standard library, which nothing here may replace
 
@@ -94,8 +98,8 @@ def _give_up_root(python: list[str]) -> None:
         raise PermissionError("root's Python cannot be run by a user without rights; run glm4lite as an ordinary user")
     os.chown(".", NOBODY, NOBODY)
     os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
+    os.setgid(NOBODY)  # root's calls set the saved ids too
+    os.setuid(NOBODY)
 
 
 def _give_up_capabilities() -> None:

@@ -2,7 +2,11 @@
 
 import ctypes
 import os
+import sys
 from typing import Any
+
+if sys.platform == "win32":
+    raise ImportError("Windows has none of the sandbox's calls")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

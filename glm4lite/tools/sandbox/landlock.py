@@ -1,7 +1,9 @@
 """What the process may do with files, by path: landlock(7). The second wall where mounts.py has hidden the rest."""
 
+import errno
 import os
 import struct
+import sys
 from collections.abc import Iterable
 
 from glm4lite.tools.sandbox.kernel import syscall
@@ -13,6 +15,8 @@ _FILE_RIGHTS = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE
 
 def restrict(readable: Iterable[str], devices: Iterable[str], writable: Iterable[str]) -> None:
     """Reading and writing only there, no TCP, no signals to others; OSError where the kernel has no Landlock."""
+    if sys.platform != "linux":
+        raise OSError(errno.ENOSYS, "only Linux has Landlock")
     version = syscall(_CREATE, None, 0, 1)
     rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
     rules = struct.pack("QQQ", rights, 3, 3)[: 8 if version < 4 else 16 if version < 6 else 24]

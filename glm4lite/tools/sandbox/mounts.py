@@ -6,11 +6,15 @@ mount_setattr(2).
 """
 
 import os
+import sys
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from struct import pack
+
+if sys.platform == "win32":
+    raise ImportError("Windows has none of the sandbox's calls")
 
 from glm4lite.tools.sandbox.kernel import call, syscall
 

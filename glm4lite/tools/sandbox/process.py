@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm4lite.base.errors import ToolError, one_line
-from glm4lite.base.owned_folder import OwnedFolder, remove_abandoned_temporary
+from glm4lite.base.owned_folder import OwnedFolder, remove_abandoned_temporary, remove_tree
+from glm4lite.base.processes import apart, end_tree, tree_bytes
 
 logger = logging.getLogger("glm4lite")
 
@@ -26,6 +27,7 @@ _ENVIRONMENT = {
     "LANG": "C.UTF-8",
     **{f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")},  # threads count as processes
 }
+_LOOK_S = 0.05  # between two looks at the memory of all: each asks for every process of the machine
 REFUSED = 125  # jail.py's exit status when the code was not run
 
 _REASONS = {"SIGXCPU": "too much CPU time", "SIGKILL": "too much CPU time or memory", "SIGXFSZ": "too large a file"}
@@ -78,8 +80,8 @@ def run_python(code: str, limits: Limits | None = None, cancel: threading.Event 
     It sees no environment variables, no stdin and, where the system allows, no network and no files but Python's own.
     Its folder is removed, and every process it started has ended, when this returns.
     """
-    if os.name != "posix":
-        raise ToolError("python: running code needs the resource limits of Linux or macOS; this system has none")
+    if sys.platform == "win32":
+        raise ToolError("running code needs the limits for a process that Linux and macOS have; Windows has none")
     with _work_folder() as folder:
         return _Process(code, folder, limits or Limits()).finish(cancel or threading.Event())
 
@@ -99,7 +101,7 @@ class _Process:
                 cwd=folder,
                 env={**_ENVIRONMENT, "HOME": str(folder), "TMPDIR": str(folder)},
                 pass_fds=[writing],
-                start_new_session=True,
+                **apart(),
             )
         except OSError as error:
             os.close(reading)
@@ -128,7 +130,8 @@ class _Process:
 
     def _wait(self, cancel: threading.Event) -> str:
         """Until it ends; why it must be stopped, if it must."""
-        deadline = time.monotonic() + self._limits.seconds
+        looked = time.monotonic()
+        deadline = looked + self._limits.seconds
         while True:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(0.02)
@@ -137,16 +140,18 @@ class _Process:
                 return f"stopped: it printed more than {self._limits.output} bytes"
             if time.monotonic() > deadline:
                 return f"stopped: it ran longer than {self._limits.seconds:g} s"
-            if _memory_of(self._process.pid) > self._limits.total_memory:
-                return f"stopped: its processes together took more than {self._limits.total_memory >> 20} MiB of memory"
+            if time.monotonic() > looked + _LOOK_S:
+                if tree_bytes(self._process.pid) > self._limits.total_memory:
+                    most = self._limits.total_memory >> 20
+                    return f"stopped: its processes together took more than {most} MiB of memory"
+                looked = time.monotonic()
             if cancel.is_set():
                 return "stopped by the user"
 
     def _end(self) -> None:
         """Kills the group; with it dies the first process of the namespace, and so all that are in it."""
         if self._process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            end_tree(self._process.pid)
         self._process.wait()
         for thread in self._threads:
             thread.join(2.0)
@@ -167,18 +172,6 @@ class _Process:
         if pipe is not None:
             with suppress(OSError), pipe:
                 pipe.write(code.encode("utf-8", "replace"))
-
-
-def _memory_of(process: int) -> int:
-    """Bytes in RAM of a process and all that it started; 0 where there is no /proc to ask."""
-    held, waiting = 0, [str(process)]
-    while waiting:
-        entry = Path("/proc", waiting.pop())
-        with suppress(OSError, ValueError, IndexError):  # it may have ended meanwhile
-            held += int((entry / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-            for thread in os.listdir(entry / "task"):
-                waiting += (entry / "task" / thread / "children").read_text().split()
-    return held
 
 
 def _failure(status: int) -> str:
@@ -211,6 +204,8 @@ def _remove(folder: Path) -> None:
 
     Steps down and up again one folder at a time: shutil.rmtree fails on a few thousand folders in each other.
     """
+    if sys.platform == "win32":
+        return remove_tree(folder)
     here, way = os.open(folder, os.O_RDONLY), list[str]()
     try:
         while (below := _first_folder(here)) is not None or way:

@@ -10,6 +10,9 @@ import struct
 import sys
 from collections.abc import Iterable
 
+if sys.platform == "win32":
+    raise ImportError("Windows has none of the sandbox's calls")
+
 from glm4lite.tools.sandbox.kernel import address, call
 
 # A call's number on x86_64 and on aarch64; "-" where it does not exist.

@@ -6,6 +6,7 @@ GLM4LITE_GPU_KERNEL forces one of KERNELS; a weight that it has no code for (int
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 
@@ -50,7 +51,8 @@ def problem(name: str, device: torch.device) -> str:
     try:
         from glm4lite_quant.kernels import triton_gpu
     except ImportError:
-        return "triton is not installed (pip install triton; on Windows pip install triton-windows)"
+        command = "'glm4lite[gpu]'" if sys.platform == "win32" else "triton"
+        return f"triton is not installed (pip install {command})"
     return triton_gpu.problem(device)
 
 
@@ -61,7 +63,7 @@ def status() -> str:
     except QuantError as error:
         return f"error: {error}"
     if device is None:
-        return "none needed: torch finds no GPU"
+        return _others() or "none needed: torch finds no GPU"
     reasons: list[str] = []
     for name in (chosen,) if chosen else KERNELS:
         why = problem(name, device)
@@ -74,6 +76,26 @@ def status() -> str:
     return "; ".join(reasons)
 
 
+def slower_than_cpu(device: torch.device, quantized: bool) -> str:
+    """Why nobody is helped by a GPU that was not asked for, "" where it is faster than the CPU.
+
+    quantized: for int4 and int8 layers. Without a kernel each product first decodes its weight to bfloat16: for a token
+    eight times the bytes of int4 are moved, and no GPU without a kernel has memory so much faster than the CPU's. Other
+    layers compute in bfloat16, which older GPUs have no units for; float16 does not hold GLM-4's activations.
+    """
+    if device.type != "cuda":
+        return f"no kernels are written for {device.type}"
+    if forced():
+        return ""
+    if quantized:
+        reasons = [problem(name, device) for name in ("triton", "tinygemm")]
+        return "" if "" in reasons else f"no kernel for int4 runs there: {reasons[0]}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and major < 8:
+        return f"bfloat16 needs compute capability 8.0, it has {major}.{minor}"
+    return ""
+
+
 def backend(name: str) -> Backend:
     """A backend by its name in KERNELS, whether or not it can run."""
     if name == "triton":
@@ -84,6 +106,14 @@ def backend(name: str) -> Backend:
 
 
 def _device() -> torch.device | None:
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("mps") if torch.backends.mps.is_available() else None
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
+def _others() -> str:
+    """A line about a GPU that torch finds and that nothing here runs on; "" where there is none."""
+    names = [
+        name
+        for name, there in (("Apple's GPU (mps)", torch.backends.mps), ("Intel's GPU (xpu)", torch.xpu))
+        if there.is_available()
+    ]
+    return f"none for {' and '.join(names)}: the CPU computes" if names else ""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from glm4lite.base.errors import Glm4liteError, one_line
+from glm4lite.base.processes import apart, bounded
 from glm4lite.base.sentences import Sentence
 
 _AT_ONCE = threading.BoundedSemaphore(4)  # more wait: each may take its memory
@@ -26,10 +27,7 @@ class UnreadableError(Glm4liteError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What reading a file may take: `memory`, and `line`, of what the process says at once, in bytes.
-
-    Windows limits no memory.
-    """
+    """What reading a file may take: `memory`, and `line`, of what the process says at once, in bytes."""
 
     seconds: float = 60.0
     memory: int = 1 << 30
@@ -54,23 +52,14 @@ def _read(reader: Reader, source: Path | bytes, limits: Limits) -> Iterator[dict
                 stdin=file,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C in the terminal is meant for the parent
+                **apart(),
             )
         except OSError as error:
             raise UnreadableError("no process can be started to read it ({problem})", problem=one_line(error)) from None
-    late = threading.Event()
-
-    def end() -> None:
-        late.set()
-        process.kill()
-
-    timer = threading.Timer(limits.seconds, end)
-    timer.daemon = True
-    timer.start()
     try:
-        yield from _lines(process, limits, late)
+        with bounded(process, limits.seconds, limits.memory) as late:
+            yield from _lines(process, limits, late)
     finally:
-        timer.cancel()
         process.kill()
         process.wait()
         if process.stdout is not None:

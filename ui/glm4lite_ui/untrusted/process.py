@@ -20,11 +20,11 @@ _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 
 def _limit(memory: int, seconds: float) -> None:
-    """Of memory and time; no files written, no processes. Windows has none of these: there apart.py's clock is left."""
-    try:
-        import resource
-    except ImportError:
+    """Of memory and time; no files written, no processes. Windows has none: there apart.py looks at time and memory."""
+    if sys.platform == "win32":
         return
+    import resource
+
     wanted = {"RLIMIT_AS": memory, "RLIMIT_CPU": int(seconds) + 1, "RLIMIT_FSIZE": 0, "RLIMIT_CORE": 0}
     for name, value in (wanted | {"RLIMIT_NPROC": 0}).items():
         with suppress(OSError, ValueError):  # macOS knows RLIMIT_AS and refuses it
