@@ -62,7 +62,7 @@ class ChatSession:
     `go_on` goes on with it. One turn may call several tools, in at most `max_tool_rounds` rounds; a tool that fails is
     an error observation to the model, and a result takes at most half of the context that is left.
     Only the part of the prompt that is new is computed, also where several sessions take turns. Sessions that share an
-    Engine must not run in two threads at once (EngineWorker).
+    Engine may answer at once, each in a thread of its own.
     A tool that needs approval runs only when `approve(call, tool)` returns True (`run_tool` says when and in which
     thread); `allowed` holds the names of tools allowed for the rest of this chat, and `approve` may add to it.
     """

@@ -23,7 +23,7 @@ from glm4lite.text.template import Begun, ChatTemplate
 from glm4lite.text.tokenizer import Tokenizer
 from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 from glm4lite.tools.tool import Tool, tool
-from tests.glm4lite.scripted import scripted_engine
+from tests.glm4lite.scripted import ScriptedModel, scripted_engine
 
 NANO = Path(glm4lite.__file__).parent / "nano"
 CALL = 'calculator\n{"expression": "37 * 24"}'
@@ -360,7 +360,7 @@ def test_a_prompt_never_meets_a_model_that_was_loaded_meanwhile(tokenizer: Token
 
 def test_a_base_model_is_sent_to_generate(tokenizer: Tokenizer) -> None:
     with pytest.raises(TemplateError, match="glm4lite generate"):
-        ChatSession(Engine(None, tokenizer, None))  # type: ignore[arg-type]
+        ChatSession(Engine(ScriptedModel(tokenizer, []), tokenizer, None))  # type: ignore[arg-type]
 
 
 def test_a_conversation_that_is_recalled_goes_on_with_ids_of_its_own(start: Start) -> None:
