@@ -30,8 +30,12 @@ class Generation:
     `top_logprobs`, with which `logprobs` gets an entry for each drawn id, stop ids left out. The first two are called
     by the thread that makes the steps. `is_replaced`: whether the id that was given last came from `replacement`.
 
+    One that nobody holds any more is not computed further.
+
     The engine may have computed more than was read; what is not read is neither counted nor part of the answer.
     """
+
+    _begun = False
 
     def __init__(
         self,
@@ -56,7 +60,6 @@ class Generation:
             scheduler, cache = Scheduler(model, speculation=speculation), cache or PrefixCache(model.new_cache())
         self._scheduler = scheduler
         self._sequence.cache = cache
-        self._begun = False
         self.prompt, self.params, self.cancel = prompt, params, self._sequence.cancel
         self.ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
@@ -130,6 +133,10 @@ class Generation:
         """Nobody reads on: what was computed is given back."""
         self._scheduler.remove(self._sequence)
 
+    def __del__(self) -> None:
+        if self._begun:
+            self.close()
+
     def prefill(self) -> Iterator[tuple[int, int]]:
         """Computes the prompt; yields (tokens done, tokens to do) after each chunk."""
         self.begin()
@@ -139,7 +146,7 @@ class Generation:
             if sequence.prefilled > told:
                 told = sequence.prefilled
                 yield told, sequence.to_prefill
-            elif sequence.outputs or sequence.over:
+            elif sequence.outputs or sequence.over or self.cancel.is_set():
                 break
         self._raise()
 

@@ -51,7 +51,7 @@ class DraftModel:
             return
         written = self._settled(sequence)
         begin = len(written.cache.ids)
-        while begin < end:
+        while begin < end and not (sequence.cancel.is_set() or sequence.abandoned):
             ids = sequence.ids[begin : min(begin + self.model.chunk, end)]
             if not self._step({sequence: ids}, kept=0):
                 return

@@ -205,6 +205,7 @@ class Engine:
             for owner in (self.scheduler, self.scheduler.draft):
                 if owner is not None and owner.prefixes is not None:
                     owner.prefixes.close()
+            self.scheduler.wake = None  # whoever still reads an answer makes the steps himself
             del self.model, self.scheduler
             give_back()
 

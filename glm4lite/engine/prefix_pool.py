@@ -56,9 +56,13 @@ class PrefixCache:
         self.kv.truncate(length)
         del self.ids[length:]
 
-    def settle(self) -> None:
-        """After a forward pass that was stopped half-way, or of guesses: keep what every layer has and `ids` names."""
-        self.cut(min(self.kv.get_seq_length(), len(self.ids)))
+    def settle(self, most: int | None = None) -> None:
+        """After a forward pass that was stopped half-way, or of guesses: keep what every layer has and `ids` names.
+
+        `most`: of the ids, that are kept at all.
+        """
+        held = min(self.kv.get_seq_length(), len(self.ids))
+        self.cut(held if most is None else min(held, most))
 
 
 class Disk(Protocol):
@@ -110,7 +114,7 @@ class PrefixPool:
             copied = self.copied(best, shared, in_use)
             if copied is not None:
                 return copied
-        self._forget(best)
+        self._withdraw(best)
         return best
 
     def copied(self, cache: PrefixCache, length: int, in_use: InUse = ()) -> PrefixCache | None:
@@ -136,6 +140,11 @@ class PrefixPool:
             self._forget(self._kept[0])
         self.reserve(())
 
+    def drop(self, cache: PrefixCache) -> None:
+        """Gives back the blocks of one that is not kept, whoever still refers to it: the traceback of an error, say."""
+        cache.kv.truncate(0)
+        cache.ids.clear()
+
     def reserve(self, in_use: InUse) -> bool:
         """Room for what the caches are to hold next, for which the oldest are forgotten; whether there is."""
         if self.blocks is None:
@@ -160,7 +169,7 @@ class PrefixPool:
         if self.disk is not None:
             self.disk.close()
 
-    def _forget(self, cache: PrefixCache) -> None:
+    def _withdraw(self, cache: PrefixCache) -> None:
         self._kept.remove(cache)
         if self.disk is not None:
             self.disk.leaves(cache)
@@ -190,6 +199,10 @@ class PrefixPool:
         trunk = self.model.model
         step = STEP if trunk.norm.weight.device.type == "cpu" else GPU_STEP
         return trunk.cache_bytes * min(with_room(tokens, step), self.model.context)
+
+    def _forget(self, kept: PrefixCache) -> None:
+        self._withdraw(kept)
+        self.drop(kept)
 
     def _new(self) -> PrefixCache:
         return PrefixCache(self.model.new_cache() if self.blocks is None else self.blocks.new())

@@ -86,8 +86,8 @@ class Scheduler:
         """Nobody waits for it any more; what was computed of it is kept for the next prompt."""
         with self._changed:
             sequence.abandoned = True
-            if not self._stepping:
-                self._sort_out()
+            if self._take_turn():
+                self._end_turn()
         if self.wake is not None:
             self.wake()
 
@@ -110,14 +110,17 @@ class Scheduler:
 
     def step(self) -> None:
         """One step for all, for the thread that was chosen to make them."""
-        if self._take_turn():
-            try:
-                self._step()
-            except Exception as error:  # nobody else would tell those who wait
-                for sequence in self.running:
-                    sequence.fail(error)
-            finally:
-                self._end_turn()
+        if not self._take_turn():
+            with self._changed:
+                self._changed.wait_for(lambda: not self._stepping, _POLL_S)
+            return
+        try:
+            self._step()
+        except Exception as error:  # nobody else would tell those who wait
+            for sequence in [*self.running, *self.waiting]:
+                sequence.fail(error)
+        finally:
+            self._end_turn()
 
     def _take_turn(self) -> bool:
         with self._changed:
@@ -128,9 +131,11 @@ class Scheduler:
 
     def _end_turn(self) -> None:
         with self._changed:
-            self._stepping = False
-            self._sort_out()
-            self._changed.notify_all()
+            try:
+                self._sort_out()
+            finally:
+                self._stepping = False
+                self._changed.notify_all()
 
     def _step(self) -> None:
         began = time.perf_counter()
@@ -144,7 +149,8 @@ class Scheduler:
         guessed = time.perf_counter()
         spans = [(sequence, sequence.span(most)) for sequence, most in batch]
         part = sum(len(span.ids) for sequence, span in spans if sequence is prompt)
-        self._compute(spans)
+        if not self._compute(spans):
+            return
         ended = time.perf_counter()
         self.steps += 1
         self.busy_s += ended - began
@@ -251,6 +257,7 @@ class Scheduler:
             return batch
         while not self.prefixes.reserve(self._in_use()) and len(self.running) > 1:
             last = self.running.pop()
+            self.prefixes.drop(last.held())
             last.give_up()
             if self.draft is not None:
                 self.draft.done(last)
@@ -263,8 +270,11 @@ class Scheduler:
         caches = [(sequence.cache, len(sequence.ids) + FEW) for sequence in self.running]
         return [(cache, ids) for cache, ids in caches if cache is not None]
 
-    def _compute(self, batch: list[tuple[Sequence, Span]]) -> None:
-        """Makes the step. Where it fails, each sequence goes alone, so that only the one that asks too much is told."""
+    def _compute(self, batch: list[tuple[Sequence, Span]]) -> bool:
+        """Makes the step; whether it was made at once, so that its time says something.
+
+        Where it fails, each sequence goes alone, so that only the one that asks too much is told.
+        """
         self._computing = batch
         trunk = self.model.model
         trunk.interrupt = self._stop_if_unwanted
@@ -274,28 +284,31 @@ class Scheduler:
             for sequence, _ in batch:
                 sequence.settle()
             if isinstance(error, _Stopped):
-                return
+                return False
             if not isinstance(error, Exception) and self.wake is None:
                 raise  # Ctrl-C, where whoever waits computes
             if len(batch) > 1:
                 for one in batch:
                     self._compute([one])
-                return
+                return False
             sequence, span = batch[0]
             failure = _device_failure(error, len(span.ids) + sequence.cached)
             if failure is not None:
                 failure.__cause__ = error
             sequence.fail(failure or error)
-            return
+            return False
         finally:
-            trunk.interrupt = None
+            trunk.interrupt, self._computing = None, []
         for (sequence, _), rows in zip(batch, logits, strict=True):
             try:
                 with torch.inference_mode():
                     sequence.computed(rows)
-            except Exception as error:  # of one sequence's constraint, say: the others go on
+            except BaseException as error:  # of one sequence's constraint, say: the others go on
                 sequence.settle()
                 sequence.fail(error)
+                if not isinstance(error, Exception) and self.wake is None:
+                    raise
+        return True
 
     def _stop_if_unwanted(self) -> None:
         """Where most of a step is for those who left, the rest is computed anew sooner than it would be finished."""

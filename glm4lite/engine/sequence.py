@@ -160,9 +160,12 @@ class Sequence:
                 self.drafts.accepted += 1
 
     def settle(self) -> None:
-        """Forgets what a step left behind that was stopped half-way, or that guessed wrongly."""
+        """Forgets what a step left behind that was stopped half-way, or that guessed wrongly.
+
+        The last id of one that goes on is computed again where nothing was drawn from it.
+        """
         if self.cache is not None:
-            self.cache.settle()
+            self.cache.settle(len(self.ids) if self.over else len(self.ids) - 1)
 
     def fail(self, error: BaseException) -> None:
         """Ends with an error, which the reader gets."""

@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
-from glm4lite.base.errors import QueueFull, WorkerClosed
+from glm4lite.base.errors import NoModel, QueueFull, WorkerClosed
 from glm4lite.engine.engine import Engine
+from glm4lite.engine.scheduler import Scheduler
 
 T = TypeVar("T")
 
@@ -94,6 +95,7 @@ class EngineWorker:
         self._closed = False
         self._running: list[Job[Any]] = []
         self._recent: deque[float] = deque(maxlen=16)  # seconds of the last jobs
+        self._engine = engine
         self._take(engine)
         names = [f"answer-{number}" for number in range(engine.parallel)]
         self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
@@ -112,9 +114,23 @@ class EngineWorker:
             self._take(engine)
 
     def _take(self, engine: Engine) -> None:
+        self._leave()
         self._engine = engine
-        if engine.loaded:
-            engine.scheduler.wake = self._wake
+        if (scheduler := self._scheduler) is not None:
+            scheduler.wake = self._wake
+
+    def _leave(self) -> None:
+        """Who uses the model from now on makes the steps himself."""
+        if (scheduler := self._scheduler) is not None and scheduler.wake == self._wake:
+            scheduler.wake = None
+
+    @property
+    def _scheduler(self) -> Scheduler | None:
+        """None where no model is in memory. Asked for at once, for another thread may unload it at any time."""
+        try:
+            return self._engine.scheduler
+        except NoModel:
+            return None
 
     def run(
         self, make_events: Callable[[Engine], Iterator[T]], cancel: threading.Event | None = None, alone: bool = False
@@ -168,7 +184,7 @@ class EngineWorker:
 
     def state(self) -> WorkerState:
         """A snapshot of the counters."""
-        totals, scheduler = self.engine.totals, self.engine.scheduler if self.engine.loaded else None
+        totals, scheduler = self.engine.totals, self._scheduler
         with self._changed:
             return replace(
                 self._state,
@@ -193,8 +209,7 @@ class EngineWorker:
                 job.cancel.set()
             self._changed.notify_all()
         end = time.monotonic() + timeout_s
-        if self.engine.loaded and self.engine.scheduler.wake == self._wake:
-            self.engine.scheduler.wake = None  # who uses it from now on makes the steps himself
+        self._leave()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, end - time.monotonic()))
@@ -223,15 +238,18 @@ class EngineWorker:
         """The engine's thread."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._to_compute() or (self._closed and not self._running))
-                scheduler = self.engine.scheduler if self._to_compute() else None
-            if scheduler is None:
-                return
-            scheduler.step()
+                self._changed.wait_for(lambda: self._to_step() or (self._closed and not self._running))
+                scheduler = self._to_step()  # a reader who left may have ended it since
+                if scheduler is None and self._closed and not self._running:
+                    return
+            if scheduler is not None:
+                scheduler.step()
             del scheduler
 
-    def _to_compute(self) -> bool:
-        return self.engine.loaded and self.engine.scheduler.busy
+    def _to_step(self) -> Scheduler | None:
+        """Where there is something to compute."""
+        scheduler = self._scheduler
+        return scheduler if scheduler is not None and scheduler.busy else None
 
     def _may_begin(self) -> bool:
         """Whether the first job that waits can run beside those that run."""

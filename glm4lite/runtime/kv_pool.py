@@ -304,11 +304,12 @@ class _Table:
             return
         taken = self.blocks.take(missing + copied)
         if copied:
-            at = length // BLOCK
-            self.blocks.copy(self._held[at], taken[-1])
-            self.blocks.give_back([self._held[at]])
-            self._held[at] = taken.pop()
-            self._numbers[at] = self._held[at]
+            at, own = length // BLOCK, taken.pop()
+            shared = self._held[at]
+            self.blocks.copy(shared, own)
+            self._numbers[at] = own  # first, so that Ctrl-C leaves no number that is not ours to write to
+            self._held[at] = own
+            self.blocks.give_back([shared])
         self._add(taken)
 
     def cut(self, length: int) -> None:
@@ -329,8 +330,8 @@ class _Table:
 
     def _add(self, numbers: list[int]) -> None:
         begin = len(self._held)
-        self._held += numbers
-        self._numbers[begin : len(self._held)] = torch.tensor(numbers, dtype=torch.int32)
+        self._numbers[begin : begin + len(numbers)] = torch.tensor(numbers, dtype=torch.int32)
+        self._held += numbers  # last, for Ctrl-C may come between: no number that nobody wrote is read
 
 
 def blocks_of(tokens: int) -> int:
