@@ -202,10 +202,10 @@ class Engine:
         from glm4lite.memory.system import give_back
 
         if self.loaded:
-            self.scheduler.wake = None  # whoever still reads an answer makes the steps himself
             for owner in (self.scheduler, self.scheduler.draft):
                 if owner is not None and owner.prefixes is not None:
                     owner.prefixes.close()
+            self.scheduler.wake = None  # whoever still reads an answer makes the steps himself
             del self.model, self.scheduler
             give_back()
 

@@ -114,7 +114,7 @@ class PrefixPool:
             copied = self.copied(best, shared, in_use)
             if copied is not None:
                 return copied
-        self._leave(best)
+        self._withdraw(best)
         return best
 
     def copied(self, cache: PrefixCache, length: int, in_use: InUse = ()) -> PrefixCache | None:
@@ -169,14 +169,10 @@ class PrefixPool:
         if self.disk is not None:
             self.disk.close()
 
-    def _leave(self, cache: PrefixCache) -> None:
+    def _withdraw(self, cache: PrefixCache) -> None:
         self._kept.remove(cache)
         if self.disk is not None:
             self.disk.leaves(cache)
-
-    def _forget(self, cache: PrefixCache) -> None:
-        self._leave(cache)
-        self.drop(cache)
 
     @property
     def nbytes(self) -> int:
@@ -203,6 +199,10 @@ class PrefixPool:
         trunk = self.model.model
         step = STEP if trunk.norm.weight.device.type == "cpu" else GPU_STEP
         return trunk.cache_bytes * min(with_room(tokens, step), self.model.context)
+
+    def _forget(self, kept: PrefixCache) -> None:
+        self._withdraw(kept)
+        self.drop(kept)
 
     def _new(self) -> PrefixCache:
         return PrefixCache(self.model.new_cache() if self.blocks is None else self.blocks.new())
