@@ -190,6 +190,7 @@ class Scheduler:
                     return
                 sequence.cache = self.prefixes.take(sequence.ids, self._in_use())
             sequence.admit(sequence.cache or PrefixCache(self.model.new_cache()))
+            self._share(sequence)
             self.running.append(self.waiting.popleft())
 
     def _compose(self) -> tuple[list[tuple[Sequence, int]], Sequence | None]:
