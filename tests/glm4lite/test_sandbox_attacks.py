@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import glm4lite
@@ -456,6 +457,9 @@ class Run:
     after: dict[str, object]
 
 
+BASE = ("__init__", "errors", "owned_folder", "processes", "sentences", "whole_file")  # what the sandbox imports of it
+
+
 def run_in(place: Place, program: str, folder: Path) -> tuple[str, str, tuple[str, ...]]:
     """The program's output, how it failed, and what was not limited."""
     package = folder / "package"
@@ -467,10 +471,11 @@ def run_in(place: Place, program: str, folder: Path) -> tuple[str, str, tuple[st
         names = (
             "__init__.py",
             "tools/__init__.py",
-            *(f"base/{name}.py" for name in ("__init__", "errors", "owned_folder", "sentences")),
+            *(f"base/{name}.py" for name in BASE),
         )
         for name in names:
             shutil.copy(source / name, target / name)
+        shutil.copytree(Path(psutil.__file__).parent, package / "psutil", ignore=ignore)
     arguments = json.dumps([str(package), place.user if os.geteuid() == 0 else None, place.lacking, place.sandboxed])
     work = folder / "work"
     work.mkdir(exist_ok=True)

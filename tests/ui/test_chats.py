@@ -168,7 +168,7 @@ def test_a_file_nested_too_deeply_is_damaged_too(tmp_path: Path, caplog: pytest.
     assert "0000000000000001.json: this chat cannot be read" in caplog.text
 
 
-@pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.replace"])
+@pytest.mark.parametrize("step", ["os.fsync", "os.replace"])
 def test_a_chat_that_could_not_be_written_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
