@@ -20,6 +20,7 @@ import secrets
 import shutil
 import stat
 import struct
+import sys
 import time
 import zlib
 from collections.abc import Collection, Iterator, Sequence
@@ -34,10 +35,8 @@ from glm4lite.base.files import open_file
 from glm4lite.base.user_folder import make_private, prefixes_folder
 from glm4lite.base.whole_file import remove_leftovers
 
-try:
+if sys.platform != "win32":  # there the parts of killed processes go when they are an hour old
     import fcntl
-except ImportError:  # Windows: there the parts of killed processes go when they are an hour old
-    fcntl = None  # type: ignore[assignment]
 
 BLOCK = 16
 """Ids that are hashed together."""
@@ -163,7 +162,7 @@ class PrefixFolder:
             mode = self.path.stat()
         except OSError as error:
             raise Glm4liteError(f"{self.path} cannot hold prefixes: {error.strerror or one_line(error)}") from None
-        if os.name == "posix" and (mode.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or mode.st_uid != os.geteuid()):
+        if sys.platform != "win32" and (mode.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or mode.st_uid != os.geteuid()):
             raise Glm4liteError(
                 f"{self.path} cannot hold prefixes, for others can write there; remove it, or name another folder in "
                 "GLM4LITE_PREFIXES"
@@ -281,9 +280,6 @@ class PrefixFolder:
     @contextmanager
     def _locked(self) -> Iterator[bool]:
         """Nobody else writes meanwhile; False where the system has no locks. OSError where another takes too long."""
-        if fcntl is None:
-            yield False
-            return
         descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
         try:
             yield _lock(descriptor)
@@ -293,7 +289,7 @@ class PrefixFolder:
 
 def _lock(descriptor: int) -> bool:
     end = time.monotonic() + _PATIENCE_S
-    while True:
+    while sys.platform != "win32":
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
@@ -302,7 +298,8 @@ def _lock(descriptor: int) -> bool:
                 raise
             time.sleep(0.01)
         except OSError:  # a disk without locks
-            return False
+            break
+    return False
 
 
 def _files(folder: Path) -> Iterator[_File]:
