@@ -288,17 +288,18 @@ class PrefixFolder:
 
 
 def _lock(descriptor: int) -> bool:
-    end = time.monotonic() + _PATIENCE_S
-    while sys.platform != "win32":
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.01)
-        except OSError:  # a disk without locks
-            break
+    if sys.platform != "win32":
+        end = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
+            except OSError:  # a disk without locks
+                break
     return False
 
 
