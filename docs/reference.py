@@ -25,6 +25,8 @@ MODULES = (
     "glm4lite.model.outputs",
     "glm4lite.pretrained.transformers_names",
     "glm4lite.engine.speculation",
+    "glm4lite.engine.draft_model",
+    "glm4lite.runtime.kv_pool",
     "glm4lite.engine.worker",
     "glm4lite.base.errors",
     "glm4lite.base.extras",
