@@ -39,7 +39,7 @@ def replace_files(folder: Path, new: Sequence[Path], aside: Path) -> None:
     except BaseException:
         for source, target in reversed(begun):
             if os.path.lexists(target) and not os.path.lexists(source):
-                os.replace(target, source)
+                replace(target, source)
         raise
 
 

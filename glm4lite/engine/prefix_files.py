@@ -33,7 +33,7 @@ from typing import NamedTuple
 from glm4lite.base.errors import Glm4liteError, one_line
 from glm4lite.base.files import open_file
 from glm4lite.base.user_folder import make_private, prefixes_folder
-from glm4lite.base.whole_file import remove_leftovers
+from glm4lite.base.whole_file import remove_leftovers, replace
 
 if sys.platform != "win32":  # there the parts of killed processes go when they are an hour old
     import fcntl
@@ -212,7 +212,7 @@ class PrefixFolder:
                 with open(os.open(part, flags, 0o600), "wb", buffering=0) as file:
                     for piece in (segment.head, *data):
                         _write_all(file.fileno(), piece)
-                part.replace(path)
+                replace(part, path)
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise

@@ -101,11 +101,6 @@ class PoolCache(KVCache):
         """The numbers of its blocks."""
         return self._table.held
 
-    def needs(self, tokens: int) -> int:
-        """Blocks that `reserve` would take."""
-        length = self.get_seq_length()
-        return self._table.missing(length + tokens) + self._table.held_by_others(length)
-
     def reserve(self, tokens: int) -> None:
         """Takes the blocks of so many more positions, and a copy of the one that others read where it goes on in one.
 
