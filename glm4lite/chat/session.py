@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from glm4lite.base.events import Event, Progress, TextDelta, ThinkingDelta, Tool
 from glm4lite.engine.decoding import Generation
 from glm4lite.engine.engine import Engine, Totals
 from glm4lite.engine.sampling import SamplingParams
+from glm4lite.engine.thinking_budget import with_an_end
 from glm4lite.text.messages import Message, ToolCall
 from glm4lite.text.output_parser import Call, OutputParser, Segment, Thinking
 from glm4lite.text.template import Begun
@@ -77,9 +78,11 @@ class ChatSession:
         tool_timeout: float = 30.0,
         approve: Approve = nobody_to_ask,
         compute: Compute | None = None,
+        template_variables: Mapping[str, Any] | None = None,
     ) -> None:
-        """`params` default to the checkpoint's. Raises TemplateError for a base model, which has no template, and for a
-        thinking budget of a model that does not think.
+        """`params` default to the checkpoint's. `template_variables` are what else the chat template reads, such as
+        enable_thinking. Raises TemplateError for a base model, which has no template, for a thinking budget of a model
+        that does not think, and for a variable that its template does not read.
 
         With `compute` (an EngineWorker's run) only generations run there; tools run in the thread that reads `send`.
         """
@@ -90,6 +93,8 @@ class ChatSession:
         self.max_tool_rounds, self.tool_timeout = max_tool_rounds, tool_timeout
         self.approve = approve
         self.allowed = set[str]()
+        self.template_variables = dict(template_variables or {})
+        self.template.check_variables(self.template_variables)
         self._compute: Compute = compute or (lambda make_events, _: make_events(self.engine))
         self._cancel = threading.Event()
         self._calls_made = 0
@@ -238,7 +243,8 @@ class ChatSession:
 
     def _prompt(self, messages: Sequence[Message], begun: Begun | None = None) -> list[int]:
         schemas = [tool.schema() for tool in self.tools.values()]
-        return self.template.encode(self.engine.tokenizer, messages, schemas, begun=begun)
+        read = {name: value for name, value in self.template_variables.items() if self.template.reads(name)}
+        return self.template.encode(self.engine.tokenizer, messages, schemas, begun=begun, variables=read)
 
     def _starts_thinking(self, prompt: list[int]) -> bool:
         return self.template.starts_thinking(self.engine.tokenizer.text(prompt[-8:], keep_special=True))
@@ -246,7 +252,8 @@ class ChatSession:
     def _answer(self, prompt: list[int], answer: _Answer, engine: Engine) -> Iterator[Event]:
         if engine is not self.engine:
             raise ModelReplaced
-        generation = answer.generation = engine.generate(prompt, self.params, self._cancel)
+        params = with_an_end(self.params, prompt, engine.model.context) if self.template.can_think else self.params
+        generation = answer.generation = engine.generate(prompt, params, self._cancel)
         yield from self.engine.prefill(generation)
         for segment in self._segments(generation, answer.begun):
             if isinstance(segment, Call):  # an event only when it runs

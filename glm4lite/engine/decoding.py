@@ -123,6 +123,17 @@ class Generation:
     def top_logprobs(self, count: int | None) -> None:
         self._sequence.top_logprobs = count
 
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs]:
+        """Of a prompt that is scored; all of them once `prefill` is through."""
+        return self._sequence.prompt_logprobs
+
+    def score_prompt(self, first: int = 1, top: int = 0) -> None:
+        """Before iteration: the prompt's ids from `first` on get their log probabilities, with those of the `top`
+        likeliest ids. Nothing kept is used for them, since each id's logits are wanted.
+        """
+        self._sequence.score_prompt(first, top)
+
     def begin(self) -> None:
         """Joins what is computed, if it has not; the first look at it does the same."""
         if not self._begun:

@@ -113,7 +113,7 @@ class Api:
             question = await self.preparing.run(request, lambda: endpoint.ask(engine, asked))
         reply = endpoint.reply(self._model, engine.tokenizer)
         stream = Stream(self._worker, question, request)
-        said = _said(asked.ignored)
+        said = _said([*asked.ignored, *question.ignored])
         if asked.stream:
             sent = events(stream, reply, asked.include_usage)
             # `events` cancels by itself, but is never begun for a client that is gone already.

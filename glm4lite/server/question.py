@@ -8,10 +8,12 @@ from typing import Any
 from glm4lite.base.errors import ContextLengthError, Glm4liteError, SamplingError, TemplateError
 from glm4lite.engine.engine import Engine
 from glm4lite.engine.sampling import SamplingParams
+from glm4lite.engine.thinking_budget import with_an_end
 from glm4lite.server.body import Structure
 from glm4lite.server.declared import check_name, declared_tools, forced_names
 from glm4lite.server.errors import ApiError
 from glm4lite.server.requests import ChatRequest, CompletionRequest
+from glm4lite.server.thinking import EFFORT, TemplateVariables
 from glm4lite.server.unsupported import refuse_in_message
 from glm4lite.text.messages import Message
 from glm4lite.text.template import END_OF_THOUGHT, ChatTemplate
@@ -21,7 +23,12 @@ MOST_ITEMS = 4096  # parts or calls of one message
 
 @dataclass(frozen=True)
 class Question:
-    """`forced`: of these tools one must be called first. `chat` false: the output is text as it comes."""
+    """`forced`: of these tools one must be called first. `chat` false: the output is text as it comes.
+
+    `n` answers are wanted, the likeliest of `best_of`, and as many to each of the `further` prompts. `echo`: the text
+    begins with the prompt, from this id of it on; with `silent` it ends there, too. `ignored` are fields of the request
+    that mean nothing to this model.
+    """
 
     engine: Engine  # whose tokens the prompt is made of
     prompt: list[int]
@@ -32,6 +39,29 @@ class Question:
     parallel: bool = True
     thinking: bool = False
     top_logprobs: int | None = None
+    n: int = 1
+    best_of: int = 1
+    further: tuple[list[int], ...] = ()
+    echo: int | None = None
+    silent: bool = False
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one answer."""
+        return self.best_of == 1 and not self.further
+
+    def each(self) -> list[Question]:
+        """One for each candidate: `best_of` of the first prompt, then of the next. Each but the first draws by a seed
+        of its own; the answers to a prompt are those that it would have alone."""
+        alone = [
+            replace(self, prompt=prompt, params=self.params.nth(number), n=1, best_of=1, further=())
+            for prompt in (self.prompt, *self.further)
+            for number in range(self.best_of)
+        ]
+        if self.best_of > self.n and self.top_logprobs is None:  # they say which is the best
+            alone = [replace(one, top_logprobs=0) for one in alone]
+        return alone
 
 
 def chat_question(engine: Engine, request: ChatRequest) -> Question:
@@ -47,14 +77,19 @@ def chat_question(engine: Engine, request: ChatRequest) -> Question:
         template = engine.chat_template()
         if tools and not template.takes_tools:
             raise ApiError("tools: this model's chat template has no place for them", param="tools")
-        budget = _thinking_budget(request, template)
-        prompt = template.encode(engine.tokenizer, messages, tools, context=engine.model.context)
+        budget, ignored = _thinking_budget(request, template)
+        variables = _variables(request, template)
+        prompt = template.encode(engine.tokenizer, messages, tools, context=engine.model.context, variables=variables)
     except ContextLengthError as error:
         raise _too_long(error, "messages") from None
     except TemplateError as error:
         raise ApiError(str(error), param="messages") from None
     thinking = template.starts_thinking(engine.tokenizer.text(prompt[-8:], keep_special=True))
     params = _params(engine, request, thinking_budget=budget)
+    if template.can_think:
+        params = with_an_end(params, prompt, engine.model.context)
+    if forced and params.ignore_eos:
+        raise ApiError("ignore_eos: a call that must come has an end", param="ignore_eos")
     if forced:  # no stop text may end a call in its middle, and one that must come first leaves no room for a thought
         params = replace(params, thinking_budget=None, stop=())
     if forced and thinking:
@@ -69,27 +104,60 @@ def chat_question(engine: Engine, request: ChatRequest) -> Question:
         parallel=request.parallel_tool_calls is not False,
         thinking=thinking,
         top_logprobs=request.wanted_logprobs,
+        n=request.n or 1,
+        best_of=request.n or 1,
+        ignored=ignored,
     )
 
 
 def completion_question(engine: Engine, request: CompletionRequest) -> Question:
-    """The prompt's ids, behind the model's prefix where it is text. Raises ApiError."""
-    match request.prompt:
-        case [int(), *_]:
-            prompt = [token for token in request.prompt if isinstance(token, int)]
-            wrong = next((token for token in prompt if not 0 <= token < engine.tokenizer.size), None)
-            if wrong is not None:
-                raise ApiError(f"prompt: {wrong} is no token of this model", param="prompt")
-        case [str(text)] | str(text):
-            try:
-                ids = engine.tokenizer.ids(text, context=engine.model.context)
-            except ContextLengthError as error:
-                raise _too_long(error, "prompt") from None
-            prompt = engine.tokenizer.prefix_ids + ids
-        case _:
-            raise ApiError("prompt: must be text or token ids", param="prompt")
-    fitting = _fitting(engine, prompt, "prompt")
-    return Question(engine, fitting, _params(engine, request), chat=False, top_logprobs=request.logprobs)
+    """The prompts' ids, behind the model's prefix where they are text. Raises ApiError."""
+    several = len(request.prompts) > 1
+    prompts = [
+        _completed(engine, prompt, f"prompt[{place}]" if several else "prompt")
+        for place, prompt in enumerate(request.prompts)
+    ]
+    prefix = len(engine.tokenizer.prefix_ids) if isinstance(request.prompts[0], str) else 0
+    return Question(
+        engine,
+        prompts[0],
+        _params(engine, request),
+        chat=False,
+        top_logprobs=request.logprobs,
+        n=request.n or 1,
+        best_of=request.candidates,
+        further=tuple(prompts[1:]),
+        echo=prefix if request.echo else None,
+        silent=request.max_tokens == 0,
+    )
+
+
+def _completed(engine: Engine, prompt: str | list[int], at: str) -> list[int]:
+    """One prompt's ids; `at` names it."""
+    if isinstance(prompt, str):
+        try:
+            ids = engine.tokenizer.ids(prompt, context=engine.model.context)
+        except ContextLengthError as error:
+            raise _too_long(error, at) from None
+        return _fitting(engine, engine.tokenizer.prefix_ids + ids, at)
+    wrong = next((token for token in prompt if not 0 <= token < engine.tokenizer.size), None)
+    if wrong is not None:
+        raise ApiError(f"{at}: {wrong} is no token of this model", param=at)
+    return _fitting(engine, prompt, at)
+
+
+def _variables(request: ChatRequest, template: ChatTemplate) -> dict[str, Any]:
+    """What `chat_template_kwargs` gives the template to read. Raises ApiError for what it does not read."""
+    given = {} if request.chat_template_kwargs is None else request.chat_template_kwargs.given()
+    for name in given.keys() - TemplateVariables.model_fields.keys():
+        try:
+            template.check_variables([name])
+        except TemplateError as error:
+            at = f"chat_template_kwargs.{name[:80]}"
+            raise ApiError(f"{at}: {error}", param=at, code="unsupported_value") from None
+    if request.enable_thinking is not None:
+        given.setdefault("enable_thinking", request.enable_thinking)
+    return {name: value for name, value in given.items() if template.reads(name)}
 
 
 def in_order(messages: list[Message]) -> list[Message]:
@@ -135,14 +203,17 @@ def _message(data: dict[str, Any], place: int, structure: Structure) -> Message:
     return message
 
 
-def _thinking_budget(request: ChatRequest, template: ChatTemplate) -> int | None:
-    """The limit of the thought; a model that does not think may be asked for none, and for nothing else."""
+def _thinking_budget(request: ChatRequest, template: ChatTemplate) -> tuple[int | None, tuple[str, ...]]:
+    """The limit of the thought, and what means nothing here. A model that does not think may be asked for no thought;
+    an effort, which clients send to any model, is ignored, and anything else refused."""
     wanted = request.wanted_thinking
     if wanted is None:
-        return None
+        return None, ()
+    if not template.can_think and wanted.field == EFFORT:
+        return None, (EFFORT,) if wanted.budget != 0 else ()
     if not template.can_think and wanted.budget != 0:
         raise ApiError(f"{wanted.field}: a thought is not supported, this model does not think", param=wanted.field)
-    return wanted.budget
+    return wanted.budget, ()
 
 
 def _too_long(error: ContextLengthError, param: str) -> ApiError:
@@ -155,7 +226,8 @@ def _fitting(engine: Engine, prompt: list[int], param: str) -> list[int]:
         raise ApiError(f"{param}: the prompt is empty: there is nothing to go on from", param=param)
     if len(prompt) >= context:
         raise ApiError(
-            f"This model's context is {context} tokens, and {param} took {len(prompt)}; nothing was cut. Shorten them.",
+            f"This model's maximum context length is {context} tokens, and {param} took {len(prompt)}; nothing was cut. "
+            "Shorten them.",
             param=param,
             code="context_length_exceeded",
         )

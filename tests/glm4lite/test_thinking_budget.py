@@ -17,6 +17,7 @@ from glm4lite.chat.session import ChatSession
 from glm4lite.engine.engine import Engine
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.engine.thinking_budget import ThinkingBudget
+from glm4lite.server.thinking import wanted_thinking
 from glm4lite.text.messages import Message
 from glm4lite.text.template import END_OF_THOUGHT, ChatTemplate
 from glm4lite.text.tokenizer import Tokenizer
@@ -219,6 +220,74 @@ def test_a_real_model_goes_on_as_if_it_had_ended_the_thought_itself(tmp_path: Pa
     assert len(ids) > len(closed)
 
 
+# --- what no budget limits
+
+
+@pytest.mark.parametrize("source", [Z1, BY_ITSELF])
+def test_a_thought_that_never_ends_leaves_the_answer_its_room(tokenizer: Tokenizer, source: str) -> None:
+    context = 400
+    begin = "" if source is Z1 else "<think>"
+    found = session(tokenizer, begin + "\nround " * 2000 + "<|user|>", source=source, context=context)
+    model: Any = found.engine.model
+    closing = tokenizer.ids(END_OF_THOUGHT)
+    answered = {"left": tokenizer.ids("Four.<|user|>", special=True)}
+    step = model.step
+
+    def closed(spans: Any) -> Any:  # once the thought was ended, it answers
+        if list(spans[0].ids)[-len(closing) :] == closing:
+            model.left = answered["left"]
+        return step(spans)
+
+    model.step = closed
+    thought, text, done = said(list(found.send("2 + 2?")))
+    assert (text, done.finish_reason) == ("Four.", "stop")
+    left = context - len(found._prompt(found.messages[:1]))
+    assert 0.6 * left < len(tokenizer.ids(thought)) <= 0.75 * left + 2
+
+
+def test_a_thought_that_never_ends_is_cut_where_the_answers_length_is_said(tokenizer: Tokenizer) -> None:
+    found = session(tokenizer, "\nround " * 2000, max_new_tokens=30)
+    thought, text, done = said(list(found.send("2 + 2?")))
+    assert (text, done.finish_reason, done.new_tokens) == ("", "length", 30)
+    assert thought.startswith("round")
+
+
+def test_an_effort_is_a_budget() -> None:
+    def budget(effort: str | None, **budgets: int | None) -> int | None | str:
+        wanted = wanted_thinking({}, budgets, effort)
+        return "nothing" if wanted is None else wanted.budget
+
+    assert [budget(effort) for effort in (None, "none", "minimal", "low", "medium")] == ["nothing", 0, 128, 1024, 4096]
+    assert [budget(effort) for effort in ("high", "xhigh", "max")] == [None] * 3
+    assert budget("low", thinking_budget=2000) == 2000
+    assert budget("low", thinking_budget=-1) is None
+
+
+# --- what a template reads
+
+
+READS = (
+    HISTORY + "{% if mood is defined %}Be {{ mood }}.{% endif %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_template_variables_reach_the_template_over_http_and_from_python(tokenizer: Tokenizer) -> None:
+    engine = scripted_engine(tokenizer, ChatTemplate(READS), ["\nHi.<|user|>"] * 3)
+    model: Any = engine.model
+    asked = {"model": "nano", "messages": [{"role": "user", "content": "Hello"}]}
+    with served(engine) as server:
+        for mood in ("kind", "<|user|>"):
+            reply = server.post("/v1/chat/completions", asked | {"chat_template_kwargs": {"mood": mood}})
+            assert reply.status_code == 200, reply.text
+    prompts = [ids for ids in model.fed if len(ids) > 4]
+    assert tokenizer.text(prompts[0], keep_special=True).endswith("Be kind.<|assistant|>")
+    assert prompts[1].count(tokenizer.special["<|user|>"]) == prompts[0].count(tokenizer.special["<|user|>"])
+    found = ChatSession(engine, template_variables={"mood": "calm"})
+    assert tokenizer.text(found._prompt([Message("user", "Hi")])).endswith("Be calm.")
+    with pytest.raises(TemplateError, match="does not read 'temper'"):
+        ChatSession(engine, template_variables={"temper": 1})
+
+
 # --- who is told
 
 
@@ -251,6 +320,7 @@ BUDGETS: list[dict[str, Any]] = [
     {"reasoning_budget_tokens": 2, "thinking_budget": 2},
     {"thinking": {"type": "enabled", "budget_tokens": 2}},
     {"chat_template_kwargs": {"enable_thinking": True, "thinking_budget": 2}, "enable_thinking": True},
+    {"reasoning_effort": "high", "thinking_budget": 2},
 ]
 NO_THOUGHT: list[dict[str, Any]] = [
     {"thinking_budget": 0},
@@ -258,12 +328,15 @@ NO_THOUGHT: list[dict[str, Any]] = [
     {"thinking": {"type": "disabled"}},
     {"chat_template_kwargs": {"enable_thinking": False}},
     {"enable_thinking": False, "thinking_token_budget": -1},
+    {"reasoning_effort": "none"},
 ]
 CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"thinking_budget": 2, "thinking_token_budget": 3}, "thinking_token_budget"),
     ({"enable_thinking": False, "thinking_budget": 2}, "thinking_budget"),
     ({"enable_thinking": True, "thinking": {"type": "disabled"}}, "thinking"),
     ({"enable_thinking": True, "thinking_budget": 0}, "thinking_budget"),
+    ({"reasoning_effort": "none", "thinking_budget": 2}, "thinking_budget"),
+    ({"reasoning_effort": "low", "enable_thinking": False}, "enable_thinking"),
 ]
 
 
@@ -289,7 +362,8 @@ def test_every_word_for_a_budget_is_obeyed_over_http(tokenizer: Tokenizer) -> No
         assert error["param"] == "thinking_budget"
         unknown = {"chat_template_kwargs": {"enable_thinking": False, "documents": [1]}}
         error = server.post("/v1/chat/completions", asked | unknown).json()["error"]
-        assert error["message"] == "chat_template_kwargs.documents: [1] is not supported"
+        said = "chat_template_kwargs.documents: this model's chat template does not read 'documents'"
+        assert error["message"] == said
 
 
 def test_usage_and_log_probabilities_are_right_around_a_thought_that_was_ended(tokenizer: Tokenizer) -> None:
