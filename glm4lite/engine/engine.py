@@ -227,7 +227,10 @@ class Engine:
         return _required(self.template)
 
     def params(self, **sampling: Any) -> SamplingParams:
-        """The checkpoint's sampling defaults; fields that are given and not None win over them. Raises SamplingError."""
+        """The checkpoint's sampling defaults; fields that are given and not None win over them.
+
+        Raises SamplingError for values that cannot be, and for ids that the tokenizer does not know.
+        """
         params = SamplingParams.from_generation_config(self.generation_config, **sampling)
         params.check_vocabulary(self.tokenizer.size)
         return params

@@ -18,7 +18,6 @@ from glm4lite.model.outputs import CausalLMOutputWithPast
 from glm4lite.model.step import Span
 from glm4lite.model.trunk import ModelWithTrunk, draw
 
-
 SCORED_ROWS = 32
 """Rows of a scored prompt whose logits are in memory at once: twice 19 MB at GLM-4's vocabulary, less than the values
 of one layer that a plan counts for the prompt's chunk and that are free by then."""

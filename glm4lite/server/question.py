@@ -226,8 +226,7 @@ def _fitting(engine: Engine, prompt: list[int], param: str) -> list[int]:
         raise ApiError(f"{param}: the prompt is empty: there is nothing to go on from", param=param)
     if len(prompt) >= context:
         raise ApiError(
-            f"This model's maximum context length is {context} tokens, and {param} took {len(prompt)}; nothing was cut. "
-            "Shorten them.",
+            f"This model's context is {context} tokens, and {param} took {len(prompt)}; nothing was cut. Shorten them.",
             param=param,
             code="context_length_exceeded",
         )

@@ -253,7 +253,7 @@ def test_a_thought_that_never_ends_is_cut_where_the_answers_length_is_said(token
 
 
 def test_an_effort_is_a_budget() -> None:
-    def budget(effort: str | None, **budgets: int | None) -> int | None | str:
+    def budget(effort: str | None, **budgets: int | None) -> int | str | None:
         wanted = wanted_thinking({}, budgets, effort)
         return "nothing" if wanted is None else wanted.budget
 
