@@ -171,7 +171,7 @@ class Adjustments:
         self._read = 0  # ids that are counted
 
     def __call__(self, logits: Tensor, ids: Sequence[int]) -> Tensor:
-        """logits [V] float32 -> [V], the same tensor where nothing is asked; `ids` are the prompt's and the new ones."""
+        """logits [V] float32 -> [V], the same tensor where nothing is asked; `ids`: the prompt's and the new ones."""
         import torch
 
         params = self._params

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import dropwhile
 from typing import TypeAlias
@@ -117,7 +117,7 @@ def _several(engine: Engine, question: Question, cancel: threading.Event) -> Ite
             for index, one in enumerate(best, prompt * question.n):
                 yield from (Choice(index, kept) for kept in _asked_for(held[one], question))
             for one in candidates:
-                held[one].clear()
+                held[one] = []
     yield _counts(question, ended, "cancelled" if cancel.is_set() else "stop")
 
 
@@ -129,7 +129,10 @@ def _likelihood(pieces: list[Piece]) -> float:
 
 def _asked_for(pieces: list[Piece], question: Question) -> list[Piece]:
     """Without the log probabilities by which the best was found, where nobody asked for them."""
-    return [piece for piece in pieces if question.top_logprobs is not None or not isinstance(piece, Scored)]
+    if question.top_logprobs is not None:
+        return pieces
+    unscored = (replace(piece, scores=None) if isinstance(piece, Echo) else piece for piece in pieces)
+    return [piece for piece in unscored if not isinstance(piece, Scored)]
 
 
 def _counts(question: Question, ended: Mapping[int, Done], finish_reason: str) -> Done:
