@@ -195,9 +195,9 @@ class CompletionRequest(_Request):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
         | Annotated[list[int], Field(min_length=1, fail_fast=True)]
-        | Annotated[list[list[int]], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+        | Annotated[list[list[int]], Field(min_length=1, fail_fast=True)]
     )
     max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -232,6 +232,13 @@ class CompletionRequest(_Request):
         if len(self.prompts) * best_of > MOST_ANSWERS:
             raise ApiError(f"prompt: at most {MOST_ANSWERS} answers can be asked for at once", param="prompt")
         return best_of
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _bounded(cls, value: object) -> object:
+        if isinstance(value, list) and len(value) > MOST_PROMPTS and not isinstance(value[0], int):
+            raise ValueError(f"at most {MOST_PROMPTS} can be answered at once, found {len(value)}")
+        return value
 
     @field_validator("logprobs", mode="before")
     @classmethod
