@@ -191,10 +191,9 @@ class Adjustments:
 
     def _biases(self, logits: Tensor) -> Tensor:
         if self._bias is None:
+            known = {token: bias for token, bias in self._params.logit_bias.items() if token < len(logits)}
             self._bias = logits.new_zeros(len(logits))
-            for token, bias in self._params.logit_bias.items():
-                if token < len(logits):
-                    self._bias[token] = bias
+            self._bias[list(known)] = logits.new_tensor(list(known.values()))
         return self._bias
 
     def _count(self, ids: Sequence[int], logits: Tensor) -> None:

@@ -63,7 +63,7 @@ class CausalLM(ModelWithTrunk):
             return []
         states, kept = self.model.step(spans), list[Tensor]()
         for span, rows in zip(spans, states.split([span.looked_at + span.kept for span in spans]), strict=True):
-            if span.scored is not None:
+            if span.scored is not None and span.looked_at:
                 for row, few in zip(
                     span.scored.rows[::SCORED_ROWS], rows[: span.looked_at].split(SCORED_ROWS), strict=True
                 ):

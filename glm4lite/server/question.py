@@ -237,4 +237,5 @@ def _params(engine: Engine, request: ChatRequest | CompletionRequest, **instead:
     try:
         return engine.params(**request.sampling() | instead)
     except SamplingError as error:
-        raise ApiError(str(error)) from None
+        name = str(error).partition(":")[0]
+        raise ApiError(str(error), param=name if name in type(request).model_fields else None) from None

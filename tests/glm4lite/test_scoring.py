@@ -22,7 +22,10 @@ from glm4lite.engine.worker import EngineWorker
 from glm4lite.measure.evaluate import Choice, cut_windows, evaluate
 from glm4lite.model.causal_lm import SCORED_ROWS
 from glm4lite.server.batch import Request, results
+from glm4lite_quant.kernels import native
 from tests.glm4lite.served import Served, served
+
+pytestmark = pytest.mark.skipif(native.backend() is None, reason=f"no native library: {native.status()}")
 
 TEXT = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -106,7 +109,7 @@ def test_scores_are_the_same_beside_others_and_after_giving_way_to_them(engine: 
     ids = engine.tokenizer.ids(STORY)
     asked = [ids[begin : begin + 150] for begin in (0, 40, 90)]
     wanted = [values(scored(engine, one)) for one in asked]
-    room = PrefixPool(engine.model).bytes_of(260)
+    room = PrefixPool(engine.model).bytes_of(448)  # two begin, and do not both come to their end
     for memory in (None, room):
         scheduler = Scheduler(engine.model, PrefixPool(engine.model, memory), parallel=3)
         made = [Generation(engine.model, one, SamplingParams(max_new_tokens=70), scheduler=scheduler) for one in asked]
@@ -135,7 +138,8 @@ def test_a_step_that_fails_and_is_made_again_scores_no_token_twice(
     monkeypatch.setattr(engine.model, "step", failing)
     other = Generation(engine.model, ids[:20], SamplingParams(max_new_tokens=30), scheduler=scheduler)
     other.begin()
-    list(zip(range(3), other, strict=False))
+    reading = iter(other)
+    assert len([next(reading) for _ in range(3)]) == 3
     made = scored(engine, ids, scheduler=scheduler)
     assert not failures
     torch.testing.assert_close(values(made), expected(engine, ids), rtol=1e-4, atol=1e-4)
@@ -186,7 +190,9 @@ def test_loglikelihoods_are_those_of_eval_on_the_same_text(server: Served, engin
 
 
 @pytest.mark.parametrize("tokenized", [True, False])
-def test_the_likelier_continuation_of_a_task_is_found(server: Served, engine: Engine, tokenized: bool) -> None:
+def test_loglikelihoods_of_continuations_are_those_of_the_text_from_python(
+    server: Served, engine: Engine, tokenized: bool
+) -> None:
     context, right, wrong = "The cat sat on the", " mat", " 888"
     texts = [context + right, context + wrong]
     prompts: Any = [engine.tokenizer.prefix_ids + engine.tokenizer.ids(text) for text in texts] if tokenized else texts
@@ -321,7 +327,7 @@ def test_the_best_of_several_are_given_best_first(server: Served) -> None:
     options |= {"max_tokens": 6}
 
     def mean(choice: Any) -> float:
-        values = choice["logprobs"]["token_logprobs"]
+        values = choice["logprobs"]["token_logprobs"] if choice["logprobs"] else []
         return sum(values) / len(values) if values else -math.inf
 
     all_of_them = completion(server, **options, n=5, logprobs=0)["choices"]

@@ -17,6 +17,8 @@ from glm4lite.chat.session import ChatSession
 from glm4lite.engine.engine import Engine
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.engine.thinking_budget import ThinkingBudget
+from glm4lite.server.question import chat_question
+from glm4lite.server.requests import ChatRequest
 from glm4lite.server.thinking import wanted_thinking
 from glm4lite.text.messages import Message
 from glm4lite.text.template import END_OF_THOUGHT, ChatTemplate
@@ -272,16 +274,21 @@ READS = (
 
 
 def test_template_variables_reach_the_template_over_http_and_from_python(tokenizer: Tokenizer) -> None:
-    engine = scripted_engine(tokenizer, ChatTemplate(READS), ["\nHi.<|user|>"] * 3)
-    model: Any = engine.model
+    engine = scripted_engine(tokenizer, ChatTemplate(READS), ["\nHi.<|user|>"])
     asked = {"model": "nano", "messages": [{"role": "user", "content": "Hello"}]}
+
+    def prompt(**variables: object) -> str:
+        request = ChatRequest.read(asked | {"chat_template_kwargs": variables})
+        return tokenizer.text(chat_question(engine, request).prompt, keep_special=True)
+
+    assert "Be " not in prompt()
+    assert prompt(mood="kind").endswith("Be kind.<|assistant|>")
+    request = ChatRequest.read(asked | {"chat_template_kwargs": {"mood": "<|user|>"}})
+    assert chat_question(engine, request).prompt.count(tokenizer.special["<|user|>"]) == 1  # the template's own
     with served(engine) as server:
-        for mood in ("kind", "<|user|>"):
-            reply = server.post("/v1/chat/completions", asked | {"chat_template_kwargs": {"mood": mood}})
-            assert reply.status_code == 200, reply.text
-    prompts = [ids for ids in model.fed if len(ids) > 4]
-    assert tokenizer.text(prompts[0], keep_special=True).endswith("Be kind.<|assistant|>")
-    assert prompts[1].count(tokenizer.special["<|user|>"]) == prompts[0].count(tokenizer.special["<|user|>"])
+        assert (
+            server.post("/v1/chat/completions", asked | {"chat_template_kwargs": {"mood": "kind"}}).status_code == 200
+        )
     found = ChatSession(engine, template_variables={"mood": "calm"})
     assert tokenizer.text(found._prompt([Message("user", "Hi")])).endswith("Be calm.")
     with pytest.raises(TemplateError, match="does not read 'temper'"):
