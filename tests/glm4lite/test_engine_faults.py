@@ -320,6 +320,9 @@ def test_nobody_waits_while_a_kept_prefix_is_read(engine: Engine, waits_for: str
         def rests(self, cache: PrefixCache) -> None:
             pass
 
+        def close(self) -> None:
+            pass
+
         leaves = rests
 
     scheduler = Scheduler(engine.model, PrefixPool(engine.model, disk=Slow()), parallel=4)
