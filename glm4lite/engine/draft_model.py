@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from glm4lite.engine.prefix_pool import PrefixCache, PrefixPool
-from glm4lite.engine.sequence import Sequence
+from glm4lite.engine.sequence import FEW, Sequence
 from glm4lite.engine.speculation import Costs, Odds
 from glm4lite.model.causal_lm import CausalLM
 from glm4lite.model.step import Span
@@ -64,10 +64,12 @@ class DraftModel:
         open_ = dict.fromkeys(fitting, 1.0)  # how likely all guesses so far are right
         todo = {}
         for sequence in list(open_):
-            self.follow(sequence, len(sequence.ids) - 1)
-            todo[sequence] = sequence.ids[len(self._written[sequence].cache.ids) :]
-            if len(todo[sequence]) > 1:  # there is more of it, or no room for it
-                del open_[sequence], todo[sequence]
+            missing = sequence.ids[self._settled(sequence).certain :]
+            if len(missing) <= FEW:
+                todo[sequence] = missing
+            else:
+                del open_[sequence]
+                self.follow(sequence, len(sequence.ids) - 1)
         gained, spent = float(len(wanted)), costs.of(rows)
         while open_:
             if not self._pays(max(open_.values()), costs, rows, gained, spent):

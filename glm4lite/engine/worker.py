@@ -226,7 +226,7 @@ class EngineWorker:
     def _retry_after(self) -> int:
         """Seconds until the queue has moved on by one, as the last jobs went."""
         usual = sum(self._recent) / len(self._recent) if self._recent else 1.0
-        return min(max(1, math.ceil(usual / (len(self._threads) - 1))), LONGEST_RETRY_S)
+        return min(max(1, math.ceil(usual / self._engine.parallel)), LONGEST_RETRY_S)
 
     def _count(self, **more: float) -> None:
         self._state = replace(self._state, **{name: getattr(self._state, name) + n for name, n in more.items()})
