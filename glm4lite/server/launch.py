@@ -18,6 +18,7 @@ from glm4lite.server.connection import HEAD_BYTES, Connection
 from glm4lite.server.guard import is_loopback
 
 SHUTDOWN_S = 2  # for the last words of answers that are being given
+KEEP_ALIVE_S = 60  # that a connection may rest between two requests, as clients' own pools let theirs
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Server(uvicorn.Server):
     """uvicorn as this app needs it; `should_exit` ends it."""
 
     def __init__(self, app: Starlette, started: Callable[[], None] = lambda: None) -> None:
-        super().__init__(_config(app))
+        super().__init__(configured(app))
         self._announce, self._state = started, app.state
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -97,7 +98,8 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _config(app: Starlette) -> uvicorn.Config:
+def configured(app: Starlette) -> uvicorn.Config:
+    """uvicorn's settings for an app of this server."""
     return uvicorn.Config(
         app,
         log_level="warning",  # no access log: requests are counted in /metrics, and nothing of them is written down
@@ -107,5 +109,6 @@ def _config(app: Starlette) -> uvicorn.Config:
         ws="none",
         http=Connection,
         h11_max_incomplete_event_size=HEAD_BYTES,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
