@@ -8,15 +8,15 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from glm4lite.base.events import Done, TextDelta, ThinkingDelta
 from glm4lite.engine.sequence import TokenLogprobs
 from glm4lite.server.answer import Piece, Scored, Stopped
 from glm4lite.server.question import Question
+from glm4lite.server.replies import JSON
 from glm4lite.text.output_parser import Call
 
-JSON = dict[str, Any]
 Kind = Literal["thinking", "text", "call"]
 
 

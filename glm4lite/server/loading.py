@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from socket import socket
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,7 +15,7 @@ from starlette.routing import Route
 from glm4lite.base.events import Progress
 from glm4lite.server.errors import ApiError, json_response
 from glm4lite.server.guard import Access
-from glm4lite.server.launch import configured
+from glm4lite.server.launch import serving
 from glm4lite.server.manners import with_manners
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"]
@@ -48,16 +46,8 @@ class Loading:
             return json_response(state, 503, wait)
         return ApiError(said, 503, code="model_loading", headers=wait).response(request.url.path)
 
-    @contextmanager
-    def answering(self, listening: socket, access: Access) -> Iterator[None]:
-        """Answers at that socket, in a thread, for the length of the `with` block; it stays open behind it."""
+    def answering(self, listening: socket, access: Access) -> AbstractContextManager[None]:
+        """Answers at that socket for the length of the `with` block."""
         app = Starlette(routes=[Route("/{path:path}", self.answer, methods=METHODS)])
         with_manners(app, access)
-        server = uvicorn.Server(configured(app))
-        thread = threading.Thread(target=server.run, args=([listening.dup()],), name="loading", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            server.should_exit = True
-            thread.join()
+        return serving(app, listening)

@@ -6,7 +6,6 @@ as the chat templates do. Source: https://platform.openai.com/docs/api-reference
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -120,16 +119,15 @@ class ResponsesBody(_Part):
 
 @dataclass(frozen=True)
 class ResponsesRequest:
-    """A checked request: `body` as it came, `chat` what it asks of the model, `items` what it adds to a conversation.
+    """A checked request: `body` as it came, `chat` what it asks of the model.
 
-    `size` is that of the items as JSON, in bytes.
+    `items` is what it adds to a conversation, a list as JSON.
     """
 
     body: ResponsesBody
     chat: ChatRequest
     places: Places
-    items: list[JSON]
-    size: int
+    items: bytes
     ignored: list[str]
     include_usage: bool = False
 
@@ -144,8 +142,7 @@ class ResponsesRequest:
     def keep(self, store: ResponseStore, response: JSON) -> None:
         """Keeps the response for requests that go on from it, unless the client said `"store": false`."""
         if self.body.store is not False:
-            size = self.size + len(encode(response))
-            store.keep(Kept(response, self.items, self.body.previous_response_id, size))
+            store.keep(Kept.of(response, self.items))
 
 
 class ResponsesForm:
@@ -174,8 +171,7 @@ class ResponsesForm:
         if not turns.messages:
             raise wrong("input", "is missing")
         chat = chat_request(body, ResponsesBody.model_fields, _said(asked, turns), turns.places)
-        size = len(json.dumps(items))
-        return ResponsesRequest(asked, chat, turns.places, items, size, _ignored(asked, chat))
+        return ResponsesRequest(asked, chat, turns.places, encode(items), _ignored(asked, chat))
 
     def _items(self, asked: ResponsesBody) -> list[JSON]:
         """The items of the request, those that it names by an id in full."""

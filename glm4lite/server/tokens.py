@@ -11,9 +11,8 @@ from glm4lite.engine.engine import Engine
 from glm4lite.server.errors import ApiError
 from glm4lite.server.messages import MessagesRequest, messages_question
 from glm4lite.server.question import chat_question
+from glm4lite.server.replies import JSON
 from glm4lite.server.requests import ChatRequest, checked
-
-JSON = dict[str, Any]
 
 
 class TokenizeBody(BaseModel):

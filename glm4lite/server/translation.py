@@ -15,9 +15,8 @@ from glm4lite.base.errors import shown
 from glm4lite.engine.engine import Engine
 from glm4lite.server.errors import ApiError
 from glm4lite.server.question import Question, chat_question
+from glm4lite.server.replies import JSON
 from glm4lite.server.requests import ChatRequest
-
-JSON = dict[str, Any]
 
 
 @dataclass

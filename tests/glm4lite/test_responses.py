@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -300,13 +301,15 @@ def test_what_means_nothing_here_is_named(hi: Served) -> None:
     assert answer.json()["metadata"] == {"a": "b"}
 
 
-def kept(name: str, previous: str | None = None, size: int = 1) -> Kept:
-    said = {"id": f"msg_{name}", "type": "message"}
-    return Kept({"id": name, "output": [said]}, [{"role": "user", "content": name}], previous, size)
+def kept(name: str, previous: str | None = None, size: int = 100) -> Kept:
+    said = {"id": f"msg_{name}", "type": "message", "previous": previous}
+    items = json.dumps([{"role": "user", "content": name}]).encode()
+    whole = Kept.of({"id": name, "previous_response_id": previous, "output": [said]}, items)
+    return replace(whole, response=whole.response + b" " * (size - whole.size)) if size > whole.size else whole
 
 
 def test_the_store_keeps_conversations_whole_and_a_bounded_number_of_bytes() -> None:
-    store = ResponseStore(most=4, size=100)
+    store = ResponseStore(most=4, size=1000)
     for name, previous in (("a", None), ("b", "a"), ("x", None), ("c", "b")):
         store.keep(kept(name, previous))
     assert [item.get("content", item.get("id")) for item in store.conversation("c")] == [
@@ -317,10 +320,10 @@ def test_the_store_keeps_conversations_whole_and_a_bounded_number_of_bytes() -> 
     with pytest.raises(ApiError):
         store.conversation("x")
     assert len(store.conversation("d")) == 8
-    store.keep(kept("large", size=101))
+    store.keep(kept("large", size=1001))
     with pytest.raises(ApiError):
         store.response("large")
-    store.keep(kept("fills", size=100))
+    store.keep(kept("fills", size=1000))
     assert len(store) == 1
     store.keep(kept("e", "d"))  # the one before it is gone
     assert len(store) == 1
