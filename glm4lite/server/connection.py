@@ -24,7 +24,7 @@ BODY_S = 120.0  # for the body: 8 MiB at half a megabit a second
 READ_S = 30.0  # for a client to take the 64 KiB that wait for it
 MOST_CONNECTIONS = 200  # below the 256 open files that macOS allows
 HEAD_BYTES = 32 << 10
-PROBE_S = 0.1  # until a client that sends no more is asked again whether it reads; twice as long each time
+PROBE_S = 0.1  # until a client that sends no more is asked whether it reads; then twice as long each time
 LONGEST_PROBE_S = 5.0
 _RECEIVED = 16 << 10  # bytes taken at once: a client that sends one byte a chunk must not keep the loop for long
 
@@ -63,7 +63,7 @@ class Connection(H11Protocol):
         if self.cycle is None or self.cycle.response_complete or self.conn.their_state not in _SENT:
             return False
         self._sends_no_more = True
-        self._ask(PROBE_S)
+        self._asking.start(PROBE_S, lambda: self._ask(PROBE_S))
         return True
 
     def on_response_complete(self) -> None:

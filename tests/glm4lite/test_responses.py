@@ -129,6 +129,18 @@ def test_a_conversation_goes_on_from_a_response_that_was_stored(nano: Served) ->
         assert refused.value.code == "previous_response_not_found"
 
 
+def test_requests_are_counted_by_endpoint_with_and_without_v1(nano: Served) -> None:
+    def counted() -> int:
+        lines = nano.http.get("/metrics").text.splitlines()
+        found = [line for line in lines if 'endpoint="/v1/responses",status="200"' in line]
+        return int(found[0].split()[-1]) if found else 0
+
+    before = counted()
+    for path in ("/responses", "/v1/responses"):
+        assert nano.post(path, {"input": "Hello"}).status_code == 200
+    assert counted() == before + 2
+
+
 def test_a_streamed_response_is_stored_too(nano: Served) -> None:
     last = streamed(nano, input="Hello")[-1]["response"]
     assert nano.client.responses.retrieve(last["id"]).output_text == "Hello! How can I help you?"

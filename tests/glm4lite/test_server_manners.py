@@ -63,8 +63,6 @@ def test_addresses_are_answered_without_v1_too(hi: Served) -> None:
         assert hi.http.get(path).json()["data"][0]["id"] == "nano"
     without = OpenAI(base_url=hi.url, api_key="none", max_retries=0)
     assert without.models.list().data[0].id == "nano"
-    counted = hi.http.get("/metrics").text
-    assert 'endpoint="/v1/responses",status="200"} 2' in counted
 
 
 def test_a_method_that_is_not_answered_names_those_that_are(hi: Served) -> None:
@@ -200,7 +198,8 @@ def test_a_client_that_closes_its_sending_side_still_gets_its_answer(hi: Served,
         connection.shutdown(socket.SHUT_WR)
         answer = read_all(connection)
     assert b"HTTP/1.1 200 OK" in answer
-    assert b'"Hi."' in answer
+    assert b"Hi" in answer
+    assert (b"[DONE]" in answer) == (stream == b"true")
 
 
 def test_a_client_that_waits_with_its_sending_side_closed_is_answered_however_long_it_takes() -> None:
@@ -227,11 +226,13 @@ def test_a_connection_rests_for_a_minute_and_a_header_that_began_does_not(monkey
     assert KEEP_ALIVE_S == 60
     monkeypatch.setattr(Connection, "head_s", 0.3)
     with served(scripted("\nHi.<|user|>")) as server, connected(server) as connection:
-        connection.sendall(request("/health", method="GET"))
-        assert b"200 OK" in connection.recv(1 << 16)
-        time.sleep(0.8)  # longer than a header may take
-        connection.sendall(request("/health", method="GET"))
-        assert b"200 OK" in connection.recv(1 << 16)
+        for _ in range(2):
+            connection.sendall(request("/health", method="GET"))
+            answer = b""
+            while b"running" not in answer:
+                answer += connection.recv(1 << 16)
+            assert answer.startswith(b"HTTP/1.1 200 OK")
+            time.sleep(0.8)  # longer than a header may take
         connection.sendall(b"GET /health HT")
         assert b"408" in read_all(connection)
 
