@@ -83,6 +83,11 @@ class Generation:
         return self._sequence.prefilled
 
     @property
+    def known_tokens(self) -> int:
+        """Ids of the prompt that were computed, or found computed: all of it, but where it was stopped on the way."""
+        return len(self.prompt) - self._sequence.to_prefill + self._sequence.prefilled
+
+    @property
     def seconds(self) -> float:
         """Spent on new tokens, prefill not counted."""
         return self._sequence.seconds
