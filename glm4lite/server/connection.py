@@ -93,9 +93,8 @@ class Connection(H11Protocol):
 
     def _watch(self) -> None:
         """Starts the timer of what the client has to send next."""
-        state = self.conn.their_state
-        if state is h11.IDLE and self._rests:
-            state = None
+        rests = self._rests and self.conn.their_state is h11.IDLE
+        state = None if rests else self.conn.their_state
         if state is self._waits_for:
             return
         self._waits_for = state

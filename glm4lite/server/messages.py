@@ -17,9 +17,9 @@ from glm4lite.base.errors import shown
 from glm4lite.engine.engine import Engine
 from glm4lite.server.errors import ApiError
 from glm4lite.server.question import Question
+from glm4lite.server.replies import JSON
 from glm4lite.server.requests import MOST_MESSAGES, ChatRequest, Objects, StopText, checked
 from glm4lite.server.translation import (
-    JSON,
     Places,
     Turns,
     chat_request,

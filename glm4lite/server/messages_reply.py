@@ -15,10 +15,11 @@ from collections.abc import Iterator
 
 from glm4lite.base.events import Done
 from glm4lite.engine.sequence import TokenLogprobs
-from glm4lite.server.blocks import JSON, Block, BlockReply
+from glm4lite.server.blocks import Block, BlockReply
 from glm4lite.server.errors import ApiError
 from glm4lite.server.messages import MessagesRequest
 from glm4lite.server.question import Question
+from glm4lite.server.replies import JSON
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 # Anthropic signs a thought, so that it comes back unchanged; here it is not looked at, and clients drop one without.

@@ -15,10 +15,10 @@ from glm4lite.base.errors import shown
 from glm4lite.engine.engine import Engine
 from glm4lite.server.errors import encode
 from glm4lite.server.question import Question
+from glm4lite.server.replies import JSON
 from glm4lite.server.requests import MOST_MESSAGES, ChatRequest, Objects, checked
 from glm4lite.server.response_store import Kept, ResponseStore
 from glm4lite.server.translation import (
-    JSON,
     Places,
     Turns,
     chat_request,

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 
 from glm4lite.base.events import Done
 from glm4lite.engine.sequence import TokenLogprobs
-from glm4lite.server.blocks import JSON, Block, BlockReply
+from glm4lite.server.blocks import Block, BlockReply
 from glm4lite.server.errors import ApiError
 from glm4lite.server.question import Question
-from glm4lite.server.replies import scored
+from glm4lite.server.replies import JSON, scored
 from glm4lite.server.response_store import ResponseStore
 from glm4lite.server.responses import ResponsesRequest
 

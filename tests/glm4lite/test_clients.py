@@ -155,7 +155,7 @@ class TestInstructor:
             client = instructor.from_openai(server.client)
             asked = [{"role": "user", "content": "The largest city of France?"}]
             city = client.chat.completions.create(model="nano", response_model=City, messages=asked, max_retries=0)
-            assert city == City(name="Paris", people=2_100_000)
+            assert city.model_dump() == {"name": "Paris", "people": 2_100_000}
 
 
 class TestLiteLLM:

@@ -161,11 +161,10 @@ def test_text_and_results_of_one_message_reach_the_model_in_their_order() -> Non
     asked = prompts_of(engine)
     calls = [{"type": "tool_use", "id": name, "name": "calculator", "input": {"expression": name}} for name in "ab"]
     results = [{"type": "tool_result", "tool_use_id": name, "content": f"result {name}"} for name in "ba"]
-    results.append({"type": "tool_result", "tool_use_id": "b", "is_error": True})
     history = [
         HELLO,
         {"role": "assistant", "content": [{"type": "text", "text": "I look."}, *calls]},
-        {"role": "user", "content": [*results[:2], {"type": "text", "text": "One"}, {"type": "text", "text": "two"}]},
+        {"role": "user", "content": [*results, {"type": "text", "text": "One"}, {"type": "text", "text": "two"}]},
     ]
     system = [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}]
     with served(engine) as server:
@@ -173,6 +172,16 @@ def test_text_and_results_of_one_message_reach_the_model_in_their_order() -> Non
     [prompt] = asked
     places = [prompt.index(text) for text in ("Be brief.", "I look.", "result a", "result b", "One\ntwo")]
     assert places == sorted(places)
+
+
+def test_a_call_that_failed_and_said_nothing_is_an_error_to_the_model() -> None:
+    engine = scripted("\nDone.<|user|>")
+    asked = prompts_of(engine)
+    call = {"type": "tool_use", "id": "a", "name": "calculator", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "a", "is_error": True}
+    with served(engine) as server:
+        create(server, [HELLO, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}])
+    assert "<|observation|>\nerror" in asked[0]
 
 
 def test_system_messages_may_come_in_the_middle() -> None:

@@ -73,8 +73,8 @@ DEEP: Any = "x"
 for _ in range(40):
     DEEP = {"type": "object", "properties": {"a": DEEP}, "content": [DEEP], "items": DEEP} if _ < 4 else [DEEP]
 ODD: list[Any] = [
-    *(None, True, 0, -1, 1.5, 10**19, "", "x", "a\nb<|user|>", "\ud800", "y" * 100_000),
-    *([], {}, [None], [[]], ["x"], [3], {"type": None}, {"type": []}, {"type": "text"}, {"\n": {}}, DEEP),
+    *(None, True, -1, 1.5, 10**19, "", "a\nb<|user|>", "\ud800", "y" * 10_000),
+    *([], {}, [None], ["x"], {"type": []}, {"type": "text"}, {"\n": {}}, DEEP),
 ]
 
 
