@@ -329,8 +329,8 @@ class Engine:
                 yield stops.finish() + detokenizer.add(token)
                 continue
             yield stops.feed(detokenizer.add(token))
-            if stops.found:
-                generation.finish_reason = "stop"
+            if stops.found is not None:
+                generation.finish_reason, generation.stop_text = "stop", stops.found
                 return
         yield stops.feed(detokenizer.finish()) + stops.finish()
 
