@@ -29,6 +29,13 @@ class Scored:
 
 
 @dataclass(frozen=True)
+class Stopped:
+    """The stop text that ended the answer, before Done."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Echo:
     """The prompt, with which the text begins. `scores` are of the last of its `ids`; of the first ones there is none,
     or of none where nobody asked."""
@@ -46,7 +53,7 @@ class Choice:
     piece: Piece
 
 
-Piece: TypeAlias = TextDelta | ThinkingDelta | Call | Scored | Echo | Choice | Progress | Done
+Piece: TypeAlias = TextDelta | ThinkingDelta | Call | Scored | Stopped | Echo | Choice | Progress | Done
 
 
 def answer(engine: Engine, question: Question, cancel: threading.Event) -> Iterator[Piece]:
@@ -80,6 +87,8 @@ def _one(engine: Engine, question: Question, cancel: threading.Event) -> Iterato
     for piece in _pieces(engine, generation, question) if question.chat else _plain(engine, generation):
         called = called or isinstance(piece, Call)
         yield piece
+    if generation.stop_text is not None:
+        yield Stopped(generation.stop_text)
     reason = "tool_calls" if called and generation.finish_reason == "stop" else generation.finish_reason
     speed = round(generation.new_tokens / generation.seconds, 2) if generation.seconds else 0.0
     yield Done(len(generation.prompt), generation.new_tokens, reason, speed, generation.prefilled_tokens)

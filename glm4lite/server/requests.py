@@ -24,6 +24,7 @@ from glm4lite.server.thinking import (
 from glm4lite.server.unsupported import ignored, refuse_unsupported
 
 R = TypeVar("R", bound="_Request")
+M = TypeVar("M", bound=BaseModel)
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 Tokens = Annotated[int, Field(ge=1, le=2**31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -48,7 +49,7 @@ class _Request(BaseModel):
 
     model_config = ConfigDict(strict=True, protected_namespaces=())
 
-    model: str
+    model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Tokens | None = None
@@ -72,17 +73,7 @@ class _Request(BaseModel):
     def read(cls: type[R], body: dict[str, Any]) -> R:
         """Raises ApiError for the first field that cannot be used."""
         refuse_unsupported(body, cls.model_fields.keys())
-        try:
-            asked = cls.model_validate(body)
-        except ValidationError as error:
-            problems = error.errors(include_url=False, include_context=False)
-            # Where a field may be a text or a list, each has its complaint; the innermost says most.
-            field = problems[0]["loc"][0]
-            problem = max((one for one in problems if one["loc"][0] == field), key=lambda one: len(one["loc"]))
-            param = where(problem["loc"])
-            found = "" if problem["type"] in ("missing", "value_error") else f", found {shown(problem['input'])}"
-            message = problem["msg"].removeprefix("Value error, ")
-            raise ApiError(one_line(f"{param}: {message}{found}"), param=param) from None
+        asked = checked(cls, body)
         asked._ignored = ignored(body, cls.model_fields.keys()) + list(asked._ignored_within())
         return asked
 
@@ -248,6 +239,24 @@ class CompletionRequest(_Request):
 
 def _is_id(key: str) -> bool:
     return key.isascii() and key.isdecimal() and len(key) < 10
+
+
+def checked(form: type[M], body: dict[str, Any]) -> M:
+    """A body as that model. Raises ApiError for the first field that cannot be used."""
+    try:
+        return form.model_validate(body)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False)
+    # Where a field may be a text or a list, each has its complaint; the innermost says most.
+    field = problems[0]["loc"][0]
+    problem = max((one for one in problems if one["loc"][0] == field), key=lambda one: len(one["loc"]))
+    param = where(problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        said = f"{param}: {shown(problem['input'])} is not supported"
+        raise ApiError(one_line(said), param=param, code="unsupported_value")
+    found = "" if problem["type"] in ("missing", "value_error") else f", found {shown(problem['input'])}"
+    message = problem["msg"].removeprefix("Value error, ")
+    raise ApiError(one_line(f"{param}: {message}{found}"), param=param)
 
 
 def where(path: tuple[int | str, ...]) -> str:
