@@ -207,8 +207,7 @@ def _said(asked: ResponsesBody, turns: Turns) -> JSON:
         "tools": tools or None,
         "tool_choice": choice,
         "response_format": text.format.as_chat if text.format and text.format.type != "text" else None,
-        "reasoning_effort": None if reasoning.effort == "none" else reasoning.effort,
-        "enable_thinking": False if reasoning.effort == "none" else None,
+        "reasoning_effort": reasoning.effort,
         "logprobs": True if wants_scores else None,
         "top_logprobs": asked.top_logprobs if wants_scores else None,
     }

@@ -53,7 +53,7 @@ def asked(engine: Engine, count: int) -> Iterator[tuple[list[int], SamplingParam
                 min_new_tokens=chance.choice((0, 20)),
                 stop_token_ids=tuple(chance.sample(range(size), chance.choice((0, 8)))),
                 ignore_eos=chance.random() < 0.3,
-                max_new_tokens=40,
+                max_new_tokens=24,
             ),
         )
 
@@ -66,7 +66,7 @@ def said(generation: Generation) -> Said:
 
 
 def test_ids_alone_are_those_in_a_batch_and_those_with_guesses(engine: Engine) -> None:
-    all_of_them, outcomes = list(asked(engine, 40)), list[list[Said]]()
+    all_of_them, outcomes = list(asked(engine, 12)), list[list[Said]]()
     accepted = 0
     for how in ("alone", "alone, guessed", "together", "together, guessed"):
         engine.scheduler.speculation = Eager() if "guessed" in how else None
@@ -77,7 +77,7 @@ def test_ids_alone_are_those_in_a_batch_and_those_with_guesses(engine: Engine) -
         outcomes.append([said(one) for one in made])
         accepted += sum(one.drafts.accepted for one in made if one.drafts)
     assert outcomes[0] == outcomes[1] == outcomes[2] == outcomes[3]
-    assert accepted > 50
+    assert accepted > 20
     ends = {reason for _, reason, _ in outcomes[0]}
     assert ends == {"stop", "length"}
 

@@ -255,7 +255,7 @@ def test_top_k_minus_one_is_off_and_minus_two_is_wrong(server: Served) -> None:
         ({"prompt": [5, -1]}, "prompt"),
         ({"prompt": [10**9]}, "prompt"),
         ({"prompt": {"a": 1}}, "prompt"),
-        ({"logprobs": 6}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
         ({"suffix": "x"}, "suffix"),
         ({"max_tokens": -1}, "max_tokens"),
     ],
