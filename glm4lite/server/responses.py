@@ -35,7 +35,6 @@ _CHAT_NAMES = {
     "response_format.type": "text.format.type",
     "response_format.json_schema": "text.format",
     "reasoning_effort": "reasoning.effort",
-    "enable_thinking": "reasoning.effort",
     "logprobs": "include",
     "messages": "input",
 }

@@ -58,7 +58,7 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
     **_named(
         "echo suffix continue_final_message chat_template truncate_prompt_tokens documents raw template context "
         "lora lora_path mm_processor_kwargs options system images chat_template_kwargs messages prompt prompts input "
-        "instructions transforms plugins truncate"
+        "instructions transforms plugins truncate previous_response_id conversation context_management"
     ),
     **_named("add_generation_prompt add_special_tokens", (None, True)),
     # what the answer consists of
@@ -67,6 +67,9 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
         "skip_special_tokens spaces_between_special_tokens detokenize include_reasoning separate_reasoning",
         (None, True),
     ),
+    **_named("include output_config mcp_servers container background moderation"),
+    "text": (*_NOTHING, {"format": {"type": "text"}}),
+    "truncation": (*_NOTHING, "disabled"),
     "modalities": (None, [], ["text"]),
     "web_search_options": (None,),
     # tools, where there is no conversation
@@ -82,7 +85,9 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
     # tools in the form before `tools`, and lengths in other words
     "functions": _NOTHING,
     "function_call": (None, "none", "auto"),
-    **_named("max_new_tokens max_length max_tokens_to_sample max_completion_tokens max_time", (None,)),
+    **_named(
+        "max_new_tokens max_length max_tokens_to_sample max_completion_tokens max_output_tokens max_time", (None,)
+    ),
     "n_predict": (None, -1),
     "num_predict": (None, -1),
 }
@@ -93,6 +98,8 @@ _INSTEAD = {
     "logits_bias": "logit_bias",
     "eos_token_id": "stop_token_ids",
     "max_completion_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "instructions": "a message of the role system",
     "functions": "tools",
     "function_call": "tool_choice",
     "repeat_penalty": "repetition_penalty",
@@ -118,7 +125,7 @@ _IN_MESSAGES: dict[str, tuple[Any, ...]] = {
 # Fields that change nothing here: who asks, what is stored or billed, how an answer comes to be faster.
 _HARMLESS = _named(
     "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention prediction "
-    "cache_prompt cache_salt id_slot request_id priority guided_decoding_backend keep_alive"
+    "cache_prompt cache_salt id_slot request_id priority guided_decoding_backend keep_alive max_tool_calls"
 )
 
 

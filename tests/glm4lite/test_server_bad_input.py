@@ -11,10 +11,13 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 
 from glm4lite.server import unsupported
+from glm4lite.server.messages import MessagesBody
 from glm4lite.server.requests import ChatRequest, CompletionRequest
+from glm4lite.server.responses import ResponsesBody
 from tests.glm4lite.served import Served, scripted, served
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
 HELLO: dict[str, Any] = {"model": "nano", "messages": [{"role": "user", "content": "Hello"}]}
 
 
@@ -202,6 +205,11 @@ def test_a_field_that_would_change_the_answer_is_refused_by_name(server: Served,
     if "thinking" not in name:  # of chats
         again = server.post(TEXT, {"model": "nano", "prompt": "Hi", name: UNSUPPORTED[name]})
         assert (again.status_code, again.json()["error"]["param"]) == (400, name)
+    again = server.post(RESPONSES, {"input": "Hi", name: UNSUPPORTED[name]})
+    assert (again.status_code, again.json()["error"]["param"]) == (400, name)
+    if name not in MessagesBody.model_fields:
+        again = server.post(MESSAGES, {**HELLO, "max_tokens": 9, name: UNSUPPORTED[name]})
+        assert (again.status_code, again.json()["error"]["message"].partition(":")[0]) == (400, name)
 
 
 def test_true_is_no_one_and_one_is_not_true(server: Served) -> None:
@@ -233,13 +241,41 @@ def test_an_effort_means_nothing_to_a_model_that_does_not_think_and_the_answer_s
     for effort, said in (("low", "reasoning_effort"), ("max", "reasoning_effort"), ("none", None), (None, None)):
         answer = server.post(CHAT, {**HELLO, "reasoning_effort": effort})
         assert (answer.status_code, answer.headers.get("X-Ignored-Fields")) == (200, said)
+    answer = server.post(RESPONSES, {"input": "Hi", "reasoning": {"effort": "low"}})
+    assert (answer.status_code, answer.headers.get("X-Ignored-Fields")) == (200, "reasoning.effort")
+    effort = {"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}}
+    answer = server.post(MESSAGES, {**HELLO, "max_tokens": 9, **effort})
+    assert (answer.status_code, answer.headers.get("X-Ignored-Fields")) == (200, "output_config.effort")
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT, MESSAGES, RESPONSES])
+def test_what_adjusts_an_answer_is_taken_by_every_endpoint(server: Served, path: str) -> None:
+    asked: dict[str, dict[str, Any]] = {
+        CHAT: {},
+        TEXT: {"prompt": "Hi", "max_tokens": 6},
+        MESSAGES: {"max_tokens": 9},
+        RESPONSES: {"input": "Hi"},
+    }
+    own = asked[path] if path in (TEXT, RESPONSES) else {**HELLO, **asked[path]}
+    adjusted = {"presence_penalty": 0.1, "frequency_penalty": 0.1, "logit_bias": {"5": -1}, "ignore_eos": True}
+    answer = server.post(
+        path,
+        {**own, **adjusted, "min_tokens": 1, "stop_token_ids": [server.worker.engine.tokenizer.special["<|user|>"]]},
+    )
+    assert (answer.status_code, answer.headers.get("X-Ignored-Fields")) == (200, None), answer.text
+    for name, wrong in (("logit_bias", {"99999999": 1}), ("stop_token_ids", [10**8]), ("presence_penalty", 3)):
+        answer = server.post(path, {**own, name: wrong})
+        assert (answer.status_code, answer.json()["error"]["message"].partition(":")[0]) == (400, name)
 
 
 def test_every_field_of_an_endpoint_is_known_to_the_others() -> None:
-    forms = (ChatRequest, CompletionRequest)
+    forms: dict[str, set[str]] = {form.__name__: set(form.model_fields) for form in (ChatRequest, CompletionRequest)}
+    for form in (MessagesBody, ResponsesBody):  # what these do not say otherwise is the chat's
+        forms[form.__name__] = {*form.model_fields, *ChatRequest.model_fields}
+    spoken = unsupported._FIELDS.keys() | unsupported._HARMLESS.keys()
     for form, other in itertools.permutations(forms, 2):
-        unknown = form.model_fields.keys() - other.model_fields.keys() - unsupported._FIELDS.keys()
-        assert not unknown, f"{unknown} of {form.__name__} would be taken by {other.__name__} and ignored"
+        unknown = forms[form] - forms[other] - spoken
+        assert not unknown, f"{unknown} of {form} would be taken by {other} and ignored"
 
 
 def test_top_k_minus_one_is_off_and_minus_two_is_wrong(server: Served) -> None:

@@ -373,6 +373,37 @@ def test_every_word_for_a_budget_is_obeyed_over_http(tokenizer: Tokenizer) -> No
         assert error["message"] == said
 
 
+ELSEWHERE: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
+    ("/v1/messages", {"thinking": {"type": "enabled", "budget_tokens": 2}}, [("thinking", "W\n"), ("text", "Four.")]),
+    ("/v1/messages", {"thinking": {"type": "disabled"}}, [("text", "Four.")]),
+    ("/v1/messages", {}, [("text", "Four.")]),
+    ("/v1/responses", {"thinking_budget": 2}, [("reasoning", "W\n"), ("message", "Four.")]),
+    (
+        "/v1/responses",
+        {"reasoning": {"effort": "high"}, "thinking_budget": 2},
+        [("reasoning", "W\n"), ("message", "Four.")],
+    ),
+    ("/v1/responses", {"reasoning": {"effort": "none"}}, [("message", "Four.")]),
+]
+
+
+def test_a_budget_is_obeyed_in_responses_and_messages_too(tokenizer: Tokenizer) -> None:
+    limited = after(tokenizer, WELL, 2, "Four.<|user|>")
+    replies = [limited if len(parts) == 2 else "\nFour.<|user|>" for _, _, parts in ELSEWHERE]
+    with served(thinking_engine(tokenizer, *replies)) as server:
+        for path, fields, parts in ELSEWHERE:
+            text = "input" if path == "/v1/responses" else "messages"
+            asked = {"input": "2 + 2?"} if text == "input" else {"messages": [{"role": "user", "content": "2 + 2?"}]}
+            body = server.post(
+                path, {**asked, "max_tokens" if text == "messages" else "max_output_tokens": 99, **fields}
+            ).json()
+            if text == "input":
+                found = [(item["type"], item["content"][0]["text"]) for item in body["output"]]
+            else:
+                found = [(item["type"], item[item["type"]]) for item in body["content"]]
+            assert found == parts
+
+
 def test_usage_and_log_probabilities_are_right_around_a_thought_that_was_ended(tokenizer: Tokenizer) -> None:
     with served(thinking_engine(tokenizer, after(tokenizer, WELL, 2, "Four.<|user|>"))) as server:
         reply = server.chat("2 + 2?", logprobs=True, extra_body={"thinking_budget": 2})
