@@ -50,8 +50,8 @@ class Sequence:
     """Belongs to whoever steps it (`Scheduler`); a reader takes from `outputs` and looks at `over`.
 
     `ids` are the prompt and all ids taken so far, `cache` holds the first of them and is None while the sequence waits.
-    When it is `over`, `error` is what went wrong, or `finish_reason` is "stop" (a stop id came, `stop_id`, or nothing more may come), "length" or
-    "cancelled".
+    When it is `over`, `error` is what went wrong, or `finish_reason` is "stop" (a stop id came, `stop_id`, or the
+    constraint lets nothing more come), "length" or "cancelled".
     """
 
     def __init__(

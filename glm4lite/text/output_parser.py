@@ -13,12 +13,12 @@ form, one object `{"name": …, "arguments": {…}}`, is accepted on the same te
 full; so is all that stands in a fenced code block, where a model shows how its tool is called rather than calls it.
 White space around a call belongs to the call.
 
-Where a grammar holds calls to their form (`glm4lite.text.grammar`), a name and the brace behind it are certain to become
-a call, and its arguments are given out as they are written:
+Where a grammar holds calls to their form (`glm4lite.text.grammar`), a name and the brace behind it are certain to
+become a call, and its arguments are given out as they are written:
 
     >>> parser = OutputParser({"add"}, certain=True)
-    >>> parser.feed('add\\n{"a"'), parser.feed(": 1}"), parser.finish()
-    ([CallBegun(name='add'), CallPiece(text='{"a"')], [CallPiece(text=': 1}')], [Call(name='add', arguments='{"a": 1}')])
+    >>> parser.feed('add\\n{"a"'), parser.feed(": 1}"), parser.finish()[0].arguments
+    ([CallBegun(name='add'), CallPiece(text='{"a"')], [CallPiece(text=': 1}')], '{"a": 1}')
 
 Source: the parser of GLM-4's model card (split on `<|assistant|>`, a name, an object in JSON or Python syntax, the next
 name maybe right behind it) and `process_response` of its older glm_server.py, which also asks that the name be a

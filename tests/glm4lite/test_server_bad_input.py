@@ -79,7 +79,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"presence_penalty": 0.5}, "presence_penalty"),
     ({"logit_bias": {"5": 1}}, "logit_bias"),
-    ({"response_format": {"type": "json_object"}}, "response_format.type"),
+    ({"response_format": {"type": "grammar"}}, "response_format.type"),
     ({"functions": [{"name": "a"}]}, "functions"),
     ({"tools": {}}, "tools"),
     ({"tools": [3]}, "tools[0]"),
