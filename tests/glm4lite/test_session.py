@@ -473,7 +473,7 @@ def test_an_answer_is_the_object_that_its_schema_describes(start: Start) -> None
     assert session.ask("Which city?", schema=City) == City(name="Bonn", inhabitants=33)
     assert session.ask("Which other?", schema=City.model_json_schema()) == {"name": "Köln", "inhabitants": 1}
     assert session.ask("Hello") == "Hi."
-    assert session.messages[1] == Message("assistant", bonn)
+    assert session.messages[1] == Message("assistant", '{"name": "Bonn", "inhabitants": 33}')
     assert session.schema is None
 
 
