@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,14 @@ GRAMMARS = Grammars(TOKENIZER, TOKENIZER.stop_ids, SEPARATOR)
 WEATHER = ToolForm("get_weather", closed({"city": {"type": "string"}, "days": {"type": "integer"}}, "city"))
 TOOLS = (WEATHER, ToolForm("add.2", {"type": "object", "properties": {}}))
 TOKENS = [TOKENIZER.token_bytes(one) for one in range(TOKENIZER.size)]
-CHECK = jsonschema.FormatChecker()
+CHECK = jsonschema.FormatChecker(("ipv4", "ipv6", "email", "uuid"))
+
+
+@CHECK.checks("date", ValueError)
+def is_date(text: object) -> bool:
+    """Of RFC 3339, which has a year 0 where Python has none."""
+    return not isinstance(text, str) or bool(date.fromisoformat(text.replace("0000-", "2000-", 1)))
+
 
 needs_native = pytest.mark.skipif(native.backend() is None, reason=f"no native library: {native.status()}")
 
