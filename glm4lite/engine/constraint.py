@@ -53,6 +53,8 @@ class Constraint:
         bits = torch.empty(self._words, dtype=torch.int32)
         self._matcher.unsafe_compute_mask_ptr(bits.data_ptr(), 4 * self._words)
         self._check()
+        if not bits.any():
+            raise SchemaError("the answer cannot go on: its schema leaves nothing that could come next")
         rows = bits.view(torch.uint8).to(logits.device)
         allowed = (rows[:, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device)) & 1
         return logits.masked_fill(allowed.view(-1)[: len(logits)] == 0, float("-inf"))
