@@ -65,7 +65,9 @@ def chat_question(engine: Engine, request: ChatRequest) -> Question:
         begun_thought=thinking,
         may_think=template.can_think and not thinking,
     )
-    whole = {"stop": ()} if form.ends_itself else {}  # no stop text ends what follows a schema in its middle
+    whole: dict[str, Any] = (
+        {"stop": ()} if form.ends_itself else {}
+    )  # no stop text ends what follows a schema in its middle
     params, prompt = _params(engine, request, thinking_budget=budget, **whole), _fitting(engine, prompt, "messages")
     constraint = held(engine, form)
     if constraint is not None and constraint.loosened:
