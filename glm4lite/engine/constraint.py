@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from glm4lite.base.errors import SchemaError, one_line
-from glm4lite.text.grammar import AnswerForm, ToolForm
+from glm4lite.text.grammar import ANY_OBJECT, AnswerForm, ToolForm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,7 +120,7 @@ class Grammars:
         except SchemaError:
             if tool.strict:
                 raise
-            return replace(tool, schema={"type": "object", "additionalProperties": True})
+            return replace(tool, schema=ANY_OBJECT)
         return tool
 
     def _check(self, what: str, form: AnswerForm) -> None:

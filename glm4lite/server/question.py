@@ -20,11 +20,14 @@ from glm4lite.text.messages import Message
 from glm4lite.text.template import ChatTemplate
 
 MOST_ITEMS = 4096  # parts or calls of one message
+LONGEST = "This model's maximum context length is {context} tokens"  # OpenAI's words, which clients look for
 
 
 @dataclass(frozen=True)
 class Question:
-    """`constraint`: what the answer follows. `chat` false: the output is text as it comes."""
+    """`constraint`: what the answer follows. `chat` false: the output is text as it comes. `ignored`: parts of the
+    request that cannot be followed, by their paths.
+    """
 
     engine: Engine  # whose tokens the prompt is made of
     prompt: list[int]
@@ -35,6 +38,7 @@ class Question:
     parallel: bool = True
     thinking: bool = False
     top_logprobs: int | None = None
+    ignored: tuple[str, ...] = ()
 
 
 def chat_question(engine: Engine, request: ChatRequest) -> Question:
@@ -53,7 +57,7 @@ def chat_question(engine: Engine, request: ChatRequest) -> Question:
         budget = _thinking_budget(request, template)
         prompt = template.encode(engine.tokenizer, messages, tools, context=engine.model.context)
     except ContextLengthError as error:
-        raise _too_long(error, "messages") from None
+        raise _too_long(error, engine.model.context, "messages") from None
     except TemplateError as error:
         raise ApiError(str(error), param="messages") from None
     thinking = template.starts_thinking(engine.tokenizer.text(prompt[-8:], keep_special=True))
@@ -65,13 +69,10 @@ def chat_question(engine: Engine, request: ChatRequest) -> Question:
         begun_thought=thinking,
         may_think=template.can_think and not thinking,
     )
-    whole: dict[str, Any] = (
-        {"stop": ()} if form.ends_itself else {}
-    )  # no stop text ends what follows a schema in its middle
+    # No stop text ends what follows a schema in its middle.
+    whole: dict[str, Any] = {"stop": ()} if form.ends_itself else {}
     params, prompt = _params(engine, request, thinking_budget=budget, **whole), _fitting(engine, prompt, "messages")
     constraint = held(engine, form)
-    if constraint is not None and constraint.loosened:
-        request.ignored.append("tools.function.parameters")
     return Question(
         engine,
         prompt,
@@ -82,6 +83,11 @@ def chat_question(engine: Engine, request: ChatRequest) -> Question:
         parallel=form.parallel,
         thinking=thinking,
         top_logprobs=request.wanted_logprobs,
+        ignored=tuple(
+            f"tools[{place}].function.parameters"
+            for place, name in enumerate(names)
+            if constraint is not None and name in constraint.loosened
+        ),
     )
 
 
@@ -97,7 +103,7 @@ def completion_question(engine: Engine, request: CompletionRequest) -> Question:
             try:
                 ids = engine.tokenizer.ids(text, context=engine.model.context)
             except ContextLengthError as error:
-                raise _too_long(error, "prompt") from None
+                raise _too_long(error, engine.model.context, "prompt") from None
             prompt = engine.tokenizer.prefix_ids + ids
         case _:
             raise ApiError("prompt: must be text or token ids", param="prompt")
@@ -160,8 +166,9 @@ def _thinking_budget(request: ChatRequest, template: ChatTemplate) -> int | None
     return wanted.budget
 
 
-def _too_long(error: ContextLengthError, param: str) -> ApiError:
-    return ApiError(f"{param}: {error}", param=param, code="context_length_exceeded")
+def _too_long(error: ContextLengthError, context: int, param: str) -> ApiError:
+    said = f"{LONGEST.format(context=context)}; {param}: {error}"
+    return ApiError(said, param=param, code="context_length_exceeded")
 
 
 def _fitting(engine: Engine, prompt: list[int], param: str) -> list[int]:
@@ -170,7 +177,7 @@ def _fitting(engine: Engine, prompt: list[int], param: str) -> list[int]:
         raise ApiError(f"{param}: the prompt is empty: there is nothing to go on from", param=param)
     if len(prompt) >= context:
         raise ApiError(
-            f"This model's context is {context} tokens, and {param} took {len(prompt)}; nothing was cut. Shorten them.",
+            f"{LONGEST.format(context=context)}; {param} took {len(prompt)}, and nothing was cut. Shorten them.",
             param=param,
             code="context_length_exceeded",
         )

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from glm4lite.base.errors import SchemaError, shown
 
 Schema: TypeAlias = Mapping[str, Any] | bool
+ANY_OBJECT: Schema = {"type": "object", "additionalProperties": True}
 
 MOST_CHARACTERS = 250_000  # of a schema as JSON
 DEEPEST = 100  # lists and objects in each other
