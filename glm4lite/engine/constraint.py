@@ -156,10 +156,12 @@ class _Vocabulary:
     """A tokenizer in the form that llguidance asks for."""
 
     def __init__(self, tokenizer: Codec, eos: int) -> None:
+        """`eos`: one of the tokenizer's ids, or the one behind them, which no logits have."""
         self._tokenizer = tokenizer
         self.eos_token_id, self.bos_token_id = eos, None
         self.tokens = [tokenizer.token_bytes(token) for token in range(tokenizer.size)]
-        self.special_token_ids = sorted(tokenizer.special.values())
+        self.tokens += [b"<end>"] * (eos == tokenizer.size)
+        self.special_token_ids = sorted({*tokenizer.special.values(), eos})
 
     def __call__(self, text: bytes | str) -> list[int]:
         return self._tokenizer.ids(text.decode("utf-8", "replace") if isinstance(text, bytes) else text)
@@ -170,9 +172,8 @@ def _vocabulary(tokenizer: Codec, stop_ids: list[int]) -> Any:
 
     if not tokenizer.byte_level:
         raise SchemaError("this model's tokenizer is not byte-level, so answers cannot be held to a schema")
-    size = tokenizer.size
-    ends = stop_ids or [size]  # one that no logits have
-    return LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer, ends[0])), n_vocab=size + (not stop_ids), eos_token=ends)
+    ends = stop_ids or [tokenizer.size]
+    return LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer, ends[0])), eos_token=ends)
 
 
 def _said(error: str) -> str:

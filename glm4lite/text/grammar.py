@@ -116,29 +116,36 @@ class _Grammar:
 
     def lines(self) -> Iterator[str]:
         form = self._form
-        yield f"start: {self._thought()} answer"
+        yield f"start: {self._lead()} answer"
         yield r"BLANK: /[ \t\r]*\n/"
+        yield r"LINE_END: /\n/"
         if form.begun_thought or form.may_think:
-            yield r"opening[lazy]: /[ \t\r]{0,3}<think>/"
+            # Space before it would make sure of a thought, where all else that may come is no text.
+            yield "opening[lazy]: /<think>/" if form.ends_itself else r"opening[lazy]: /[ \t\r]{0,3}<think>/"
             yield r"thought[lazy]: /(?s:.*)<\/think>/"
         if form.schema is not None:
             yield f"json: {_json(form.schema)}"
         if self._tools:
             yield from self._calls()
-        if form.must_call:  # GLM begins an answer with a line's end, and a call without
-            blank = "BLANK{0,3} " if form.begun_thought or form.may_think else ""
-            yield f"answer: {blank}{self._parts('call')}"
+        if form.must_call:
+            yield f"answer: {self._parts('call')}"
         elif form.schema is not None:
             calls = f" | {self._parts('call')}" if self._tools else ""
-            yield f"answer: BLANK{{0,3}} (json{calls})"
+            yield f"answer: json{calls}"
         else:
-            yield f"answer: {self._parts('part')}"
+            alone = self._separator is not None and not form.parallel  # parts of text, until one has the call
+            yield f"answer: {f'(text <[{self._separator}]>)* part' if alone else self._parts('part')}"
             yield from self._texts()
 
-    def _thought(self) -> str:
-        if self._form.begun_thought:
-            return "thought"
-        return "(BLANK{0,3} opening thought)?" if self._form.may_think else ""
+    def _lead(self) -> str:
+        """A thought where the model thinks, and the line's end that GLM begins answers with, though no calls."""
+        form = self._form
+        thought = "thought BLANK{0,3}" if form.ends_itself else "thought"  # text begins as it likes
+        if form.begun_thought:
+            return thought
+        if form.schema is not None:
+            return f"LINE_END? (opening {thought})?" if form.may_think else "LINE_END?"
+        return f"(BLANK{{0,3}} opening {thought})?" if form.may_think else ""
 
     def _parts(self, rule: str) -> str:
         if self._separator is None or not self._form.parallel:
@@ -164,7 +171,8 @@ class _Grammar:
 
         Behind a tool's name between lines of text also text that is no object may go on.
         """
-        yield "part: BLANK* (call | (line (line | BLANK)*)? (FENCED | LAST)? | line (line | BLANK)* (call | mentioned))"
+        yield "part: text | BLANK* (line (line | BLANK)* (call | mentioned) | call)"
+        yield "text: BLANK* (line (line | BLANK)*)? (FENCED | LAST)?"
         yield f"mentioned: {self._each('name_{0}')} NO_OBJECT?"
         yield "line: LINE"
         yield r"LINE: /[^\n]*[^ \t\r\n][^\n]*\n/ & ~/[ \t]*(```|~~~)[^\n]*\n/"

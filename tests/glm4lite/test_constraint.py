@@ -105,7 +105,7 @@ def by_chance(constraint: Constraint, seed: int, most: int = 400) -> tuple[str, 
         ('get_weather\n{"city": "x"} and', " and"),
         ('I look.\nget_weather\n{"town', "town"),
         ('add.2\n{"x"', '{"x"'),
-        ('get_weather\n{"city": "\\u00e9', "\\u00e9"),
+        ('get_weather\n{"city": "\\u00e9', "u00e9"),
         ("<|system|>", "<|system|>"),
     ],
 )
@@ -124,6 +124,7 @@ def test_only_one_call_comes_where_several_are_not_wanted() -> None:
     constraint = GRAMMARS.constraint(AnswerForm(tools=TOOLS, parallel=False))
     text = 'get_weather\n{"city": "x"}'
     assert said(constraint, text + "<|assistant|>") == text
+    assert said(constraint, "I look.<|assistant|>" + text) == "I look.<|assistant|>" + text
     constraint.accept(TOKENIZER.ids(text))
     assert constraint.complete
 
@@ -149,6 +150,7 @@ def test_a_thought_may_come_before_what_follows_a_schema() -> None:
     free = GRAMMARS.constraint(AnswerForm(CITY, may_think=True))
     for text in ("\n<think>" + thought + '{"name"', '{"name"', '\n{"name"'):
         assert said(free, text) == text
+    assert said(free, "\n\n") == said(free, " ") == ""
     assert said(free, "I think") == ""
 
 
@@ -193,7 +195,7 @@ def test_a_tool_that_is_not_strict_is_held_as_far_as_it_can_be() -> None:
     held = GRAMMARS.constraint(AnswerForm(tools=(ToolForm("odd", odd),), must_call=("odd",)))
     assert held.loosened == ()
     assert said(held, 'odd\n{"b') == 'odd\n{"'
-    with pytest.raises(SchemaError, match="tool 'odd' cannot be held: Unknown format: phone"):
+    with pytest.raises(SchemaError, match=r"tool 'odd' cannot be held: Unimplemented keys: \[\"not\"\]"):
         GRAMMARS.constraint(AnswerForm(tools=(*TOOLS, ToolForm("odd", odd, strict=True))))
     wrong = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(?!a)b"}}}
     loosened = GRAMMARS.constraint(AnswerForm(tools=(ToolForm("odd", wrong), WEATHER)))
@@ -254,14 +256,15 @@ def test_a_schema_is_json_of_bounded_size() -> None:
 # The judge
 
 
-def test_whatever_is_drawn_follows_the_schema() -> None:
+@pytest.mark.parametrize("count", [30, pytest.param(600, marks=pytest.mark.slow)])
+def test_whatever_is_drawn_follows_the_schema(count: int) -> None:
     whole = 0
-    for number, schema in enumerate(schemas(150)):
+    for number, schema in enumerate(list(schemas(600))[:: 600 // count]):
         text, ended = by_chance(GRAMMARS.constraint(AnswerForm(schema)), number)
         if ended:
             check(schema, text)
             whole += 1
-    assert whole > 120
+    assert whole > 0.8 * count
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -418,10 +421,10 @@ def test_what_is_certain_takes_no_step_of_its_own(engine: Engine, monkeypatch: p
 def test_log_probabilities_are_those_of_what_may_come(engine: Engine) -> None:
     made = constrained(engine, 0)
     made.constraint = engine.constraint(AnswerForm({"type": "boolean"}))
-    made.top_logprobs = 5
+    made.top_logprobs = 20
     list(made)
     first = made.logprobs[0]
-    assert 2 <= len(first.top) <= 5  # the ways to begin true and false
+    assert 2 <= len(first.top) < 20  # the ways to begin true and false
     assert all(value > -math.inf for _, value in first.top)
     assert sum(math.exp(value) for _, value in first.top) == pytest.approx(1, abs=1e-4)
     assert all(one.logprob <= 0 for one in made.logprobs)

@@ -261,7 +261,7 @@ def test_a_required_call_of_a_thinking_model_may_come_behind_a_thought() -> None
         assert message.reasoning_content == "I calculate.\n"
         budget: Any = {"thinking_budget": 5}
         ended = server.chat(tools=TOOLS, tool_choice="required", max_tokens=60, extra_body=budget).choices[0]
-        assert ended.message.reasoning_content == "I go on."
+        assert ended.message.reasoning_content == "I go on\n"
 
 
 def test_a_call_of_no_declared_tool_is_text_and_never_an_error() -> None:
@@ -284,7 +284,7 @@ def test_a_call_comes_as_it_is_written_and_what_is_cut_of_it_is_said(stream: boo
             assert len(pieces) > 4
             assert json.loads("".join(pieces)) == {"expression": "37 * 24"}
             assert {one.index for one in deltas} == {0}
-        cut = server.chat(tools=TOOLS, stream=stream, max_tokens=12)
+        cut = server.chat(tools=TOOLS, stream=stream, max_tokens=8)
         if stream:
             got = merged(cut)
             [(name, arguments)], reason = [(call["name"], call["arguments"]) for call in got["calls"]], got["reason"]
@@ -350,7 +350,7 @@ def test_a_strict_tool_gets_arguments_to_the_letter_and_an_odd_one_any(nano: Ser
     odd = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(?!a)b"}}}
     body = {"model": "nano", "messages": [ASKED], "tools": declared(odd), "max_tokens": 30}
     loose = nano.post("/v1/chat/completions", body)
-    assert (loose.status_code, loose.headers["X-Ignored-Fields"]) == (200, "tools.function.parameters")
+    assert (loose.status_code, loose.headers["X-Ignored-Fields"]) == (200, "tools[0].function.parameters")
     refused = nano.post("/v1/chat/completions", {**body, "tools": declared(odd, strict=True)})
     assert refused.status_code == 400
     assert "look-around" in refused.json()["error"]["message"]

@@ -164,9 +164,9 @@ def test_no_tool_rounds_means_no_tool_runs(start: Start) -> None:
 
 
 def test_what_only_looks_like_a_call_is_shown_as_text(start: Start) -> None:
-    session = start('\nrobot\n{"a": 1}<|user|>', CALL, params=SamplingParams(temperature=0, max_new_tokens=12))
-    assert text_of(list(session.send("Write JSON"))) == 'robot\n{"a": 1}'
-    assert CALL.startswith(text_of(list(session.send("Again"))))
+    assert text_of(list(start('\nrobot\n{"a": 1}<|user|>').send("Write JSON"))) == 'robot\n{"a": 1}'
+    cut = start(CALL, params=SamplingParams(temperature=0, max_new_tokens=8)).send("Again")
+    assert text_of(list(cut)) == 'calculator\n{"expression": "37 * '
 
 
 def test_the_second_turn_computes_only_its_new_tokens(start: Start, tokenizer: Tokenizer) -> None:
@@ -216,11 +216,11 @@ def test_stop_does_not_wait_for_a_slow_tool(start: Start) -> None:
     @tool
     def slow() -> str:
         """Waits."""
+        threading.Timer(0.2, session.stop).start()
         released.wait(100)
         return "late"
 
     session = start("slow\n{}<|assistant|>slow\n{}<|observation|>", tools=[slow])
-    threading.Timer(0.2, session.stop).start()
     started = time.monotonic()
     events = list(session.send("Wait"))
     released.set()
