@@ -2,10 +2,10 @@
 
     python -m bench.constraints FOLDER            # with tokenizer.json; --steps 2000, --step-ms 200, --sequences 4
 
-Prints milliseconds of processor time a step for each kind of answer (median, 99 of 100, slowest), for one sequence and for several, one
-behind the other as the scheduler draws them, and their share of a step of --step-ms; one JSON line last. The answers
-are drawn from random logits among what may come, anew where one is whole. Ids that could be no others take no mask and
-are not counted as steps.
+Prints milliseconds of processor time a step for each kind of answer (median, 99 of 100, slowest), for one sequence and
+for several, one behind the other as the scheduler draws them, and their share of a step of --step-ms; one JSON line
+last. The answers are drawn from random logits among what may come, anew where one is whole. Ids that could be no others
+take no mask and are not counted as steps.
 """
 
 from __future__ import annotations

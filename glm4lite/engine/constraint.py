@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 KEPT = 16  # compiled grammars: those of the last conversations' tools and schemas
 # Bounds of what a stranger's schema may cost; the usual one takes a thousandth. Time follows the fuel (50,000 or 14,000
 # units a millisecond), memory the states (1 to 2 KB each).
-_LIMITS = {
+_LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 2_000_000,
     "step_lexer_fuel": 400_000,
     "step_max_items": 50_000,
@@ -50,14 +50,27 @@ class Constraint:
         """logits [V] with -inf for what may not come. Raises SchemaError where nothing may."""
         import torch
 
+        rows = self._bits().view(torch.uint8).to(logits.device)
+        allowed = (rows[:, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device)) & 1
+        return logits.masked_fill(allowed.view(-1)[: len(logits)] == 0, float("-inf"))
+
+    def _bits(self) -> Tensor:
+        """One bit for each id, in words of 32."""
+        import torch
+
         bits = torch.empty(self._words, dtype=torch.int32)
         self._matcher.unsafe_compute_mask_ptr(bits.data_ptr(), 4 * self._words)
         self._check()
         if not bits.any():
             raise SchemaError("the answer cannot go on: its schema leaves nothing that could come next")
-        rows = bits.view(torch.uint8).to(logits.device)
-        allowed = (rows[:, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device)) & 1
-        return logits.masked_fill(allowed.view(-1)[: len(logits)] == 0, float("-inf"))
+        return bits
+
+    def check(self, begin: Sequence[int] = ()) -> None:
+        """Raises SchemaError where nothing may come behind these."""
+        after = self.copy()
+        after.accept(begin)
+        if not after.complete:
+            after._bits()
 
     def accept(self, ids: Sequence[int]) -> None:
         """These came. Raises SchemaError where they may not."""
@@ -103,50 +116,48 @@ class Grammars:
         Arguments of a tool that is not strict, and whose schema cannot be held, may be any object; the constraint's
         `loosened` names it. Raises SchemaError, in llguidance's words, for any other schema it does not hold.
         """
+        grammar = form.grammar(self._separator)
         with self._lock:
-            try:
-                return self._compiled(form)
-            except SchemaError:
-                tools = tuple(map(self._possible, form.tools))
-                self._check("the schema", replace(form, tools=(), must_call=()))
-                made = self._compiled(replace(form, tools=tools))
-                loosened = tuple(tool.name for tool, was in zip(tools, form.tools, strict=True) if tool is not was)
-                return made.copy(loosened)
+            if grammar not in self._kept:
+                self._kept[grammar] = self._made(form)
+                while len(self._kept) > KEPT:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(grammar)
+            return self._kept[grammar].copy()
+
+    def _made(self, form: AnswerForm) -> Constraint:
+        """Each schema is looked at alone first: one that nothing follows would be found in the middle of an answer."""
+        if form.schema is not None:
+            self._try("the schema", AnswerForm(form.schema), "\n")
+        tools = tuple(map(self._possible, form.tools))
+        loosened = tuple(tool.name for tool, was in zip(tools, form.tools, strict=True) if tool is not was)
+        return self._compiled(replace(form, tools=tools)).copy(loosened)
 
     def _possible(self, tool: ToolForm) -> ToolForm:
         """The tool, whose arguments may be any object where its schema is refused and it is not strict."""
         try:
-            self._check(f"tool {tool.name!r}", AnswerForm(tools=(tool,), must_call=(tool.name,)))
+            form = AnswerForm(tools=(tool,), must_call=(tool.name,), parallel=False)
+            self._try(f"tool {tool.name!r}", form, f"{tool.name}\n")
         except SchemaError:
             if tool.strict:
                 raise
             return replace(tool, schema=ANY_OBJECT)
         return tool
 
-    def _check(self, what: str, form: AnswerForm) -> None:
+    def _try(self, what: str, form: AnswerForm, begin: str = "") -> None:
+        """Raises SchemaError where that form cannot be held, or nothing may come behind `begin`."""
         try:
-            if form.bound:
-                self._compiled(form)
+            self._compiled(form).check(self._tokenizer.ids(begin))
         except SchemaError as error:
             raise SchemaError(f"{what} cannot be held: {error}") from None
 
     def _compiled(self, form: AnswerForm) -> Constraint:
-        grammar = form.grammar(self._separator)
-        if grammar not in self._kept:
-            self._kept[grammar] = self._compile(grammar)
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(grammar)
-        return self._kept[grammar].copy()
-
-    def _compile(self, grammar: str) -> Constraint:
         from llguidance import LLMatcher, LLParserLimits
 
         if self._vocabulary is None:
             self._vocabulary = _vocabulary(self._tokenizer, self._stop_ids)
-        matcher = LLMatcher(
-            self._vocabulary, LLMatcher.grammar_from_lark(grammar), log_level=0, limits=LLParserLimits(**_LIMITS)
-        )
+        grammar, limits = LLMatcher.grammar_from_lark(form.grammar(self._separator)), LLParserLimits(**_LIMITS)
+        matcher = LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise SchemaError(_said(matcher.get_error()))
         return Constraint(matcher, (self._vocabulary.vocab_size + 31) // 32)

@@ -36,10 +36,6 @@ from typing import TypeAlias
 from glm4lite.text.call_arguments import ObjectScanner, parse_arguments
 from glm4lite.text.stop_strings import partial_end
 
-__all__ = [
-    *("Call", "CallBegun", "CallCut", "CallPiece", "OutputParser", "Segment", "Text", "Thinking", "parse_arguments"),
-]
-
 _OPEN, _CLOSE = "<think>", "</think>"
 _MAX_CALL = 100_000  # characters held back for one call; a longer one is text
 _MAX_BLANK = 64  # characters of white space held back before and behind what may be a tag, a name or a call

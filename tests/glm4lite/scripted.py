@@ -73,6 +73,29 @@ class ScriptedEngine(Engine):
         return None if made is None else Asking(made._matcher, made._words, made.loosened)
 
 
+class Failing(Constraint):
+    """A constraint that lets anything come, and leaves by `error` at its `at`-th id."""
+
+    def __init__(self, error: BaseException, at: int = 3) -> None:
+        self.error, self.left = error, at
+
+    def masked(self, logits: torch.Tensor) -> torch.Tensor:
+        self.left -= 1
+        if not self.left:
+            raise self.error
+        return logits
+
+    def accept(self, ids: Sequence[int]) -> None:
+        pass
+
+    def forced(self) -> list[int]:
+        return []
+
+    @property
+    def complete(self) -> bool:
+        return False
+
+
 def scripted_engine(
     tokenizer: Tokenizer, template: ChatTemplate, replies: list[str], context: int = 4096, parallel: int = 1
 ) -> Engine:

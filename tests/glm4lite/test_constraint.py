@@ -41,7 +41,7 @@ TOKENS = [TOKENIZER.token_bytes(one) for one in range(TOKENIZER.size)]
 CHECK = jsonschema.FormatChecker(("ipv4", "ipv6", "email", "uuid"))
 
 
-@CHECK.checks("date", ValueError)
+@CHECK.checks("date", ValueError)  # type: ignore[untyped-decorator]
 def is_date(text: object) -> bool:
     """Of RFC 3339, which has a year 0 where Python has none."""
     return not isinstance(text, str) or bool(date.fromisoformat(text.replace("0000-", "2000-", 1)))
@@ -177,17 +177,21 @@ def test_what_can_be_no_other_is_known_without_a_draw() -> None:
         ({"type": "strin"}, "Invalid type: strin"),
         ({"type": "integer", "minimum": 5, "maximum": 3}, "Unsatisfiable"),
         ({"enum": []}, "Unsatisfiable"),
+        ({"$ref": "#"}, "cannot be held"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#"}]}}}, "cannot be held"),
         (False, "Unsatisfiable"),
         ({"type": "object", "properties": 3}, "properties must be an object"),
         ({"oneOf": [{"type": "object"}, {"type": "object", "properties": {"a": {}}}]}, "oneOf"),
     ],
 )
 def test_a_schema_that_cannot_be_held_is_refused_in_a_line(schema: Schema, why: str) -> None:
-    with pytest.raises(SchemaError) as refused:
-        GRAMMARS.constraint(AnswerForm(schema))
-    assert why in str(refused.value)
-    assert "\n" not in str(refused.value)
-    assert "start:" not in str(refused.value)
+    strict = ToolForm("f", schema, strict=True)
+    for form in (AnswerForm(schema), AnswerForm(schema, begun_thought=True), AnswerForm(tools=(*TOOLS, strict))):
+        with pytest.raises(SchemaError) as refused:
+            GRAMMARS.constraint(form)
+        assert why in str(refused.value)
+        assert "\n" not in str(refused.value)
+        assert "start:" not in str(refused.value)
 
 
 def test_a_tool_that_is_not_strict_is_held_as_far_as_it_can_be() -> None:
