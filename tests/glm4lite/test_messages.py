@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 
 from glm4lite.engine.engine import Engine
 from glm4lite.text.template import ChatTemplate
+from tests.glm4lite.schemas import closed
 from tests.glm4lite.served import Served, prompts_of, scripted, served
 
 EVENTS: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
@@ -304,8 +305,7 @@ def test_other_refusals_have_anthropics_form_too(hi: Served) -> None:
 
 
 def test_an_answer_follows_the_schema_of_its_output_config(nano: Served) -> None:
-    schema = {"type": "object", "properties": {"sum": {"enum": [888, 999]}}, "required": ["sum"]}
-    schema["additionalProperties"] = False
+    schema = closed({"sum": {"enum": [888, 999]}})
     answer = create(nano, [ASKED], output_config={"format": {"type": "json_schema", "schema": schema}})
     assert json.loads(answer.content[0].text)["sum"] in (888, 999)
 
