@@ -110,6 +110,10 @@ class SamplingParams:
         """Those of the answer with this number, of several to one prompt: each with a seed of its own."""
         return self if self.seed is None or not number else replace(self, seed=(self.seed + number) % 2**63)
 
+    def uncut(self) -> SamplingParams:
+        """Those of an answer that follows a schema as a whole: the user's stop texts and ids cut none."""
+        return replace(self, stop=(), stop_token_ids=())
+
     def check_vocabulary(self, size: int) -> None:
         """Raises SamplingError for an id that a tokenizer of `size` ids does not know."""
         for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):

@@ -218,7 +218,7 @@ class _Counted:
 
 def _said(ignored: list[str]) -> dict[str, str]:
     """A header that names what the answer takes no notice of, so that a misspelt field does not pass in silence."""
-    names = [re.sub(r"[^\w.-]", "?", name[:40], flags=re.ASCII) for name in ignored[:16]]
+    names = [re.sub(r"[^\w.\[\]-]", "?", name[:40], flags=re.ASCII) for name in ignored[:16]]
     return {"X-Ignored-Fields": ", ".join(names)} if names else {}
 
 

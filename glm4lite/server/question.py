@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from glm4lite.base.errors import ContextLengthError, Glm4liteError, SamplingError, TemplateError
+from glm4lite.engine.constraint import Constraint
 from glm4lite.engine.engine import Engine
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.engine.thinking_budget import with_an_end
@@ -13,10 +14,12 @@ from glm4lite.server.body import Structure
 from glm4lite.server.declared import check_name, declared_tools, forced_names
 from glm4lite.server.errors import ApiError
 from glm4lite.server.requests import ChatRequest, CompletionRequest
+from glm4lite.server.structured import held, tool_forms, wanted_schema
 from glm4lite.server.thinking import EFFORT, TemplateVariables
 from glm4lite.server.unsupported import refuse_in_message
+from glm4lite.text.grammar import AnswerForm
 from glm4lite.text.messages import Message
-from glm4lite.text.template import END_OF_THOUGHT, ChatTemplate
+from glm4lite.text.template import ChatTemplate
 
 MOST_ITEMS = 4096  # parts or calls of one message
 LONGEST = "This model's maximum context length is {context} tokens"  # OpenAI's words, which clients look for
@@ -24,11 +27,11 @@ LONGEST = "This model's maximum context length is {context} tokens"  # OpenAI's 
 
 @dataclass(frozen=True)
 class Question:
-    """`forced`: of these tools one must be called first. `chat` false: the output is text as it comes.
+    """`constraint`: what each answer follows. `chat` false: the output is text as it comes.
 
     `n` answers are wanted, the likeliest of `best_of`, and as many to each of the `further` prompts. `echo`: the text
-    begins with the prompt, from this id of it on; with `silent` it ends there, too. `ignored` are fields of the request
-    that mean nothing to this model.
+    begins with the prompt, from this id of it on; with `silent` it ends there, too. `ignored`: parts of the request
+    that mean nothing to this model or cannot be followed, by their paths.
     """
 
     engine: Engine  # whose tokens the prompt is made of
@@ -36,7 +39,7 @@ class Question:
     params: SamplingParams
     chat: bool
     tools: frozenset[str] = frozenset()
-    forced: tuple[str, ...] = ()
+    constraint: Constraint | None = None
     parallel: bool = True
     thinking: bool = False
     top_logprobs: int | None = None
@@ -86,28 +89,33 @@ def chat_question(engine: Engine, request: ChatRequest) -> Question:
     except TemplateError as error:
         raise ApiError(str(error), param="messages") from None
     thinking = template.starts_thinking(engine.tokenizer.text(prompt[-8:], keep_special=True))
-    params = _params(engine, request, thinking_budget=budget)
+    form = AnswerForm(
+        schema=wanted_schema(request.response_format),
+        tools=tool_forms(request.tools, names),
+        must_call=forced,
+        parallel=request.parallel_tool_calls is not False,
+        begun_thought=thinking,
+        may_think=template.can_think and not thinking,
+    )
+    params, prompt = _params(engine, request, thinking_budget=budget), _fitting(engine, prompt, "messages")
     if template.can_think:
         params = with_an_end(params, prompt, engine.model.context)
-    if forced and params.ignore_eos:
-        raise ApiError("ignore_eos: a call that must come has an end", param="ignore_eos")
-    if forced:  # no stop text may end a call in its middle, and one that must come first leaves no room for a thought
-        params = replace(params, thinking_budget=None, stop=())
-    if forced and thinking:
-        prompt, thinking = prompt + engine.tokenizer.ids(END_OF_THOUGHT, special=True), False
+    params, constraint = _held(engine, form, params)
+    loosened = () if constraint is None else constraint.loosened
+    schemas = [f"tools[{place}].function.parameters" for place, name in enumerate(names) if name in loosened]
     return Question(
         engine,
-        _fitting(engine, prompt, "messages"),
+        prompt,
         params,
         chat=True,
         tools=frozenset(names),
-        forced=forced,
-        parallel=request.parallel_tool_calls is not False,
+        constraint=constraint,
+        parallel=form.parallel,
         thinking=thinking,
         top_logprobs=request.wanted_logprobs,
         n=request.n or 1,
         best_of=request.n or 1,
-        ignored=ignored,
+        ignored=(*ignored, *schemas),
     )
 
 
@@ -119,11 +127,14 @@ def completion_question(engine: Engine, request: CompletionRequest) -> Question:
         for place, prompt in enumerate(request.prompts)
     ]
     prefix = len(engine.tokenizer.prefix_ids) if isinstance(request.prompts[0], str) else 0
+    form = AnswerForm(wanted_schema(request.response_format))
+    params, constraint = _held(engine, form, _params(engine, request))
     return Question(
         engine,
         prompts[0],
-        _params(engine, request),
+        params,
         chat=False,
+        constraint=constraint,
         top_logprobs=request.logprobs,
         n=request.n or 1,
         best_of=request.candidates,
@@ -145,6 +156,14 @@ def _completed(engine: Engine, prompt: str | list[int], at: str) -> list[int]:
     if wrong is not None:
         raise ApiError(f"{at}: {wrong} is no token of this model", param=at)
     return _fitting(engine, prompt, at)
+
+
+def _held(engine: Engine, form: AnswerForm, params: SamplingParams) -> tuple[SamplingParams, Constraint | None]:
+    """What holds an answer to that form, and its sampling. Raises ApiError."""
+    constraint = held(engine, form)
+    if constraint is not None and params.ignore_eos:
+        raise ApiError("ignore_eos: what follows a schema has an end", param="ignore_eos")
+    return params.uncut() if form.ends_itself else params, constraint
 
 
 def _variables(request: ChatRequest, template: ChatTemplate) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def chat_request(
 
 
 def translated_question(engine: Engine, request: ChatRequest, places: Places) -> Question:
-    """As `chat_question`, with errors and ignored fields in the client's words."""
+    """As `chat_question`, with errors and what is ignored in the client's words."""
     try:
         question = chat_question(engine, request)
         return replace(question, ignored=tuple(map(places.named, question.ignored)))

@@ -28,7 +28,6 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
         "structural_tag grammar grammar_string json_schema regex ebnf format guided_decoding response_schema "
         "regex_pattern json_mode force_words_ids constraints extra_body nvext"
     ),
-    "response_format": (None, {"type": "text"}),
     # which tokens may come, and when the answer ends
     **_named(
         "min_tokens min_new_tokens min_length ignore_eos ban_eos_token stop_token_ids stop_regex no_stop_trim stop_at "
@@ -133,7 +132,7 @@ def refuse_unsupported(body: Mapping[str, Any], supported: Collection[str] = ())
     """Raises ApiError for the first field that asks for what is not there; `supported` are an endpoint's fields."""
     for name, value in body.items():
         if name in _FIELDS and name not in supported:
-            _check(value, _FIELDS[name], name, "response_format.type" if name == "response_format" else name)
+            _check(value, _FIELDS[name], name, name)
 
 
 def refuse_in_message(message: Mapping[str, Any], at: str) -> None:

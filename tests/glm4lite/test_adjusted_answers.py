@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
+import jsonschema
 import pytest
 
+from glm4lite.base.errors import SamplingError
 from glm4lite.base.events import Done, TextDelta
 from glm4lite.chat.completion import Completion
 from glm4lite.engine.decoding import Generation
 from glm4lite.engine.engine import Engine
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.engine.speculation import Speculation
+from glm4lite.text.grammar import AnswerForm, ToolForm
 from glm4lite_quant.kernels import native
+from tests.glm4lite.served import served
 
 pytestmark = pytest.mark.skipif(native.backend() is None, reason=f"no native library: {native.status()}")
 
@@ -122,3 +128,95 @@ def test_a_stop_text_is_not_looked_for_before_the_least_length(engine: Engine) -
     assert "".join(event.text for event in events if isinstance(event, TextDelta)) == text * 3
     assert isinstance(events[-1], Done)
     assert events[-1].finish_reason == "stop"
+
+
+# --- beside a schema
+
+PLACE = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Lisbon", "Rome", "Oslo"]}, "degrees": {"type": "integer"}},
+    "required": ["city", "degrees"],
+    "additionalProperties": False,
+}
+CALLED = {"type": "object", "properties": {"text": {"type": "string", "maxLength": 5}}, "required": ["text"]}
+
+
+def held(engine: Engine, form: AnswerForm, prompt: str = "How is the weather?", **sampling: Any) -> Generation:
+    ids = engine.tokenizer.ids(prompt, special=True)
+    made = engine.generate(ids, SamplingParams(**{"temperature": 1.5, "top_p": 1.0, "max_new_tokens": 80, **sampling}))
+    made.constraint = engine.constraint(form)
+    return made
+
+
+def test_what_adjusts_an_answer_does_not_lead_it_out_of_its_schema(engine: Engine) -> None:
+    brace = engine.tokenizer.ids("}")[0]
+    for seed in range(4):
+        made = held(
+            engine,
+            AnswerForm(PLACE),
+            seed=seed,
+            repetition_penalty=1.3,
+            frequency_penalty=1.0,
+            presence_penalty=0.5,
+            logit_bias={70: 100.0, brace: 5.0},
+        )
+        jsonschema.validate(json.loads(engine.tokenizer.text(list(made))), PLACE)
+    biased = held(engine, AnswerForm({"enum": ["a", "b"]}), logit_bias={engine.tokenizer.ids("b")[0]: 100.0})
+    assert json.loads(engine.tokenizer.text(list(biased))) == "b"
+
+
+def test_a_least_length_gives_way_where_a_schema_ends(engine: Engine) -> None:
+    made = held(engine, AnswerForm({"enum": [True, False]}), min_new_tokens=30)
+    assert json.loads(engine.tokenizer.text(list(made))) in (True, False)
+    assert made.finish_reason == "stop"
+    longer = held(engine, AnswerForm({"type": "array", "items": {"type": "boolean"}}), min_new_tokens=30, temperature=0)
+    assert len(list(longer)) >= 30
+
+
+def test_a_stop_id_of_ones_own_ends_an_answer_where_its_grammar_lets_it_end(engine: Engine) -> None:
+    end = engine.tokenizer.special["[gMASK]"]
+    form = AnswerForm(tools=(ToolForm("say", CALLED, strict=True),))
+    wanted = {end: 100.0}
+    assert said(held(engine, form, logit_bias=wanted, stop_token_ids=(end,))) == ([], "stop", end)
+    made = held(engine, replace(form, must_call=("say",)), logit_bias=wanted, stop_token_ids=(end,))
+    name, _, arguments = engine.tokenizer.text(list(made)).strip().partition("\n")
+    jsonschema.validate(json.loads(arguments), CALLED)
+    assert (name.strip(), made.finish_reason) == ("say", "stop")
+
+
+def test_stop_ids_are_not_looked_for_in_what_follows_a_schema(engine: Engine) -> None:
+    comma = engine.tokenizer.ids(",")[0]
+    events = Completion(engine).run("Rome", schema=PLACE, stop_token_ids=(comma,), stop=("city",), max_new_tokens=80)
+    text = "".join(event.text for event in events if isinstance(event, TextDelta))
+    jsonschema.validate(json.loads(text), PLACE)
+
+
+def test_an_answer_that_follows_a_schema_has_an_end(engine: Engine) -> None:
+    with pytest.raises(SamplingError, match="ignore_eos: what follows a schema has an end"):
+        held(engine, AnswerForm(PLACE), ignore_eos=True)
+
+
+def test_a_thought_is_ended_by_its_budget_before_what_follows_a_schema(engine: Engine) -> None:
+    for budget in (0, 5):
+        form = AnswerForm(PLACE, begun_thought=True)
+        made = held(engine, form, "<|user|>\nRome?<|assistant|>\n<think>", thinking_budget=budget, seed=1, top_p=0.9)
+        thought, closed, answer = engine.tokenizer.text(list(made)).partition("</think>")
+        assert closed
+        assert len(engine.tokenizer.ids(thought)) <= budget + 2
+        jsonschema.validate(json.loads(answer), PLACE)
+
+
+def test_several_answers_follow_a_schema_each_by_itself(engine: Engine) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "place", "schema": PLACE}}
+    body = {"model": "nano", "n": 3, "seed": 1, "temperature": 1.8, "top_p": 1.0, "response_format": form}
+    body |= {"messages": [{"role": "user", "content": "A place?"}], "max_tokens": 80}
+    with served(engine) as server:
+        answer = server.post("/v1/chat/completions", body).json()
+        texts = [choice["message"]["content"] for choice in answer["choices"]]
+        several = {**body, "prompt": ["A place: ", "Another: "], "best_of": 4, "n": 1}
+        del several["messages"]
+        texts += [choice["text"] for choice in server.post("/v1/completions", several).json()["choices"]]
+    assert len(texts) == 5
+    assert len(set(texts)) > 1
+    for text in texts:
+        jsonschema.validate(json.loads(text), PLACE)

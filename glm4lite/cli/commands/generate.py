@@ -31,6 +31,7 @@ def generate(
         int | None, typer.Option(help="Shortest text, in tokens.", show_default="the checkpoint's")
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on where the model would end.")] = False,
+    schema: options.SchemaFile = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     kv: options.KV = "auto",
@@ -53,6 +54,7 @@ def generate(
     sampling |= {"repetition_penalty": repetition_penalty, "frequency_penalty": frequency_penalty}
     sampling |= {"presence_penalty": presence_penalty, "min_new_tokens": min_new_tokens, "ignore_eos": ignore_eos}
     SamplingParams.check(**sampling)
+    wanted = options.schema_of(schema)
     options.use_threads(threads)
     budget = Budget.of(gpu_memory, ram, context, kv)
     with rendering(as_json, raw=True) as renderer:
@@ -60,4 +62,4 @@ def generate(
         text = "" if prompt is None and is_interactive() else prompt_text(prompt, renderer.remark)
         completion = Completion(Engine.from_options(model, asked, speculate=speculate, draft=draft))
         with interrupt_stops(completion):
-            renderer.show_all(completion.run(text, **sampling))
+            renderer.show_all(completion.run(text, wanted, **sampling))
