@@ -6,7 +6,7 @@ import copy
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol
 
 from glm4lite import __version__
 from glm4lite.base.events import Done, TextDelta, ThinkingDelta
@@ -55,7 +55,7 @@ class _Form:
     end = b"data: [DONE]\n\n"
 
     def __init__(self, model: str, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._index, self._choices = tokenizer, 0, dict[int, Self]()
+        self._tokenizer, self._index, self._choices = tokenizer, 0, dict[int, _Form]()
         self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         self._head["system_fingerprint"] = f"glm4lite-{__version__}"
         self._begin()
@@ -77,7 +77,7 @@ class _Form:
             yield from self._chunks(piece)
 
     def whole(self) -> JSON:
-        forms = [form for _, form in sorted(self._choices.items())] or [self]
+        forms = [self._choices[index] for index in sorted(self._choices)] or [self]
         choices = [form._choice() for form in forms]
         return {**self._head, "object": self.kind, "choices": choices, "usage": self._usage()}
 

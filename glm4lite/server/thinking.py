@@ -18,7 +18,7 @@ from glm4lite.server.errors import ApiError
 
 Budget = Annotated[int, Field(ge=-1, lt=2**31)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-EFFORTS: dict[str, int | None] = {"none": 0, "minimal": 128, "low": 1024, "medium": 4096}
+EFFORTS: dict[str, int] = {"none": 0, "minimal": 128, "low": 1024, "medium": 4096}
 """The longest thought of each, in tokens; of what stands for more, as long as the model thinks by itself."""
 EFFORT = "reasoning_effort"
 BUDGETS = ("thinking_budget", "thinking_token_budget", "thinking_budget_tokens", "reasoning_budget_tokens")

@@ -93,13 +93,14 @@ def test_each_of_them_changes_what_is_said(engine: Engine) -> None:
     prompt = engine.tokenizer.prefix_ids + engine.tokenizer.ids("the cat sat on the mat. the cat sat on")
     plain = SamplingParams(temperature=0, max_new_tokens=30, ignore_eos=True)
     usual = list(engine.generate(prompt, plain))
-    for change in (
+    changes: list[dict[str, Any]] = [
         {"repetition_penalty": 1.8},
         {"frequency_penalty": 2.0},
         {"presence_penalty": 2.0},
         {"logit_bias": {usual[0]: -100.0}},
-    ):
-        assert list(engine.generate(prompt, replace(plain, **change))) != usual  # type: ignore[arg-type]
+    ]
+    for change in changes:
+        assert list(engine.generate(prompt, replace(plain, **change))) != usual
     likely = list(engine.generate(prompt, replace(plain, logit_bias={70: 100.0})))
     assert likely == [70] * 30
 

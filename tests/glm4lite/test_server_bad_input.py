@@ -243,8 +243,8 @@ def test_an_effort_means_nothing_to_a_model_that_does_not_think_and_the_answer_s
         assert (answer.status_code, answer.headers.get("X-Ignored-Fields")) == (200, said)
     answer = server.post(RESPONSES, {"input": "Hi", "reasoning": {"effort": "low"}})
     assert (answer.status_code, answer.headers.get("X-Ignored-Fields")) == (200, "reasoning.effort")
-    effort = {"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}}
-    answer = server.post(MESSAGES, {**HELLO, "max_tokens": 9, **effort})
+    adaptive = {"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}}
+    answer = server.post(MESSAGES, {**HELLO, "max_tokens": 9, **adaptive})
     assert (answer.status_code, answer.headers.get("X-Ignored-Fields")) == (200, "output_config.effort")
 
 
@@ -269,9 +269,12 @@ def test_what_adjusts_an_answer_is_taken_by_every_endpoint(server: Served, path:
 
 
 def test_every_field_of_an_endpoint_is_known_to_the_others() -> None:
-    forms: dict[str, set[str]] = {form.__name__: set(form.model_fields) for form in (ChatRequest, CompletionRequest)}
-    for form in (MessagesBody, ResponsesBody):  # what these do not say otherwise is the chat's
-        forms[form.__name__] = {*form.model_fields, *ChatRequest.model_fields}
+    chat = set(ChatRequest.model_fields)
+    forms = {
+        CHAT: chat,
+        TEXT: set(CompletionRequest.model_fields),
+    }  # what the others do not say otherwise is the chat's
+    forms |= {MESSAGES: chat | set(MessagesBody.model_fields), RESPONSES: chat | set(ResponsesBody.model_fields)}
     spoken = unsupported._FIELDS.keys() | unsupported._HARMLESS.keys()
     for form, other in itertools.permutations(forms, 2):
         unknown = forms[form] - forms[other] - spoken
