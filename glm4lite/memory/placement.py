@@ -24,7 +24,7 @@ from glm4lite.memory.resources import (
     Requirements,
     Share,
 )
-from glm4lite.model.cache import KVType
+from glm4lite.model.packed_cache import KVType
 
 # Measured: 225 MiB after torch's import and the load of a mapped model, 165 MiB for the tokenizer of 151 552 tokens,
 # some 40 MiB that malloc keeps between the chunks of a prompt.

@@ -11,24 +11,16 @@ from torch import Tensor, nn
 
 from glm4lite.base.errors import ConfigError
 from glm4lite.model.attention import Visibility, packed_mask
-from glm4lite.model.cache import (
-    HomeCache,
-    HomeCaches,
-    KVCache,
-    KVType,
-    LayerCache,
-    PackedLayerCache,
-    PastKeyValues,
-    as_cache,
-    bytes_per_token,
-)
+from glm4lite.model.cache import HomeCache, HomeCaches, KVCache, PastKeyValues, as_cache
 from glm4lite.model.config import Glm4Config
 from glm4lite.model.inputs import beside_problem, embeds_problem, ids_problem
+from glm4lite.model.layer_cache import LayerCache
 from glm4lite.model.layers import TORCH, DecoderLayer, LayerRunner, RMSNorm
 from glm4lite.model.outputs import (
     BaseModelOutputWithPast,
     ModelOutput,
 )
+from glm4lite.model.packed_cache import KVType, PackedLayerCache, bytes_per_token
 from glm4lite.model.rotary import RotaryEmbedding
 from glm4lite.model.stages import Stages
 from glm4lite.model.step import Span, Step
@@ -166,7 +158,10 @@ class Trunk(ModelBase):
 
     def _runs(self, tokens: int, together: bool) -> Iterator[slice]:
         """The layers in order: alone, or `together` as many as one call may take."""
-        kinds = [_kind(layer, tokens) if together else None for layer in self.layers]
+        kinds = [
+            _kind(layer, tokens) if together and tokens <= self.runner.few(layer.device) else None
+            for layer in self.layers
+        ]
         begin = 0
         for end in range(1, len(kinds) + 1):
             joins = end < len(kinds) and kinds[end] is not None and kinds[end] == kinds[end - 1]
@@ -279,12 +274,15 @@ class Trunk(ModelBase):
 
     def step(self, spans: Sequence[Span]) -> Tensor:
         """The states [rows kept of all spans, H] after the final norm; see `CausalLM.step`."""
-        step = Step(spans)
-        step.reserve()
-        embeds = self._embedded(torch.tensor([step.ids], device=self.device), None)
-        stages = Stages(self.rotary_emb, step.positions.to(embeds.device), step.visibility)
-        x = self._through_layers(embeds, stages, step.caches, True, _Collected(False, False))
-        return x[0, step.kept]
+        Step(spans).reserve()
+        states = dict[int, Tensor]()
+        for group in self.runner.groups(list(self.layers), spans):
+            step = Step([spans[at] for at in group])
+            embeds = self._embedded(torch.tensor([step.ids], device=self.device), None)
+            stages = Stages(self.rotary_emb, step.positions.to(embeds.device), step.visibility)
+            x = self._through_layers(embeds, stages, step.caches, True, _Collected(False, False))
+            states |= zip(group, x[0, step.kept].split([spans[at].kept for at in group]), strict=True)
+        return torch.cat([states[at] for at in range(len(spans))])
 
     def _through_layers(
         self,
@@ -296,11 +294,10 @@ class Trunk(ModelBase):
     ) -> Tensor:
         """[B, T, H] after the final norm. `together`: a few rows go through several layers in one call."""
         length = embeds.shape[1]
-        few = together and length <= self.runner.few
         checkpointed = self.checkpointed if self.training else None
         x, stage = embeds.float(), stages.of(embeds.device, embeds.dtype)
         collected.hidden(embeds)
-        for run in self._runs(length, few):
+        for run in self._runs(length, together):
             if self.interrupt is not None:
                 self.interrupt()
             layers = list(self.layers)[run]

@@ -13,23 +13,39 @@ from torch import Tensor
 
 from glm4lite import Glm4ForCausalLM, load
 from glm4lite.memory.system import resident
-from glm4lite.model.cache import KVCache, LayerCache, PackedLayerCache
+from glm4lite.model.cache import KVCache
+from glm4lite.model.layer_cache import LayerCache
+from glm4lite.model.packed_cache import PackedLayerCache, stored_forms
 from glm4lite.model.step import Span
+from glm4lite.runtime import cuda_graph
+from glm4lite.runtime.block_table import PoolFull
+from glm4lite.runtime.cuda_graph import StepGraphs
 from glm4lite.runtime.fused import FusedLayers
-from glm4lite.runtime.kv_pool import KVPool, PoolCache, PooledLayerCache, PoolFull
+from glm4lite.runtime.kv_pool import KVPool, PoolCache, PooledLayerCache
 from glm4lite_quant.kernels import native
 from glm4lite_quant.kernels.decoder import BLOCK
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 from tests.glm4lite.company import company, random_prompts
 
-KINDS = ["float", "int8"]
+KINDS = ["float", "int8", "a GPU's float"]
 
 
 @pytest.fixture(params=KINDS)
-def model(request: pytest.FixtureRequest) -> Glm4ForCausalLM:
+def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Glm4ForCausalLM:
+    if request.param == "a GPU's float":
+        pytest.importorskip("triton", reason="triton is not installed: nothing reads a GPU's blocks")
+        standing_for_a_gpu(monkeypatch)
+        return load("nano", quant="none", device="cpu", dtype="float32")
     if native.backend() is None:
         pytest.skip(native.status())
     return load("nano", quant="int4", device="cpu", kv=request.param)
+
+
+def standing_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's layers get a GPU's blocks, and torch's code computes them."""
+    monkeypatch.setattr(cuda_graph, "records", lambda device: True)
+    monkeypatch.setattr("glm4lite_quant.kernels.gpu.problem", lambda name, device: "")
+    monkeypatch.setattr(StepGraphs, "run", lambda *_: None)
 
 
 def needs(cache: PoolCache, tokens: int) -> int:
@@ -160,6 +176,30 @@ def test_layers_that_the_pool_has_no_memory_for_are_counted_by_tokens_alone(tmp_
     assert (pool.free, pool.block_bytes) == (0, 0)
     with pytest.raises(PoolFull):
         step(model, (ids, copied))
+
+
+@pytest.mark.parametrize("kv", ["float", "int8"])
+def test_what_is_stored_of_a_gpus_blocks_comes_back_bit_by_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv: str
+) -> None:
+    """Into blocks again, or into caches of their own: kept prefixes have one form."""
+    pytest.importorskip("triton", reason="triton is not installed: nothing reads a GPU's blocks")
+    standing_for_a_gpu(monkeypatch)
+    model = load(
+        write_checkpoint(tmp_path / "tiny", tiny_config()), quant="none", device="cpu", dtype="bfloat16", kv=kv
+    )
+    pool = KVPool(model, 8 * BLOCK)
+    cache = pool.new()
+    assert all(isinstance(layer, PooledLayerCache) for layer in cache.layers)
+    step(model, (random_prompts(model, 1, 1, seed=1)[0] * 150, cache))
+    for other in (pool.new(), model.new_cache()):
+        for layer, copied in zip(cache.layers, other.layers, strict=True):
+            for begin, end in ((0, 70), (70, 150)):
+                parts = layer.stored(begin, end)
+                forms = [(tuple(part.shape), part.dtype) for part in parts]
+                assert forms == stored_forms(model.config, model.model.kv, torch.bfloat16, end - begin)
+                copied.restore(parts, 100)
+            assert all(map(torch.equal, copied.past() or (), layer.past() or ()))
 
 
 class Plain:
