@@ -226,8 +226,8 @@ def dense_twin(model: Glm4ForCausalLM) -> Glm4ForCausalLM:
             tensors = {"weight": module.weight_tensor.dequantize(), "bias": getattr(module, "bias", None)}
         for leaf, tensor in tensors.items():
             if tensor is not None:
-                values = nn.Parameter(tensor.detach().float().cpu(), requires_grad=False)
-                setattr(twin.get_submodule(name), leaf, values)
+                own = tensor.detach().to("cpu", torch.float32, copy=True)
+                setattr(twin.get_submodule(name), leaf, nn.Parameter(own, requires_grad=False))
     return twin.eval()
 
 
