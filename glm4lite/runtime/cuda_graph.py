@@ -126,7 +126,8 @@ class StepGraphs:
         if why := unfit(layers, dtype):
             self._refuse(layers[0], size, why)
             return None
-        self._steps.pop(key, None)  # its memory is free before the next one takes some
+        self._steps.pop(key, None)  # its memory is free before the next one takes some, and that of forgotten caches
+        self._steps = {other: made for other, made in self._steps.items() if made.remembered}
         made = self._steps[key] = _Step(layers, step, x, dtype, rotary, size, tile)
         return made
 
@@ -223,6 +224,11 @@ class _Step:
             if memory is None or any(part.buffer is not memory for part in parts):
                 return False
         return all(part in self._seen for part in step.caches[0]) or _addresses(layers) == self._weights
+
+    @property
+    def remembered(self) -> bool:
+        """Whether the caches it was recorded with are still somebody's."""
+        return all(ref() is not None for ref in self._memory)
 
     def run(self, x: Tensor, rotary: tuple[Tensor, Tensor], step: _Spans) -> Tensor:
         self._set(x, rotary, step, step.views(0, self._layers[0].self_attn, x.device, self._dtype))

@@ -184,7 +184,7 @@ class PooledLayerCache(PackedLayerCache):
         if which == 0 and memory.tiled:
             memory.keys[blocks, :, place // TOKENS, :, place % TOKENS] = new
         else:
-            memory[which][blocks, :, place] = new
+            (memory.keys, memory.values)[which][blocks, :, place] = new
         if scales is not None and memory.scales is not None:
             memory.scales[which][blocks, :, place] = scales[0].transpose(0, 1).to(device)
 
