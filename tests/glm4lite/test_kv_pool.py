@@ -58,6 +58,13 @@ def step(model: Glm4ForCausalLM, *spans: tuple[list[int], KVCache]) -> list[Tens
     return model.step([Span(ids, cache, len(ids)) for ids, cache in spans])
 
 
+def same(got: Tensor, wanted: Tensor, model: Glm4ForCausalLM) -> bool:
+    """To the bit; of unquantized layers up to rounding, since torch adds otherwise in products of other sizes."""
+    if isinstance(model.model.layers[0].mlp.down_proj, torch.nn.Linear):
+        return float((got - wanted).norm()) <= 2e-6 * float(wanted.norm())
+    return torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("natively", [True, False])
 def test_a_model_computes_the_bits_it_computes_over_caches_of_their_own(
     model: Glm4ForCausalLM, natively: bool, monkeypatch: pytest.MonkeyPatch
@@ -67,7 +74,7 @@ def test_a_model_computes_the_bits_it_computes_over_caches_of_their_own(
     pool, prompts = KVPool(model, 4000), random_prompts(model, 6, 300, seed=1)
     own = company(model, prompts, 1)
     for (number, rows, got), (_, _, wanted) in zip(company(model, prompts, 1, pool.new), own, strict=True):
-        assert torch.equal(got, wanted), (number, rows)
+        assert same(got, wanted, model), (number, rows)
     assert pool.free == pool.blocks
 
 
@@ -76,7 +83,7 @@ def test_forward_takes_a_pools_cache_too(model: Glm4ForCausalLM) -> None:
     cache = KVPool(model, 200).new()
     with torch.inference_mode():
         first, second = (model(part, past_key_values=cache).logits for part in (ids[:, :100], ids[:, 100:]))
-        assert torch.equal(torch.cat((first, second), 1), model(ids).logits)
+        assert same(torch.cat((first, second), 1), model(ids).logits, model)
 
 
 def test_a_copy_shares_whole_blocks_and_each_writes_its_own(model: Glm4ForCausalLM) -> None:
@@ -93,9 +100,9 @@ def test_a_copy_shares_whole_blocks_and_each_writes_its_own(model: Glm4ForCausal
     for more in ([5] * 70, [6] * 70):
         fresh = model.new_cache()
         wanted = step(model, (ids[: 3 * BLOCK - 1] + more, fresh))[0][-70:]
-        assert torch.equal(step(model, (more, other))[0], wanted)
+        assert same(step(model, (more, other))[0], wanted, model)
         other.truncate(3 * BLOCK - 1)
-    assert torch.equal(step(model, ([9], cache))[0][-1], step(model, ([*ids, 9], model.new_cache()))[0][-1])
+    assert same(step(model, ([9], cache))[0][-1], step(model, ([*ids, 9], model.new_cache()))[0][-1], model)
 
 
 def test_a_shared_block_is_copied_before_it_is_written(model: Glm4ForCausalLM) -> None:
@@ -111,7 +118,7 @@ def test_a_shared_block_is_copied_before_it_is_written(model: Glm4ForCausalLM) -
     for layer, past in zip(other.layers, kept, strict=True):
         assert all(map(torch.equal, layer.past() or (), past or ()))
     wanted = step(model, (ids[: BLOCK + 10] + [7] * 5 + [1], model.new_cache()))[0][-1:]
-    assert torch.equal(step(model, ([1], cache))[0], wanted)
+    assert same(step(model, ([1], cache))[0], wanted, model)
 
 
 def test_a_full_pool_is_told_before_anything_is_computed(model: Glm4ForCausalLM) -> None:
@@ -129,7 +136,7 @@ def test_a_full_pool_is_told_before_anything_is_computed(model: Glm4ForCausalLM)
     del second  # whoever is preempted gives way
     assert pool.free == 1
     alone = step(model, ([1] * BLOCK, model.new_cache()))[0]
-    assert torch.equal(step(model, ([1] * BLOCK, pool.new()))[0], alone)
+    assert same(step(model, ([1] * BLOCK, pool.new()))[0], alone, model)
 
 
 def test_blocks_come_back_whatever_happens(model: Glm4ForCausalLM) -> None:
