@@ -38,10 +38,10 @@ def attention_table(copy: float, device: torch.device, contexts: Sequence[int] =
                 for whose, spans in several:
                     name = f"attention, {kind}, {context} tokens, {rows} rows, {whose}"
                     with guarded(name):
-                        row = _timed(HEADS["9B"], spans, kind, device) | {"kind": kind, "context": context}
-                        row |= {"rows": rows, "whose": whose, "of_copy": row["GBps"] / copy}
+                        row = _timed(HEADS["9B"], spans, kind, device)
+                        row["of_copy"] = row["GBps"] / copy
                         print(f"{name:60}{row['us']:9.1f} us {row['GBps']:8.0f} GB/s {row['of_copy']:6.1%} of copy")
-                        yield row
+                        yield {"kind": kind, "context": context, "rows": rows, "whose": whose} | row
                     torch.cuda.empty_cache()
 
 

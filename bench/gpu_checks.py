@@ -109,7 +109,7 @@ class Blocks:
 
     def read(self, sequence: SequenceRows) -> tuple[Tensor, Tensor]:
         """All keys and values of one, new ones too, [tokens, kv_heads, dim] in float64."""
-        at = torch.arange(sequence.length + sequence.count)
+        at = torch.arange(sequence.length + sequence.rows)
         device = self.view.values.device
         blocks, place = sequence.table[at // BLOCK].long().to(device), (at % BLOCK).to(device)
         if not self.codes:
@@ -159,15 +159,15 @@ def attention(
             out = triton_step.attend(q, k, v, (cos, torch.zeros_like(cos)), blocks.view, rows, scratch)
             out, begin = out.view(size, heads.query, heads.dim), 0
             for sequence in blocks.sequences:
-                own, (keys, values) = slice(begin, begin + sequence.count), blocks.read(sequence)
-                want = attended(q[own].view(sequence.count, heads.query, -1), keys, values)
+                own, (keys, values) = slice(begin, begin + sequence.rows), blocks.read(sequence)
+                want = attended(q[own].view(sequence.rows, heads.query, -1), keys, values)
                 offs = [error(out[own], want), float(out[total:].abs().max()) if total < size else 0.0]
-                new = k[own].view(sequence.count, -1, heads.dim), v[own].view(sequence.count, -1, heads.dim)
+                new = k[own].view(sequence.rows, -1, heads.dim), v[own].view(sequence.rows, -1, heads.dim)
                 written = [
-                    error(part[-sequence.count :], given) for part, given in zip((keys, values), new, strict=True)
+                    error(part[-sequence.rows :], given) for part, given in zip((keys, values), new, strict=True)
                 ]
                 worst, stored = _worst([worst, *offs]), _worst([stored, *written])
-                begin += sequence.count
+                begin += sequence.rows
         yield Check(f"attention over blocks, {name}'s heads, {kind}", worst, ATTENTION[kind])
         yield Check(
             f"keys and values in blocks, {name}'s heads, {kind}", stored, 1.01 / 127 if kind == "int8" else 1e-6

@@ -30,6 +30,8 @@ Output = TypeVar("Output", bound=ModelOutput)
 
 CPU_CHUNK, GPU_CHUNK = 512, 2048
 """Tokens of a prompt computed at a time: they bound the memory of activations."""
+GPU_ROWS = 64
+"""Most rows of a step that go through a GPU's layers as a recording, whose memory stays taken."""
 
 
 def draw(weight: Tensor, std: float) -> None:

@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from glm4lite.base.errors import ConfigError, one_line
 from glm4lite.model.attention import Visibility
 from glm4lite.model.cache import HomeCache, HomeCaches, parts_of
 from glm4lite.model.layers import Attention, DecoderLayer
+from glm4lite.model.trunk import GPU_ROWS
 from glm4lite_quant.kernels import gpu
 from glm4lite_quant.kernels.decoder import BLOCK, CacheView, Heads
 from glm4lite_quant.kernels.step_rows import SequenceRows, StepRows, tile_rows
@@ -35,7 +36,7 @@ from glm4lite_quant.kernels.step_rows import SequenceRows, StepRows, tile_rows
 logger = logging.getLogger("glm4lite")
 
 VARIABLE, CHOICES = "GLM4LITE_GPU_DECODE", ("graph", "eager")
-SIZES = (1, 2, 4, 8, 16, 32, 64)
+SIZES = (1, 2, 4, 8, 16, 32, GPU_ROWS)
 """Rows that are recorded: steps of answers, guesses to verify, the last few ids of a prompt."""
 
 
@@ -100,6 +101,8 @@ class StepGraphs:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # a kernel that cannot be recorded: each library has errors of its own
+                for made in self._steps.values():
+                    made.memory = None  # a capture that failed may not have let go of it: the next one takes its own
                 self._refuse(layers[0], size, one_line(error) or type(error).__name__)
                 return None
             return None if recording is None else recording.run(x, rotary, step)
@@ -128,7 +131,8 @@ class StepGraphs:
             return None
         self._steps.pop(key, None)  # its memory is free before the next one takes some, and that of forgotten caches
         self._steps = {other: made for other, made in self._steps.items() if made.remembered}
-        made = self._steps[key] = _Step(layers, step, x, dtype, rotary, size, tile)
+        memory = next((other.memory for other in self._steps.values() if other.device == x.device), None)
+        made = self._steps[key] = _Step(layers, step, x, dtype, rotary, size, tile, memory)
         return made
 
     def _refuse(self, first: DecoderLayer, size: int, why: str) -> None:
@@ -192,11 +196,13 @@ class _Step:
         rotary: tuple[Tensor, Tensor],
         size: int,
         tile: int,
+        memory: Any,
     ) -> None:
         from glm4lite_quant.kernels import triton_step
 
         self._kernels = triton_step
-        self._layers, self._dtype, device = tuple(layers), dtype, x.device
+        self._layers, self._dtype, self.device = tuple(layers), dtype, x.device
+        device = x.device
         each = [step.views(at, layer.self_attn, device, dtype) for at, layer in enumerate(layers)]
         views = [of_layer[0] for of_layer in each]
         # A prompt that was stopped in mid pass grew the caches of the first layers only.
@@ -207,10 +213,9 @@ class _Step:
         cos, sin = (torch.zeros(size, part.shape[-1], dtype=part.dtype, device=device) for part in rotary)
         self._rotary = cos, sin
         self._rows = StepRows(size, views[0].blocks, tile, device)
-        self._scratch = triton_step.AttentionScratch(layers[0].self_attn.heads, size, device)
         self._beside = _stream(device, "beside") if device.type == "cuda" else None
         self._set(x, rotary, step, each[0])
-        self._replay = record(lambda: self._compute(views), device)
+        self._replay, self.memory = record(lambda: self._compute(views), device, memory)
         self._weights = _addresses(self._layers)
 
     def suits(self, layers: Sequence[DecoderLayer], step: _Spans, dtype: torch.dtype) -> bool:
@@ -249,10 +254,11 @@ class _Step:
     def _compute(self, views: Sequence[CacheView]) -> None:
         """What is recorded: all layers, from `_x` to `_x`."""
         k, eps, added, post = self._kernels, self._layers[0].input_layernorm.eps, None, None
+        scratch = k.AttentionScratch(self._layers[0].self_attn.heads, self._rows.size, self.device)
         for layer, view in zip(self._layers, views, strict=True):
             normed = k.add_norm(self._x, added, post, layer.input_layernorm.weight, eps, self._dtype)
             q, key, value = self._projected(layer.self_attn, normed)
-            attended = k.attend(q, key, value, self._rotary, view, self._rows, self._scratch)
+            attended = k.attend(q, key, value, self._rotary, view, self._rows, scratch)
             added = layer.self_attn.o_proj(attended)
             post = layer.post_self_attn_layernorm.weight if layer.sandwich else None
             normed = k.add_norm(self._x, added, post, layer.post_attention_layernorm.weight, eps, self._dtype)
@@ -278,10 +284,20 @@ def _rows_of(view: CacheView, count: int) -> SequenceRows:
     return SequenceRows(view.length, count, table)
 
 
-def record(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """`work` once for real, which compiles its kernels, then recorded; calling the result does it again.
+class Recording(NamedTuple):
+    """What was recorded."""
 
-    Both on a stream of this device's own: torch's stream for captures belongs to the device that used it first.
+    replay: Callable[[], None]
+    memory: Any
+    """The allocator's name of what it works in (`torch.cuda.CUDAGraph.pool`), as long as the recording lives."""
+
+
+def record(work: Callable[[], None], device: torch.device, memory: Any = None) -> Recording:
+    """`work` once for real, which compiles its kernels, then recorded.
+
+    `memory`: of a living recording, whose memory this one works in too: the two are never replayed at once, and neither
+    leaves anything there. All of it on a stream of this device's own, also where recordings share memory: torch's
+    stream for captures belongs to the device that used it first.
     """
     current, own = torch.cuda.current_stream(device), _stream(device, "record")
     with torch.cuda.device(device), torch.cuda.stream(current):  # whose exit restores it where a capture fails
@@ -290,9 +306,10 @@ def record(work: Callable[[], None], device: torch.device) -> Callable[[], None]
             work()
         current.wait_stream(own)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):  # other threads may use the GPU
+        mode = "thread_local"  # other threads may use the GPU
+        with torch.cuda.graph(graph, pool=memory, stream=own, capture_error_mode=mode):
             work()
-    return graph.replay
+    return Recording(graph.replay, graph.pool())
 
 
 @lru_cache

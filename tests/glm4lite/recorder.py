@@ -27,7 +27,7 @@ class Recorder:
         self.recordings = self.replays = 0
         self.launch: Callable[..., Any] = InterpretedFunction.run
 
-    def record(self, work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    def record(self, work: Callable[[], None], device: torch.device, memory: object = None) -> cuda_graph.Recording:
         work()
         steps: list[Callable[[], object]] = []
         launch = self.launch
@@ -50,7 +50,7 @@ class Recorder:
             for step in steps:
                 step()
 
-        return replay
+        return cuda_graph.Recording(replay, memory or object())
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorder:

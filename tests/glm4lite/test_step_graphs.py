@@ -134,6 +134,7 @@ def test_a_number_of_rows_is_recorded_once_however_contexts_grow_and_conversatio
             assert recorder.recordings == 5
             assert recorder.replays == 8 * (conversation + 1)
         assert sizes(model) == [(1, False), (2, False), (4, False), (4, True), (8, False)]
+    assert len({made.memory for made in graphs(model)._steps.values()}) == 1
 
 
 def test_the_least_size_that_holds_the_rows_is_taken(model: Glm4ForCausalLM) -> None:
@@ -216,8 +217,7 @@ def test_a_pool_that_came_in_place_of_another_is_recorded_anew(
         caches = [pool.new() for _ in range(2)]
         for at in range(2):
             got = step(model, *(([at + 5], cache) for cache in caches))
-        own = model.new_cache()
-        wanted = eagerly(monkeypatch, lambda own=own: step(model, ([5, 6], own)))[0][-1:]
+        wanted = eagerly(monkeypatch, lambda: step(model, ([5, 6], model.new_cache())))[0][-1:]
         assert all(distance(logits, wanted) < 5e-6 for logits in got)
         del pool, caches
     assert sizes(model) == [(2, False)]

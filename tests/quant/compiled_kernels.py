@@ -13,7 +13,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from glm4lite_quant.kernels import triton_gpu, triton_kernels, triton_step, triton_step_kernels
+from glm4lite_quant.kernels import triton_gpu, triton_kernels, triton_step_kernels
+from glm4lite_quant.kernels.decoder import BLOCK
 
 POINTERS = {"qweight": "*i32", "scales": "*u8", "row_scale": "*fp32"}
 AFFINE = {"mins": "*u8", "row_min": "*fp32"}
@@ -48,7 +49,7 @@ def steps(capability: int) -> dict[str, Any]:
         types = whole | {"keys": kind, "values": kind}
         scales = {} if codes else {"key_scale": None, "value_scale": None}
         types |= {"key_scale": "*fp32", "value_scale": "*fp32"} if codes else {}
-        shape = {"DIM": 128, "BLOCK": triton_step.BLOCK, "CODES": codes} | scales
+        shape = {"DIM": 128, "BLOCK": BLOCK, "CODES": codes} | scales
         own = shape | {"QUERIES": 48, "HEADS": 2, "ROTARY": 64}
         found[f"rotate_store {kind}"] = compiled(triton_step_kernels.rotate_store, capability, 1, 2, types, own)
         for queries in (32, 64):  # a row each, or two of one sequence

@@ -17,13 +17,14 @@ from glm4lite import Glm4Config, load
 from glm4lite.runtime import cuda_graph
 from glm4lite_quant.kernels.decoder import Heads
 from glm4lite_quant.kernels.picking import REFERENCE
+from glm4lite_quant.kernels.step_rows import SequenceRows, StepRows
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
 from tests.glm4lite.recorder import Recorder, recorded
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.type == "cuda"
 HEADS = {"few": Heads(6, 2, 16, 16)}
-_set = gpu_checks.StepRows.set
+_set = StepRows.set
 STEPS = (((63, 1), (130, 1)), ((62, 4), (0, 1)))
 
 
@@ -46,11 +47,11 @@ def test_products_and_attention_over_blocks_pass(recorder: Recorder) -> None:
 
 
 def test_attention_that_reads_anothers_block_is_found(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_checks.StepRows, "set", _shifted)
+    monkeypatch.setattr(StepRows, "set", _shifted)
     assert not all(check.passed for check in gpu_checks.attention(DEVICE, HEADS, STEPS[:1], ("float32",), size=8))
 
 
-def _shifted(rows: gpu_checks.StepRows, sequences: list[gpu_checks.SequenceRows]) -> int:
+def _shifted(rows: StepRows, sequences: list[SequenceRows]) -> int:
     """Every table is its neighbour's."""
     if sequences:
         table = sequences[-1].table

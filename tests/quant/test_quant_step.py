@@ -83,7 +83,8 @@ class Pool:
 
     def begin(self, length: int) -> int:
         """A sequence with random keys and values; its number."""
-        self.sequences.append(([], *(randn(0, self.heads.key_value, self.heads.dim, dtype=self.dtype) for _ in "kv")))
+        nothing = randn(0, self.heads.key_value, self.heads.dim, dtype=self.dtype)
+        self.sequences.append(([], nothing, nothing))
         number = len(self.sequences) - 1
         new = (randn(length, self.heads.key_value, self.heads.dim, dtype=self.dtype) for _ in "kv")
         for token, (key, value) in enumerate(zip(*self.extend(number, *new), strict=True)):

@@ -27,10 +27,10 @@ def tile_rows(heads: Heads) -> int:
 
 
 class SequenceRows(NamedTuple):
-    """One sequence's rows: `count` new ones behind `length` tokens, in the blocks of `table` (int32, on the CPU)."""
+    """One sequence's `rows`, new ones behind `length` tokens, in the blocks of `table` (int32, on the CPU)."""
 
     length: int
-    count: int
+    rows: int
     table: Tensor
 
 
