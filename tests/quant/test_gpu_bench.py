@@ -37,6 +37,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return recorded(monkeypatch)
 
 
+@pytest.mark.slow
 def test_products_and_attention_over_blocks_pass(recorder: Recorder) -> None:
     found = [
         *gpu_checks.products(DEVICE, n=48, k=256, rows=(1, 4, 9), groups=(32, 64)),
@@ -59,6 +60,7 @@ def _shifted(rows: StepRows, sequences: list[SequenceRows]) -> int:
     return _set(rows, sequences)
 
 
+@pytest.mark.slow
 def test_several_sequences_of_a_model_pass(recorder: Recorder, tmp_path: Path) -> None:
     config = Glm4Config.from_dict(tiny_config(), "config.json")
     found = list(gpu_checks.models(tmp_path, DEVICE, config, ("int4/32",), torch.float32, (1, 3)))
@@ -67,6 +69,7 @@ def test_several_sequences_of_a_model_pass(recorder: Recorder, tmp_path: Path) -
     assert CUDA or recorder.replays > 10
 
 
+@pytest.mark.slow
 def test_a_wrong_model_is_found_and_a_check_that_raises_is_a_failure(
     recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,6 +90,7 @@ def test_a_wrong_model_is_found_and_a_check_that_raises_is_a_failure(
     assert not gpu_checks.Check("nothing", float("nan"), 1.0).passed
 
 
+@pytest.mark.slow
 def test_what_is_timed_runs(recorder: Recorder, tmp_path: Path) -> None:
     for spans in STEPS:
         size = sum(count for _, count in spans)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -139,8 +141,19 @@ class Pool:
                 keys[at] = self.keys[table[at // BLOCK], :, at % BLOCK]
 
 
-@pytest.mark.parametrize("named", list(STEPS))
-@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+def usually(params: list[Any], quick: set[Any]) -> list[Any]:
+    """Of cases that differ little those in `quick` always, the others with `-m slow`: the interpreter takes seconds."""
+    return [param if param in quick else pytest.param(*param, marks=pytest.mark.slow) for param in params]
+
+
+@pytest.mark.parametrize(
+    ("named", "dtype"),
+    usually(
+        list(product(STEPS, DTYPES)),
+        {(named, torch.float32) for named in ("a first token", "the first of a block", "both")},
+    ),
+    ids=str,
+)
 def test_rows_of_several_sequences_attend_over_their_own_blocks(named: str, dtype: torch.dtype) -> None:
     pool = Pool(SMALL, 20, dtype)
     spans = [(pool.begin(length), count) for length, count in STEPS[named]]
@@ -149,8 +162,14 @@ def test_rows_of_several_sequences_attend_over_their_own_blocks(named: str, dtyp
         pool.run(spans, rows, step.AttentionScratch(SMALL, 8, DEVICE))
 
 
-@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
-@pytest.mark.parametrize("name", list(HEADS))
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    usually(
+        list(product(HEADS, DTYPES)),
+        {("the 9B's", torch.bfloat16), ("three queries each, all rotated", torch.bfloat16)},
+    ),
+    ids=str,
+)
 def test_heads_of_every_shape_attend(name: str, dtype: torch.dtype) -> None:
     heads = HEADS[name]
     pool = Pool(heads, 8, dtype)
@@ -159,13 +178,13 @@ def test_heads_of_every_shape_attend(name: str, dtype: torch.dtype) -> None:
         pool.run([(pool.begin(past), count) for past, count in spans], rows, step.AttentionScratch(heads, 4, DEVICE))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_sequences_join_and_leave_at_random_and_none_sees_anothers_tokens(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "turns"), usually([(0, 4), (1, 12), (2, 12)], {(0, 4)}))
+def test_sequences_join_and_leave_at_random_and_none_sees_anothers_tokens(seed: int, turns: int) -> None:
     """Over one memory and one recording's buffers; blocks that were given back hold others' numbers."""
     chance, pool = random.Random(seed), Pool(SMALL, 24, torch.float32, seed)
     rows, scratch = StepRows(8, 24, tile_rows(SMALL), DEVICE), step.AttentionScratch(SMALL, 8, DEVICE)
     running: list[int] = []
-    for _ in range(12):
+    for _ in range(turns):
         if running and chance.random() < 0.3:
             pool.free += pool.sequences[running.pop(chance.randrange(len(running)))][0]
         while len(running) < 3:
@@ -176,6 +195,7 @@ def test_sequences_join_and_leave_at_random_and_none_sees_anothers_tokens(seed: 
         pool.run(spans, rows, scratch)
 
 
+@pytest.mark.slow
 def test_a_long_context_is_shared_out_among_many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """More parts than blocks, and more blocks than parts; one long sequence beside short ones."""
     monkeypatch.setattr(step, "PARTS", 128)
