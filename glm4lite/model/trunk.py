@@ -160,10 +160,9 @@ class Trunk(ModelBase):
 
     def _runs(self, tokens: int, together: bool) -> Iterator[slice]:
         """The layers in order: alone, or `together` as many as one call may take."""
-        kinds = [
-            _kind(layer, tokens) if together and tokens <= self.runner.few(layer.device) else None
-            for layer in self.layers
-        ]
+        kinds = [_kind(layer, tokens) if together else None for layer in self.layers]
+        few = {kind[0] for kind in kinds if kind is not None and tokens <= self.runner.few(kind[0])}
+        kinds = [kind if kind is not None and kind[0] in few else None for kind in kinds]
         begin = 0
         for end in range(1, len(kinds) + 1):
             joins = end < len(kinds) and kinds[end] is not None and kinds[end] == kinds[end - 1]
@@ -276,15 +275,22 @@ class Trunk(ModelBase):
 
     def step(self, spans: Sequence[Span]) -> Tensor:
         """The states [rows kept of all spans, H] after the final norm; see `CausalLM.step`."""
-        Step(spans).reserve()
+        whole = Step(spans)
+        whole.reserve()
+        groups = self.runner.groups(list(self.layers), spans)
+        if len(groups) == 1:
+            return self._stepped(whole)
         states = dict[int, Tensor]()
-        for group in self.runner.groups(list(self.layers), spans):
-            step = Step([spans[at] for at in group])
-            embeds = self._embedded(torch.tensor([step.ids], device=self.device), None)
-            stages = Stages(self.rotary_emb, step.positions.to(embeds.device), step.visibility)
-            x = self._through_layers(embeds, stages, step.caches, True, _Collected(False, False))
-            states |= zip(group, x[0, step.kept].split([spans[at].kept for at in group]), strict=True)
+        for group in groups:
+            found = self._stepped(Step([spans[at] for at in group]))
+            states |= zip(group, found.split([spans[at].kept for at in group]), strict=True)
         return torch.cat([states[at] for at in range(len(spans))])
+
+    def _stepped(self, step: Step) -> Tensor:
+        """The states that are kept of one group of sequences."""
+        embeds = self._embedded(torch.tensor([step.ids], device=self.device), None)
+        stages = Stages(self.rotary_emb, step.positions.to(embeds.device), step.visibility)
+        return self._through_layers(embeds, stages, step.caches, True, _Collected(False, False))[0, step.kept]
 
     def _through_layers(
         self,
