@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from glm4lite_quant.kernels import triton_gpu, triton_kernels, triton_step_kernels
+from glm4lite_quant.kernels import triton_gpu, triton_kernels, triton_step, triton_step_kernels
 from glm4lite_quant.kernels.decoder import BLOCK
 
 POINTERS = {"qweight": "*i32", "scales": "*u8", "row_scale": "*fp32"}
@@ -54,8 +55,14 @@ def steps(capability: int) -> dict[str, Any]:
         found[f"rotate_store {kind}"] = compiled(triton_step_kernels.rotate_store, capability, 1, 2, types, own)
         for queries in (32, 64):  # a row each, or two of one sequence
             own = shape | {"SPLITS": 64, "GROUP": 24, "QUERIES": queries, "FACTOR": tl.bfloat16}
-            made = compiled(triton_step_kernels.attend, capability, 4, 2, types, own)
+            stages = triton_step.attend_stages(torch.bfloat16)
+            made = compiled(triton_step_kernels.attend, capability, 4, stages, types, own)
             found[f"attend {queries} {kind}"] = made
+    types = whole | dict.fromkeys(("q", "k", "v", "keys", "values"), "*fp32")
+    own = {"DIM": 128, "BLOCK": BLOCK, "CODES": False, "key_scale": None, "value_scale": None}
+    own |= {"SPLITS": 64, "GROUP": 24, "QUERIES": 64, "FACTOR": tl.float32}
+    stages = triton_step.attend_stages(torch.float32)
+    found["attend 64 *fp32"] = compiled(triton_step_kernels.attend, capability, 4, stages, types, own)
     own = {"SPLITS": 64, "DIM": 128}
     found["combine"] = compiled(triton_step_kernels.combine, capability, 4, 2, whole, own)
     found["swiglu"] = compiled(triton_step_kernels.swiglu, capability, 4, 2, whole, {"BLOCK": 1024})

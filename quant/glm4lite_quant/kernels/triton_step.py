@@ -30,6 +30,11 @@ def problem(heads: Heads) -> str:
     return ""
 
 
+def attend_stages(dtype: torch.dtype) -> int:
+    """Blocks of the cache that are on their way at once: two of float32 leave no room on a consumer's card."""
+    return 1 if dtype == torch.float32 else 2
+
+
 class AttentionScratch:
     """What the parts of one attention leave for each other; layers that run one after the other share it."""
 
@@ -119,7 +124,7 @@ def attend(
         CODES=codes,
         FACTOR=tl.float32 if INTERPRETED else TYPES[q.dtype],
         num_warps=4,
-        num_stages=2,
+        num_stages=attend_stages(q.dtype),
     )
     out = torch.empty_like(q)
     kernels.combine[(heads.query, size)](
