@@ -25,7 +25,10 @@ BY_TORCH = {"triton"}  # comes with torch where that is for CUDA
 UNIMPORTED = {"tzdata", "safetensors"}  # data that zoneinfo reads; what a user's script writes checkpoints with
 
 # What a user of the core alone does not have. `prompt_toolkit` is of the core, and only for a terminal.
-ABSENT = ("gradio", "nh3", "latex2mathml", "pypdf", "mcp", "bitsandbytes", "prompt_toolkit", "pdoc", "transformers")
+ABSENT = (
+    *("gradio", "nh3", "latex2mathml", "pypdf", "justhtml", "mcp"),
+    *("bitsandbytes", "prompt_toolkit", "pdoc", "transformers"),
+)
 BLOCKER = f"""
 import sys
 
@@ -180,7 +183,7 @@ def test_what_is_used_and_missing_is_one_line_on_stderr(
 def test_a_pdf_that_cannot_be_read_says_what_reads_it(core: dict[str, str]) -> None:
     code = "from glm4lite_ui.attachments import read\nread(b'%PDF-1.4 of nothing', 'letter.pdf')"
     assert "letter.pdf" in (last := run(core, "-c", code).stderr.splitlines()[-1])
-    assert last.endswith("reading a PDF needs pypdf: pip install 'glm4lite[ui]'")
+    assert last.endswith("reading a PDF needs pypdf: pip install 'glm4lite[documents]'")
 
 
 def test_info_names_what_is_missing() -> None:

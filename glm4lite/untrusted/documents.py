@@ -17,6 +17,8 @@ MOST_PAGES = 2000
 LONGEST = 4_000_000  # characters of a text; the longest context, a million tokens, is about as long
 _LARGEST_PART = 64 << 20  # bytes of the text of a Word file, unpacked
 _LARGEST_NOTEBOOK = 32 << 20
+_LARGEST_PAGE = 4 << 20  # bytes of HTML
+_AROUND = "script, style, noscript, template, svg, math, iframe, object, form, nav, aside, header, footer, dialog"
 _SHOWN_OUTPUT = 2000  # characters of one result in a notebook
 
 
@@ -35,7 +37,7 @@ def _found(text: str, form: str, **more: Any) -> Iterator[dict[str, Any]]:
 def _pdf() -> Callable[[IO[bytes]], Iterator[dict[str, Any]]]:
     from glm4lite.base.extras import require
 
-    require("reading a PDF", "pypdf", extra="ui")
+    require("reading a PDF", "pypdf", extra="documents")
     import pypdf
 
     def read(file: IO[bytes]) -> Iterator[dict[str, Any]]:
@@ -218,4 +220,24 @@ def _text() -> Callable[[IO[bytes]], Iterator[dict[str, Any]]]:
     return read
 
 
-READERS = {"pdf": _pdf, "office": _office, "notebook": _notebook, "text": _text}
+def _html() -> Callable[[IO[bytes]], Iterator[dict[str, Any]]]:
+    """A page's text, a line for each of its blocks, without what stands around it on every page of a site."""
+    from glm4lite.base.extras import require
+
+    require("reading HTML", "justhtml", extra="documents")
+    import justhtml
+
+    def read(file: IO[bytes]) -> Iterator[dict[str, Any]]:
+        data = file.read(_LARGEST_PAGE + 1)
+        whole = len(data) <= _LARGEST_PAGE
+        # Only its text is taken, so nothing in it needs to be made harmless.
+        page = justhtml.JustHTML(data[:_LARGEST_PAGE], sanitize=False, transforms=[justhtml.Drop(_AROUND)])
+        title = page.query_one("title")
+        content = page.query_one("main") or page.query_one("body") or page.root
+        text = content.to_text(separator="\n", separator_blocks_only=True)[:LONGEST]
+        yield from _found(text, "HTML", title=title.to_text() if title else "", whole=whole)
+
+    return read
+
+
+READERS = {"pdf": _pdf, "office": _office, "notebook": _notebook, "html": _html, "text": _text}
