@@ -13,6 +13,7 @@ What a model wants to open, a page, a search server or a redirect may have told 
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 import time
 from collections.abc import Iterable
@@ -34,6 +35,7 @@ _MOST_REDIRECTS = 5
 _SECONDS = 20.0  # for all of it: names, redirects, the last byte
 _LONGEST_URL = 4000
 _REDIRECTS = (301, 302, 303, 307, 308)
+_HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _COMPATIBLE = ipaddress.ip_network("::/96")  # IPv4 addresses in IPv6, of long ago
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -67,9 +69,9 @@ class Named:
             url = httpx2.URL(text if "://" in text else f"http://{text}")
             explicit = url.port or (_port(url) if "://" in text or text.endswith(":80") else None)
         except (httpx2.InvalidURL, ValueError, TypeError) as error:
-            raise SourceError(f"{one_line(text, 200)} is no host: {one_line(error, 200)}") from None
-        if not url.host:
-            raise SourceError(f"{one_line(text, 200)} is no host; name one such as wiki.example or 127.0.0.1:8080")
+            raise SourceError(f"{one_line(text, 200)!r} is no host: {one_line(error, 200)}") from None
+        if not _HOST.fullmatch(_host(url)):
+            raise SourceError(f"{one_line(text, 200)!r} is no host; name one such as wiki.example or 127.0.0.1:8080")
         return cls(_host(url), explicit)
 
 
@@ -225,11 +227,11 @@ def _parsed(url: str) -> httpx2.URL:
         parsed = httpx2.URL(url)
         host = _host(parsed)
     except (httpx2.InvalidURL, ValueError, TypeError) as error:
-        raise SourceError(f"{one_line(url, 200)} is no address: {one_line(error, 200)}") from None
+        raise SourceError(f"{one_line(url, 200)!r} is no address: {one_line(error, 200)}") from None
     if parsed.scheme not in ("http", "https"):
-        raise SourceError(f"{one_line(url, 200)} may not be opened: only http and https are")
-    if not host:
-        raise SourceError(f"{one_line(url, 200)} is no address: it has no host")
+        raise SourceError(f"{one_line(url, 200)!r} may not be opened: only http and https are")
+    if not _HOST.fullmatch(host):
+        raise SourceError(f"{one_line(url, 200)!r} is no address: it has no host")
     if parsed.userinfo:
         raise SourceError(f"{parsed.scheme}://{host} may not be opened: its address holds a user's name")
     return parsed.copy_with(fragment=None)

@@ -464,7 +464,7 @@ def test_the_command_searches_a_server_on_a_named_loopback(small: dict[str, str]
         ((), "there is nothing to search: give --docs FOLDER"),
         (("--docs", "nowhere"), "--docs nowhere: it cannot be read as a folder (No such file or directory)"),
         (("--search", "localhost"), "--search localhost: give a SearXNG server, such as http://127.0.0.1:8888"),
-        (("--allow", "a b"), "a b is no host"),
+        (("--allow", "a b"), "'a b' is no host"),
         (("--docs", ".", "--out", "no/where.md"), "--out no/where.md: it is no file in a folder that is there"),
         (("--docs", ".", "--temperature", "-1"), "temperature"),
         (("--docs", ".", "--mcp", "none.json"), "none.json cannot be read"),
