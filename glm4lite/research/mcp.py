@@ -38,7 +38,7 @@ class McpSource:
         for tool in filter(None, (self._find, self._fetch)):
             if tool.asks({}):
                 raise SourceError(
-                    f"{tool.full_name} does not say that it only reads, and nobody is asked here; --approve all allows it"
+                    f"{tool.full_name} may write, as far as it says, and nobody is asked here; --approve all allows it"
                 )
         self._results: dict[str, tuple[str, Page]] = {}  # address -> (id or "", what the search said of it)
         self._lock = threading.Lock()

@@ -18,7 +18,7 @@ from glm4lite.research.browser import Browser, Found
 _CITATION = re.compile(r"【\s*(\d{1,6})\s*(?:†[^【】\n]{0,300})?】")
 _LONGEST = 320  # characters in which a citation ends
 _SIGNS = re.compile(r"([\\`*_{}\[\]()#+!|<>~&-])")
-_SAFE = "/:?#@!$&'*+,;=%~._-"
+_SAFE = "/:?#[]@!$&'()*+,;=%~._-"
 
 
 @dataclass(frozen=True)

@@ -401,7 +401,7 @@ def test_an_mcp_server_that_lies_is_no_error(answer: str) -> None:
 def test_an_mcp_server_that_cannot_search_or_may_write_is_refused() -> None:
     with pytest.raises(SourceError, match="'notes' has no tool called search"):
         mcp_sources(server({"add": str}))
-    with pytest.raises(SourceError, match="does not say that it only reads"):
+    with pytest.raises(SourceError, match="may write, as far as it says"):
         mcp_sources(server({"search": str}, reads=False))
     (source,) = mcp_sources(server({"search": lambda _: ToolResult("Error: no", True)}))
     with pytest.raises(SourceError, match=r"search \(MCP server notes\): Error: no"):

@@ -123,13 +123,13 @@ def ui(
         store, listening = ChatStore(chats), Address("127.0.0.1", port).listen()
         older = Thread(target=_take_in_older, args=(store, chats is None))
         older.start()
-        with Toolbox(tools or (), mcp or (), not no_tools, approve) as box:
+        with Toolbox(tools or (), mcp or (), not no_tools, approve, researching) as box:
             engine = Engine.load(model, quant or "auto", progress=renderer.show, need_template=True, **limits)
             older.join()
             runtime = Runtime(
                 EngineWorker(engine),
                 store,
-                (*box.tools, *researching),
+                box.tools,
                 source=model,
                 load_options=limits,
                 quant=quant or "auto",
