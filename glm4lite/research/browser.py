@@ -61,7 +61,7 @@ class Browser:
     ) -> None:
         self.sources, self.confined, self.room = tuple(sources), confined, room
         self.found = OrderedDict[str, Found]()  # by address
-        self.searches = 0
+        self.used = False  # whether anything was looked for or opened
         self._next = 0
         self._seen = set[str]()
         self._pages = OrderedDict[str, Page]()
@@ -78,8 +78,8 @@ class Browser:
 
     def search(self, query: str) -> str:
         """What all sources found, the best of each first, and which of them failed."""
+        self.used = True
         most = min(_MOST_HITS, max(2, self._room() // 400))
-        self.searches += 1
         hits, failures = list[list[Hit]](), list[str]()
         for source in self.sources:
             try:
@@ -120,6 +120,7 @@ class Browser:
         return f"【{found.number}†{title}†{hit.url}\n{snippet}】"
 
     def _read(self, url: str, at: int) -> str:
+        self.used = True
         room = self._room()
         page = self._page(url)
         found = self._take(url, page.title, page.link)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import stat
 import threading
 import time
@@ -39,6 +40,7 @@ _MOST_INDEXES = 16  # folders whose index is kept; the one that was used longest
 _FRESH_S = 10.0  # for which a folder is not looked through again
 _SNIPPET = 300
 _MOST_NOTES = 20
+_ENCODED = re.compile(r"""[\s#%?【】†<>"'`\\]""")  # what would end an address, or begin its place
 Told = Callable[[int, int], None]
 
 
@@ -100,7 +102,7 @@ class Folder:
         return list(hits.values())[:most]
 
     def open(self, url: str) -> Page | None:
-        start = f"{SCHEME}{quote(self.name)}/"
+        start = self._url("")
         if not url.startswith(start):
             return None
         path = unquote(url.removeprefix(start))
@@ -113,8 +115,13 @@ class Folder:
         return Page(title, url, text, self._link(path))
 
     def _hit(self, found: Found, query: str) -> Hit:
-        url = f"{SCHEME}{quote(self.name)}/{quote(found.path)}"
-        return Hit(found.title, url, snippet(found.text, query, _SNIPPET), found.at, self._link(found.path))
+        return Hit(
+            found.title, self._url(found.path), snippet(found.text, query, _SNIPPET), found.at, self._link(found.path)
+        )
+
+    def _url(self, path: str) -> str:
+        """The address of a file: its letters of any script stay, since a model has to read and write it."""
+        return SCHEME + _ENCODED.sub(lambda sign: quote(sign[0]), f"{self.name}/{path}")
 
     def _link(self, path: str) -> str:
         return (self.root / path).as_uri() if self._links else ""

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from glm4lite.base.errors import Glm4liteError, TemplateError, ToolError
+from glm4lite.base.errors import Glm4liteError, TemplateError
 from glm4lite.base.events import (
     Done,
     Event,
@@ -37,6 +37,7 @@ from glm4lite.research.report import Citations, Report, sources_of
 from glm4lite.research.source import Source
 from glm4lite.research.web import Web
 from glm4lite.text.messages import Message, ToolCall
+from glm4lite.tools.running import run_tool
 
 MOST_ROUNDS = 35
 _CLOSE = "</think>"
@@ -196,7 +197,7 @@ class _Task:
     def run(self) -> Iterator[Event]:
         done = yield from self._read(self.session.send(self.question, self.cancel))
         if done is not None and done.finish_reason != "tool_rounds":  # it answered, or was stopped
-            if self.browser.searches or done.finish_reason == "cancelled":
+            if self.browser.used or done.finish_reason == "cancelled":
                 yield from self._answered(done)
                 return
             self.text = ""
@@ -233,8 +234,10 @@ class _Task:
         return None
 
     def _answered(self, done: Done) -> Iterator[Event]:
-        """A model that ends without `finish` has written its report in its last round."""
+        """A model that ends without `finish` has written its report in its last round; a stopped one maybe begun to."""
         text, self.text = self.text.rpartition(_CLOSE)[2].strip(), ""
+        if done.finish_reason == "cancelled" and self.ruminates:
+            text = ""  # of a thought
         yield self._said(self.citations.feed(text) + self.citations.finish())
         self.complete = done.finish_reason == "stop"
         yield done
@@ -284,17 +287,15 @@ class _Task:
         messages = self.session.messages
         if messages and messages[-1].role == "assistant":
             messages.pop()
-        for name, arguments in (("search", {"query": self.question}), ("click", {"link_id": 0})):
+        wanted: list[tuple[str, dict[str, Any]]] = [("search", {"query": self.question}), ("click", {"link_id": 0})]
+        for name, arguments in wanted:
             tool = self.session.tools[name]
             call = ToolCall(f"call_{name}", name, json.dumps(arguments, ensure_ascii=False))
             yield ToolCallStarted(call.id, name, arguments)
-            try:
-                content, error = str(tool(**arguments)), False
-            except ToolError as problem:
-                content, error = f"Error: {problem}", True
-            yield ToolCallFinished(call.id, name, content, error)
+            result = run_tool(tool, call, _SOURCE_SECONDS, self.cancel)
+            yield ToolCallFinished(call.id, name, result.content, result.error)
             messages.append(Message("assistant", tool_calls=(call,)))
-            messages.append(Message("tool", content, tool_call_id=call.id, name=name))
+            messages.append(Message("tool", result.content, tool_call_id=call.id, name=name))
 
     def _cut_thought(self) -> None:
         """A thought that Rumination did not open was taken for text: it is no part of the history."""

@@ -17,7 +17,7 @@ from glm4lite_ui.command import _research
 from tests.commands import run
 from tests.glm4lite.served import scripted
 from tests.glm4lite.web_site import WebSite
-from tests.ui.acts import ask, wait_for_end
+from tests.ui.acts import ask, shown, wait_for_end
 from tests.ui.conftest import Serve
 
 Visit = Callable[..., Any]
@@ -46,8 +46,7 @@ def test_a_chat_searches_the_folder_and_shows_no_path_of_the_machine(serve: Serv
     page = visit(site.url)
     ask(page, "What pulls the sea?")
     wait_for_end(page)
-    shown = page.inner_text("#thread") if page.query_selector("#thread") else page.inner_text("main")
-    assert "The moon pulls it." in shown
+    assert "The moon pulls it." in shown(page)
     kept = site.runtime.store.load(site.runtime.store.find()[0].id)
     said = str(kept.to_json())
     assert "doc:docs/tides.md" in said
