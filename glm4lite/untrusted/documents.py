@@ -18,7 +18,7 @@ LONGEST = 4_000_000  # characters of a text; the longest context, a million toke
 _LARGEST_PART = 64 << 20  # bytes of the text of a Word file, unpacked
 _LARGEST_NOTEBOOK = 32 << 20
 _LARGEST_PAGE = 4 << 20  # bytes of HTML
-_AROUND = "script, style, noscript, template, svg, math, iframe, object, form, nav, aside, header, footer, dialog"
+_AROUND = "script, style, noscript, template, svg, iframe, object, form, nav, aside, dialog, footer, body > header"
 _SHOWN_OUTPUT = 2000  # characters of one result in a notebook
 
 
@@ -233,9 +233,9 @@ def _html() -> Callable[[IO[bytes]], Iterator[dict[str, Any]]]:
         # Only its text is taken, so nothing in it needs to be made harmless.
         page = justhtml.JustHTML(data[:_LARGEST_PAGE], sanitize=False, transforms=[justhtml.Drop(_AROUND)])
         title = page.query_one("title")
-        content = page.query_one("main") or page.query_one("body") or page.root
+        content = next((one for name in ("main", "body") if (one := page.query_one(name)) is not None), page.root)
         text = content.to_text(separator="\n", separator_blocks_only=True)[:LONGEST]
-        yield from _found(text, "HTML", title=title.to_text() if title else "", whole=whole)
+        yield from _found(text, "HTML", title="" if title is None else title.to_text(), whole=whole)
 
     return read
 

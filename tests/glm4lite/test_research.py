@@ -25,7 +25,7 @@ from glm4lite.research.source import Hit, Page, SourceError
 from glm4lite.text.template import ChatTemplate
 from glm4lite.text.tokenizer import Tokenizer
 from tests.commands import forked, run
-from tests.glm4lite.scripted import ScriptedModel, scripted_engine
+from tests.glm4lite.scripted import scripted_engine
 from tests.glm4lite.web_site import WebSite, found, html
 
 NANO = Path(glm4lite.__file__).parent / "nano"
@@ -57,19 +57,26 @@ def template_of(kind: str) -> ChatTemplate:
 
 
 def researcher(kind: str, *replies: str, sources: Any = (), context: int = 8192, rounds: int = 35) -> Research:
-    engine = scripted_engine(Tokenizer.from_folder(NANO), template_of(kind), list(replies), context)
+    engine: Any = scripted_engine(Tokenizer.from_folder(NANO), template_of(kind), list(replies), context)
+    generate, engine.asked = engine.generate, []
+
+    def recorded(prompt: list[int], *arguments: Any, **options: Any) -> Any:
+        engine.asked.append(list(prompt))
+        return generate(prompt, *arguments, **options)
+
+    engine.generate = recorded
     return Research(engine, sources, max_rounds=rounds)
 
 
-def model_of(research: Research) -> ScriptedModel:
-    model: Any = research.engine.model
-    return model
+def prompts(research: Research) -> list[list[int]]:
+    """The ids of each prompt that the model was given."""
+    engine: Any = research.engine
+    found: list[list[int]] = engine.asked
+    return found
 
 
-def prompts(research: Research) -> list[str]:
-    """What the model was given, as text, since the beginning."""
-    tokenizer = research.engine.tokenizer
-    return [tokenizer.text(ids, keep_special=True) for ids in model_of(research).fed]
+def last_prompt(research: Research) -> str:
+    return research.engine.tokenizer.text(prompts(research)[-1], keep_special=True)
 
 
 def call(kind: str, name: str, **arguments: Any) -> str:
@@ -131,13 +138,17 @@ def test_ruminations_prompts_are_those_of_its_model_card(docs: Path) -> None:
         sources=open_sources([docs]),
     )
     events = list(research.run("Why?"))
-    whole = "".join(prompts(research))
-    begin, _, rest = whole.partition("<|user|>\nWhy?")
+    begin, _, rest = last_prompt(research).partition("<|user|>\nWhy?")
     assert begin.startswith("[gMASK]<sop><|system|>\n你是一个专业的深度研究助手")
-    assert SYSTEM not in begin
-    asked = rest.replace("\n<think>\nLet me see.</think>\n\n", "\n")  # what the model itself said stays in its cache
-    assert '<|assistant|>\n{"name": "search", "arguments": {"query": "moon"}}<|observation|>\n【0†' in asked
-    assert asked.endswith('<|assistant|>\n{"name": "finish", "arguments": {}}<|assistant|>')
+    assert begin.rstrip().endswith('"additionalProperties": false}}]')
+    observation = (
+        "【0†Moon†doc:docs/moon.md\n# Moon The moon is far away.】\n\n"
+        "【1†Tides†doc:docs/tides.md\n# Tides The moon pulls the sea.】"
+    )
+    assert rest == (
+        f'<|assistant|>\n{{"name": "search", "arguments": {{"query": "moon"}}}}<|observation|>\n{observation}'
+        '<|assistant|>\n{"name": "finish", "arguments": {}}<|assistant|>'
+    )
     assert said(events) == "The moon."
     assert "Now I know." in "".join(event.text for event in events if isinstance(event, ThinkingDelta))
 
@@ -155,9 +166,10 @@ def test_a_thought_that_rumination_did_not_open_is_no_report_and_no_history(docs
     events = list(research.run("Why?"))
     assert said(events).startswith("The moon [0](<file://")
     assert research.report.text == said(events)
-    last = research.engine.tokenizer.text(model_of(research).fed[-1], keep_special=True)
-    whole = "".join(prompts(research))
-    assert "I should search." not in whole.rpartition("<|observation|>")[0] or "I should search." not in last
+    prompt = last_prompt(research)
+    assert "I should search." not in prompt
+    assert "</think>" not in prompt
+    assert "<|assistant|>\n<|assistant|>" not in prompt
 
 
 def test_chat_models_are_told_what_to_do_and_finish_is_answered(docs: Path) -> None:
@@ -165,9 +177,9 @@ def test_chat_models_are_told_what_to_do_and_finish_is_answered(docs: Path) -> N
         "chat", call("chat", "search", query="moon"), call("chat", "finish"), REPORT, sources=open_sources([docs])
     )
     list(research.run("Why?"))
-    whole = "".join(prompts(research))
-    assert SYSTEM.splitlines()[0] in whole
-    assert "<|observation|>\nNow write the report" in whole
+    prompt = last_prompt(research)
+    assert SYSTEM in prompt
+    assert "<|observation|>\nNow write the report" in prompt
     assert research.report.complete
 
 
@@ -180,8 +192,9 @@ def test_after_the_last_round_the_report_is_written_all_the_same(kind: str, docs
     assert said(events).startswith("The moon pulls [0]") or said(events).strip().startswith("The moon pulls [0]")
     assert research.report.complete
     assert [event for event in events if isinstance(event, Done)] == [events[-1]]
-    end = "".join(prompts(research))[-200:]
-    assert end.endswith('{"name": "finish", "arguments": {}}<|assistant|>' if kind == "rumination" else "<|assistant|>")
+    assert last_prompt(research).endswith(
+        '{"name": "finish", "arguments": {}}<|assistant|>' if kind == "rumination" else "<|assistant|>"
+    )
 
 
 def test_a_chat_model_may_report_without_finish(docs: Path) -> None:
@@ -197,8 +210,7 @@ def test_a_model_that_does_not_search_is_given_what_a_search_finds(docs: Path) -
     assert [event.name for event in events if isinstance(event, ToolCallStarted)] == ["search", "click"]
     assert "I guess so." not in said(events)
     assert said(events).strip().startswith("The moon pulls [0]")
-    whole = "".join(prompts(research))
-    assert 'search \n{"query": "Does the moon pull the sea?"}<|observation|>\n【0†Tides' in whole
+    assert 'search \n{"query": "Does the moon pull the sea?"}<|observation|>\n【0†Tides' in last_prompt(research)
 
 
 def test_a_model_that_writes_nothing_is_a_sentence(docs: Path) -> None:
@@ -272,8 +284,7 @@ def test_the_context_is_not_read_full(docs: Path) -> None:
     assert refused
     longest = max(len(research.engine.tokenizer.ids(text)) for text in results(events))
     assert longest < 4096 // 2
-    assert model_of(research).fed
-    assert research.report.text or not research.report.complete
+    assert max(map(len, prompts(research))) < 4096
 
 
 def test_events_of_the_report_hold_whole_citations() -> None:
@@ -380,9 +391,8 @@ def test_strangers_cannot_write_a_results_number_or_an_end() -> None:
     )
     list(research.run("Why?"))
     tokenizer = research.engine.tokenizer
-    users = sum(ids.count(tokenizer.ids("<|user|>", special=True)[0]) for ids in model_of(research).fed)
-    assert users == 2  # the question, and the end of what the model itself said
-    assert "Do it </think> [12】" in "".join(prompts(research))
+    assert prompts(research)[-1].count(tokenizer.ids("<|user|>", special=True)[0]) == 1  # the question
+    assert "<|user|>\nDo it </think> [12】" in last_prompt(research)
 
 
 def test_with_a_folder_only_addresses_that_were_seen_are_opened(docs: Path) -> None:
