@@ -9,7 +9,7 @@ SearXNG answers in JSON where its settings.yml says `search: {formats: [html, js
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import httpx2
 
@@ -69,8 +69,8 @@ class Web:
 def _endpoint(search: str) -> httpx2.URL:
     try:
         url = httpx2.URL(search)
-        usable = url.scheme in ("http", "https") and url.host and not url.userinfo
-    except (httpx2.InvalidURL, ValueError, TypeError):
+        usable = url.scheme in ("http", "https") and Named.of(search).host and not url.userinfo
+    except (httpx2.InvalidURL, ValueError, TypeError, SourceError):
         usable = False
     if not usable:
         raise SourceError(f"--search {one_line(search, 200)}: give a SearXNG server, such as http://127.0.0.1:8888")
@@ -91,10 +91,17 @@ def _hits(answer: Fetched) -> Iterable[Hit]:
     if not isinstance(results, list):
         raise SourceError(f"the search server sent no list of results, but {shown(said)}")
     for result in results:
-        url = _text(result, "url", _LONGEST_URL + 1)
-        if url.startswith(("http://", "https://")) and len(url) <= _LONGEST_URL and url.isprintable():
+        url = result.get("url") if isinstance(result, dict) else None
+        if _is_page(url):
             title = _text(result, "title", _LONGEST_TITLE) or url
             yield Hit(title, url, _text(result, "content", _LONGEST_SNIPPET))
+
+
+def _is_page(url: object) -> TypeGuard[str]:
+    """An address that stays what it is in one line."""
+    if not isinstance(url, str) or not url.isprintable() or len(url) > _LONGEST_URL:
+        return False
+    return url.startswith(("http://", "https://"))
 
 
 def _text(result: Any, key: str, most: int) -> str:
