@@ -73,6 +73,7 @@ const CHINESE = {
   'New chats start with these settings.': '新对话将使用这些设置。',
   'No chat matches.': '没有匹配的对话。',
   'No chats yet.': '还没有对话。',
+  'HTML': 'HTML',
   'notebook': '笔记本',
   'Older': '更早',
   'Only the likeliest words that together have this probability.': '只从累计概率达到此值的最可能的词中选。',
