@@ -45,11 +45,10 @@ class Steps:
 
 
 def answer(worker: EngineWorker, prompt: list[int], tokens: int, times: list[float]) -> threading.Thread:
-    """A thread that notes when each piece of its answer came."""
+    """A thread that notes when each token of its answer came: text waits for whole characters."""
 
-    def job(engine: Engine) -> Iterator[str | None]:
-        params = engine.params(temperature=0.0, max_new_tokens=tokens)
-        yield from engine.pieces(engine.generate(prompt, params))
+    def job(engine: Engine) -> Iterator[int]:
+        yield from engine.generate(prompt, engine.params(temperature=0.0, max_new_tokens=tokens))
 
     def read() -> None:
         for _ in worker.run(job):

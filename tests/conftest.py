@@ -13,6 +13,9 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton (bitsandbytes does): its interpreter runs kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # another worker has the other processor; what they start has its own threads
+    torch.set_num_threads(1)
+
 
 # Run in the background, a shell's programs ignore these, and so would all that the tests start and then interrupt.
 for name in ("SIGINT", "SIGQUIT", "SIGHUP"):

@@ -14,6 +14,7 @@ PAGES = (
     "SECURITY.md",
     "docs/architecture.md",
     "docs/batch.md",
+    "docs/clients.md",
     "docs/security.md",
     "nano/README.md",
 )

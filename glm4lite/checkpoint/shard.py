@@ -265,7 +265,7 @@ class ShardMaps:
         try:
             if tensor.path not in self._maps:
                 with tensor.path.open("rb") as file:
-                    self._maps[tensor.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                    self._maps[tensor.path] = pages.mapped(file.fileno())
         except OSError as error:
             raise CheckpointError(f"{tensor.path} cannot be mapped: {error.strerror or error}") from None
         count = math.prod(tensor.shape)

@@ -22,7 +22,8 @@ class Generation:
     """Iterate `prefill()` for progress, then the object itself for new ids (stop ids are not given).
 
     After iteration: `finish_reason` is "stop" (a stop id came), "length" or "cancelled"; `new_tokens` counts all ids
-    that were given, and the stop id; `stop_id` is the one that came; `prefilled_tokens` were not in the kept prefix.
+    that were given, and the stop id; `stop_id` is the one that came, `stop_text` the text at which `Engine.pieces`
+    ended; `prefilled_tokens` were not in the kept prefix.
     Raises ContextLengthError at once when the prompt leaves no room in the model's context.
 
     May be set before iteration: `constraint`, which is given each drawn id and its logits and returns the id to take;
@@ -66,6 +67,7 @@ class Generation:
         self.is_replaced = False
         self.finish_reason = "length"
         self.stop_id: int | None = None
+        self.stop_text: str | None = None
 
     @property
     def new_tokens(self) -> int:
@@ -79,6 +81,11 @@ class Generation:
     def prefilled_tokens(self) -> int:
         """Ids of the prompt that were computed."""
         return self._sequence.prefilled
+
+    @property
+    def known_tokens(self) -> int:
+        """Ids of the prompt that were computed, or found computed: all of it, but where it was stopped on the way."""
+        return len(self.prompt) - self._sequence.to_prefill + self._sequence.prefilled
 
     @property
     def seconds(self) -> float:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from glm4lite.engine.prefix_pool import PrefixCache, PrefixPool
-from glm4lite.engine.sequence import Sequence
+from glm4lite.engine.sequence import FEW, Sequence
 from glm4lite.engine.speculation import Costs, Odds
 from glm4lite.model.causal_lm import CausalLM
 from glm4lite.model.step import Span
@@ -46,16 +46,13 @@ class DraftModel:
         self._seconds = 0.0  # of a step
 
     def follow(self, sequence: Sequence, end: int) -> None:
-        """Computes the first `end` ids of a sequence, so that guessing need not wait for a long prompt."""
+        """Computes what is next of the first `end` ids of a sequence, a chunk at most, for others wait meanwhile."""
         if end > self.model.context:
             return
         written = self._settled(sequence)
-        begin = len(written.cache.ids)
-        while begin < end and not (sequence.cancel.is_set() or sequence.abandoned):
-            ids = sequence.ids[begin : min(begin + self.model.chunk, end)]
-            if not self._step({sequence: ids}, kept=0):
-                return
-            begin += len(ids)
+        if ids := sequence.ids[written.certain : min(written.certain + self.model.chunk, end)]:
+            self._step({sequence: ids}, kept=0)
+            written.certain = len(written.cache.ids)
 
     def propose(self, wanted: Mapping[Sequence, int], costs: Costs, rows: int) -> dict[Sequence, list[int]]:
         """Guesses at most as many ids for each sequence as stand with it, where they pay.
@@ -67,10 +64,12 @@ class DraftModel:
         open_ = dict.fromkeys(fitting, 1.0)  # how likely all guesses so far are right
         todo = {}
         for sequence in list(open_):
-            self.follow(sequence, len(sequence.ids) - 1)
-            todo[sequence] = sequence.ids[len(self._written[sequence].cache.ids) :]
-            if len(todo[sequence]) > 1:  # there is no room for it
-                del open_[sequence], todo[sequence]
+            missing = sequence.ids[self._settled(sequence).certain :]
+            if len(missing) <= FEW:
+                todo[sequence] = missing
+            else:
+                del open_[sequence]
+                self.follow(sequence, len(sequence.ids) - 1)
         gained, spent = float(len(wanted)), costs.of(rows)
         while open_:
             if not self._pays(max(open_.values()), costs, rows, gained, spent):
@@ -86,7 +85,10 @@ class DraftModel:
                 if not self._pays(open_[sequence], costs, rows, gained, spent):
                     del open_[sequence]
                     continue
-                self._written[sequence].guesses.append((token, sure))
+                written = self._written[sequence]
+                if not written.guesses:
+                    written.certain = len(written.cache.ids)
+                written.guesses.append((token, sure))
                 guesses[sequence].append(token)
                 rows, gained = rows + 1, gained + open_[sequence]
                 todo[sequence] = [token]
@@ -121,6 +123,7 @@ class DraftModel:
         if written is None:
             in_use = [(other.cache, len(other.cache.ids)) for other in self._written.values()]
             cache = self.prefixes.take(sequence.ids, in_use)
+            self.prefixes.extend(cache, sequence.ids, in_use)
             cache.keep_common_prefix(sequence.ids)
             written = self._written[sequence] = _Written(cache, len(cache.ids))
         ids, right = written.cache.ids, 0

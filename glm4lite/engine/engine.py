@@ -266,6 +266,7 @@ class Engine:
                     yield Progress("prefill", done, total, "tokens")
         except BaseException:
             generation.close()
+            self.totals.add(generation)
             raise
 
     def pieces(self, generation: Generation) -> Iterator[str | None]:
@@ -328,8 +329,8 @@ class Engine:
                 yield stops.finish() + detokenizer.add(token)
                 continue
             yield stops.feed(detokenizer.add(token))
-            if stops.found:
-                generation.finish_reason = "stop"
+            if stops.found is not None:
+                generation.finish_reason, generation.stop_text = "stop", stops.found
                 return
         yield stops.feed(detokenizer.finish()) + stops.finish()
 
@@ -402,7 +403,7 @@ class Totals:
             self.new_tokens += generation.new_tokens
             self.prefilled_tokens += generation.prefilled_tokens
             self.seconds += generation.seconds
-            self.prompt_tokens += len(generation.prompt)
+            self.prompt_tokens += generation.known_tokens
             if generation.drafts is not None:
                 self.drafted_tokens += generation.drafts.drafted
                 self.accepted_tokens += generation.drafts.accepted

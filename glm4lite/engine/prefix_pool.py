@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from glm4lite.model.causal_lm import CausalLM
 
 MOST = 16  # conversations kept, however short
+_SLICE = 256  # ids compared at once
 COPIED = 0.5  # a conversation that would lose more than this part of itself is kept, and its beginning copied
 
 
@@ -35,6 +36,8 @@ class PrefixCache:
     def common_prefix(self, ids: list[int]) -> int:
         """Length of the longest common prefix with `ids` (short of its last id, which must be computed)."""
         length, limit = 0, min(len(self.ids), len(ids) - 1)
+        while length + _SLICE <= limit and self.ids[length : length + _SLICE] == ids[length : length + _SLICE]:
+            length += _SLICE
         while length < limit and self.ids[length] == ids[length]:
             length += 1
         return length
@@ -100,12 +103,6 @@ class PrefixPool:
 
     def take(self, ids: list[int], in_use: InUse = ()) -> PrefixCache:
         """The cache that has most of `ids`. It is the caller's until it is given back; dropping it is no harm."""
-        cache = self._take(ids, in_use)
-        if self.disk is not None:
-            self.disk.extend(cache, ids, lambda held: self.reserve([*in_use, (cache, held)]))
-        return cache
-
-    def _take(self, ids: list[int], in_use: InUse) -> PrefixCache:
         best = max(self._kept, key=lambda cache: cache.common_prefix(ids), default=None)
         shared = best.common_prefix(ids) if best else 0
         if best is None or not shared:
@@ -116,6 +113,14 @@ class PrefixPool:
                 return copied
         self._withdraw(best)
         return best
+
+    def extend(self, cache: PrefixCache, ids: list[int], in_use: InUse = ()) -> None:
+        """Cuts a cache that was taken back to what it has of `ids`, and appends what the disk has beyond that.
+
+        `in_use`: the caches beside it. It may take a second.
+        """
+        if self.disk is not None:
+            self.disk.extend(cache, ids, lambda held: self.reserve([*in_use, (cache, held)]))
 
     def copied(self, cache: PrefixCache, length: int, in_use: InUse = ()) -> PrefixCache | None:
         """The first `length` ids of a cache that stays as it is; None where there is no memory for that."""

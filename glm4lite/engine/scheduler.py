@@ -65,7 +65,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.preempted, self.steps, self.busy_s = 0, 0, 0.0  # so far
         self._changed = threading.Condition()
-        self._stepping = False
+        self._stepping: int | None = None  # the thread whose turn it is
         self._computing: list[tuple[Sequence, Span]] = []
         self._passed_over = 0
         self._rate = 0.0  # ids of a prompt a second
@@ -99,20 +99,20 @@ class Scheduler:
             return bool(sequence.outputs) or sequence.over or further or sequence.cancel.is_set()
 
         while not ready():
-            if self.wake is None and self._take_turn():
+            if self.wake is None and self._take_turn(anew=True):
                 try:
                     self._step()
                 finally:
                     self._end_turn()
             else:
                 with self._changed:
-                    self._changed.wait_for(lambda: ready() or (self.wake is None and not self._stepping), _POLL_S)
+                    self._changed.wait_for(lambda: ready() or (self.wake is None and self._stepping is None), _POLL_S)
 
     def step(self) -> None:
         """One step for all, for the thread that was chosen to make them."""
-        if not self._take_turn():
+        if not self._take_turn(anew=True):
             with self._changed:
-                self._changed.wait_for(lambda: not self._stepping, _POLL_S)
+                self._changed.wait_for(lambda: self._stepping is None, _POLL_S)
             return
         try:
             self._step()
@@ -122,11 +122,13 @@ class Scheduler:
         finally:
             self._end_turn()
 
-    def _take_turn(self) -> bool:
+    def _take_turn(self, anew: bool = False) -> bool:
+        """`anew`: for who cannot be in a turn of his own: one that Ctrl-C kept him from ending is over."""
         with self._changed:
-            if self._stepping:
+            me = threading.get_ident()
+            if self._stepping is not None and not (anew and self._stepping == me):
                 return False
-            self._stepping = True
+            self._stepping = me
             return True
 
     def _end_turn(self) -> None:
@@ -134,18 +136,21 @@ class Scheduler:
             try:
                 self._sort_out()
             finally:
-                self._stepping = False
+                self._stepping = None
                 self._changed.notify_all()
 
     def _step(self) -> None:
         began = time.perf_counter()
         with self._changed:
             self._sort_out()
-            self._admit()
+            admitted = self._admit()
+        for sequence in admitted:  # outside the lock, as what a draft model computes: a disk may take long
+            self._look_on_disk(sequence)
+        with self._changed:
             batch, prompt = self._compose()
         if not batch:
             return
-        self._guess([sequence for sequence, _ in batch], prompt)  # outside the lock: a draft model may take long
+        self._guess([sequence for sequence, _ in batch], prompt)
         guessed = time.perf_counter()
         spans = [(sequence, sequence.span(most)) for sequence, most in batch]
         part = sum(len(span.ids) for sequence, span in spans if sequence is prompt)
@@ -181,17 +186,26 @@ class Scheduler:
         if sequence.drafts is not None:
             sequence.drafts.done()
 
-    def _admit(self) -> None:
-        """Those who came first, while there is room."""
+    def _admit(self) -> list[Sequence]:
+        """Those who came first, while there is room; returns them."""
+        admitted = list[Sequence]()
         while self.waiting and len(self.running) < self.parallel:
             sequence = self.waiting[0]
             if self.prefixes is not None and sequence.cache is None:
                 if self.running and not self.prefixes.fits(sequence.ids, FEW, self._in_use()):
-                    return
+                    break
                 sequence.cache = self.prefixes.take(sequence.ids, self._in_use())
             sequence.admit(sequence.cache or PrefixCache(self.model.new_cache()))
             self._share(sequence)
             self.running.append(self.waiting.popleft())
+            admitted.append(sequence)
+        return admitted
+
+    def _look_on_disk(self, sequence: Sequence) -> None:
+        """What was kept of its beginning, where that is more than memory has."""
+        if self.prefixes is not None and (cache := sequence.cache) is not None:
+            self.prefixes.extend(cache, sequence.ids, [one for one in self._in_use() if one[0] is not cache])
+            sequence.admit(cache)
 
     def _compose(self) -> tuple[list[tuple[Sequence, int]], Sequence | None]:
         """Who computes how many ids at most in the next step, and whose prompt one part of them is."""
@@ -202,7 +216,7 @@ class Scheduler:
         prompt = self._next_prompt(prompts)
         if prompt is not None:
             self._share(prompt)
-            batch.append((prompt, self._part(shared=len(self.running) > 1)))
+            batch.append((prompt, self._part(prompt, shared=len(self.running) > 1)))
         batch = self._make_room(batch)
         return batch, prompt if prompt in self.running else None
 
@@ -245,12 +259,13 @@ class Scheduler:
         if copied is not None:
             prompt.admit(copied)
 
-    def _part(self, shared: bool) -> int:
-        """Ids of a prompt for one step."""
+    def _part(self, prompt: Sequence, shared: bool) -> int:
+        """Ids of a prompt for one step. Up to half a part more is taken along: a step of its own costs as much time."""
         if not shared:
             return self.model.chunk
         ids = int(self._rate * PATIENCE_S) // _LEAST_PART * _LEAST_PART if self._rate else _FIRST_PART
-        return min(max(ids, _LEAST_PART), self.model.chunk)
+        ids = max(ids, _LEAST_PART)
+        return min(prompt.todo if prompt.todo <= ids + ids // 2 else ids, self.model.chunk)
 
     def _make_room(self, batch: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
         """The batch, without sequences that had to give their room to those that came before them."""

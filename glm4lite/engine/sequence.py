@@ -82,7 +82,7 @@ class Sequence:
         self.finish_reason = "length"
         self.stop_id: int | None = None
         self.error: BaseException | None = None
-        self.prefilled, self.to_prefill = 0, 0  # ids of the prompt that were computed, and that had to be
+        self.prefilled, self.to_prefill = 0, len(prompt)  # ids of the prompt that were computed, and that have to be
         self.seconds = 0.0  # from the end of the prompt to the last id
         self.drafts = Drafts(speculation, prompt) if speculation is not None else None
         self._sampler = Sampler(params)

@@ -96,12 +96,9 @@ class EngineWorker:
         self._running: list[Job[Any]] = []
         self._recent: deque[float] = deque(maxlen=16)  # seconds of the last jobs
         self._engine = engine
+        self._threads = [threading.Thread(target=self._make_steps, name="engine", daemon=True)]
         self._take(engine)
-        names = [f"answer-{number}" for number in range(engine.parallel)]
-        self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
-        self._threads.append(threading.Thread(target=self._make_steps, name="engine", daemon=True))
-        for thread in self._threads:
-            thread.start()
+        self._threads[0].start()
 
     @property
     def engine(self) -> Engine:
@@ -116,6 +113,10 @@ class EngineWorker:
     def _take(self, engine: Engine) -> None:
         self._leave()
         self._engine = engine
+        for number in range(len(self._threads) - 1, engine.parallel):  # one for each answer that is computed at once
+            thread = threading.Thread(target=self._work, name=f"answer-{number}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
         if (scheduler := self._scheduler) is not None:
             scheduler.wake = self._wake
 
@@ -225,7 +226,7 @@ class EngineWorker:
     def _retry_after(self) -> int:
         """Seconds until the queue has moved on by one, as the last jobs went."""
         usual = sum(self._recent) / len(self._recent) if self._recent else 1.0
-        return min(max(1, math.ceil(usual / len(self._threads[:-1]))), LONGEST_RETRY_S)
+        return min(max(1, math.ceil(usual / self._engine.parallel)), LONGEST_RETRY_S)
 
     def _count(self, **more: float) -> None:
         self._state = replace(self._state, **{name: getattr(self._state, name) + n for name, n in more.items()})

@@ -1,4 +1,4 @@
-"""The HTTP server: OpenAI's API (`/v1/...`), `/health` and `/metrics`, on one EngineWorker.
+"""The HTTP server: OpenAI's and Anthropic's APIs (`/v1/...`), `/health` and `/metrics`, on one EngineWorker.
 
     worker = EngineWorker(Engine.load("nano"))
     app = create_app(worker, "nano")
@@ -8,6 +8,8 @@ it is guarded the same way.
 """
 
 from glm4lite.server.app import create_app
+from glm4lite.server.endpoint import ModelNames
+from glm4lite.server.guard import Access
 from glm4lite.server.launch import Address, serve
 
-__all__ = ["Address", "create_app", "serve"]
+__all__ = ["Access", "Address", "ModelNames", "create_app", "serve"]

@@ -25,7 +25,14 @@ class Scored:
     tokens: tuple[TokenLogprobs, ...]
 
 
-Piece: TypeAlias = TextDelta | ThinkingDelta | Call | Scored | Progress | Done
+@dataclass(frozen=True)
+class Stopped:
+    """The stop text that ended the answer, before Done."""
+
+    text: str
+
+
+Piece: TypeAlias = TextDelta | ThinkingDelta | Call | Scored | Stopped | Progress | Done
 
 
 def answer(engine: Engine, question: Question, cancel: threading.Event) -> Iterator[Piece]:
@@ -44,6 +51,8 @@ def answer(engine: Engine, question: Question, cancel: threading.Event) -> Itera
     for piece in _pieces(engine, generation, question) if question.chat else _plain(engine, generation):
         called = called or isinstance(piece, Call)
         yield piece
+    if generation.stop_text is not None:
+        yield Stopped(generation.stop_text)
     reason = "tool_calls" if called and generation.finish_reason == "stop" else generation.finish_reason
     speed = round(generation.new_tokens / generation.seconds, 2) if generation.seconds else 0.0
     yield Done(len(generation.prompt), generation.new_tokens, reason, speed, generation.prefilled_tokens)

@@ -24,7 +24,7 @@ from glm4lite.base.errors import Glm4liteError, shown
 from glm4lite.engine.worker import Ended, EngineWorker
 from glm4lite.server.answer import Piece, answer
 from glm4lite.server.body import BODY_LIMIT, Structure, parse
-from glm4lite.server.endpoint import CHAT, COMPLETION, Endpoint
+from glm4lite.server.endpoint import CHAT, COMPLETION, Endpoint, ModelNames
 from glm4lite.server.errors import ApiError, told
 from glm4lite.server.replies import JSON, Reply
 
@@ -206,7 +206,7 @@ class _Run:
         engine, pieces, ended = self._worker.engine, list[Piece](), _Ended(request.custom_id)
         try:
             endpoint = request.endpoint()
-            asked = endpoint.read(request.body(), self._model)
+            asked = endpoint.read(request.body(), ModelNames(self._model))
             ended.ignored = tuple(asked.ignored)
             if asked.stream:
                 raise ApiError("stream: true is not supported in a batch", param="stream", code="unsupported_value")
@@ -215,7 +215,7 @@ class _Run:
             ended.error = error
             self._ended.put(ended)
             return
-        ended.answer = partial(_whole, endpoint.reply(self._model, engine.tokenizer), pieces)
+        ended.answer = partial(_whole, endpoint.reply(self._model, question, asked), pieces)
 
         def deliver(piece: Piece | Ended) -> None:
             if isinstance(piece, Ended):

@@ -4,39 +4,87 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from glm4lite.engine.engine import Engine
 from glm4lite.server.errors import ApiError
 from glm4lite.server.question import Question, chat_question, completion_question
 from glm4lite.server.replies import ChatReply, CompletionReply, Reply
 from glm4lite.server.requests import ChatRequest, CompletionRequest
-from glm4lite.text.tokenizer import Tokenizer
 
-Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
+
+class Request(Protocol):
+    """What every checked body has; `ignored` are names in it that mean nothing here."""
+
+    @property
+    def model(self) -> str | None: ...
+    @property
+    def stream(self) -> bool | None: ...
+    @property
+    def include_usage(self) -> bool: ...
+    @property
+    def ignored(self) -> list[str]: ...
+
+
+Asked = TypeVar("Asked", bound=Request)
+Read = TypeVar("Read", bound=Request, covariant=True)
+
+
+class Form(Protocol[Read]):
+    """What checks a body."""
+
+    def read(self, body: dict[str, Any]) -> Read:
+        """Raises ApiError for the first field that cannot be used."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModelNames:
+    """What requests may call the model. `own` is its name, a function where another model may be loaded.
+
+    `aliases` are other names for it; with `any_name` whatever a request says means this model.
+    """
+
+    own: str | Callable[[], str]
+    aliases: tuple[str, ...] = ()
+    any_name: bool = False
+
+    @property
+    def now(self) -> str:
+        """The name of the model that answers."""
+        return self.own if isinstance(self.own, str) else self.own()
+
+    @property
+    def all(self) -> list[str]:
+        """The own one first."""
+        return list(dict.fromkeys([self.now, *self.aliases]))
+
+    def check(self, asked: str | None) -> None:
+        """Raises ApiError, 404, where a request names another model than there is; it may also name none."""
+        if asked and not self.any_name and asked not in self.all:
+            known = " or ".join(map(repr, self.all))
+            message = f"The model {asked[:200]!r} does not exist; the one that answers is {known}"
+            raise ApiError(message, 404, param="model", code="model_not_found")
 
 
 @dataclass(frozen=True)
 class Endpoint(Generic[Asked]):
     """`form` checks a body, `ask` makes of it what the model gets, `reply` the form in which a named model answers."""
 
-    form: type[Asked]
+    form: Form[Asked]
     ask: Callable[[Engine, Asked], Question]
-    reply: Callable[[str, Tokenizer], Reply]
+    reply: Callable[[str, Question, Asked], Reply]
 
-    def read(self, body: dict[str, Any], model: str) -> Asked:
+    def read(self, body: dict[str, Any], names: ModelNames) -> Asked:
         """The checked body of a request to that model. Raises ApiError, 404 where it names another one."""
         asked = self.form.read(body)
-        check_model(asked.model, model)
+        names.check(asked.model)
         return asked
 
 
-CHAT = Endpoint(ChatRequest, chat_question, ChatReply)
-COMPLETION = Endpoint(CompletionRequest, completion_question, CompletionReply)
-
-
-def check_model(asked: str, model: str) -> None:
-    """Raises ApiError where a request names another model than there is."""
-    if asked != model:
-        message = f"The model {asked[:200]!r} does not exist; the one that answers is {model!r}"
-        raise ApiError(message, 404, param="model", code="model_not_found")
+CHAT = Endpoint[ChatRequest](
+    ChatRequest, chat_question, lambda name, question, _: ChatReply(name, question.engine.tokenizer)
+)
+COMPLETION = Endpoint[CompletionRequest](
+    CompletionRequest, completion_question, lambda name, question, _: CompletionReply(name, question.engine.tokenizer)
+)

@@ -1,4 +1,4 @@
-"""ApiError: what a client did wrong, in OpenAI's shape."""
+"""ApiError: what a client did wrong, in OpenAI's shape, or in Anthropic's at Anthropic's addresses."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from starlette.responses import Response
 from glm4lite.base.errors import CheckpointError, Glm4liteError, NoModel
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 500: "server_error"}
+# https://docs.anthropic.com/en/api/errors
+_ANTHROPIC_TYPES = {
+    **{401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"},
+    **{429: "rate_limit_error", 500: "api_error", 503: "overloaded_error"},
+}
 
 
 class ApiError(Exception):
@@ -33,9 +38,20 @@ class ApiError(Exception):
         kind = _TYPES.get(self.status, "server_error" if self.status > 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> Response:
-        """The object as an answer with its status."""
-        return json_response(self.body(), self.status, self.headers)
+    def anthropic_body(self) -> dict[str, Any]:
+        """Anthropic's object."""
+        kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+    def response(self, path: str = "") -> Response:
+        """The object as an answer with its status, in the form of the API that `path` is an address of."""
+        body = self.anthropic_body() if is_anthropic(path) else self.body()
+        return json_response(body, self.status, self.headers)
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether Anthropic's API has this address."""
+    return path.removeprefix("/v1").rstrip("/") in ("/messages", "/messages/count_tokens")
 
 
 def told(error: BaseException) -> ApiError:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from glm4lite.server.connection import HEAD_BYTES, Connection
 from glm4lite.server.guard import is_loopback
 
 SHUTDOWN_S = 2  # for the last words of answers that are being given
+KEEP_ALIVE_S = 60  # that a connection may rest between two requests, as clients' own pools let theirs
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,24 @@ def serve(app: Starlette, listening: socket.socket, started: Callable[[], None] 
         Server(app, started).run(sockets=[listening])
 
 
+@contextmanager
+def serving(app: Starlette, listening: socket.socket) -> Iterator[None]:
+    """Serves any app in a thread, for the length of the `with` block; the socket stays open for the next one."""
+    server = uvicorn.Server(_configured(app))
+    thread = threading.Thread(target=server.run, args=([listening.dup()],), name="http", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
 class Server(uvicorn.Server):
     """uvicorn as this app needs it; `should_exit` ends it."""
 
     def __init__(self, app: Starlette, started: Callable[[], None] = lambda: None) -> None:
-        super().__init__(_config(app))
+        super().__init__(_configured(app))
         self._announce, self._state = started, app.state
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -97,7 +112,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _config(app: Starlette) -> uvicorn.Config:
+def _configured(app: Starlette) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         log_level="warning",  # no access log: requests are counted in /metrics, and nothing of them is written down
@@ -107,5 +122,6 @@ def _config(app: Starlette) -> uvicorn.Config:
         ws="none",
         http=Connection,
         h11_max_incomplete_event_size=HEAD_BYTES,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=SHUTDOWN_S,
     )

@@ -17,6 +17,7 @@ from glm4lite.text.messages import Message
 from glm4lite.text.template import END_OF_THOUGHT, ChatTemplate
 
 MOST_ITEMS = 4096  # parts or calls of one message
+LONGEST = "This model's maximum context length is {context} tokens"  # OpenAI's words, which clients look for
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def chat_question(engine: Engine, request: ChatRequest) -> Question:
         budget = _thinking_budget(request, template)
         prompt = template.encode(engine.tokenizer, messages, tools, context=engine.model.context)
     except ContextLengthError as error:
-        raise _too_long(error, "messages") from None
+        raise _too_long(error, engine.model.context, "messages") from None
     except TemplateError as error:
         raise ApiError(str(error), param="messages") from None
     thinking = template.starts_thinking(engine.tokenizer.text(prompt[-8:], keep_special=True))
@@ -84,7 +85,7 @@ def completion_question(engine: Engine, request: CompletionRequest) -> Question:
             try:
                 ids = engine.tokenizer.ids(text, context=engine.model.context)
             except ContextLengthError as error:
-                raise _too_long(error, "prompt") from None
+                raise _too_long(error, engine.model.context, "prompt") from None
             prompt = engine.tokenizer.prefix_ids + ids
         case _:
             raise ApiError("prompt: must be text or token ids", param="prompt")
@@ -145,8 +146,9 @@ def _thinking_budget(request: ChatRequest, template: ChatTemplate) -> int | None
     return wanted.budget
 
 
-def _too_long(error: ContextLengthError, param: str) -> ApiError:
-    return ApiError(f"{param}: {error}", param=param, code="context_length_exceeded")
+def _too_long(error: ContextLengthError, context: int, param: str) -> ApiError:
+    said = f"{LONGEST.format(context=context)}; {param}: {error}"
+    return ApiError(said, param=param, code="context_length_exceeded")
 
 
 def _fitting(engine: Engine, prompt: list[int], param: str) -> list[int]:
@@ -155,7 +157,7 @@ def _fitting(engine: Engine, prompt: list[int], param: str) -> list[int]:
         raise ApiError(f"{param}: the prompt is empty: there is nothing to go on from", param=param)
     if len(prompt) >= context:
         raise ApiError(
-            f"This model's context is {context} tokens, and {param} took {len(prompt)}; nothing was cut. Shorten them.",
+            f"{LONGEST.format(context=context)}; {param} took {len(prompt)}, and nothing was cut. Shorten them.",
             param=param,
             code="context_length_exceeded",
         )

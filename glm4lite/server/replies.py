@@ -11,6 +11,7 @@ from glm4lite import __version__
 from glm4lite.base.events import Done, TextDelta, ThinkingDelta
 from glm4lite.engine.sequence import TokenLogprobs
 from glm4lite.server.answer import Piece, Scored
+from glm4lite.server.errors import ApiError
 from glm4lite.text.output_parser import Call
 from glm4lite.text.tokenizer import Tokenizer
 
@@ -32,8 +33,17 @@ class Reply(Protocol):
         """The answer in one object."""
         ...
 
-    def usage_chunk(self) -> JSON:
-        """The stream's last chunk, where the client wants the counts."""
+    def last(self, include_usage: bool) -> Iterator[JSON]:
+        """Chunks behind the last piece's; with the counts where the client asked for them."""
+        ...
+
+    def failed(self, error: ApiError) -> Iterator[JSON]:
+        """Chunks that say what went wrong on the way; nothing follows."""
+        ...
+
+    @property
+    def end(self) -> bytes:
+        """What ends a stream that went well."""
         ...
 
 
@@ -41,14 +51,19 @@ class _Form:
     """What both endpoints' objects share."""
 
     kind, stream_kind, prefix = "", "", ""
+    end = b"data: [DONE]\n\n"
 
     def __init__(self, model: str, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._done, self._text = tokenizer, Done(0, 0, "stop", 0.0, 0), list[str]()
         self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         self._head["system_fingerprint"] = f"glm4lite-{__version__}"
 
-    def usage_chunk(self) -> JSON:
-        return {**self._head, "object": self.stream_kind, "choices": [], "usage": self._usage()}
+    def last(self, include_usage: bool) -> Iterator[JSON]:
+        if include_usage:
+            yield {**self._head, "object": self.stream_kind, "choices": [], "usage": self._usage()}
+
+    def failed(self, error: ApiError) -> Iterator[JSON]:
+        yield error.body()
 
     def _usage(self) -> JSON:
         prompt, new = self._done.prompt_tokens, self._done.new_tokens
@@ -57,9 +72,23 @@ class _Form:
         return {**counts, "prompt_tokens_details": cached}
 
     def _token(self, token: int) -> tuple[str, list[int]]:
-        """A token's text and bytes; half a character has no text of its own."""
-        written = self._tokenizer.token_bytes(token)
-        return written.decode("utf-8", "replace"), list(written)
+        return token_text(self._tokenizer, token)
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, list[int]]:
+    """A token's text and bytes; half a character has no text of its own."""
+    written = tokenizer.token_bytes(token)
+    return written.decode("utf-8", "replace"), list(written)
+
+
+def scored(tokenizer: Tokenizer, token: TokenLogprobs) -> JSON:
+    """A token with its log probability and those of its alternatives, as chats and Responses have it."""
+
+    def one(token_id: int, logprob: float) -> JSON:
+        text, written = token_text(tokenizer, token_id)
+        return {"token": text, "bytes": written, "logprob": max(logprob, -9999.0)}  # JSON has no infinity
+
+    return {**one(token.id, token.logprob), "top_logprobs": [one(*other) for other in token.top]}
 
 
 class ChatReply(_Form):
@@ -78,7 +107,7 @@ class ChatReply(_Form):
     def chunks(self, piece: Piece) -> Iterator[JSON]:
         match piece:
             case Scored(tokens):
-                self._unsent += map(self._score, tokens)
+                self._unsent += [scored(self._tokenizer, token) for token in tokens]
             case TextDelta(text):
                 self._text.append(text)
                 self._scores += self._unsent
@@ -111,13 +140,6 @@ class ChatReply(_Form):
     def _chunk(self, delta: JSON, finish_reason: str | None = None, logprobs: JSON | None = None) -> JSON:
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         return {**self._head, "object": self.stream_kind, "choices": [choice]}
-
-    def _score(self, token: TokenLogprobs) -> JSON:
-        return {**self._scored(token.id, token.logprob), "top_logprobs": [self._scored(*other) for other in token.top]}
-
-    def _scored(self, token: int, logprob: float) -> JSON:
-        text, written = self._token(token)
-        return {"token": text, "bytes": written, "logprob": max(logprob, -9999.0)}  # JSON has no infinity
 
 
 class CompletionReply(_Form):

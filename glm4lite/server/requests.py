@@ -16,6 +16,7 @@ from glm4lite.server.thinking import BUDGETS, Budget, TemplateVariables, Thinkin
 from glm4lite.server.unsupported import ignored, refuse_unsupported
 
 R = TypeVar("R", bound="_Request")
+M = TypeVar("M", bound=BaseModel)
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 Tokens = Annotated[int, Field(ge=1, le=2**31)]
 Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]  # the first that is none is enough to say
@@ -34,7 +35,7 @@ class _Request(BaseModel):
 
     model_config = ConfigDict(strict=True, protected_namespaces=())
 
-    model: str
+    model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Tokens | None = None
@@ -51,20 +52,7 @@ class _Request(BaseModel):
     def read(cls: type[R], body: dict[str, Any]) -> R:
         """Raises ApiError for the first field that cannot be used."""
         refuse_unsupported(body)
-        try:
-            asked = cls.model_validate(body)
-        except ValidationError as error:
-            problems = error.errors(include_url=False, include_context=False)
-            # Where a field may be a text or a list, each has its complaint; the innermost says most.
-            field = problems[0]["loc"][0]
-            problem = max((one for one in problems if one["loc"][0] == field), key=lambda one: len(one["loc"]))
-            param = where(problem["loc"])
-            if problem["type"] == "extra_forbidden":
-                said = f"{param}: {shown(problem['input'])} is not supported"
-                raise ApiError(one_line(said), param=param, code="unsupported_value") from None
-            found = "" if problem["type"] in ("missing", "value_error") else f", found {shown(problem['input'])}"
-            message = problem["msg"].removeprefix("Value error, ")
-            raise ApiError(one_line(f"{param}: {message}{found}"), param=param) from None
+        asked = checked(cls, body)
         asked._ignored = ignored(body, cls.model_fields.keys()) + list(asked._ignored_within())
         return asked
 
@@ -176,6 +164,24 @@ class CompletionRequest(_Request):
         if isinstance(value, list) and len(value) > 1 and not isinstance(value[0], int):
             raise ValueError(f"one prompt a request, found {len(value)}")
         return value
+
+
+def checked(form: type[M], body: dict[str, Any]) -> M:
+    """A body as that model. Raises ApiError for the first field that cannot be used."""
+    try:
+        return form.model_validate(body)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False)
+    # Where a field may be a text or a list, each has its complaint; the innermost says most.
+    field = problems[0]["loc"][0]
+    problem = max((one for one in problems if one["loc"][0] == field), key=lambda one: len(one["loc"]))
+    param = where(problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        said = f"{param}: {shown(problem['input'])} is not supported"
+        raise ApiError(one_line(said), param=param, code="unsupported_value")
+    found = "" if problem["type"] in ("missing", "value_error") else f", found {shown(problem['input'])}"
+    message = problem["msg"].removeprefix("Value error, ")
+    raise ApiError(one_line(f"{param}: {message}{found}"), param=param)
 
 
 def where(path: tuple[int | str, ...]) -> str:

@@ -16,7 +16,7 @@ from glm4lite.engine.worker import Ended, EngineWorker, Job
 from glm4lite.server.answer import Piece, answer
 from glm4lite.server.errors import ApiError, encode, told
 from glm4lite.server.question import Question
-from glm4lite.server.replies import Reply
+from glm4lite.server.replies import JSON, Reply
 
 logger = logging.getLogger("glm4lite")
 
@@ -56,7 +56,7 @@ class Stream:
                 if clock() - looked > POLL_S:
                     looked, self.gone = clock(), await self._request.is_disconnected()
                 if isinstance(piece, Ended):
-                    _raise(piece.error)
+                    self._raise(piece.error)
                     return
                 if isinstance(piece, Done) and piece.finish_reason == "cancelled":
                     raise _stopping()  # or the client left, and nobody reads this
@@ -70,6 +70,13 @@ class Stream:
         except TimeoutError:
             return None
 
+    def _raise(self, error: BaseException | None) -> None:
+        if error is None:
+            return
+        if not isinstance(error, Glm4liteError):
+            logger.error("an answer failed (%s)", self._request.state.request_id, exc_info=error)
+        raise told(error)
+
     def cancel(self) -> None:
         """The answer is not wanted any more; nothing happens when it is complete."""
         self._worker.cancel(self._job)
@@ -79,19 +86,11 @@ def _stopping() -> ApiError:
     return ApiError("the server is stopping", 503)
 
 
-def _raise(error: BaseException | None) -> None:
-    if error is None:
-        return
-    if not isinstance(error, Glm4liteError):
-        logger.error("an answer failed", exc_info=error)
-    raise told(error)
-
-
 async def events(stream: Stream, reply: Reply, include_usage: bool) -> AsyncIterator[bytes]:
     """The answer as server-sent events. What goes wrong on the way is an event with an error object."""
     quiet = 0.0
     for chunk in reply.first():
-        yield _event(encode(chunk))
+        yield _event(chunk)
     try:
         async for piece in stream.pieces():
             quiet = quiet + POLL_S if piece is None else 0.0
@@ -102,14 +101,17 @@ async def events(stream: Stream, reply: Reply, include_usage: bool) -> AsyncIter
                 yield f": {piece.stage} {piece.done}/{piece.total} {piece.unit}\n\n".encode()
             elif piece is not None:
                 for chunk in reply.chunks(piece):
-                    yield _event(encode(chunk))
+                    yield _event(chunk)
     except ApiError as error:
-        yield _event(encode(error.body()))
+        for chunk in reply.failed(error):
+            yield _event(chunk)
         return
-    if include_usage:
-        yield _event(encode(reply.usage_chunk()))
-    yield _event(b"[DONE]")
+    for chunk in reply.last(include_usage):
+        yield _event(chunk)
+    yield reply.end
 
 
-def _event(data: bytes) -> bytes:
-    return b"data: " + data + b"\n\n"
+def _event(chunk: JSON) -> bytes:
+    """An event; one that has a `type` is called so, as in OpenAI's Responses and in Anthropic's API."""
+    name = f"event: {chunk['type']}\n".encode() if "type" in chunk else b""
+    return name + b"data: " + encode(chunk) + b"\n\n"

@@ -1,4 +1,4 @@
-"""Memory for weights: at an aligned address, and in huge pages where the system has them.
+"""Memory for weights, their own or a file's: at an aligned address, in huge pages where the system has them.
 
 A token reads every weight once, so with small pages the processor looks up an address for each 4 KiB; many systems give
 huge pages only to those who ask.
@@ -29,7 +29,24 @@ def zeros(nbytes: int) -> Tensor:
             pages = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"{nbytes} bytes of memory cannot be had: {error.strerror}") from None
-    if sys.platform == "linux" and nbytes >= HUGE:
+    _in_huge_pages(pages)
+    return torch.frombuffer(pages, dtype=torch.uint8, count=nbytes)
+
+
+def mapped(file: int) -> mmap.mmap:
+    """The whole of an open file: no copy, pages come in when touched, and what is written to them is not in the file.
+
+    Where the file system can, they come from the disk as huge pages; what other programs have read stays as it is.
+
+    Raises:
+        OSError: it cannot be mapped.
+    """
+    pages = mmap.mmap(file, 0, access=mmap.ACCESS_COPY)
+    _in_huge_pages(pages)
+    return pages
+
+
+def _in_huge_pages(pages: mmap.mmap) -> None:
+    if sys.platform == "linux" and len(pages) >= HUGE:
         with suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8, count=nbytes)

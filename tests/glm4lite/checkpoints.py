@@ -3,6 +3,7 @@
 folder = write_checkpoint(tmp_path / "tiny", tiny_config(num_hidden_layers=1), shards=2)
 """
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -145,6 +146,12 @@ def write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], shards: int)
 
 def tiny_tokenizer() -> Tokenizer:
     """A byte-level BPE of GLM-4's kind (same split, all 256 bytes, its 14 specials last), trained on a few lines."""
+    return Tokenizer.from_str(_trained())
+
+
+@functools.cache
+def _trained() -> str:
+    """What tokenizer.json holds: trained once, as many checkpoints are written."""
     tokenizer = Tokenizer(models.BPE())
     split = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -160,13 +167,13 @@ def tiny_tokenizer() -> Tokenizer:
     if tokenizer.get_vocab_size() != ORDINARY:
         raise RuntimeError(f"the tiny tokenizer has {tokenizer.get_vocab_size()} tokens, {ORDINARY} expected")
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
-    return tokenizer
+    return str(tokenizer.to_str(pretty=True))
 
 
 def write_tokenizer(folder: Path, template: str | None = TEMPLATE) -> None:
     """tokenizer.json, tokenizer_config.json and, unless `template` is None, chat_template.jinja."""
     folder.mkdir(parents=True, exist_ok=True)
-    tiny_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(_trained(), encoding="utf-8")
     added = {
         str(ORDINARY + i): {"content": token, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         for i, token in enumerate(SPECIALS)

@@ -18,7 +18,7 @@ import glm4lite
 from glm4lite.engine.engine import Engine
 from glm4lite.engine.worker import EngineWorker
 from glm4lite.model.step import Span
-from glm4lite.server import Address, create_app
+from glm4lite.server import Access, Address, ModelNames, create_app
 from glm4lite.server.launch import Server, url_of
 from glm4lite.text.template import ChatTemplate
 from glm4lite.text.tokenizer import Tokenizer
@@ -51,12 +51,18 @@ class Served:
 
 
 @contextmanager
-def served(engine: Engine, api_key: str | None = None, queue_size: int = 8) -> Iterator[Served]:
+def served(
+    engine: Engine,
+    api_key: str | None = None,
+    queue_size: int = 8,
+    names: ModelNames | None = None,
+    access: Access | None = None,
+) -> Iterator[Served]:
     """uvicorn on a free port of 127.0.0.1, as `glm4lite serve` runs it."""
     worker = EngineWorker(engine, queue_size)
     listening = Address(port=0, api_key=api_key).listen()
     ready = threading.Event()
-    server = Server(create_app(worker, "nano", api_key), ready.set)
+    server = Server(create_app(worker, names or "nano", access or Access(api_key)), ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     url = url_of(listening)
@@ -78,6 +84,18 @@ def scripted(*replies: str, context: int = 4096, template: ChatTemplate | None =
     found = template or ChatTemplate.from_folder(NANO)
     assert found is not None
     return scripted_engine(tokenizer, found, list(replies), context)
+
+
+def prompts_of(engine: Engine) -> list[str]:
+    """The prompts that the engine gets from now on, as text with its special tokens."""
+    prompts, generate = list[str](), engine.generate
+
+    def watching(prompt: list[int], *rest: Any) -> Any:
+        prompts.append(engine.tokenizer.text(prompt, keep_special=True))
+        return generate(prompt, *rest)
+
+    engine.generate = watching  # type: ignore[method-assign, assignment]
+    return prompts
 
 
 class EndlessModel(ScriptedModel):

@@ -115,6 +115,31 @@ def test_answers_are_what_they_are_without(
     assert draft.prefixes.nbytes <= draft.prefixes.memory
 
 
+def test_what_it_guessed_rightly_is_not_computed_again_and_it_learns_that_it_was_right(
+    small: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows, step = Engine.load("nano", quant="int4", device="cpu").model, list[int](), small.model.step
+
+    def counted(spans: Sequence[Span]) -> list[torch.Tensor]:
+        rows.append(sum(len(span.ids) for span in spans))
+        return step(spans)
+
+    draft = Free(model)
+    monkeypatch.setattr(model, "step", counted)  # one and the same model guesses, so that all its guesses are right
+    monkeypatch.setattr(type(model), "chunk", 16)
+    prompt = small.tokenizer.ids("What is 37 * 24? How many miles are 12 km? What time is it? " * 3)
+    scheduler = Scheduler(small.model, PrefixPool(small.model), 1, NoLookup(), draft)
+    params, size = replace(PARAMS, max_new_tokens=60), small.tokenizer.size
+    made = Generation(small.model, prompt, params, (), size, scheduler=scheduler, speculation=scheduler.speculation)
+    assert len(list(made)) == 60
+    assert made.drafts is not None
+    assert made.drafts.accepted > 40
+    assert sum(rows) <= len(prompt) + len(made.ids)
+    assert len(rows) <= len(prompt) // 16 + 1 + len(made.ids)
+    assert all(draft.odds.of(sure) >= Free(model).odds.of(sure) for sure in range(12))
+    assert any(draft.odds.of(sure) > Free(model).odds.of(sure) for sure in range(12))
+
+
 def test_how_far_it_guesses_follows_from_costs_and_from_how_often_it_was_right(large: Engine, small: Engine) -> None:
     asked = [(large.tokenizer.ids("What is 37 * 24?"), PARAMS)] * 6
     speculation, draft = NoLookup(), Free(small.model)

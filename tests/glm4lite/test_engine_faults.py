@@ -17,7 +17,7 @@ from glm4lite.chat.session import ChatSession
 from glm4lite.engine.decoding import Generation
 from glm4lite.engine.draft_model import DraftModel
 from glm4lite.engine.engine import Engine
-from glm4lite.engine.prefix_pool import PrefixPool
+from glm4lite.engine.prefix_pool import Disk, PrefixCache, PrefixPool
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.engine.scheduler import Scheduler
 from glm4lite.engine.sequence import Sequence
@@ -289,21 +289,92 @@ def test_between_steps_nothing_holds_what_was_computed(engine: Engine) -> None:
     assert blocks.free == blocks.blocks
 
 
-def test_a_draft_model_that_reads_a_long_prompt_hears_that_it_is_not_wanted(
+def test_a_draft_model_that_has_a_long_prompt_to_read_keeps_no_step_waiting(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type(engine.model), "chunk", 16)
-    draft, step, cancel, steps = DraftModel(engine.model), engine.model.step, threading.Event(), list[int]()
-    sequence = Sequence(list(range(20, 220)), PARAMS, engine.model.context, engine.tokenizer.size, cancel=cancel)
+    draft, step, steps = DraftModel(engine.model), engine.model.step, list[int]()
+    sequence = Sequence(list(range(20, 70)), PARAMS, engine.model.context, engine.tokenizer.size)
 
-    def stops(spans: list[Span]) -> list[Tensor]:
+    def counted(spans: list[Span]) -> list[Tensor]:
         steps.append(len(spans[0].ids))
-        cancel.set()
         return step(spans)
 
-    monkeypatch.setattr(engine.model, "step", stops)
-    assert draft.propose({sequence: 4}, Costs(), 1) == {sequence: []}
-    assert steps == [16]
+    monkeypatch.setattr(engine.model, "step", counted)
+    for read in (1, 2, 3):
+        assert draft.propose({sequence: 4}, Costs(), 1) == {sequence: []}
+        assert steps == [16] * read
+    draft.propose({sequence: 4}, Costs(), 1)
+    assert steps[:5] == [16, 16, 16, 2, 1]  # the last is a guess
+
+
+@pytest.mark.parametrize("waits_for", ["those who come", "those who leave"])
+def test_nobody_waits_while_a_kept_prefix_is_read(engine: Engine, waits_for: str) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Disk):
+        def extend(self, cache: PrefixCache, ids: list[int], reserve: Callable[[int], bool]) -> None:
+            begun.set()
+            assert go_on.wait(20)
+
+        def rests(self, cache: PrefixCache) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+        leaves = rests
+
+    scheduler = Scheduler(engine.model, PrefixPool(engine.model, disk=Slow()), parallel=4)
+    made = [Generation(engine.model, [30, 31, 32 + n], PARAMS, scheduler=scheduler) for n in range(2)]
+    thread = threading.Thread(target=lambda: list(made[0]))
+    thread.start()
+    assert begun.wait(20)
+    try:
+        within(5, made[1].begin if waits_for == "those who come" else made[0].close)
+        assert thread.is_alive()
+    finally:
+        go_on.set()
+        thread.join(20)
+
+
+def test_a_turn_that_ctrl_c_kept_from_ending_is_not_waited_for(engine: Engine) -> None:
+    scheduler = Scheduler(engine.model, PrefixPool(engine.model))
+    made = Generation(engine.model, [30, 31, 32], PARAMS, scheduler=scheduler)
+
+    def work() -> list[int]:
+        assert scheduler._take_turn()  # and here it comes, before anything could give the turn back
+        return list(made)
+
+    assert len(within(20, work)) == PARAMS.max_new_tokens
+
+
+def test_another_model_that_computes_more_answers_at_once_gets_as_many_threads(engine: Engine) -> None:
+    with_one = Engine.load("nano", quant="int4", device="cpu", parallel=1)
+    worker, all_run = EngineWorker(with_one), threading.Barrier(3)
+    worker.engine = engine
+    assert engine.parallel >= 3
+
+    def job(engine: Engine) -> Iterator[int]:
+        yield all_run.wait(20)
+
+    events = [worker.run(job) for _ in range(3)]
+    assert sorted(next(one) for one in events) == [0, 1, 2]
+    worker.close()
+
+
+def test_of_a_prompt_that_was_left_what_was_computed_is_counted(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(engine.model), "chunk", 16)
+    engine.prefixes = PrefixPool(engine.model)
+    before = engine.totals.prompt_tokens, engine.totals.prefilled_tokens
+    generation = engine.generate(list(range(20, 120)), PARAMS)
+    progress = engine.prefill(generation)
+    assert next(progress).done == 16
+    progress.close()
+    counted = engine.totals.prompt_tokens - before[0], engine.totals.prefilled_tokens - before[1]
+    assert counted == (16, 16)
 
 
 def test_a_pool_of_one_context_is_enough_for_two_that_each_need_all_of_it(

@@ -208,6 +208,11 @@ def test_a_part_of_a_prompt_is_as_long_as_others_can_wait(
     list(scheduled(engine, scheduler, list(range(20, 420)), replace(PARAMS, max_new_tokens=1)))
     parts = [rows[1] for rows in steps if len(rows) == 2]
     assert parts == [64, *[48] * 7]  # the first before it is known how long they take
+    steps.clear()
+    list(scheduled(engine, scheduler, list(range(420, 500)), replace(PARAMS, max_new_tokens=1)))
+    list(scheduled(engine, scheduler, list(range(120, 50, -1)), replace(PARAMS, max_new_tokens=1)))
+    parts = [rows[1] for rows in steps if len(rows) == 2]
+    assert parts == [48, 32, 70]  # a rest that is short goes with what is before it
 
 
 def test_a_long_prompt_gets_its_turn_beside_short_ones_without_end(

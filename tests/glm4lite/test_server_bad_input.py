@@ -41,7 +41,6 @@ def message(**fields: Any) -> dict[str, Any]:
 
 
 FIELDS: list[tuple[dict[str, Any], str]] = [
-    ({"model": None}, "model"),
     ({"model": 3}, "model"),
     ({"messages": None}, "messages"),
     ({"messages": []}, "messages"),

@@ -131,7 +131,8 @@ WRONG = [
     {"Authorization": "Bearer \u00e9".encode("latin-1")},
     {"Authorization": "Basic !!!"},
     {"Authorization": "Basic " + base64.b64encode(KEY.encode()).decode()},  # as the user's name
-    {"X-Api-Key": KEY},
+    {"X-Api-Key": f"{KEY}x"},
+    {"X-Api-Key": KEY, "Authorization": "Bearer wrong"},
 ]
 
 

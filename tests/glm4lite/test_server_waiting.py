@@ -26,6 +26,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Connection, "body_s", 0.4)
     monkeypatch.setattr(Connection, "read_s", 0.5)
     monkeypatch.setattr(Connection, "most", 12)
+    monkeypatch.setattr("glm4lite.server.launch.KEEP_ALIVE_S", 0.5)
 
 
 @pytest.fixture

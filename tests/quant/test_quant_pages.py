@@ -1,4 +1,4 @@
-"""Memory for weights: aligned, and asked for in huge pages."""
+"""Memory for weights, their own or a file's: aligned, and asked for in huge pages."""
 
 from __future__ import annotations
 
@@ -44,3 +44,17 @@ def test_the_codes_of_a_large_weight_lie_in_huge_pages() -> None:
     large = QuantTensor.empty(4096, 4096, QuantConfig())
     assert "hg" in flags_of(large.qweight)
     assert "hg" not in flags_of(QuantTensor.empty(16, 64, QuantConfig()).qweight)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how memory is mapped")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages")
+def test_a_large_file_is_mapped_in_huge_pages_and_what_is_written_to_the_map_stays_out_of_it(tmp_path: Path) -> None:
+    for nbytes in (4096, pages.HUGE):
+        path = tmp_path / str(nbytes)
+        path.write_bytes(b"\x07" * nbytes)
+        with path.open("rb") as file:
+            memory = torch.frombuffer(pages.mapped(file.fileno()), dtype=torch.uint8)
+        assert ("hg" in flags_of(memory)) == (nbytes >= pages.HUGE)
+        assert memory.sum() == 7 * nbytes
+        memory.fill_(9)
+        assert path.read_bytes() == b"\x07" * nbytes

@@ -324,6 +324,7 @@ def test_always_for_this_chat_asks_once_and_can_be_taken_back(serve: Serve, visi
     site = serve(tools=ASKING)
     page = visit(site.url)
     ask(page, QUESTION)
+    page.wait_for_selector("#asking")
     page.wait_for_timeout(500)
     page.click("#asking button:text-is('Always for this chat')")
     wait_for_end(page)
