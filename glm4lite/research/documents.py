@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from glm4lite.base.errors import one_line, said_by
 from glm4lite.base.extras import require
 from glm4lite.research.source import SourceError
+from glm4lite.text.encodings import named
 from glm4lite.untrusted.apart import Limits, UnreadableError, read_apart
 
 KINDS = {
@@ -57,13 +58,12 @@ def read_document(data: bytes, kind: str) -> Document:
 
 
 def of_charset(data: bytes, charset: str) -> bytes:
-    """HTML in the encoding that its server names, as UTF-8 with a mark; as it is where Python knows none of that name.
+    """A page in the encoding that its server names, as UTF-8 with a mark; as it is where there is none of that name.
 
     A mark is above what the page says of itself, as the server's word is.
     """
-    with suppress(LookupError, ValueError):
-        return codecs.BOM_UTF8 + data.decode(charset, "replace").encode("utf-8", "replace")
-    return data
+    text = named(data, charset)
+    return data if text is None else codecs.BOM_UTF8 + text.encode("utf-8", "replace")
 
 
 def _document(text: str, title: str = "", whole: bool = True) -> Document:

@@ -255,9 +255,9 @@ class _Task:
                 if not closed:
                     continue
                 yield ThinkingDelta(thought)
-                thought, event = None, TextDelta(rest.lstrip())
+                thought, event = None, TextDelta(rest)
             if isinstance(event, TextDelta):
-                yield self._said(self.citations.feed(event.text))
+                yield self._said(self.citations.feed(event.text if self.text else event.text.lstrip()))
             elif isinstance(event, Done):
                 yield self._said(self.citations.feed(thought or "") + self.citations.finish())
                 if not self.text.strip() and event.finish_reason not in ("cancelled", "length"):

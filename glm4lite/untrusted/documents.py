@@ -18,6 +18,7 @@ LONGEST = 4_000_000  # characters of a text; the longest context, a million toke
 _LARGEST_PART = 64 << 20  # bytes of the text of a Word file, unpacked
 _LARGEST_NOTEBOOK = 32 << 20
 _LARGEST_PAGE = 4 << 20  # bytes of HTML
+_CHARSET = re.compile(rb"<meta[^>]{0,300}?charset\s*=\s*[\"']?\s*([\w.:-]{1,40})", re.IGNORECASE)
 _AROUND = "script, style, noscript, template, svg, iframe, object, form, nav, aside, dialog, footer, body > header"
 _SHOWN_OUTPUT = 2000  # characters of one result in a notebook
 
@@ -227,11 +228,20 @@ def _html() -> Callable[[IO[bytes]], Iterator[dict[str, Any]]]:
     require("reading HTML", "justhtml", extra="documents")
     import justhtml
 
+    from glm4lite.text.encodings import decoded, named
+
     def read(file: IO[bytes]) -> Iterator[dict[str, Any]]:
         data = file.read(_LARGEST_PAGE + 1)
-        whole = len(data) <= _LARGEST_PAGE
+        whole, data = len(data) <= _LARGEST_PAGE, data[:_LARGEST_PAGE]
+        # justhtml knows no Chinese, Japanese or Korean encodings, and takes UTF-8 that is not named for Latin.
+        charset = _CHARSET.search(data, 0, 4096)
+        text = None if charset is None else named(data, charset[1].decode())
+        try:
+            text = decoded(data)[0] if text is None else text
+        except ValueError as error:
+            raise Refused(said_by(error)) from None
         # Only its text is taken, so nothing in it needs to be made harmless.
-        page = justhtml.JustHTML(data[:_LARGEST_PAGE], sanitize=False, transforms=[justhtml.Drop(_AROUND)])
+        page = justhtml.JustHTML(text, sanitize=False, transforms=[justhtml.Drop(_AROUND)])
         title = page.query_one("title")
         content = next((one for name in ("main", "body") if (one := page.query_one(name)) is not None), page.root)
         text = content.to_text(separator="\n", separator_blocks_only=True)[:LONGEST]

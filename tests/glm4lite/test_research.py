@@ -189,7 +189,7 @@ def test_after_the_last_round_the_report_is_written_all_the_same(kind: str, docs
     research = researcher(kind, again, again, again, REPORT, sources=open_sources([docs]), rounds=2)
     events = list(research.run("Why?"))
     assert len(results(events)) == 2
-    assert said(events).startswith("The moon pulls [0]") or said(events).strip().startswith("The moon pulls [0]")
+    assert said(events).strip().startswith("The moon pulls [0]")
     assert research.report.complete
     assert [event for event in events if isinstance(event, Done)] == [events[-1]]
     assert last_prompt(research).endswith(
@@ -232,7 +232,7 @@ def test_a_model_without_a_place_for_tools_is_refused() -> None:
 def test_a_stop_keeps_what_was_read(docs: Path) -> None:
     research = researcher(
         "chat",
-        call("chat", "search", query="moon"),
+        call("chat", "search", query="moon sea"),
         call("chat", "click", link_id=0),
         REPORT,
         sources=open_sources([docs]),
@@ -471,7 +471,7 @@ def test_the_command_searches_a_server_on_a_named_loopback(small: dict[str, str]
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "there is nothing to search: give --docs FOLDER"),
+        ((), "there is nothing to search: name --docs FOLDER"),
         (("--docs", "nowhere"), "--docs nowhere: it cannot be read as a folder (No such file or directory)"),
         (("--search", "localhost"), "--search localhost: give a SearXNG server, such as http://127.0.0.1:8888"),
         (("--allow", "a b"), "'a b' is no host"),

@@ -73,7 +73,7 @@ def test_words_are_found_in_every_script(index: Index, text: str, query: str) ->
     "query", ["", " ", '"', "a AND", "NEAR(", "col:x *", "-x ^y", "\0", "'; DROP TABLE files; --", "😀", "x" * 10**6]
 )
 def test_no_query_is_an_error(index: Index, query: str) -> None:
-    index.put("a.md", STAMP, "A", "text")
+    index.put("b.md", STAMP, "B", "text")
     assert index.search(query, 5) == []
     assert index.count() == 1
 
@@ -317,8 +317,8 @@ def test_a_folder_that_changes_while_it_is_read_is_searched_all_the_same(
     monkeypatch.setattr(Folder, "_read", changing)
     folder = refreshed(docs)
     assert folder.notes == [
-        "sub/budget.txt cannot be read: No such file or directory",
         "tides.md cannot be read: it was changed meanwhile; it is read next time",
+        "sub/budget.txt cannot be read: No such file or directory",
     ]
     assert len(folder.search("引力", 5)) == 1
     monkeypatch.setattr(Folder, "_read", read)

@@ -307,6 +307,10 @@ def test_a_search_server_that_hangs_or_floods_is_given_up() -> None:
     ("answer", "text"),
     [
         (Answer("<meta charset=gbk><p>珊瑚礁".encode("gbk"), "text/html"), "珊瑚礁"),
+        (Answer("<meta http-equiv=a content='text/html; charset=gb2312'><p>镕".encode("gbk"), "text/html"), "镕"),
+        (Answer("<meta charset=shift_jis><p>珊瑚".encode("cp932"), "text/html"), "珊瑚"),
+        (Answer("<meta charset=punycode><p>über".encode(), "text/html; charset=idna"), "über"),
+        (Answer("<p>珊瑚礁，没有说明编码的网页。".encode(), "text/html"), "珊瑚礁，没有说明编码的网页。"),
         (Answer("<p>珊瑚礁".encode("gb18030"), "text/html; charset=GB18030"), "珊瑚礁"),
         (Answer("<p>über".encode("latin-1"), 'text/html; Charset="iso-8859-1"'), "über"),
         (Answer(b"<p>plain", "text/html; charset=no-such"), "plain"),
