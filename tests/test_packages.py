@@ -63,6 +63,13 @@ def names(requirements: list[str]) -> set[str]:
     return {re.split(r"[<>=;\[ ]", one)[0].lower().replace("_", "-") for one in requirements}
 
 
+def declarations() -> list[str]:
+    """What a user installs: the dependencies, and those of each extra; an extra may name another."""
+    extras = PROJECT["optional-dependencies"]
+    found = [*PROJECT["dependencies"], *(one for name in ("documents", "ui", "mcp", "bnb") for one in extras[name])]
+    return [one for one in found if not one.startswith("glm4lite[")]
+
+
 def imported(folder: Path) -> set[str]:
     found = set[str]()
     for file in folder.rglob("*.py"):
@@ -75,8 +82,7 @@ def imported(folder: Path) -> set[str]:
 
 
 def test_every_import_is_of_a_declared_package_and_every_declared_package_is_imported() -> None:
-    extras = PROJECT["optional-dependencies"]
-    declared = names([*PROJECT["dependencies"], *extras["ui"], *extras["mcp"], *extras["bnb"]])
+    declared = names(declarations())
     distributions = packages_distributions()
     used = {
         distributions[module][0].lower().replace("_", "-") for folder in SOURCES.values() for module in imported(folder)
@@ -96,8 +102,7 @@ def test_the_oldest_versions_are_those_that_are_declared() -> None:
     oldest = {
         name.lower().replace("_", "-"): tried for name, _, tried in (line.partition("==") for line in lines) if tried
     }
-    extras = PROJECT["optional-dependencies"]
-    for one in (*PROJECT["dependencies"], *extras["ui"], *extras["mcp"], *extras["bnb"]):
+    for one in declarations():
         found = re.fullmatch(r"([\w-]+)(?:>=([\d.]+))?.*", one)
         assert found, one
         name = found[1].lower().replace("_", "-")

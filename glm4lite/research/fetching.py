@@ -17,13 +17,14 @@ import re
 import socket
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import httpcore2
 import httpx2
 
-from glm4lite import __version__
 from glm4lite.base.errors import one_line
 from glm4lite.research.source import SourceError
 from glm4lite.tools.running import abandoned
@@ -32,6 +33,7 @@ LARGEST = 16 << 20
 """Bytes of an answer. What comes behind them is not read."""
 
 _MOST_REDIRECTS = 5
+_MOST_ADDRESSES = 4  # of one name; localhost is ::1 first, where many servers do not listen
 _SECONDS = 20.0  # for all of it: names, redirects, the last byte
 _LONGEST_URL = 4000
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -110,8 +112,8 @@ class Fetcher:
     def _is_named(self, host: str, port: int) -> bool:
         return Named(host) in self.named or Named(host, port) in self.named
 
-    def address(self, host: str, port: int) -> str:
-        """The number that a connection to a host goes to; raises SourceError where it may go nowhere."""
+    def addresses(self, host: str, port: int) -> list[str]:
+        """The numbers that a connection to a host may go to, in turn; raises SourceError where it may go nowhere."""
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
@@ -123,11 +125,12 @@ class Fetcher:
                 f"{host} may not be opened: it is an address of this machine or its network ({numbers[0]}), and the "
                 "user did not name it"
             )
-        return allowed[0]
+        return list(dict.fromkeys(allowed))[:_MOST_ADDRESSES]
 
     def _ask(self, url: httpx2.URL, accept: str, most: int, deadline: float) -> Fetched | str:
         """The answer, or the address it redirects to."""
-        headers = {"Accept": accept, "Accept-Encoding": "identity", "User-Agent": f"glm4lite/{__version__}"}
+        agent = f"glm4lite/{version('glm4lite')}"
+        headers = [("Accept", accept), ("Accept-Encoding", "identity"), ("User-Agent", agent)]
         left = max(deadline - time.monotonic(), 0.01)
         waits = dict.fromkeys(("connect", "read", "write", "pool"), left)
         try:
@@ -166,8 +169,14 @@ class _Pinned(httpcore2.NetworkBackend):
         self._fetcher, self._deadline = fetcher, deadline
 
     def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> httpcore2.NetworkStream:
-        number = self._fetcher.address(host, port)
-        return _Timed(httpcore2.SyncBackend().connect_tcp(number, port, _left(self._deadline)), self._deadline)
+        *others, last = self._fetcher.addresses(host, port)
+        for number in others:
+            with suppress(httpcore2.ConnectError, httpcore2.ConnectTimeout):
+                return self._connected(number, port, _left(self._deadline) / 2)
+        return self._connected(last, port, _left(self._deadline))
+
+    def _connected(self, number: str, port: int, seconds: float) -> httpcore2.NetworkStream:
+        return _Timed(httpcore2.SyncBackend().connect_tcp(number, port, seconds), self._deadline)
 
 
 class _Timed(httpcore2.NetworkStream):

@@ -26,7 +26,7 @@ from glm4lite.base.errors import one_line
 from glm4lite.base.extras import MissingPackageError
 from glm4lite.base.user_folder import indexes_folder
 from glm4lite.research.documents import KINDS, read_document
-from glm4lite.research.index import LARGEST, Found, Index, Stamp, wanted
+from glm4lite.research.index import LARGEST, Entry, Found, Index, Stamp, wanted
 from glm4lite.research.source import Hit, Page, SourceError
 from glm4lite.tools.running import abandoned
 
@@ -79,19 +79,8 @@ class Folder:
         with self._lock:
             self.notes = []
             files, known = dict(self._files()), self.index.stamps()
-            for path in known.keys() - files.keys():
-                self.index.remove(path)
             new = [path for path, stamp in files.items() if known.get(path) != stamp]
-            for done, path in enumerate(new):
-                if told is not None:
-                    told(done, len(new))
-                if cancel is not None and cancel.is_set():
-                    self._note(f"{len(new) - done} files of {self.name} were not read yet")
-                    return
-                self._take(path)
-            if told is not None and new:
-                told(len(new), len(new))
-            self._looked = time.monotonic()
+            self.index.change(known.keys() - files.keys(), self._entries(new, told, cancel))
 
     def search(self, query: str, most: int) -> list[Hit]:
         if time.monotonic() - self._looked > _FRESH_S and not self._lock.locked():
@@ -150,29 +139,42 @@ class Folder:
                 self._note(f"of {self.name} only the first {count} files are searched")
                 break
         if links:
-            self._note(f"{links} links in {self.name} are not followed")
+            self._note(f"links are not followed; {self.name} holds {links}")
 
-    def _take(self, path: str) -> None:
-        """Reads one file into the index, or notes why it is not there."""
+    def _entries(self, paths: list[str], told: Told | None, cancel: threading.Event | None) -> Iterator[Entry]:
+        """What the index is to hold of the files."""
+        for done, path in enumerate(paths):
+            if told is not None:
+                told(done, len(paths))
+            if cancel is not None and cancel.is_set():
+                self._note(f"{len(paths) - done} files of {self.name} were not read yet")
+                return
+            if (entry := self._entry(path)) is not None:
+                yield entry
+        if told is not None and paths:
+            told(len(paths), len(paths))
+        self._looked = time.monotonic()
+
+    def _entry(self, path: str) -> Entry | None:
+        """One file as it is now, or a note why it is not there."""
         try:
             data, stamp = self._read(path)
         except OSError as error:  # not kept: its rights may change without its time
             self._note(f"{path} cannot be read: {error.strerror or one_line(error)}")
-            return
+            return None
         try:
             if len(data) > LARGEST_FILE:
                 raise SourceError(f"it is larger than {LARGEST_FILE >> 20} MiB")
             document = read_document(data, KINDS[os.path.splitext(path)[1].lower()])
         except MissingPackageError as error:  # not kept: it may be installed
             self._note(f"{path}: {error}")
-            return
+            return None
         except SourceError as error:
             self._note(f"{path}: {error}")
-            self.index.put(path, stamp, "", "", str(error))
-            return
+            return Entry(path, stamp, "", "", str(error))
         if document.note:
             self._note(f"{path}: {document.note}")
-        self.index.put(path, stamp, document.title or os.path.basename(path), document.text)
+        return Entry(path, stamp, document.title or os.path.basename(path), document.text)
 
     def _read(self, path: str) -> tuple[bytes, Stamp]:
         """The file that was listed, also if something else has its name now: no link, no pipe, nothing outside."""

@@ -17,7 +17,7 @@ import os
 import re
 import sqlite3
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +59,17 @@ class Stamp:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """A file that is taken in; `problem` says why it has no text."""
+
+    path: str
+    stamp: Stamp
+    title: str
+    text: str
+    problem: str = ""
+
+
+@dataclass(frozen=True)
 class Found:
     """A passage that matches; `at` is where it begins in the file's text."""
 
@@ -87,25 +98,15 @@ class Index:
             rows = database.execute("SELECT path, size, mtime FROM files").fetchall()
         return {path: Stamp(size, mtime) for path, size, mtime in rows}
 
-    def put(self, path: str, stamp: Stamp, title: str, text: str, problem: str = "") -> None:
-        """Takes a file in, in the place of what was there of it; `problem` says why it has no text."""
-        with self._changed() as database:
-            _remove(database, path)
-            row = (path, stamp.size, stamp.mtime, title, problem)
-            file = database.execute(
-                "INSERT INTO files(path, size, mtime, title, problem) VALUES (?, ?, ?, ?, ?)", row
-            ).lastrowid
-            for at, passage in passages(text):
-                passage_id = database.execute(
-                    "INSERT INTO passages(file, at, text) VALUES (?, ?, ?)", (file, at, passage)
-                ).lastrowid
-                words = (passage_id, terms(f"{title} {path}"), terms(passage))
-                database.execute("INSERT INTO terms(rowid, title, text) VALUES (?, ?, ?)", words)
-
-    def remove(self, path: str) -> None:
-        """Forgets a file."""
-        with self._changed() as database:
-            _remove(database, path)
+    def change(self, gone: Iterable[str] = (), entries: Iterable[Entry] = ()) -> None:
+        """Forgets files, then takes others in as they come, each in the place of what was there of it."""
+        with self._opened() as database:
+            for path in gone:
+                with _transaction(database):
+                    _remove(database, path)
+            for entry in entries:
+                with _transaction(database):
+                    _put(database, entry)
 
     def search(self, query: str, most: int) -> list[Found]:
         """Passages that hold any of the query's words, those first that hold more and rarer ones."""
@@ -154,19 +155,13 @@ class Index:
     def _connect(self) -> sqlite3.Connection:
         database = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None)
         database.execute(f"PRAGMA max_page_count = {self._largest // _PAGE}")
+        database.execute("PRAGMA synchronous = NORMAL")  # whole after a power cut, if without the last files
         return database
 
     @contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:
         with self._telling(), closing(self._connect()) as database:
             yield database
-
-    @contextmanager
-    def _changed(self) -> Iterator[sqlite3.Connection]:
-        with self._opened() as database:
-            database.execute("BEGIN IMMEDIATE")
-            yield database
-            database.execute("COMMIT")
 
     @contextmanager
     def _telling(self) -> Iterator[None]:
@@ -187,6 +182,29 @@ class Index:
                 f"the index {self.path} is full (it takes at most {self._largest >> 20} MiB), or the disk is"
             )
         return SourceError(f"the index {self.path} fails ({error}); it may be deleted, and is made again")
+
+
+@contextmanager
+def _transaction(database: sqlite3.Connection) -> Iterator[None]:
+    """What fails in it is undone when the connection is closed."""
+    database.execute("BEGIN IMMEDIATE")
+    yield
+    database.execute("COMMIT")
+
+
+def _put(database: sqlite3.Connection, entry: Entry) -> None:
+    _remove(database, entry.path)
+    row = (entry.path, entry.stamp.size, entry.stamp.mtime, entry.title, entry.problem)
+    file = database.execute(
+        "INSERT INTO files(path, size, mtime, title, problem) VALUES (?, ?, ?, ?, ?)", row
+    ).lastrowid
+    title = terms(f"{entry.title} {entry.path}")
+    for at, passage in passages(entry.text):
+        passage_id = database.execute(
+            "INSERT INTO passages(file, at, text) VALUES (?, ?, ?)", (file, at, passage)
+        ).lastrowid
+        words = (passage_id, title, terms(passage))
+        database.execute("INSERT INTO terms(rowid, title, text) VALUES (?, ?, ?)", words)
 
 
 def _remove(database: sqlite3.Connection, path: str) -> None:
@@ -223,7 +241,7 @@ def _pieces(text: str) -> list[str]:
 
 
 def _words(piece: str) -> list[str]:
-    if not re.match(f"[{_HAN}]", piece):
+    if piece.isascii() or not re.match(f"[{_HAN}]", piece):
         return [piece]
     return [piece[place : place + 2] for place in range(len(piece))]
 

@@ -315,10 +315,10 @@ class _Task:
 
 
 def _progress(folder: Folder, cancel: threading.Event) -> Iterator[Event]:
-    failures, state = list[BaseException](), [0, 0]
+    failures, latest = list[BaseException](), list[Progress]()
 
     def told(done: int, total: int) -> None:
-        state[:] = done, total
+        latest[:] = [Progress("index", done, total, "files")]
 
     def work() -> None:
         try:
@@ -330,9 +330,6 @@ def _progress(folder: Folder, cancel: threading.Event) -> Iterator[Event]:
     thread.start()
     while thread.is_alive():
         thread.join(0.1)
-        if state[1]:
-            yield Progress("index", *state, "files")
-    if state[1]:
-        yield Progress("index", state[1], state[1], "files")
+        yield from latest
     if failures:
         raise failures[0]

@@ -16,6 +16,9 @@ from glm4lite.base.errors import one_line
 from glm4lite.research.browser import Browser, Found
 
 _CITATION = re.compile(r"【\s*(\d{1,6})\s*(?:†[^【】\n]{0,300})?】")
+_LOADED = re.compile(
+    r"!(?=\[)|<(?=(?:img|picture|svg|video|audio|source|iframe|object|embed|link|style|script|input)\b)", re.IGNORECASE
+)
 _LONGEST = 320  # characters in which a citation ends
 _SIGNS = re.compile(r"([\\`*_{}\[\]()#+!|<>~&-])")
 _SAFE = "/:?#[]@!$&'()*+,;=%~._-"
@@ -44,8 +47,13 @@ class Report:
     complete: bool = True
 
     def markdown(self) -> str:
-        """The report with the list of its sources."""
-        return f"{self.text.strip()}\n{self.listed()}" if self.text.strip() else f"# {self.question}\n{self.listed()}"
+        """The report with the list of its sources.
+
+        Nothing in it is loaded by what shows it: a page may have talked the model into a picture whose address tells
+        a stranger what was read. Pictures become links.
+        """
+        text = _LOADED.sub(lambda sign: f"&#{ord(sign[0])};", self.text.strip())
+        return f"{text or f'# {one_line(self.question, 500)}'}\n{self.listed()}"
 
     def listed(self) -> str:
         """The sources as a Markdown list under a heading; "" where there are none."""

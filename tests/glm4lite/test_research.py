@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +262,12 @@ def test_a_stop_while_a_source_hangs_is_at_once() -> None:
         research = researcher("chat", call("chat", "search", query="moon"), sources=[Hanging()])
         events = research.run("Why?")
         assert isinstance(next(events), ToolCallStarted)
-        threading.Thread(target=lambda: (hanging.wait(20), research.stop())).start()
+
+        def stop() -> None:
+            hanging.wait(20)
+            research.stop()
+
+        threading.Thread(target=stop).start()
         started = time.monotonic()
         last = list(events)[-1]
         assert time.monotonic() - started < 20
@@ -315,6 +318,19 @@ def test_titles_and_addresses_of_strangers_cannot_write_markdown() -> None:
     assert "<img" not in drawn
     assert "<b>" not in drawn
     assert drawn.count("<h2>") == 1
+
+
+def test_a_report_that_is_shown_loads_nothing() -> None:
+    from markdown_it import MarkdownIt
+
+    text = (
+        "![a](https://x.example/?q=secret) \\![b](https://x.example) ![c][d] <IMG src=https://x.example> 3 < 4\n\n"
+        "[d]: https://x.example"
+    )
+    drawn = MarkdownIt("commonmark", {"html": True}).render(Report("q", text).markdown())
+    assert "<img" not in drawn.lower()
+    assert drawn.count("<a ") == 3
+    assert "3 &lt; 4" in drawn
 
 
 # --- the tools
@@ -431,17 +447,9 @@ def test_the_tools_are_those_of_ruminations_template() -> None:
 # --- the command
 
 
-@pytest.fixture
-def small(tmp_path: Path) -> Iterator[dict[str, str]]:
-    yield {"GLM4LITE_INDEXES": str(tmp_path / "indexes")}
-    shutil.rmtree(tmp_path / "indexes", ignore_errors=True)
-
-
-def test_the_command_answers_from_a_folder_and_writes_the_report(
-    docs: Path, tmp_path: Path, small: dict[str, str]
-) -> None:
+def test_the_command_answers_from_a_folder_and_writes_the_report(docs: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.md"
-    done = run("research", "What pulls the sea?", "--docs", docs, "--out", out, "--temperature", "0", **small)
+    done = run("research", "What pulls the sea?", "--docs", docs, "--out", out, "--temperature", "0")
     assert done.returncode == 0, done.stderr
     assert "## Sources" in done.stdout
     assert (docs / "tides.md").as_uri() in out.read_text(encoding="utf-8")
@@ -449,21 +457,21 @@ def test_the_command_answers_from_a_folder_and_writes_the_report(
     assert len(list((tmp_path / "indexes").glob("*.sqlite"))) == 1
 
 
-def test_the_command_searches_a_server_on_a_named_loopback(small: dict[str, str]) -> None:
+def test_the_command_searches_a_server_on_a_named_loopback() -> None:
     with WebSite() as site:
         site.pages |= {
             "/search": lambda query: found({"title": "Tides", "url": f"{site.url}/tides", "content": "The moon."}),
             "/tides": html("Tides", "The moon pulls the sea."),
         }
         arguments = ("research", "What pulls the sea?", "--search", site.url, "--json", "--temperature", "0")
-        done = run(*arguments, "--allow", site.host, **small)
+        done = run(*arguments, "--allow", site.host)
         assert done.returncode == 0, done.stderr
         events = [json.loads(line) for line in done.stdout.splitlines()]
         assert events[0] == {"type": "start", "version": 1}
         assert events[-1]["type"] == "done"
         assert any("The moon pulls the sea." in event.get("content", "") for event in events)
         assert f"[Tides](<{site.url}/tides>)" in "".join(event.get("text", "") for event in events)
-        refused = run(*arguments, **small)
+        refused = run(*arguments)
         assert refused.returncode == 0, refused.stderr
         assert "the user did not name it" in refused.stdout
 
@@ -480,30 +488,26 @@ def test_the_command_searches_a_server_on_a_named_loopback(small: dict[str, str]
         (("--docs", ".", "--mcp", "none.json"), "none.json cannot be read"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_one_line(
-    arguments: tuple[str, ...], says: str, tmp_path: Path, small: dict[str, str]
-) -> None:
-    done = run("research", "Why?", *arguments, cwd=tmp_path, **small)
+def test_what_cannot_work_is_one_line(arguments: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    done = run("research", "Why?", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
     assert says in done.stderr.splitlines()[-1]
 
 
-def test_ctrl_c_stops_and_says_what_is_kept(docs: Path, tmp_path: Path, small: dict[str, str]) -> None:
+def test_ctrl_c_stops_and_says_what_is_kept(docs: Path, tmp_path: Path) -> None:
     with WebSite() as site:
         from tests.glm4lite.web_site import Answer
 
         site.pages |= {"/search": Answer(site.silence(), "application/json")}
         out = tmp_path / "report.md"
         command = [*forked(), "research", "What pulls the sea?", "--docs", str(docs), "--search", site.url]
-        import os
 
         process = subprocess.Popen(
             [*command, "--out", str(out), "--temperature", "0"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **small},
         )
         deadline = time.monotonic() + 60
         while not site.asked and time.monotonic() < deadline:

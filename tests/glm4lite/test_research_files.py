@@ -14,7 +14,7 @@ import pytest
 from glm4lite.research import folder as folders
 from glm4lite.research.documents import read_document
 from glm4lite.research.folder import Folder
-from glm4lite.research.index import PASSAGE, Index, Stamp, passages, terms
+from glm4lite.research.index import PASSAGE, Entry, Index, Stamp, passages, terms
 from glm4lite.research.source import Hit, SourceError
 from tests.ui.files import pdf
 
@@ -48,6 +48,10 @@ def refreshed(path: Path, **options: Any) -> Folder:
     return folder
 
 
+def put(index: Index, path: str, stamp: Stamp, title: str, text: str) -> None:
+    index.change(entries=[Entry(path, stamp, title, text)])
+
+
 def urls(hits: list[Hit]) -> list[str]:
     return [hit.url for hit in hits]
 
@@ -64,8 +68,8 @@ def urls(hits: list[Hit]) -> list[str]:
     ],
 )  # fmt: skip
 def test_words_are_found_in_every_script(index: Index, text: str, query: str) -> None:
-    index.put("a.md", STAMP, "A", text)
-    index.put("b.md", STAMP, "B", "nothing of it, 无关")
+    put(index, "a.md", STAMP, "A", text)
+    put(index, "b.md", STAMP, "B", "nothing of it, 无关")
     assert [one.path for one in index.search(query, 5)] == ["a.md"]
 
 
@@ -73,18 +77,18 @@ def test_words_are_found_in_every_script(index: Index, text: str, query: str) ->
     "query", ["", " ", '"', "a AND", "NEAR(", "col:x *", "-x ^y", "\0", "'; DROP TABLE files; --", "😀", "x" * 10**6]
 )
 def test_no_query_is_an_error(index: Index, query: str) -> None:
-    index.put("b.md", STAMP, "B", "text")
+    put(index, "b.md", STAMP, "B", "text")
     assert index.search(query, 5) == []
     assert index.count() == 1
 
 
 def test_more_and_rarer_words_and_those_of_titles_come_first(index: Index) -> None:
-    index.put("both.md", STAMP, "x", "moon and tides")
-    index.put("one.md", STAMP, "x", "moon and stars")
+    put(index, "both.md", STAMP, "x", "moon and tides")
+    put(index, "one.md", STAMP, "x", "moon and stars")
     for number in range(5):
-        index.put(f"{number}.md", STAMP, "x", "moon and sun")
+        put(index, f"{number}.md", STAMP, "x", "moon and sun")
     assert index.search("moon tides", 9)[0].path == "both.md"
-    index.put("title.md", STAMP, "Tides", "what the sea does")
+    put(index, "title.md", STAMP, "Tides", "what the sea does")
     assert [one.path for one in index.search("tides", 9)] == ["title.md", "both.md"]
 
 
@@ -95,23 +99,23 @@ def test_passages_leave_nothing_out(index: Index, text: str) -> None:
     cut = list(passages(text))
     assert "".join(passage for _, passage in cut) == text
     assert all(text[at : at + len(passage)] == passage and 0 < len(passage) <= PASSAGE for at, passage in cut)
-    index.put("a.md", STAMP, "A", text)
+    put(index, "a.md", STAMP, "A", text)
     assert index.text("a.md") == ("A", text, "")
 
 
 def test_a_file_that_is_put_again_replaces_what_was_there(index: Index) -> None:
-    index.put("a.md", STAMP, "A", "old words")
-    index.put("a.md", Stamp(2, 2), "A", "new words")
+    put(index, "a.md", STAMP, "A", "old words")
+    put(index, "a.md", Stamp(2, 2), "A", "new words")
     assert (index.search("old", 5), index.stamps()) == ([], {"a.md": Stamp(2, 2)})
-    index.remove("a.md")
+    index.change(gone=["a.md"])
     assert (index.search("new", 5), index.stamps(), index.text("a.md")) == ([], {}, None)
 
 
 def test_an_index_that_is_full_says_so_and_keeps_what_it_has(tmp_path: Path) -> None:
     index = Index(tmp_path / "small.sqlite", largest=1 << 20)
-    index.put("a.md", STAMP, "A", "first")
+    put(index, "a.md", STAMP, "A", "first")
     with pytest.raises(SourceError, match="is full \\(it takes at most 1 MiB\\)"):
-        index.put("b.md", STAMP, "B", " ".join(map(str, range(200_000))))
+        put(index, "b.md", STAMP, "B", " ".join(map(str, range(200_000))))
     assert list(index.stamps()) == ["a.md"]
     assert (tmp_path / "small.sqlite").stat().st_size <= 1 << 20
 
@@ -122,7 +126,7 @@ def test_an_index_that_is_damaged_is_made_again(tmp_path: Path, content: bytes) 
     with pytest.raises(SourceError, match=r"was damaged .* it is made again"):
         Index(tmp_path / "bad.sqlite")
     index = Index(tmp_path / "bad.sqlite")
-    index.put("a.md", STAMP, "A", "text")
+    put(index, "a.md", STAMP, "A", "text")
     assert index.count() == 1
 
 
@@ -130,7 +134,7 @@ def test_pages_of_an_index_that_were_overwritten_are_noticed_and_it_is_made_agai
     path = tmp_path / "torn.sqlite"
     index = Index(path)
     for number in range(50):
-        index.put(f"{number}.md", STAMP, "A", "some words " * 200)
+        put(index, f"{number}.md", STAMP, "A", "some words " * 200)
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:4096] + os.urandom(size - 4096))
     with pytest.raises(SourceError, match="was damaged"):
@@ -158,7 +162,7 @@ def test_two_may_write_an_index_at_once(tmp_path: Path) -> None:
 
     def fill(number: int) -> None:
         for file in range(20):
-            indexes[number].put(f"{number}-{file}.md", STAMP, "A", "shared words")
+            put(indexes[number], f"{number}-{file}.md", STAMP, "A", "shared words")
 
     threads = [threading.Thread(target=fill, args=(number,)) for number in range(2)]
     for thread in threads:
@@ -196,8 +200,13 @@ def test_files_are_found_by_what_they_say_and_opened(docs: Path) -> None:
 def test_only_what_changed_is_read_again(docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refreshed(docs)
     read = list[str]()
-    take = Folder._take
-    monkeypatch.setattr(Folder, "_take", lambda self, path: (read.append(path), take(self, path))[1])
+    entry = Folder._entry
+
+    def watched(self: Folder, path: str) -> Entry | None:
+        read.append(path)
+        return entry(self, path)
+
+    monkeypatch.setattr(Folder, "_entry", watched)
     (docs / "tides.md").write_text("# Tides\n\nThe sun pulls, too.", encoding="utf-8")
     (docs / "new.txt").write_text("A fresh note.", encoding="utf-8")
     (docs / "sub" / "budget.txt").unlink()
@@ -269,7 +278,7 @@ def test_links_lead_nowhere(docs: Path, tmp_path: Path) -> None:
     (docs / "gone.txt").symlink_to(tmp_path / "nothing")
     folder = refreshed(docs)
     assert folder.search("swordfish password", 5) == []
-    assert folder.notes == ["4 links in docs are not followed"]
+    assert folder.notes == ["links are not followed; docs holds 4"]
     assert len(folder.search("moon", 5)) == 1
 
 
@@ -310,7 +319,7 @@ def test_a_folder_that_changes_while_it_is_read_is_searched_all_the_same(
             fstat = os.fstat
             grown = iter([fstat, lambda number: os.stat_result((*fstat(number)[:6], 9999, *fstat(number)[7:]))])
             with monkeypatch.context() as meanwhile:
-                meanwhile.setattr(folders.os, "fstat", lambda number: next(grown)(number))
+                meanwhile.setattr(os, "fstat", lambda number: next(grown)(number))
                 return read(self, path)
         return read(self, path)
 

@@ -183,6 +183,19 @@ def test_a_name_that_means_another_host_a_moment_later_changes_nothing(monkeypat
         assert connected == ["93.184.215.14"]
 
 
+def test_a_host_of_several_addresses_is_reached_at_the_one_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = socket.getaddrinfo
+
+    def resolve(host: str, port: int, *arguments: Any, **options: Any) -> Any:
+        if host != "localhost":
+            return real(host, port, *arguments, **options)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (number, port)) for number in ("127.0.0.2", "127.0.0.1")]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with WebSite({"/": html("Page", "Text")}) as site:
+        assert b"Text" in Fetcher(False, [Named("localhost")]).fetch(f"http://localhost:{site.port}/").data
+
+
 def test_time_and_size_are_bounded_whatever_a_server_does() -> None:
     with WebSite() as site:
         site.pages |= {

@@ -8,16 +8,20 @@ from typing import Any
 
 import pytest
 
+from glm4lite.engine.worker import EngineWorker
 from glm4lite.research.browser import research_tools
 from glm4lite.research.loop import browser_over, open_sources
 from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 from glm4lite.tools.tool import Tool
 from glm4lite.tools.toolbox import Toolbox
+from glm4lite_ui.chats import Chat
 from glm4lite_ui.command import _research
+from glm4lite_ui.runtime import Runtime
+from glm4lite_ui.saved.store import ChatStore
 from tests.commands import run
 from tests.glm4lite.served import scripted
 from tests.glm4lite.web_site import WebSite
-from tests.ui.acts import ask, shown, wait_for_end
+from tests.ui.acts import ask, wait_for_end
 from tests.ui.conftest import Serve
 
 Visit = Callable[..., Any]
@@ -36,18 +40,19 @@ def tools_over(docs: Path) -> list[Tool]:
     return research_tools(browser_over(open_sources([docs], links=False)), finish=False)
 
 
-def test_a_chat_searches_the_folder_and_shows_no_path_of_the_machine(serve: Serve, visit: Visit, docs: Path) -> None:
+def test_a_chat_searches_the_folder_and_keeps_no_path_of_the_machine(docs: Path, tmp_path: Path) -> None:
     engine = scripted(
         'search\n{"query": "moon"}<|observation|>',
         'click\n{"link_id": 0}<|observation|>',
         "\nThe moon pulls it.<|user|>",
     )
-    site = serve(engine, tools=[*BUILTIN_TOOLS, *tools_over(docs)])
-    page = visit(site.url)
-    ask(page, "What pulls the sea?")
-    wait_for_end(page)
-    assert "The moon pulls it." in shown(page)
-    kept = site.runtime.store.load(site.runtime.store.find()[0].id)
+    runtime = Runtime(EngineWorker(engine), ChatStore(tmp_path / "chats"), [*BUILTIN_TOOLS, *tools_over(docs)])
+    chat = Chat()
+    chat.ask("What pulls the sea?")
+    assert runtime.answer(chat).over.wait(20)
+    runtime.close()
+    kept = runtime.store.load(chat.id)
+    assert kept.turns[0].parts[-1].text == "The moon pulls it."
     said = str(kept.to_json())
     assert "doc:docs/tides.md" in said
     assert "The moon pulls the sea." in said
