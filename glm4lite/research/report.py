@@ -60,7 +60,7 @@ class Report:
         if not self.sources:
             return ""
         lines = (
-            f"- {source.number}: [{_escaped(source.title)}](<{_address(source.link)}>)"
+            f"- {source.number}: {_linked(_escaped(source.title), source.link)}"
             f"{'' if source.opened else ' (not opened)'}\n"
             for source in self.sources
         )
@@ -97,7 +97,7 @@ class Citations:
         if found is None:
             return f"[{number}: no such source]"
         self.cited[number] = None
-        return f"[{number}](<{_address(found.link)}>){'' if found.opened else ' (not opened)'}"
+        return f"{_linked(str(number), found.link)}{'' if found.opened else ' (not opened)'}"
 
 
 def sources_of(browser: Browser, cited: Citations) -> tuple[Cited, ...]:
@@ -112,6 +112,7 @@ def _escaped(title: str) -> str:
     return _SIGNS.sub(r"\\\1", one_line(title, 200))
 
 
-def _address(link: str) -> str:
-    """An address that Markdown takes for one whatever is in it, and that names no script."""
-    return quote(link, safe=_SAFE) if re.match(r"(?i)(https?|file|doc|mcp):", link) else ""
+def _linked(text: str, link: str) -> str:
+    """A link that Markdown takes for one whatever is in it; only the text where nothing opens such an address."""
+    openable = re.match(r"(?i)(https?|file|doc|mcp):", link)
+    return f"[{text}](<{quote(link, safe=_SAFE)}>)" if openable else f"[{text}]"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import subprocess
 import sys
 import threading
+import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +173,51 @@ def test_two_may_write_an_index_at_once(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert indexes[0].count() == 40
+
+
+@pytest.mark.parametrize(
+    ("query", "file"),
+    [
+        ("今年的研发预算是多少", "预算"), ("植物怎样产生氧气", "光合作用"), ("我想请病假要什么材料", "请假"),
+        ("中国最长的河流是哪条", "长江"), ("怎样减少显存占用？", "量化"), ("地震了应该躲在哪里", "地震"),
+    ],
+)  # fmt: skip
+def test_a_chinese_question_finds_its_file_first(index: Index, query: str, file: str) -> None:
+    texts = {
+        "预算": "本年度研发预算为三百万元，其中硬件一百二十万元。预算由财务部审批。",
+        "光合作用": "光合作用是植物利用光能把二氧化碳和水转化为有机物并释放氧气的过程。",
+        "请假": "员工每年有十天年假。请假需要提前三天申请，病假需要医院证明。",
+        "长江": "长江全长约六千三百公里，是亚洲最长的河流，发源于青藏高原。",
+        "黄河": "黄河是中国第二长河，因含沙量大而呈黄色，被称为母亲河。",
+        "量化": "模型量化把权重变为四位整数，显存占用降到四分之一左右。",
+        "地震": "地震发生时应躲在坚固的桌子下面，保护头部，远离窗户。",
+        "北京": "北京是中国的首都，有故宫、天坛和长城等名胜古迹。",
+    }
+    index.change(entries=[Entry(f"{name}.md", STAMP, name, text) for name, text in texts.items()])
+    assert index.search(query, 3)[0].title == file
+
+
+@pytest.mark.slow
+def test_an_indexing_that_is_killed_leaves_whole_files_and_is_gone_on_with(tmp_path: Path) -> None:
+    docs = tmp_path / "many"
+    docs.mkdir()
+    for number in range(400):
+        (docs / f"{number}.md").write_text(f"# Note {number}\n\n" + "月球的引力 and the sea. " * 300, encoding="utf-8")
+    code = "import sys; from pathlib import Path; from glm4lite.research.folder import Folder; Folder(Path(sys.argv[1])).refresh()"
+    killed = 0
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", code, str(docs)])
+        before, folder = Folder(docs).index.count(), Folder(docs)
+        while process.poll() is None and folder.index.count() <= before + 20:
+            time.sleep(0.01)
+        process.kill()
+        killed += process.wait() != 0
+        assert all(folder.index.text(path)[1].endswith("the sea. ") for path in folder.index.stamps())  # type: ignore[index]
+        with closing(sqlite3.connect(folder.index.path)) as database:
+            assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            database.execute("INSERT INTO terms(terms) VALUES ('integrity-check')")
+    assert killed
+    assert refreshed(docs).index.count() == 400
 
 
 def test_the_words_of_chinese_are_its_pairs() -> None:
