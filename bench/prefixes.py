@@ -3,7 +3,7 @@
 CHECKPOINT: the true shapes (see make_checkpoint.py). A cache of random keys and values stands for the computed prompt
 and is kept as `--keep-prefixes` keeps one. New processes then load the model and take the prompt from the folder: with
 the files in the system's memory, and after they were pushed out of it. Timed are reading, checking and laying into
-memory (`take`), and the step of the last id behind it (`step`), which gives the first token. The folder is a temporary
+memory, and the step of the last id behind it, which gives the first token. The folder is a temporary
 one beside where `--folder` says, by default the system's.
 """
 
@@ -52,7 +52,10 @@ def read(checkpoint: str, tokens: int, kv: str) -> None:
     engine.model.step([Span(ids[:1], engine.model.new_cache())])  # the weights are there, as after any answer
     began = time.perf_counter(), time.process_time()
     cache = engine.prefixes.take(ids)
+    engine.prefixes.extend(cache, ids, [])
     taken = time.perf_counter(), time.process_time()
+    if len(cache.ids) != tokens - 1:
+        raise SystemExit(f"{len(cache.ids)} of {tokens - 1} tokens were taken from the folder: nothing to measure")
     engine.model.step([Span(ids[len(cache.ids) :], cache.kv)])
     first = time.perf_counter()
     found = {"found": len(cache.ids), "take": taken[0] - began[0], "cpu": taken[1] - began[1]}
