@@ -203,7 +203,7 @@ def test_an_indexing_that_is_killed_leaves_whole_files_and_is_gone_on_with(tmp_p
     docs.mkdir()
     for number in range(400):
         (docs / f"{number}.md").write_text(f"# Note {number}\n\n" + "月球的引力 and the sea. " * 300, encoding="utf-8")
-    code = "import sys; from pathlib import Path; from glm4lite.research.folder import Folder; Folder(Path(sys.argv[1])).refresh()"
+    code = "import pathlib, sys, glm4lite.research.folder as f; f.Folder(pathlib.Path(sys.argv[1])).refresh()"
     killed = 0
     for _ in range(3):
         process = subprocess.Popen([sys.executable, "-c", code, str(docs)])
