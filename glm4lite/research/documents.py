@@ -26,7 +26,8 @@ MOST_TEXT = 2_000_000
 """Characters of one document; the longest context of GLM-4, a million tokens, is more than a model reads of one."""
 
 _PACKAGES = {"pdf": "pypdf", "html": "justhtml"}
-_LIMITS = Limits(seconds=60.0, memory=1 << 30)
+_SECONDS = {"html": 30.0}  # 4 MiB take 8 s; with the time to fetch it, less than a tool may take
+_LONGEST_READING = 60.0
 _HEADING = re.compile(r"^ {0,3}#{1,2}[ \t]+(.+?)[ \t#]*$", re.MULTILINE)
 _LONGEST_TITLE = 200
 
@@ -51,7 +52,7 @@ def read_document(data: bytes, kind: str) -> Document:
     if kind in _PACKAGES:
         require(f"reading {kind.upper()}", _PACKAGES[kind], extra="documents")
     try:
-        found = next(read_apart(kind, data, _LIMITS))
+        found = next(read_apart(kind, data, Limits(_SECONDS.get(kind, _LONGEST_READING))))
     except (UnreadableError, StopIteration) as error:
         raise SourceError(f"it cannot be read: {said_by(error)}") from None
     return _document(found["text"], found.get("title", ""), whole=found.get("whole", True))
