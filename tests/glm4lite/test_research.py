@@ -289,9 +289,9 @@ def test_a_stop_while_a_source_hangs_is_at_once() -> None:
 
 
 def test_the_context_is_not_read_full(docs: Path) -> None:
-    for number in range(40):
+    for number in range(4):
         (docs / f"{number}.md").write_text(f"# Note {number}\n\n" + "The moon again and again. " * 400)
-    clicks = [call("chat", "click", link_id=0), call("chat", "click", link_id=1)] * 20
+    clicks = [call("chat", "click", link_id=0), call("chat", "click", link_id=1)] * 8
     research = researcher(
         "chat", call("chat", "search", query="moon again"), *clicks, REPORT, sources=open_sources([docs]), context=4096
     )
@@ -499,7 +499,7 @@ def test_the_command_searches_a_server_on_a_named_loopback() -> None:
         (("--allow", "a b"), "'a b' is no host"),
         (("--docs", ".", "--out", "no/where.md"), "--out no/where.md: it is no file in a folder that is there"),
         (("--docs", ".", "--temperature", "-1"), "temperature"),
-        (("--docs", ".", "--mcp", "none.json"), "none.json cannot be read"),
+        pytest.param(("--docs", ".", "--mcp", "none.json"), "none.json cannot be read", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_one_line(arguments: tuple[str, ...], says: str, tmp_path: Path) -> None:
