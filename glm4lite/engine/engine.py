@@ -17,6 +17,7 @@ from glm4lite.base.errors import CheckpointError, ConfigError, NoModel, Template
 from glm4lite.base.events import Done, Progress
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.quant_choice import AUTO
+from glm4lite.engine.constraint import Constraint, Grammars
 from glm4lite.engine.decoding import Generation
 from glm4lite.engine.draft_model import DraftModel
 from glm4lite.engine.kept_prefixes import KeptPrefixes, wanted_size
@@ -29,6 +30,7 @@ from glm4lite.engine.stop_ids import stop_ids
 from glm4lite.engine.thinking_budget import ThinkingBudget
 from glm4lite.model.causal_lm import CausalLM
 from glm4lite.model.layers import DecoderLayer
+from glm4lite.text.grammar import AnswerForm
 from glm4lite.text.messages import Message
 from glm4lite.text.stop_strings import StopStrings
 from glm4lite.text.template import ChatTemplate
@@ -84,6 +86,7 @@ class Engine:
             raise ConfigError(f"parallel is {self.parallel}; from 1 to {MOST_PARALLEL} answers can be computed at once")
         self.scheduler = Scheduler(self.model, PrefixPool(self.model), self.parallel)
         self.totals = Totals()
+        self._grammars: Grammars | None = None
 
     def speculate(self, how: str | int = "auto") -> None:
         """Whether ids are guessed and verified together (see `glm4lite.engine.speculation`): "off"; the most ids of a
@@ -228,6 +231,19 @@ class Engine:
     def params(self, **sampling: Any) -> SamplingParams:
         """The checkpoint's sampling defaults; fields that are given and not None win over them."""
         return SamplingParams.from_generation_config(self.generation_config, **sampling)
+
+    def constraint(self, form: AnswerForm) -> Constraint | None:
+        """What holds an answer to that form; None where it may be any text. Raises SchemaError where nothing can.
+
+        With a vocabulary that is not byte-level, calls that a model need not make are not held to their schemas.
+        """
+        strict = form.schema is not None or form.must_call or any(tool.strict for tool in form.tools)
+        if not form.bound or not (strict or self.tokenizer.byte_level):
+            return None
+        if self._grammars is None:
+            stops = stop_ids(self.model.config, self.generation_config, self.tokenizer)
+            self._grammars = Grammars(self.tokenizer, stops, self.tokenizer.special.get(SEPARATOR))
+        return self._grammars.constraint(form)
 
     def generate(
         self,

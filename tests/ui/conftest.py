@@ -112,7 +112,7 @@ def browser() -> Iterator[Any]:
     """One Chromium for all tests here. Closed with the package: Playwright's loop would stop other tests' asyncio."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if CHROMIUM is None:
-        pytest.skip("no chromium: the page is not tested in a browser (Debian: apt-get install chromium-headless-shell)")
+        pytest.skip("no chromium: the page is not tested in a browser (Debian: install chromium-headless-shell)")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
