@@ -31,6 +31,8 @@ from glm4lite.engine.stop_ids import stop_ids
 from glm4lite.engine.thinking_budget import ThinkingBudget
 from glm4lite.model.causal_lm import CausalLM
 from glm4lite.model.layers import DecoderLayer
+from glm4lite.runtime import cuda_graph
+from glm4lite.runtime.kv_pool import serves
 from glm4lite.text.grammar import AnswerForm
 from glm4lite.text.messages import Message
 from glm4lite.text.stop_strings import StopStrings
@@ -132,8 +134,8 @@ class Engine:
     ) -> Engine:
         """Arguments as `glm4lite.load`; quant "auto" is int4, or as the checkpoint is stored if that is quantized.
 
-        `speculate`: as the method. `parallel`: answers computed at once; None: 4 where all layers are on the CPU, else
-        1, for a GPU's fast way is for one. `draft`: a smaller model with the same vocabulary, which guesses what this
+        `speculate`: as the method. `parallel`: answers computed at once; None: 4, or 1 where layers lie on a GPU on
+        which no graph can be recorded. `draft`: a smaller model with the same vocabulary, which guesses what this
         one will say (`glm4lite.engine.draft_model`); it is loaded first, and a limit on RAM counts it.
         `keep_prefixes`: what was computed for prompts is also written to a folder, of at most so many bytes (True: 4
         GiB; or a text such as "8GiB"), and read from there by the next process.
@@ -183,19 +185,20 @@ class Engine:
             logger.warning("calibrating and quantizing takes minutes at each start; `glm4lite quantize` does it once")
         if before_weights is not None:
             before_weights()
-        small = None
+        guesser = None
         if draft is not None:
             small, options = _draft_of(tokenizer, draft, options)
+            guesser = DraftModel(small)  # now: what its cache takes of a GPU is no room for the large one
         model, _ = load_checkpoint(Glm4ForCausalLM, checkpoint, options, str(folder))
         engine = cls(model, tokenizer, template, checkpoint.generation_config, parallel or _usual_parallel(model))
         engine.speculate(speculate)
         if prefixes is not None:
             engine.prefixes.disk = KeptPrefixes.of(model, source, checkpoint, prefixes)
-        if small is not None and draft is not None:
-            engine.scheduler.draft = DraftModel(small)
+        if guesser is not None and draft is not None:
+            engine.scheduler.draft = guesser
             engine.scheduler.speculation = engine.scheduler.speculation or Speculation()
             if prefixes is not None:
-                engine.scheduler.draft.prefixes.disk = KeptPrefixes.of(small, draft, opened(draft), prefixes)
+                guesser.prefixes.disk = KeptPrefixes.of(guesser.model, draft, opened(draft), prefixes)
         return engine
 
     def unload(self) -> None:
@@ -406,7 +409,8 @@ def _computed_natively(model: CausalLM) -> bool:
 
 
 def _usual_parallel(model: CausalLM) -> int:
-    return PARALLEL if all(layer.device.type == "cpu" for layer in model.model.layers) else 1
+    """One, where layers lie on a GPU that no graph can be recorded on: each sequence would be computed by itself."""
+    return PARALLEL if serves(model) or not any(cuda_graph.records(layer.device) for layer in model.model.layers) else 1
 
 
 def _required(template: ChatTemplate | None) -> ChatTemplate:

@@ -25,8 +25,10 @@ class ScriptedModel(nn.Module):
     def __init__(self, tokenizer: Tokenizer, replies: list[str], context: int = 4096) -> None:
         super().__init__()
         self.config = Glm4Config(num_hidden_layers=2, vocab_size=tokenizer.size, max_position_embeddings=context)
-        self.model = SimpleNamespace(cache_bytes=2 * 2 * 4, norm=nn.RMSNorm(1))  # bytes of what forward appends
         self.device = torch.device("cpu")
+        layers = [SimpleNamespace(device=self.device, dtype=torch.float32) for _ in range(2)]
+        bytes_ = 2 * 2 * 4  # of what a step appends
+        self.model = SimpleNamespace(layers=layers, cache_bytes=bytes_, norm=nn.RMSNorm(1), dtype=torch.float32)
         self.replies = [tokenizer.ids(reply, special=True) for reply in replies]
         self.left: list[int] = []
         self.chunk = 512

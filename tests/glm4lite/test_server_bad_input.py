@@ -273,7 +273,7 @@ def test_every_field_of_an_endpoint_is_known_to_the_others() -> None:
     forms = {
         CHAT: chat,
         TEXT: set(CompletionRequest.model_fields),
-    }  # what the others do not say otherwise is the chat's
+    }  # the others take what chats take
     forms |= {MESSAGES: chat | set(MessagesBody.model_fields), RESPONSES: chat | set(ResponsesBody.model_fields)}
     spoken = unsupported._FIELDS.keys() | unsupported._HARMLESS.keys()
     for form, other in itertools.permutations(forms, 2):
