@@ -25,6 +25,7 @@ from glm4lite.base.events import (
     Progress,
     TextDelta,
     ThinkingDelta,
+    ToolCallDelta,
     ToolCallFinished,
     ToolCallStarted,
 )
@@ -249,7 +250,7 @@ class _Task:
         for event in events:
             if isinstance(event, ThinkingDelta):
                 thought = None
-            if isinstance(event, ToolCallStarted | ToolCallFinished):
+            if isinstance(event, ToolCallDelta | ToolCallStarted | ToolCallFinished):
                 continue
             if isinstance(event, TextDelta) and thought is not None:
                 thought, closed, rest = (thought + event.text).partition(_CLOSE)

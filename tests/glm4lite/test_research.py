@@ -274,7 +274,7 @@ def test_a_stop_while_a_source_hangs_is_at_once() -> None:
 
         research = researcher("chat", call("chat", "search", query="moon"), sources=[Hanging()])
         events = research.run("Why?")
-        assert isinstance(next(events), ToolCallStarted)
+        assert any(isinstance(event, ToolCallStarted) for event in events)
 
         def stop() -> None:
             hanging.wait(20)
