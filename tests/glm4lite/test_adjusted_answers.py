@@ -139,7 +139,7 @@ PLACE = {
     "required": ["city", "degrees"],
     "additionalProperties": False,
 }
-CALLED = {"type": "object", "properties": {"text": {"enum": ["a", "b"]}}, "required": ["text"]}
+CALLED: dict[str, Any] = {"type": "object", "properties": {"text": {"enum": ["a", "b"]}}, "required": ["text"]}
 CALLED |= {"additionalProperties": False}
 
 
