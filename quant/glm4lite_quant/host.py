@@ -51,6 +51,8 @@ def processors() -> frozenset[int]:
     """The numbers of the processors this process may run on. macOS has no such mask: all."""
     if sys.platform == "darwin":
         return frozenset(range(os.cpu_count() or 1))
+    if sys.platform == "linux":  # a hundredth of psutil's time, which opens files of the process; asked at each product
+        return frozenset(os.sched_getaffinity(0))
     return frozenset(psutil.Process().cpu_affinity()) or frozenset((0,))
 
 
