@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from glm4lite.engine.engine import Engine
 from glm4lite.tools.builtin.tools import calculator as builtin
@@ -29,6 +29,14 @@ class City(BaseModel):
     people: int
 
 
+class Weather(BaseModel):
+    """The weather."""
+
+    city: Literal["Lisbon", "Oslo"]
+    degrees: int = Field(ge=-50, le=50)
+
+
+WEATHER = "It has 18 degrees in Lisbon. How is the weather?"
 PARIS = '{"name": "Paris", "people": 2100000}'
 
 
@@ -84,6 +92,11 @@ class TestLangChain:
             model = self.model(server).with_structured_output(City, method="function_calling")
             assert model.invoke("The largest city of France?") == City(name="Paris", people=2_100_000)
 
+    @pytest.mark.parametrize("responses", [False, True])
+    def test_it_gets_an_object_of_a_schema(self, nano: Served, responses: bool) -> None:
+        model = self.model(nano, use_responses_api=responses).with_structured_output(Weather, method="json_schema")
+        assert isinstance(model.invoke(WEATHER), Weather)
+
 
 class TestPydanticAI:
     """pydantic-ai, over chat completions, Responses and Messages."""
@@ -95,7 +108,9 @@ class TestPydanticAI:
             from pydantic_ai.models.anthropic import AnthropicModel
             from pydantic_ai.providers.anthropic import AnthropicProvider
 
-            return AnthropicModel("nano", provider=AnthropicProvider(base_url=nano.url, api_key="none"))
+            able = {"supports_json_schema_output": True}  # it knows that of Anthropic's own models by their names
+            provider = AnthropicProvider(base_url=nano.url, api_key="none")
+            return AnthropicModel("nano", provider=provider, profile=able)
         from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
         from pydantic_ai.providers.openai import OpenAIProvider
 
@@ -118,6 +133,13 @@ class TestPydanticAI:
             assert "888" in (await agent.run(QUESTION)).output
 
         asyncio.run(everything())
+
+    @pytest.mark.parametrize("form", ["NativeOutput", "ToolOutput"])
+    def test_it_gets_an_object_of_a_schema(self, model: Any, form: str) -> None:
+        import pydantic_ai
+
+        agent = pydantic_ai.Agent(model, output_type=getattr(pydantic_ai, form)(Weather))
+        assert isinstance(asyncio.run(agent.run(WEATHER)).output, Weather)
 
 
 class TestOpenAIAgents:
@@ -144,6 +166,18 @@ class TestOpenAIAgents:
                 assert "888" in (await agents.Runner.run(with_tool, QUESTION)).final_output
 
         asyncio.run(everything())
+
+    @pytest.mark.parametrize("name", ["OpenAIChatCompletionsModel", "OpenAIResponsesModel"])
+    def test_it_gets_an_object_of_a_schema(self, nano: Served, name: str) -> None:
+        agents = pytest.importorskip("agents")
+        from openai import AsyncOpenAI
+
+        async def asked() -> Any:
+            async with AsyncOpenAI(base_url=f"{nano.url}/v1", api_key="none", max_retries=0) as client:
+                agent = agents.Agent(name="nano", model=getattr(agents, name)("nano", client), output_type=Weather)
+                return (await agents.Runner.run(agent, WEATHER)).final_output
+
+        assert isinstance(asyncio.run(asked()), Weather)
 
 
 class TestInstructor:
