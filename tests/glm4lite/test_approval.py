@@ -54,10 +54,14 @@ def finished(events: list[Event]) -> list[ToolCallFinished]:
     return [event for event in events if isinstance(event, ToolCallFinished)]
 
 
+def started(events: list[Event]) -> list[ToolCallStarted]:
+    return [event for event in events if isinstance(event, ToolCallStarted)]
+
+
 def test_what_is_allowed_runs_and_was_announced() -> None:
     chat = session(CALL + "<|observation|>", "\nDone.<|user|>", approve=lambda call, tool: True)
     events = list(chat.send("Erase a"))
-    assert events[0] == ToolCallStarted("call_1", "erase", {"name": "a"}, needs_approval=True)
+    assert started(events) == [ToolCallStarted("call_1", "erase", {"name": "a"}, needs_approval=True)]
     assert finished(events)[0].content == "erased"
     assert erased == ["a"]
 
@@ -87,10 +91,9 @@ def test_always_holds_until_the_conversation_is_forgotten() -> None:
 
     chat = session(*[CALL + "<|observation|>", "\nDone.<|user|>"] * 3, approve=approve)
     list(chat.send("Erase a"))
-    second = list(chat.send("Again"))
+    (second,) = started(list(chat.send("Again")))
     assert (len(questions), len(erased)) == (1, 2)
-    assert isinstance(second[0], ToolCallStarted)
-    assert not second[0].needs_approval
+    assert not second.needs_approval
     chat.reset()
     list(chat.send("Again"))
     assert len(questions) == 2

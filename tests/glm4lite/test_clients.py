@@ -108,9 +108,9 @@ class TestPydanticAI:
             from pydantic_ai.models.anthropic import AnthropicModel
             from pydantic_ai.providers.anthropic import AnthropicProvider
 
-            able = {"supports_json_schema_output": True}  # it knows that of Anthropic's own models by their names
-            provider = AnthropicProvider(base_url=nano.url, api_key="none")
-            return AnthropicModel("nano", provider=provider, profile=able)
+            there = AnthropicProvider(base_url=nano.url, api_key="none")
+            # It knows this of Anthropic's own models, by their names.
+            return AnthropicModel("nano", provider=there, profile={"supports_json_schema_output": True})
         from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
         from pydantic_ai.providers.openai import OpenAIProvider
 

@@ -79,7 +79,7 @@ NAMES = frozenset(
         glm4lite GLM nano zai org calculator current time unit convert weather MCP Python python CPU KV int4 int8
         nf4 fp4 float native avx2 avxvnni avx512vnni scalar neon neoni8mm glm4 MiB KiB GiB GB TOP Top Min Markdown JSON
         Hugging Face Hub English WebRTC HTML temperature config json safetensors nowhere organisation txt png bad
-        GB18030
+        GB18030 Schema
         """,
     )
 )
