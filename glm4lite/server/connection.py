@@ -64,6 +64,7 @@ class Connection(H11Protocol):
         if self.cycle is None or self.cycle.response_complete or self.conn.their_state not in _SENT:
             return False
         self._sends_no_more = True
+        self.scope["state"]["sends_no_more"] = True  # a stream that is silent then writes at once (stream.py)
         self._asking.start(PROBE_S, lambda: self._ask(PROBE_S))
         return True
 

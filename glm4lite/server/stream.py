@@ -47,6 +47,11 @@ class Stream:
         except WorkerClosed:
             raise _stopping() from None
 
+    @property
+    def half_closed(self) -> bool:
+        """Whether the client sends no more: it only reads, or it left, which a write tells (connection.py)."""
+        return getattr(self._request.state, "sends_no_more", False)
+
     async def pieces(self) -> AsyncIterator[Piece | None]:
         """The pieces, Done last; None each time nothing came for a while."""
         looked, clock = 0.0, time.monotonic
@@ -94,7 +99,7 @@ async def events(stream: Stream, reply: Reply, include_usage: bool) -> AsyncIter
     try:
         async for piece in stream.pieces():
             quiet = quiet + POLL_S if piece is None else 0.0
-            if piece is None and quiet >= QUIET_S:
+            if piece is None and (quiet >= QUIET_S or stream.half_closed):
                 quiet = 0.0
                 yield b": waiting\n\n"
             elif isinstance(piece, Progress):

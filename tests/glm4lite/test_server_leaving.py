@@ -61,7 +61,7 @@ def test_a_client_that_leaves_while_it_waits_leaves_the_queue(slow: Served) -> N
     next(waiting)  # the role comes at once
     wait_for(lambda: slow.worker.state().waiting == 1)
     waiting.close()
-    wait_for(lambda: slow.worker.state().waiting == 0, 30)
+    wait_for(lambda: slow.worker.state().waiting == 0, 5)
     assert slow.worker.state().running == 1
     running.close()
 
