@@ -191,6 +191,14 @@ class TestInstructor:
             city = client.chat.completions.create(model="nano", response_model=City, messages=asked, max_retries=0)
             assert city.model_dump() == {"name": "Paris", "people": 2_100_000}
 
+    @pytest.mark.parametrize("mode", ["TOOLS", "JSON_SCHEMA"])
+    def test_it_gets_an_object_of_a_schema(self, nano: Served, mode: str) -> None:
+        instructor = pytest.importorskip("instructor")
+        client = instructor.from_openai(nano.client, mode=instructor.Mode[mode])
+        asked = [{"role": "user", "content": WEATHER}]
+        answer = client.chat.completions.create(model="nano", response_model=Weather, messages=asked, max_retries=0)
+        assert isinstance(answer, Weather)
+
 
 class TestLiteLLM:
     """litellm, over chat completions, Responses and Messages."""
