@@ -15,7 +15,7 @@ from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glm4lite.base.errors import CheckpointError, NoModel
@@ -33,7 +33,7 @@ from glm4lite.server.preparing import Preparing
 from glm4lite.server.response_store import ResponseStore
 from glm4lite.server.responses import ResponsesForm, ResponsesRequest, responses_question
 from glm4lite.server.responses_reply import ResponsesReply
-from glm4lite.server.stream import Stream, events
+from glm4lite.server.stream import EventStream, Stream, events
 from glm4lite.server.tokens import count_tokens, detokenize, tokenize
 
 LOOKING = ["GET", "HEAD"]  # HEAD is what the health checks of containers send
@@ -182,7 +182,7 @@ class Api:
             sent = events(stream, reply, asked.include_usage)
             # `events` cancels by itself, but is never begun for a client that is gone already.
             gone = BackgroundTask(stream.cancel)
-            return StreamingResponse(sent, media_type="text/event-stream", headers=NO_BUFFER | said, background=gone)
+            return EventStream(sent, headers=NO_BUFFER | said, background=gone)
         async for piece in stream.pieces():
             if piece is not None:
                 for _ in reply.chunks(piece):

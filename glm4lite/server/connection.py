@@ -5,8 +5,8 @@ that does not read. A web page's long event streams are none of these: they are 
 
 A client may close its sending side once its request is sent, and still read (`nc -N`). On the wire that looks like one
 that left. So it is asked: an interim response (102) reaches the one, and is refused by the other's system, which the
-next write tells. Once the answer itself is being sent, that is what tells; a stream that may be silent for long writes
-something now and then (an event stream a comment).
+next write tells. Once an answer is being sent, its own writes tell; an event stream may be silent for long, and there a
+comment asks (stream.EventStream).
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ class Connection(H11Protocol):
         if self.cycle is None or self.cycle.response_complete or self.conn.their_state not in _SENT:
             return False
         self._sends_no_more = True
-        self.scope["state"]["sends_no_more"] = True  # a stream that is silent then writes at once (stream.py)
         self._asking.start(PROBE_S, lambda: self._ask(PROBE_S))
         return True
 
@@ -107,12 +106,19 @@ class Connection(H11Protocol):
             self._arriving.stop()
 
     def _ask(self, next_s: float) -> None:
-        """Writes what only a client that reads takes, as long as nothing else is being sent."""
-        if self.transport.is_closing() or self.conn.our_state is not h11.SEND_RESPONSE:
-            return
-        if self.conn.their_http_version == b"1.1":  # older clients know no interim responses
-            self.transport.write(self.conn.send(h11.InformationalResponse(status_code=102, headers=[])) or b"")
+        """Writes what only a client that reads takes, as long as there is something that it passes over."""
+        question = None if self.transport.is_closing() else self._question()
+        if question is not None:
+            self.transport.write(question)
             self._asking.start(next_s, lambda: self._ask(min(2 * next_s, LONGEST_PROBE_S)))
+
+    def _question(self) -> bytes | None:
+        """An interim response before the answer, which older clients do not know; a comment between two events."""
+        if self.conn.our_state is h11.SEND_RESPONSE and self.conn.their_http_version == b"1.1":
+            return self.conn.send(h11.InformationalResponse(status_code=102, headers=[])) or b""
+        if self.conn.our_state is h11.SEND_BODY and self.scope["state"].get("event_stream"):
+            return self.conn.send(h11.Data(data=b":\n\n")) or b""
+        return None
 
     def _give_up(self) -> None:
         part = "header" if self.conn.their_state is h11.IDLE else "body"

@@ -9,6 +9,8 @@ import time
 from collections.abc import AsyncIterator
 
 from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from glm4lite.base.errors import Glm4liteError, QueueFull, WorkerClosed
 from glm4lite.base.events import Done, Progress
@@ -46,11 +48,6 @@ class Stream:
             raise ApiError(str(error), 429, code="queue_full", headers=wait) from None
         except WorkerClosed:
             raise _stopping() from None
-
-    @property
-    def half_closed(self) -> bool:
-        """Whether the client sends no more: it only reads, or it left, which a write tells (connection.py)."""
-        return getattr(self._request.state, "sends_no_more", False)
 
     async def pieces(self) -> AsyncIterator[Piece | None]:
         """The pieces, Done last; None each time nothing came for a while."""
@@ -91,6 +88,16 @@ def _stopping() -> ApiError:
     return ApiError("the server is stopping", 503)
 
 
+class EventStream(StreamingResponse):
+    """Server-sent events; the connection may put a comment between two of them (connection.py)."""
+
+    media_type = "text/event-stream"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})["event_stream"] = True
+        await super().__call__(scope, receive, send)
+
+
 async def events(stream: Stream, reply: Reply, include_usage: bool) -> AsyncIterator[bytes]:
     """The answer as server-sent events. What goes wrong on the way is an event with an error object."""
     quiet = 0.0
@@ -99,7 +106,7 @@ async def events(stream: Stream, reply: Reply, include_usage: bool) -> AsyncIter
     try:
         async for piece in stream.pieces():
             quiet = quiet + POLL_S if piece is None else 0.0
-            if piece is None and (quiet >= QUIET_S or stream.half_closed):
+            if piece is None and quiet >= QUIET_S:
                 quiet = 0.0
                 yield b": waiting\n\n"
             elif isinstance(piece, Progress):

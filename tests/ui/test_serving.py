@@ -203,6 +203,16 @@ def test_the_api_is_served_beside_the_page(client: httpx.Client, site: Site, tmp
     assert client.get("/v1/models").json()["data"][0]["id"] == tmp_path.name
 
 
+def test_a_window_that_was_closed_holds_no_connection(asking: httpx.Client, empty_site: Site) -> None:
+    open_before = len(empty_site.server.server_state.connections)
+    with httpx.Client() as other, other.stream("GET", f"{empty_site.url}/page/events?window=gone") as stream:
+        assert "hello" in next(stream.iter_text())  # and nothing more, for no answer goes on
+    deadline = time.monotonic() + 5
+    while len(empty_site.server.server_state.connections) > open_before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(empty_site.server.server_state.connections) <= open_before
+
+
 def test_ending_with_an_open_page_is_quick_and_logs_nothing(
     client: httpx.Client, site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
@@ -22,6 +22,7 @@ from starlette.concurrency import run_in_threadpool
 
 from glm4lite.base.errors import Glm4liteError, said_by
 from glm4lite.base.sentences import Sentence
+from glm4lite.server.stream import EventStream
 from glm4lite_ui.answering import Decision
 from glm4lite_ui.artifacts import artifacts_of
 from glm4lite_ui.chats import NEW_TITLE, Attachment, Chat, Settings, to_json
@@ -136,7 +137,7 @@ class _Streams:
         router.add_api_route("/ack", self.ack, methods=["POST"])
 
     async def events(self, window: str) -> Response:
-        return StreamingResponse(self.windows.stream(window), media_type="text/event-stream")
+        return EventStream(self.windows.stream(window))
 
     async def show(self, shown: Shown) -> dict[str, bool]:
         window = self.windows.find(shown.window)
