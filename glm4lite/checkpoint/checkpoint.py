@@ -20,6 +20,8 @@ from glm4lite.checkpoint import legacy
 from glm4lite.checkpoint.folders import described, unfinished
 from glm4lite.checkpoint.shard import ShardMaps, StoredTensor, read, read_header, torch_dtype
 from glm4lite.model.config import Glm4Config
+from glm4lite_quant.config import QuantConfig
+from glm4lite_quant.format import Codes
 
 
 class Checkpoint:
@@ -145,6 +147,18 @@ class Checkpoint:
         for start in range(0, count, step):
             stop = min(start + step, count)
             yield start, self.rows(name, start, stop) if held is None else held[start:stop]
+
+    def quant_for(self, name: str, config: QuantConfig) -> QuantConfig:
+        """How a weight that shall be quantized with `config` is: otherwise, where its own codes can be kept."""
+        return config
+
+    def outcome(self, quants: Mapping[str, object]) -> str | None:
+        """What becomes of another tool's weights, in one line; quants: what each tensor is quantized to."""
+        return None
+
+    def codes(self, name: str, start: int, stop: int, group: int) -> Codes:
+        """Rows of a weight that `quant_for` said is kept, as codes with a scale for each `group` columns."""
+        raise CheckpointError(f"{name} in {self.file(name)} is not quantized, so that it has no codes to be kept")
 
     def check_finite(self, name: str, values: torch.Tensor, first_row: int = 0) -> None:
         """Raises CheckpointError where what was read of a tensor (rows from `first_row` on) holds NaN or infinity."""

@@ -53,7 +53,7 @@ def imagined(folder: Path) -> Checkpoint:
     quant = stored_quant(empty)
     if not isinstance(quant, QuantConfig | None):
         method = format_of(quant).method
-        raise ConfigError(f"{folder} is a {quant.kind} checkpoint of {method} without weights; plan with its original")
+        raise ConfigError(f"{folder} is a checkpoint of {method} without weights; plan with its original")
     with torch.device("meta"):
         model = model_class(empty)(config)
     tensors: dict[str, StoredTensor] = {}
