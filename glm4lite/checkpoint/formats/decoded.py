@@ -115,7 +115,8 @@ class DecodedCheckpoint(Checkpoint):
         sizes = [group for group in groups.values() if group is not None] + widths
         group_size = next(size for size in reversed(GROUP_SIZES) if all(one % size == 0 for one in sizes))
         bits = {name: self._bits(name, name in kept, wanted) for name in self.names() if len(self.shape(name)) == 2}
-        exceptions = _exceptions(bits, wanted) + wanted.exceptions
+        own = _exceptions(bits, wanted)
+        exceptions = (*own.items(), *((name, count) for name, count in wanted.exceptions if name not in own))
         return replace(wanted, group_size=group_size, exceptions=exceptions, method=KEPT)
 
     def _bits(self, name: str, kept: bool, wanted: QuantConfig) -> int | None:
@@ -216,7 +217,7 @@ def _wordy(pieces: tuple[Piece, ...]) -> bool:
     return all(piece.weight.bits > _WORDY_BITS for piece in pieces) and any(piece.weight.bits < 16 for piece in pieces)
 
 
-def _exceptions(bits: Mapping[str, int | None], wanted: QuantConfig) -> tuple[tuple[str, int | None], ...]:
+def _exceptions(bits: Mapping[str, int | None], wanted: QuantConfig) -> dict[str, int | None]:
     """What makes `wanted` give each weight these bits: by the last name where all of it agree, else by the whole."""
     leaves: dict[str, set[int | None]] = {}
     for name, count in bits.items():
@@ -227,7 +228,7 @@ def _exceptions(bits: Mapping[str, int | None], wanted: QuantConfig) -> tuple[tu
         own, leaf = wanted.for_module(module), module.rpartition(".")[2]
         if count != (None if own is None else own.bits):
             found[leaf if len(leaves[leaf]) == 1 else f"*{module.removeprefix('model.')}"] = count
-    return tuple(found.items())
+    return found
 
 
 def _module(name: str) -> str:

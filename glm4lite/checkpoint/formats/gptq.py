@@ -32,16 +32,11 @@ from glm4lite_quant import QuantError
 
 BITS = (2, 3, 4, 8)
 
-_ONES = {
-    2: (0x55555555,),
-    3: (0x49249249, 0x92492492, 0x24924924),
-    4: (0x11111111,),
-    8: (0x01010101,),
-}
-"""A one in each code of the words of zero points; three bits have three words in turn."""
+_ONES = {2: (0x55555555,), 4: (0x11111111,), 8: (0x01010101,)}
+"""A one in each code of the words of zero points. Of three bits some lie in two words, so that each is raised alone."""
 
 _ONES_OF_GPTQMODEL = _ONES | {3: (0x24924924, 0x92492492, 0x49249249)}
-"""What GPTQModel subtracts instead when it writes, and adds when it reads."""
+"""GPTQModel has words for three bits too, in turn, which are not ones: it adds what it has subtracted."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +99,7 @@ def gptq_weight(checkpoint: Checkpoint, module: str, settings: Settings) -> Pack
 
     def opened(source: Checkpoint) -> Affine:
         step = finite(source, scales)
-        stored = source.mapped(zeros)
-        points = unpacked(bytes_of(stored if settings.ones is None else _more(stored, settings.ones[bits])), bits)
+        points = _points(source.mapped(zeros), bits, settings.ones)
         places = _order(source, order, groups) if order in source and not in_order else None
         low = (points.float() * step).T.contiguous()
         packed = source.mapped(words)
@@ -120,10 +114,14 @@ def _rows(words: Tensor, start: int, stop: int, bits: int) -> Tensor:
     return unpacked(bytes_of(words[:, start:stop].T), bits)
 
 
-def _more(words: Tensor, ones: tuple[int, ...]) -> Tensor:
-    """Zero points one higher, which wraps as it did when they were lowered: the whole word, not each code."""
-    added = torch.tensor(ones, dtype=torch.int64).repeat(-(-words.shape[1] // len(ones)))[: words.shape[1]]
-    return ((words.long() + added) & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
+def _points(words: Tensor, bits: int, ones: Mapping[int, tuple[int, ...]] | None) -> Tensor:
+    """Zero points, uint8 [G, N]. Raising them wraps as lowering them did: the whole word, not each code."""
+    if ones is None:
+        return unpacked(bytes_of(words), bits)
+    if bits not in ones:
+        return (unpacked(bytes_of(words), bits) + 1) & ((1 << bits) - 1)
+    added = torch.tensor(ones[bits]).repeat(-(-words.shape[1] // len(ones[bits])))[: words.shape[1]]
+    return unpacked(bytes_of(((words.long() + added) & 0xFFFFFFFF).to(torch.uint32)), bits)
 
 
 def _order(checkpoint: Checkpoint, name: str, groups: int) -> Tensor:
