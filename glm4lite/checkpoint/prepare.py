@@ -14,7 +14,7 @@ from torch import nn
 
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.formats.format import Imported, Quant
-from glm4lite.checkpoint.formats.registry import format_of
+from glm4lite.checkpoint.formats.registry import format_of, open_source
 from glm4lite.checkpoint.load_plan import LoadPlan, Model, make_load_plan, read_config, skeleton
 from glm4lite.checkpoint.quant_choice import chosen, parse_quant, stored_quant
 from glm4lite.checkpoint.streaming import ProgressCallback
@@ -48,8 +48,8 @@ class Prepared(Generic[Model]):
 
 
 def opened(source: str | Path, progress: ProgressCallback | None = None, hub: HubOptions = HubOptions()) -> Checkpoint:
-    """The checkpoint of a folder, of "nano", or of a Hub repo, which is downloaded. Raises Glm4liteError."""
-    return Checkpoint.open(resolve(source, progress, hub))
+    """The checkpoint of a folder, a GGUF file, "nano", or a Hub repo, which is downloaded. Raises Glm4liteError."""
+    return open_source(resolve(source, progress, hub))
 
 
 def prepare(

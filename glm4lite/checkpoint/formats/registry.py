@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from glm4lite.base.files import INDEX, SINGLE
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.formats.auto_round import AutoRound
 from glm4lite.checkpoint.formats.awq import AWQ
 from glm4lite.checkpoint.formats.bitsandbytes import BITSANDBYTES
 from glm4lite.checkpoint.formats.compressed_tensors import CompressedTensors
 from glm4lite.checkpoint.formats.format import ForeignWeight, Format, Stored
+from glm4lite.checkpoint.formats.gguf import GGUF, SUFFIX, file_in, open_gguf
 from glm4lite.checkpoint.formats.gptq import GPTQ
 from glm4lite.checkpoint.formats.hqq import HQQ
 from glm4lite.checkpoint.formats.mlx import MLX
 from glm4lite.checkpoint.formats.scaled import FP8
 
-FORMATS: tuple[Format, ...] = (BITSANDBYTES, GPTQ(), AWQ(), CompressedTensors(), AutoRound(), MLX(), HQQ(), FP8())
+FORMATS: tuple[Format, ...] = (
+    *(BITSANDBYTES, GPTQ(), AWQ(), CompressedTensors(), AutoRound(), MLX(), HQQ(), FP8(), GGUF()),
+)
+
+
+def open_source(path: Path) -> Checkpoint:
+    """The checkpoint of a folder or of a GGUF file, which may be the only model of a folder.
+
+    Raises:
+        Glm4liteError: what `Checkpoint.open` raises; the file is damaged, or of another model.
+    """
+    if path.name.endswith(SUFFIX) and not path.is_dir():
+        return open_gguf(path)
+    if path.is_dir() and not any(os.path.lexists(path / name) for name in (SINGLE, INDEX)):
+        file = file_in(path)
+        if file is not None:
+            return open_gguf(file)
+    return Checkpoint.open(path)
 
 
 def declared_format(config: Mapping[str, Any]) -> tuple[Format, Mapping[str, Any]] | None:
