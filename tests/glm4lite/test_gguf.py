@@ -185,7 +185,7 @@ def test_damaged_files_get_one_line(tmp_path: Path) -> None:
         whole[:4] + struct.pack(">I", 3) + whole[8:]: "big-endian",
         whole[:8] + struct.pack("<Q", 2**60) + whole[16:]: "speaks of 1152921504606846976 tensors",
         b"<html>" + whole[6:]: "is a web page",
-        whole.replace(b"general.architecture", b"general.architecturf", 1): "is a model of None",
+        whole.replace(b"general.architecture", b"general.architecturf", 1): "is a model of 'no known kind'",
         b"GGUF": "is no GGUF file|is truncated",
     }
     for content, said in cases.items():

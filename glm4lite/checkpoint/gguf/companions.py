@@ -44,7 +44,7 @@ def companions_folder(path: Path, metadata: Mapping[str, Any], config: Mapping[s
     folder = user_folder() / "gguf" / f"{path.stem[:80]}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     if (folder / CONFIG).exists():  # the last that is written
         return folder
-    files = _tokenizer_files(path, metadata, config)
+    files = _tokenizer_files(path, metadata)
     files[_GENERATION] = _json({key: config[key] for key in ("eos_token_id", "pad_token_id")})
     try:
         make_private(folder)
@@ -60,7 +60,7 @@ def _json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
-def _tokenizer_files(path: Path, metadata: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, bytes]:
+def _tokenizer_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, bytes]:
     model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if model != "gpt2" or pre not in _PRE:
         what = f"{reprlib.repr(model)}, cut as {reprlib.repr(pre)}"
@@ -93,16 +93,10 @@ def _tokenizer_files(path: Path, metadata: Mapping[str, Any], config: Mapping[st
         "model": {"type": "BPE", **settings, "fuse_unk": False, "byte_fallback": False}
         | {"vocab": vocabulary, "merges": merges},
     }
-    stop = config["eos_token_id"] or []
-    named = {
-        "eos_token": "<|user|>" if "<|user|>" in tokens else tokens[stop[0]] if stop and stop[0] < len(tokens) else None
-    }
-    padding = "<|endoftext|>" if "<|endoftext|>" in tokens else None
-    values = {"tokenizer_class": "PreTrainedTokenizerFast", **named, "pad_token": padding, "padding_side": "left"}
-    return {
-        TOKENIZER: _json(tokenizer),
-        _SETTINGS: _json({key: value for key, value in values.items() if value is not None}),
-    } | _template_file(path, metadata)
+    roles = {"eos_token": "<|user|>", "pad_token": "<|endoftext|>"}
+    values = {key: token for key, token in roles.items() if token in kind_of}
+    values |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
+    return {TOKENIZER: _json(tokenizer), _SETTINGS: _json(values)} | _template_file(path, metadata)
 
 
 def _texts(path: Path, metadata: Mapping[str, Any], key: str) -> list[Any]:

@@ -47,7 +47,7 @@ def model_config(path: Path, header: Header) -> dict[str, Any]:
         CheckpointError: it is another model, or a value is missing.
     """
     metadata = _Metadata(path, header.metadata)
-    architecture = header.metadata.get("general.architecture")
+    architecture = str(header.metadata.get("general.architecture", "no known kind"))
     if architecture not in ARCHITECTURES:
         known = " and ".join(ARCHITECTURES)
         raise CheckpointError(f"{path} is a model of {reprlib.repr(architecture)}; glm4lite runs {known}")
@@ -128,7 +128,7 @@ class _Metadata:
     def number(self, key: str, default: float | None = None) -> float:
         value = self.of_model(key)
         value = default if value is None else value
-        if type(value) not in (int, float) or not 0 < value < 1e30:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
             raise self._wrong(key, value)
         return float(value)
 
