@@ -30,7 +30,8 @@ from glm4lite.checkpoint.formats.weight import (
 )
 from glm4lite_quant import QuantError
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)
+"""5 to 7 are AutoRound's; all are one stream of codes."""
 
 _ONES = {2: (0x55555555,), 4: (0x11111111,), 8: (0x01010101,)}
 """A one in each code of the words of zero points. Of three bits some lie in two words, so that each is raised alone."""
