@@ -78,7 +78,7 @@ def _declared(config: Mapping[str, Any]) -> Stored:
     foreign = declared_format(config)
     if foreign is not None:
         return foreign[0].config(foreign[1])
-    given = config.get("quantization_config")
+    given: Any = config.get("quantization_config")
     method = given.get("quant_method") if isinstance(given, Mapping) else None
     if isinstance(method, str) and method != QUANT_METHOD:
         known = ", ".join(repr(one) for one in (QUANT_METHOD, *(known.method for known in FORMATS)))

@@ -118,11 +118,12 @@ def quantize_weight(
 
 def _with_kept_codes(checkpoint: Checkpoint, fill: Fill, quant: QuantConfig, meter: Meter) -> QuantTensor:
     """A weight with another tool's codes; tiles of rows whose scales are too far apart for ours are quantized anew."""
-    weight = QuantTensor.empty(*fill.shape, quant)
-    row_bytes = checkpoint.nbytes(fill.source) // fill.shape[0]
+    n, k = fill.shape
+    weight = QuantTensor.empty(n, k, quant)
+    row_bytes = checkpoint.nbytes(fill.source) // n
     step = max(ROWS, BLOCK_BYTES // row_bytes // ROWS * ROWS)
-    for start in range(0, fill.shape[0], step):
-        stop = min(start + step, fill.shape[0])
+    for start in range(0, n, step):
+        stop = min(start + step, n)
         codes = checkpoint.codes(fill.source, start, stop, quant.group_size)
         lossy = weight.take_codes(start, codes)
         for tile in (lossy.nonzero()[:, 0] // ROWS).unique().tolist():

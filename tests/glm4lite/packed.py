@@ -139,6 +139,14 @@ def int_quantized(c: Coded, symmetric: bool = True) -> dict[str, Tensor]:
     return found if symmetric else found | {"weight_zero_point": (c.zero - 128).to(torch.int8)}
 
 
+def fp8(c: Coded, block: bool = True) -> dict[str, Tensor]:
+    """A scale for each 32 x 32 block, or for all; `c` tells its step and codes, which eight-bit floats hold exactly."""
+    values = (c.codes - c.zero[0, 0]).float()
+    if not block:
+        return {"weight": values.to(torch.float8_e4m3fn), "weight_scale": c.step[0, 0].float()}
+    return {"weight": values.to(torch.float8_e4m3fn), "weight_scale_inv": c.step[::32].float()}
+
+
 def mlx(c: Coded) -> dict[str, Tensor]:
     """Every other group with a negative step, as MLX writes it where the largest value is positive."""
     sign = torch.where(torch.arange(c.step.shape[1]) % 2 == 1, -1, 1)
@@ -176,9 +184,7 @@ class Layout:
     symmetric: bool = True
     shuffled: bool = False
     key: str = "quantization_config"
-
-    def with_(self, **changes: Any) -> Layout:
-        return replace(self, **changes)
+    shared_rows: int = 1  # how many rows have one step
 
 
 def write_packed(folder: Path, layout: Layout, split: bool = False, **config: Any) -> tuple[Path, Path]:
@@ -197,6 +203,9 @@ def write_packed(folder: Path, layout: Layout, split: bool = False, **config: An
         decoded = []
         for part, rows in parts.items():
             made = coded(rows, layout.bits, layout.group, layout.symmetric, layout.shuffled)
+            if layout.shared_rows > 1:
+                steps = made.step[:: layout.shared_rows].repeat_interleave(layout.shared_rows, 0)
+                made = replace(made, step=steps[: len(rows)])
             decoded.append(made.decoded.float())
             stored |= {f"{part}.{suffix}": value.contiguous() for suffix, value in layout.lay_out(made).items()}
         plain[name] = torch.cat(decoded)

@@ -25,6 +25,7 @@ from glm4lite.model.causal_lm import CausalLM
 from glm4lite.pretrained.load import load
 from glm4lite.text.messages import Message
 from glm4lite.text.tokenizer import Tokenizer
+from glm4lite_quant import QuantLinear
 from tests.glm4lite.checkpoints import TEMPLATE, write_checkpoint, write_tokenizer
 from tests.glm4lite.gguf_files import CONFIG, random_blocks, write_gguf
 
@@ -98,7 +99,9 @@ def test_affine_codes_are_kept(tmp_path: Path, kind: str, caplog: pytest.LogCapt
     model = load(tmp_path / "tiny.gguf")
     assert "gguf: of 8 quantized weights 8 keep their codes" in caplog.messages
     values = wanted["model.layers.0.mlp.down_proj.weight"]
-    weight = model.get_submodule("model.layers.0.mlp.down_proj").weight_tensor.dequantize()
+    linear = model.get_submodule("model.layers.0.mlp.down_proj")
+    assert isinstance(linear, QuantLinear)
+    weight = linear.weight_tensor.dequantize()
     assert float((weight - values).norm() / values.norm()) < 0.01
 
 

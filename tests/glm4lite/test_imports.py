@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from glm4lite.base.errors import CheckpointError, ConfigError
 from glm4lite.checkpoint.checkpoint import Checkpoint
@@ -19,9 +20,10 @@ from glm4lite.loading.plan_report import plan
 from glm4lite.measure.info import model_facts
 from glm4lite.model.causal_lm import CausalLM
 from glm4lite.pretrained.load import load
-from glm4lite_quant import QuantLinear
+from glm4lite_quant import QuantLinear, QuantTensor
 from glm4lite_quant.config import KEPT
 from tests.glm4lite import packed
+from tests.glm4lite.checkpoints import legacy_checkpoint, tiny_config, tiny_tensors
 from tests.glm4lite.packed import Layout, compressed, write_packed
 
 IDS = torch.tensor([[1, 2, 3, 50, 60, 7, 300]])
@@ -34,6 +36,7 @@ HQQ = {
     "quant_method": "hqq",
     "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 32, "axis": 1}, "scale_quant_params": None},
 }
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 GPTQMODEL_ONES = (0x24924924, 0x92492492, 0x49249249)
 
 LAYOUTS = {
@@ -91,11 +94,19 @@ AGAIN = {
     "compressed-tensors, int8, not symmetric": Layout(
         partial(packed.int_quantized, symmetric=False), compressed(8, "int-quantized"), bits=8, symmetric=False
     ),
+    "fp8, in blocks": Layout(packed.fp8, FP8 | {"weight_block_size": [32, 32]}, shared_rows=32),
+    "fp8, a scale for all": Layout(partial(packed.fp8, block=False), FP8, group=None, shared_rows=1000),
     "mlx, 5 bits": Layout(packed.mlx, MLX | {"bits": 5}, bits=5, key="quantization", symmetric=False),
     "mlx, 6 bits": Layout(packed.mlx, MLX | {"bits": 6}, bits=6, key="quantization", symmetric=False),
     "mlx, 8 bits": Layout(packed.mlx, MLX | {"bits": 8}, bits=8, key="quantization", symmetric=False),
 }
 """Those that are decoded and quantized again."""
+
+
+def weight_of(model: nn.Module, module: str) -> QuantTensor:
+    linear = model.get_submodule(module)
+    assert isinstance(linear, QuantLinear)
+    return linear.weight_tensor
 
 
 def decoded(folder: Path) -> Checkpoint:
@@ -139,7 +150,7 @@ def test_affine_codes_of_four_bits_are_kept(tmp_path: Path, layout: Layout, capl
     for name, values in load_all(plain).items():
         module = name.removesuffix(".weight")
         if module.rpartition(".")[2] in packed.LINEARS and module != name:
-            weight = model.get_submodule(module).weight_tensor
+            weight = weight_of(model, module)
             made = packed.coded(values, layout.bits, layout.group, layout.symmetric)
             step = made.step.float().amax(1, keepdim=True)
             off = ((weight.dequantize() - values) / step).abs()
@@ -163,7 +174,9 @@ def test_other_codes_are_decoded_and_quantized_again(
     assert [line for line in caplog.messages if "of 12 quantized weights 12 are decoded and quantized again" in line]
     made = prepare(Checkpoint.open(folder), None, CausalLM).plan
     methods = {fill.quant.method for fill in made.fills if fill.quant and fill.quant.bits == 4}  # type: ignore[union-attr]
-    assert methods == ({"calibrated"} if layout.bits == 8 else {"search"})
+    assert methods == (
+        {"calibrated"} if layout.bits == 8 or layout.declared.get("quant_method") == "fp8" else {"search"}
+    )
 
 
 def test_weights_of_more_bits_beside_kept_ones_become_int8(tmp_path: Path) -> None:
@@ -174,11 +187,8 @@ def test_weights_of_more_bits_beside_kept_ones_become_int8(tmp_path: Path) -> No
     tensors |= {f"{name}.{part}": value.contiguous() for part, value in packed.mlx(values).items()}
     write_all(folder, tensors, quantization=MLX | {name: {"bits": 6}, "lm_head": False})
     model = load(folder)
-    assert {part: model.get_submodule(f"model.layers.{part}.mlp.down_proj").weight_tensor.bits for part in (0, 1)} == {
-        0: 4,
-        1: 8,
-    }
-    assert model.get_submodule("model.layers.1.self_attn.k_proj").weight_tensor.bits == 4
+    assert [weight_of(model, f"model.layers.{layer}.mlp.down_proj").bits for layer in (0, 1)] == [4, 8]
+    assert weight_of(model, "model.layers.1.self_attn.k_proj").bits == 4
 
 
 def test_halves_of_a_fused_layer_are_put_together(tmp_path: Path) -> None:
@@ -193,6 +203,24 @@ def test_halves_of_a_fused_layer_are_put_together(tmp_path: Path) -> None:
     write_all(folder, tensors)
     with pytest.raises(CheckpointError, match=r"has model.layers.1.mlp.gate_proj.weight without its other half"):
         load(folder)
+
+
+def test_an_older_chatglm_checkpoint_has_q_k_and_v_in_one(tmp_path: Path) -> None:
+    config = tiny_config(model_type="glm", intermediate_size=128)
+    tensors = tiny_tensors(config)
+    older = load_all(legacy_checkpoint(tmp_path / "older", config, tensors))
+    for name in [name for name in older if name.endswith(".weight") and ".layers." in name and "norm" not in name]:
+        made = packed.coded(older.pop(name), 4, 32)
+        parts = packed.gptq(made)
+        older |= {f"{name.removesuffix('weight')}{part}": value.contiguous() for part, value in parts.items()}
+        if "query_key_value" in name and ".0." in name:
+            wanted = made.decoded.float()
+    write_all(tmp_path / "older", older, quantization_config=GPTQ)
+    found = decoded(tmp_path / "older")
+    rows = [found.tensor(f"model.layers.0.self_attn.{letter}_proj.weight") for letter in "qkv"]
+    torch.testing.assert_close(torch.cat(rows), wanted, rtol=1e-6, atol=1e-7)
+    model = load(tmp_path / "older")
+    assert sum(isinstance(module, QuantLinear) for module in model.modules()) == 13
 
 
 def test_it_is_quantized_into_a_folder_of_our_own(tmp_path: Path) -> None:

@@ -77,8 +77,8 @@ class DecodedCheckpoint(Checkpoint):
             parts.append(opened.codes(a, b).in_groups(group))
         if len(parts) == 1:
             return parts[0]
-        planes = (torch.cat([getattr(part, plane) for part in parts]) for plane in ("values", "step", "low"))
-        return Codes(*planes, levels=max(part.levels for part in parts))
+        values, step, low = (torch.cat([getattr(part, plane) for part in parts]) for plane in ("values", "step", "low"))
+        return Codes(values, step, low, max(part.levels for part in parts))
 
     def quant_for(self, name: str, config: QuantConfig) -> QuantConfig:
         pieces = self._pieces.get(name)

@@ -89,7 +89,7 @@ def gptq_weight(checkpoint: Checkpoint, module: str, settings: Settings) -> Pack
     if columns != rows or lines * 32 % bits or inputs % groups or inputs // groups % 8:
         shapes = " and ".join(str(list(checkpoint.shape(name))) for name in (words, zeros, scales))
         raise wrong(checkpoint, words, f"has shapes that do not belong together: {shapes} with zero points and scales")
-    parts = (words, zeros, scales)
+    parts: tuple[str, ...] = (words, zeros, scales)
     in_order = not settings.act_order
     if order in checkpoint:
         check(checkpoint, order, ("I32", "I64"), (inputs,))
