@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,7 +83,7 @@ def _declared(config: Mapping[str, Any]) -> Stored:
     method = given.get("quant_method") if isinstance(given, Mapping) else None
     if isinstance(method, str) and method != QUANT_METHOD:
         known = ", ".join(repr(one) for one in (QUANT_METHOD, *(known.method for known in FORMATS)))
-        raise QuantError(f"quantization_config.quant_method is {method!r}; known: {known}")
+        raise QuantError(f"quantization_config.quant_method is {reprlib.repr(method)}; known: {known}")
     return QuantConfig.from_dict(given)
 
 

@@ -5,6 +5,7 @@ A layout is a function that makes the tensors of one module of its `Coded` weigh
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.glm4lite.checkpoints import tiny_config, tiny_tensors, write_checkpoint
@@ -212,6 +214,21 @@ def write_packed(folder: Path, layout: Layout, split: bool = False, **config: An
     declared = {layout.key: dict(layout.declared)}
     one = write_checkpoint(folder / "packed", CONFIG | declared | config, stored)
     return one, write_checkpoint(folder / "plain", CONFIG | {"torch_dtype": "float32"}, plain)
+
+
+def pack_model(folder: Path, layout: Layout) -> None:
+    """Quantizes the layers of a plain checkpoint in its place."""
+    tensors = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+    for file in folder.glob("model*"):
+        file.unlink()
+    for name in list(tensors):
+        module = name.removesuffix(".weight")
+        if module.rpartition(".")[2] in LINEARS and module != name:
+            made = coded(tensors.pop(name), layout.bits, layout.group, layout.symmetric)
+            tensors |= {f"{module}.{suffix}": value.contiguous() for suffix, value in layout.lay_out(made).items()}
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {layout.key: dict(layout.declared)}), encoding="utf-8")
 
 
 def compressed(bits: int, layout_format: str = "pack-quantized", **weights: Any) -> dict[str, Any]:

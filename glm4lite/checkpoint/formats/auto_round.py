@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,9 @@ class AutoRound(ImportedFormat):
     def settings(self, given: Mapping[str, Any]) -> Settings:
         one_of(given, "bits", BITS)
         if given.get("data_type", "int") not in ("int", "int_sym", "int_asym", "int_asym_dq"):
-            raise QuantError(f"quantization_config.data_type is {given['data_type']!r}; only whole numbers can be read")
+            raise QuantError(
+                f"quantization_config.data_type is {reprlib.repr(given['data_type'])}; only whole numbers can be read"
+            )
         packing = given.get("packing_format", given.get("backend", "auto_round:auto_gptq"))
         text = packing if isinstance(packing, str) else ""
         kernel = text.removeprefix("auto_round").removeprefix(":")
@@ -50,7 +53,9 @@ class AutoRound(ImportedFormat):
             text = "auto_round"
         layout = _LAYOUTS.get(text if text else "?")
         if layout is None:
-            raise QuantError(f"quantization_config.packing_format is {packing!r}; known: {', '.join(_LAYOUTS)}")
+            raise QuantError(
+                f"quantization_config.packing_format is {reprlib.repr(packing)}; known: {', '.join(_LAYOUTS)}"
+            )
         return Settings(layout, group_size(given))
 
     def weights(self, checkpoint: Checkpoint, settings: Settings) -> Iterator[tuple[str, PackedWeight]]:

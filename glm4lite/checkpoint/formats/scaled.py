@@ -6,6 +6,7 @@ each row, for each group of a row, or for each block of rows and columns. Scales
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ class FP8(ImportedFormat):
         if size is None:
             return None
         if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and 0 < n < 1 << 24 for n in size):
-            raise QuantError(f"quantization_config.weight_block_size is {size!r}; expected two sizes")
+            raise QuantError(f"quantization_config.weight_block_size is {reprlib.repr(size)}; expected two sizes")
         return size[0], size[1]
 
     def weights(self, checkpoint: Checkpoint, settings: tuple[int, int] | None) -> Iterator[tuple[str, PackedWeight]]:

@@ -52,7 +52,7 @@ def model_config(path: Path, header: Header) -> dict[str, Any]:
         known = " and ".join(ARCHITECTURES)
         raise CheckpointError(f"{path} is a model of {reprlib.repr(architecture)}; glm4lite runs {known}")
     heads, hidden = metadata.count("attention.head_count"), metadata.count("embedding_length")
-    head_dim = metadata.count("attention.key_length", hidden // heads)
+    head_dim = metadata.count("attention.key_length", max(1, hidden // heads))
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{path} has no token_embd.weight; download it again")
