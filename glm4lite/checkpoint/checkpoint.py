@@ -164,6 +164,7 @@ class Checkpoint:
         """Raises CheckpointError where what was read of a tensor (rows from `first_row` on) holds NaN or infinity."""
         if math.isfinite(float(values.sum())):  # at the memory's speed; isfinite takes 40 times as long
             return
+        values = values if values.dim() else values[None]
         bad = (~values.isfinite()).nonzero()
         if len(bad):  # else the sum was too large
             place = [int(index) for index in bad[0]]

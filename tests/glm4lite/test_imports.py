@@ -297,6 +297,18 @@ DAMAGE = {
         {"quantization_config": compressed(8)},
         "which config.json says",
     ),
+    "a scale for all that is no number": (
+        "fp8, a scale for all",
+        {f"{DOWN}.weight_scale": lambda t: t.fill_(float("nan"))},
+        {},
+        f"{DOWN}.weight_scale in .* holds nan",
+    ),
+    "zero points of another type": (
+        "compressed-tensors, not symmetric",
+        {f"{DOWN}.weight_zero_point": lambda t: t.to(torch.int8)},
+        {},
+        "weight_zero_point .* is I8 .8, 4.; expected I8 .64, 4.",
+    ),
     "a zero point that four bits have not": (
         "compressed-tensors",
         {f"{DOWN}.weight_zero_point": torch.full((64, 4), 100, dtype=torch.int8)},

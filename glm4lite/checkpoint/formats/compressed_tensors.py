@@ -77,7 +77,10 @@ def _packed(checkpoint: Checkpoint, module: str, declared: frozenset[int]) -> Pa
     parts = [words, scale, size]
     if zero in checkpoint:
         lines = {-(-rows * bits // 32), -(-rows // (32 // bits))}
-        check(checkpoint, zero, ("I32", "I8"), (rows, groups), *((count, groups) for count in sorted(lines)))
+        if checkpoint.dtype(zero) == "I8":  # before they were packed
+            check(checkpoint, zero, ("I8",), (rows, groups))
+        else:
+            check(checkpoint, zero, ("I32",), *((count, groups) for count in sorted(lines)))
         parts.append(zero)
     if order in checkpoint:
         check(checkpoint, order, ("I32", "I64"), (columns,))
@@ -125,7 +128,7 @@ def _codes(words: Tensor, bits: int, dense: bool, columns: int) -> Tensor:
 def _zero_points(checkpoint: Checkpoint, name: str, rows: int, bits: int) -> Tensor:
     """[N, G], as high as the codes are."""
     stored = checkpoint.mapped(name)
-    if stored.shape[0] == rows:  # before they were packed
+    if stored.dtype == torch.int8:
         points = stored.float() + (1 << (bits - 1))
         if not 0 <= float(points.min()) <= float(points.max()) < 1 << bits:
             raise wrong(checkpoint, name, f"holds a zero point that {bits} bits cannot have")
