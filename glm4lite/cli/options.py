@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from glm4lite.base.errors import ConfigError
 from glm4lite.cli.paths import models
+
+if TYPE_CHECKING:
+    from glm4lite.text.grammar import Schema
 
 _LIKE_A_SIZE = re.compile(r"[\d.]+ *[A-Za-z]{0,3}", re.ASCII)
 
@@ -62,6 +65,26 @@ NoTools = Annotated[bool, typer.Option("--no-tools", help="Not calculator, curre
 Mcp = Annotated[
     list[Path] | None, typer.Option(metavar="FILE", help="A file with mcpServers, whose tools are offered.")
 ]
+Docs = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FOLDER", help="A folder whose files are searched; may be repeated.", show_default="none"),
+]
+Search = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="A SearXNG server, such as http://127.0.0.1:8888; the web's pages may be opened then.",
+        show_default="none",
+    ),
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="HOST[:PORT]",
+        help="Pages of this host may be opened, also in your own network; may be repeated.",
+        show_default="public hosts with --search",
+    ),
+]
 Approve = Annotated[
     str,
     typer.Option(
@@ -81,6 +104,10 @@ ThinkingBudget = Annotated[
     int | None, typer.Option(help="Longest thought, in tokens; 0 is none.", show_default="no limit")
 ]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")]
+SchemaFile = Annotated[
+    Path | None,
+    typer.Option("--schema", metavar="FILE", help="A JSON schema that the answer follows; nothing but JSON is said."),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", autocompletion=_among("auto", "cpu", "cuda"))]
 Dtype = Annotated[
     str, typer.Option(help="auto, bfloat16 or float32.", autocompletion=_among("auto", "bfloat16", "float32"))
@@ -146,6 +173,15 @@ def with_sizes(arguments: list[str]) -> list[str]:
         alone = argument == "--keep-prefixes" and not _LIKE_A_SIZE.fullmatch(after)
         given.append(f"{argument}=4GiB" if alone else argument)
     return given
+
+
+def schema_of(file: Path | None) -> Schema | None:
+    """The JSON schema of a file; SchemaError where it holds none."""
+    from glm4lite.base.errors import SchemaError
+    from glm4lite.base.files import read_json
+    from glm4lite.text.grammar import checked_schema
+
+    return None if file is None else checked_schema(read_json(file, SchemaError))
 
 
 def use_threads(count: str | None) -> None:
