@@ -43,6 +43,7 @@ class Checkpoint:
     ) -> None:
         """absent: tensors that the index lists but no shard holds -> the shard that should; not all are needed."""
         self.folder = folder
+        self.origin = folder  # what a user calls it: the folder, or a file that holds all of it
         self.config = config
         self.absent = absent or {}
         self._tensors = tensors

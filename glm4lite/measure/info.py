@@ -72,7 +72,7 @@ def model_facts(source: str, progress: Callable[[Progress], None] | None = None)
     weights = [requirements_of(checkpoint, quant) for quant in _ways(stored)]
     named = _stored_as(checkpoint, stored) if stored else weights[-1].quant
     return [
-        ("model", str(checkpoint.folder)),
+        ("model", str(checkpoint.origin)),
         ("architecture", f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}, {heads}"),
         ("parameters", f"{_parameters(model):,}"),
         ("stored as", named),

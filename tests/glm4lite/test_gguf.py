@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from glm4lite.base.errors import CheckpointError
+from glm4lite.base.errors import CheckpointError, TokenizerError
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.formats.registry import open_source
 from glm4lite.checkpoint.gguf.blocks import AFFINE, decoder
@@ -165,7 +165,11 @@ def test_a_file_is_quantized_into_a_folder_and_described(tmp_path: Path) -> None
     folder = quantize_checkpoint(tmp_path / "tiny.gguf", tmp_path / "int4")
     assert torch.equal(logits(folder), logits(tmp_path / "tiny.gguf"))
     assert (folder / "tokenizer.json").exists()
-    assert dict(model_facts(str(tmp_path / "tiny.gguf")))["stored as"] == "gguf, 8 Q4_0"
+    facts = dict(model_facts(str(tmp_path / "tiny.gguf")))
+    assert facts["stored as"] == "gguf, 8 Q4_0"
+    assert facts["model"] == str(tmp_path / "tiny.gguf")
+    with pytest.raises(TokenizerError, match=r"tiny.gguf is a GGUF file, whose tokenizer is read with its model"):
+        Tokenizer.from_pretrained(tmp_path / "tiny.gguf")
 
 
 # --- what is refused

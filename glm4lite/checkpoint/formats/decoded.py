@@ -56,6 +56,7 @@ class DecodedCheckpoint(Checkpoint):
             first = checkpoint.stored(pieces[0].weight.parts[0])
             tensors[name] = replace(first, name=name, dtype=dtype, shape=shape)
         super().__init__(checkpoint.folder, config, tensors, checkpoint.absent)
+        self.origin = checkpoint.origin
         self._opened: dict[str, Opened] = {}
 
     def tensor(self, name: str) -> Tensor:

@@ -48,7 +48,9 @@ def open_gguf(path: Path) -> Checkpoint:
         if kind not in PLAIN:
             types[name] = kind
     declared = {"quantization_config": {"quant_method": GGUF.method, "types": types}} if types else {}
-    return Checkpoint.of(folder, config | declared, tensors)
+    checkpoint = Checkpoint.of(folder, config | declared, tensors)
+    checkpoint.origin = path
+    return checkpoint
 
 
 def file_in(folder: Path) -> Path | None:
