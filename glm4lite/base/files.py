@@ -38,7 +38,6 @@ UNREADABLE: Mapping[str, str] = {
     ".pth": "pickle",
     ".pt": "pickle",
     ".ckpt": "pickle",
-    ".gguf": "GGUF",
 }
 """Weight files of other kinds, by suffix."""
 

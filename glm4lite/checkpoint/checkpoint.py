@@ -20,6 +20,8 @@ from glm4lite.checkpoint import legacy
 from glm4lite.checkpoint.folders import described, unfinished
 from glm4lite.checkpoint.shard import ShardMaps, StoredTensor, read, read_header, torch_dtype
 from glm4lite.model.config import Glm4Config
+from glm4lite_quant.config import QuantConfig
+from glm4lite_quant.format import Codes
 
 
 class Checkpoint:
@@ -41,6 +43,7 @@ class Checkpoint:
     ) -> None:
         """absent: tensors that the index lists but no shard holds -> the shard that should; not all are needed."""
         self.folder = folder
+        self.origin = folder  # what a user calls it: the folder, or a file that holds all of it
         self.config = config
         self.absent = absent or {}
         self._tensors = tensors
@@ -146,10 +149,23 @@ class Checkpoint:
             stop = min(start + step, count)
             yield start, self.rows(name, start, stop) if held is None else held[start:stop]
 
+    def quant_for(self, name: str, config: QuantConfig) -> QuantConfig:
+        """How a weight that shall be quantized with `config` is: otherwise, where its own codes can be kept."""
+        return config
+
+    def outcome(self, quants: Mapping[str, object]) -> str | None:
+        """What becomes of another tool's weights, in one line; quants: what each tensor is quantized to."""
+        return None
+
+    def codes(self, name: str, start: int, stop: int, group: int) -> Codes:
+        """Rows of a weight that `quant_for` said is kept, as codes with a scale for each `group` columns."""
+        raise CheckpointError(f"{name} in {self.file(name)} is not quantized, so that it has no codes to be kept")
+
     def check_finite(self, name: str, values: torch.Tensor, first_row: int = 0) -> None:
         """Raises CheckpointError where what was read of a tensor (rows from `first_row` on) holds NaN or infinity."""
         if math.isfinite(float(values.sum())):  # at the memory's speed; isfinite takes 40 times as long
             return
+        values = values if values.dim() else values[None]
         bad = (~values.isfinite()).nonzero()
         if len(bad):  # else the sum was too large
             place = [int(index) for index in bad[0]]

@@ -5,6 +5,7 @@ Source: transformers' convert_glm_weights_to_hf.py and convert_glm4_weights_to_h
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from glm4lite.base.errors import CheckpointError
 from glm4lite.checkpoint.shard import StoredTensor
@@ -24,6 +25,8 @@ RENAMES: tuple[tuple[str, str], ...] = (
 FUSED_QKV = re.compile(r"transformer\.encoder\.layers\.(\d+)\.self_attention\.query_key_value\.(weight|bias)")
 """One tensor whose rows are all of q, then all of k, then all of v."""
 
+_SCALES = ("_scale", "_scale_inv")  # what lies beside a weight that is itself the codes
+
 
 def rename(tensors: Mapping[str, StoredTensor], config: Glm4Config) -> dict[str, StoredTensor]:
     """The same tensors under our names, fused q, k, v rows as three tensors."""
@@ -35,10 +38,34 @@ def rename(tensors: Mapping[str, StoredTensor], config: Glm4Config) -> dict[str,
         )
     renamed: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
-        fused = FUSED_QKV.fullmatch(name)
-        for new_name, part in _split_qkv(tensor, config, *fused.groups()) if fused else [(_new_name(name), tensor)]:
-            renamed[new_name] = part
+        if any(f"{name}{beside}" in tensors for beside in _SCALES):  # renamed where it is decoded
+            renamed[name] = tensor
+            continue
+        for new_name, first, count in places(name, tensor.shape[0] if tensor.shape else 0, config, tensor.path):
+            whole = not tensor.shape or count == tensor.shape[0]
+            renamed[new_name] = tensor if whole else tensor.rows(first, first + count)
     return renamed
+
+
+def places(name: str, rows: int, config: Glm4Config, file: Path) -> list[tuple[str, int, int]]:
+    """(new name, first row, rows) of each tensor that one of an older name is now; `file` is for messages.
+
+    Raises:
+        CheckpointError: it is q, k and v in one, but not of as many rows as config.json's heads need.
+    """
+    fused = FUSED_QKV.fullmatch(name)
+    if fused is None:
+        return [(_new_name(name), 0, rows)]
+    head_dim = config.head_dim
+    key_rows = config.num_key_value_heads * head_dim
+    parts = {"q": config.num_attention_heads * head_dim, "k": key_rows, "v": key_rows}
+    if rows != sum(parts.values()):
+        raise CheckpointError(f"{name} in {file} has {rows} rows; config.json's heads need {sum(parts.values())}")
+    found, first = [], 0
+    for letter, count in parts.items():
+        found.append((f"model.layers.{fused[1]}.self_attn.{letter}_proj.{fused[2]}", first, count))
+        first += count
+    return found
 
 
 def _new_name(name: str) -> str:
@@ -47,19 +74,3 @@ def _new_name(name: str) -> str:
         if match:
             return match.expand(replacement)
     return name
-
-
-def _split_qkv(tensor: StoredTensor, config: Glm4Config, layer: str, kind: str) -> list[tuple[str, StoredTensor]]:
-    head_dim = config.head_dim
-    key_rows = config.num_key_value_heads * head_dim
-    parts = {"q": config.num_attention_heads * head_dim, "k": key_rows, "v": key_rows}
-    total = sum(parts.values())
-    if not tensor.shape or tensor.shape[0] != total:
-        raise CheckpointError(
-            f"{tensor.name} in {tensor.path} has shape {list(tensor.shape)}; config.json's heads need {total} rows"
-        )
-    split, start = [], 0
-    for letter, rows in parts.items():
-        split.append((f"model.layers.{layer}.self_attn.{letter}_proj.{kind}", tensor.rows(start, start + rows)))
-        start += rows
-    return split

@@ -167,6 +167,7 @@ def make_load_plan(
             (plan.fresh if new else missing).append((module, parameter))
             continue
         config = None if parts else _quant_for(model, module, parameter, shape, quant, plan.kept)
+        config = checkpoint.quant_for(source, config) if isinstance(config, QuantConfig) else config
         plan.fills.append(Fill(module, parameter, source, shape, config, parts, weight))
     if missing:
         raise CheckpointError(_missing(checkpoint, [f"{prefix}{module}.{parameter}" for module, parameter in missing]))
@@ -304,6 +305,9 @@ def say_notices(model: nn.Module, checkpoint: Checkpoint, plan: LoadPlan) -> Non
         logger.warning("%s is not used: only the language model is run", some(plan.other_parts))
     if os.path.lexists(checkpoint.folder / ADAPTER):
         logger.warning("%s is not used: the model beside the adapter is run without it", checkpoint.folder / ADAPTER)
+    outcome = checkpoint.outcome({fill.source: fill.quant for fill in plan.fills})
+    if outcome is not None:
+        logger.warning(outcome)
     if plan.kept:
         narrow = max(column_multiple(fill.quant) for fill in plan.fills if fill.quant)
         why = f"their input width is not a multiple of {narrow}"

@@ -13,8 +13,8 @@ from typing import Generic
 from torch import nn
 
 from glm4lite.checkpoint.checkpoint import Checkpoint
-from glm4lite.checkpoint.formats.format import Quant
-from glm4lite.checkpoint.formats.registry import format_of
+from glm4lite.checkpoint.formats.format import Imported, Quant
+from glm4lite.checkpoint.formats.registry import format_of, open_source
 from glm4lite.checkpoint.load_plan import LoadPlan, Model, make_load_plan, read_config, skeleton
 from glm4lite.checkpoint.quant_choice import chosen, parse_quant, stored_quant
 from glm4lite.checkpoint.streaming import ProgressCallback
@@ -23,7 +23,7 @@ from glm4lite.hub.sources import resolve
 from glm4lite.model.causal_lm import CausalLM
 from glm4lite.model.classifiers import SequenceClassifier, TokenClassifier
 from glm4lite.model.config import Glm4Config
-from glm4lite_quant import QuantConfig
+from glm4lite_quant import BnbConfig
 
 
 @dataclass
@@ -48,8 +48,8 @@ class Prepared(Generic[Model]):
 
 
 def opened(source: str | Path, progress: ProgressCallback | None = None, hub: HubOptions = HubOptions()) -> Checkpoint:
-    """The checkpoint of a folder, of "nano", or of a Hub repo, which is downloaded. Raises Glm4liteError."""
-    return Checkpoint.open(resolve(source, progress, hub))
+    """The checkpoint of a folder, a GGUF file, "nano", or a Hub repo, which is downloaded. Raises Glm4liteError."""
+    return open_source(resolve(source, progress, hub))
 
 
 def prepare(
@@ -72,7 +72,7 @@ def prepare(
     quant = chosen(checkpoint, quant)
     stored, wanted = stored_quant(checkpoint, quant), parse_quant(quant)
     quantized = stored is not None
-    if not isinstance(stored, QuantConfig | None):
+    if isinstance(stored, BnbConfig | Imported):
         checkpoint, stored, wanted = format_of(stored).adapt(checkpoint, stored, wanted, quant is not None)
     config = read_config(checkpoint) if config_for is None else config_for(checkpoint, quantized)
     wanted = None if stored else wanted

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from glm4lite.base.errors import ConfigError
 from glm4lite.base.files import CONFIG
 from glm4lite.checkpoint.checkpoint import Checkpoint
-from glm4lite.checkpoint.formats.format import Quant
-from glm4lite.checkpoint.formats.registry import FORMATS
+from glm4lite.checkpoint.formats.format import Quant, Stored
+from glm4lite.checkpoint.formats.registry import FORMATS, declared_format
 from glm4lite_quant import BnbConfig, BnbTensor, QuantConfig, QuantError, QuantTensor, bnb
 from glm4lite_quant.config import QUANT_METHOD
 from glm4lite_quant.format import COLS
@@ -36,10 +37,11 @@ def chosen(checkpoint: Checkpoint, quant: str | Quant | None) -> str | Quant | N
     """`quant`, with what "auto" means for this checkpoint."""
     if quant != AUTO:
         return quant
-    return "int4" if checkpoint.config.get("quantization_config") is None else None
+    plain = checkpoint.config.get("quantization_config") is None and declared_format(checkpoint.config) is None
+    return "int4" if plain else None
 
 
-def stored_quant(checkpoint: Checkpoint, asked: str | Quant | None = None) -> Quant | None:
+def stored_quant(checkpoint: Checkpoint, asked: str | Quant | None = None) -> Stored | None:
     """How the checkpoint is quantized by its config.json (None: it is not).
 
     Raises:
@@ -47,7 +49,7 @@ def stored_quant(checkpoint: Checkpoint, asked: str | Quant | None = None) -> Qu
             than asked: "none" asks for an unquantized one, None for nothing. (Of another tool's anything may be asked.)
     """
     given, path = checkpoint.config.get("quantization_config"), checkpoint.folder / CONFIG
-    if given is None:
+    if given is None and declared_format(checkpoint.config) is None:
         codes = [name for name in checkpoint.names() if name.endswith((".qweight", ".absmax"))]
         if codes:
             raise ConfigError(
@@ -56,7 +58,7 @@ def stored_quant(checkpoint: Checkpoint, asked: str | Quant | None = None) -> Qu
             )
         return None
     try:
-        stored = _declared(given)
+        stored = _declared(checkpoint.config)
     except QuantError as error:
         raise ConfigError(f"{path}: {error}; use the model's BF16 checkpoint") from None
     if not isinstance(stored, QuantConfig):
@@ -73,14 +75,15 @@ def stored_quant(checkpoint: Checkpoint, asked: str | Quant | None = None) -> Qu
     )
 
 
-def _declared(given: Any) -> Quant:
-    method = given.get("quant_method") if isinstance(given, Mapping) else None
-    foreign = next((known for known in FORMATS if known.method == method), None)
+def _declared(config: Mapping[str, Any]) -> Stored:
+    foreign = declared_format(config)
     if foreign is not None:
-        return foreign.config(given)
+        return foreign[0].config(foreign[1])
+    given: Any = config.get("quantization_config")
+    method = given.get("quant_method") if isinstance(given, Mapping) else None
     if isinstance(method, str) and method != QUANT_METHOD:
-        known = " and ".join(repr(one) for one in (QUANT_METHOD, *(known.method for known in FORMATS)))
-        raise QuantError(f"quantization_config.quant_method is {method!r}; only {known} can be read")
+        known = ", ".join(repr(one) for one in (QUANT_METHOD, *(known.method for known in FORMATS)))
+        raise QuantError(f"quantization_config.quant_method is {reprlib.repr(method)}; known: {known}")
     return QuantConfig.from_dict(given)
 
 

@@ -79,7 +79,7 @@ def quantize_checkpoint(
         calibrator = begin(checkpoint, plan, prepared.config, text, meter)
         for fill in plan.fills:
             _write_fill(writer, checkpoint, fill, meter, calibrator)
-        _write_rest(writer, checkpoint, prepared.config, recorded(config, calibrator))
+        _write_rest(writer, checkpoint, prepared.config, recorded(prepared.wanted or config, calibrator))
     return target
 
 

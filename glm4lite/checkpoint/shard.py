@@ -36,17 +36,17 @@ DTYPES: Mapping[str, torch.dtype] = {
     "I32": torch.int32,
     "I64": torch.int64,
     "BOOL": torch.bool,
+    "U32": torch.uint32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 """The element types that can be read, by their safetensors names."""
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 _ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
     "F8_E8M0": 1,
     "U16": 2,
-    "U32": 4,
     "U64": 8,
 }
 _MAX_DIMENSIONS = 8
@@ -216,7 +216,7 @@ def torch_dtype(tensor: StoredTensor) -> torch.dtype:
     """The torch type of a stored tensor.
 
     Raises:
-        CheckpointError: the type has no reader here (float8, for example).
+        CheckpointError: the type has no reader here (U16, for example).
     """
     if tensor.dtype not in DTYPES:
         raise CheckpointError(

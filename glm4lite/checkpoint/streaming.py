@@ -18,7 +18,8 @@ from glm4lite.checkpoint.formats.format import Quant
 from glm4lite.checkpoint.load_plan import Fill, LoadPlan
 from glm4lite.model.config import Glm4Config
 from glm4lite_quant import BnbTensor, QuantConfig, QuantError, QuantTensor
-from glm4lite_quant.config import CALIBRATED, MINMAX
+from glm4lite_quant.config import CALIBRATED, KEPT, MINMAX
+from glm4lite_quant.format import ROWS
 
 ProgressCallback = Callable[[Progress], None]
 
@@ -103,6 +104,8 @@ def quantize_weight(
             for start, rows in blocks(checkpoint, fill.source, meter):
                 foreign.quantize_rows(start, rows)
             return foreign.double_quantized() if quant.double_quant else foreign
+        if quant.method == KEPT:
+            return _with_kept_codes(checkpoint, fill, quant, meter)
         held, importance = (None, None) if calibrator is None else calibrator.take(fill)
         weight = QuantTensor.empty(n, k, quant)
         for start, rows in blocks(checkpoint, fill.source, meter, held):
@@ -111,3 +114,20 @@ def quantize_weight(
     except QuantError as error:
         where = f"{fill.source} in {checkpoint.file(fill.source)}"
         raise CheckpointError(f"{where} cannot be quantized: {error}; download the file again") from None
+
+
+def _with_kept_codes(checkpoint: Checkpoint, fill: Fill, quant: QuantConfig, meter: Meter) -> QuantTensor:
+    """A weight with another tool's codes; tiles of rows whose scales are too far apart for ours are quantized anew."""
+    n, k = fill.shape
+    weight = QuantTensor.empty(n, k, quant)
+    row_bytes = checkpoint.nbytes(fill.source) // n
+    step = max(ROWS, BLOCK_BYTES // row_bytes // ROWS * ROWS)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        codes = checkpoint.codes(fill.source, start, stop, quant.group_size)
+        lossy = weight.take_codes(start, codes)
+        for tile in (lossy.nonzero()[:, 0] // ROWS).unique().tolist():
+            rows = slice(tile * ROWS, min((tile + 1) * ROWS, stop - start))
+            weight.quantize_rows(start + rows.start, codes[rows].decoded())
+        meter.add((stop - start) * row_bytes)
+    return weight

@@ -293,18 +293,20 @@ def _check_files(repo: Repo, weights: bool) -> None:
 
 def _no_weights(names: Sequence[str]) -> str:
     other = [name for name in names if Path(name).suffix in UNREADABLE]
-    if other and UNREADABLE[Path(other[0]).suffix] == "pickle":
+    if other:
         return (
             f"holds only pickle weights ({some(other[:1])}), which can run code when opened; "
             "choose a repo with safetensors (the zai-org 0414 and -hf repos have them)"
         )
+    gguf = [name for name in names if name.endswith(".gguf")]
+    if gguf:
+        return f"holds GGUF files ({some(gguf[:1])}), of which none is chosen; download one, and give the file itself"
     if "adapter_config.json" in names:
         return "holds an adapter (LoRA), no whole model; choose the repo of a model that it was merged into"
     strange = [name for name in names if name.endswith(".safetensors")]
     if strange:
         return f"has neither {SINGLE} nor {INDEX}, which would say what {some(strange)} hold; choose another repo"
-    found = f" (found {some(other[:1])})" if other else ""
-    return f"holds no safetensors weights{found}; choose a repo with safetensors"
+    return "holds no safetensors weights; choose a repo with safetensors"
 
 
 def _check_disk(repo: Repo, needed: int) -> None:

@@ -106,7 +106,7 @@ def _existing(text: str) -> Path | None:
     """The folder of that name, None where there is none; HubError for a file or what cannot be looked at."""
     try:
         path = Path(text).expanduser()
-        if path.is_dir():
+        if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
             return path
         exists = path.exists()
     except RuntimeError:  # "~name" of a user who does not exist

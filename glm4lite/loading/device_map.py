@@ -106,7 +106,7 @@ def choose(
     if not gpus and not budget.limits and not (placement.fits and placement.share("disk").layers):
         return DeviceMap(home, types)  # mapped: takes no memory that others could not have back
     if not placement.fits:
-        raise CheckpointError("{model} does not fit: {advice}", model=checkpoint.folder, advice=placement.advice)
+        raise CheckpointError("{model} does not fit: {advice}", model=checkpoint.origin, advice=placement.advice)
     if budget.kv == "auto" and placement.kv == "int8":
         logger.warning("the cache is int8, to leave memory for weights (--kv float: as it is)")
     return DeviceMap(home, types, placement, _bus(needs, placement, types["cuda"]))

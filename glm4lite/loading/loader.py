@@ -91,7 +91,7 @@ def _check_memory(checkpoint: Checkpoint, plan: LoadPlan, wanted: Quant | None, 
         advice = Sentence("use quant='int4', or {advice}", advice=advice)
     raise CheckpointError(
         "{model} needs {size} of memory, {free} are free; {advice}",
-        model=checkpoint.folder,
+        model=checkpoint.origin,
         size=readable(needed),
         free=readable(free),
         advice=advice,

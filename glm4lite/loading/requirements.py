@@ -15,7 +15,8 @@ from glm4lite.checkpoint.calibration import layer_bytes
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.folders import other_weights
 from glm4lite.checkpoint.formats.format import Quant
-from glm4lite.checkpoint.formats.registry import format_of
+from glm4lite.checkpoint.formats.gguf import file_in
+from glm4lite.checkpoint.formats.registry import format_of, open_source
 from glm4lite.checkpoint.load_plan import Fill, LoadPlan, automatic_dtype
 from glm4lite.checkpoint.prepare import Prepared, model_class, prepare
 from glm4lite.checkpoint.quant_choice import stored_quant
@@ -40,8 +41,9 @@ def headers(source: str | Path) -> Checkpoint:
 
         return remote_headers(found)
     has_weights = any(os.path.lexists(found / name) for name in (SINGLE, INDEX))
-    if has_weights or not (found / CONFIG).exists() or other_weights(found) is not None:
-        return Checkpoint.open(found)
+    alone = (found / CONFIG).exists() and other_weights(found) is None and file_in(found) is None
+    if has_weights or not alone:
+        return open_source(found)
     return imagined(found)
 
 
@@ -53,7 +55,7 @@ def imagined(folder: Path) -> Checkpoint:
     quant = stored_quant(empty)
     if not isinstance(quant, QuantConfig | None):
         method = format_of(quant).method
-        raise ConfigError(f"{folder} is a {quant.kind} checkpoint of {method} without weights; plan with its original")
+        raise ConfigError(f"{folder} is a checkpoint of {method} without weights; plan with its original")
     with torch.device("meta"):
         model = model_class(empty)(config)
     tensors: dict[str, StoredTensor] = {}

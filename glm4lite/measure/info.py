@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import torch
 
     from glm4lite.base.events import Progress
-    from glm4lite.checkpoint.formats.format import Quant
-    from glm4lite.checkpoint.load_plan import LoadPlan
+    from glm4lite.checkpoint.checkpoint import Checkpoint
+    from glm4lite.checkpoint.formats.format import Stored
     from glm4lite.model.config import Glm4Config
 
 Fact = tuple[str, str]
@@ -58,7 +58,7 @@ def model_facts(source: str, progress: Callable[[Progress], None] | None = None)
     """
     import torch
 
-    from glm4lite.checkpoint.load_plan import make_load_plan, read_config, skeleton
+    from glm4lite.checkpoint.load_plan import read_config, skeleton
     from glm4lite.checkpoint.prepare import model_class, opened
     from glm4lite.checkpoint.quant_choice import stored_quant
     from glm4lite.loading.requirements import requirements_of
@@ -70,9 +70,9 @@ def model_facts(source: str, progress: Callable[[Progress], None] | None = None)
     heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads"
     kv_bytes = bytes_per_token(config, "float", torch.bfloat16.itemsize)
     weights = [requirements_of(checkpoint, quant) for quant in _ways(stored)]
-    named = _stored_as(make_load_plan(model, checkpoint, None), stored) if stored else weights[-1].quant
+    named = _stored_as(checkpoint, stored) if stored else weights[-1].quant
     return [
-        ("model", str(checkpoint.folder)),
+        ("model", str(checkpoint.origin)),
         ("architecture", f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}, {heads}"),
         ("parameters", f"{_parameters(model):,}"),
         ("stored as", named),
@@ -88,24 +88,22 @@ def _scaled(config: Glm4Config) -> str:
     return f" (YaRN, {rope['factor']:g} x {rope['original_max_position_embeddings']:,}, in short texts too)"
 
 
-def _stored_as(plan: LoadPlan, stored: Quant) -> str:
+def _stored_as(checkpoint: Checkpoint, stored: Stored) -> str:
     from glm4lite.checkpoint.formats.registry import format_of
     from glm4lite_quant import QuantConfig
 
     if isinstance(stored, QuantConfig):
         return f"int{stored.bits}, groups of {stored.group_size}"
-    weights = [fill.foreign for fill in plan.fills if fill.foreign]
-    plain = sum(len(fill.shape) == 2 for fill in plan.fills) - len(weights)
-    return format_of(stored).described(stored, weights, plain)
+    return format_of(stored).described(checkpoint, stored)
 
 
-def _ways(stored: Quant | None) -> tuple[str | None, ...]:
+def _ways(stored: Stored | None) -> tuple[str | None, ...]:
     """What `quant` may be where a checkpoint is stored like this; the last one of a plain checkpoint is its own."""
-    from glm4lite_quant import QuantConfig
+    from glm4lite_quant import BnbConfig, QuantConfig
 
     if isinstance(stored, QuantConfig):
         return (None,)
-    return (*((None,) if stored else ()), "int4", "int8", "none")
+    return (*((None,) if isinstance(stored, BnbConfig) else ()), "int4", "int8", "none")
 
 
 def _parameters(model: torch.nn.Module) -> int:

@@ -51,7 +51,7 @@ _OFF: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "tp_size": ((), _ONE_PROCESS),
     "device_mesh": ((), _ONE_PROCESS),
     "distributed_config": ((), _ONE_PROCESS),
-    "gguf_file": ((), "GGUF is not read; use the model's safetensors"),
+    "gguf_file": ((), "give the file itself as the model"),
     "from_tf": ((False,), "only safetensors are read"),
     "from_flax": ((False,), "only safetensors are read"),
     "adapter_kwargs": (({},), "merge the adapter into its model first"),

@@ -74,7 +74,11 @@ class Tokenizer(Encoder):
         own = {name: value for name, value in own.items() if name not in refusals.LOADING}
         rest = {name: value for name, value in given.items() if name not in own}
         refusals.check("from_pretrained", rest, refusals.LOADING, (*attributes, *vars(hub)))
-        tokenizer = cls.from_folder(resolve(pretrained_model_name_or_path, options=hub, weights=False))
+        folder = resolve(pretrained_model_name_or_path, options=hub, weights=False)
+        if folder.is_file():
+            how = "`glm4lite quantize` writes a folder of both"
+            raise TokenizerError(f"{folder} is a GGUF file, whose tokenizer is read with its model; {how}")
+        tokenizer = cls.from_folder(folder)
         tokenizer._check_declared()
         tokenizer.name_or_path = str(pretrained_model_name_or_path)
         for name, value in own.items():

@@ -13,12 +13,13 @@ BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
 
 # How the scales of int4 groups are found: by what calibration tells about the inputs, by the weights alone, not at all
-# (the whole range). int8 takes the largest magnitude whatever is asked for.
-CALIBRATED, SEARCH, MINMAX, ABSMAX = "calibrated", "search", "minmax", "absmax"
+# (the whole range), or by another tool, whose codes were kept. int8 takes the largest magnitude whatever is asked for.
+CALIBRATED, SEARCH, MINMAX, ABSMAX, KEPT = "calibrated", "search", "minmax", "absmax", "kept"
 METHODS = (CALIBRATED, SEARCH, MINMAX)
 
-# Pattern of a module's last name part -> its bits; None stays unquantized. The head is read on every token but decides
-# the answer, k and v are 2 % of the bytes, `score` and the norms are tiny: none of them is worth four bits.
+# Pattern of a module's last name part, or of all of its name -> its bits; None stays unquantized. The head is read on
+# every token but decides the answer, k and v are 2 % of the bytes, `score` and the norms are tiny: none of them is
+# worth four bits.
 EXCEPTIONS: tuple[tuple[str, int | None], ...] = (
     ("lm_head", 8),
     ("embed_tokens", 8),
@@ -68,8 +69,8 @@ class Calibration:
 class QuantConfig:
     """Bits per code, how many input columns share one scale, and how the scales are found.
 
-    method: "calibrated" (for int4 unless given), "search", "minmax"; int8 is always "absmax". calibration: what a
-    calibrated model was made with.
+    method: "calibrated" (for int4 unless given), "search", "minmax"; int8 is always "absmax", and "kept" is what
+    another tool's codes are. calibration: what a calibrated model was made with.
 
     >>> QuantConfig.parse("int4").for_module("model.layers.0.self_attn.k_proj").bits
     8
@@ -87,7 +88,7 @@ class QuantConfig:
         for pattern, bits in self.exceptions:
             if bits is not None:
                 _check_choice(f"exceptions[{pattern!r}]", bits, BITS)
-        if self.method not in (*METHODS, ABSMAX):
+        if self.method not in (*METHODS, ABSMAX, KEPT):
             raise QuantError(f"quantization method is {self.method!r}; use one of {', '.join(METHODS)}")
         if self.bits == 8:
             object.__setattr__(self, "method", ABSMAX)
@@ -108,7 +109,7 @@ class QuantConfig:
         """The config of one module by its dotted name (None: leave it unquantized)."""
         leaf = name.rsplit(".", 1)[-1]
         for pattern, bits in self.exceptions:
-            if fnmatchcase(leaf, pattern):
+            if fnmatchcase(leaf, pattern) or fnmatchcase(name, pattern):
                 return None if bits is None else replace(self, bits=bits, method=self._method_for(bits))
         return self
 

@@ -67,6 +67,32 @@ class Planes:
         return {name: t for name in NAMES if (t := getattr(self, name)) is not None}
 
 
+@dataclass(frozen=True)
+class Codes:
+    """Rows of a weight as another tool's affine codes: `w = values * step - low`, with a step and a low for each group
+    of columns. A step may be negative.
+    """
+
+    values: Tensor  # uint8 [R, K], below `levels`
+    step: Tensor  # float32 [R, G]
+    low: Tensor  # float32 [R, G]
+    levels: int
+
+    def decoded(self) -> Tensor:
+        """float32 [R, K]. Where steps have few digits and zero points are whole, as they mostly are, it is exact."""
+        grouped = self.values.float().view(*self.step.shape, -1)
+        return grouped.mul_(self.step[..., None]).sub_(self.low[..., None]).flatten(1)
+
+    def __getitem__(self, rows: slice) -> Codes:
+        return Codes(self.values[rows], self.step[rows], self.low[rows], self.levels)
+
+    def in_groups(self, size: int) -> Codes:
+        """The same with smaller groups."""
+        times = self.values.shape[1] // self.step.shape[1] // size
+        step, low = (plane.repeat_interleave(times, 1) if times > 1 else plane for plane in (self.step, self.low))
+        return Codes(self.values, step, low, self.levels)
+
+
 def not_finite(row: int, col: int, value: float) -> str:
     """The message for a weight that cannot be quantized."""
     return f"the weight at row {row}, column {col} is {value:g}: not a finite number that can be quantized"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glm4lite_quant.config import GROUP_SIZES, MINMAX, QuantConfig, QuantError
-from glm4lite_quant.format import COLS, NAMES, ROWS, SCRATCH_ELEMENTS, Planes, not_finite
+from glm4lite_quant.format import COLS, NAMES, ROWS, SCRATCH_ELEMENTS, Codes, Planes, not_finite
 from glm4lite_quant.kernels import calibrated, native, reference
 from glm4lite_quant.pages import HUGE, zeros
 
@@ -66,6 +66,34 @@ class QuantTensor(Planes):
         target, source = self.tiles(start, stop), weight.detach().to(self.device)
         if not native.quantize(source, target, how, start):
             target._quantize_reference(source, start, how)
+
+    def take_codes(self, start: int, codes: Codes) -> Tensor:
+        """Fills rows start.. of an int4 weight with another tool's codes; only their scales are rounded to bytes.
+
+        Rows are as in `quantize_rows`, groups as large as this weight's.
+
+        Returns bool [R]: the rows whose rounded scales would cost more than a tenth of what rounding to these codes
+        has cost (a minimum above zero, a group far larger than its row's others). Those are better quantized anew.
+
+        Raises QuantError for shapes that do not fit and for a step or minimum that is not finite, naming its row.
+        """
+        n, k = self.shape
+        stop, groups = start + codes.values.shape[0], k // self.group_size
+        shape = (stop - start, groups)
+        if self.bits != 4 or codes.values.shape[1] != k or codes.step.shape != shape or codes.low.shape != shape:
+            what = f"codes of {list(codes.values.shape)} with steps of {list(codes.step.shape)}"
+            raise QuantError(f"{what} do not fit an int{self.bits} weight of {n} x {k} in groups of {self.group_size}")
+        if start % ROWS or not 0 <= start < stop <= n or (stop % ROWS and stop != n):
+            raise QuantError(f"rows {start} to {stop} do not begin and end at multiples of {ROWS} (or at {n})")
+        for what, plane in (("step", codes.step), ("minimum", codes.low)):
+            if not float(plane.abs().max()) <= reference.HUGE:  # NaN too
+                row = int((~(plane.abs() <= reference.HUGE)).nonzero()[0][0])
+                value = float(plane[row].abs().max())
+                raise QuantError(f"the {what} of row {start + row} is {value:g}: not a number that codes can have")
+        planes, lost = reference.kept(codes)
+        for name, old in self.tiles(start, stop).tensors().items():
+            old.copy_(getattr(planes, name))
+        return lost > codes.step.square().mean(1) * (reference.KEPT_SHARE / 12)
 
     def _quantize_reference(self, weight: Tensor, first_row: int, how: native.Search = native.SEARCH) -> None:
         n, k = self.shape

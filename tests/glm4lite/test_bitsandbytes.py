@@ -361,7 +361,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no kind": ({"bnb_4bit_quant_type": "nf3"}, "bnb_4bit_quant_type is 'nf3'; expected nf4 or fp4"),
     "no bits": ({"load_in_4bit": False}, "load_in_4bit is False; expected true"),
     "the other kind": ({"bnb_4bit_quant_type": "fp4"}, "is nf4, but config.json says fp4; get back the config.json"),
-    "another tool": ({"quant_method": "gptq"}, "only 'glm4lite' and 'bitsandbytes' can be read"),
+    "another tool": ({"quant_method": "quip"}, "quant_method is 'quip'; known: 'glm4lite', 'bitsandbytes'"),
 }
 
 

@@ -104,7 +104,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "NaN": (config(rms_norm_eps=float("nan")), "rms_norm_eps must be a finite number"),
     "rope of 10**400": (config(rope_theta=10**400), "rope_theta must be at most"),
     "absurd size": (config(num_hidden_layers=10**9), "num_hidden_layers: Input should be less than"),
-    "another tool's quantization": (config(quantization_config={"quant_method": "fp8"}), "quant_method is 'fp8'"),
+    "another tool's quantization": (config(quantization_config={"quant_method": "quip"}), "quant_method is 'quip'"),
     "config.json is no JSON": (text("config.json", "{"), "config.json is not valid JSON"),
     "config.json is missing": (removed("config.json"), "config.json is missing"),
     "generation_config.json is no JSON": (text("generation_config.json", "x"), "generation_config.json is not valid"),

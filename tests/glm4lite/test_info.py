@@ -53,7 +53,7 @@ def test_a_classifier_is_described_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"quantization_config": {"quant_method": "fp8"}}, {"num_hidden_layers": 10**9}, {"vocab_size": 10**15}]
+    "changes", [{"quantization_config": {"quant_method": "quip"}}, {"num_hidden_layers": 10**9}, {"vocab_size": 10**15}]
 )
 def test_what_cannot_be_loaded_is_said_as_load_says_it(tmp_path: Path, changes: dict[str, Any]) -> None:
     folder = write_checkpoint(tmp_path)

@@ -19,9 +19,11 @@ from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.hub.sources import nano_folder
 from glm4lite.pretrained.load import load
 from glm4lite.text.tokenizer import Tokenizer
-from glm4lite_quant import QuantConfig
+from glm4lite_quant import QuantConfig, QuantLinear
 from glm4lite_quant.kernels import native
 from tests.glm4lite.checkpoints import write_shards
+from tests.glm4lite.packed import pack_model
+from tests.glm4lite.test_imports import LAYOUTS
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +132,33 @@ def test_calibration_more_than_halves_the_divergence(
     plain, calibrated = divergence("search"), divergence("calibrated")
     print(f"mean KL divergence: search {plain:.4f}, calibrated {calibrated:.4f}")
     assert calibrated < 0.45 * plain  # 0.40 here; both keep k and v in int8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["gptq", "awq"])
+@torch.no_grad()
+def test_kept_codes_lose_a_fiftieth_of_what_their_tool_has_lost(smollm: Path, tmp_path: Path, layout: str) -> None:
+    """Of the weights alone: the layers of a model with kept codes, decoded, in the float32 model of the source."""
+    folder = tmp_path / "permuted"
+    shutil.copytree(smollm, folder)
+    reorder_channels(folder)  # else groups of 32 would have the very grid on which these weights lie
+    tokenizer, root = Tokenizer.from_folder(folder), Path(__file__).parents[2]
+    texts = [(root / file).read_text(encoding="utf-8") for file in ("README.md", "nano/values.py")]
+    windows = [torch.tensor([tokenizer.ids(text)[:512]]) for text in texts]
+
+    def log_probabilities(model: Glm4ForCausalLM) -> list[torch.Tensor]:
+        return [model(ids, logits_to_keep=256).logits[0].log_softmax(-1) for ids in windows]
+
+    def divergence(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> float:
+        return sum(float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(wanted, found, strict=True)) / len(texts)
+
+    expected = log_probabilities(load(folder, quant="none", dtype="float32"))
+    pack_model(folder, LAYOUTS[layout])
+    plain, kept = load(folder, quant="none", dtype="float32"), load(folder)
+    source = log_probabilities(plain)
+    for name, module in kept.named_modules():
+        if isinstance(module, QuantLinear) and name != "lm_head":
+            plain.get_submodule(name).weight = torch.nn.Parameter(module.weight_tensor.dequantize())
+    tool, ours = divergence(expected, source), divergence(source, log_probabilities(plain))
+    print(f"mean KL divergence: {layout} to bfloat16 {tool:.5f}, kept codes to {layout} {ours:.6f}")
+    assert ours < 0.02 * tool

@@ -76,3 +76,10 @@ def test_a_missing_key_is_named() -> None:
         del d[key]
         with pytest.raises(QuantError, match=f"{key} is missing"):
             QuantConfig.from_dict(d)
+
+
+def test_an_exception_may_name_a_whole_module() -> None:
+    config = QuantConfig(exceptions=(("*layers.1.mlp.down_proj", 8), ("k_proj", 4)))
+    assert config.for_module("model.layers.1.mlp.down_proj").bits == 8  # type: ignore[union-attr]
+    assert config.for_module("model.layers.11.mlp.down_proj").bits == 4  # type: ignore[union-attr]
+    assert QuantConfig.from_dict(config.to_dict()) == config

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from glm4lite_quant import QuantConfig, QuantError, QuantTensor
+from glm4lite_quant.format import Codes
+from glm4lite_quant.kernels import reference
 
 CONFIGS = [QuantConfig(bits, group) for bits in (4, 8) for group in (32, 64, 128)]
 
@@ -198,3 +200,71 @@ def test_a_wrong_stored_tensor_is_named() -> None:
     for message, tensors in cases.items():
         with pytest.raises(QuantError, match=message):
             QuantTensor.from_tensors(tensors)
+
+
+# --- another tool's codes
+
+
+def given_codes(n: int = 40, k: int = 256, group: int = 64, levels: int = 16, zero: float | None = None) -> Codes:
+    chance = torch.Generator().manual_seed(5)
+    values = torch.randint(0, levels, (n, k), generator=chance, dtype=torch.uint8)
+    step = 0.01 + 0.01 * torch.rand(n, k // group, generator=chance)
+    points = torch.randint(0, levels, (n, k // group), generator=chance) if zero is None else torch.tensor(zero)
+    return Codes(values, step, points * step, levels)
+
+
+@pytest.mark.parametrize("levels", [4, 8, 16])
+@pytest.mark.parametrize("zero", [None, 8.0], ids=["asymmetric", "symmetric"])
+def test_codes_of_another_tool_are_kept(levels: int, zero: float | None) -> None:
+    codes = given_codes(levels=levels, zero=None if zero is None else levels / 2)
+    weight = QuantTensor.empty(40, 256, QuantConfig(4, 64))
+    assert not bool(weight.take_codes(0, codes).any())
+    assert torch.equal(reference.unpack(weight.qweight)[:40], codes.values)
+    off = (weight.dequantize() - codes.decoded()).square().mean()
+    assert float(off) < float(codes.step.square().mean()) / 12 * (0.01 if levels == 16 else 0.1)
+
+
+def test_a_negative_step_turns_its_codes_round() -> None:
+    codes = given_codes()
+    turned = Codes(15 - codes.values, -codes.step, codes.low - 15 * codes.step, 16)
+    torch.testing.assert_close(turned.decoded(), codes.decoded(), rtol=0, atol=1e-6)
+    one, other = (QuantTensor.empty(40, 256, QuantConfig(4, 64)) for _ in range(2))
+    assert torch.equal(one.take_codes(0, codes), other.take_codes(0, turned))
+    assert torch.equal(one.qweight, other.qweight)
+    torch.testing.assert_close(one.dequantize(), other.dequantize(), rtol=0, atol=2e-3)
+
+
+def test_groups_are_cut_into_smaller_ones() -> None:
+    codes = given_codes(group=128)
+    weight = QuantTensor.empty(40, 256, QuantConfig(4, 32))
+    weight.take_codes(0, codes.in_groups(32))
+    torch.testing.assert_close(weight.dequantize(), codes.decoded(), rtol=0, atol=2e-3)
+
+
+def test_rows_that_our_scales_cannot_hold_are_told() -> None:
+    codes = given_codes(n=48)
+    codes.low[3] = -1.0  # all of a row above zero
+    codes.step[20, 0] *= 1000  # one group far larger than the others: theirs vanish beside it
+    weight = QuantTensor.empty(48, 256, QuantConfig(4, 64))
+    lost = weight.take_codes(0, codes)
+    assert lost.nonzero()[:, 0].tolist() == [3]  # the other's error is small beside its largest group's
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_a_scale_that_is_no_number_is_named(bad: float) -> None:
+    weight = QuantTensor.empty(40, 256, QuantConfig(4, 64))
+    for plane in ("step", "low"):
+        codes = given_codes()
+        getattr(codes, plane)[17, 1] = bad
+        with pytest.raises(QuantError, match="of row 17 is"):
+            weight.take_codes(0, codes)
+
+
+def test_codes_that_do_not_fit_are_refused() -> None:
+    weight = QuantTensor.empty(40, 256, QuantConfig(4, 64))
+    with pytest.raises(QuantError, match=r"do not fit an int4 weight of 40 x 256 in groups of 64"):
+        weight.take_codes(0, given_codes(group=32))
+    with pytest.raises(QuantError, match="do not begin and end at multiples of 16"):
+        weight.take_codes(8, given_codes(n=16))
+    with pytest.raises(QuantError, match="do not fit an int8 weight"):
+        QuantTensor.empty(40, 256, QuantConfig(8, 64)).take_codes(0, given_codes())

@@ -11,8 +11,9 @@ import json
 import logging
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ from torch import Tensor
 from glm4lite.base.errors import CheckpointError, ConfigError
 from glm4lite.base.files import parse_json
 from glm4lite.checkpoint.checkpoint import Checkpoint
-from glm4lite.checkpoint.formats.format import Quant
+from glm4lite.checkpoint.formats.decoded import DecodedCheckpoint
+from glm4lite.checkpoint.formats.format import Quant, Stored, declared, unquantized
+from glm4lite.checkpoint.formats.weight import Opened, PackedWeight, wrong
 from glm4lite_quant import BnbConfig, BnbTensor, QuantConfig, QuantError, QuantTensor, bnb
 from glm4lite_quant.format import NAMES as PLANES
 
@@ -62,12 +65,12 @@ class BnbWeight:
         def mapped(part: str) -> Tensor:
             tensor = checkpoint.mapped(f"{name}.{part}").flatten()
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise _wrong(checkpoint, name, f"has a number in {part} that is not finite")
+                raise wrong(checkpoint, name, f"has a number in {part} that is not finite")
             return tensor
 
         quant_map = bnb.quant_map(self.kind)
         if not torch.allclose(mapped("quant_map"), quant_map, rtol=0, atol=1e-4):
-            raise _wrong(checkpoint, name, f"has another quant_map than {self.kind}'s")
+            raise wrong(checkpoint, name, f"has another quant_map than {self.kind}'s")
         nested: dict[str, Tensor] = {}
         if self.nested_offset is not None:
             nested = {part: mapped(part) for part in ("nested_absmax", "nested_quant_map")}
@@ -88,7 +91,7 @@ def find_weight(checkpoint: Checkpoint, name: str) -> BnbWeight | None:
     states = [suffix for suffix in found if suffix.startswith(STATE)]
     if len(states) != 1:
         what = "no quant_state of nf4 or fp4" if not states else "two quant_states"
-        raise _wrong(checkpoint, name, f"has {what} beside its {found[0]}")
+        raise wrong(checkpoint, name, f"has {what} beside its {found[0]}")
     try:
         fields = _state(checkpoint, f"{name}.{states[0]}")
         weight = _described(fields, tuple(f"{name}{part}" for part in ("", *(f".{suffix}" for suffix in found))))
@@ -96,7 +99,7 @@ def find_weight(checkpoint: Checkpoint, name: str) -> BnbWeight | None:
             raise ValueError(f"quant_type is {weight.kind!r} in a {states[0]}")
         _check_tensors(checkpoint, name, weight)
     except ValueError as error:
-        raise _wrong(checkpoint, name, f"is not as bitsandbytes writes it: {error}") from None
+        raise wrong(checkpoint, name, f"is not as bitsandbytes writes it: {error}") from None
     return weight
 
 
@@ -115,10 +118,6 @@ def find_weights(checkpoint: Checkpoint, stored: BnbConfig) -> dict[str, BnbWeig
             "to the weights"
         )
     return found
-
-
-def _wrong(checkpoint: Checkpoint, name: str, what: str) -> CheckpointError:
-    return CheckpointError(f"{name} in {checkpoint.file(name)} {what}; download it again or use the BF16 checkpoint")
 
 
 def _state(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
@@ -204,43 +203,41 @@ def tensors_of(name: str, weight: BnbTensor, dtype: torch.dtype) -> dict[str, Te
     return tensors | {f"{name}.{STATE}{weight.kind}": packed}
 
 
-class DecodedCheckpoint(Checkpoint):
-    """The same checkpoint as if its quantized weights were plain ones: rows are decoded as they are read.
+def decoded(checkpoint: Checkpoint, found: Mapping[str, BnbWeight]) -> DecodedCheckpoint:
+    """The checkpoint with plain weights.
 
     Beside bitsandbytes' weights may lie int8 ones of ours, as `save_pretrained` writes embedding and head.
     """
+    weights = {name: _packed(name, weight) for name, weight in found.items()}
+    for name, parts in _own_weights(checkpoint):
+        shape = _own_weight(checkpoint, parts, checkpoint.outline).shape
+        weights[name] = PackedWeight(parts, shape, "BF16", 8, None, partial(_opened_own, parts), calibrate=True)
+    return DecodedCheckpoint(checkpoint, weights)
 
-    def __init__(self, checkpoint: Checkpoint, found: Mapping[str, BnbWeight]) -> None:
-        parts = {name: weight.parts for name, weight in found.items()} | dict(_own_weights(checkpoint))
-        hidden = {part for names in parts.values() for part in names}
-        tensors = {name: checkpoint.stored(name) for name in checkpoint.names() if name not in hidden}
-        for name, weight in found.items():
-            tensors[name] = replace(checkpoint.stored(name), dtype=_DTYPES[weight.dtype], shape=weight.shape)
-        for name in parts.keys() - found.keys():
-            shape = _own_weight(checkpoint, parts[name], checkpoint.outline).shape
-            tensors[name] = replace(checkpoint.stored(parts[name][0]), name=name, dtype="BF16", shape=shape)
-        config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-        super().__init__(checkpoint.folder, config, tensors, checkpoint.absent)
-        self._source, self._found, self._parts = checkpoint, found, parts
-        self._read: dict[str, BnbTensor | QuantTensor] = {}
 
-    def tensor(self, name: str) -> Tensor:
-        return self.rows(name, 0, self.shape(name)[0]) if name in self._parts else super().tensor(name)
+def _packed(name: str, weight: BnbWeight) -> PackedWeight:
+    dtype = _DTYPES[weight.dtype]
+    return PackedWeight(weight.parts, weight.shape, dtype, 4, None, lambda source: _Rows(weight.read(source)), True)
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        if name not in self._parts:
-            return super().rows(name, start, stop)
-        if name not in self._read:
-            self._read[name] = self._weight(name)
-        weight, dtype = self._read[name], torch.bfloat16 if self.dtype(name) == "BF16" else torch.float32
-        if isinstance(weight, QuantTensor):
-            return weight.rows(torch.arange(start, stop), dtype)
-        return weight.rows(start, stop, dtype)
 
-    def _weight(self, name: str) -> BnbTensor | QuantTensor:
-        if name in self._found:
-            return self._found[name].read(self._source)
-        return _own_weight(self._source, self._parts[name], self._source.mapped)
+def _opened_own(parts: tuple[str, ...], checkpoint: Checkpoint) -> Opened:
+    return _OwnRows(_own_weight(checkpoint, parts, checkpoint.mapped))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    weight: BnbTensor
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.weight.rows(start, stop, torch.float32)
+
+
+@dataclass(frozen=True)
+class _OwnRows:
+    weight: QuantTensor
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.weight.rows(torch.arange(start, stop))
 
 
 def _own_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -258,7 +255,7 @@ def _own_weight(checkpoint: Checkpoint, parts: tuple[str, ...], read: Callable[[
         if weight.device.type != "meta":
             weight.check_finite()
     except QuantError as error:
-        raise _wrong(checkpoint, parts[0], f"is damaged: {error}") from None
+        raise wrong(checkpoint, parts[0], f"is damaged: {error}") from None
     return weight
 
 
@@ -271,8 +268,11 @@ class _Bitsandbytes:
     def config(self, given: Mapping[str, Any]) -> BnbConfig:
         return BnbConfig.from_dict(given)
 
-    def owns(self, quant: Quant) -> bool:
-        return isinstance(quant, BnbConfig)
+    def declared(self, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        return declared(config, self.method)
+
+    def owns(self, stored: Stored) -> bool:
+        return isinstance(stored, BnbConfig)
 
     def find(self, checkpoint: Checkpoint, name: str) -> BnbWeight | None:
         return find_weight(checkpoint, name)
@@ -303,13 +303,15 @@ class _Bitsandbytes:
             logger.warning("%s: %s is decoded and quantized to int4, which loses a little; %s", why, stored.kind, once)
         elif wanted is not None:
             logger.warning("%s is decoded and quantized again, which loses a little", stored.kind)
-        return DecodedCheckpoint(checkpoint, found), None, wanted
+        return decoded(checkpoint, found), None, wanted
 
-    def described(self, stored: BnbConfig, weights: Sequence[BnbWeight], plain: int) -> str:
+    def described(self, checkpoint: Checkpoint, stored: BnbConfig) -> str:
+        weights = find_weights(checkpoint, stored).values()
         blocks = ", ".join(map(str, sorted({weight.blocksize for weight in weights})))
         double = ", double quantization" if any(weight.nested_offset is not None for weight in weights) else ""
         absent = "" if bnb.available() else "; bitsandbytes cannot be used here, so it loads as int4"
-        return f"{stored.kind} of bitsandbytes, blocks of {blocks}{double}, {plain} matrices not quantized{absent}"
+        plain = unquantized(checkpoint, {part for weight in weights for part in weight.parts})
+        return f"{stored.kind} of bitsandbytes, blocks of {blocks}{double}, {plain}{absent}"
 
 
 BITSANDBYTES = _Bitsandbytes()

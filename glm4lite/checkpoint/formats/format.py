@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from glm4lite.checkpoint.checkpoint import Checkpoint
@@ -12,8 +13,23 @@ Quant = QuantConfig | BnbConfig
 """What weights may be quantized to while they are loaded."""
 
 
+@dataclass(frozen=True)
+class Imported:
+    """What config.json says of weights that are never computed with as another tool stores them.
+
+    method: the name of the format. settings: what its reader took from config.json, for that reader alone.
+    """
+
+    method: str
+    settings: Any
+
+
+Stored = Quant | Imported
+"""How a checkpoint's weights may be stored."""
+
+
 class ForeignWeight(Protocol):
-    """What a checkpoint says of one weight that another tool quantized."""
+    """What a checkpoint says of one weight that another tool quantized, and that is computed with as it is stored."""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -41,14 +57,17 @@ class Format(Protocol):
     def cpu_note(self) -> str:
         """What a user should know who computes with such weights on a CPU; "" for nothing."""
 
-    def config(self, given: Mapping[str, Any]) -> Quant:
-        """config.json's quantization_config as one of ours; QuantError for what cannot be used."""
+    def declared(self, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The part of config.json that says a checkpoint is of this format; None where it does not."""
 
-    def owns(self, quant: Quant) -> bool:
-        """Whether weights of this config are held in this format."""
+    def config(self, given: Mapping[str, Any]) -> Stored:
+        """What `declared` found as a config of ours; QuantError for what cannot be used."""
+
+    def owns(self, stored: Stored) -> bool:
+        """Whether a config came from this format."""
 
     def find(self, checkpoint: Checkpoint, name: str) -> ForeignWeight | None:
-        """The description of the weight `name`, None where it is in another format. CheckpointError if damaged."""
+        """The weight `name` where it is computed with as it is stored, else None. CheckpointError if damaged."""
 
     def adapt(
         self, checkpoint: Checkpoint, stored: Any, wanted: Quant | None, asked: bool
@@ -58,5 +77,17 @@ class Format(Protocol):
         A checkpoint that is decoded comes back as a plain one. Raises CheckpointError, ConfigError, QuantError.
         """
 
-    def described(self, stored: Any, weights: Sequence[Any], plain: int) -> str:
-        """For people: the format, of these weights, beside so many matrices that are not quantized."""
+    def described(self, checkpoint: Checkpoint, stored: Any) -> str:
+        """For people: the format, and how many matrices are not quantized. CheckpointError if damaged."""
+
+
+def declared(config: Mapping[str, Any], method: str) -> Mapping[str, Any] | None:
+    """config.json's quantization_config where it names this method."""
+    given = config.get("quantization_config")
+    return given if isinstance(given, Mapping) and given.get("quant_method") == method else None
+
+
+def unquantized(checkpoint: Checkpoint, parts: set[str]) -> str:
+    """How many matrices are not quantized, beside the weights that consist of these tensors."""
+    plain = sum(len(checkpoint.shape(name)) == 2 for name in checkpoint.names() if name not in parts)
+    return f"{plain} matrices not quantized"

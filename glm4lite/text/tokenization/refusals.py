@@ -19,7 +19,7 @@ LOADING: Refused = {
     "legacy": ((None,), "tokenizer.json says it all"),
     "tokenizer_type": ((None,), "tokenizer.json says it all"),
     "config": ((None,), "the tokenizer's own files say it all"),
-    "gguf_file": ((None,), "GGUF files are not read"),
+    "gguf_file": ((None,), "give the file itself where a model is loaded"),
     "add_bos_token": ((None, False), "what is put around a text is said in tokenizer.json"),
     "add_eos_token": ((None, False), "what is put around a text is said in tokenizer.json"),
     "add_prefix_space": ((None, False), "tokenizer.json says it all"),

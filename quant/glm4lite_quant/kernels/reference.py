@@ -8,11 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glm4lite_quant.format import ROWS, SCRATCH_ELEMENTS, Planes
+from glm4lite_quant.format import ROWS, SCRATCH_ELEMENTS, Codes, Planes
 
 # Shares of a group's (minimum, maximum) that the search tries: cutting an outlier short can cost less than a coarser
 # step. On normal weights in groups of 32 these five give 22.5 dB, the whole range alone 22.1, five equal cuts 22.4.
 SHARES = ((1.0, 1.0), (0.9, 1.0), (1.0, 0.9), (0.9, 0.9), (0.82, 0.82))
+KEPT_SHARE = 0.1  # of the mean square error of rounding (step^2 / 12): what rounding the scales of kept codes may add
 TINY = 1e-30  # a step below this is zero: its reciprocal would leave float32
 HUGE = 1e18  # a weight above this is refused: its square would leave float32
 
@@ -33,6 +34,27 @@ def quantize(weight: Tensor, bits: int, group: int, shares: int = len(SHARES)) -
     step, low = scales * row_scale[:, None], mins * row_min[:, None]
     codes = ((groups + low[..., None]) * _inverse(step)[..., None]).round().clamp(0, 15)
     return Planes(tile_int4(codes.flatten(1)), _tile_plane(scales), _tile_plane(mins), row_scale, row_min)
+
+
+def kept(given: Codes) -> tuple[Planes, Tensor]:
+    """Codes of another tool as int4 planes, and the mean square of what rounding their scales changes in each row [R].
+
+    A step's rounding shifts the middle code by what the minimum's byte can take back: symmetric codes stay symmetric.
+    """
+    codes, step, low, levels = given.values, given.step, given.low, given.levels
+    turned = step < 0
+    if bool(turned.any()):
+        groups = codes.view(*step.shape, -1)
+        codes = torch.where(turned[..., None], levels - 1 - groups, groups).flatten(1)
+        low, step = torch.where(turned, low - (levels - 1) * step, low), step.abs()
+    middle = (levels - 1) / 2
+    row_scale, row_min = step.amax(1) * (1 / 255), low.amax(1).clamp(min=0) * (1 / 255)
+    scales = (step * _inverse(row_scale)[:, None]).round()
+    off = scales * row_scale[:, None] - step
+    mins = ((low + middle * off) * _inverse(row_min)[:, None]).round().clamp(0, 255)
+    shift = mins * row_min[:, None] - low - middle * off
+    lost = (off.square() * ((levels * levels - 1) / 12) + shift.square()).mean(1)
+    return Planes(tile_int4(codes), _tile_plane(scales), _tile_plane(mins), row_scale, row_min), lost
 
 
 def _search(groups: Tensor, shares: int) -> tuple[Tensor, Tensor]:
@@ -86,8 +108,8 @@ def _tile_plane(x: Tensor) -> Tensor:
 def tile_int4(codes: Tensor) -> Tensor:
     """[R, K] of 0..15 -> [T, K/32, 256]: byte (vector j, row r, i) is code 8j+i low and code 8j+4+i high."""
     v = _pad_rows(codes).to(torch.uint8)
-    v = v.view(v.shape[0], ROWS, -1, 4, 2, 4).permute(4, 0, 2, 3, 1, 5)
-    return (v[0] | (v[1] << 4)).flatten(2)
+    v = v.view(torch.int32).view(v.shape[0], ROWS, -1, 4, 2)  # four codes at a time: a code leaves no byte
+    return (v[..., 0] | (v[..., 1] << 4)).permute(0, 2, 3, 1).contiguous().view(torch.uint8).flatten(2)
 
 
 def _tile_int8(codes: Tensor) -> Tensor:

@@ -1,0 +1,119 @@
+"""The small files that a model's folder would hold, made of a GGUF file's metadata: tokenizer, template, config.json.
+
+They lie in a folder of the user's, so that whatever reads a checkpoint's folder reads these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from glm4lite.base.errors import CheckpointError
+from glm4lite.base.files import CONFIG, TOKENIZER
+from glm4lite.base.user_folder import make_private, user_folder
+from glm4lite.base.whole_file import write_whole
+from glm4lite.hub.sources import nano_folder
+
+logger = logging.getLogger("glm4lite")
+
+_VERSION = 1  # of what is made here; files of another are made anew
+_TEMPLATE, _SETTINGS, _GENERATION = "chat_template.jinja", "tokenizer_config.json", "generation_config.json"
+_PRE = ("glm4", "chatglm-bpe")
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How GLM-4's tokenizer.json cuts a text, which the file names "glm4" or "chatglm-bpe"."""
+
+_CONTROL, _USER, _UNUSED = 3, 4, 5  # ggml's types of tokens
+
+
+def companions_folder(path: Path, metadata: Mapping[str, Any], config: Mapping[str, Any]) -> Path:
+    """The folder of a file's companions, written where it is not there yet.
+
+    Raises:
+        CheckpointError: the metadata holds no tokenizer that can be read, or the folder cannot be written.
+    """
+    status = path.stat()
+    identity = f"{_VERSION}\0{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+    folder = user_folder() / "gguf" / f"{path.stem[:80]}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    if (folder / CONFIG).exists():  # the last that is written
+        return folder
+    files = _tokenizer_files(path, metadata)
+    files[_GENERATION] = _json({key: config[key] for key in ("eos_token_id", "pad_token_id")})
+    try:
+        make_private(folder)
+        for name, content in files.items():
+            write_whole(folder / name, content)
+        write_whole(folder / CONFIG, _json(config))
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from None
+    return folder
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def _tokenizer_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, bytes]:
+    model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    if model != "gpt2" or pre not in _PRE:
+        what = f"{reprlib.repr(model)}, cut as {reprlib.repr(pre)}"
+        raise CheckpointError(f"{path} has a tokenizer of the kind {what}; GLM-4's is 'gpt2', cut as 'glm4'")
+    tokens, kinds, merges = (_texts(path, metadata, key) for key in ("tokens", "token_type", "merges"))
+    if len(tokens) != len(kinds) or len(set(tokens)) != len(tokens):
+        raise CheckpointError(f"{path}: its {len(tokens)} tokens have {len(kinds)} types, or one is there twice")
+    kind_of = dict(zip(tokens, kinds, strict=True))
+    added = [
+        {"id": number, "content": token, "special": kind_of[token] == _CONTROL}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        for number, token in enumerate(tokens)
+        if kind_of[token] in (_CONTROL, _USER)
+    ]
+    vocabulary = {
+        token: number for number, token in enumerate(tokens) if kind_of[token] not in (_CONTROL, _USER, _UNUSED)
+    }
+    split = {"type": "Split", "pattern": {"Regex": _SPLIT}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    settings = {"unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "dropout": None}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", **settings, "fuse_unk": False, "byte_fallback": False}
+        | {"vocab": vocabulary, "merges": merges},
+    }
+    roles = {"eos_token": "<|user|>", "pad_token": "<|endoftext|>"}
+    values = {key: token for key, token in roles.items() if token in kind_of}
+    values |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
+    return {TOKENIZER: _json(tokenizer), _SETTINGS: _json(values)} | _template_file(path, metadata)
+
+
+def _texts(path: Path, metadata: Mapping[str, Any], key: str) -> list[Any]:
+    values = metadata.get(f"tokenizer.ggml.{key}")
+    wanted = int if key == "token_type" else str
+    if not isinstance(values, list) or not values or not all(isinstance(value, wanted) for value in values):
+        raise CheckpointError(f"{path} has no tokenizer.ggml.{key}; use a file that holds its tokenizer")
+    return values
+
+
+def _template_file(path: Path, metadata: Mapping[str, Any]) -> dict[str, bytes]:
+    """The file's template; ours where it has one that cannot speak of tools, none where it has none (a base model)."""
+    named = metadata.get("tokenizer.chat_template.tool_use")
+    source = named if isinstance(named, str) else metadata.get("tokenizer.chat_template")
+    if not isinstance(source, str) or not source.strip():
+        return {}
+    if "tools" not in source:
+        logger.warning("%s has a chat template without tools; glm4lite's own of GLM-4 is used", path)
+        return {_TEMPLATE: (nano_folder() / _TEMPLATE).read_bytes()}
+    return {_TEMPLATE: source.encode("utf-8", "surrogatepass")}
