@@ -36,6 +36,12 @@ def prefixes_folder() -> Path:
     return Path(chosen) if chosen else user_folder() / "prefixes"
 
 
+def models_folder() -> Path:
+    """Where `pull --quant` puts what it makes: GLM4LITE_MODELS, else in the user's folder; Glm4liteError."""
+    chosen = os.environ.get("GLM4LITE_MODELS")
+    return Path(chosen) if chosen else user_folder() / "models"
+
+
 def make_private(folder: Path) -> None:
     """The folder with those above it, for this user alone; raises OSError."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

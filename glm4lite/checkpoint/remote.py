@@ -44,10 +44,11 @@ def _header(snapshot: Snapshot, file: str) -> dict[str, StoredTensor]:
     repo_id, path = snapshot.repo.repo_id, Path(snapshot.repo.repo_id, file)
     with explained(repo_id):
         try:
-            data = beginning(snapshot.repo, file, _USUALLY_ENOUGH)
+            url, sent = snapshot.repo.url(file), snapshot.repo.headers()
+            data = beginning(url, sent, _USUALLY_ENOUGH)
             end = 8 + header_length(path, data)
             if end > len(data):
-                data = beginning(snapshot.repo, file, end)
+                data = beginning(url, sent, end)
             return tensors_of(path, header_entries(path, data[8:end]))
         except CheckpointError as error:
             raise HubError(f"{repo_id} has no usable safetensors headers ({error})") from None
