@@ -38,12 +38,12 @@ class Arriving:
     """One unfinished file.
 
     target: the name that it will have. size: 0 where it is not known yet. digests: those that it may have (none: it
-    cannot be verified).
+    cannot be verified). part: bytes that are asked for at once.
     """
 
-    def __init__(self, target: Path, size: int, digests: frozenset[str]) -> None:
+    def __init__(self, target: Path, size: int, digests: frozenset[str], part: int = PART) -> None:
         self.path, self._journal = unfinished(target), journal(target)
-        self.size, self.validator = size, ""
+        self.size, self.validator, self._part = size, "", part
         self.digests = digests
         self.ranged: bool | None = None
         """Whether the server sends parts; None as long as nobody asked."""
@@ -107,7 +107,7 @@ class Arriving:
                 start = self.size
             if position >= self.size:
                 return None
-            return self._given(position, min(position + PART, start))
+            return self._given(position, min(position + self._part, start))
 
     def _given(self, start: int, stop: int | None) -> Stretch:
         self._taken.append(Stretch(start, start, stop))

@@ -146,7 +146,7 @@ class Snapshot:
         """
         forced = self.repo.options.force_download
         missing = [name for name in names if forced or not (self.folder / name).exists()]
-        damaged = self._damaged([name for name in names if name not in missing])
+        damaged = self.damaged([name for name in names if name not in missing])
         for name, damage in damaged.items():
             what = f"{name} of {self.repo.repo_id} lay in the cache damaged ({damage})"
             logger.warning("%s; it is downloaded again", what)
@@ -207,7 +207,7 @@ class Snapshot:
             what = f"{len(left)} unfinished files of {self.repo.repo_id} ({readable(sum(left))})"
             logger.warning("removed %s, which downloads that were killed had left in the cache", what)
 
-    def _damaged(self, names: Sequence[str]) -> dict[str, Damage]:
+    def damaged(self, names: Sequence[str]) -> dict[str, Damage]:
         """Of what lies in the cache. One that cannot be written was filled by another user."""
         if not names or not self._verifier.can_remember():
             return {}

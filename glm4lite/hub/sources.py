@@ -165,13 +165,8 @@ def nano_folder() -> Path:
 
 
 def _looks_like_a_path(text: str) -> bool:
-    return (
-        text.startswith((".", "/", "~"))
-        or "\\" in text
-        or text.endswith("/")
-        or text.count("/") > 1
-        or ":" in text[3 * text.startswith(MODELSCOPE) :]
-    )
+    slashes = text.startswith((".", "/", "~")) or "\\" in text or text.endswith("/") or text.count("/") > 1
+    return slashes or ":" in text.removeprefix(MODELSCOPE)
 
 
 def _is_repo_id(text: str) -> bool:

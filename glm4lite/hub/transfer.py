@@ -148,9 +148,10 @@ class Transfer:
         counter: Counter,
         arrived: Callable[[Wanted, Arriving], None],
         patience: Patience = Patience(),
+        part: int = PART,
     ) -> None:
         self._client, self._counter, self._arrived, self._patience = client, counter, arrived, patience
-        self._waiting = list(wanted)
+        self._waiting, self._part = list(wanted), part
         counter.total += sum(one.size for one in self._waiting)
         self._open: list[_File] = []
         self._opening = 0
@@ -159,7 +160,7 @@ class Transfer:
 
     def run(self) -> Exception | None:
         """Returns when all files have arrived; else what went wrong first."""
-        count = min(CONNECTIONS, sum(1 + one.size // PART for one in self._waiting))
+        count = min(CONNECTIONS, sum(1 + one.size // self._part for one in self._waiting))
         try:
             return in_threads(self._work, count, self._counter)
         finally:
@@ -208,10 +209,10 @@ class Transfer:
                 self._counter.add(wanted.size)
                 if lock is not None:
                     with self._placing:
-                        self._arrived(wanted, Arriving(wanted.target, wanted.size, wanted.digests))
+                        self._arrived(wanted, self._arriving(wanted))
                     lock.release()
                 return None
-            file = _File(wanted, Arriving(wanted.target, wanted.size, wanted.digests), lock)
+            file = _File(wanted, self._arriving(wanted), lock)
             self._counter.add(file.arriving.open())
             file.arriving.hash_on(self._counter.poll)
         except BaseException:
@@ -219,6 +220,9 @@ class Transfer:
                 lock.release()
             raise
         return file
+
+    def _arriving(self, wanted: Wanted) -> Arriving:
+        return Arriving(wanted.target, wanted.size, wanted.digests, self._part)
 
     def _settle(self, file: _File) -> None:
         """Puts a complete file in its place, or begins again where it is not what it should be."""
@@ -255,7 +259,7 @@ class Transfer:
             )
         logger.warning("%s of %s arrived damaged (%s); it is downloaded again", wanted.name, wanted.whose, damage)
         self._counter.add(-file.arriving.size)
-        file.arriving = Arriving(wanted.target, wanted.size, wanted.digests)
+        file.arriving = self._arriving(wanted)
         file.arriving.open()
         with self._changed:
             self._open.append(file)
@@ -331,7 +335,7 @@ class Transfer:
         logger.warning("%s was changed since its download began: it is downloaded from its beginning", what)
         lost = arriving.begin_again(stretch)
         arriving.validator, arriving.size = "", wanted.size
-        stretch.stop = min(PART, wanted.size) if wanted.size else None
+        stretch.stop = min(self._part, wanted.size) if wanted.size else None
         return lost
 
 

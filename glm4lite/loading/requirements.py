@@ -42,12 +42,11 @@ def headers(source: str | Path) -> Checkpoint:
     has_weights = any(os.path.lexists(found / name) for name in (SINGLE, INDEX))
     if has_weights or not (found / CONFIG).exists() or other_weights(found) is not None:
         return Checkpoint.open(found)
-    return imagined(found)
+    return imagined(read_json(found / CONFIG), found)
 
 
-def imagined(folder: Path) -> Checkpoint:
-    """The checkpoint that a folder's config.json describes: bfloat16, or quantized as it says."""
-    values = read_json(folder / CONFIG)
+def imagined(values: dict[str, Any], folder: Path) -> Checkpoint:
+    """The checkpoint that the values of a config.json describe: bfloat16, or quantized as they say."""
     config = Glm4Config.from_dict(values, folder / CONFIG)
     empty = Checkpoint(folder, values, {})
     quant = stored_quant(empty)
