@@ -132,14 +132,14 @@ class Arriving:
 
         ended: all of it arrived. OSError.
         """
-        if self._discarded:
-            return
         if stretch.at > stretch.began:
-            with self.path.open("rb+") as file:
+            with suppress(FileNotFoundError), self.path.open("rb+") as file:  # another connection discarded it
                 os.fsync(file.fileno())
         with self._lock:
             self._taken.remove(stretch)
-            if stretch.stop is None and ended:  # the answer's end was the file's
+            if self._discarded:
+                return
+            if ended and not self.size:  # it was not known, or it is nothing: the answer's end was the file's
                 self.size, self._ended = stretch.at, True
             if self.size and stretch.at > stretch.began:
                 self._here = _merged([*self._here, (stretch.began, stretch.at)])
@@ -180,10 +180,11 @@ class Arriving:
 
     def discard(self) -> None:
         """Removes what is here; connections that are still fetching note nothing more."""
-        self._discarded = True
-        for path in (self.path, self._journal):
-            with suppress(OSError):
-                path.unlink()
+        with self._lock:
+            self._discarded = True
+            for path in (self.path, self._journal):
+                with suppress(OSError):
+                    path.unlink()
 
 
 def unfinished(target: Path) -> Path:

@@ -80,11 +80,9 @@ class Patience:
         """Seconds to wait before asking again; None where that is no use."""
         if failures > self.attempts or not _may_pass(error):
             return None
-        asked = _retry_after(error)
-        if asked is not None:
-            return min(asked, _LONGEST_PAUSE)
         grown: float = min(self.longest, self.first * 2 ** (failures - 1))
-        return grown * random.uniform(0.5, 1.0)  # so that not all connections come back at once
+        grown *= random.uniform(0.5, 1.0)  # so that not all connections come back at once
+        return max(grown, min(_retry_after(error), _LONGEST_PAUSE))
 
 
 class _Stopped(Exception):
@@ -419,9 +417,9 @@ def _may_pass(error: Exception) -> bool:
     return isinstance(error, _BrokenOff)
 
 
-def _retry_after(error: Exception) -> float | None:
+def _retry_after(error: Exception) -> float:
     value = error.response.headers.get("Retry-After", "") if isinstance(error, RefusedError) else ""
-    return float(value) if re.fullmatch(r"\d{1,6}", value, re.ASCII) else None
+    return float(value) if re.fullmatch(r"\d{1,6}", value, re.ASCII) else 0.0
 
 
 def _locked(wanted: Wanted, counter: Counter) -> FileLock | None:

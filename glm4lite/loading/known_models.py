@@ -40,7 +40,7 @@ def known_models() -> Iterator[KnownModel]:
     """All of them, by the shapes that are known; neither the network nor the disk is asked."""
     machine = this_machine(quantized=True)
     for one in KNOWN:
-        plain, int4 = (requirements_of(imagined(dict(one.config), Path(one.name)), quant) for quant in ("none", "int4"))
+        plain, int4 = (requirements_of(imagined(Path(one.name), dict(one.config)), quant) for quant in ("none", "int4"))
         placement = place_within(int4, machine, Budget())
         yield KnownModel(one.name, one.repo_id, one.about, plain.weight_bytes, int4.weight_bytes, _said(one, placement))
 

@@ -42,11 +42,12 @@ def headers(source: str | Path) -> Checkpoint:
     has_weights = any(os.path.lexists(found / name) for name in (SINGLE, INDEX))
     if has_weights or not (found / CONFIG).exists() or other_weights(found) is not None:
         return Checkpoint.open(found)
-    return imagined(read_json(found / CONFIG), found)
+    return imagined(found)
 
 
-def imagined(values: dict[str, Any], folder: Path) -> Checkpoint:
-    """The checkpoint that the values of a config.json describe: bfloat16, or quantized as they say."""
+def imagined(folder: Path, values: dict[str, Any] | None = None) -> Checkpoint:
+    """The checkpoint that a folder's config.json (or its `values`) describes: bfloat16, or quantized as it says."""
+    values = read_json(folder / CONFIG) if values is None else values
     config = Glm4Config.from_dict(values, folder / CONFIG)
     empty = Checkpoint(folder, values, {})
     quant = stored_quant(empty)

@@ -28,9 +28,7 @@ def pull(
     host: Annotated[
         str | None, typer.Option("--from", metavar="HOST", help="hub or modelscope.", show_default="hub")
     ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="A branch, a tag or a commit.", show_default="the newest")
-    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default="the newest")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Download a model, verified; what was stopped or killed goes on where it was."""
