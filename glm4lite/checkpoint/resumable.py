@@ -15,7 +15,6 @@ import logging
 import math
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -80,24 +79,29 @@ class ResumableWriter(FolderWriter):
             self.work.mkdir()
         else:
             self.units, self.stream = old
+        if self.units:
             logger.warning("%s was begun by an earlier run: going on behind part %d", self.destination, self.units)
         for file, tensors in self._shards.items():
             self._begin_shard(file, tensors, new=old is None)
+        if old is None:
+            self._note(None)
 
     def commit(self, names: Sequence[str], stream: tuple[int, Tensor] | None) -> None:
         """The next unit is whole: its tensors are `names`, and `stream` is what the following one needs."""
         with self._disk():
             for file in {self._places[name].file for name in names}:
                 sync(self._folder / file)
-            units = self.units + 1
-            told: dict[str, object] = {"key": self._key, "units": units}
-            if stream is not None:
-                told |= {"layer": stream[0], "shape": list(stream[1].shape)}
-                write_whole(self._stream_file(units), stream[1].contiguous().numpy().tobytes())
-            write_whole(self.work / _STATE, json.dumps(told).encode())
-            with suppress(OSError):
-                self._stream_file(self.units).unlink()
-            self.units = units
+            before, self.units = self._stream_file(self.units), self.units + 1
+            self._note(stream)
+            before.unlink(missing_ok=True)
+
+    def _note(self, stream: tuple[int, Tensor] | None) -> None:
+        """Writes the state. OSError."""
+        told: dict[str, object] = {"key": self._key, "units": self.units}
+        if stream is not None:
+            told |= {"layer": stream[0], "shape": list(stream[1].shape)}
+            write_whole(self._stream_file(self.units), stream[1].contiguous().numpy().tobytes())
+        write_whole(self.work / _STATE, json.dumps(told).encode())
 
     def whole(self, names: Sequence[str]) -> None:
         """These tensors are there from an earlier run."""

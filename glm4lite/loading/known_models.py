@@ -12,7 +12,7 @@ from glm4lite.hub.known import KNOWN, Known
 from glm4lite.loading.requirements import imagined, requirements_of
 from glm4lite.memory.budget import Budget, place_within
 from glm4lite.memory.machine import this_machine
-from glm4lite.memory.resources import Placement
+from glm4lite.memory.resources import Placement, Requirements
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,16 @@ HEADER = ("name", "repository", "download", "int4", "fits", "what it does")
 def known_models() -> Iterator[KnownModel]:
     """All of them, by the shapes that are known; neither the network nor the disk is asked."""
     machine = this_machine(quantized=True)
+    of_shape: dict[str, tuple[int, Requirements]] = {}
     for one in KNOWN:
-        plain, int4 = (requirements_of(imagined(Path(one.name), dict(one.config)), quant) for quant in ("none", "int4"))
+        shape = repr(one.config)
+        if shape not in of_shape:
+            checkpoint = imagined(Path(one.name), dict(one.config))
+            stored = sum(checkpoint.nbytes(name) for name in checkpoint.names())
+            of_shape[shape] = stored, requirements_of(checkpoint, "int4")
+        stored, int4 = of_shape[shape]
         placement = place_within(int4, machine, Budget())
-        yield KnownModel(one.name, one.repo_id, one.about, plain.weight_bytes, int4.weight_bytes, _said(one, placement))
+        yield KnownModel(one.name, one.repo_id, one.about, stored, int4.weight_bytes, _said(one, placement))
 
 
 def _said(one: Known, placement: Placement) -> str:
