@@ -36,6 +36,8 @@ else:
 logger = logging.getLogger("glm4lite")
 
 LOCK = ".glm4lite-lock"
+UNFINISHED_FOLDER = ".unfinished"
+"""How a folder ends that a later process may go on with."""
 _WINDOWS = sys.platform == "win32"
 _FRESH_S = 60.0
 _OPEN = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)

@@ -47,6 +47,11 @@ class Arrivals:
         files = self._snapshot.repo.files
         return repr([(name, files[name].size, sorted(files[name].digests)) for name in sorted(self._headers)])
 
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest shard."""
+        return max(self._snapshot.repo.files[name].size for name in self._headers)
+
     def checkpoint(self, folder: Path) -> Checkpoint:
         """The checkpoint whose shards will come into `folder`; its small files are the cache's."""
         self._folder = folder

@@ -100,7 +100,7 @@ def quantize_checkpoint(
             _write_rest(writer, checkpoint, prepared.config, recorded(config, calibrator))
     else:
         key = hashlib.sha256(repr((arrivals.identity, planned, config, text)).encode()).hexdigest()
-        with ResumableWriter(target, planned, key, shard_bytes) as kept:
+        with ResumableWriter(target, planned, key, shard_bytes, arrivals.largest) as kept:
             calibrator = _as_it_arrives(arrivals, kept, prepared, text, meter)
             _write_rest(kept, checkpoint, prepared.config, recorded(config, calibrator))
     return target

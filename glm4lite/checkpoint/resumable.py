@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from glm4lite.base.errors import CheckpointError
-from glm4lite.base.owned_folder import LOCK, OwnedFolder
+from glm4lite.base.owned_folder import LOCK, UNFINISHED_FOLDER, OwnedFolder
 from glm4lite.base.sizes import readable
 from glm4lite.base.whole_file import write_whole
 from glm4lite.checkpoint.writer import SHARD_BYTES, FolderWriter, PlannedTensor, sync
@@ -37,22 +37,28 @@ _STATE = "state.json"
 def unfinished(destination: Path) -> Path:
     """The folder in which a destination is written until it is whole."""
     destination = destination.resolve()
-    return destination.with_name(f".{destination.name}.unfinished")
+    return destination.with_name(f".{destination.name}{UNFINISHED_FOLDER}")
 
 
 class ResumableWriter(FolderWriter):
     """A FolderWriter of which a run that ends early, however, leaves what it wrote to the next.
 
-    key: what is written, and from what; where it is another than the earlier run's, nothing of that is used.
+    key: what is written, and from what; where it is another than the earlier run's, nothing of that is used. beside:
+    bytes of disk that are needed besides, meanwhile.
     """
 
     _left = "what was done is kept, the next run goes on with it"
 
     def __init__(
-        self, destination: Path, planned: Sequence[PlannedTensor], key: str, shard_bytes: int = SHARD_BYTES
+        self,
+        destination: Path,
+        planned: Sequence[PlannedTensor],
+        key: str,
+        shard_bytes: int = SHARD_BYTES,
+        beside: int = 0,
     ) -> None:
+        self._key, self._beside = key, beside
         super().__init__(destination, planned, shard_bytes)
-        self._key = key
         self.units = 0
         """Whole ones."""
         self.stream: tuple[int, Tensor] | None = None
@@ -144,14 +150,13 @@ class ResumableWriter(FolderWriter):
         self._partial.leave()
 
     def _check_space(self) -> None:
-        """What an earlier run wrote is there already."""
-        name = unfinished(self.destination)
-        sizes = (path.stat() for path in name.glob("*.safetensors"))
-        held = sum(getattr(about, "st_blocks", 0) * 512 for about in sizes)
+        """What an earlier run wrote, or fetched, is there already."""
+        held = (path.stat() for path in unfinished(self.destination).rglob("*"))
+        needed = self._size + self._beside - sum(getattr(about, "st_blocks", 0) * 512 for about in held)
         parent = next(folder for folder in self.destination.parents if folder.exists())
         free = shutil.disk_usage(parent).free
-        if self._size - held > free:
+        if needed > free:
             raise CheckpointError(
-                f"{self.destination} needs {readable(self._size - held)} more, {readable(free)} are free on that disk; "
-                "free some space or choose another folder"
+                f"{self.destination} needs {readable(needed)} while it is made, {readable(free)} are free on that "
+                "disk; free some space or choose another folder"
             )

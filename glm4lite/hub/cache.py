@@ -149,10 +149,10 @@ def configs(repo: RepoFolder) -> list[Path]:
     return found
 
 
-def size_of(repo: RepoFolder) -> int:
+def size_of(folder: Path) -> int:
     """Bytes of disk. Of unfinished files, which are as long as they will be, what has arrived."""
     total, seen = 0, set[tuple[int, int]]()
-    for path in repo.path.rglob("*"):
+    for path in folder.rglob("*"):
         with suppress(OSError):
             about = path.stat()  # of a link too, whose file may lie in a store that all repos share
             if not path.is_dir() and (about.st_dev, about.st_ino) not in seen:

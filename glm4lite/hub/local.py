@@ -8,7 +8,7 @@ from pathlib import Path
 
 from glm4lite.base.errors import HubError
 from glm4lite.base.files import CONFIG, INDEX, SINGLE
-from glm4lite.base.owned_folder import remove_tree
+from glm4lite.base.owned_folder import UNFINISHED_FOLDER, OwnedFolder, remove_tree
 from glm4lite.base.user_folder import models_folder
 from glm4lite.hub.arriving import UNFINISHED
 from glm4lite.hub.cache import RepoFolder, configs, repos, size_of
@@ -54,10 +54,19 @@ def remove(name: str) -> LocalModel:
             remove_from_shared_store(repo.root, repo.path)
             repo.remove()
     if found.path.parent == models_folder():
-        remove_tree(found.path)
+        _remove_made(found)
     if found.path.exists():
         raise HubError(f"{name} cannot be removed wholly: {found.path} is still there; end the programs that use it")
     return found
+
+
+def _remove_made(made: LocalModel) -> None:
+    if made.state == "whole":
+        return remove_tree(made.path)
+    try:
+        OwnedFolder.of(made.path).discard()
+    except BlockingIOError:
+        raise HubError(f"{made.name} is being made by another process; end that first") from None
 
 
 def _repos() -> Iterator[tuple[str, RepoFolder, list[Path]]]:
@@ -73,7 +82,7 @@ def _repos() -> Iterator[tuple[str, RepoFolder, list[Path]]]:
 def _cached() -> Iterator[LocalModel]:
     for name, repo, found in _repos():
         unfinished = any(repo.blobs.glob(f"*{UNFINISHED}")) or not any(_has_weights(path.parent) for path in found)
-        yield LocalModel(name, repo.path, size_of(repo), "unfinished" if unfinished else "whole")
+        yield LocalModel(name, repo.path, size_of(repo.path), "unfinished" if unfinished else "whole")
 
 
 def _has_weights(folder: Path) -> bool:
@@ -84,9 +93,8 @@ def _has_weights(folder: Path) -> bool:
 def _made() -> Iterator[LocalModel]:
     folder = models_folder()
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.is_dir() and (path / CONFIG).exists():
-            yield LocalModel(path.name, path, _size(path), "whole")
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if path.name.startswith(".") and path.name.endswith(UNFINISHED_FOLDER):
+            name = path.name.removeprefix(".").removesuffix(UNFINISHED_FOLDER)
+            yield LocalModel(name, path, size_of(path), "unfinished")
+        elif path.is_dir() and (path / CONFIG).exists():
+            yield LocalModel(path.name, path, size_of(path), "whole")

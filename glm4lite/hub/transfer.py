@@ -98,7 +98,7 @@ class Counter:
 
     def __init__(self, progress: ProgressCallback | None, stage: str = "download") -> None:
         self.total = 0
-        self.stopped = threading.Event()
+        self.stopped, self.waited = threading.Event(), False
         self._done, self._shown = 0, 0
         self._progress, self._stage = progress, stage
         self._lock = threading.Lock()
@@ -427,15 +427,15 @@ def _locked(wanted: Wanted, counter: Counter) -> FileLock | None:
     if wanted.lock is None:
         return None
     wanted.lock.parent.mkdir(parents=True, exist_ok=True)
-    lock, told = FileLock(wanted.lock, timeout=0, thread_local=False), False
+    lock = FileLock(wanted.lock, timeout=0, thread_local=False)
     while True:
         try:
             lock.acquire()
             return lock
         except Timeout:
-            if not told:
-                logger.warning("%s of %s is being downloaded already: waiting for it", wanted.name, wanted.whose)
-            told = True
+            if not counter.waited:
+                logger.warning("%s is being downloaded by another process: waiting for it", wanted.whose)
+            counter.waited = True
             if counter.stopped.wait(_POLL_SECONDS):
                 raise _Stopped from None
         except (NotImplementedError, OSError) as error:

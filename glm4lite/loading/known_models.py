@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from glm4lite.base.sizes import readable
 from glm4lite.hub.known import KNOWN, Known
 from glm4lite.loading.requirements import imagined, requirements_of
 from glm4lite.memory.budget import Budget, place_within
-from glm4lite.memory.machine import this_machine
-from glm4lite.memory.resources import Placement, Requirements
+from glm4lite.memory.machine import free_gpus, free_ram
+from glm4lite.memory.resources import Machine, Placement, Requirements
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,16 @@ HEADER = ("name", "repository", "download", "int4", "fits", "what it does")
 
 def known_models() -> Iterator[KnownModel]:
     """All of them, by the shapes that are known; neither the network nor the disk is asked."""
-    machine = this_machine(quantized=True)
+    gpus = free_gpus(True, lambda _: None) if torch.cuda.is_available() else ()
+    machine = Machine(free_ram(), gpus)  # speeds are not measured: they do not decide what fits
     of_shape: dict[str, tuple[int, Requirements]] = {}
     for one in KNOWN:
         shape = repr(one.config)
         if shape not in of_shape:
             checkpoint = imagined(Path(one.name), dict(one.config))
             stored = sum(checkpoint.nbytes(name) for name in checkpoint.names())
-            of_shape[shape] = stored, requirements_of(checkpoint, "int4")
+            needs = requirements_of(checkpoint, "int4")
+            of_shape[shape] = stored, replace(needs, stored=True, loading=0)  # as `pull --quant` makes it
         stored, int4 = of_shape[shape]
         placement = place_within(int4, machine, Budget())
         yield KnownModel(one.name, one.repo_id, one.about, stored, int4.weight_bytes, _said(one, placement))

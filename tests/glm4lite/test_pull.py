@@ -105,7 +105,7 @@ quantize_checkpoint("org/tiny", sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("fills", [1, 20, 45])
+@pytest.mark.parametrize("fills", [1, 30])
 def test_a_killed_pull_goes_on_behind_the_last_whole_layer(
     fills: int, hub: HubServer, expected: dict[str, bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -131,7 +131,7 @@ def test_a_killed_pull_goes_on_behind_the_last_whole_layer(
 def test_a_pull_that_is_stopped_keeps_what_it_did_and_another_model_begins_anew(
     hub: HubServer, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
+    out = tmp_path / "made" / "out"
 
     def stop(event: Progress) -> None:
         if event.stage == "quantize" and event.done > event.total // 2:
@@ -139,7 +139,7 @@ def test_a_pull_that_is_stopped_keeps_what_it_did_and_another_model_begins_anew(
 
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint("org/tiny", out, "int8", progress=stop)
-    assert unfinished(out).exists()
+    assert {one.name: one.state for one in local_models()} == {"org/tiny": "unfinished", "out": "unfinished"}
     assert content(quantize_checkpoint("org/tiny", out)) == expected
 
 
@@ -178,6 +178,45 @@ def test_shards_that_lie_in_the_cache_are_not_fetched(
     assert content(quantize_checkpoint("org/tiny", tmp_path / "out")) == expected
     assert all((cached / path.name).exists() for path in cached.iterdir())
     assert sum("safetensors" in path for method, path in hub.requests) == 2  # the headers
+
+
+# --- the cache
+
+
+def test_huggingface_hub_finds_what_was_pulled(hub: HubServer, home: Path) -> None:
+    from huggingface_hub import hf_hub_download, scan_cache_dir
+
+    folder = resolve("org/tiny")
+    found = hf_hub_download("org/tiny", "config.json", cache_dir=home / "hub", local_files_only=True)
+    assert Path(found) == folder / "config.json"
+    report = scan_cache_dir(home / "hub")
+    assert not report.warnings
+    assert [(repo.repo_id, repo.nb_files) for repo in report.repos] == [("org/tiny", len(list(folder.iterdir())))]
+
+
+def test_what_huggingface_hub_downloaded_is_not_fetched_again(hub: HubServer, home: Path) -> None:
+    from huggingface_hub import hf_hub_download
+
+    for name in hub.repos["org/tiny"].files:
+        hf_hub_download("org/tiny", name, cache_dir=home / "hub", endpoint=hub.url)
+    hub.requests.clear()
+    resolve("org/tiny")
+    assert not hub.fetched
+
+
+def test_without_links_a_snapshot_holds_the_files(
+    hub: HubServer, tiny: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(1314, "A required privilege is not held by the client")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    folder = resolve("org/tiny")
+    assert content(folder) == content(tiny)
+    assert not any(path.is_symlink() for path in folder.iterdir())
+    hub.requests.clear()
+    assert resolve("org/tiny") == folder
+    assert not hub.fetched
 
 
 # --- names
@@ -391,4 +430,3 @@ def test_the_known_models_are_listed_with_what_fits(hub: HubServer, home: Path) 
     assert 5.4 < nine["int4_bytes"] / 2**30 < 5.6
     assert all(one["fits"] for one in found)
     assert not hub.requests
-    assert "zai-org/GLM-4-32B-0414" in command(hub, home, "list", "--known").stdout

@@ -332,7 +332,7 @@ def test_of_two_transfers_of_one_file_the_second_waits(
     assert failures == [None, None]
     assert (tmp_path / "model").read_bytes() == DATA
     assert server.bytes_sent == len(DATA)
-    assert "is being downloaded already: waiting for it" in caplog.text
+    assert "is being downloaded by another process: waiting for it" in caplog.text
 
 
 def test_a_token_stays_with_its_host_and_a_link_that_grew_old_is_asked_for_anew(
