@@ -146,16 +146,17 @@ class Snapshot:
         """
         forced = self.repo.options.force_download
         missing = [name for name in names if forced or not (self.folder / name).exists()]
-        damaged = self.damaged([name for name in names if name not in missing])
-        for name, damage in damaged.items():
-            what = f"{name} of {self.repo.repo_id} lay in the cache damaged ({damage})"
-            logger.warning("%s; it is downloaded again", what)
+        damaged = self._found_damaged([name for name in names if name not in missing])
         with self._explained():
             self._remove_unfinished()
-            wanted = [self.wanted(name, anew=forced or name in damaged) for name in [*missing, *damaged]]
-            check_disk(self.repo.repo_id, wanted, self._kept.root, "set HF_HOME to a folder on another disk")
-        self._say_unverified(wanted)
-        self.fetch(wanted, self._place)
+        while missing or damaged:
+            with self._explained():
+                wanted = [self.wanted(name, anew=forced or name in damaged) for name in [*missing, *damaged]]
+                check_disk(self.repo.repo_id, wanted, self._kept.root, "set HF_HOME to a folder on another disk")
+            self._say_unverified(wanted)
+            self.fetch(wanted, self._place)
+            damaged = self._found_damaged(missing)  # of what another program brought: ours is noted
+            missing = []
         if self._kept.commit(self._revision) is None:
             self.remember()
 
@@ -188,10 +189,12 @@ class Snapshot:
                 raise failed
 
     def _place(self, wanted: Wanted, arriving: Arriving) -> None:
-        if arriving.path.exists():
+        ours = arriving.path.exists()
+        if ours:
             arriving.publish(wanted.target)
         self._kept.place(wanted.target.name, self.folder / wanted.name)
-        self._verifier.note(wanted.name, wanted.digests)
+        if ours:
+            self._verifier.note(wanted.name, wanted.digests)
 
     @property
     def _revision(self) -> str:
@@ -206,6 +209,13 @@ class Snapshot:
         if left:
             what = f"{len(left)} unfinished files of {self.repo.repo_id} ({readable(sum(left))})"
             logger.warning("removed %s, which downloads that were killed had left in the cache", what)
+
+    def _found_damaged(self, names: Sequence[str]) -> dict[str, Damage]:
+        found = self.damaged(names)
+        for name, damage in found.items():
+            what = f"{name} of {self.repo.repo_id} lay in the cache damaged ({damage})"
+            logger.warning("%s; it is downloaded again", what)
+        return found
 
     def damaged(self, names: Sequence[str]) -> dict[str, Damage]:
         """Of what lies in the cache. One that cannot be written was filled by another user."""

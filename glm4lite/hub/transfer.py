@@ -212,6 +212,7 @@ class Transfer:
                 return None
             file = _File(wanted, self._arriving(wanted), lock)
             self._counter.add(file.arriving.open())
+            self._counter.total += file.arriving.size - wanted.size
             file.arriving.hash_on(self._counter.poll)
         except BaseException:
             if lock is not None:
@@ -257,6 +258,7 @@ class Transfer:
             )
         logger.warning("%s of %s arrived damaged (%s); it is downloaded again", wanted.name, wanted.whose, damage)
         self._counter.add(-file.arriving.size)
+        self._counter.total -= file.arriving.size - wanted.size
         file.arriving = self._arriving(wanted)
         file.arriving.open()
         with self._changed:
@@ -332,6 +334,7 @@ class Transfer:
         what = f"{wanted.name} of {wanted.whose}"
         logger.warning("%s was changed since its download began: it is downloaded from its beginning", what)
         lost = arriving.begin_again(stretch)
+        self._counter.total -= arriving.size - wanted.size
         arriving.validator, arriving.size = "", wanted.size
         stretch.stop = min(self._part, wanted.size) if wanted.size else None
         return lost

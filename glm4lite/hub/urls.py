@@ -23,6 +23,7 @@ from glm4lite.hub.download import Snapshot, check_disk
 from glm4lite.hub.hosts import host_of
 from glm4lite.hub.options import HubOptions
 from glm4lite.hub.transfer import Counter, Patience, ProgressCallback, Transfer, Wanted
+from glm4lite.hub.verified import Verifier
 
 _PART = re.compile(r"(.*-)(\d{5})(-of-)(\d{5})(\.gguf)", re.IGNORECASE | re.ASCII)
 _IN_REPO = re.compile(r"/([\w.-]+/[\w.-]+)/(?:resolve|blob)/([^/]+)/(.+)", re.ASCII)
@@ -86,7 +87,10 @@ def _from_server(address: str, name: str, digest: str, options: HubOptions, prog
     if len(names) > 1 and digest:
         raise HubError(f"{name} is a file of {len(names)} parts: one sha256 does not tell about all; leave it out")
     wanted = [_wanted(address, name, one, folder, digest, options) for one in names]
+    verifier = Verifier(folder, folder)
+    damaged = verifier.damaged({one.name: one.digests for one in wanted if one.target.exists()}, lambda *_: None)
     missing = [one for one in wanted if one.anew or not one.target.exists()]
+    missing += [replace(one, anew=True) for one in wanted if one.name in damaged and one not in missing]
     with explained(_shown(address), _shown(address)):
         sized = [replace(one, size=_told_size(one)) for one in missing]
         check_disk(name, sized, folder, "set HF_HOME to a folder on another disk")

@@ -194,14 +194,24 @@ def test_huggingface_hub_finds_what_was_pulled(hub: HubServer, home: Path) -> No
     assert [(repo.repo_id, repo.nb_files) for repo in report.repos] == [("org/tiny", len(list(folder.iterdir())))]
 
 
-def test_what_huggingface_hub_downloaded_is_not_fetched_again(hub: HubServer, home: Path) -> None:
+def test_what_huggingface_hub_downloaded_is_not_fetched_again_where_it_is_right(
+    hub: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from huggingface_hub import hf_hub_download
 
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     for name in hub.repos["org/tiny"].files:
-        hf_hub_download("org/tiny", name, cache_dir=home / "hub", endpoint=hub.url)
+        hf_hub_download("org/tiny", name, cache_dir=home / "hub")
     hub.requests.clear()
-    resolve("org/tiny")
+    folder = resolve("org/tiny")
     assert not hub.fetched
+    name = "model-00001-of-00002.safetensors"
+    blob = (folder / name).resolve()
+    (folder / name).unlink()  # as of another commit: the blob is there, and not what its name says
+    blob.write_bytes(bytes(blob.stat().st_size))
+    assert (resolve("org/tiny") / name).read_bytes() == hub.repos["org/tiny"].files[name]
+    assert hub.fetched == {name}
 
 
 def test_without_links_a_snapshot_holds_the_files(
@@ -347,9 +357,10 @@ def test_a_gguf_comes_by_its_address_once(home: Path) -> None:
         assert len(server.asked) == asked
         right = hashlib.sha256(GGUF).hexdigest()
         assert resolve(f"{server.url}/m/x.gguf#sha256={right}").read_bytes() == GGUF
-        again = HubOptions(force_download=True)
+        found.write_bytes(GGUF[:-1] + b"x")
+        assert resolve(f"{server.url}/m/x.gguf#sha256={right}").read_bytes() == GGUF
         with pytest.raises(HubError, match="arrives damaged"):
-            resolve(f"{server.url}/m/x.gguf#sha256={'0' * 64}", options=again)
+            resolve(f"{server.url}/m/x.gguf#sha256={'0' * 64}")
         with pytest.raises(HubError, match="gives out no GGUF file"):
             resolve(f"{server.url}/m/page.gguf")
         for bad in ("/m/x.bin", "/m/x.gguf#md5=3", "/m/..%2fx.gguf"):
