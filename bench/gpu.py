@@ -1,11 +1,14 @@
-"""Speed of glm4lite's GPU kernels at GLM-4's shapes, beside other 4-bit kernels and the device's own bounds.
+"""Whether glm4lite's GPU kernels are right, then their speed at GLM-4's shapes, beside other 4-bit kernels and the
+device's own bounds.
 
 `python -m bench.gpu` needs a CUDA device, torch and triton, and takes some minutes; bitsandbytes is compared if it is
-there, and where glm4lite itself is installed whole models are measured too (25 GB of disk). It prints tables and, last,
-one JSON line. A product is checked against the dequantized weight before it is timed. GB/s counts the bytes of the
-weights, the copy's both reads and writes; what has few tokens runs as a CUDA graph over enough copies of a weight that
-none is in a cache.
+there, and where glm4lite itself is installed whole models are measured too (25 GB of disk). First come the checks of
+`bench/gpu_checks.py`, a line each; where one fails the figures follow all the same, and the exit status is 1. It prints
+tables and, last, one JSON line. A product is checked against the dequantized weight before it is timed. GB/s counts the
+bytes of the weights, the copy's both reads and writes; what has few tokens runs as a CUDA graph over enough copies of a
+weight that none is in a cache.
 
+    --checks         nothing but the checks
     --sizes 9B,32B   whose shapes
     --quick          no whole decode steps, no prefill, no whole models
     --models         whole models only
@@ -19,14 +22,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.gpu_batched import attention_table
+from bench.gpu_checks import all_checks
 from bench.gpu_engines import (
     BFLOAT16,
     NF4,
@@ -193,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="9B,32B")
     parser.add_argument("--layers", type=int)
-    for flag in ("--quick", "--sweep", "--tune", "--models"):
+    for flag in ("--checks", "--quick", "--sweep", "--tune", "--models"):
         parser.add_argument(flag, action="store_true")
     options = parser.parse_args(arguments)
     sizes = [size for size in options.sizes.split(",") if size in SIZES]
@@ -201,6 +208,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("bench.gpu measures a CUDA device, and torch finds none here")
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
+    with tempfile.TemporaryDirectory() as folder:
+        checks = all_checks(device, Path(folder))
+    failed = [row["check"] for row in checks if not row["passed"]]
+    print(f"{len(checks) - len(failed)} of {len(checks)} checks passed", *failed, sep="\nfailed: ", flush=True)
+    if options.checks:
+        print(json.dumps({"checks": checks}))
+        return int(bool(failed))
+    torch.cuda.empty_cache()
     copy, rate = copy_rate(device), matmul_rate(device)
     name = torch.cuda.get_device_name(device)
     print(f"{name}, torch {torch.__version__}; copy {copy:.0f} GB/s, bfloat16 matmul {rate:.0f} TFLOP/s")
@@ -208,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     engines, missing = available(device)
     print(*missing, sep="\n" if missing else "", flush=True)
     found: dict[str, Any] = {"device": name, "torch": torch.__version__, "copy_GBps": copy, "matmul_TFLOPs": rate}
-    found |= {"missing": missing, "linears": [], "steps": [], "prefill": [], "models": []}
+    found |= {"missing": missing, "linears": [], "steps": [], "prefill": [], "models": [], "checks": checks}
     if options.tune and TRITON4.name in engines:
         shapes = {shape for s in SIZES.values() for shape in (*s.linears().values(), s.head())}
         found["tune"] = [tune(bits, n, k, device) for n, k, bits in sorted(shapes | RUMINATION)]
@@ -218,12 +233,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found["linears"] += linears_table(size, engines, copy, device)
         if not options.quick:
             whole(size, engines, found, copy, rate, device)
+    if not (options.tune or options.sweep or options.models) and TRITON4.name in engines:
+        found["attention"] = list(attention_table(copy, device))
     if not (options.tune or options.sweep or options.quick):
         with guarded("whole models"):
             for row in measure_models(rate, device, options.layers):
                 found["models"].append(row)
     print(json.dumps(found))
-    return 0
+    return int(bool(failed))
 
 
 def whole(

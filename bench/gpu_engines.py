@@ -33,9 +33,9 @@ class Engine:
     tolerance: float  # of the largest result, for bfloat16
 
 
-def random_weight(n: int, k: int, bits: int, device: torch.device) -> QuantTensor:
+def random_weight(n: int, k: int, bits: int, device: torch.device, group: int = GROUP) -> QuantTensor:
     """Random codes and scales, of weights of about 0.02: quantizing would take longer than all measurements."""
-    weight = QuantTensor.empty(n, k, QuantConfig(bits, GROUP), device)
+    weight = QuantTensor.empty(n, k, QuantConfig(bits, group), device)
     step = 0.02 / (7.5 if bits == 4 else 64) / 128
     weight.qweight.random_(0, 256)
     weight.scales.random_(1, 256)

@@ -41,7 +41,11 @@ CASES = (
 
 
 def measure_models(matmul_tflops: float, device: torch.device, layers: int | None = None) -> Iterator[dict[str, Any]]:
-    """One dictionary a case, each printed as a line; `layers` for a trial with smaller models."""
+    """One dictionary a case, each printed as a line; `layers` for a trial with smaller models.
+
+    Of the first shape also steps of several sequences, and of several rows of one.
+    """
+    from bench.gpu_batched import measure_batched
     from bench.make_checkpoint import make_config, write_checkpoint
     from glm4lite_quant import QuantConfig
 
@@ -50,6 +54,8 @@ def measure_models(matmul_tflops: float, device: torch.device, layers: int | Non
             write_checkpoint(Path(folder) / shape, make_config(shape, layers), QuantConfig())
             for case in (case for case in CASES if case.shape == shape):
                 yield measure(case, Path(folder) / shape, matmul_tflops, device)
+            if shape == CASES[0].shape:
+                yield {"case": f"{shape}, several rows", "steps": measure_batched(Path(folder) / shape, device)}
 
 
 def measure(case: Case, folder: Path, matmul_tflops: float, device: torch.device) -> dict[str, Any]:

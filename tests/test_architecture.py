@@ -42,6 +42,7 @@ ALLOWED = {
         "ui/glm4lite_ui/tool_routes.py",
         "ui/glm4lite_ui/transfer.py",
     },
+    "llguidance": {"glm4lite/engine/constraint.py"},
     "uvicorn": {"glm4lite/server/launch.py", "glm4lite/server/connection.py"},
     "pypdf": {"ui/glm4lite_ui/untrusted/documents.py"},
     "prompt_toolkit": {f"glm4lite/cli/chat/{name}.py" for name in ("keyboard", "history")},

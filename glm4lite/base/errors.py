@@ -89,6 +89,10 @@ class SamplingError(Glm4liteError):
     """A sampling parameter is out of range."""
 
 
+class SchemaError(Glm4liteError):
+    """An answer cannot be held to a JSON schema, or what it was held to cannot be read."""
+
+
 class BenchmarkError(Glm4liteError):
     """What was asked to be measured cannot be."""
 

@@ -46,6 +46,20 @@ class ThinkingDelta(_Event):
 
 
 @dataclass(frozen=True)
+class ToolCallDelta(_Event):
+    """A call is being written; `arguments` is what comes next of their text, first nothing.
+
+    It is made where ToolCallStarted names its id. Where the answer ends before it is whole, or stops, it is none: what
+    was written of it comes as TextDelta.
+    """
+
+    id: str
+    name: str
+    arguments: str
+    type: ClassVar[str] = "tool_call_delta"
+
+
+@dataclass(frozen=True)
 class ToolCallStarted(_Event):
     """The model called a declared tool; it runs now, or first the user is asked (`needs_approval`)."""
 
@@ -90,4 +104,4 @@ class Done(_Event):
     type: ClassVar[str] = "done"
 
 
-Event: TypeAlias = TextDelta | ThinkingDelta | ToolCallStarted | ToolCallFinished | Progress | Done
+Event: TypeAlias = TextDelta | ThinkingDelta | ToolCallDelta | ToolCallStarted | ToolCallFinished | Progress | Done

@@ -8,6 +8,7 @@ from typing import Any
 
 from glm4lite.base.events import Event, TextDelta
 from glm4lite.engine.engine import SEPARATOR, Engine, Totals
+from glm4lite.text.grammar import AnswerForm, Schema, checked_schema
 
 
 class Completion:
@@ -25,16 +26,23 @@ class Completion:
         """Ends the running text; may be called from another thread or a signal handler."""
         self._cancel.set()
 
-    def run(self, text: str, **sampling: Any) -> Iterator[Event]:
+    def run(self, text: str, schema: Schema | None = None, **sampling: Any) -> Iterator[Event]:
         """Goes on from `text`; `sampling` are fields of SamplingParams, None where the checkpoint decides.
+
+        schema: a JSON schema that what comes follows; stop texts are not looked for in it.
 
         Raises:
             ContextLengthError: The text leaves no room in the model's context.
             SamplingError: A field is out of range.
+            SchemaError: Nothing can be held to the schema.
         """
         self._cancel.clear()
+        constraint = None
+        if schema is not None:
+            constraint, sampling = self.engine.constraint(AnswerForm(checked_schema(schema))), sampling | {"stop": ()}
         prompt = self.engine.tokenizer.prefix_ids + self.engine.tokenizer.ids(text)
         generation = self.engine.generate(prompt, self.engine.params(**sampling), cancel=self._cancel)
+        generation.constraint = constraint
         yield from self.engine.prefill(generation)
         for piece in self.engine.pieces(generation):
             if piece != "":

@@ -5,25 +5,39 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
-from glm4lite.base.errors import Glm4liteError, ModelReplaced
-from glm4lite.base.events import Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
+from glm4lite.base.errors import Glm4liteError, ModelReplaced, SchemaError, one_line
+from glm4lite.base.events import (
+    Done,
+    Event,
+    Progress,
+    TextDelta,
+    ThinkingDelta,
+    ToolCallDelta,
+    ToolCallFinished,
+    ToolCallStarted,
+)
+from glm4lite.engine.constraint import Constraint
 from glm4lite.engine.decoding import Generation
 from glm4lite.engine.engine import Engine, Totals
 from glm4lite.engine.sampling import SamplingParams
+from glm4lite.text.grammar import AnswerForm, Schema, ToolForm, checked_schema
 from glm4lite.text.messages import Message, ToolCall
-from glm4lite.text.output_parser import Call, OutputParser, Segment, Thinking
+from glm4lite.text.output_parser import Call, CallBegun, CallCut, CallPiece, OutputParser, Segment, Text, Thinking
 from glm4lite.text.template import Begun
 from glm4lite.tools.running import Approve, nobody_to_ask, run_tool
 from glm4lite.tools.tool import Tool
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from glm4lite.checkpoint.formats.format import Quant
 
+    M = TypeVar("M", bound=BaseModel)
 
 _HALF = "\ufffd"  # stands for the first bytes of a character whose last ones were cut off
 
@@ -39,6 +53,7 @@ class _Answer:
     text: str = ""
     thinking: str = ""
     calls: list[ToolCall] = field(default_factory=list)
+    writing: ToolCall | None = None  # the call that is being written
     generation: Generation | None = None  # None: cancelled before it began
 
     @property
@@ -63,6 +78,8 @@ class ChatSession:
     an error observation to the model, and a result takes at most half of the context that is left.
     Only the part of the prompt that is new is computed, also where several sessions take turns. Sessions that share an
     Engine may answer at once, each in a thread of its own.
+    Calls of tools follow the schemas of their arguments, and every answer follows `schema`, where there is one: a JSON
+    schema (an answer may still call tools first).
     A tool that needs approval runs only when `approve(call, tool)` returns True (`run_tool` says when and in which
     thread); `allowed` holds the names of tools allowed for the rest of this chat, and `approve` may add to it.
     """
@@ -77,9 +94,10 @@ class ChatSession:
         tool_timeout: float = 30.0,
         approve: Approve = nobody_to_ask,
         compute: Compute | None = None,
+        schema: Schema | None = None,
     ) -> None:
         """`params` default to the checkpoint's. Raises TemplateError for a base model, which has no template, and for a
-        thinking budget of a model that does not think.
+        thinking budget of a model that does not think; SchemaError for a schema that is none, or too large.
 
         With `compute` (an EngineWorker's run) only generations run there; tools run in the thread that reads `send`.
         """
@@ -87,6 +105,7 @@ class ChatSession:
         self.tools = {tool.name: tool for tool in tools}
         self.system = system
         self.params = params or engine.params()
+        self.schema = schema
         self.max_tool_rounds, self.tool_timeout = max_tool_rounds, tool_timeout
         self.approve = approve
         self.allowed = set[str]()
@@ -164,6 +183,15 @@ class ChatSession:
         self.template.check_thinking(params.thinking_budget)
         self._params = params
 
+    @property
+    def schema(self) -> Schema | None:
+        """What every answer follows; None: it is text. Setting it raises SchemaError for what is no schema."""
+        return self._schema
+
+    @schema.setter
+    def schema(self, schema: Schema | None) -> None:
+        self._schema = None if schema is None else checked_schema(schema)
+
     def prompt_tokens(self, messages: Sequence[Message]) -> int:
         """Length of the prompt that these messages make, with the tools' descriptions."""
         return len(self._prompt(messages))
@@ -179,6 +207,44 @@ class ChatSession:
         (ContextLengthError, say) the history is as it was before.
         """
         yield from self._turn([*self.messages, Message("user", text)], None, cancel)
+
+    @overload
+    def ask(self, prompt: str, schema: None = None, cancel: threading.Event | None = None) -> str: ...
+    @overload
+    def ask(self, prompt: str, schema: type[M], cancel: threading.Event | None = None) -> M: ...
+    @overload
+    def ask(self, prompt: str, schema: Schema, cancel: threading.Event | None = None) -> Any: ...
+    def ask(
+        self, prompt: str, schema: type[BaseModel] | Schema | None = None, cancel: threading.Event | None = None
+    ) -> Any:
+        """Sends a message and returns the answer, behind all calls of tools: its text, or what a schema makes of it.
+
+            class City(BaseModel):
+                name: str
+                inhabitants: int
+
+            session.ask("Which city is the capital of China?", schema=City)      # City(name='Beijing', …)
+
+        schema: a pydantic model, of which an object is returned, or a JSON schema, for which it is JSON's value (a dict
+        for an object). Raises SchemaError for a schema that no answer can be held to, and where an answer was cut.
+        """
+        before = self._schema
+        model = schema if isinstance(schema, type) else None
+        try:
+            if schema is not None:
+                self.schema = _schema_of(schema)
+            done = [event for event in self.send(prompt, cancel) if isinstance(event, Done)]
+            said = self.messages[-1].content if self.messages[-1].role == "assistant" else ""
+            if self._schema is None:
+                return said
+            if done[-1].finish_reason != "stop":
+                why = done[-1].finish_reason
+                raise SchemaError(f"the answer ended ({why}) after {done[-1].new_tokens} tokens, before it was whole")
+            return json.loads(said) if model is None else model.model_validate_json(said)
+        except ValueError as error:  # of the model's own validators
+            raise SchemaError(f"the answer is not as its schema wants: {one_line(error, 500)}") from error
+        finally:
+            self._schema = before
 
     def resume(self, text: str, thinking: str = "", cancel: threading.Event | None = None) -> Generator[Event]:
         """Goes on with an answer that was cut: `messages` end with what it answers, `text` and `thinking` begin it.
@@ -246,24 +312,57 @@ class ChatSession:
     def _answer(self, prompt: list[int], answer: _Answer, engine: Engine) -> Iterator[Event]:
         if engine is not self.engine:
             raise ModelReplaced
-        generation = answer.generation = engine.generate(prompt, self.params, self._cancel)
+        params = self.params if self._schema is None else replace(self.params, stop=())
+        constraint = self._constraint(prompt, answer.begun)
+        generation = answer.generation = engine.generate(prompt, params, self._cancel)
+        generation.constraint = constraint
         yield from self.engine.prefill(generation)
         for segment in self._segments(generation, answer.begun):
-            if isinstance(segment, Call):  # an event only when it runs
-                self._calls_made += 1
-                answer.calls.append(ToolCall(f"call_{self._calls_made}", segment.name, segment.arguments))
-            elif isinstance(segment, Thinking):
-                answer.thinking += segment.text
-                yield ThinkingDelta(segment.text)
-            else:
-                answer.text += segment.text
-                yield TextDelta(segment.text)
+            match segment:
+                case CallBegun(name):
+                    answer.writing = self._new_call(name, "")
+                    yield ToolCallDelta(answer.writing.id, name, "")
+                case CallPiece(text) if answer.writing is not None:
+                    yield ToolCallDelta(answer.writing.id, answer.writing.name, text)
+                case Call(name, arguments):  # a ToolCallStarted only when it runs
+                    call, answer.writing = answer.writing or self._new_call(name, arguments), None
+                    answer.calls.append(replace(call, arguments=arguments))
+                case Thinking(text):
+                    answer.thinking += text
+                    yield ThinkingDelta(text)
+                case Text(text) | CallCut(written=text):
+                    answer.writing = None
+                    answer.text += text
+                    yield TextDelta(text)
+
+    def _new_call(self, name: str, arguments: str) -> ToolCall:
+        self._calls_made += 1
+        return ToolCall(f"call_{self._calls_made}", name, arguments)
+
+    def _constraint(self, prompt: list[int], begun: Begun | None) -> Constraint | None:
+        """What holds the answer to the schemas, behind what was said of it already."""
+        thinking = self._starts_thinking(prompt) if begun is None else bool(begun.thinking)
+        tools = tuple(ToolForm(tool.name, tool.parameters) for tool in self.tools.values())
+        may_think = self.template.can_think and not thinking
+        constraint = self.engine.constraint(
+            AnswerForm(self._schema, tools, begun_thought=thinking, may_think=may_think)
+        )
+        if begun is None or constraint is None:
+            return constraint
+        ids = self.engine.tokenizer.ids(begun.written() if begun.thinking else begun.text)
+        if constraint.fitting(ids) < len(ids):
+            if self._schema is None:
+                return None  # said before its tools were what they are
+            raise SchemaError("the answer cannot go on: what was said of it does not follow the schema")
+        constraint.accept(ids)
+        return constraint
 
     def _segments(self, generation: Generation, begun: Begun | None) -> Iterator[Segment]:
+        certain = generation.constraint is not None
         if begun is None:
-            parser = OutputParser(self.tools, thinking=self._starts_thinking(generation.prompt))
+            parser = OutputParser(self.tools, self._starts_thinking(generation.prompt), certain)
         else:
-            parser = OutputParser(self.tools, thinking=bool(begun.thinking))
+            parser = OutputParser(self.tools, bool(begun.thinking), certain)
             yield from parser.feed("\n" + (begun.written() if begun.thinking else begun.text))  # as GLM starts each
         for piece in self.engine.pieces(generation):
             yield from parser.separator() if piece is None else parser.feed(piece)
@@ -308,6 +407,17 @@ class ChatSession:
 
     def _approve(self, call: ToolCall, tool: Tool) -> bool:
         return tool.name in self.allowed or self.approve(call, tool)
+
+
+def _schema_of(schema: type[BaseModel] | Schema) -> Schema:
+    """A pydantic model's JSON schema, or the schema that is given. Raises SchemaError for a model that has none."""
+    if not isinstance(schema, type):
+        return schema
+    try:
+        described: dict[str, Any] = schema.model_json_schema()
+    except Exception as error:  # describing types runs the code of whoever wrote them
+        raise SchemaError(f"{schema.__name__} has no JSON schema: {one_line(error, 500)}") from error
+    return described
 
 
 def _observation(call: ToolCall, content: str) -> Message:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from glm4lite.base.errors import ConfigError
 from glm4lite.cli.paths import models
+
+if TYPE_CHECKING:
+    from glm4lite.text.grammar import Schema
 
 _LIKE_A_SIZE = re.compile(r"[\d.]+ *[A-Za-z]{0,3}", re.ASCII)
 
@@ -81,6 +84,10 @@ ThinkingBudget = Annotated[
     int | None, typer.Option(help="Longest thought, in tokens; 0 is none.", show_default="no limit")
 ]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")]
+SchemaFile = Annotated[
+    Path | None,
+    typer.Option("--schema", metavar="FILE", help="A JSON schema that the answer follows; nothing but JSON is said."),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", autocompletion=_among("auto", "cpu", "cuda"))]
 Dtype = Annotated[
     str, typer.Option(help="auto, bfloat16 or float32.", autocompletion=_among("auto", "bfloat16", "float32"))
@@ -146,6 +153,15 @@ def with_sizes(arguments: list[str]) -> list[str]:
         alone = argument == "--keep-prefixes" and not _LIKE_A_SIZE.fullmatch(after)
         given.append(f"{argument}=4GiB" if alone else argument)
     return given
+
+
+def schema_of(file: Path | None) -> Schema | None:
+    """The JSON schema of a file; SchemaError where it holds none."""
+    from glm4lite.base.errors import SchemaError
+    from glm4lite.base.files import read_json
+    from glm4lite.text.grammar import checked_schema
+
+    return None if file is None else checked_schema(read_json(file, SchemaError))
 
 
 def use_threads(count: str | None) -> None:

@@ -31,6 +31,7 @@ from glm4lite.base.events import (
     Start,
     TextDelta,
     ThinkingDelta,
+    ToolCallDelta,
     ToolCallFinished,
     ToolCallStarted,
 )
@@ -148,6 +149,7 @@ class Terminal(Renderer):
         self._bars: ProgressBars | None = None
         self._tasks: dict[str, TaskID] = {}
         self._line_open: str | None = None  # the stream whose last line has no end yet
+        self._written_call = ""  # the id of the call that is being drawn as it is written
 
     def show(self, event: Event) -> None:
         if isinstance(event, Progress):
@@ -158,8 +160,10 @@ class Terminal(Renderer):
             self._write("text", event.text)
         elif isinstance(event, ThinkingDelta):
             self._write("thinking", event.text)
+        elif isinstance(event, ToolCallDelta):
+            self._write_call(event)
         elif isinstance(event, ToolCallStarted):
-            self._note((event.name, "cyan"), f"({json.dumps(event.arguments, ensure_ascii=False)})")
+            self._call(event)
         elif isinstance(event, ToolCallFinished):
             self._note("  ", ("->", "red" if event.error else "green"), f" {event.content}")
         elif isinstance(event, Done):
@@ -172,6 +176,23 @@ class Terminal(Renderer):
     def close(self) -> None:
         self._close_bars()
         self.end_line()
+
+    def _write_call(self, event: ToolCallDelta) -> None:
+        """A call as it grows, for people; a log gets it as a whole."""
+        if not self._console.is_terminal:
+            return
+        if event.id != self._written_call:
+            self.end_line()
+            self._console.print(_text((event.name, "cyan"), "("), end="", soft_wrap=True)
+            self._written_call, self._line_open = event.id, "call"
+        self._console.print(_text(event.arguments), end="", soft_wrap=True)
+
+    def _call(self, event: ToolCallStarted) -> None:
+        if event.id == self._written_call:
+            self._console.print(")", end="")
+            self.end_line()
+        else:
+            self._note((event.name, "cyan"), f"({json.dumps(event.arguments, ensure_ascii=False)})")
 
     def _write(self, stream: str, text: str) -> None:
         if self._line_open not in (None, stream):
@@ -213,9 +234,9 @@ class Terminal(Renderer):
         elif self._line_open == "text":
             self._out.write("\n")
             self._out.flush()
-        elif self._line_open == "thinking":
+        elif self._line_open in ("thinking", "call"):
             self._console.print()
-        self._line_open = None
+        self._line_open, self._written_call = None, ""
 
     def _note(self, *parts: str | tuple[str, str]) -> None:
         self.end_line()

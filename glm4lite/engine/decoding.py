@@ -8,8 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterator
 
-from torch import Tensor
-
+from glm4lite.engine.constraint import Constraint
 from glm4lite.engine.prefix_pool import PrefixCache
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.engine.scheduler import Scheduler
@@ -26,10 +25,11 @@ class Generation:
     ended; `prefilled_tokens` were not in the kept prefix.
     Raises ContextLengthError at once when the prompt leaves no room in the model's context.
 
-    May be set before iteration: `constraint`, which is given each drawn id and its logits and returns the id to take;
-    `replacement`, which is given each drawn id first and returns ids to take in its place, all of them, or none;
-    `top_logprobs`, with which `logprobs` gets an entry for each drawn id, stop ids left out. The first two are called
-    by the thread that makes the steps. `is_replaced`: whether the id that was given last came from `replacement`.
+    May be set before iteration: `constraint`, which says what may come; `replacement`, which is given each drawn id
+    first and returns ids to take in its place, all of them, or none; `top_logprobs`, with which `logprobs` gets an
+    entry for each drawn id, stop ids left out. The first two are called by the thread that makes the steps.
+    `is_replaced`: whether the id that was given last came from `replacement`. An answer whose constraint lets nothing
+    more come ends with "stop" and without a stop id.
 
     One that nobody holds any more is not computed further.
 
@@ -107,11 +107,11 @@ class Generation:
         self._sequence.cache = cache
 
     @property
-    def constraint(self) -> Callable[[int, Tensor], int] | None:
+    def constraint(self) -> Constraint | None:
         return self._sequence.constraint
 
     @constraint.setter
-    def constraint(self, constraint: Callable[[int, Tensor], int] | None) -> None:
+    def constraint(self, constraint: Constraint | None) -> None:
         self._sequence.constraint = constraint
 
     @property
@@ -134,6 +134,7 @@ class Generation:
         """Joins what is computed, if it has not; the first look at it does the same."""
         if not self._begun:
             self._begun = True
+            self._sequence.begin()
             self._scheduler.add(self._sequence)
 
     def close(self) -> None:

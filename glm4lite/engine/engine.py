@@ -17,6 +17,7 @@ from glm4lite.base.errors import CheckpointError, ConfigError, NoModel, Template
 from glm4lite.base.events import Done, Progress
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.quant_choice import AUTO
+from glm4lite.engine.constraint import Constraint, Grammars
 from glm4lite.engine.decoding import Generation
 from glm4lite.engine.draft_model import DraftModel
 from glm4lite.engine.kept_prefixes import KeptPrefixes, wanted_size
@@ -29,6 +30,9 @@ from glm4lite.engine.stop_ids import stop_ids
 from glm4lite.engine.thinking_budget import ThinkingBudget
 from glm4lite.model.causal_lm import CausalLM
 from glm4lite.model.layers import DecoderLayer
+from glm4lite.runtime import cuda_graph
+from glm4lite.runtime.kv_pool import serves
+from glm4lite.text.grammar import AnswerForm
 from glm4lite.text.messages import Message
 from glm4lite.text.stop_strings import StopStrings
 from glm4lite.text.template import ChatTemplate
@@ -84,6 +88,7 @@ class Engine:
             raise ConfigError(f"parallel is {self.parallel}; from 1 to {MOST_PARALLEL} answers can be computed at once")
         self.scheduler = Scheduler(self.model, PrefixPool(self.model), self.parallel)
         self.totals = Totals()
+        self._grammars: Grammars | None = None
 
     def speculate(self, how: str | int = "auto") -> None:
         """Whether ids are guessed and verified together (see `glm4lite.engine.speculation`): "off"; the most ids of a
@@ -128,8 +133,8 @@ class Engine:
     ) -> Engine:
         """Arguments as `glm4lite.load`; quant "auto" is int4, or as the checkpoint is stored if that is quantized.
 
-        `speculate`: as the method. `parallel`: answers computed at once; None: 4 where all layers are on the CPU, else
-        1, for a GPU's fast way is for one. `draft`: a smaller model with the same vocabulary, which guesses what this
+        `speculate`: as the method. `parallel`: answers computed at once; None: 4, or 1 where layers lie on a GPU on
+        which no graph can be recorded. `draft`: a smaller model with the same vocabulary, which guesses what this
         one will say (`glm4lite.engine.draft_model`); it is loaded first, and a limit on RAM counts it.
         `keep_prefixes`: what was computed for prompts is also written to a folder, of at most so many bytes (True: 4
         GiB; or a text such as "8GiB"), and read from there by the next process.
@@ -179,19 +184,20 @@ class Engine:
             logger.warning("calibrating and quantizing takes minutes at each start; `glm4lite quantize` does it once")
         if before_weights is not None:
             before_weights()
-        small = None
+        guesser = None
         if draft is not None:
             small, options = _draft_of(tokenizer, draft, options)
+            guesser = DraftModel(small)  # now: what its cache takes of a GPU is no room for the large one
         model, _ = load_checkpoint(Glm4ForCausalLM, checkpoint, options, str(folder))
         engine = cls(model, tokenizer, template, checkpoint.generation_config, parallel or _usual_parallel(model))
         engine.speculate(speculate)
         if prefixes is not None:
             engine.prefixes.disk = KeptPrefixes.of(model, source, checkpoint, prefixes)
-        if small is not None and draft is not None:
-            engine.scheduler.draft = DraftModel(small)
+        if guesser is not None and draft is not None:
+            engine.scheduler.draft = guesser
             engine.scheduler.speculation = engine.scheduler.speculation or Speculation()
             if prefixes is not None:
-                engine.scheduler.draft.prefixes.disk = KeptPrefixes.of(small, draft, opened(draft), prefixes)
+                guesser.prefixes.disk = KeptPrefixes.of(guesser.model, draft, opened(draft), prefixes)
         return engine
 
     def unload(self) -> None:
@@ -228,6 +234,19 @@ class Engine:
     def params(self, **sampling: Any) -> SamplingParams:
         """The checkpoint's sampling defaults; fields that are given and not None win over them."""
         return SamplingParams.from_generation_config(self.generation_config, **sampling)
+
+    def constraint(self, form: AnswerForm) -> Constraint | None:
+        """What holds an answer to that form; None where it may be any text. Raises SchemaError where nothing can.
+
+        With a vocabulary that is not byte-level, calls that a model need not make are not held to their schemas.
+        """
+        strict = form.schema is not None or form.must_call or any(tool.strict for tool in form.tools)
+        if not form.bound or not (strict or self.tokenizer.byte_level):
+            return None
+        if self._grammars is None:
+            stops = stop_ids(self.model.config, self.generation_config, self.tokenizer)
+            self._grammars = Grammars(self.tokenizer, stops, self.tokenizer.special.get(SEPARATOR))
+        return self._grammars.constraint(form)
 
     def generate(
         self,
@@ -364,7 +383,8 @@ def _computed_natively(model: CausalLM) -> bool:
 
 
 def _usual_parallel(model: CausalLM) -> int:
-    return PARALLEL if all(layer.device.type == "cpu" for layer in model.model.layers) else 1
+    """One, where layers lie on a GPU that no graph can be recorded on: each sequence would be computed by itself."""
+    return PARALLEL if serves(model) or not any(cuda_graph.records(layer.device) for layer in model.model.layers) else 1
 
 
 def _required(template: ChatTemplate | None) -> ChatTemplate:

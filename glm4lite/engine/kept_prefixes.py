@@ -34,7 +34,7 @@ from glm4lite.base.sizes import parse_size, readable
 from glm4lite.engine.prefix_files import BLOCK, MOST_IDS, USUAL_SIZE, Damaged, PrefixFolder, Segment, as_bytes, digest
 from glm4lite.engine.prefix_pool import PrefixCache
 from glm4lite.hub.sources import NANO
-from glm4lite.model.cache import stored_forms
+from glm4lite.model.packed_cache import stored_forms
 from glm4lite_quant.kernels import native
 
 if TYPE_CHECKING:

@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Protocol
 
-from glm4lite.model.cache import GPU_STEP, STEP, KVCache, with_room
-from glm4lite.runtime.kv_pool import KVPool, PoolCache, PoolFull, blocks_of
+from glm4lite.model.cache import KVCache
+from glm4lite.model.layer_cache import GPU_STEP, STEP, with_room
+from glm4lite.runtime.block_table import PoolFull, blocks_of
+from glm4lite.runtime.kv_pool import KVPool, PoolCache
 from glm4lite_quant.kernels.decoder import BLOCK
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ Nothing here knows text, or that there are other sequences.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from glm4lite.base.errors import ContextLengthError
+from glm4lite.engine.constraint import Constraint
 from glm4lite.engine.prefix_pool import PrefixCache
 from glm4lite.engine.sampling import Sampler, SamplingParams
 from glm4lite.engine.speculation import MOST, Drafts, Speculation
@@ -25,7 +27,10 @@ FEW = MOST + 1
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """A new token's log probability as the model gave it (before temperature and the like), and the likeliest ids'."""
+    """A new token's log probability as the model gave it (before temperature and the like), and the likeliest ids'.
+
+    Under a constraint it is among what may come; ids that may not are not among the likeliest.
+    """
 
     id: int
     logprob: float
@@ -45,8 +50,8 @@ class Sequence:
     """Belongs to whoever steps it (`Scheduler`); a reader takes from `outputs` and looks at `over`.
 
     `ids` are the prompt and all ids taken so far, `cache` holds the first of them and is None while the sequence waits.
-    When it is `over`, `error` is what went wrong, or `finish_reason` is "stop" (a stop id came, `stop_id`), "length" or
-    "cancelled".
+    When it is `over`, `error` is what went wrong, or `finish_reason` is "stop" (a stop id came, `stop_id`, or the
+    constraint lets nothing more come), "length" or "cancelled".
     """
 
     def __init__(
@@ -71,7 +76,7 @@ class Sequence:
             )
         self.prompt, self.params, self.vocab_size = prompt, params, vocab_size
         self.stop_ids, self.cancel = frozenset(stop_ids), cancel or threading.Event()
-        self.constraint: Callable[[int, Tensor], int] | None = None
+        self.constraint: Constraint | None = None
         self.replacement: Callable[[int], list[int]] | None = None
         self.top_logprobs: int | None = None
         self.ids = list(prompt)
@@ -87,6 +92,7 @@ class Sequence:
         self.drafts = Drafts(speculation, prompt) if speculation is not None else None
         self._sampler = Sampler(params)
         self._certain, self._draft = 0, list[int]()  # the step that is being computed: ids of ours, and guessed ones
+        self._first = list[Drawn]()  # ids that could be no others, until the prompt is computed
         self._began: float | None = None
 
     @property
@@ -98,6 +104,11 @@ class Sequence:
     def todo(self) -> int:
         """Ids that are taken and not computed."""
         return len(self.ids) - self.cached
+
+    def begin(self) -> None:
+        """To be called once, before it is computed: what comes first whatever is drawn goes in with the prompt."""
+        if self.constraint is not None:
+            self._first = [self._scored(token) for token in self._forced(spare=1)]
 
     def admit(self, cache: PrefixCache) -> None:
         """Goes on over what a cache has of the ids."""
@@ -116,14 +127,17 @@ class Sequence:
 
     def look_up(self, sequences: int, rows: int) -> int:
         """Guesses from what was said before, for a step of so many sequences and rows without it; how many ids."""
-        self._draft = self.drafts.next(self.room, sequences, rows) if self.drafts is not None else []
+        if self.drafts is not None:
+            guess = self.drafts.next(self.room, sequences, rows)
+            self._draft = self._possible(guess)
+            self.drafts.drafted -= len(guess) - len(self._draft)
         return len(self._draft)
 
     def guess(self, ids: list[int]) -> None:
         """Takes guesses of someone else's into the next step."""
-        self._draft = ids
+        self._draft = self._possible(ids)
         if self.drafts is not None:
-            self.drafts.drafted += len(ids)
+            self.drafts.drafted += len(self._draft)
 
     @property
     def guessed(self) -> bool:
@@ -149,13 +163,15 @@ class Sequence:
         cache.ids += self.ids[self.cached : self.cached + self._certain]
         self.prefilled = min(self.prefilled + in_prompt, self.to_prefill)
         draft, self._draft = self._draft, []
+        taken = deque[int]()  # ids that came, and of which a guess was computed or not
         for row, guess in zip(logits, [*draft, None], strict=False):  # of a part of a prompt there are no logits
             if self.cancel.is_set():
                 return
-            taken = self._draw(row[: self.vocab_size].float())
-            if self.over or taken != [guess]:
+            if not taken:
+                taken.extend(self._draw(row[: self.vocab_size].float()))
+            if self.over or not taken or (token := taken.popleft()) != guess:
                 return
-            cache.ids += taken
+            cache.ids.append(token)
             if self.drafts is not None:
                 self.drafts.accepted += 1
 
@@ -185,12 +201,13 @@ class Sequence:
     def _draw(self, logits: Tensor) -> list[int]:
         """The next ids, which are taken; none where the answer is over."""
         began = self._began = self._began or time.perf_counter()
+        self.outputs.extend(self._first)
+        self._first = []
+        if self.constraint is not None:
+            logits = self.constraint.masked(logits)
         token = self._sampler(logits, self.ids)
         taken = self.replacement(token) if self.replacement is not None else []
-        put_in = bool(taken)
-        if not put_in:
-            token = self.constraint(token, logits) if self.constraint is not None else token
-            taken = [token]
+        put_in, taken = bool(taken), taken or [token]
         self.seconds = time.perf_counter() - began
         if not put_in and token in self.stop_ids:
             self.stop_id = token
@@ -200,17 +217,50 @@ class Sequence:
             self.end("length")
             return []
         scored = None if put_in or self.top_logprobs is None else _logprobs(logits, token, self.top_logprobs)
-        for each in taken:
-            self.ids.append(each)
-            if self.drafts is not None:
-                self.drafts.take(each)
-            self.outputs.append(Drawn(each, put_in, scored))
+        self.outputs.extend(Drawn(each, put_in, scored) for each in taken)
+        self._take(taken)
+        if self.constraint is not None:
+            self.constraint.accept(taken)
+            forced = self._forced()
+            self.outputs.extend(map(self._scored, forced))
+            taken = [*taken, *forced]
+            if self.constraint.complete:
+                self.end("stop")
         if len(self.ids) >= self.limit:
             self.end("length")
         return taken
+
+    def _take(self, ids: list[int]) -> None:
+        self.ids += ids
+        if self.drafts is not None:
+            for token in ids:
+                self.drafts.take(token)
+
+    def _forced(self, spare: int = 0) -> list[int]:
+        """Takes the ids that come next whatever is drawn, as far as the limit allows with `spare` more behind them."""
+        if self.constraint is None:
+            return []
+        ids = self.constraint.forced()[: max(0, self.limit - len(self.ids) - spare)]
+        if ids:
+            self.constraint.accept(ids)
+            self._take(ids)
+        if self.replacement is not None:
+            for token in ids:
+                self.replacement(token)  # which only looks on: what is forced is no part of a thought
+        return ids
+
+    def _scored(self, token: int) -> Drawn:
+        """One that could be no other."""
+        certain = None if self.top_logprobs is None else TokenLogprobs(token, 0.0, ((token, 0.0),)[: self.top_logprobs])
+        return Drawn(token, False, certain)
+
+    def _possible(self, ids: list[int]) -> list[int]:
+        """As many of guessed ids as the constraint lets come."""
+        return ids if self.constraint is None or not ids else ids[: self.constraint.fitting(ids)]
 
 
 def _logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
     logprobs = logits.log_softmax(-1)
     values, ids = logprobs.topk(count)
-    return TokenLogprobs(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+    top = zip(ids.tolist(), values.tolist(), strict=True)
+    return TokenLogprobs(token, float(logprobs[token]), tuple(each for each in top if each[1] > -math.inf))

@@ -17,8 +17,8 @@ from glm4lite.memory import speed, system
 from glm4lite.memory.budget import Budget, place_within
 from glm4lite.memory.machine import free_gpus, free_ram, prefetch_speeds
 from glm4lite.memory.resources import Machine, Placement, Requirements
-from glm4lite.model.cache import KVType
 from glm4lite.model.layers import layer_of
+from glm4lite.model.packed_cache import KVType
 from glm4lite.model.trunk import CPU_CHUNK, GPU_CHUNK
 
 logger = logging.getLogger("glm4lite")

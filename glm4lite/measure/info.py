@@ -62,7 +62,7 @@ def model_facts(source: str, progress: Callable[[Progress], None] | None = None)
     from glm4lite.checkpoint.prepare import model_class, opened
     from glm4lite.checkpoint.quant_choice import stored_quant
     from glm4lite.loading.requirements import requirements_of
-    from glm4lite.model.cache import bytes_per_token
+    from glm4lite.model.packed_cache import bytes_per_token
 
     checkpoint = opened(source, progress)
     config, stored = read_config(checkpoint), stored_quant(checkpoint)

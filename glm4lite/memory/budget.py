@@ -10,7 +10,7 @@ from glm4lite.base.errors import ConfigError
 from glm4lite.base.sizes import parse_size
 from glm4lite.memory.placement import place
 from glm4lite.memory.resources import Machine, Placement, Requirements
-from glm4lite.model.cache import KVType
+from glm4lite.model.packed_cache import KVType
 
 logger = logging.getLogger("glm4lite")
 

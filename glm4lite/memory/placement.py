@@ -24,7 +24,7 @@ from glm4lite.memory.resources import (
     Requirements,
     Share,
 )
-from glm4lite.model.cache import KVType
+from glm4lite.model.packed_cache import KVType
 
 # Measured: 225 MiB after torch's import and the load of a mapped model, 165 MiB for the tokenizer of 151 552 tokens,
 # some 40 MiB that malloc keeps between the chunks of a prompt.
@@ -109,7 +109,7 @@ def _on_gpus(request: _Request) -> tuple[Share, ...]:
 def _filled(request: _Request, buffers: int) -> tuple[Share, ...]:
     """Layers from the last one down, one GPU after the other; () where the first holds no layer beside the head."""
     needs, kv = request.needs, request.kv_bytes(1, gpu=True)
-    activations = needs.activations(request.context, gpu=True)
+    activations = needs.activations(request.context, gpu=True, kv=request.kv)
     shares: list[Share] = []
     end = len(needs.layers)
     for index, budget in enumerate(request.gpus):
@@ -166,7 +166,7 @@ def _cpu_share(request: _Request, layers: tuple[int, ...], disk: tuple[int, ...]
         held,
         needs.bytes_of(held) + own + needs.embedding,
         request.kv_bytes(len(layers), gpu=False),
-        needs.activations(request.context, gpu=False) if layers else 0,
+        needs.activations(request.context, gpu=False, kv=request.kv) if layers else 0,
         CPU_RESERVE,
         staging + ring,
         needs.embedding if read_in_place else 0,
@@ -177,7 +177,7 @@ def _least_gpu(request: _Request) -> int:
     """Bytes of GPU memory with which it is used at all: the head, one layer and its cache, and what goes with them."""
     needs = request.needs
     buffers = BUS_BUFFERS * max(needs.layers) if len(needs.layers) > 1 else 0
-    fixed = GPU_RESERVE + needs.activations(request.context, gpu=True) + needs.head_read + needs.rest
+    fixed = GPU_RESERVE + needs.activations(request.context, gpu=True, kv=request.kv) + needs.head_read + needs.rest
     return fixed + buffers + needs.layers[-1] + request.kv_bytes(1, gpu=True)
 
 

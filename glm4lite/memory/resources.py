@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from glm4lite.base.sentences import Sentence
-from glm4lite.model.cache import KVType, bytes_per_token
 from glm4lite.model.config import Glm4Config
-from glm4lite.model.trunk import CPU_CHUNK, GPU_CHUNK
+from glm4lite.model.packed_cache import KVType, bytes_per_token
+from glm4lite.model.trunk import CPU_CHUNK, GPU_CHUNK, GPU_ROWS
 
 _NOTHING = Sentence("")
 
@@ -73,17 +73,24 @@ class Requirements:
         item_bytes = GPU_ITEM_BYTES if gpu else self.item_bytes
         return bytes_per_token(self.config, kv, item_bytes) // self.config.num_hidden_layers
 
-    def activations(self, context: int, gpu: bool) -> int:
+    def activations(self, context: int, gpu: bool, kv: KVType) -> int:
         """Bytes for the largest chunk of a prompt: the residual stream, one layer's values, the last token's logits.
 
-        On a GPU also the mask [chunk, context], as bool and as numbers, and keys and values for every query head.
+        On a GPU also the mask [chunk, context], as bool and as numbers; keys and values as they come out of their
+        blocks (of int8 ones also their floats, before and after the scales), and for every query head; and what
+        recorded steps work in (`glm4lite.runtime.cuda_graph`): one layer's values and what 8 parts of attention leave.
         """
         config, item_bytes = self.config, GPU_ITEM_BYTES if gpu else self.item_bytes
         chunk = min(context, GPU_CHUNK if gpu else CPU_CHUNK)
         queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
         values = 2 * config.hidden_size + 3 * queries + 2 * keys + 3 * config.intermediate_size
-        mask, expanded = (context * (1 + item_bytes), 2 * context * queries * item_bytes) if gpu else (0, 0)
-        return chunk * (3 * 4 * config.hidden_size + item_bytes * values + mask) + expanded + 5 * 4 * config.vocab_size
+        row = 3 * 4 * config.hidden_size + item_bytes * values
+        needed = chunk * row + 5 * 4 * config.vocab_size
+        if gpu:
+            read = 12 if kv == "int8" else 3 * item_bytes
+            mask, past = context * (1 + item_bytes), context * (2 * queries * item_bytes + keys * read)
+            needed += chunk * mask + past + GPU_ROWS * (row + 8 * 4 * queries)
+        return needed
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glm4lite.model.cache import (
-    KVCache,
-    PastKeyValues,
-)
+from glm4lite.model.cache import KVCache, PastKeyValues
 from glm4lite.model.config import Glm4Config
 from glm4lite.model.inputs import keep_problem, labels_problem
 from glm4lite.model.outputs import CausalLMOutputWithPast
@@ -47,8 +44,9 @@ class CausalLM(ModelWithTrunk):
     def step(self, spans: Sequence[Span]) -> list[Tensor]:
         """Computes new ids of several sequences: logits float32 [kept, vocabulary] of each, in order.
 
-        The weights are read once for all of them. Where the native kernels compute all layers and the head, each
-        sequence's logits have the bits that they have alone, however its ids are cut into steps.
+        The weights are read once for all of them; where GPUs hold all layers, once more for prompts. Where the native
+        kernels compute all layers and the head, each sequence's logits have the bits that they have alone, however its
+        ids are cut into steps.
 
         Each span's cache is extended in place; after an error layers may hold differently many of the new ids
         (`KVCache.truncate`). `Trunk.interrupt` is called between the layers; a few rows go through all of them at once.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from glm4lite.model.cache import Cache, Caches, HomeCaches, SpanCaches
 from glm4lite.model.config import Glm4Config
 from glm4lite.model.rotary import apply_rotary
 from glm4lite_quant.kernels.decoder import Heads
+
+if TYPE_CHECKING:
+    from glm4lite.model.step import Span
 
 _LAYER = re.compile(r"(?:model\.)?layers\.([0-9]{1,9})(?:\.(.+))?")
 
@@ -77,8 +80,8 @@ class Resident:
 class LayerRunner(Protocol):
     """Computes layers faster than torch's code, where it can; `glm4lite.runtime.runner` gives a loaded model one."""
 
-    few: int
-    """Tokens that go through all layers in one call, which nothing can stop half-way."""
+    def few(self, device: torch.device) -> int:
+        """Tokens that go through all layers of a device in one call, which nothing can stop half-way."""
 
     def run(
         self,
@@ -91,6 +94,9 @@ class LayerRunner(Protocol):
     ) -> Tensor | None:
         """x after the layers, resident ones of one device; None, with nothing done, where torch's code has to run."""
 
+    def groups(self, layers: Sequence[DecoderLayer], spans: Sequence[Span]) -> list[list[int]]:
+        """Which sequences of a step go through the layers together, one group after the other, by their numbers."""
+
     def fuses(self, layer: DecoderLayer) -> bool:
         """Whether the native library has code for this layer as it is."""
 
@@ -101,10 +107,14 @@ class LayerRunner(Protocol):
 class TorchRunner:
     """Leaves everything to torch's code, which is the specification."""
 
-    few = 0
+    def few(self, device: torch.device) -> int:
+        return 0
 
     def run(self, *_: Any) -> None:
         return None
+
+    def groups(self, layers: Sequence[DecoderLayer], spans: Sequence[Span]) -> list[list[int]]:
+        return [list(range(len(spans)))]
 
     def fuses(self, layer: DecoderLayer) -> bool:
         return False

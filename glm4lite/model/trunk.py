@@ -11,24 +11,16 @@ from torch import Tensor, nn
 
 from glm4lite.base.errors import ConfigError
 from glm4lite.model.attention import Visibility, packed_mask
-from glm4lite.model.cache import (
-    HomeCache,
-    HomeCaches,
-    KVCache,
-    KVType,
-    LayerCache,
-    PackedLayerCache,
-    PastKeyValues,
-    as_cache,
-    bytes_per_token,
-)
+from glm4lite.model.cache import HomeCache, HomeCaches, KVCache, PastKeyValues, as_cache
 from glm4lite.model.config import Glm4Config
 from glm4lite.model.inputs import beside_problem, embeds_problem, ids_problem
+from glm4lite.model.layer_cache import LayerCache
 from glm4lite.model.layers import TORCH, DecoderLayer, LayerRunner, RMSNorm
 from glm4lite.model.outputs import (
     BaseModelOutputWithPast,
     ModelOutput,
 )
+from glm4lite.model.packed_cache import KVType, PackedLayerCache, bytes_per_token
 from glm4lite.model.rotary import RotaryEmbedding
 from glm4lite.model.stages import Stages
 from glm4lite.model.step import Span, Step
@@ -38,6 +30,8 @@ Output = TypeVar("Output", bound=ModelOutput)
 
 CPU_CHUNK, GPU_CHUNK = 512, 2048
 """Tokens of a prompt computed at a time: they bound the memory of activations."""
+GPU_ROWS = 64
+"""Most rows of a step that go through a GPU's layers as a recording, whose memory stays taken."""
 
 
 def draw(weight: Tensor, std: float) -> None:
@@ -167,6 +161,8 @@ class Trunk(ModelBase):
     def _runs(self, tokens: int, together: bool) -> Iterator[slice]:
         """The layers in order: alone, or `together` as many as one call may take."""
         kinds = [_kind(layer, tokens) if together else None for layer in self.layers]
+        few = {kind[0] for kind in kinds if kind is not None and tokens <= self.runner.few(kind[0])}
+        kinds = [kind if kind is not None and kind[0] in few else None for kind in kinds]
         begin = 0
         for end in range(1, len(kinds) + 1):
             joins = end < len(kinds) and kinds[end] is not None and kinds[end] == kinds[end - 1]
@@ -279,12 +275,22 @@ class Trunk(ModelBase):
 
     def step(self, spans: Sequence[Span]) -> Tensor:
         """The states [rows kept of all spans, H] after the final norm; see `CausalLM.step`."""
-        step = Step(spans)
-        step.reserve()
+        whole = Step(spans)
+        whole.reserve()
+        groups = self.runner.groups(list(self.layers), spans)
+        if len(groups) == 1:
+            return self._stepped(whole)
+        states = dict[int, Tensor]()
+        for group in groups:
+            found = self._stepped(Step([spans[at] for at in group]))
+            states |= zip(group, found.split([spans[at].kept for at in group]), strict=True)
+        return torch.cat([states[at] for at in range(len(spans))])
+
+    def _stepped(self, step: Step) -> Tensor:
+        """The states that are kept of one group of sequences."""
         embeds = self._embedded(torch.tensor([step.ids], device=self.device), None)
         stages = Stages(self.rotary_emb, step.positions.to(embeds.device), step.visibility)
-        x = self._through_layers(embeds, stages, step.caches, True, _Collected(False, False))
-        return x[0, step.kept]
+        return self._through_layers(embeds, stages, step.caches, True, _Collected(False, False))[0, step.kept]
 
     def _through_layers(
         self,
@@ -296,11 +302,10 @@ class Trunk(ModelBase):
     ) -> Tensor:
         """[B, T, H] after the final norm. `together`: a few rows go through several layers in one call."""
         length = embeds.shape[1]
-        few = together and length <= self.runner.few
         checkpointed = self.checkpointed if self.training else None
         x, stage = embeds.float(), stages.of(embeds.device, embeds.dtype)
         collected.hidden(embeds)
-        for run in self._runs(length, few):
+        for run in self._runs(length, together):
             if self.interrupt is not None:
                 self.interrupt()
             layers = list(self.layers)[run]

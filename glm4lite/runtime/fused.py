@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glm4lite.model.attention import Visibility
-from glm4lite.model.cache import Caches, PackedLayerCache, parts_of
+from glm4lite.model.cache import Caches, parts_of
 from glm4lite.model.layers import DecoderLayer
+from glm4lite.model.packed_cache import PackedLayerCache
 from glm4lite_quant import QuantLinear
 from glm4lite_quant.kernels import decoder
 from glm4lite_quant.kernels.decoder import DecoderKernel, SpanRows

@@ -10,35 +10,36 @@ allocation, and a sequence a table of block numbers, which serves all layers (Pa
 is 64 tokens, a tile of the native attention, so that finding one costs a look-up a tile; a sequence wastes 32 tokens of
 room on the average, and a beginning is shared but for its last 63.
 
-Layers that keep their cache on a GPU, or in another type than the native code reads, have ordinary ones.
+The layers of a GPU have blocks in its memory, with the same numbers: there a block is one turn of the attention's loop.
+Float keys lie there as values do, int8 ones in tiles of 16 tokens as on the CPU. Layers that neither the native code
+nor a recorded graph computes have ordinary caches.
 """
 
 from __future__ import annotations
 
-import threading
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from glm4lite.model.cache import HomeCache, KVCache, PackedLayerCache
+from glm4lite.base.errors import one_line
+from glm4lite.model.cache import HomeCache, KVCache
+from glm4lite.model.packed_cache import PackedLayerCache
+from glm4lite.runtime import cuda_graph
+from glm4lite.runtime.block_table import Blocks, BlockTable, blocks_of
 from glm4lite_quant.kernels.decoder import BLOCK, TOKENS, CacheView, Heads
 
 if TYPE_CHECKING:
     from glm4lite.model.causal_lm import CausalLM
+    from glm4lite.model.layers import DecoderLayer
 
-
-class PoolFull(Exception):
-    """A sequence needs more blocks than are free: the others' have to be given back first. Nothing has changed."""
-
-    def __init__(self, needed: int, free: int) -> None:
-        super().__init__(f"{needed} more blocks of the KV pool are needed, {free} are free")
-        self.needed, self.free = needed, free
+logger = logging.getLogger("glm4lite")
 
 
 class KVPool:
-    """A fixed number of blocks. Its memory is the system's until a block is used for the first time.
+    """A fixed number of blocks. RAM is the system's until a block is used for the first time; a GPU's is taken at once.
 
     For the thread that computes with the model; caches may be dropped in any.
     """
@@ -47,16 +48,14 @@ class KVPool:
         """`tokens`: of all sequences together, those that share blocks counted once; in whole blocks."""
         self._model, count = model, blocks_of(tokens)
         self._memory = [
-            _LayerMemory.of(count, layer.self_attn.heads, own.int8)
-            if isinstance(own, PackedLayerCache) and layer.device.type == "cpu"
-            else None
-            for layer, own in zip(model.model.layers, model.new_cache().layers, strict=True)
+            None if kind is None else _LayerMemory.of(count, layer.self_attn.heads, kind)
+            for layer, kind in zip(model.model.layers, _kinds(model), strict=True)
         ]
-        self._blocks = _Blocks(count, [memory for memory in self._memory if memory is not None])
+        self._blocks = Blocks(count, [memory for memory in self._memory if memory is not None])
 
     def new(self) -> PoolCache:
         """An empty cache of one sequence."""
-        table = _Table(self._blocks)
+        table = BlockTable(self._blocks)
         layers = [
             own if memory is None else PooledLayerCache(memory, table, 0)
             for memory, own in zip(self._memory, self._model.new_cache().layers, strict=True)
@@ -69,10 +68,19 @@ class KVPool:
 
     @classmethod
     def of_whole(cls, model: CausalLM, tokens: int) -> KVPool | None:
-        """One for a model all of whose layers it serves; None for others."""
-        if not all(isinstance(own, PackedLayerCache) for own in model.new_cache().layers):
+        """One for a model all of whose layers it serves; None for others, and where a GPU has no room for it."""
+        if not serves(model):
             return None
-        return cls(model, tokens) if all(layer.device.type == "cpu" for layer in model.model.layers) else None
+        try:
+            return cls(model, tokens)
+        except torch.OutOfMemoryError as error:
+            logger.warning(
+                "a KV pool of %d tokens finds no room (%s): each answer gets a cache that grows, and several at once "
+                "are slow; give a shorter context, or kv int8",
+                tokens,
+                one_line(error),
+            )
+            return None
 
     @property
     def free(self) -> int:
@@ -88,7 +96,7 @@ class KVPool:
 class PoolCache(KVCache):
     """A KVCache of one sequence whose blocks are a pool's. Dropping it gives them back."""
 
-    def __init__(self, layers: list[HomeCache], table: _Table) -> None:
+    def __init__(self, layers: list[HomeCache], table: BlockTable) -> None:
         super().__init__(0)
         self.layers, self._table = layers, table
 
@@ -134,7 +142,9 @@ class PoolCache(KVCache):
 class PooledLayerCache(PackedLayerCache):
     """One layer's part of a PoolCache."""
 
-    def __init__(self, memory: _LayerMemory, table: _Table, length: int) -> None:
+    in_blocks = True
+
+    def __init__(self, memory: _LayerMemory, table: BlockTable, length: int) -> None:
         super().__init__(memory.scales is not None)
         self._memory, self._table, self.length = memory, table, length
 
@@ -153,41 +163,65 @@ class PooledLayerCache(PackedLayerCache):
         length = min(length, self.length)
         return self.over(self._table.copy(length), length)
 
-    def over(self, table: _Table, length: int) -> PooledLayerCache:
+    def over(self, table: BlockTable, length: int) -> PooledLayerCache:
         """The same layer of another sequence."""
         return PooledLayerCache(self._memory, table, length)
 
     @property
     def nbytes(self) -> int:
-        return len(self._table) * self._memory.nbytes // len(self._memory.values)
+        return len(self._table) * self._memory.block_bytes
 
     def _reserve(self, end: int, outer: tuple[int, int], head_dim: int, device: torch.device) -> None:
         if outer[0] != 1:
             raise ValueError(f"a pool's cache is of one sequence, not of {outer[0]}")
         self._table.reserve(self.length, end)
 
-    def _write(self, which: int, at: Tensor, codes: Tensor, scales: Tensor | None) -> None:
-        blocks, place = self._table.numbers[at // BLOCK].long(), at % BLOCK
-        new = codes[0].transpose(0, 1)  # [T, kv_heads, head_dim]
-        if which == 0:
-            self._memory.keys[blocks, :, place // TOKENS, :, place % TOKENS] = new.to(self._memory.keys.dtype)
+    def _write(self, which: int, codes: Tensor, scales: Tensor | None) -> None:
+        memory, device = self._memory, self._memory.values.device
+        at = torch.arange(self.length, self.length + codes.shape[2], device=device)
+        blocks, place = self._table.on(device)[at // BLOCK], at % BLOCK
+        new = codes[0].transpose(0, 1).to(memory.values)  # [T, kv_heads, head_dim]
+        if which == 0 and memory.tiled:
+            memory.keys[blocks, :, place // TOKENS, :, place % TOKENS] = new
         else:
-            self._memory.values[blocks, :, place] = new.to(self._memory.values.dtype)
-        if scales is not None and self._memory.scales is not None:
-            self._memory.scales[which][blocks, :, place] = scales[0].transpose(0, 1)
+            (memory.keys, memory.values)[which][blocks, :, place] = new
+        if scales is not None and memory.scales is not None:
+            memory.scales[which][blocks, :, place] = scales[0].transpose(0, 1).to(device)
 
     def _codes(self, which: int, begin: int, end: int) -> tuple[Tensor, Tensor | None]:
-        first = begin // BLOCK
-        blocks = self._table.numbers[first : blocks_of(end)].long()
+        memory, first = self._memory, begin // BLOCK
+        blocks = self._table.on(memory.values.device)[first : blocks_of(end)]
         part = slice(begin - first * BLOCK, end - first * BLOCK)
-        keys, values, scales = self._memory
-        codes = keys[blocks].transpose(3, 4).flatten(2, 3) if which == 0 else values[blocks]
-        whole = codes.transpose(0, 1).flatten(1, 2)[None, :, part]
+        codes = memory.keys[blocks] if which == 0 else memory.values[blocks]
+        if which == 0 and memory.tiled:
+            codes = codes.transpose(3, 4).flatten(2, 3)
+        whole, scales = codes.transpose(0, 1).flatten(1, 2)[None, :, part], memory.scales
         return whole, None if scales is None else scales[which][blocks].transpose(0, 1).flatten(1)[None, :, part]
 
     def _read(self, which: int) -> Tensor:
+        """As a PackedLayerCache's, but a GPU's float cache in its own type."""
         codes, scales = self._codes(which, 0, self.length)
-        return codes.float() if scales is None else codes.float() * scales[..., None]
+        return codes if scales is None else codes.float() * scales[..., None]
+
+
+class _Kind(NamedTuple):
+    """How a layer's keys and values lie in a pool."""
+
+    device: torch.device
+    dtype: torch.dtype
+    tiled: bool
+    """Keys in tiles of 16 tokens, as the native attention reads them, and the int8 caches of a GPU too."""
+
+    @classmethod
+    def of(cls, layer: DecoderLayer, own: HomeCache, dtype: torch.dtype) -> _Kind | None:
+        """None where nothing reads blocks of the layer's: its caches are of their own. `dtype`: of its activations."""
+        packed = isinstance(own, PackedLayerCache)
+        int8 = isinstance(own, PackedLayerCache) and own.int8
+        if cuda_graph.records(layer.device):
+            kind = cls(layer.device, torch.int8 if int8 else dtype, int8)
+            return None if cuda_graph.unfit((layer,), dtype) else kind
+        native = packed and layer.device.type == "cpu"
+        return cls(layer.device, torch.int8 if int8 else torch.float32, True) if native else None
 
 
 class _LayerMemory(NamedTuple):
@@ -198,16 +232,22 @@ class _LayerMemory(NamedTuple):
     scales: Tensor | None
 
     @classmethod
-    def of(cls, blocks: int, heads: Heads, int8: bool) -> _LayerMemory:
-        dtype, kv_heads = torch.int8 if int8 else torch.float32, heads.key_value
+    def of(cls, blocks: int, heads: Heads, kind: _Kind) -> _LayerMemory:
+        device, dtype, tiled = kind
+        plain = (blocks, heads.key_value, BLOCK, heads.dim)
+        tiles = (blocks, heads.key_value, BLOCK // TOKENS, heads.dim, TOKENS)
         with torch.inference_mode(False):  # else a script could not go on under no_grad
-            keys = torch.empty(blocks, kv_heads, BLOCK // TOKENS, heads.dim, TOKENS, dtype=dtype, device="cpu")
-            values = torch.empty(blocks, kv_heads, BLOCK, heads.dim, dtype=dtype, device="cpu")
-            return cls(keys, values, torch.empty(2, blocks, kv_heads, BLOCK, device="cpu") if int8 else None)
+            keys = torch.empty(tiles if tiled else plain, dtype=dtype, device=device)
+            values = torch.empty(plain, dtype=dtype, device=device)
+            return cls(keys, values, torch.empty(2, *plain[:3], device=device) if dtype == torch.int8 else None)
 
     @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self if tensor is not None)
+    def tiled(self) -> bool:
+        return self.keys.dim() == 5
+
+    @property
+    def block_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self if tensor is not None) // max(len(self.values), 1)
 
     def copy_block(self, source: int, target: int) -> None:
         self.keys[target], self.values[target] = self.keys[source], self.values[source]
@@ -215,120 +255,13 @@ class _LayerMemory(NamedTuple):
             self.scales[:, target] = self.scales[:, source]
 
 
-class _Blocks:
-    """How many tables hold each block of a pool, and the memory in which they lie."""
-
-    def __init__(self, count: int, memory: list[_LayerMemory]) -> None:
-        self.count, self._memory = count, memory
-        self.users = [0] * count
-        self._unused = list(range(count))[::-1]  # the last one given back is taken first: its pages are there
-        self._lock = threading.RLock()  # the collector may drop a cache in the middle of anything
-
-    @property
-    def free(self) -> int:
-        return len(self._unused)
-
-    @property
-    def nbytes(self) -> int:
-        """Of one block."""
-        return sum(memory.nbytes for memory in self._memory) // max(self.count, 1)
-
-    def take(self, count: int) -> list[int]:
-        """Blocks for one user each; all or none."""
-        with self._lock:
-            if count > len(self._unused):
-                raise PoolFull(count, len(self._unused))
-            taken = [self._unused.pop() for _ in range(count)]
-            for number in taken:
-                self.users[number] = 1
-            return taken
-
-    def share(self, numbers: list[int]) -> None:
-        """They have one user more."""
-        with self._lock:
-            for number in numbers:
-                self.users[number] += 1
-
-    def give_back(self, numbers: list[int]) -> None:
-        """They have one user less."""
-        with self._lock:
-            for number in numbers:
-                self.users[number] -= 1
-                if not self.users[number]:
-                    self._unused.append(number)
-
-    def copy(self, source: int, target: int) -> None:
-        for memory in self._memory:
-            memory.copy_block(source, target)
+def serves(model: CausalLM) -> bool:
+    """Whether a pool has the keys and values of all layers."""
+    return all(kind is not None for kind in _kinds(model))
 
 
-class _Table:
-    """The blocks of one sequence, in order, for all of its layers. They are given back when nobody holds it."""
-
-    def __init__(self, blocks: _Blocks) -> None:
-        self.blocks, self._held = blocks, list[int]()
-        with torch.inference_mode(False):
-            self._numbers = torch.empty(blocks.count, dtype=torch.int32, device="cpu")  # never moved: kernels read it
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def __del__(self) -> None:
-        self.blocks.give_back(self._held)
-
-    @property
-    def held(self) -> Sequence[int]:
-        return self._held
-
-    @property
-    def numbers(self) -> Tensor:
-        return self._numbers[: len(self._held)]
-
-    def missing(self, end: int) -> int:
-        return max(blocks_of(end) - len(self._held), 0)
-
-    def held_by_others(self, length: int) -> bool:
-        """Whether position `length` lies in a block that others hold too: it has to be copied before it is written."""
-        at = length // BLOCK
-        return at < len(self._held) and self.blocks.users[self._held[at]] > 1
-
-    def reserve(self, length: int, end: int) -> None:
-        """Blocks up to `end`, those from `length` on its own; PoolFull, with nothing done."""
-        copied, missing = self.held_by_others(length), self.missing(end)
-        if not copied and not missing:
-            return
-        taken = self.blocks.take(missing + copied)
-        if copied:
-            at, own = length // BLOCK, taken.pop()
-            shared = self._held[at]
-            self.blocks.copy(shared, own)
-            self._numbers[at] = own  # first, so that Ctrl-C leaves no number that is not ours to write to
-            self._held[at] = own
-            self.blocks.give_back([shared])
-        self._add(taken)
-
-    def cut(self, length: int) -> None:
-        """Gives back what lies behind the first `length` positions."""
-        kept = blocks_of(length)
-        surplus, self._held = self._held[kept:], self._held[:kept]
-        self.blocks.give_back(surplus)
-
-    def copy(self, length: int) -> _Table:
-        """Another one of the first `length` positions: whole blocks are shared, what is left is copied."""
-        whole, made = length // BLOCK, _Table(self.blocks)
-        rest = self.blocks.take(blocks_of(length) - whole)
-        for number in rest:
-            self.blocks.copy(self._held[whole], number)
-        self.blocks.share(self._held[:whole])
-        made._add([*self._held[:whole], *rest])
-        return made
-
-    def _add(self, numbers: list[int]) -> None:
-        begin = len(self._held)
-        self._numbers[begin : begin + len(numbers)] = torch.tensor(numbers, dtype=torch.int32)
-        self._held += numbers  # last, for Ctrl-C may come between: no number that nobody wrote is read
-
-
-def blocks_of(tokens: int) -> int:
-    """Blocks that hold so many tokens."""
-    return -(-tokens // BLOCK)
+def _kinds(model: CausalLM) -> list[_Kind | None]:
+    return [
+        _Kind.of(layer, own, layer.dtype or model.model.dtype)
+        for layer, own in zip(model.model.layers, model.new_cache().layers, strict=True)
+    ]

@@ -12,10 +12,9 @@ from glm4lite.base.errors import ModelReplaced
 from glm4lite.base.events import Done, Progress, TextDelta, ThinkingDelta
 from glm4lite.engine.decoding import Generation
 from glm4lite.engine.engine import SEPARATOR, Engine
-from glm4lite.engine.forced_call import ForcedCall
 from glm4lite.engine.sequence import TokenLogprobs
 from glm4lite.server.question import Question
-from glm4lite.text.output_parser import Call, OutputParser, Segment, Text, Thinking
+from glm4lite.text.output_parser import Call, CallBegun, CallCut, CallPiece, OutputParser, Segment, Text, Thinking
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,8 @@ class Stopped:
     text: str
 
 
-Piece: TypeAlias = TextDelta | ThinkingDelta | Call | Scored | Stopped | Progress | Done
+# A call may be told of as it is written (CallBegun, CallPiece); its Call, which follows in any case, is all of it.
+Piece: TypeAlias = TextDelta | ThinkingDelta | CallBegun | CallPiece | Call | Scored | Stopped | Progress | Done
 
 
 def answer(engine: Engine, question: Question, cancel: threading.Event) -> Iterator[Piece]:
@@ -44,8 +44,8 @@ def answer(engine: Engine, question: Question, cancel: threading.Event) -> Itera
         raise ModelReplaced
     generation = engine.generate(question.prompt, question.params, cancel)
     generation.top_logprobs = question.top_logprobs
-    if question.forced:
-        generation.constraint = ForcedCall(engine.tokenizer, question.forced, _endings(engine, generation, question))
+    if question.constraint is not None:
+        generation.constraint = question.constraint.copy()
     yield from engine.prefill(generation)
     called = False
     for piece in _pieces(engine, generation, question) if question.chat else _plain(engine, generation):
@@ -59,7 +59,8 @@ def answer(engine: Engine, question: Question, cancel: threading.Event) -> Itera
 
 
 def _pieces(engine: Engine, generation: Generation, question: Question) -> Iterator[Piece]:
-    parser, scores = OutputParser(question.tools, question.thinking), _Scores(engine, generation)
+    parser = OutputParser(question.tools, question.thinking, certain=question.constraint is not None)
+    scores = _Scores(engine, generation)
     for text in engine.pieces(generation):
         segments = parser.separator() if text is None else parser.feed(text)
         for segment in segments:
@@ -69,11 +70,9 @@ def _pieces(engine: Engine, generation: Generation, question: Question) -> Itera
                 generation.finish_reason = "stop"
                 return
     for segment in parser.finish():
-        cut = question.forced and generation.finish_reason == "length"
-        found = _cut_call(segment, question.forced) if cut else segment
-        yield from scores.before(found)
-        yield _piece(found)
-        if isinstance(found, Call) and not question.parallel:
+        yield from scores.before(segment)
+        yield _piece(segment)
+        if isinstance(segment, Call) and not question.parallel:
             return
 
 
@@ -87,26 +86,14 @@ def _plain(engine: Engine, generation: Generation) -> Iterator[Piece]:
 
 
 def _piece(segment: Segment) -> Piece:
-    if isinstance(segment, Call):
-        return segment
-    return ThinkingDelta(segment.text) if isinstance(segment, Thinking) else TextDelta(segment.text)
-
-
-def _cut_call(segment: Segment, names: tuple[str, ...]) -> Segment:
-    """A forced call that max_tokens cut in its arguments is still a call; the finish reason says that it is cut."""
-    if isinstance(segment, Text):
-        name, newline, arguments = segment.text.partition("\n")
-        if newline and name in names:
+    match segment:
+        case Text(text):
+            return TextDelta(text)
+        case Thinking(text):
+            return ThinkingDelta(text)
+        case CallCut(name, arguments):  # the client was told of it; the finish reason says that it is cut
             return Call(name, arguments)
     return segment
-
-
-def _endings(engine: Engine, generation: Generation, question: Question) -> list[int]:
-    """What may follow a forced call; GLM ends a turn of calls with <|observation|>."""
-    special = engine.tokenizer.special
-    stops = sorted(generation.stop_ids, key=lambda token: token != special.get("<|observation|>"))
-    separator = [special[SEPARATOR]] if question.parallel and SEPARATOR in special else []
-    return stops + separator
 
 
 class _Scores:

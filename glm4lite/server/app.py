@@ -177,7 +177,7 @@ class Api:
             question = await self.preparing.run(request, lambda: endpoint.ask(engine, asked))
         reply = endpoint.reply(self._names.now, question, asked)
         stream = Stream(self._worker, question, request)
-        said = _said(asked.ignored)
+        said = _said([*asked.ignored, *question.ignored])
         if asked.stream:
             sent = events(stream, reply, asked.include_usage)
             # `events` cancels by itself, but is never begun for a client that is gone already.
@@ -218,7 +218,7 @@ class _Counted:
 
 def _said(ignored: list[str]) -> dict[str, str]:
     """A header that names what the answer takes no notice of, so that a misspelt field does not pass in silence."""
-    names = [re.sub(r"[^\w.-]", "?", name[:40], flags=re.ASCII) for name in ignored[:16]]
+    names = [re.sub(r"[^\w.\[\]-]", "?", name[:40], flags=re.ASCII) for name in ignored[:16]]
     return {"X-Ignored-Fields": ", ".join(names)} if names else {}
 
 

@@ -211,6 +211,7 @@ class _Run:
             if asked.stream:
                 raise ApiError("stream: true is not supported in a batch", param="stream", code="unsupported_value")
             question = endpoint.ask(engine, asked)
+            ended.ignored += question.ignored
         except Exception as error:
             ended.error = error
             self._ended.put(ended)

@@ -15,7 +15,7 @@ from glm4lite.engine.sequence import TokenLogprobs
 from glm4lite.server.answer import Piece, Scored, Stopped
 from glm4lite.server.question import Question
 from glm4lite.server.replies import JSON
-from glm4lite.text.output_parser import Call
+from glm4lite.text.output_parser import Call, CallBegun, CallPiece
 
 Kind = Literal["thinking", "text", "call"]
 
@@ -45,6 +45,7 @@ class BlockReply:
         self._question, self._tokenizer = question, question.engine.tokenizer
         self._blocks, self._unsent = list[Block](), list[TokenLogprobs]()
         self._grows = False  # whether the last block may get more
+        self._writing = False  # whether it is a call that is being written
         self._done: Done | None = None
         self._stopped: str | None = None  # the stop text that ended the answer
 
@@ -57,9 +58,16 @@ class BlockReply:
                 yield from self._grow("text", text)
             case ThinkingDelta(text):
                 yield from self._grow("thinking", text)
-            case Call(name, arguments):
+            case CallBegun(name):
                 yield from self._begin(Block("call", name))
-                yield from self._grow("call", arguments)
+                self._writing = True
+            case CallPiece(text):
+                yield from self._grow("call", text)
+            case Call(name, arguments):
+                if not self._writing:
+                    yield from self._begin(Block("call", name))
+                    yield from self._grow("call", arguments)
+                self._blocks[-1].pieces, self._writing = [arguments], False
                 yield from self._end_block()
             case Stopped(text):
                 self._stopped = text

@@ -5,7 +5,8 @@ that does not read. A web page's long event streams are none of these: they are 
 
 A client may close its sending side once its request is sent, and still read (`nc -N`). On the wire that looks like one
 that left. So it is asked: an interim response (102) reaches the one, and is refused by the other's system, which the
-next write tells. Once the answer itself is being sent, that is what tells.
+next write tells. Once the answer itself is being sent, that is what tells; a stream that may be silent for long writes
+something now and then (an event stream a comment).
 """
 
 from __future__ import annotations

@@ -125,8 +125,7 @@ class MessagesRequest:
     @property
     def ignored(self) -> list[str]:
         """Names in the body that mean nothing here."""
-        names = {"tools.function.strict": "tools.strict", **_CHAT_NAMES}
-        ignored = [names.get(name, name) for name in self.chat.ignored]
+        ignored = [_CHAT_NAMES.get(name, name) for name in self.chat.ignored]
         thinking, config = self.body.thinking, self.body.output_config
         if thinking is not None and thinking.display:
             ignored.append("thinking.display")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from glm4lite.base.errors import ContextLengthError, Glm4liteError, SamplingError, TemplateError
+from glm4lite.engine.constraint import Constraint
 from glm4lite.engine.engine import Engine
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.server.body import Structure
 from glm4lite.server.declared import check_name, declared_tools, forced_names
 from glm4lite.server.errors import ApiError
 from glm4lite.server.requests import ChatRequest, CompletionRequest
+from glm4lite.server.structured import held, tool_forms, wanted_schema
 from glm4lite.server.unsupported import refuse_in_message
+from glm4lite.text.grammar import AnswerForm
 from glm4lite.text.messages import Message
-from glm4lite.text.template import END_OF_THOUGHT, ChatTemplate
+from glm4lite.text.template import ChatTemplate
 
 MOST_ITEMS = 4096  # parts or calls of one message
 LONGEST = "This model's maximum context length is {context} tokens"  # OpenAI's words, which clients look for
@@ -22,17 +25,20 @@ LONGEST = "This model's maximum context length is {context} tokens"  # OpenAI's 
 
 @dataclass(frozen=True)
 class Question:
-    """`forced`: of these tools one must be called first. `chat` false: the output is text as it comes."""
+    """`constraint`: what the answer follows. `chat` false: the output is text as it comes. `ignored`: parts of the
+    request that cannot be followed, by their paths.
+    """
 
     engine: Engine  # whose tokens the prompt is made of
     prompt: list[int]
     params: SamplingParams
     chat: bool
     tools: frozenset[str] = frozenset()
-    forced: tuple[str, ...] = ()
+    constraint: Constraint | None = None
     parallel: bool = True
     thinking: bool = False
     top_logprobs: int | None = None
+    ignored: tuple[str, ...] = ()
 
 
 def chat_question(engine: Engine, request: ChatRequest) -> Question:
@@ -55,21 +61,33 @@ def chat_question(engine: Engine, request: ChatRequest) -> Question:
     except TemplateError as error:
         raise ApiError(str(error), param="messages") from None
     thinking = template.starts_thinking(engine.tokenizer.text(prompt[-8:], keep_special=True))
-    params = _params(engine, request, thinking_budget=budget)
-    if forced:  # no stop text may end a call in its middle, and one that must come first leaves no room for a thought
-        params = replace(params, thinking_budget=None, stop=())
-    if forced and thinking:
-        prompt, thinking = prompt + engine.tokenizer.ids(END_OF_THOUGHT, special=True), False
+    form = AnswerForm(
+        schema=wanted_schema(request.response_format),
+        tools=tool_forms(request.tools, names),
+        must_call=forced,
+        parallel=request.parallel_tool_calls is not False,
+        begun_thought=thinking,
+        may_think=template.can_think and not thinking,
+    )
+    # No stop text ends what follows a schema in its middle.
+    whole: dict[str, Any] = {"stop": ()} if form.ends_itself else {}
+    params, prompt = _params(engine, request, thinking_budget=budget, **whole), _fitting(engine, prompt, "messages")
+    constraint = held(engine, form)
     return Question(
         engine,
-        _fitting(engine, prompt, "messages"),
+        prompt,
         params,
         chat=True,
         tools=frozenset(names),
-        forced=forced,
-        parallel=request.parallel_tool_calls is not False,
+        constraint=constraint,
+        parallel=form.parallel,
         thinking=thinking,
         top_logprobs=request.wanted_logprobs,
+        ignored=tuple(
+            f"tools[{place}].function.parameters"
+            for place, name in enumerate(names)
+            if constraint is not None and name in constraint.loosened
+        ),
     )
 
 
@@ -89,8 +107,10 @@ def completion_question(engine: Engine, request: CompletionRequest) -> Question:
             prompt = engine.tokenizer.prefix_ids + ids
         case _:
             raise ApiError("prompt: must be text or token ids", param="prompt")
-    fitting = _fitting(engine, prompt, "prompt")
-    return Question(engine, fitting, _params(engine, request), chat=False, top_logprobs=request.logprobs)
+    fitting, form = _fitting(engine, prompt, "prompt"), AnswerForm(wanted_schema(request.response_format))
+    params = _params(engine, request, **({"stop": ()} if form.ends_itself else {}))
+    constraint = held(engine, form)
+    return Question(engine, fitting, params, chat=False, constraint=constraint, top_logprobs=request.logprobs)
 
 
 def in_order(messages: list[Message]) -> list[Message]:

@@ -12,7 +12,7 @@ from glm4lite.base.events import Done, TextDelta, ThinkingDelta
 from glm4lite.engine.sequence import TokenLogprobs
 from glm4lite.server.answer import Piece, Scored
 from glm4lite.server.errors import ApiError
-from glm4lite.text.output_parser import Call
+from glm4lite.text.output_parser import Call, CallBegun, CallPiece
 from glm4lite.text.tokenizer import Tokenizer
 
 JSON = dict[str, Any]
@@ -100,6 +100,7 @@ class ChatReply(_Form):
         super().__init__(model, tokenizer)
         self._thought, self._calls, self._scores = list[str](), list[JSON](), list[JSON]()
         self._unsent = list[JSON]()  # scores that go out with the next text
+        self._writing = False  # the last call is being written
 
     def first(self) -> Iterator[JSON]:
         yield self._chunk({"role": "assistant", "content": ""})
@@ -116,16 +117,29 @@ class ChatReply(_Form):
             case ThinkingDelta(text):
                 self._thought.append(text)
                 yield self._chunk({"reasoning_content": text})
+            case CallBegun(name):
+                yield self._call(name)
+            case CallPiece(text):
+                yield self._arguments(text)
             case Call(name, arguments):
-                call = {"id": f"call_{secrets.token_hex(12)}", "type": "function"}
-                place = {"index": len(self._calls)}
-                self._calls.append({**call, "function": {"name": name, "arguments": arguments}})
-                # Two chunks, as OpenAI's own: the name, then the arguments.
-                yield self._chunk({"tool_calls": [{**place, **call, "function": {"name": name, "arguments": ""}}]})
-                yield self._chunk({"tool_calls": [{**place, "function": {"arguments": arguments}}]})
+                if not self._writing:
+                    yield self._call(name)
+                    yield self._arguments(arguments)
+                self._calls[-1]["function"]["arguments"], self._writing = arguments, False
             case Done():
                 self._done = piece
                 yield self._chunk({}, piece.finish_reason)
+
+    def _call(self, name: str) -> JSON:
+        """A call begins: its name, and no arguments yet, as in OpenAI's streams."""
+        call: JSON = {"id": f"call_{secrets.token_hex(12)}", "type": "function"}
+        self._calls.append({**call, "function": {"name": name, "arguments": ""}})
+        self._writing = True
+        place = {"index": len(self._calls) - 1}
+        return self._chunk({"tool_calls": [{**place, **call, "function": {"name": name, "arguments": ""}}]})
+
+    def _arguments(self, text: str) -> JSON:
+        return self._chunk({"tool_calls": [{"index": len(self._calls) - 1, "function": {"arguments": text}}]})
 
     def whole(self) -> JSON:
         message: JSON = {"role": "assistant", "content": "".join(self._text) or (None if self._calls else "")}

@@ -5,7 +5,6 @@ What other fields may hold is in unsupported.py; names that nobody here knows ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
@@ -46,6 +45,7 @@ class _Request(BaseModel):
     repetition_penalty: Annotated[float, Field(ge=1e-3, le=100)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = None
+    response_format: dict[str, Any] | None = None
     _ignored: list[str] = PrivateAttr(default_factory=list)
 
     @classmethod
@@ -53,16 +53,13 @@ class _Request(BaseModel):
         """Raises ApiError for the first field that cannot be used."""
         refuse_unsupported(body)
         asked = checked(cls, body)
-        asked._ignored = ignored(body, cls.model_fields.keys()) + list(asked._ignored_within())
+        asked._ignored = ignored(body, cls.model_fields.keys())
         return asked
 
     @property
     def ignored(self) -> list[str]:
         """Names in the body that mean nothing here."""
         return self._ignored
-
-    def _ignored_within(self) -> Iterator[str]:
-        return iter(())
 
     @property
     def include_usage(self) -> bool:
@@ -107,12 +104,6 @@ class ChatRequest(_Request):
         if isinstance(value, list) and len(value) > MOST_MESSAGES:
             raise ValueError(f"at most {MOST_MESSAGES} can be read, found {len(value)}")
         return value
-
-    def _ignored_within(self) -> Iterator[str]:
-        """`strict` asks for arguments that follow the schema. Clients send it whether they need it or not."""
-        functions = (tool.get("function") for tool in self.tools or ())
-        if any(isinstance(function, dict) and function.get("strict") for function in functions):
-            yield "tools.function.strict"
 
     @property
     def most_tokens(self) -> int | None:

@@ -261,8 +261,7 @@ def _add(turns: Turns, item: JSON, at: str) -> None:
 
 def _ignored(asked: ResponsesBody, chat: ChatRequest) -> list[str]:
     """What in the request means nothing here."""
-    names = {"tools.function.strict": "tools.strict", **_CHAT_NAMES}
-    ignored = [names.get(name, name) for name in chat.ignored]
+    ignored = [_CHAT_NAMES.get(name, name) for name in chat.ignored]
     reasoning = asked.reasoning or Reasoning()
     if reasoning.summary or reasoning.generate_summary:
         ignored.append("reasoning.summary")

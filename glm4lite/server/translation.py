@@ -8,7 +8,7 @@ an error that the chat endpoint finds is told under the name that the client use
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from glm4lite.base.errors import shown
@@ -96,9 +96,10 @@ def chat_request(
 
 
 def translated_question(engine: Engine, request: ChatRequest, places: Places) -> Question:
-    """As `chat_question`, with errors in the client's words."""
+    """As `chat_question`, with errors and what is ignored in the client's words."""
     try:
-        return chat_question(engine, request)
+        question = chat_question(engine, request)
+        return replace(question, ignored=tuple(map(places.named, question.ignored)))
     except ApiError as error:
         raise places.told(error) from None
 

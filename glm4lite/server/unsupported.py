@@ -27,7 +27,6 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
         "structural_tag grammar grammar_string json_schema regex ebnf format guided_decoding response_schema "
         "regex_pattern json_mode force_words_ids constraints extra_body nvext"
     ),
-    "response_format": (None, {"type": "text"}),
     # which tokens may come, and when the answer ends
     **_named(
         "min_tokens min_new_tokens min_length ignore_eos ban_eos_token stop_token_ids stop_regex no_stop_trim "
@@ -105,7 +104,7 @@ def refuse_unsupported(body: Mapping[str, Any]) -> None:
         if name == "logit_bias" and isinstance(value, dict):
             value = {token: bias for token, bias in value.items() if bias != 0}
         if name in _FIELDS:
-            _check(value, _FIELDS[name], name, "response_format.type" if name == "response_format" else name)
+            _check(value, _FIELDS[name], name, name)
 
 
 def refuse_in_message(message: Mapping[str, Any], at: str) -> None:

@@ -13,6 +13,13 @@ form, one object `{"name": …, "arguments": {…}}`, is accepted on the same te
 full; so is all that stands in a fenced code block, where a model shows how its tool is called rather than calls it.
 White space around a call belongs to the call.
 
+Where a grammar holds calls to their form (`glm4lite.text.grammar`), a name and the brace behind it are certain to
+become a call, and its arguments are given out as they are written:
+
+    >>> parser = OutputParser({"add"}, certain=True)
+    >>> parser.feed('add\\n{"a"'), parser.feed(": 1}"), parser.finish()[0].arguments
+    ([CallBegun(name='add'), CallPiece(text='{"a"')], [CallPiece(text=': 1}')], '{"a": 1}')
+
 Source: the parser of GLM-4's model card (split on `<|assistant|>`, a name, an object in JSON or Python syntax, the next
 name maybe right behind it) and `process_response` of its older glm_server.py, which also asks that the name be a
 declared tool.
@@ -28,8 +35,6 @@ from typing import TypeAlias
 
 from glm4lite.text.call_arguments import ObjectScanner, parse_arguments
 from glm4lite.text.stop_strings import partial_end
-
-__all__ = ["Call", "OutputParser", "Segment", "Text", "Thinking", "parse_arguments"]
 
 _OPEN, _CLOSE = "<think>", "</think>"
 _MAX_CALL = 100_000  # characters held back for one call; a longer one is text
@@ -57,6 +62,20 @@ class Thinking:
 
 
 @dataclass(frozen=True)
+class CallBegun:
+    """A call is being written: pieces of its arguments follow, then the `Call`, or a `CallCut`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class CallPiece:
+    """What comes next of the arguments of the call that is being written."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Call:
     """A call of a declared tool; `arguments` is the text of a JSON object."""
 
@@ -64,7 +83,16 @@ class Call:
     arguments: str
 
 
-Segment: TypeAlias = Text | Thinking | Call
+@dataclass(frozen=True)
+class CallCut:
+    """The output ended within the call that was being written; `written` is all of it, with the name's line."""
+
+    name: str
+    arguments: str
+    written: str
+
+
+Segment: TypeAlias = Text | Thinking | CallBegun | CallPiece | Call | CallCut
 
 
 class _State(Enum):
@@ -78,10 +106,11 @@ class OutputParser:
     """Splits one generation; the segments are the same however the text is cut into `feed`s, the time is linear.
 
     tool_names: the declared tools. thinking: the prompt ended in `<think>`, so the output starts inside the thought.
+    certain: a grammar holds calls to their form, so they are told of while they are written.
     """
 
-    def __init__(self, tool_names: Collection[str], thinking: bool = False) -> None:
-        self._names = frozenset(tool_names)
+    def __init__(self, tool_names: Collection[str], thinking: bool = False, certain: bool = False) -> None:
+        self._names, self._certain = frozenset(tool_names), certain
         self._segments: list[Segment] = []  # that are certain and were not given out yet
         self._reset(_State.THINKING if thinking else _State.START)
         self._may_reopen = thinking  # some models write the "<think>" that the prompt already has
@@ -114,17 +143,17 @@ class OutputParser:
         """The certain segments, with neighbours of one kind joined."""
         given: list[Segment] = []
         for kind, group in groupby(self._segments, type):
-            if kind is Call:
+            if kind not in (Text, Thinking, CallPiece):
                 given += group
-            elif text := "".join(segment.text for segment in group if not isinstance(segment, Call)):
-                given.append(Thinking(text) if kind is Thinking else Text(text))
+            elif text := "".join(one.text for one in group if isinstance(one, Text | Thinking | CallPiece)):
+                given.append(Thinking(text) if kind is Thinking else Text(text) if kind is Text else CallPiece(text))
         self._segments.clear()
         return given
 
     def _reset(self, state: _State) -> None:
         self._state = state
         self._held = ""  # text not given out yet, before and in the thought
-        self._answer = _Answer(self._names, self._segments)
+        self._answer = _Answer(self._names, self._segments, self._certain)
         self._trim = True  # newlines before the thought's first character are dropped
         self._may_reopen = False
 
@@ -185,8 +214,10 @@ class _Place(Enum):
 class _Answer:
     """One part of the answer, read a line or a piece of a line at a time; what is certain goes to `segments`."""
 
-    def __init__(self, names: frozenset[str], segments: list[Segment]) -> None:
+    def __init__(self, names: frozenset[str], segments: list[Segment], certain: bool = False) -> None:
         self._names, self._segments = names, segments
+        self._certain = certain  # until a code block or a name without a call: from there on a grammar lets anything be
+        self._begun = False  # the call that is being read was told of
         self._longest = max(map(len, names), default=0) + _MAX_BLANK  # of a line with a name
         self._heads = {f'{{"name":{json.dumps(name, ensure_ascii=False)}': name for name in sorted(names)}
         self._longest_head = max(map(len, self._heads), default=0) + _MAX_BLANK
@@ -220,6 +251,8 @@ class _Answer:
         """Nothing more comes: what is held back is text, or a call that is whole."""
         if self._place is _Place.BEHIND and self._call and not self._held.strip(_SPACE):
             self._segments.append(self._call)
+        elif self._begun:
+            self._cut()
         elif self._written:
             self._segments.append(Text(self._blank + "".join(self._written) + self._held))
         elif not self._behind_call or self._held.strip(_SPACE):
@@ -289,7 +322,9 @@ class _Answer:
         line, self._line = self._line, ""
         found = _FENCE.match(line)
         if found is None:
+            self._certain = self._certain and (len(line) < _FENCE_LINE or bool(line.strip()))
             return
+        self._certain = False
         fence, rest = found.group(1), line[found.end() :]
         if not self._fence:
             self._fence = "" if fence[0] == "`" and "`" in rest else fence
@@ -299,10 +334,13 @@ class _Answer:
     def _start_call(self, name: str, written: list[str]) -> None:
         self._name, self._written, self._object_from = name, written, len(written)
         self._size, self._scanner, self._place = 0, ObjectScanner(), _Place.OBJECT
+        self._begun = False
 
     def _read_object(self, piece: str) -> str:
         used = self._scanner.read(piece)
-        too_long = self._size + used > _MAX_CALL
+        if self._certain and self._object_from and not self._scanner.failed:
+            self._tell(piece[:used])
+        too_long = self._size + used > _MAX_CALL and not self._begun
         if too_long:
             used = _MAX_CALL - self._size
         self._size += used
@@ -316,6 +354,22 @@ class _Answer:
             else:
                 self._place = _Place.BEHIND
         return piece[used:]
+
+    def _tell(self, piece: str) -> None:
+        """What comes of the arguments, once their first brace is there."""
+        if not self._begun:
+            piece = piece.lstrip(_SPACE)
+            if not piece:
+                return
+            self._begun = True
+            self._segments.append(CallBegun(self._name))
+        self._segments.append(CallPiece(piece))
+
+    def _cut(self) -> None:
+        """The call that was told of is none, or not whole."""
+        arguments = "".join(self._written[self._object_from :]).lstrip(_SPACE)
+        self._segments.append(CallCut(self._name, arguments, self._blank + "".join(self._written) + self._held))
+        self._written, self._blank, self._begun = [], "", False
 
     def _parsed(self) -> Call | None:
         arguments = parse_arguments("".join(self._written[self._object_from :]))
@@ -336,7 +390,7 @@ class _Answer:
         next_name = not word or self._named(rest)
         if rest.endswith("\n") and next_name and self._call and len(rest) <= self._longest + 1:
             self._segments.append(self._call)
-            self._written, self._held, self._blank = [], "", ""
+            self._written, self._held, self._blank, self._begun = [], "", "", False
             self._behind_call, self._place = True, _Place.LINE
             return rest if word else ""
         if not rest.endswith("\n") and len(rest) <= self._longest and any(one.startswith(word) for one in self._names):
@@ -347,6 +401,11 @@ class _Answer:
 
     def _give_up(self, again: bool = False) -> str:
         """What was written is text; with `again` its last line is given back, as it may begin another call."""
+        self._certain = False
+        if self._begun:
+            self._cut()
+            self._place = _Place.TEXT
+            return ""
         lines, self._written = _LINE.findall("".join(self._written)), []
         last = lines.pop() if again and not lines[-1].endswith("\n") else ""
         for line in lines:

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpretedFunction
+
+from glm4lite.runtime import cuda_graph
 
 SYNCHRONIZING = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "equal")
 
@@ -24,7 +27,7 @@ class Recorder:
         self.recordings = self.replays = 0
         self.launch: Callable[..., Any] = InterpretedFunction.run
 
-    def record(self, work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    def record(self, work: Callable[[], None], device: torch.device, memory: object = None) -> cuda_graph.Recording:
         work()
         steps: list[Callable[[], object]] = []
         launch = self.launch
@@ -47,7 +50,21 @@ class Recorder:
             for step in steps:
                 step()
 
-        return replay
+        return cuda_graph.Recording(replay, memory or object())
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """Recorded decoding on whatever device there is, with small steps of a cache of its own."""
+    made = Recorder()
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(cuda_graph, "record", made.record)
+        monkeypatch.setattr(cuda_graph, "records", lambda device: True)
+        monkeypatch.setattr("glm4lite_quant.kernels.gpu.problem", lambda name, device: "")
+        monkeypatch.setattr("glm4lite.model.layer_cache.STEP", 16)
+        for name, few in (("PARTS", 2), ("LEAST_SPLITS", 2)):  # the interpreter runs programs in turn
+            monkeypatch.setattr(f"glm4lite_quant.kernels.triton_step.{name}", few)
+    monkeypatch.setattr("glm4lite.model.layer_cache.GPU_STEP", 16)
+    return made
 
 
 class _Operations(TorchDispatchMode):

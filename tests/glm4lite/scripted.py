@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from glm4lite.engine.constraint import Constraint
 from glm4lite.engine.engine import Engine
 from glm4lite.model.cache import KVCache
 from glm4lite.model.config import Glm4Config
 from glm4lite.model.step import Span
+from glm4lite.text.grammar import AnswerForm
 from glm4lite.text.template import ChatTemplate
 from glm4lite.text.tokenizer import Tokenizer
 
@@ -23,8 +25,10 @@ class ScriptedModel(nn.Module):
     def __init__(self, tokenizer: Tokenizer, replies: list[str], context: int = 4096) -> None:
         super().__init__()
         self.config = Glm4Config(num_hidden_layers=2, vocab_size=tokenizer.size, max_position_embeddings=context)
-        self.model = SimpleNamespace(cache_bytes=2 * 2 * 4, norm=nn.RMSNorm(1))  # bytes of what forward appends
         self.device = torch.device("cpu")
+        layers = [SimpleNamespace(device=self.device, dtype=torch.float32) for _ in range(2)]
+        bytes_ = 2 * 2 * 4  # of what a step appends
+        self.model = SimpleNamespace(layers=layers, cache_bytes=bytes_, norm=nn.RMSNorm(1), dtype=torch.float32)
         self.replies = [tokenizer.ids(reply, special=True) for reply in replies]
         self.left: list[int] = []
         self.chunk = 512
@@ -49,9 +53,54 @@ class ScriptedModel(nn.Module):
         return logits
 
 
+class Asking(Constraint):
+    """A constraint that asks the model for every id, also where it could be no other: a script has them all."""
+
+    def copy(self, loosened: tuple[str, ...] | None = None) -> Asking:
+        return Asking(self._matcher.deep_copy(), self._words, self.loosened if loosened is None else loosened)
+
+    def forced(self) -> list[int]:
+        return []
+
+    @property
+    def complete(self) -> bool:
+        return False
+
+
+class ScriptedEngine(Engine):
+    """An Engine whose answers are asked for id by id."""
+
+    def constraint(self, form: AnswerForm) -> Constraint | None:
+        made = super().constraint(form)
+        return None if made is None else Asking(made._matcher, made._words, made.loosened)
+
+
+class Failing(Constraint):
+    """A constraint that lets anything come, and leaves by `error` at its `at`-th id."""
+
+    def __init__(self, error: BaseException, at: int = 3) -> None:
+        self.error, self.left = error, at
+
+    def masked(self, logits: torch.Tensor) -> torch.Tensor:
+        self.left -= 1
+        if not self.left:
+            raise self.error
+        return logits
+
+    def accept(self, ids: Sequence[int]) -> None:
+        pass
+
+    def forced(self) -> list[int]:
+        return []
+
+    @property
+    def complete(self) -> bool:
+        return False
+
+
 def scripted_engine(
     tokenizer: Tokenizer, template: ChatTemplate, replies: list[str], context: int = 4096, parallel: int = 1
 ) -> Engine:
     """An Engine whose model gives `replies` in turn, greedily."""
     model: Any = ScriptedModel(tokenizer, replies, context)
-    return Engine(model, tokenizer, template, {"do_sample": False}, parallel)
+    return ScriptedEngine(model, tokenizer, template, {"do_sample": False}, parallel)

@@ -9,15 +9,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from glm4lite.model.cache import (
-    STEP,
-    KVCache,
-    LayerCache,
-    PackedLayerCache,
-    bytes_per_token,
-    stored_forms,
-)
+from glm4lite.model.cache import KVCache
 from glm4lite.model.config import Glm4Config
+from glm4lite.model.layer_cache import STEP, LayerCache
+from glm4lite.model.packed_cache import PackedLayerCache, bytes_per_token, stored_forms
 from glm4lite_quant import QuantConfig, QuantTensor
 from glm4lite_quant.kernels import native
 from glm4lite_quant.kernels.decoder import DecoderKernel, Heads, SpanRows, run

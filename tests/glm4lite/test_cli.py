@@ -293,3 +293,26 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert message in line
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_answer_follows_the_schema_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text('{"type": "object", "properties": {"warm": {"type": "boolean"}}, "required": ["warm"]}')
+    for command in (("chat", "-p", "Is it warm?", "--no-tools"), ("generate", "-p", "Is it warm?")):
+        result = run(*command, "--schema", str(file))
+        assert result.returncode == 0, result.stderr
+        assert isinstance(json.loads(result.stdout)["warm"], bool)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [("{", "schema.json"), ("[]", "schema.json"), ('{"not": {}}', "Unimplemented keys"), (None, "schema.json")],
+)
+def test_a_schema_that_cannot_be_held_is_one_line(tmp_path: Path, content: str | None, why: str) -> None:
+    file = tmp_path / "schema.json"
+    if content is not None:
+        file.write_text(content)
+    result = run("chat", "-p", "Hi", "--schema", str(file))
+    assert result.returncode == 2
+    assert why in result.stderr.splitlines()[-1]
+    assert result.stdout == ""

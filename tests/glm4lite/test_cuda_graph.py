@@ -21,7 +21,7 @@ from glm4lite import Glm4ForCausalLM, SamplingParams, load
 from glm4lite.base.errors import ConfigError
 from glm4lite.engine.decoding import Generation
 from glm4lite.engine.prefix_pool import PrefixCache
-from glm4lite.model.cache import LayerCache
+from glm4lite.model.layer_cache import LayerCache
 from glm4lite.runtime import cuda_graph
 from glm4lite.runtime.cuda_graph import StepGraphs
 from glm4lite.runtime.runner import FastRunner
@@ -33,7 +33,7 @@ CUDA = torch.cuda.is_available()
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no CUDA device, and TRITON_INTERPRET=1 is not set (tests/conftest.py does)", allow_module_level=True)
 
-from tests.glm4lite.recorder import Recorder  # noqa: E402
+from tests.glm4lite.recorder import Recorder, recorded  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 IDS = torch.randint(3, 90, (1, 40), generator=torch.Generator().manual_seed(5))
@@ -53,20 +53,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """Recorded decoding on whatever device there is, with small steps of the cache."""
-    made = Recorder()
-    if not CUDA:
-        monkeypatch.setattr(cuda_graph, "record", made.record)
-        monkeypatch.setattr("glm4lite_quant.kernels.gpu.problem", lambda name, device: "")
-        monkeypatch.setattr(
-            FastRunner,
-            "run",
-            lambda runner, layers, *rest: runner.graphs.run(layers, *rest) if len(layers) > 1 else None,
-        )
-        monkeypatch.setattr("glm4lite.model.cache.STEP", 16)
-        monkeypatch.setattr("glm4lite_quant.kernels.triton_step.PARTS", 2)  # the interpreter runs them in turn
-    monkeypatch.setattr("glm4lite.model.cache.GPU_STEP", 16)
-    return made
+    return recorded(monkeypatch)
 
 
 def model_of(folder: Path, dtype: torch.dtype, quant: str | None = None, kv: str = "float") -> Glm4ForCausalLM:

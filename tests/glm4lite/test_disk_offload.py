@@ -30,7 +30,7 @@ from glm4lite.measure.inventory import devices, kernel_names, rings
 from glm4lite.memory.budget import Budget, place_within
 from glm4lite.memory.placement import place
 from glm4lite.memory.resources import Machine, Placement, Share
-from glm4lite.model.cache import LayerCache
+from glm4lite.model.layer_cache import LayerCache
 from glm4lite.model.layers import layer_of
 from glm4lite.model.step import Span
 from glm4lite.runtime.disk_offload import DiskStore

@@ -25,6 +25,7 @@ from glm4lite.engine.speculation import Costs, Speculation
 from glm4lite.engine.worker import EngineWorker
 from glm4lite.model.step import Span
 from glm4lite_quant.kernels import native
+from tests.glm4lite.scripted import Failing
 
 T = TypeVar("T")
 
@@ -73,19 +74,6 @@ def test_an_answer_that_is_stopped_before_or_between_its_steps_ends(
     assert not engine.scheduler.busy
 
 
-class Interrupts:
-    """A constraint that leaves by `error` at its `at`-th id."""
-
-    def __init__(self, error: BaseException, at: int = 3) -> None:
-        self.error, self.left = error, at
-
-    def __call__(self, token: int, logits: object) -> int:
-        self.left -= 1
-        if not self.left:
-            raise self.error
-        return token
-
-
 def several(engine: Engine, count: int = 3) -> list[Generation]:
     made = [engine.generate([30 + n, 31, 32], PARAMS) for n in range(count)]
     for one in made:
@@ -96,7 +84,7 @@ def several(engine: Engine, count: int = 3) -> list[Generation]:
 def test_ctrl_c_while_an_answer_is_drawn_ends_that_one_and_the_others_are_whole(engine: Engine) -> None:
     wanted = [list(one) for one in several(engine)]
     made = several(engine)
-    made[0].constraint = Interrupts(KeyboardInterrupt())
+    made[0].constraint = Failing(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         list(made[1])
     assert made[1].ids == wanted[1][:2]  # its reader made the step, and was interrupted
@@ -141,7 +129,7 @@ def test_whatever_a_constraint_raises_reaches_its_reader_and_the_engines_thread_
 
     def constrained(engine: Engine) -> Iterator[int]:
         made = engine.generate([30, 31, 32], PARAMS)
-        made.constraint = Interrupts(SystemExit(3))
+        made.constraint = Failing(SystemExit(3))
         return iter(made)
 
     with pytest.raises(SystemExit):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from glm4lite import Glm4ForCausalLM, KVCache, load
 from glm4lite.model.attention import Visibility
-from glm4lite.model.cache import LayerCache, PackedLayerCache
+from glm4lite.model.layer_cache import LayerCache
+from glm4lite.model.packed_cache import PackedLayerCache
 from glm4lite.runtime.runner import STEP_TOKENS
 from glm4lite_quant.kernels import decoder, native
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint

@@ -25,7 +25,7 @@ from glm4lite.loading.device_map import _bus
 from glm4lite.measure.inventory import devices, kernel_names
 from glm4lite.memory.resources import Machine, Placement, Share
 from glm4lite.memory.speed import prefetch_tokens
-from glm4lite.model.cache import LayerCache
+from glm4lite.model.layer_cache import LayerCache
 from glm4lite.model.step import Span
 from glm4lite.runtime import gpu_prefetch
 from glm4lite.runtime.fused import FusedLayers

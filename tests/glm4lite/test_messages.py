@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 
 from glm4lite.engine.engine import Engine
 from glm4lite.text.template import ChatTemplate
+from tests.glm4lite.schemas import closed
 from tests.glm4lite.served import Served, prompts_of, scripted, served
 
 EVENTS: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
@@ -301,3 +302,21 @@ def test_other_refusals_have_anthropics_form_too(hi: Served) -> None:
         assert hi.http.get(path).json()["type"] == "error"
     long = hi.post(MESSAGES, {"messages": [{"role": "user", "content": "one two " * 4000}]}).json()["error"]
     assert long["message"].startswith("prompt is too long: This model's maximum context length is 4096 tokens")
+
+
+def test_an_answer_follows_the_schema_of_its_output_config(nano: Served) -> None:
+    schema = closed({"sum": {"enum": [888, 999]}})
+    answer = create(nano, [ASKED], output_config={"format": {"type": "json_schema", "schema": schema}})
+    assert json.loads(answer.content[0].text)["sum"] in (888, 999)
+
+
+def test_a_call_grows_while_it_is_written_and_a_tools_schema_that_cannot_be_held_is_named() -> None:
+    odd = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(?!a)b"}}}
+    tools = [CALCULATOR, {"name": "odd", "input_schema": odd}]
+    with served(scripted(f"{CALL}<|observation|>", f"{CALL}<|observation|>")) as server:
+        events = streamed(server, tools=tools)
+        pieces = [event["delta"]["partial_json"] for event in events if "partial_json" in event.get("delta", {})]
+        assert len(pieces) > 4
+        assert json.loads("".join(pieces)) == {"expression": "37 * 24"}
+        asked = {"model": "nano", "max_tokens": 50, "messages": [HELLO], "tools": tools}
+        assert server.post(MESSAGES, asked).headers["X-Ignored-Fields"] == "tools[1].input_schema"

@@ -61,8 +61,8 @@ def surface() -> Iterator[str]:
     for package in (glm4lite, glm4lite_quant):
         yield from (f"{package.__name__}.{name}" for name in sorted(package.__all__))
     classes = (ChatSession, Completion, SamplingParams, Tool)
-    functions = (load, Glm4ForCausalLM.from_pretrained, Engine.load, ChatSession.load, ChatSession.send, Completion.run)
-    for entry in (*classes, *functions, tool):
+    loading = (load, Glm4ForCausalLM.from_pretrained, Engine.load, ChatSession.load)
+    for entry in (*classes, *loading, ChatSession.send, ChatSession.ask, Completion.run, tool):
         yield from parameters(entry.__qualname__, entry)
     add_commands()
     program: Any = typer.main.get_command(app)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from glm4lite.engine.engine import Engine
 from glm4lite.server.errors import ApiError
@@ -343,11 +343,31 @@ def test_the_store_keeps_conversations_whole_and_a_bounded_number_of_bytes() -> 
     assert store.item("msg_e") is None
 
 
-def test_text_format_asks_for_what_response_format_asks_for(hi: Served) -> None:
-    assert hi.post(RESPONSES, {"input": "Hi", "text": {"format": {"type": "text"}}}).status_code == 200
-    answer = hi.post(RESPONSES, {"input": "Hi", "text": {"format": {"type": "json_object"}}})
-    chat = hi.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}],
-                                            "response_format": {"type": "json_object"}})  # fmt: skip
-    assert answer.status_code == chat.status_code
-    if answer.status_code == 400:
-        assert answer.json()["error"]["param"].startswith("text.format")
+def test_an_answer_follows_the_schema_of_its_text_format(nano: Served) -> None:
+    class Sum(BaseModel):
+        sum: Literal[888, 999]
+
+    parsed = nano.client.responses.parse(model="nano", input="What is 37 * 24?", text_format=Sum)
+    assert isinstance(parsed.output_parsed, Sum)
+    asked = {"input": "Hi", "text": {"format": {"type": "json_schema", "name": "a", "schema": {"uniqueItems": True}}}}
+    refused = nano.post(RESPONSES, asked).json()["error"]
+    assert (refused["code"], refused["param"]) == ("unsupported_schema", "text.format")
+    assert "uniqueItems" in refused["message"]
+
+
+def test_a_call_grows_while_it_is_written_and_says_where_it_was_cut() -> None:
+    with served(scripted(CALL, CALL)) as server:
+        events = streamed(server, input="Go", tools=[CALCULATOR], tool_choice="required", max_output_tokens=8)
+        pieces = [event["delta"] for event in events if event["type"].endswith("arguments.delta")]
+        assert len(pieces) > 2
+        assert events[-1]["type"] == "response.incomplete"
+        [item] = events[-1]["response"]["output"]
+        assert (item["status"], item["arguments"]) == ("incomplete", "".join(pieces))
+
+
+def test_a_tools_schema_that_cannot_be_held_is_ignored_by_name_and_refused_where_it_is_strict(nano: Served) -> None:
+    odd = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(?!a)b"}}}
+    tool = {"type": "function", "name": "odd", "parameters": odd}
+    body = {"input": "Hi", "max_output_tokens": 5, "tools": [CALCULATOR, tool]}
+    assert nano.post(RESPONSES, body).headers["X-Ignored-Fields"] == "tools[1].parameters"
+    assert nano.post(RESPONSES, {**body, "tools": [{**tool, "strict": True}]}).json()["error"]["param"] == "tools"

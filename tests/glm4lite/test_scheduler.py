@@ -26,6 +26,7 @@ from glm4lite.engine.worker import EngineWorker
 from glm4lite.model.step import Span
 from glm4lite.text.messages import Message
 from glm4lite_quant.kernels import native
+from tests.glm4lite.scripted import Failing
 
 PARAMS = SamplingParams(temperature=0, max_new_tokens=24)
 
@@ -255,7 +256,7 @@ def test_what_fails_in_one_answer_is_told_to_its_reader_and_the_others_go_on(
     made = [scheduled(engine, scheduler, *one) for one in asked]
     huge = scheduled(engine, scheduler, [77] * 50, PARAMS)
     wrong = scheduled(engine, scheduler, [78] * 50, PARAMS)
-    wrong.constraint = lambda *_: 1 // 0
+    wrong.constraint = Failing(ZeroDivisionError(), at=1)
     step = engine.model.step
 
     def gives_out(spans: Sequence[Span]) -> list[torch.Tensor]:

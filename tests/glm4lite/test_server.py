@@ -6,10 +6,12 @@ import json
 import math
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
+import jsonschema
 import openai
 import pytest
+from pydantic import BaseModel
 
 from glm4lite.base.errors import ModelReplaced
 from glm4lite.engine.engine import Engine
@@ -250,23 +252,137 @@ def test_a_thought_is_reasoning_content() -> None:
         assert (got["thought"], got["content"]) == ("Well, 2 + 2.", "Four.")
 
 
-def test_a_required_call_of_a_thinking_model_comes_without_a_thought() -> None:
+def test_a_required_call_of_a_thinking_model_may_come_behind_a_thought() -> None:
     source = "{% for m in messages %}{{ m.content }}{% endfor %}{{ tools and '' }}<|assistant|>\n<think>"
-    engine = scripted(CALL + "<|observation|>", template=ChatTemplate(source))
-    with served(engine) as server:
+    reply = f"\nI calculate.\n</think>\n\n{CALL}<|observation|>"
+    with served(scripted(reply, "\nI go on." * 20, template=ChatTemplate(source))) as server:
         message = server.chat(tools=TOOLS, tool_choice="required").choices[0].message
-    assert calls_of(message) == [("calculator", {"expression": "37 * 24"})]
-    model: Any = engine.model
-    assert engine.tokenizer.text(model.fed[0]).endswith("<think>\n</think>\n\n")
+        assert calls_of(message) == [("calculator", {"expression": "37 * 24"})]
+        assert message.reasoning_content == "I calculate.\n"
+        budget: Any = {"thinking_budget": 5}
+        ended = server.chat(tools=TOOLS, tool_choice="required", max_tokens=60, extra_body=budget).choices[0]
+        assert ended.message.reasoning_content == "I go on\n"
 
 
-def test_a_malformed_call_is_text_and_never_an_error() -> None:
-    broken = ('calculator\n{"expression": ', 'nosuch\n{"a": 1}', 'calculator\n{"a": 1} and more')
-    with served(scripted(*(f"{text}<|user|>" for text in broken))) as server:
-        for text in broken:
+def test_a_call_of_no_declared_tool_is_text_and_never_an_error() -> None:
+    said = ('nosuch\n{"a": 1}', "I look.\ncalculator\nis one of them", '```\ncalculator\n{"a": 1} and more')
+    with served(scripted(*(f"{text}<|user|>" for text in said))) as server:
+        for text in said:
             choice = server.chat(tools=TOOLS).choices[0]
             assert (choice.message.content, choice.message.tool_calls) == (text, None)
             assert choice.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_comes_as_it_is_written_and_what_is_cut_of_it_is_said(stream: bool) -> None:
+    with served(scripted(f"{CALL}<|observation|>", CALL)) as server:
+        whole = server.chat(tools=TOOLS, stream=stream)
+        if stream:
+            deltas = [one for chunk in whole for one in chunk.choices[0].delta.tool_calls or []]
+            assert (deltas[0].function.name, deltas[0].function.arguments) == ("calculator", "")
+            pieces = [one.function.arguments for one in deltas[1:]]
+            assert len(pieces) > 4
+            assert json.loads("".join(pieces)) == {"expression": "37 * 24"}
+            assert {one.index for one in deltas} == {0}
+        cut = server.chat(tools=TOOLS, stream=stream, max_tokens=8)
+        if stream:
+            got = merged(cut)
+            [(name, arguments)], reason = [(call["name"], call["arguments"]) for call in got["calls"]], got["reason"]
+        else:
+            [call] = cut.choices[0].message.tool_calls
+            name, arguments, reason = call.function.name, call.function.arguments, cut.choices[0].finish_reason
+        assert (name, reason) == ("calculator", "length")
+        assert '{"expression": "37 * 24"}'.startswith(arguments)
+        assert 2 < len(arguments) < 25
+
+
+SUM: Any = {
+    "type": "object",
+    "properties": {"sum": {"type": "integer", "maximum": 9999, "minimum": 0}, "sure": {"type": "boolean"}},
+    "required": ["sum", "sure"],
+    "additionalProperties": False,
+}
+
+
+def formatted(schema: Any, **more: Any) -> Any:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, **more}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_follows_the_schema_of_its_response_format(nano: Served, stream: bool) -> None:
+    for wanted in (formatted(SUM), formatted(SUM, strict=True), {"type": "json_object", "schema": SUM}):
+        given = nano.chat("What is 37 * 24?", response_format=wanted, stream=stream, max_tokens=60, stop=["sum"])
+        content = merged(given)["content"] if stream else given.choices[0].message.content
+        jsonschema.validate(json.loads(content), SUM)
+    create = nano.client.completions.create
+    completed = create(model="nano", prompt="37 * 24 = ", max_tokens=60, extra_body={"response_format": formatted(SUM)})
+    jsonschema.validate(json.loads(completed.choices[0].text), SUM)
+    free = nano.chat(response_format={"type": "text"}).choices[0].message.content
+    assert free == nano.chat().choices[0].message.content
+
+
+def test_json_of_any_form_is_an_object(nano: Served) -> None:
+    choice = nano.chat("Hello", response_format={"type": "json_object"}, max_tokens=200, temperature=0).choices[0]
+    if choice.finish_reason == "stop":
+        assert isinstance(json.loads(choice.message.content), dict)
+    else:
+        assert choice.message.content.startswith("{")
+
+
+def test_the_clients_own_helper_gets_its_object(nano: Served) -> None:
+    class Sum(BaseModel):
+        sum: Literal[888, 999]
+        sure: bool
+
+    parsed = nano.client.chat.completions.parse(
+        model="nano", messages=[{"role": "user", "content": "What is 37 * 24?"}], response_format=Sum
+    )
+    assert isinstance(parsed.choices[0].message.parsed, Sum)
+
+
+def test_a_strict_tool_gets_arguments_to_the_letter_and_an_odd_one_any(nano: Served) -> None:
+    def declared(parameters: Any, **more: Any) -> Any:
+        return [{"type": "function", "function": {"name": "answer", "parameters": parameters, **more}}]
+
+    for more in ({}, {"strict": True}):
+        answer = nano.chat("Go", tools=declared(SUM, **more), tool_choice="required", parallel_tool_calls=False)
+        jsonschema.validate(calls_of(answer.choices[0].message)[0][1], SUM)
+    odd = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(?!a)b"}}}
+    body = {"model": "nano", "messages": [ASKED], "tools": declared(odd), "max_tokens": 30}
+    loose = nano.post("/v1/chat/completions", body)
+    assert (loose.status_code, loose.headers["X-Ignored-Fields"]) == (200, "tools[0].function.parameters")
+    refused = nano.post("/v1/chat/completions", {**body, "tools": declared(odd, strict=True)})
+    assert refused.status_code == 400
+    assert "look-around" in refused.json()["error"]["message"]
+    assert refused.json()["error"]["param"] == "tools"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "param"),
+    [
+        ({"type": "grammar"}, "response_format.type"),
+        ({}, "response_format.type"),
+        ({"type": "json_schema"}, "response_format.json_schema"),
+        ({"type": "json_schema", "json_schema": {"name": "a"}}, "response_format.json_schema"),
+        (formatted([]), "response_format.json_schema.schema"),
+        (formatted({"type": "nothing"}), "response_format"),
+        (formatted({"type": "array", "uniqueItems": True}), "response_format"),
+        (formatted({"enum": []}), "response_format"),
+        (formatted({"$ref": "https://example.com/a"}), "response_format"),
+        ("json", "response_format"),
+    ],
+)
+def test_a_response_format_that_cannot_be_held_is_refused(nano: Served, wanted: Any, param: str) -> None:
+    for path, asked in (("chat/completions", {"messages": [ASKED]}), ("completions", {"prompt": "Hi"})):
+        refused = nano.post(f"/v1/{path}", {"model": "nano", "response_format": wanted, **asked})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
+def test_a_call_that_must_come_and_a_format_contradict_each_other(nano: Served) -> None:
+    body = {"model": "nano", "messages": [ASKED], "tools": TOOLS, "response_format": {"type": "json_object"}}
+    refused = nano.post("/v1/chat/completions", {**body, "tool_choice": "required"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tool_choice")
+    assert nano.post("/v1/chat/completions", {**body, "tool_choice": "auto", "max_tokens": 5}).status_code == 200
 
 
 def test_text_before_and_after_calls_is_kept() -> None:

@@ -5,15 +5,24 @@ from __future__ import annotations
 import io
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from pydantic import BaseModel, Field, field_validator
 
 import glm4lite
-from glm4lite.base.errors import ContextLengthError, Glm4liteError, ModelReplaced, TemplateError
-from glm4lite.base.events import Done, Event, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
+from glm4lite.base.errors import ContextLengthError, Glm4liteError, ModelReplaced, SchemaError, TemplateError
+from glm4lite.base.events import (
+    Done,
+    Event,
+    TextDelta,
+    ThinkingDelta,
+    ToolCallDelta,
+    ToolCallFinished,
+    ToolCallStarted,
+)
 from glm4lite.chat.session import ChatSession
 from glm4lite.cli.terminal import Terminal
 from glm4lite.engine.engine import Engine
@@ -23,8 +32,10 @@ from glm4lite.text.template import Begun, ChatTemplate
 from glm4lite.text.tokenizer import Tokenizer
 from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 from glm4lite.tools.tool import Tool, tool
+from glm4lite_quant.kernels import native
 from tests.glm4lite.scripted import ScriptedModel, scripted_engine
 
+needs_native = pytest.mark.skipif(native.backend() is None, reason=f"no native library: {native.status()}")
 NANO = Path(glm4lite.__file__).parent / "nano"
 CALL = 'calculator\n{"expression": "37 * 24"}'
 
@@ -63,13 +74,22 @@ def start(tokenizer: Tokenizer, template: ChatTemplate) -> Start:
     return begin
 
 
+def without_deltas(events: Iterable[Event]) -> list[Event]:
+    return [event for event in events if not isinstance(event, ToolCallDelta)]
+
+
+def first_run(stream: Iterator[Event]) -> Event:
+    """The first event that is not about a call being written."""
+    return next(event for event in stream if not isinstance(event, ToolCallDelta))
+
+
 def text_of(events: list[Event]) -> str:
     return "".join(event.text for event in events if isinstance(event, TextDelta))
 
 
 def test_a_tool_call_runs_and_its_result_is_answered_from(start: Start) -> None:
     session = start(CALL + "<|observation|>", "\n37 * 24 = 888.<|user|>")
-    events = list(session.send("What is 37 * 24?"))
+    events = without_deltas(session.send("What is 37 * 24?"))
     assert events[0] == ToolCallStarted("call_1", "calculator", {"expression": "37 * 24"})
     assert events[1] == ToolCallFinished("call_1", "calculator", "888", error=False)
     assert text_of(events) == "37 * 24 = 888."
@@ -139,14 +159,14 @@ def test_a_model_that_keeps_calling_is_stopped_and_it_is_said(start: Start) -> N
 
 
 def test_no_tool_rounds_means_no_tool_runs(start: Start) -> None:
-    events = list(start(CALL + "<|observation|>", max_tool_rounds=0).send("Loop"))
+    events = without_deltas(start(CALL + "<|observation|>", max_tool_rounds=0).send("Loop"))
     assert [type(event) for event in events] == [Done]
 
 
 def test_what_only_looks_like_a_call_is_shown_as_text(start: Start) -> None:
-    session = start('\nrobot\n{"a": 1}<|user|>', 'calculator\n{"expression": <|user|>')
-    assert text_of(list(session.send("Write JSON"))) == 'robot\n{"a": 1}'
-    assert text_of(list(session.send("Again"))) == 'calculator\n{"expression": '
+    assert text_of(list(start('\nrobot\n{"a": 1}<|user|>').send("Write JSON"))) == 'robot\n{"a": 1}'
+    cut = start(CALL, params=SamplingParams(temperature=0, max_new_tokens=8)).send("Again")
+    assert text_of(list(cut)) == 'calculator\n{"expression": "37 * '
 
 
 def test_the_second_turn_computes_only_its_new_tokens(start: Start, tokenizer: Tokenizer) -> None:
@@ -182,7 +202,7 @@ def test_stop_ends_an_answer_and_what_was_said_stays_in_the_history(start: Start
 def test_a_call_that_was_cancelled_keeps_its_place_in_the_history(start: Start) -> None:
     session = start(f"{CALL}<|assistant|>{CALL}<|observation|>")
     stream = session.send("Both")
-    assert isinstance(next(stream), ToolCallStarted)
+    assert isinstance(first_run(stream), ToolCallStarted)
     session.stop()
     rest = list(stream)
     assert isinstance(rest[-1], Done)
@@ -196,11 +216,11 @@ def test_stop_does_not_wait_for_a_slow_tool(start: Start) -> None:
     @tool
     def slow() -> str:
         """Waits."""
+        threading.Timer(0.2, session.stop).start()
         released.wait(100)
         return "late"
 
     session = start("slow\n{}<|assistant|>slow\n{}<|observation|>", tools=[slow])
-    threading.Timer(0.2, session.stop).start()
     started = time.monotonic()
     events = list(session.send("Wait"))
     released.set()
@@ -221,7 +241,7 @@ def test_stop_texts_do_not_tear_several_calls_apart(start: Start) -> None:
 def test_a_reader_that_goes_away_leaves_a_history_that_can_go_on(start: Start) -> None:
     session = start(f"{CALL}<|assistant|>{CALL}<|observation|>")
     stream = session.send("Both")
-    assert isinstance(next(stream), ToolCallStarted)
+    assert isinstance(first_run(stream), ToolCallStarted)
     stream.close()
     assert [message.role for message in session.messages] == ["user", "assistant", "tool", "tool"]
     assert session.messages[-1].content == "Error: the call was not run"
@@ -288,7 +308,7 @@ def test_a_cut_answer_goes_on_and_all_of_it_is_told(start: Start) -> None:
 def test_a_call_that_was_cut_is_a_call_once_it_is_whole(start: Start) -> None:
     for cut in (len("calc"), len("calculator\n"), len(CALL) - 1):
         session = start(CALL[cut:] + "<|observation|>", "\nIt is 888.<|user|>")
-        events = resumed(session, Begun("Let me see.\n" + CALL[:cut]))
+        events = without_deltas(resumed(session, Begun("Let me see.\n" + CALL[:cut])))
         assert [type(event) for event in events[:3]] == [TextDelta, ToolCallStarted, ToolCallFinished]
         assert text_of(events) == "Let me see.It is 888."
         assert session.messages[1] == Message(
@@ -401,3 +421,127 @@ def test_a_stopped_answer_goes_on_as_if_it_had_not_been() -> None:
     assert session.messages == whole.messages
     with pytest.raises(Glm4liteError, match="the last one is whole"):
         list(session.go_on())
+
+
+def test_a_call_is_told_of_while_it_is_written(start: Start) -> None:
+    session = start(f"\nI look.\n{CALL}<|assistant|>{CALL}<|observation|>", "\n888.<|user|>")
+    events = list(session.send("What is 37 * 24?"))
+    deltas = [event for event in events if isinstance(event, ToolCallDelta)]
+    assert [(event.id, event.arguments) for event in deltas if not event.arguments] == [("call_1", ""), ("call_2", "")]
+    for call in ("call_1", "call_2"):
+        pieces = [event.arguments for event in deltas if event.id == call]
+        assert "".join(pieces) == '{"expression": "37 * 24"}'
+        assert len(pieces) > 4
+    started = [event.id for event in events if isinstance(event, ToolCallStarted)]
+    assert started == ["call_1", "call_2"]
+    assert events.index(deltas[-1]) < next(at for at, one in enumerate(events) if isinstance(one, ToolCallStarted))
+
+
+def test_a_call_that_is_cut_becomes_text_and_a_call_again_when_it_goes_on(start: Start) -> None:
+    session = start(f"\nI look.\n{CALL}<|observation|>", params=SamplingParams(temperature=0, max_new_tokens=14))
+    events = list(session.send("What is 37 * 24?"))
+    assert any(isinstance(event, ToolCallDelta) for event in events)
+    assert not any(isinstance(event, ToolCallStarted) for event in events)
+    assert session.cut is not None
+    assert f"I look.\n{CALL}".startswith(session.cut.text)
+    assert text_of(events) == session.cut.text
+    model: Any = session.engine.model
+    model.replies.append(session.engine.tokenizer.ids("\n888.<|user|>", special=True))
+    session.params = SamplingParams(temperature=0)
+    again = list(session.go_on())
+    assert [event.name for event in again if isinstance(event, ToolCallFinished)] == ["calculator"]
+    assert text_of(again) == "I look.888."
+
+
+def test_arguments_follow_their_schema_whatever_the_model_would_say(start: Start) -> None:
+    session = start(
+        'calculator\n{"formula": "1"}<|observation|>', params=SamplingParams(temperature=0, max_new_tokens=9)
+    )
+    written = "".join(event.arguments for event in session.send("1?") if isinstance(event, ToolCallDelta))
+    assert written.startswith('{"expression')
+
+
+class City(BaseModel):
+    name: Annotated[str, Field(max_length=8)]
+    inhabitants: Annotated[int, Field(ge=0, le=99)]
+
+
+def test_an_answer_is_the_object_that_its_schema_describes(start: Start) -> None:
+    session = start(
+        '\n{"name": "Bonn", "inhabitants": 33}<|user|>', '\n{"name": "Köln", "inhabitants": 1}<|user|>', "\nHi.<|user|>"
+    )
+    assert session.ask("Which city?", schema=City) == City(name="Bonn", inhabitants=33)
+    assert session.ask("Which other?", schema=City.model_json_schema()) == {"name": "Köln", "inhabitants": 1}
+    assert session.ask("Hello") == "Hi."
+    assert session.messages[1] == Message("assistant", '{"name": "Bonn", "inhabitants": 33}')
+    assert session.schema is None
+
+
+def test_an_answer_with_a_schema_may_call_tools_first(start: Start) -> None:
+    session = start(CALL + "<|observation|>", '\n{"result": 888}<|user|>')
+    schema = {"type": "object", "properties": {"result": {"type": "integer"}}, "required": ["result"]}
+    assert session.ask("37 * 24?", schema=schema) == {"result": 888}
+    assert [message.role for message in session.messages] == ["user", "assistant", "tool", "assistant"]
+
+
+@needs_native
+def test_nano_answers_as_a_schema_wants() -> None:
+    session = ChatSession(Engine.load("nano", quant="int4"), params=SamplingParams(temperature=0, max_new_tokens=60))
+    assert isinstance(session.ask("Which city is it?", schema=City), City)
+    session.schema = {"enum": ["yes", "no"]}
+    assert text_of(list(session.send("Is it warm?"))) in ('"yes"', '"no"')
+
+
+def test_a_thought_comes_before_an_answer_with_a_schema(tokenizer: Tokenizer) -> None:
+    reply = '\nWell, {.</think>\n\n{"name": "Bonn", "inhabitants": 3}<|user|>'
+    session = ChatSession(scripted_engine(tokenizer, ChatTemplate(THINKING), [reply]))
+    session.schema = City.model_json_schema()
+    events = list(session.send("Which?"))
+    assert "".join(event.text for event in events if isinstance(event, ThinkingDelta)) == "Well, {."
+    assert text_of(events) == '{"name": "Bonn", "inhabitants": 3}'
+
+
+def test_a_thoughts_budget_ends_it_before_an_answer_with_a_schema(tokenizer: Tokenizer) -> None:
+    reply = "\nWell, well, well." * 20
+    params = SamplingParams(temperature=0, thinking_budget=9, max_new_tokens=60)
+    session = ChatSession(scripted_engine(tokenizer, ChatTemplate(THINKING), [reply]), params=params)
+    session.schema = {"const": {"a": 1}}
+    assert text_of(list(session.send("Which?"))).replace(" ", "") == '{"a":1}'
+
+
+@pytest.mark.parametrize(
+    ("schema", "why"),
+    [
+        ({"not": {}}, "Unimplemented keys"),
+        ({"enum": ["x" * 300_000]}, "more than 250000"),
+        (type("Odd", (BaseModel,), {"__annotations__": {"f": Callable[[], int]}}), "has no JSON schema"),
+    ],
+)
+def test_a_schema_that_cannot_be_held_leaves_the_history_as_it_was(start: Start, schema: Any, why: str) -> None:
+    session = start("\nHi.<|user|>")
+    with pytest.raises(SchemaError, match=why):
+        session.ask("Hello", schema=schema)
+    assert (session.messages, session.schema) == ([], None)
+    assert session.ask("Hello") == "Hi."
+
+
+def test_an_answer_that_was_cut_is_no_object(start: Start) -> None:
+    session = start('\n{"name": "Bonn"<|user|>', params=SamplingParams(temperature=0, max_new_tokens=4))
+    with pytest.raises(SchemaError, match=r"ended \(length\) after 4 tokens"):
+        session.ask("Which city?", schema=City)
+    assert session.cut is not None
+
+
+def test_what_a_models_own_validator_refuses_is_an_error_in_a_line(start: Start) -> None:
+    class Even(BaseModel):
+        value: int
+
+        @field_validator("value")
+        @classmethod
+        def even(cls, value: int) -> int:
+            if value % 2:
+                raise ValueError("it is odd")
+            return value
+
+    with pytest.raises(SchemaError, match="it is odd"):
+        start('\n{"value": 3}<|user|>').ask("A number?", schema=Even)

@@ -4,7 +4,17 @@ import time
 
 import pytest
 
-from glm4lite.text.output_parser import Call, OutputParser, Segment, Text, Thinking, parse_arguments
+from glm4lite.text.call_arguments import parse_arguments
+from glm4lite.text.output_parser import (
+    Call,
+    CallBegun,
+    CallCut,
+    CallPiece,
+    OutputParser,
+    Segment,
+    Text,
+    Thinking,
+)
 
 NAMES = {"add", "add_all", "get_weather"}
 SEPARATOR = "\0"  # stands for the token <|assistant|> between parts
@@ -145,6 +155,17 @@ def test_the_split_does_not_depend_on_the_chunks(output: str, thinking: bool, ex
         assert parse(output, thinking, random.Random(seed)) == expected
 
 
+def said(segment: Segment) -> str:
+    match segment:
+        case Text(text) | Thinking(text) | CallPiece(text):
+            return text
+        case Call(name, arguments):
+            return name + arguments
+        case CallCut(written=written):
+            return written
+    return ""
+
+
 def test_random_outputs_lose_nothing_and_do_not_depend_on_the_chunks() -> None:
     pieces = [
         "add",
@@ -179,7 +200,7 @@ def test_random_outputs_lose_nothing_and_do_not_depend_on_the_chunks() -> None:
         thinking = source.random() < 0.3
         whole = parse(output, thinking)
         assert parse(output, thinking, source) == whole
-        shown = "".join(s.name + s.arguments if isinstance(s, Call) else s.text for s in whole)
+        shown = "".join(said(one) for one in whole)
         assert letters(shown) == letters(output), output
         assert all(s.name in NAMES for s in whole if isinstance(s, Call))
 
@@ -298,3 +319,67 @@ def test_arguments_are_kept_as_the_model_wrote_them() -> None:
 )
 def test_what_is_not_one_object_has_no_arguments(text: str) -> None:
     assert parse_arguments(text) is None
+
+
+def told(*pieces: str) -> list[Segment]:
+    """What a parser tells that knows of a grammar, the last segments behind the end."""
+    parser = OutputParser(NAMES, certain=True)
+    return [*(segment for piece in pieces for segment in parser.feed(piece)), *parser.finish()]
+
+
+def test_a_call_is_told_of_once_its_first_brace_is_there() -> None:
+    parser = OutputParser(NAMES, certain=True)
+    assert parser.feed("\nI add.\nadd \n") == [Text("I add.")]
+    assert parser.feed(' {"a"') == [CallBegun("add"), CallPiece('{"a"')]
+    assert parser.feed(": [1, ") == [CallPiece(": [1, ")]
+    assert parser.feed("2]}") == [CallPiece("2]}")]
+    assert parser.separator() == [Call("add", '{"a": [1, 2]}')]
+    assert parser.feed("add_all\n{}\n") == [CallBegun("add_all"), CallPiece("{}"), Call("add_all", "{}")]
+    assert parser.finish() == []
+
+
+def test_a_call_that_ends_early_is_given_back_with_all_that_was_written() -> None:
+    assert told('Well.\nadd\n{"a": ') == [
+        Text("Well."),
+        CallBegun("add"),
+        CallPiece('{"a": '),
+        CallCut("add", '{"a": ', '\nadd\n{"a": '),
+    ]
+    assert told("add\n") == [Text("add\n")]
+
+
+@pytest.mark.parametrize("output", ["```\nadd\n{}\n```\nadd\n{}", "~~~\nx\n~~~\nadd\n{}", "So\nadd\nis one.\nadd\n{}"])
+def test_where_a_grammar_lets_anything_come_a_call_is_told_of_as_a_whole(output: str) -> None:
+    segments = told(output)
+    assert segments[-1] == Call("add", "{}")
+    assert not any(isinstance(segment, CallBegun | CallPiece) for segment in segments)
+
+
+def test_calls_that_are_told_of_while_they_come_are_the_calls_that_come() -> None:
+    chance = random.Random(5)
+    pieces = ["add\n", "add_all \n", '{"a": 1}', "{}", "{", "\n", "I say. ", "```\n", '{"x": [1', "}", SEPARATOR]
+    for _ in range(3000):
+        output = "".join(chance.choices(pieces, k=chance.randint(1, 9)))
+        plain, certain = OutputParser(NAMES), OutputParser(NAMES, certain=True)
+        expected, segments = list[Segment](), list[Segment]()
+        for part in output.split(SEPARATOR):
+            cuts = sorted(chance.choices(range(len(part) + 1), k=3))
+            for begin, end in zip([0, *cuts], [*cuts, len(part)], strict=True):
+                expected += plain.feed(part[begin:end])
+                segments += certain.feed(part[begin:end])
+            expected += plain.separator()
+            segments += certain.separator()
+        calls = [one for one in segments if isinstance(one, Call)]
+        assert calls == [one for one in expected if isinstance(one, Call)][: len(calls)]
+        written: str | None = None
+        for segment in segments:  # each call that was told of ends, with what was told of it
+            if isinstance(segment, CallBegun):
+                assert written is None
+                written = ""
+            elif isinstance(segment, CallPiece):
+                assert written is not None
+                written += segment.text
+            elif isinstance(segment, Call | CallCut):
+                assert written in (None, segment.arguments), output
+                written = None
+        assert written is None

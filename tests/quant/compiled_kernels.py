@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from glm4lite_quant.kernels import triton_gpu, triton_kernels, triton_step, triton_step_kernels
+from glm4lite_quant.kernels.decoder import BLOCK
 
 POINTERS = {"qweight": "*i32", "scales": "*u8", "row_scale": "*fp32"}
 AFFINE = {"mins": "*u8", "row_min": "*fp32"}
@@ -30,7 +32,7 @@ def compiled(kernel: Any, capability: int, warps: int, stages: int, types: dict[
     aligned = [
         name
         for name, kind in signature.items()
-        if kind.startswith("*") or name in ("n", "k", "x_stride", "capacity", "size")
+        if kind.startswith("*") or name in ("n", "k", "x_stride", "block_stride", "head_stride", "size")
     ]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
@@ -41,18 +43,26 @@ def compiled(kernel: Any, capability: int, warps: int, stages: int, types: dict[
 def steps(capability: int) -> dict[str, Any]:
     """The kernels between the products, at the 32B's shapes, with both kinds of cache."""
     whole = dict.fromkeys(("q", "k", "v", "cos", "sin", "added", "out", "gate_up"), "*bf16") | FLOATS
-    whole |= {"length": "*i32", "size": "i32", "capacity": "i32"}
+    whole |= {"rows": "*i32"} | dict.fromkeys(("size", "block_stride", "head_stride"), "i32")
     found: dict[str, Any] = {}
     for codes in (False, True):
         kind = "*i8" if codes else "*bf16"
         types = whole | {"keys": kind, "values": kind}
         scales = {} if codes else {"key_scale": None, "value_scale": None}
         types |= {"key_scale": "*fp32", "value_scale": "*fp32"} if codes else {}
-        shape = {"DIM": 128, "CODES": codes} | scales
+        shape = {"DIM": 128, "BLOCK": BLOCK, "CODES": codes} | scales
         own = shape | {"QUERIES": 48, "HEADS": 2, "ROTARY": 64}
         found[f"rotate_store {kind}"] = compiled(triton_step_kernels.rotate_store, capability, 1, 2, types, own)
-        own = shape | {"SPLITS": 64, "GROUP": 24, "ROWS": 32, "BLOCK": triton_step.BLOCK, "FACTOR": tl.bfloat16}
-        found[f"attend {kind}"] = compiled(triton_step_kernels.attend, capability, 4, 2, types, own)
+        for queries in (32, 64):  # a row each, or two of one sequence
+            own = shape | {"SPLITS": 64, "GROUP": 24, "QUERIES": queries, "FACTOR": tl.bfloat16}
+            stages = triton_step.attend_stages(torch.bfloat16)
+            made = compiled(triton_step_kernels.attend, capability, 4, stages, types, own)
+            found[f"attend {queries} {kind}"] = made
+    types = whole | dict.fromkeys(("q", "k", "v", "keys", "values"), "*fp32")
+    own = {"DIM": 128, "BLOCK": BLOCK, "CODES": False, "key_scale": None, "value_scale": None}
+    own |= {"SPLITS": 64, "GROUP": 24, "QUERIES": 64, "FACTOR": tl.float32}
+    stages = triton_step.attend_stages(torch.float32)
+    found["attend 64 *fp32"] = compiled(triton_step_kernels.attend, capability, 4, stages, types, own)
     own = {"SPLITS": 64, "DIM": 128}
     found["combine"] = compiled(triton_step_kernels.combine, capability, 4, 2, whole, own)
     found["swiglu"] = compiled(triton_step_kernels.swiglu, capability, 4, 2, whole, {"BLOCK": 1024})

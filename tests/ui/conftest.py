@@ -23,7 +23,9 @@ from glm4lite_ui.runtime import Runtime
 from glm4lite_ui.saved.store import ChatStore
 from glm4lite_ui.serving import mount
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
+# The shell is the same engine without a window of its own, and takes a quarter less of the processor for a page.
+_NAMES = ("chromium-headless-shell", "chromium", "chromium-browser")
+CHROMIUM = next((path for name in _NAMES if (path := shutil.which(name))), None)
 # Without these Chromium looks for Google's hosts when it starts; --no-sandbox since CI runs as root.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync", "--no-first-run", "--disable-quic"]
@@ -110,7 +112,7 @@ def browser() -> Iterator[Any]:
     """One Chromium for all tests here. Closed with the package: Playwright's loop would stop other tests' asyncio."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if CHROMIUM is None:
-        pytest.skip("no chromium: the page is not tested in a browser (Debian: apt-get install chromium)")
+        pytest.skip("no chromium: the page is not tested in a browser (Debian: install chromium-headless-shell)")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser

@@ -20,6 +20,7 @@ from glm4lite.server import Address
 from glm4lite_ui.runtime import Runtime
 from glm4lite_ui.saved.store import ChatStore
 from glm4lite_ui.serving import serve_page
+from tests.glm4lite.scripted import ScriptedEngine
 
 
 def slow_engine(nano: Engine, reply: str, seconds: float = 0.01) -> Engine:
@@ -39,7 +40,7 @@ def slow_engine(nano: Engine, reply: str, seconds: float = 0.01) -> Engine:
         return output
 
     model.step = told  # type: ignore[method-assign]
-    return Engine(model, nano.tokenizer, nano.template, {"do_sample": False})
+    return ScriptedEngine(model, nano.tokenizer, nano.template, {"do_sample": False})
 
 
 if __name__ == "__main__":

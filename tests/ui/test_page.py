@@ -613,14 +613,14 @@ def test_a_preview_reaches_nothing_over_http(serve: Serve, visit: Visit, nano: E
         there = f"http://127.0.0.1:{elsewhere.getsockname()[1]}"
         site = serve()
         page = visit(site.url)
-        for escape in (escape for escape in ESCAPES if "<script" in escape or not scripts):
-            source = escape.format(there=there, here=site.url)
-            site.runtime.worker.engine = slow_engine(nano, f"```html\n<p>here</p>{source}\n```\n", seconds=0)
-            page.click("#new-chat")
-            page.wait_for_selector("#greeting")
-            ask(page, "Go")
-            wait_for_end(page)
-            page.get_by_label("Preview").click()
+        escapes = [escape for escape in ESCAPES if "<script" in escape or not scripts]
+        sources = [escape.format(there=there, here=site.url) for escape in escapes]
+        text = "".join(f"```html\n<p>here</p>{source}\n```\n\n" for source in sources)
+        site.runtime.worker.engine = slow_engine(nano, text, seconds=0)
+        ask(page, "Go")
+        wait_for_end(page)
+        for place, escape in enumerate(escapes):
+            page.get_by_label("Preview").nth(place).click()
             if scripts:
                 page.click("#run-scripts")
             page.wait_for_timeout(400)
@@ -741,3 +741,33 @@ def test_the_model_page_says_what_is_loaded(serve: Serve, visit: Visit) -> None:
     assert "int4" in facts
     assert "On CPU" in facts
     assert "calculator" in facts
+
+
+def test_every_answer_follows_the_schema_of_the_settings(serve: Serve, visit: Visit) -> None:
+    page = visit(serve(tools=[]).url)
+    page.click("#open-settings")
+    page.fill("#answer-schema", '{"enum": ["yes", ')
+    page.wait_for_selector('[data-field="schema"] .wrong:has-text("This is no JSON object.")')
+    page.fill("#answer-schema", '{"uniqueItems": true}')
+    page.wait_for_selector('[data-field="schema"] .wrong:has-text("Unimplemented keys")')
+    visit.errors.clear()  # type: ignore[attr-defined]  # Chromium logs each answer that is a refusal
+    page.fill("#answer-schema", '{"enum": ["yes", "no"]}')
+    page.wait_for_selector('[data-field="schema"] .wrong', state="hidden")
+    page.keyboard.press("Escape")
+    ask(page, "Is it warm in Lisbon?")
+    wait_for_end(page)
+    assert page.inner_text(".turn .parts .text:last-child").strip() in ('"yes"', '"no"')
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    page.click("#open-settings")
+    assert json.loads(page.input_value("#answer-schema")) == {"enum": ["yes", "no"]}
+
+
+def test_a_call_is_seen_while_it_is_written(serve: Serve, visit: Visit, nano: Engine) -> None:
+    reply = 'calculator\n{"expression": "' + "1 + " * 60 + '1"}'
+    page = visit(serve(slow_engine(nano, reply, seconds=0.02)).url)
+    ask(page, "Add")
+    page.wait_for_selector("details.call[open] :text('1 + 1 + 1')")
+    page.wait_for_selector("details.call:not([open]) summary:has-text('61')")
+    page.click("#stop")
+    wait_for_end(page)

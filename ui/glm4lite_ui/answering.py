@@ -15,7 +15,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from glm4lite.base.errors import ContextLengthError, Glm4liteError, said_by
-from glm4lite.base.events import Done, Event, Progress, TextDelta, ThinkingDelta, ToolCallFinished, ToolCallStarted
+from glm4lite.base.events import (
+    Done,
+    Event,
+    Progress,
+    TextDelta,
+    ThinkingDelta,
+    ToolCallDelta,
+    ToolCallFinished,
+    ToolCallStarted,
+)
 from glm4lite.chat.session import ChatSession
 from glm4lite.text.messages import Message, ToolCall
 from glm4lite.text.template import Begun
@@ -54,6 +63,8 @@ class TurnWriter:
         self._spent = {part.kind: part.seconds or 0.0 for part in self._told_anew}
         self.pieces, self.first_piece = 0, 0.0  # of text, for the speed while it goes on
         self.progress: Progress | None = None
+        self.written: dict[str, Part] = {}  # calls that are being written, or were and wait to run, by their ids
+        self._running: Part | None = None
         self._batch: int | None = None  # place in the history of the message that made the last call
         self._since = time.monotonic()
 
@@ -64,11 +75,13 @@ class TurnWriter:
             case ThinkingDelta():
                 self._say("thinking", event.text)
             case TextDelta():
+                self._drop_written()
                 self._say("text", event.text)
+            case ToolCallDelta():
+                self._write_call(event)
             case ToolCallStarted():
                 self._start_call(event)
-            case ToolCallFinished():
-                part = self.turn.parts[-1]
+            case ToolCallFinished() if (part := self._running) is not None:
                 part.text, part.error, part.seconds = event.content, event.error, self._seconds()
             case Done():
                 self._close()
@@ -76,6 +89,7 @@ class TurnWriter:
 
     def finish(self) -> None:
         """The answer ended, maybe in the middle: nothing stays open."""
+        self._drop_written()
         self._close()
 
     def _say(self, kind: Literal["thinking", "text"], text: str) -> None:
@@ -89,13 +103,36 @@ class TurnWriter:
             self._open(Part(kind, self._round))
         self.turn.parts[-1].text += text
 
+    def _write_call(self, event: ToolCallDelta) -> None:
+        """A call grows from its name on; it stays where it is made, and goes where it becomes text."""
+        self.first_piece = self.first_piece or time.monotonic()
+        self.pieces += 1
+        self._tell_anew()
+        if event.id not in self.written:
+            last = self.turn.parts[-1] if self.turn.parts else None
+            if last is not None and last.kind == "call" and last.seconds is not None and last.round == self._round:
+                self._next_round()
+            part = self.written[event.id] = Part("call", self._round, name=event.name)
+            self._open(part)
+        self.written[event.id].arguments += event.arguments
+
     def _start_call(self, event: ToolCallStarted) -> None:
         self._tell_anew()
         place, call = _find_call(self.history, event.id)
-        if self._batch is not None and place != self._batch:
+        written = self.written.pop(event.id, None)
+        if written is None and self._batch is not None and place != self._batch:
             self._next_round()
         self._batch = place
-        self._open(Part("call", self._round, name=call.name, arguments=call.arguments))
+        if written is None:
+            written = Part("call", self._round, name=call.name)
+            self._open(written)
+        written.arguments, self._running, self._since = call.arguments, written, time.monotonic()
+
+    def _drop_written(self) -> None:
+        """What was written as calls and is none."""
+        dropped = [id(part) for part in self.written.values()]
+        self.turn.parts = [part for part in self.turn.parts if id(part) not in dropped]
+        self.written.clear()
 
     def _tell_anew(self) -> None:
         if self._told_anew:

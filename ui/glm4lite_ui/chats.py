@@ -122,7 +122,7 @@ class Settings:
     """Of one chat; None is the checkpoint's own value, of `max_new_tokens` what the context leaves, of
     `thinking_budget` no limit.
 
-    `tools` None: all that are on by default.
+    `tools` None: all that are on by default. `schema`: a JSON schema that every answer follows; None: it is text.
     """
 
     system: str = ""
@@ -136,6 +136,7 @@ class Settings:
     seed: _Integer | None = None
     stop: list[str] | None = None
     tools: list[str] | None = None
+    schema: dict[str, Any] | None = None
     always: list[str] = field(default_factory=list)  # tools that need no more asking in this chat (Toolset.permission)
 
     def sampling(self) -> dict[str, Any]:

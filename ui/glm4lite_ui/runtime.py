@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from glm4lite.base.errors import Glm4liteError, NoModel, said_by
+from glm4lite.base.errors import Glm4liteError, NoModel, SchemaError, said_by
 from glm4lite.base.sentences import Sentence
 from glm4lite.base.sizes import readable
 from glm4lite.chat.session import ChatSession
@@ -17,6 +17,7 @@ from glm4lite.engine.sampling import SamplingParams
 from glm4lite.engine.worker import EngineWorker
 from glm4lite.measure.inventory import devices
 from glm4lite.server.launch import name_of
+from glm4lite.text.grammar import AnswerForm, checked_schema
 from glm4lite.tools.mcp_config import ServerConfig
 from glm4lite.tools.tool import Tool
 from glm4lite_ui.answering import Answer
@@ -97,9 +98,10 @@ class Runtime:
         """Keeps a chat's settings: with the chat, or beside its draft while it has no message and is not saved.
 
         Raises:
-            SamplingError: a value cannot be used; nothing was kept.
+            SamplingError, SchemaError: a value cannot be used; nothing was kept.
         """
         self.params(settings)
+        self._check_schema(settings)
         chat = self.open(chat_id)
         if chat.tree or self.store.holds(chat_id):
             chat.settings = settings
@@ -116,7 +118,11 @@ class Runtime:
     def session(self, chat: Chat) -> ChatSession:
         """A session under the chat's settings. What was computed before is found by the engine."""
         session = ChatSession(
-            self.engine, self.chosen(chat.settings), params=self.params(chat.settings), compute=self.worker.run
+            self.engine,
+            self.chosen(chat.settings),
+            params=self.params(chat.settings),
+            compute=self.worker.run,
+            schema=chat.settings.schema,
         )
         if always := chat.settings.always:
             kept = self.toolset.permission
@@ -132,6 +138,17 @@ class Runtime:
         params = engine.params(**settings.sampling())
         thinks = engine.loaded and engine.chat_template().can_think
         return params if thinks else replace(params, thinking_budget=None)
+
+    def _check_schema(self, settings: Settings) -> None:
+        """SchemaError, about the field, where no answer can be held to it."""
+        if settings.schema is None:
+            return
+        try:
+            form = AnswerForm(checked_schema(settings.schema))
+            if self.engine.loaded:
+                self.engine.constraint(form)
+        except SchemaError as error:
+            raise SchemaError("{name} cannot be used: {problem}", name="schema", problem=said_by(error)) from None
 
     def chosen(self, settings: Settings) -> list[Tool]:
         """The tools that are on in a chat; none where the model's template has no place for them."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -29,14 +29,23 @@ class TurnView:
     def __init__(self) -> None:
         self._growing: tuple[Part, Growing] | None = None  # the last part, while it is being written
 
-    def parts(self, turn: Turn, under_way: bool) -> list[Json]:
-        return [self._part(part, under_way) for part in list(turn.parts) if part.kind != "text" or part.text.strip()]
+    def parts(self, turn: Turn, under_way: bool, written: Collection[Part] = ()) -> list[Json]:
+        """`written`: calls that are being written, whose arguments are not whole yet."""
+        shown = [part for part in list(turn.parts) if part.kind != "text" or part.text.strip()]
+        return [self._part(part, under_way, any(part is one for one in written)) for part in shown]
 
-    def _part(self, part: Part, under_way: bool) -> Json:
+    def _part(self, part: Part, under_way: bool, written: bool) -> Json:
         open_now = under_way and part.seconds is None
         head: Json = {"kind": part.kind, "open": open_now, "seconds": part.seconds}
         if part.kind == "call":
-            head |= {"name": part.name, "failed": part.error, "not_run": part.seconds is None and not under_way}
+            head |= {
+                "written": written,
+                "name": part.name,
+                "failed": part.error,
+                "not_run": part.seconds is None and not under_way,
+            }
+            if written:
+                return {"head": head, "blocks": [code(part.arguments)], "results": 0}
             result = [code(part.text)] if part.seconds is not None else []
             return {"head": head, "blocks": [*arguments_blocks(part.arguments), *result], "results": len(result)}
         if not open_now:
@@ -92,7 +101,7 @@ def turn_json(chat: Chat, turn: Turn, answer: Answer | None, view: TurnView) -> 
     return {
         "user": turn.user,
         "files": [{name: value for name, value in to_json(file).items() if name != "text"} for file in turn.files],
-        "parts": view.parts(turn, under_way),
+        "parts": view.parts(turn, under_way, list(answer.writer.written.values()) if answer and under_way else ()),
         "error": None if under_way or not turn.error else turn.error.to_json(),
         "ending": None if under_way or turn.counts is None else turn.counts.finish_reason,
         "counts": None if under_way or turn.counts is None else vars(turn.counts),
@@ -126,7 +135,7 @@ def status_json(answer: Answer | None) -> Json:
         return {"phase": "asking"}
     if writer.progress is not None:
         return {"phase": "progress", **vars(writer.progress)}
-    if last is not None and last.kind == "call" and last.seconds is None:
+    if last is not None and last.kind == "call" and last.seconds is None and not writer.written:
         return {"phase": "tool", "name": last.name}
     if writer.pieces < 2:
         return {"phase": "reading", "seconds": round(time.monotonic() - answer.started, 1)}

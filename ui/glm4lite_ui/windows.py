@@ -23,6 +23,7 @@ from glm4lite_ui.thread import SHOWN, Json, TurnView, asking_json, difference, s
 
 PAUSE_S = 0.1  # between two drawings of an answer that grows
 SHARE = 4  # a drawing takes at most a fifth of the time
+BEAT_S = 0.3  # between two writes while an answer goes on: a window that left is noticed by what it does not take
 
 
 class Windows:
@@ -39,7 +40,7 @@ class Windows:
         ending.add_done_callback(lambda _: window.close())
         try:
             async for message in window.messages():
-                yield f"data: {json.dumps(message)}\n\n"
+                yield f"data: {json.dumps(message)}\n\n" if message else ":\n\n"  # a comment
         finally:
             ending.cancel()
             window.close()
@@ -119,9 +120,10 @@ class Window:
             watching.close()
         self._watched.clear()
 
-    async def messages(self) -> AsyncIterator[Json]:
+    async def messages(self) -> AsyncIterator[Json | None]:
+        """What is told; None is nothing, said while an answer goes on and the window has not drawn what came of it."""
         yield {"type": "hello"}
-        due = 0.0
+        due = beat = 0.0
         while not self._closed:
             self._wake.clear()
             while self._told:
@@ -138,6 +140,10 @@ class Window:
                 began = time.monotonic()
                 yield await self._made(self._growth)
                 due = time.monotonic() + max(PAUSE_S, SHARE * (time.monotonic() - began))
+                beat = time.monotonic() + BEAT_S
+            elif answer is not None and time.monotonic() >= beat:
+                yield None
+                beat = time.monotonic() + BEAT_S
             await self._wait(answer, due)
 
     async def _made(self, make: Callable[[str, _Known], Json]) -> Json:

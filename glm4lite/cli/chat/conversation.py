@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm4lite.base.errors import ConfigError, one_line
-from glm4lite.base.events import Done, Event, Progress, TextDelta, ThinkingDelta, ToolCallStarted
+from glm4lite.base.events import Done, Event, Progress, TextDelta, ThinkingDelta, ToolCallDelta, ToolCallStarted
 from glm4lite.base.user_folder import chats_folder
 from glm4lite.chat.session import ChatSession
 from glm4lite.cli.chat import saved
@@ -23,6 +23,7 @@ from glm4lite.text.template import Begun
 if TYPE_CHECKING:
     from glm4lite.cli.terminal import Renderer
     from glm4lite.loading.load_options import LoadOptions
+    from glm4lite.text.grammar import Schema
     from glm4lite.tools.tool import Tool
 
 
@@ -73,10 +74,14 @@ class Conversation:
         sampling: dict[str, Any],
         system: str | None,
         by_hand: bool,
+        schema: Schema | None = None,
     ) -> Conversation:
-        """Loads the model; `sampling` is what was given of SamplingParams. Raises what `Engine.load` raises."""
+        """Loads the model; `sampling` is what was given of SamplingParams, `schema` what answers follow.
+
+        Raises what `Engine.load` raises.
+        """
         engine = source.load(renderer.show)
-        session = ChatSession(engine, tools, system)
+        session = ChatSession(engine, tools, system, schema=schema)
         if tools and not session.template.takes_tools:
             renderer.remark("(this model's chat template has no place for tools: they are not offered)")
         settings = Settings(session, renderer, tools, sampling)
@@ -227,6 +232,6 @@ def _unshown(events: Iterator[Event], shown: Begun, again: str) -> Iterator[Even
             if new and not shown.text:
                 yield ThinkingDelta(new)
         else:
-            if isinstance(event, ToolCallStarted):  # what was shown of the call is no text any more
+            if isinstance(event, ToolCallDelta | ToolCallStarted):  # what was shown of the call is no text any more
                 text, shown = 0, Begun()
             yield event

@@ -39,6 +39,7 @@ def chat(
     max_new_tokens: options.MaxNewTokens = None,
     thinking_budget: options.ThinkingBudget = None,
     stop: options.Stop = None,
+    schema: options.SchemaFile = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     kv: options.KV = "auto",
@@ -63,9 +64,10 @@ def chat(
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed, "stop": tuple(stop or ())}
     sampling |= {"max_new_tokens": max_new_tokens, "thinking_budget": thinking_budget}
     SamplingParams.check(**sampling)
+    wanted = options.schema_of(schema)
     options.use_threads(threads)
     budget = Budget.of(gpu_memory, ram, context, kv)
-    with rendering(as_json, raw) as renderer, ExitStack() as open_tools:
+    with rendering(as_json, raw or schema is not None) as renderer, ExitStack() as open_tools:
         asked = LoadOptions(quant or "auto", device, dtype, budget=budget)
         source = Source(model, asked, speculate, draft, keep_prefixes)
         by_hand = prompt is None and is_interactive()
@@ -73,7 +75,7 @@ def chat(
         box = open_tools.enter_context(Toolbox(tools or (), mcp or (), not no_tools, approve))
         if model == "nano":
             renderer.remark(nano_remark("chat"))
-        conversation = Conversation.begin(source, renderer, box.tools, sampling, system, by_hand)
+        conversation = Conversation.begin(source, renderer, box.tools, sampling, system, by_hand, wanted)
         if message is None and not as_json and is_interactive() and streams().err.isatty():
             conversation.ask_before_tools()
         if message is None:

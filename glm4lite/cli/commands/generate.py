@@ -24,6 +24,7 @@ def generate(
     seed: options.Seed = None,
     max_new_tokens: options.MaxNewTokens = 128,
     stop: options.Stop = None,
+    schema: options.SchemaFile = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     kv: options.KV = "auto",
@@ -44,6 +45,7 @@ def generate(
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
     sampling |= {"max_new_tokens": max_new_tokens, "stop": tuple(stop or ())}
     SamplingParams.check(**sampling)
+    wanted = options.schema_of(schema)
     options.use_threads(threads)
     budget = Budget.of(gpu_memory, ram, context, kv)
     with rendering(as_json, raw=True) as renderer:
@@ -51,4 +53,4 @@ def generate(
         text = "" if prompt is None and is_interactive() else prompt_text(prompt, renderer.remark)
         completion = Completion(Engine.from_options(model, asked, speculate=speculate, draft=draft))
         with interrupt_stops(completion):
-            renderer.show_all(completion.run(text, **sampling))
+            renderer.show_all(completion.run(text, wanted, **sampling))

@@ -38,7 +38,7 @@ class CacheView:
     `capacity` is a multiple of 16. With a `table`, int32 [blocks of the sequence], the memory is shared by many and
     cut into blocks of 64 tokens: keys [blocks, kv_heads, 4, head_dim, 16], values [blocks, kv_heads, 64, head_dim],
     scales [blocks, kv_heads, 64].
-    A float cache of a GPU has its keys as its values, in the activations' type.
+    A float cache of a GPU has its keys as its values, in the activations' type. A table stays on the CPU.
     """
 
     keys: Tensor
@@ -51,6 +51,16 @@ class CacheView:
     @property
     def capacity(self) -> int:
         return self.values.shape[1] if self.table is None else BLOCK * len(self.table)
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Tokens from a block of 64 to the next, and from a head to the next."""
+        return (BLOCK, self.capacity) if self.table is None else (self.values.shape[1] * BLOCK, BLOCK)
+
+    @property
+    def blocks(self) -> int:
+        """Most blocks that a sequence may have in this memory."""
+        return -(-self.capacity // BLOCK) if self.table is None else self.values.shape[0]
 
 
 class SpanRows(NamedTuple):
@@ -159,8 +169,7 @@ def run(kernels: Sequence[DecoderKernel], spans: Sequence[SpanRows], x: Tensor, 
 def _cache(view: CacheView) -> _Cache:
     kind = native.FLOAT32 if view.keys.dtype == torch.float32 else native.INT8
     pointers = (view.keys, view.values, view.key_scale, view.value_scale, view.table)
-    strides = (BLOCK, view.capacity) if view.table is None else (view.values.shape[1] * BLOCK, BLOCK)
-    return _Cache(*(_pointer(tensor) for tensor in pointers), *strides, view.length, kind)
+    return _Cache(*(_pointer(tensor) for tensor in pointers), *view.strides, view.length, kind)
 
 
 def _heads_fit(heads: Heads) -> bool:

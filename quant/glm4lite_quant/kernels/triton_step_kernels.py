@@ -1,10 +1,13 @@
-"""The Triton kernels between the products of a decoder layer, for one token: what `triton_step` launches.
+"""The Triton kernels between the products of a decoder layer, for the rows of a step: what `triton_step` launches.
 
-Norms with the residual stream, rotation with the write into the cache, attention over the cache in parts, SwiGLU. How
-many tokens the cache holds is read from the GPU's memory, so that a recorded graph serves every length.
+Norms with the residual stream, rotation with the write into the cache, attention over the cache in parts, SwiGLU. Which
+sequence a row is of, how many tokens that has and where they lie is read from the GPU's memory (`rows`, as `StepRows`
+describes it), so that a recorded graph serves every step. Each row is computed by itself. A row of padding, at position
+-1, writes to no cache and reads none, and what comes out of it is 0.
 
-A cache is [heads, capacity, DIM] in the activations' type; or CODES, which is int8 with a scale for each head and token
-and has its keys in blocks of 16 tokens, [heads, capacity / 16, DIM, 16].
+A block is BLOCK tokens of one head, [BLOCK, DIM] in the activations' type; or CODES, which is int8 with a scale for
+each head and token and has its keys in tiles of 16 tokens, [BLOCK / 16, DIM, 16]. `block_stride` and `head_stride` are
+tokens from one block or head to the next.
 """
 
 from __future__ import annotations
@@ -32,15 +35,18 @@ def add_norm(
     BLOCK: tl.constexpr,
     TYPE: tl.constexpr,
 ) -> None:
-    """x [size] float32 += added, itself normed where there is a `post_weight`; out = x normed with `weight`.
+    """x [rows, size] float32 += added, itself normed where there is a `post_weight`; out = x normed with `weight`.
 
-    Without `added` x stays, without `weight` nothing is written to `out`. One program.
+    Without `added` x stays, without `weight` nothing is written to `out`. One program a row.
     """
     column = tl.arange(0, BLOCK)
     held = column < size
+    row = tl.program_id(0) * size
+    x += row
+    out += row
     value = tl.load(x + column, mask=held, other=0)
     if added is not None:
-        more = tl.load(added + column, mask=held, other=0).to(tl.float32)
+        more = tl.load(added + row + column, mask=held, other=0).to(tl.float32)
         if post_weight is not None:
             post = tl.load(post_weight + column, mask=held, other=0).to(tl.float32)
             more = _normed(more, post, size, eps, TYPE).to(tl.float32)
@@ -76,26 +82,35 @@ def rotate_store(
     values: tl.tensor,
     key_scale: tl.tensor,
     value_scale: tl.tensor,
-    length: tl.tensor,
-    capacity: tl.tensor,
+    rows: tl.tensor,
+    block_stride: tl.tensor,
+    head_stride: tl.tensor,
     QUERIES: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     ROTARY: tl.constexpr,
+    BLOCK: tl.constexpr,
     CODES: tl.constexpr,
 ) -> None:
-    """One program a head: the QUERIES of q are rotated in place, the HEADS of k rotated into the cache, those of v put
-    there. Adjacent pairs of the first ROTARY dimensions turn by cos and sin [ROTARY / 2]."""
-    program = tl.program_id(0)
-    token = tl.load(length).to(tl.int64)
+    """One program a head and row: the QUERIES of q are rotated in place, the HEADS of k rotated into the cache, those
+    of v put there. Adjacent pairs of the first ROTARY dimensions turn by cos and sin [rows, ROTARY / 2]."""
+    program, row, size = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    token = tl.load(rows + row)
+    if token < 0:
+        return
     pair = tl.arange(0, DIM // 2)
+    head = tl.maximum(program - QUERIES, 0) % HEADS
+    block = tl.load(rows + tl.load(rows + size + row) + token // BLOCK).to(tl.int64)
+    first_token = block * block_stride + head * head_stride
+    within = token % BLOCK
     if program < QUERIES + HEADS:
         turned = pair < ROTARY // 2
-        c = tl.where(turned, tl.load(cos + pair, mask=turned, other=0).to(tl.float32), 1.0)
-        s = tl.load(sin + pair, mask=turned, other=0).to(tl.float32)
-        source = q + program * DIM
+        angle = row * (ROTARY // 2) + pair
+        c = tl.where(turned, tl.load(cos + angle, mask=turned, other=0).to(tl.float32), 1.0)
+        s = tl.load(sin + angle, mask=turned, other=0).to(tl.float32)
+        source = q + (row * QUERIES + program) * DIM
         if program >= QUERIES:
-            source = k + (program - QUERIES) * DIM
+            source = k + (row * HEADS + head) * DIM
         even = tl.load(source + 2 * pair).to(tl.float32)
         odd = tl.load(source + 2 * pair + 1).to(tl.float32)
         first, second = even * c - odd * s, odd * c + even * s
@@ -103,25 +118,23 @@ def rotate_store(
             tl.store(source + 2 * pair, first)
             tl.store(source + 2 * pair + 1, second)
         else:
-            head = (program - QUERIES).to(tl.int64)
             if CODES:
                 top = tl.maximum(tl.max(tl.abs(first)), tl.max(tl.abs(second)))
                 inverse = tl.where(top < 1e-30, 0.0, 127.0 / top)
                 first, second = _rounded(first * inverse), _rounded(second * inverse)
-                tl.store(key_scale + head * capacity + token, top / 127.0)
-            place = keys + head * capacity * DIM
-            tl.store(place + _key_at(token, 2 * pair, DIM, CODES), first)
-            tl.store(place + _key_at(token, 2 * pair + 1, DIM, CODES), second)
+                tl.store(key_scale + first_token + within, top / 127.0)
+            place = keys + first_token * DIM
+            tl.store(place + _key_at(within, 2 * pair, DIM, CODES), first)
+            tl.store(place + _key_at(within, 2 * pair + 1, DIM, CODES), second)
     else:
-        head = (program - QUERIES - HEADS).to(tl.int64)
         dim = tl.arange(0, DIM)
-        value = tl.load(v + head * DIM + dim).to(tl.float32)
+        value = tl.load(v + (row * HEADS + head) * DIM + dim).to(tl.float32)
         if CODES:
             top = tl.max(tl.abs(value))
             inverse = tl.where(top < 1e-30, 0.0, 127.0 / top)
             value = _rounded(value * inverse)
-            tl.store(value_scale + head * capacity + token, top / 127.0)
-        tl.store(values + (head * capacity + token) * DIM + dim, value)
+            tl.store(value_scale + first_token + within, top / 127.0)
+        tl.store(values + (first_token + within) * DIM + dim, value)
 
 
 @triton.jit
@@ -131,79 +144,108 @@ def attend(
     values: tl.tensor,
     key_scale: tl.tensor,
     value_scale: tl.tensor,
-    length: tl.tensor,
+    rows: tl.tensor,
     sums: tl.tensor,
     tops: tl.tensor,
     weights: tl.tensor,
-    capacity: tl.tensor,
+    block_stride: tl.tensor,
+    head_stride: tl.tensor,
     scale: tl.tensor,
     SPLITS: tl.constexpr,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
+    QUERIES: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     CODES: tl.constexpr,
     FACTOR: tl.constexpr,
 ) -> None:
-    """One program: one key/value head over one of SPLITS parts of the cache; its GROUP queries are the rows of a tile.
+    """One program: the rows of one tile and one key/value head over one of SPLITS parts of their sequence.
 
-    The cache holds `length` tokens and this one. Out: the parts' sums without a denominator [SPLITS, heads, DIM], the
-    largest score `tops` (base 2) and `weights`, the sum of the exponentials, both [SPLITS, heads]; `combine` puts them
-    together. Scores and sums are float32; FACTOR is the type that products take, float32 in the interpreter.
+    The GROUP queries of a row, then those of the next, are the QUERIES of a product (as in vLLM's unified attention):
+    keys and values are read once for all of them. The cache holds the tile's own tokens too; a row sees those up to its
+    own. Out: the parts' sums without a denominator [SPLITS, rows, heads, DIM], the largest score `tops` (base 2) and
+    `weights`, the sum of the exponentials, both [SPLITS, rows, heads]; `combine` puts them together (Flash-Decoding).
+    Scores and sums are float32; FACTOR is the type that products take, float32 in the interpreter.
     """
-    head, split, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(0) * GROUP
-    total = tl.load(length) + 1
+    tile, head, split, size = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(0)
+    count = tl.load(rows + 3 * size + tile)
+    if count == 0:
+        return
+    first = tl.load(rows + 2 * size + tile)
+    position = tl.load(rows + first)
+    table = rows + tl.load(rows + size + first)
+    total, heads = position + count, tl.num_programs(1) * GROUP
     part = tl.cdiv(tl.cdiv(total, SPLITS), BLOCK) * BLOCK
     begin = split * part
     end = tl.minimum(begin + part, total)
-    row, dim = tl.arange(0, ROWS), tl.arange(0, DIM)
-    query = tl.load(q + (head * GROUP + row)[:, None] * DIM + dim[None, :], mask=(row < GROUP)[:, None], other=0)
-    keys += head * capacity * DIM
-    values += head * capacity * DIM
-    top = tl.full((ROWS,), -float("inf"), tl.float32)
-    weight = tl.zeros((ROWS,), tl.float32)
-    sum_ = tl.zeros((ROWS, DIM), tl.float32)
+    index, dim, within = tl.arange(0, QUERIES), tl.arange(0, DIM), tl.arange(0, BLOCK)
+    row = index // GROUP
+    asked, last = row < count, position + row
+    at = (first + row) * heads + head * GROUP + index % GROUP
+    query = tl.load(q + at[:, None] * DIM + dim[None, :], mask=asked[:, None], other=0)
+    top = tl.full((QUERIES,), -float("inf"), tl.float32)
+    weight = tl.zeros((QUERIES,), tl.float32)
+    sum_ = tl.zeros((QUERIES, DIM), tl.float32)
     for start in range(begin, end, BLOCK):
-        token = start + tl.arange(0, BLOCK)
+        block = tl.load(table + start // BLOCK).to(tl.int64)
+        first_token = block * block_stride + head * head_stride
+        token = start + within
         held = token < end
-        key = tl.load(keys + _key_at(token[None, :], dim[:, None], DIM, CODES), mask=held[None, :], other=0)
+        place = keys + first_token * DIM
+        key = tl.load(place + _key_at(within[None, :], dim[:, None], DIM, CODES), mask=held[None, :], other=0)
         score = tl.dot(query.to(FACTOR), key.to(FACTOR), input_precision="ieee") * scale
         if CODES:
-            score *= tl.load(key_scale + head * capacity + token, mask=held, other=0)[None, :]
-        score = tl.where(held[None, :], score, -float("inf"))
+            score *= tl.load(key_scale + first_token + within, mask=held, other=0)[None, :]
+        score = tl.where(held[None, :] & (token[None, :] <= last[:, None]), score, -float("inf"))
         higher = tl.maximum(top, tl.max(score, axis=1))
-        fade, chance = tl.exp2(top - higher), tl.exp2(score - higher[:, None])
+        base = tl.where(higher == -float("inf"), 0.0, higher)  # of a row that sees nothing of this part
+        fade, chance = tl.exp2(top - base), tl.exp2(score - base[:, None])
         weight = weight * fade + tl.sum(chance, axis=1)
         if CODES:
-            chance *= tl.load(value_scale + head * capacity + token, mask=held, other=0)[None, :]
-        value = tl.load(values + token[:, None] * DIM + dim[None, :], mask=held[:, None], other=0)
+            chance *= tl.load(value_scale + first_token + within, mask=held, other=0)[None, :]
+        place = values + first_token * DIM
+        value = tl.load(place + within[:, None] * DIM + dim[None, :], mask=held[:, None], other=0)
         sum_ = sum_ * fade[:, None] + tl.dot(chance.to(FACTOR), value.to(FACTOR), input_precision="ieee")
         top = higher
-    at = split * heads + head * GROUP + row
-    tl.store(tops + at, top, mask=row < GROUP)
-    tl.store(weights + at, weight, mask=row < GROUP)
-    tl.store(sums + at[:, None] * DIM + dim[None, :], sum_, mask=(row < GROUP)[:, None])
+    at += split * size * heads
+    tl.store(tops + at, top, mask=asked)
+    tl.store(weights + at, weight, mask=asked)
+    tl.store(sums + at[:, None] * DIM + dim[None, :], sum_, mask=(asked & (weight > 0))[:, None])
 
 
 @triton.jit
 def combine(
-    sums: tl.tensor, tops: tl.tensor, weights: tl.tensor, out: tl.tensor, SPLITS: tl.constexpr, DIM: tl.constexpr
+    sums: tl.tensor,
+    tops: tl.tensor,
+    weights: tl.tensor,
+    rows: tl.tensor,
+    out: tl.tensor,
+    SPLITS: tl.constexpr,
+    DIM: tl.constexpr,
 ) -> None:
-    """One program a query head: out [heads, DIM] from what `attend` left of each part; empty parts count nothing."""
-    head, heads = tl.program_id(0), tl.num_programs(0)
-    at, dim = tl.arange(0, SPLITS) * heads + head, tl.arange(0, DIM)
-    top = tl.load(tops + at)
+    """One program a query head and row: out [rows, heads, DIM] from what `attend` left of each part.
+
+    Of empty parts nothing is read but that they are empty.
+    """
+    head, row, heads, size = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
+    dim, place = tl.arange(0, DIM), row * heads + head
+    if tl.load(rows + row) < 0:
+        tl.store(out + place * DIM + dim, tl.zeros((DIM,), tl.float32))
+        return
+    at = tl.arange(0, SPLITS) * (size * heads) + place
+    top, weight = tl.load(tops + at), tl.load(weights + at)
     share = tl.exp2(top - tl.max(top))
-    total = tl.sum(share * tl.load(weights + at))
-    parts = tl.load(sums + at[:, None] * DIM + dim[None, :])
-    tl.store(out + head * DIM + dim, tl.sum(parts * share[:, None], axis=0) / total)
+    parts = tl.load(sums + at[:, None] * DIM + dim[None, :], mask=(weight > 0)[:, None], other=0)
+    tl.store(out + place * DIM + dim, tl.sum(parts * share[:, None], axis=0) / tl.sum(share * weight))
 
 
 @triton.jit
 def swiglu(gate_up: tl.tensor, out: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr) -> None:
-    """out [size] = silu(gate) * up; gate_up [2 * size], the gate first."""
+    """out [rows, size] = silu(gate) * up; gate_up [rows, 2 * size], the gate first."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     held = column < size
+    gate_up += tl.program_id(1) * (2 * size)
+    out += tl.program_id(1) * size
     gate = tl.load(gate_up + column, mask=held, other=0).to(tl.float32)
     up = tl.load(gate_up + size + column, mask=held, other=0).to(tl.float32)
     tl.store(out + column, gate / (1 + tl.exp(-gate)) * up, mask=held)

@@ -38,6 +38,7 @@ export function build() {
   for (const [name, label, about, step] of FIELDS) {
     body.append(field(name, t(label), t(about), element('input', {id: name, inputmode: step === 1 ? 'numeric' : 'decimal', autocomplete: 'off'})));
   }
+  body.append(field('schema', t('Answer schema'), t('A JSON schema that every answer follows; empty is text.'), element('textarea', {id: 'answer-schema', rows: 3, spellcheck: false})));
   body.append(field('stop', t('Stop at'), t('Texts that end the answer, one a line.'), element('textarea', {id: 'stop-texts', rows: 2})));
   body.append(tools.section(change => {
     state.settings = {...state.settings, ...change};
@@ -139,7 +140,8 @@ function show() {
   const settings = state.settings;
   for (const [name, {input, reset}] of inputs) {
     const value = settings[name];
-    const said = name === 'stop' ? (value ?? []).join('\n') : value ?? '';
+    if (name === 'schema' && isSchema(input.value, value)) continue;  // as it was typed
+    const said = name === 'stop' ? (value ?? []).join('\n') : name === 'schema' ? value ? JSON.stringify(value, null, 2) : '' : value ?? '';
     if (input.value !== String(said)) input.value = said;
     reset.hidden = value == null || value === '';
   }
@@ -157,12 +159,26 @@ function changed() {
     reset.hidden = !text;
     if (name === 'system') settings.system = text;
     else if (name === 'stop') settings.stop = text.split('\n').filter(Boolean).length ? text.split('\n').filter(Boolean) : null;
+    else if (name === 'schema') settings.schema = schemaOf(text);
     else settings[name] = text.trim() === '' ? null : Number(text.trim().replace(',', '.'));
   }
   pending = {chat: state.chat, settings};
   clearTimeout(timer);
   timer = setTimeout(save, PAUSE_MS);
 }
+
+/** A schema as it was typed; NaN, which is refused as a number's is, where that is no JSON object. */
+function schemaOf(text) {
+  if (!text.trim()) return null;
+  try {
+    const found = JSON.parse(text);
+    return found && typeof found === 'object' && !Array.isArray(found) ? found : NaN;
+  } catch {
+    return NaN;
+  }
+}
+
+const isSchema = (text, value) => JSON.stringify(schemaOf(text)) === JSON.stringify(value ?? null) && !Number.isNaN(schemaOf(text));
 
 /** Sends what is waiting; the next one waits until it was answered, unless the page is being left. */
 export async function save(leaving = false) {
@@ -174,7 +190,7 @@ export async function save(leaving = false) {
   let problem = null;
   const odd = Object.entries(settings).find(([, value]) => Number.isNaN(value));
   try {
-    if (odd) throw Object.assign(new Error(t('{name} must be a number', {name: odd[0]})), {about: odd[0]});
+    if (odd) throw Object.assign(new Error(odd[0] === 'schema' ? t('This is no JSON object.') : t('{name} must be a number', {name: odd[0]})), {about: odd[0]});
     await ask(`/chats/${chat}/set`, settings, 'POST', leaving);
     if (chat === state.chat) state.settings = {...settings, always: state.settings.always};
   } catch (error) {

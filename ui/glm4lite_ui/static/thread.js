@@ -222,7 +222,9 @@ function drawThought(part) {
 }
 
 function drawCall(part, change) {
-  const {name, failed, not_run, seconds} = part.head;
+  const {name, failed, not_run, seconds, written} = part.head;
+  if (part.wasWritten !== written) part.element.open = written;
+  part.wasWritten = written;
   const results = change.results ?? 0, given = part.blocks.length - results;
   part.body.replaceChildren();
   replaceFrom(part.body, 0, part.blocks);
