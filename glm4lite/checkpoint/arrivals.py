@@ -7,7 +7,6 @@ at the same places, and holes where nothing is needed any more.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -20,8 +19,10 @@ from glm4lite.checkpoint.shard import StoredTensor, read_header
 from glm4lite.hub.arriving import Arriving
 from glm4lite.hub.download import Snapshot, check_disk
 from glm4lite.hub.transfer import Wanted
+from glm4lite.memory.system import booted
 
 _COPY_BYTES = 4 << 20
+_CLOCK_S = 5.0  # the time of the start is counted back from now
 
 
 class Arrivals:
@@ -59,6 +60,21 @@ class Arrivals:
         for file, header in self._headers.items():
             tensors |= {name: stored.at(folder / file) for name, stored in header.items()}
         return Checkpoint.of(self._snapshot.folder, read_json(self._snapshot.folder / CONFIG), tensors)
+
+    def begin(self) -> None:
+        """Removes shards of an earlier run that may not have reached the disk before the machine was switched off.
+
+        They are not synced: most are dropped before they would be written at all.
+        """
+        note, now = self._folder / "boot", booted()
+        try:
+            before = float(note.read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            before = 0.0
+        if abs(now - before) > _CLOCK_S:
+            for path in self._folder.glob("*.safetensors*"):
+                path.unlink()
+        note.write_text(f"{now}", encoding="ascii")
 
     def bring(self, checkpoint: Checkpoint, names: Iterable[str], later: Sequence[str]) -> None:
         """Fetches the shards that hold `names` and are not here; `later`: what will be needed after these.
@@ -134,6 +150,4 @@ def _thin(path: Path, kept: Sequence[StoredTensor]) -> None:
                 target.write(data)
                 left -= len(data)
         target.truncate(size)
-        target.flush()
-        os.fsync(target.fileno())
     replace(thinner, path)

@@ -130,6 +130,7 @@ def _as_it_arrives(
     """Layer by layer, from where an earlier run came to."""
     checkpoint, units = prepared.checkpoint, _units(prepared.plan)
     calibrator: Calibrator | None = None
+    arrivals.begin()
     for number, unit in enumerate(units):
         later = [fill.source for after in units[number + 1 :] for fill in after]
         names = [tensor.name for fill in unit for tensor in _planned(checkpoint, fill)]

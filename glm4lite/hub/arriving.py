@@ -2,7 +2,8 @@
 
 It lies under an unfinished name, as long as it will be, with a journal beside it: a line of JSON (the size, and the
 entity tag that the server gave), then one line `first end` for each stretch that is here. A stretch is noted after it
-was synced, so that neither a killed process nor a power cut leaves a note of bytes that are not there.
+was synced, so that neither a killed process nor a power cut leaves a note of bytes that are not there (of a file that
+is dropped in a moment: no killed process).
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ class Arriving:
     """One unfinished file.
 
     target: the name that it will have. size: 0 where it is not known yet. digests: those that it may have (none: it
-    cannot be verified). part: bytes that are asked for at once.
+    cannot be verified). part: bytes that are asked for at once. synced: what is noted outlives a
+    power cut too, and not only the process.
     """
 
-    def __init__(self, target: Path, size: int, digests: frozenset[str], part: int = PART) -> None:
+    def __init__(self, target: Path, size: int, digests: frozenset[str], part: int = PART, synced: bool = True) -> None:
         self.path, self._journal = unfinished(target), journal(target)
         self.size, self.validator, self._part = size, "", part
+        self._synced = synced
         self.digests = digests
         self.ranged: bool | None = None
         """Whether the server sends parts; None as long as nobody asked."""
@@ -132,7 +135,7 @@ class Arriving:
 
         ended: all of it arrived. OSError.
         """
-        if stretch.at > stretch.began:
+        if stretch.at > stretch.began and self._synced:
             with suppress(FileNotFoundError), self.path.open("rb+") as file:  # another connection discarded it
                 os.fsync(file.fileno())
         with self._lock:

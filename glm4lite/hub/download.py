@@ -166,7 +166,7 @@ class Snapshot:
             self._kept.remember(self._revision, self.repo.commit)
 
     def wanted(self, name: str, target: Path | None = None, anew: bool = False) -> Wanted:
-        """A file of the repo, to be fetched into the cache, or as `target`."""
+        """A file of the repo, to be fetched into the cache, or as `target`, where it is not to stay."""
         listed, repo = self.repo.files[name], self.repo
         size, digests = listed.size, listed.digests
         if digests:
@@ -178,7 +178,7 @@ class Snapshot:
         lock = self._kept.lock(blob) if target is None else None
         place = self._kept.blobs / blob if target is None else target
         url, headers = repo.url(name), repo.headers()
-        return Wanted(name, repo.repo_id, url, headers, place, size, digests, commit, lock, anew)
+        return Wanted(name, repo.repo_id, url, headers, place, size, digests, commit, lock, anew, target is None)
 
     def fetch(self, wanted: Sequence[Wanted], arrived: Callable[[Wanted, Arriving], None]) -> None:
         """Brings files, each of which is handed to `arrived`. HubError."""

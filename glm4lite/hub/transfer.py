@@ -51,7 +51,7 @@ class Wanted:
 
     name, whose: of the file and of the repo, for messages. target: where it will lie. size: 0 where it is not known.
     digests: those that it may have. commit: what the server's X-Repo-Commit has to be. lock: a file that is locked
-    while somebody fetches this one.
+    while somebody fetches this one. anew: also where it is there. synced: not for what is dropped in a moment.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Wanted:
     commit: str | None = None
     lock: Path | None = None
     anew: bool = False
+    synced: bool = True
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ class Transfer:
         return file
 
     def _arriving(self, wanted: Wanted) -> Arriving:
-        return Arriving(wanted.target, wanted.size, wanted.digests, self._part)
+        return Arriving(wanted.target, wanted.size, wanted.digests, self._part, wanted.synced)
 
     def _settle(self, file: _File) -> None:
         """Puts a complete file in its place, or begins again where it is not what it should be."""

@@ -143,6 +143,25 @@ def test_a_pull_that_is_stopped_keeps_what_it_did_and_another_model_begins_anew(
     assert content(quantize_checkpoint("org/tiny", out)) == expected
 
 
+def test_shards_that_a_power_cut_may_have_damaged_are_not_used(
+    hub: HubServer, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    out, work = tmp_path / "out", unfinished(tmp_path / "out") / "work"
+
+    def stop(event: Progress) -> None:
+        if event.stage == "quantize" and event.done > event.total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint("org/tiny", out, progress=stop)
+    shards = list(work.glob("*.safetensors"))
+    assert shards
+    for shard in shards:
+        shard.write_bytes(bytes(shard.stat().st_size))
+    (work / "boot").write_text("1.0")
+    assert content(quantize_checkpoint("org/tiny", out)) == expected
+
+
 def test_a_folder_that_another_process_writes_is_refused(hub: HubServer, tmp_path: Path) -> None:
     def second(event: Progress) -> None:
         if event.stage == "quantize":
@@ -227,6 +246,13 @@ def test_without_links_a_snapshot_holds_the_files(
     hub.requests.clear()
     assert resolve("org/tiny") == folder
     assert not hub.fetched
+
+
+def test_a_mirror_whose_listing_names_no_commit_is_asked_for_it(hub: HubServer, tiny: Path) -> None:
+    hub.repos["org/tiny"].names_commit = False
+    folder = resolve("org/tiny")
+    assert folder.name == hub.repos["org/tiny"].sha
+    assert content(folder) == content(tiny)
 
 
 # --- names
