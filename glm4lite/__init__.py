@@ -25,6 +25,7 @@ _HOMES = {
     "Glm4liteError": "base.errors",
     "KVCache": "model.cache",
     "Message": "text.messages",
+    "Research": "research.loop",
     "SamplingParams": "engine.sampling",
     "Tokenizer": "text.tokenizer",
     "Tool": "tools.tool",
@@ -49,6 +50,7 @@ else:  # the names once more: a checker follows import statements alone; a test 
     from glm4lite.pretrained.models import Glm4ForSequenceClassification as Glm4ForSequenceClassification
     from glm4lite.pretrained.models import Glm4ForTokenClassification as Glm4ForTokenClassification
     from glm4lite.pretrained.models import Glm4Model as Glm4Model
+    from glm4lite.research.loop import Research as Research
     from glm4lite.text.messages import Message as Message
     from glm4lite.text.tokenizer import Tokenizer as Tokenizer
     from glm4lite.tools.builtin.tools import BUILTIN_TOOLS as BUILTIN_TOOLS

@@ -17,8 +17,8 @@ PACKAGES = {
 
 # glm4lite's rooms, each of which may import those before it and nothing behind it. See docs/architecture.md.
 ROOMS = (
-    *("base", "hub", "text", "tools", "model", "memory", "checkpoint", "runtime", "loading", "pretrained", "engine"),
-    *("chat", "measure", "server", "cli"),
+    *("base", "hub", "text", "tools", "untrusted", "model", "memory", "checkpoint", "runtime", "loading"),
+    *("pretrained", "engine", "chat", "research", "measure", "server", "cli"),
 )
 
 # module -> the only places that may import it
@@ -44,8 +44,11 @@ ALLOWED = {
     },
     "llguidance": {"glm4lite/engine/constraint.py"},
     "uvicorn": {"glm4lite/server/launch.py", "glm4lite/server/connection.py"},
-    "pypdf": {"ui/glm4lite_ui/untrusted/documents.py"},
+    "pypdf": {"glm4lite/untrusted/documents.py"},
     "prompt_toolkit": {f"glm4lite/cli/chat/{name}.py" for name in ("keyboard", "history")},
+    "httpcore2": {"glm4lite/research/fetching.py"},
+    "justhtml": {"glm4lite/untrusted/documents.py"},
+    "sqlite3": {"glm4lite/research/index.py"},
     "pickle": set(),
     "huggingface_hub": {"glm4lite/hub/client.py", "glm4lite/hub/errors.py"},
 }

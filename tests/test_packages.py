@@ -25,7 +25,10 @@ BY_TORCH = {"triton"}  # comes with torch where that is for CUDA
 UNIMPORTED = {"tzdata", "safetensors"}  # data that zoneinfo reads; what a user's script writes checkpoints with
 
 # What a user of the core alone does not have. `prompt_toolkit` is of the core, and only for a terminal.
-ABSENT = ("gradio", "nh3", "latex2mathml", "pypdf", "mcp", "bitsandbytes", "prompt_toolkit", "pdoc", "transformers")
+ABSENT = (
+    *("gradio", "nh3", "latex2mathml", "pypdf", "justhtml", "mcp"),
+    *("bitsandbytes", "prompt_toolkit", "pdoc", "transformers"),
+)
 BLOCKER = f"""
 import sys
 
@@ -60,6 +63,13 @@ def names(requirements: list[str]) -> set[str]:
     return {re.split(r"[<>=;\[ ]", one)[0].lower().replace("_", "-") for one in requirements}
 
 
+def declarations() -> list[str]:
+    """What a user installs: the dependencies, and those of each extra; an extra may name another."""
+    extras = PROJECT["optional-dependencies"]
+    found = [*PROJECT["dependencies"], *(one for name in ("documents", "ui", "mcp", "bnb") for one in extras[name])]
+    return [one for one in found if not one.startswith("glm4lite[")]
+
+
 def imported(folder: Path) -> set[str]:
     found = set[str]()
     for file in folder.rglob("*.py"):
@@ -72,8 +82,7 @@ def imported(folder: Path) -> set[str]:
 
 
 def test_every_import_is_of_a_declared_package_and_every_declared_package_is_imported() -> None:
-    extras = PROJECT["optional-dependencies"]
-    declared = names([*PROJECT["dependencies"], *extras["ui"], *extras["mcp"], *extras["bnb"]])
+    declared = names(declarations())
     distributions = packages_distributions()
     used = {
         distributions[module][0].lower().replace("_", "-") for folder in SOURCES.values() for module in imported(folder)
@@ -93,8 +102,7 @@ def test_the_oldest_versions_are_those_that_are_declared() -> None:
     oldest = {
         name.lower().replace("_", "-"): tried for name, _, tried in (line.partition("==") for line in lines) if tried
     }
-    extras = PROJECT["optional-dependencies"]
-    for one in (*PROJECT["dependencies"], *extras["ui"], *extras["mcp"], *extras["bnb"]):
+    for one in declarations():
         found = re.fullmatch(r"([\w-]+)(?:>=([\d.]+))?.*", one)
         assert found, one
         name = found[1].lower().replace("_", "-")
@@ -180,7 +188,7 @@ def test_what_is_used_and_missing_is_one_line_on_stderr(
 def test_a_pdf_that_cannot_be_read_says_what_reads_it(core: dict[str, str]) -> None:
     code = "from glm4lite_ui.attachments import read\nread(b'%PDF-1.4 of nothing', 'letter.pdf')"
     assert "letter.pdf" in (last := run(core, "-c", code).stderr.splitlines()[-1])
-    assert last.endswith("reading a PDF needs pypdf: pip install 'glm4lite[ui]'")
+    assert last.endswith("reading a PDF needs pypdf: pip install 'glm4lite[documents]'")
 
 
 def test_info_names_what_is_missing() -> None:

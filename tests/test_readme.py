@@ -26,7 +26,10 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=lambda code: code.strip().splitlines()[0])
-def test_a_python_example_runs(code: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_python_example_runs(
+    code: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLM4LITE_INDEXES", str(tmp_path))
     exec(compile(code, "README.md", "exec"), {})  # noqa: S102
     if "session.send" in code:
         assert "Done(" in capsys.readouterr().out

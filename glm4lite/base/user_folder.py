@@ -42,6 +42,22 @@ def models_folder() -> Path:
     return Path(chosen) if chosen else user_folder() / "models"
 
 
+def indexes_folder() -> Path:
+    """Where the text of folders is kept to be searched: GLM4LITE_INDEXES, else the user's cache; Glm4liteError.
+
+    What is in it can be made again from the folders, so it may be deleted at any time.
+    """
+    chosen = os.environ.get("GLM4LITE_INDEXES")
+    if chosen:
+        return Path(chosen)
+    data = user_folder()
+    if sys.platform == "win32":
+        return data / "cache" / "indexes"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "glm4lite" / "indexes"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glm4lite" / "indexes"
+
+
 def make_private(folder: Path) -> None:
     """The folder with those above it, for this user alone; raises OSError."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

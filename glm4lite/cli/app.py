@@ -24,6 +24,7 @@ from glm4lite.cli.commands.plan import plan
 from glm4lite.cli.commands.prefixes import prefixes
 from glm4lite.cli.commands.pull import pull
 from glm4lite.cli.commands.quantize import quantize
+from glm4lite.cli.commands.research import research
 from glm4lite.cli.commands.serve import serve
 from glm4lite.cli.failures import told
 from glm4lite.cli.options import with_sizes
@@ -57,7 +58,7 @@ def _add(command: Callable[..., Any], name: str | None = None) -> None:
     app.command(name=name, cls=_Command)(run)
 
 
-for _command in (chat, generate, serve, batch, pull, quantize, info, plan, bench, prefixes, rm):
+for _command in (chat, research, generate, serve, batch, pull, quantize, info, plan, bench, prefixes, rm):
     _add(_command)
 _add(list_models, "list")
 _add(evaluate, "eval")

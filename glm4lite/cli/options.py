@@ -65,6 +65,26 @@ NoTools = Annotated[bool, typer.Option("--no-tools", help="Not calculator, curre
 Mcp = Annotated[
     list[Path] | None, typer.Option(metavar="FILE", help="A file with mcpServers, whose tools are offered.")
 ]
+Docs = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FOLDER", help="A folder whose files are searched; may be repeated.", show_default="none"),
+]
+Search = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="A SearXNG server, such as http://127.0.0.1:8888; the web's pages may be opened then.",
+        show_default="none",
+    ),
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="HOST[:PORT]",
+        help="Pages of this host may be opened, also in your own network; may be repeated.",
+        show_default="public hosts with --search",
+    ),
+]
 Approve = Annotated[
     str,
     typer.Option(

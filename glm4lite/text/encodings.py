@@ -1,7 +1,8 @@
-"""Bytes of a text file whose encoding nobody says."""
+"""Bytes of a text whose encoding nobody says, or a web page or its server does."""
 
 from __future__ import annotations
 
+import codecs
 import unicodedata
 
 from glm4lite.base.sentences import Sentence
@@ -11,6 +12,12 @@ _MARKS = {
     b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16",
     b"\xef\xbb\xbf": "utf-8-sig",
 }  # fmt: skip
+# What a label means on the web where that is more than in Python (WHATWG, Encoding Standard), by Python's names.
+_ON_THE_WEB = {
+    "ascii": "cp1252", "iso8859-1": "cp1252", "gb2312": "gb18030", "gbk": "gb18030", "big5": "big5hkscs",
+    "shift_jis": "cp932", "euc_kr": "cp949", "utf-16": "utf-8", "utf-16-le": "utf-8", "utf-16-be": "utf-8",
+}  # fmt: skip
+_NOT_ON_THE_WEB = ("idna", "punycode", "unicode-escape", "raw-unicode-escape", "utf-7")  # some take quadratic time
 _SAMPLE = 64 << 10  # bytes that are looked at to tell an encoding
 _SPACE = "\t\n\r\f\v\x1b\b"  # a log may hold a terminal's colours
 
@@ -21,6 +28,20 @@ def decoded(data: bytes) -> tuple[str, Sentence]:
     if not _is_text(text):
         raise ValueError(Sentence("it is no text"))
     return text, Sentence.from_json(encoding)
+
+
+def named(data: bytes, label: str) -> str | None:
+    """The text in the encoding that a page, or its server, names; None where the web has none of that name.
+
+    A mark at the beginning is above the name. UTF-16 without one is what a page in UTF-8 says by mistake.
+    """
+    try:
+        known = codecs.lookup(label.strip()).name
+        if any(data.startswith(mark) for mark in _MARKS) or known in _NOT_ON_THE_WEB:
+            return None
+        return data.decode(_ON_THE_WEB.get(known, known), "replace")
+    except (LookupError, ValueError):
+        return None
 
 
 def _decoded(data: bytes) -> tuple[str, str]:

@@ -36,6 +36,7 @@ TIME_LIMIT_S = 5.0  # a real template takes a millisecond; this much, that a bus
 _MAX_SOURCE = 1_000_000  # characters; real templates have a few thousand
 _ROLES = ("system", "user", "assistant", "tool")
 _PRIVATE, _PRIVATE_SIZE = 0xF0000, 0xFFFE  # Unicode's private use plane: no filter changes its characters
+_RESEARCH = '[{"name": "search"'  # how the list of tools begins in Rumination's template
 _PIECE = 64 << 10  # characters looked through at once; nobody else runs meanwhile
 _SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
@@ -183,6 +184,11 @@ class ChatTemplate:
     def takes_tools(self) -> bool:
         """False for a template that says nothing of declared tools: the model would not know them."""
         return any(re.search(r"\btools\b", source) for source in self.sources.values())
+
+    @property
+    def lists_research_tools(self) -> bool:
+        """True for GLM-Z1-Rumination's, which itself lists search, click, open and finish, and takes no others."""
+        return any(_RESEARCH in source for source in self.sources.values())
 
     def _render(
         self,
@@ -349,7 +355,7 @@ def _glm_turns(source: str, message: Message, stand_ins: _StandIns) -> list[dict
     if message.tool_calls and not message.content:
         turns = []
     # Rumination was trained on calls in the text, as its own list of tools in the template shows.
-    as_json = '[{"name": "search"' in source
+    as_json = _RESEARCH in source
     for call in message.tool_calls:
         if as_json:
             text = json.dumps({"name": call.name, "arguments": _parsed(call)}, ensure_ascii=False)

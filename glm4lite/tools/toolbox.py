@@ -33,8 +33,9 @@ class Toolbox:
         mcp: Sequence[str | Path] = (),
         builtins: bool = True,
         approval: str = "ask",
+        more: Sequence[Tool] = (),
     ) -> None:
-        """`sources`: Python files, folders of them, or "python"; `mcp`: files with `mcpServers`.
+        """`sources`: Python files, folders of them, or "python"; `mcp`: files with `mcpServers`; `more`: made already.
 
         `approval` is "ask" (each tool's own rule), "every" (every call of every tool) or "all" (nothing is asked).
         Raises ToolError, in one line, for what cannot be read, started or offered.
@@ -46,7 +47,8 @@ class Toolbox:
         self._open = ExitStack()
         self.servers: tuple[ServerConfig, ...] = ()
         try:
-            found = [*(BUILTIN_TOOLS if builtins else ()), *(tool for one in sources for tool in _of_source(one))]
+            own = (*(BUILTIN_TOOLS if builtins else ()), *more)
+            found = [*own, *(tool for one in sources for tool in _of_source(one))]
             if mcp:
                 found += self._of_servers(mcp, {tool.name for tool in found})
             self.tools = tuple(with_approval(tool, approval) for tool in checked(found))

@@ -16,12 +16,12 @@ import pytest
 from glm4lite.base.sentences import Sentence
 from glm4lite.engine.engine import Engine
 from glm4lite.engine.worker import EngineWorker
+from glm4lite.untrusted.apart import Limits, UnreadableError, read_apart
 from glm4lite_ui.attachments import Read, read, shown_name
 from glm4lite_ui.chats import Attachment
 from glm4lite_ui.history import question
 from glm4lite_ui.runtime import Runtime
 from glm4lite_ui.saved.store import ChatStore
-from glm4lite_ui.untrusted.apart import Limits, UnreadableError, read_apart
 from tests.ui.files import archive, paragraph, pdf, pdf_of, stream, word
 
 CHINESE = "今天天气很好，我们去公园散步。孩子们在草地上玩耍。\n"
@@ -246,7 +246,7 @@ def test_reading_is_ended_by_time_and_by_memory_and_leaves_no_process() -> None:
 @pytest.mark.parametrize("attempt", ["open('/etc/passwd')", "open('x', 'w')", "socket.socket()", "os.kill(1, 0)"])
 def test_where_files_are_read_nothing_else_can_be_reached(attempt: str) -> None:
     code = (
-        "import os, socket\nfrom glm4lite_ui.untrusted.process import _wall_in\n_wall_in()\n"
+        "import os, socket\nfrom glm4lite.untrusted.process import _wall_in\n_wall_in()\n"
         f"try:\n    {attempt}\nexcept PermissionError:\n    print('refused')"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)

@@ -17,13 +17,13 @@ import pytest
 
 from glm4lite.base.errors import Glm4liteError
 from glm4lite.base.sentences import Sentence
+from glm4lite.untrusted.apart import Limits
 from glm4lite_ui.chats import Attachment, Chat, ChatError, Part, Settings, Turn, read_chat
 from glm4lite_ui.export import as_json, write_archive
 from glm4lite_ui.saved import importing
 from glm4lite_ui.saved.importing import Imported, import_chats
 from glm4lite_ui.saved.store import ChatStore
 from glm4lite_ui.untrusted import archives
-from glm4lite_ui.untrusted.apart import Limits
 from glm4lite_ui.untrusted.messages import Skipped
 from tests.ui.files import archive
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import glm4lite
 import glm4lite_ui
+from glm4lite.research.browser import Browser, research_tools
 from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 from glm4lite.tools.python import python
 from glm4lite_ui.markdown import blocks
@@ -22,7 +23,9 @@ _LISTED = re.compile(r"const (?:KEYS|FIELDS) = \[\n(.*?)\n\];", re.DOTALL)
 _SHORT = re.compile(r"'((?:[^'\\]|\\.)*)'")
 _LABEL = re.compile(r'aria-label="([^"]*)"')
 _KEY = re.compile(r"^  '((?:[^'\\]|\\.)*)': '((?:[^'\\]|\\.)*)',$")
-_ELSEWHERE = ("benchmark", "evaluate", "quantize")  # commands of the terminal
+_ELSEWHERE = ("benchmark", "evaluate", "quantize", "loop")  # commands of the terminal
+_TOOLS = (*BUILTIN_TOOLS, python, *research_tools(Browser([]), finish=False))
+UNTRUSTED = CORE / "untrusted"
 _MARKDOWN = "- [x] a\n- [ ] b\n\n| a |\n|---|\n| b |\n\n```\nc\n```\n\n$$x$$"
 _PYTHON_LIMITS = CORE / "tools" / "sandbox" / "jail.py"
 
@@ -53,10 +56,10 @@ def texts_of_the_page() -> set[str]:
 
 def texts_of_the_server() -> set[str]:
     """Patterns of sentences, what errors of the page say, what progress is called, what tools are for."""
-    found = {tool.description.split("\n", 1)[0] for tool in (*BUILTIN_TOOLS, python)}
+    found = {tool.description.split("\n", 1)[0] for tool in _TOOLS}
     for file, call in _calls():
         kind = _name(call.func)
-        own = PAGE in file.parents or bool(call.keywords)
+        own = PAGE in file.parents or UNTRUSTED in file.parents or bool(call.keywords)
         if kind == "Sentence" or (kind in _errors() and own) or (kind == "__init__" and file.stem == "errors"):
             found |= _literals(*call.args[:1])
         elif kind in ("Progress", "Meter") and file.stem not in _ELSEWHERE:

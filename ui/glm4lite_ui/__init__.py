@@ -6,7 +6,7 @@ answering.py   one answer: events in, a growing turn out           routes.py    
 runtime.py     the loaded model, its sessions, answers under way   windows.py    what each window is told
 toolset.py     the tools by place, and which ask                   tool_routes.py what the page asks about tools
 servers.py     MCP servers that are added on the page              here.py       who asks: this machine's user?
-attachments.py a file -> text; untrusted/ reads it                 thread.py     a turn -> JSON, and its differences
+attachments.py a file -> text                                      thread.py     a turn -> JSON, and its differences
 saved/         chats, presets, servers, trust; importing           markdown.py   Markdown -> blocks of safe HTML
 transfer.py    chats out of the page and into it                   formulas.py   the Markdown that is read
 export.py      a chat as Markdown and JSON                         artifacts.py  HTML and SVG in a sandboxed frame

@@ -4,9 +4,9 @@
     read(b"...", "notes.txt")    # Read(..., form="text", encoding="GB18030"), which is "" for UTF-8
     read(path, "photo.png")      # UnreadableError: photo.png cannot be read: it is a picture; the model reads text only
 
-UTF-8 is decoded here; everything else is read in a process of its own with limits (untrusted/). The page attaches by
-`Runtime.attachment`, which also counts the tokens, one file at a time: one that is refused keeps no other from being
-sent.
+UTF-8 is decoded here; everything else is read in a process of its own with limits (glm4lite/untrusted). The page
+attaches by `Runtime.attachment`, which also counts the tokens, one file at a time: one that is refused keeps no other
+from being sent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from glm4lite.base.errors import said_by
 from glm4lite.base.sentences import Sentence
-from glm4lite_ui.untrusted.apart import Reader, UnreadableError, read_apart
+from glm4lite.untrusted.apart import UnreadableError, read_apart
 
 LARGEST = 64 << 20  # bytes of a file
 _LONGEST_TEXT = 4_000_000  # characters; the longest context, a million tokens, is about as long
@@ -90,7 +90,7 @@ def _beginning(source: Path | bytes) -> tuple[bytes, int]:
         raise UnreadableError("the system does not let it be read ({problem})", problem=error.strerror) from None
 
 
-def _reader(beginning: bytes, name: str) -> Reader:
+def _reader(beginning: bytes, name: str) -> str:
     """By what it begins with; its name tells a notebook from other JSON, nothing else."""
     if not beginning:
         raise UnreadableError("it is empty")

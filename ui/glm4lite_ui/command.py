@@ -14,6 +14,9 @@ from glm4lite.cli import options
 from glm4lite.cli.output import nano_remark, rendering
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from glm4lite.tools.tool import Tool
     from glm4lite_ui.saved.store import ChatStore
 
 
@@ -35,6 +38,35 @@ def _take_in_older(store: ChatStore, own: bool) -> None:
     store.add_messages()
 
 
+def _research(
+    docs: Sequence[Path], search: str | None, allow: Sequence[str], remark: Callable[[str], None]
+) -> list[Tool]:
+    """The tools of research over what the command line names, and nothing that is typed on the page.
+
+    Folders are read meanwhile; who asks before that is done finds what was read.
+    """
+    if not docs and search is None and not allow:
+        return []
+    from glm4lite.research.browser import research_tools
+    from glm4lite.research.folder import Folder
+    from glm4lite.research.loop import browser_over, open_sources
+
+    sources = open_sources(docs, search, allow, links=False)
+
+    def read() -> None:
+        for folder in sources:
+            if isinstance(folder, Folder):
+                try:
+                    folder.refresh()
+                except Glm4liteError as error:
+                    remark(f"({error})")
+                for note in folder.notes:
+                    remark(f"({note})")
+
+    Thread(target=read, daemon=True).start()
+    return research_tools(browser_over(sources), finish=False)
+
+
 def ui(
     model: options.Model = "nano",
     port: Annotated[int, typer.Option(help="Of http://127.0.0.1; 0 takes a free one.")] = 7860,
@@ -42,6 +74,9 @@ def ui(
     tools: options.Tools = None,
     no_tools: options.NoTools = False,
     mcp: options.Mcp = None,
+    docs: options.Docs = None,
+    search: options.Search = None,
+    allow: options.Allow = None,
     approve: options.Approve = "ask",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -84,10 +119,11 @@ def ui(
         from glm4lite_ui.serving import serve_page
 
         options.use_threads(threads)
+        researching = _research(docs or (), search, allow or (), renderer.remark)
         store, listening = ChatStore(chats), Address("127.0.0.1", port).listen()
         older = Thread(target=_take_in_older, args=(store, chats is None))
         older.start()
-        with Toolbox(tools or (), mcp or (), not no_tools, approve) as box:
+        with Toolbox(tools or (), mcp or (), not no_tools, approve, researching) as box:
             engine = Engine.load(model, quant or "auto", progress=renderer.show, need_template=True, **limits)
             older.join()
             runtime = Runtime(

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from glm4lite.base.errors import ToolError
 from glm4lite.base.sentences import Sentence
+from glm4lite.research.browser import ORIGIN
 from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 from glm4lite.tools.mcp_config import ServerConfig
 from glm4lite.tools.tool import Tool
@@ -26,11 +27,15 @@ _BUILTIN = {tool.function for tool in BUILTIN_TOOLS}
 _SERVER = "MCP server "
 
 
+Kind = Literal["builtin", "research", "python", "server"]
+_KINDS: tuple[Kind, ...] = ("builtin", "research", "python", "server")  # in the order in which they are listed
+
+
 @dataclass(frozen=True)
 class Group:
     """Tools of one place. `of` tells a server from another of its name; `server` is there for one of the page."""
 
-    kind: Literal["builtin", "python", "server"]
+    kind: Kind
     origin: str
     tools: Sequence[Tool]
     of: str = ""
@@ -53,16 +58,14 @@ class Toolset:
         self.servers, self.trust, self.approval = servers, trust, approval
 
     def groups(self) -> list[Group]:
-        """Those that are there: built in, Python's, then the servers."""
-        by_place: dict[tuple[Literal["builtin", "python", "server"], str], list[Tool]] = {}
+        """Those that are there: built in, of research, Python's, then the servers."""
+        by_place: dict[tuple[Kind, str], list[Tool]] = {}
         for tool in self._fixed():
-            kind: Literal["builtin", "python", "server"] = "builtin" if tool.function in _BUILTIN else "python"
-            place = ("server", tool.origin) if tool.origin.startswith(_SERVER) else (kind, "")
-            by_place.setdefault(place, []).append(tool)  # type: ignore[arg-type]  # "server" is one of them
+            by_place.setdefault(_place(tool), []).append(tool)
         for origin in self._given:
             by_place.setdefault(("server", origin), [])
         groups = [Group(kind, origin, tools, self._given.get(origin, "")) for (kind, origin), tools in by_place.items()]
-        groups.sort(key=lambda group: ("builtin", "python", "server").index(group.kind))
+        groups.sort(key=lambda group: _KINDS.index(group.kind))
         for server in self.servers.all():
             groups.append(Group("server", server.config.origin, server.tools, server.config.digest, server))
         return groups
@@ -150,6 +153,15 @@ class Toolset:
     def _asks(self, tool: Tool, group: Group, arguments: Mapping[str, Any]) -> bool:
         word = self._word(tool, group)
         return word == "ask" if word else tool.asks(arguments)
+
+
+def _place(tool: Tool) -> tuple[Kind, str]:
+    """The kind of a tool of the command line, and the origin of what it is listed with."""
+    if tool.origin.startswith(_SERVER):
+        return "server", tool.origin
+    if tool.origin == ORIGIN:
+        return "research", ORIGIN
+    return ("builtin" if tool.function in _BUILTIN else "python"), ""
 
 
 def _of(tool: Tool, group: Group) -> str:

@@ -83,7 +83,8 @@ class Conversation:
         engine = source.load(renderer.show)
         session = ChatSession(engine, tools, system, schema=schema)
         if tools and not session.template.takes_tools:
-            renderer.remark("(this model's chat template has no place for tools: they are not offered)")
+            own = "; `glm4lite research` gives it those it knows" if session.template.lists_research_tools else ""
+            renderer.remark(f"(this model's chat template has no place for tools: they are not offered{own})")
         settings = Settings(session, renderer, tools, sampling)
         settings.renew()
         return cls(session, renderer, source, settings, tools, by_hand)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from glm4lite.base.errors import Glm4liteError, said_by
 from glm4lite.base.sentences import Sentence
+from glm4lite.untrusted.apart import Limits, UnreadableError, read_apart
 from glm4lite_ui.chats import Chat, read_chat
 from glm4lite_ui.saved.store import ChatStore
-from glm4lite_ui.untrusted.apart import Limits, UnreadableError, read_apart
 
 LARGEST = 256 << 20  # bytes of a file
 MOST_CHATS = 20_000
@@ -62,7 +62,7 @@ def import_chats(store: ChatStore, path: Path, name: str) -> Imported:
     try:
         if path.stat().st_size > LARGEST:
             raise UnreadableError("it is larger than {size} MiB", size=LARGEST >> 20)
-        for said in read_apart("chats", path, _LIMITS):
+        for said in read_apart("glm4lite_ui.untrusted.archives:read_chats", path, _LIMITS):
             came.left_out |= said.get("left_out", {})
             if "skipped" in said:
                 came.skipped.append((str(said["skipped"]), Sentence.from_json(said["why"])))

@@ -36,7 +36,7 @@ function turn(tools, on) {
 }
 
 const keyOf = group => group.origin || group.kind;
-const titleOf = group => group.kind === 'builtin' ? t('Built in') : group.kind === 'python' ? t('Python') : group.name;
+const titleOf = group => group.kind === 'builtin' ? t('Built in') : group.kind === 'research' ? t('Research') : group.kind === 'python' ? t('Python') : group.name;
 
 // The menu of the composer
 

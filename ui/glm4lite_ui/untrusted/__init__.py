@@ -1,9 +1,4 @@
-"""Files of strangers, read in a process of their own with limits of memory and time.
+"""Other programs' exports of chats, read in a process of their own (glm4lite/untrusted).
 
-apart.py       starts that process, reads its lines, ends it in time    process.py   what runs there: walls, a reader
-documents.py   PDF, Word, notebooks, text files -> text
-archives.py    other programs' exports -> chats in our own form         messages.py  their messages -> a tree of turns
-
-A PDF or an archive of some kilobytes can take any amount of memory or time, in a library as in code of one's own; what
-it does then, it does there. Where the system allows, that process can also open no files and no connections.
+archives.py    an export -> chats in our own form         messages.py    its messages -> a tree of turns
 """

@@ -1,4 +1,4 @@
-"""Other programs' exports of chats in our own form; runs apart (process.py).
+"""Other programs' exports of chats in our own form; runs apart (glm4lite/untrusted).
 
 Read are our own JSON (one chat, or the archive of all), ChatGPT's export (conversations.json, or the archive with it),
 Open WebUI's (a list of chats, each with a history), and lists of messages in OpenAI's form.
@@ -17,9 +17,9 @@ from typing import IO, Any
 
 from glm4lite.base.errors import said_by
 from glm4lite.base.sentences import Sentence
+from glm4lite.untrusted.documents import Refused
 from glm4lite_ui.chats import FORMAT, NEW_TITLE, Chat, Settings, Turn, read_chat
 from glm4lite_ui.saved.shared import from_data
-from glm4lite_ui.untrusted.documents import Refused
 from glm4lite_ui.untrusted.messages import (
     MOST_TURNS,
     Skipped,

@@ -1,4 +1,4 @@
-"""The process that reads a stranger's file: `python -m glm4lite_ui.untrusted.process READER LIMITS`, run by apart.py.
+"""The process that reads a stranger's file: `python -m glm4lite.untrusted.process READER LIMITS`, run by apart.py.
 
 The file is stdin; what is found goes to stdout, a JSON object a line, the last one {"end": true} or {"error": why}.
 """
@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib import import_module
 from typing import IO, Any
 
 Reading = Callable[[IO[bytes]], Iterator[dict[str, Any]]]
@@ -50,12 +51,12 @@ def _wall_in() -> None:
 
 
 def _reading(reader: str) -> Reading:
-    """The reader, with all that it imports."""
-    if reader == "chats":
-        from glm4lite_ui.untrusted.archives import read_chats
-
-        return read_chats
-    from glm4lite_ui.untrusted import documents
+    """The reader, with all that it imports. Its name is our own program's, never the file's."""
+    module, _, function = reader.partition(":")
+    if function:
+        found: Reading = getattr(import_module(module), function)
+        return found
+    from glm4lite.untrusted import documents
 
     return documents.READERS[reader]()
 
@@ -65,7 +66,7 @@ def main(reader: str, limits: dict[str, Any]) -> None:
     from glm4lite.base.errors import said_by
     from glm4lite.base.extras import MissingPackageError
     from glm4lite.base.sentences import Sentence
-    from glm4lite_ui.untrusted.documents import Refused
+    from glm4lite.untrusted.documents import Refused
 
     out, sys.stdout = sys.stdout.buffer, sys.stderr  # what a library prints is no answer
 

@@ -10,15 +10,13 @@ import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 from glm4lite.base.errors import Glm4liteError, one_line
 from glm4lite.base.processes import apart, bounded
 from glm4lite.base.sentences import Sentence
 
 _AT_ONCE = threading.BoundedSemaphore(4)  # more wait: each may take its memory
-
-Reader = Literal["text", "pdf", "office", "notebook", "chats"]
 
 
 class UnreadableError(Glm4liteError):
@@ -34,8 +32,10 @@ class Limits:
     line: int = 32 << 20
 
 
-def read_apart(reader: Reader, source: Path | bytes, limits: Limits | None = None) -> Iterator[dict[str, Any]]:
+def read_apart(reader: str, source: Path | bytes, limits: Limits | None = None) -> Iterator[dict[str, Any]]:
     """What the reader says of the file, one JSON object at a time. Closing the iterator ends the process.
+
+    reader: a name of `documents.READERS`, or `package.module:function` for one that takes the open file.
 
     Raises:
         UnreadableError: the reader's reason, or that a limit was met.
@@ -44,11 +44,11 @@ def read_apart(reader: Reader, source: Path | bytes, limits: Limits | None = Non
         yield from _read(reader, source, limits or Limits())
 
 
-def _read(reader: Reader, source: Path | bytes, limits: Limits) -> Iterator[dict[str, Any]]:
+def _read(reader: str, source: Path | bytes, limits: Limits) -> Iterator[dict[str, Any]]:
     with _opened(source) as file:
         try:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "glm4lite_ui.untrusted.process", reader, json.dumps(asdict(limits))],
+                [sys.executable, "-P", "-m", "glm4lite.untrusted.process", reader, json.dumps(asdict(limits))],
                 stdin=file,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -17,6 +17,9 @@ MOST_PAGES = 2000
 LONGEST = 4_000_000  # characters of a text; the longest context, a million tokens, is about as long
 _LARGEST_PART = 64 << 20  # bytes of the text of a Word file, unpacked
 _LARGEST_NOTEBOOK = 32 << 20
+_LARGEST_PAGE = 4 << 20  # bytes of HTML
+_CHARSET = re.compile(rb"<meta[^>]{0,300}?charset\s*=\s*[\"']?\s*([\w.:-]{1,40})", re.IGNORECASE)
+_AROUND = "script, style, noscript, template, svg, iframe, object, form, nav, aside, dialog, footer, body > header"
 _SHOWN_OUTPUT = 2000  # characters of one result in a notebook
 
 
@@ -35,7 +38,7 @@ def _found(text: str, form: str, **more: Any) -> Iterator[dict[str, Any]]:
 def _pdf() -> Callable[[IO[bytes]], Iterator[dict[str, Any]]]:
     from glm4lite.base.extras import require
 
-    require("reading a PDF", "pypdf", extra="ui")
+    require("reading a PDF", "pypdf", extra="documents")
     import pypdf
 
     def read(file: IO[bytes]) -> Iterator[dict[str, Any]]:
@@ -218,4 +221,33 @@ def _text() -> Callable[[IO[bytes]], Iterator[dict[str, Any]]]:
     return read
 
 
-READERS = {"pdf": _pdf, "office": _office, "notebook": _notebook, "text": _text}
+def _html() -> Callable[[IO[bytes]], Iterator[dict[str, Any]]]:
+    """A page's text, a line for each of its blocks, without what stands around it on every page of a site."""
+    from glm4lite.base.extras import require
+
+    require("reading HTML", "justhtml", extra="documents")
+    import justhtml
+
+    from glm4lite.text.encodings import decoded, named
+
+    def read(file: IO[bytes]) -> Iterator[dict[str, Any]]:
+        data = file.read(_LARGEST_PAGE + 1)
+        whole, data = len(data) <= _LARGEST_PAGE, data[:_LARGEST_PAGE]
+        # justhtml knows no Chinese, Japanese or Korean encodings, and takes UTF-8 that is not named for Latin.
+        charset = _CHARSET.search(data, 0, 4096)
+        text = None if charset is None else named(data, charset[1].decode())
+        try:
+            text = decoded(data)[0] if text is None else text
+        except ValueError as error:
+            raise Refused(said_by(error)) from None
+        # Only its text is taken, so nothing in it needs to be made harmless.
+        page = justhtml.JustHTML(text, sanitize=False, transforms=[justhtml.Drop(_AROUND)])
+        title = page.query_one("title")
+        content = next((one for name in ("main", "body") if (one := page.query_one(name)) is not None), page.root)
+        text = content.to_text(separator="\n", separator_blocks_only=True)[:LONGEST]
+        yield from _found(text, "HTML", title="" if title is None else title.to_text(), whole=whole)
+
+    return read
+
+
+READERS = {"pdf": _pdf, "office": _office, "notebook": _notebook, "html": _html, "text": _text}
