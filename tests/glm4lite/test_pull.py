@@ -105,7 +105,7 @@ quantize_checkpoint("org/tiny", sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("fills", [1, 30])
+@pytest.mark.parametrize("fills", [pytest.param(1, marks=pytest.mark.slow), 30])
 def test_a_killed_pull_goes_on_behind_the_last_whole_layer(
     fills: int, hub: HubServer, expected: dict[str, bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
