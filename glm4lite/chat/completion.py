@@ -37,11 +37,11 @@ class Completion:
             SchemaError: Nothing can be held to the schema.
         """
         self._cancel.clear()
-        constraint = None
+        params, constraint = self.engine.params(**sampling), None
         if schema is not None:
-            constraint, sampling = self.engine.constraint(AnswerForm(checked_schema(schema))), sampling | {"stop": ()}
+            params, constraint = params.uncut(), self.engine.constraint(AnswerForm(checked_schema(schema)))
         prompt = self.engine.tokenizer.prefix_ids + self.engine.tokenizer.ids(text)
-        generation = self.engine.generate(prompt, self.engine.params(**sampling), cancel=self._cancel)
+        generation = self.engine.generate(prompt, params, cancel=self._cancel)
         generation.constraint = constraint
         yield from self.engine.prefill(generation)
         for piece in self.engine.pieces(generation):

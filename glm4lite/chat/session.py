@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from glm4lite.engine.constraint import Constraint
 from glm4lite.engine.decoding import Generation
 from glm4lite.engine.engine import Engine, Totals
 from glm4lite.engine.sampling import SamplingParams
+from glm4lite.engine.thinking_budget import with_an_end
 from glm4lite.text.grammar import AnswerForm, Schema, ToolForm, checked_schema
 from glm4lite.text.messages import Message, ToolCall
 from glm4lite.text.output_parser import Call, CallBegun, CallCut, CallPiece, OutputParser, Segment, Text, Thinking
@@ -95,9 +96,12 @@ class ChatSession:
         approve: Approve = nobody_to_ask,
         compute: Compute | None = None,
         schema: Schema | None = None,
+        template_variables: Mapping[str, Any] | None = None,
     ) -> None:
-        """`params` default to the checkpoint's. Raises TemplateError for a base model, which has no template, and for a
-        thinking budget of a model that does not think; SchemaError for a schema that is none, or too large.
+        """`params` default to the checkpoint's. `template_variables` are what else the chat template reads, such as
+        enable_thinking. Raises TemplateError for a base model, which has no template, for a thinking budget of a model
+        that does not think, and for a variable that its template does not read; SchemaError for a schema that is none,
+        or too large.
 
         With `compute` (an EngineWorker's run) only generations run there; tools run in the thread that reads `send`.
         """
@@ -109,6 +113,8 @@ class ChatSession:
         self.max_tool_rounds, self.tool_timeout = max_tool_rounds, tool_timeout
         self.approve = approve
         self.allowed = set[str]()
+        self.template_variables = dict(template_variables or {})
+        self.template.check_variables(self.template_variables)
         self._compute: Compute = compute or (lambda make_events, _: make_events(self.engine))
         self._cancel = threading.Event()
         self._calls_made = 0
@@ -304,7 +310,8 @@ class ChatSession:
 
     def _prompt(self, messages: Sequence[Message], begun: Begun | None = None) -> list[int]:
         schemas = [tool.schema() for tool in self.tools.values()]
-        return self.template.encode(self.engine.tokenizer, messages, schemas, begun=begun)
+        read = {name: value for name, value in self.template_variables.items() if self.template.reads(name)}
+        return self.template.encode(self.engine.tokenizer, messages, schemas, begun=begun, variables=read)
 
     def _starts_thinking(self, prompt: list[int]) -> bool:
         return self.template.starts_thinking(self.engine.tokenizer.text(prompt[-8:], keep_special=True))
@@ -312,7 +319,9 @@ class ChatSession:
     def _answer(self, prompt: list[int], answer: _Answer, engine: Engine) -> Iterator[Event]:
         if engine is not self.engine:
             raise ModelReplaced
-        params = self.params if self._schema is None else replace(self.params, stop=())
+        params = self.params if self._schema is None else self.params.uncut()
+        if self.template.can_think:
+            params = with_an_end(params, prompt, engine.model.context)
         constraint = self._constraint(prompt, answer.begun)
         generation = answer.generation = engine.generate(prompt, params, self._cancel)
         generation.constraint = constraint

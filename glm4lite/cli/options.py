@@ -100,9 +100,22 @@ MaxNewTokens = Annotated[
     int | None,
     typer.Option(help="Longest answer, in tokens, its thought included.", show_default="what the context leaves"),
 ]
-ThinkingBudget = Annotated[
-    int | None, typer.Option(help="Longest thought, in tokens; 0 is none.", show_default="no limit")
+Think = Annotated[
+    str | None,
+    typer.Option(
+        metavar="off|N",
+        help="Longest thought, in tokens; off is none.",
+        show_default="as long as the model thinks",
+        autocompletion=_among("off"),
+    ),
 ]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Above 1: repeat less, the prompt included.", show_default="the checkpoint's")
+]
+FrequencyPenalty = Annotated[
+    float | None, typer.Option(help="-2 to 2: repeat less, the more often a token came.", show_default="0")
+]
+PresencePenalty = Annotated[float | None, typer.Option(help="-2 to 2: say new things.", show_default="0")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")]
 SchemaFile = Annotated[
     Path | None,
@@ -161,6 +174,15 @@ KeepPrefixes = Annotated[
     ),
 ]
 JsonObject = Annotated[bool, typer.Option("--json", help="Stdout is one JSON object.")]
+
+
+def thinking_budget(think: str | None) -> int | None:
+    """Tokens of the longest thought; None: not said. Raises ConfigError."""
+    if think is None or think == "off":
+        return None if think is None else 0
+    if not think.isascii() or not think.isdecimal() or len(think) > 9:
+        raise ConfigError(f"--think is {think[:50]!r}; use off, or a number of tokens")
+    return int(think)
 
 
 def with_sizes(arguments: list[str]) -> list[str]:

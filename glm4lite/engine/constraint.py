@@ -46,13 +46,19 @@ class Constraint:
         """Another answer, which goes on from here."""
         return Constraint(self._matcher.deep_copy(), self._words, self.loosened if loosened is None else loosened)
 
-    def masked(self, logits: Tensor) -> Tensor:
-        """logits [V] with -inf for what may not come. Raises SchemaError where nothing may."""
+    def masked(self, logits: Tensor, ends: Collection[int] = ()) -> Tensor:
+        """logits [V] with -inf for what may not come. Raises SchemaError where nothing may.
+
+        ends: ids that end the answer beside the model's own; they may come where it may end.
+        """
         import torch
 
         rows = self._bits().view(torch.uint8).to(logits.device)
         allowed = (rows[:, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device)) & 1
-        return logits.masked_fill(allowed.view(-1)[: len(logits)] == 0, float("-inf"))
+        forbidden = allowed.view(-1)[: len(logits)] == 0
+        if ends and self._matcher.is_accepting():
+            forbidden[[token for token in ends if token < len(logits)]] = False
+        return logits.masked_fill(forbidden, float("-inf"))
 
     def _bits(self) -> Tensor:
         """One bit for each id, in words of 32."""

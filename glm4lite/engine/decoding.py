@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterator
 
+from glm4lite.base.errors import SamplingError
 from glm4lite.engine.constraint import Constraint
 from glm4lite.engine.prefix_pool import PrefixCache
 from glm4lite.engine.sampling import SamplingParams
@@ -112,6 +113,8 @@ class Generation:
 
     @constraint.setter
     def constraint(self, constraint: Constraint | None) -> None:
+        if constraint is not None and self.params.ignore_eos:
+            raise SamplingError("ignore_eos: what follows a schema has an end")
         self._sequence.constraint = constraint
 
     @property
@@ -129,6 +132,17 @@ class Generation:
     @top_logprobs.setter
     def top_logprobs(self, count: int | None) -> None:
         self._sequence.top_logprobs = count
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs]:
+        """Of a prompt that is scored; all of them once `prefill` is through."""
+        return self._sequence.prompt_logprobs
+
+    def score_prompt(self, first: int = 1, top: int = 0) -> None:
+        """Before iteration: the prompt's ids from `first` on get their log probabilities, with those of the `top`
+        likeliest ids. Nothing kept is used for them, since each id's logits are wanted.
+        """
+        self._sequence.score_prompt(first, top)
 
     def begin(self) -> None:
         """Joins what is computed, if it has not; the first look at it does the same."""

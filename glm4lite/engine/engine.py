@@ -25,6 +25,7 @@ from glm4lite.engine.prefix_files import PrefixFolder
 from glm4lite.engine.prefix_pool import PrefixPool
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.engine.scheduler import PARALLEL, Scheduler
+from glm4lite.engine.sequence import TokenLogprobs
 from glm4lite.engine.speculation import MOST, Speculation, longest_guess
 from glm4lite.engine.stop_ids import stop_ids
 from glm4lite.engine.thinking_budget import ThinkingBudget
@@ -232,8 +233,13 @@ class Engine:
         return _required(self.template)
 
     def params(self, **sampling: Any) -> SamplingParams:
-        """The checkpoint's sampling defaults; fields that are given and not None win over them."""
-        return SamplingParams.from_generation_config(self.generation_config, **sampling)
+        """The checkpoint's sampling defaults; fields that are given and not None win over them.
+
+        Raises SamplingError for values that cannot be, and for ids that the tokenizer does not know.
+        """
+        params = SamplingParams.from_generation_config(self.generation_config, **sampling)
+        params.check_vocabulary(self.tokenizer.size)
+        return params
 
     def constraint(self, form: AnswerForm) -> Constraint | None:
         """What holds an answer to that form; None where it may be any text. Raises SchemaError where nothing can.
@@ -254,12 +260,15 @@ class Engine:
         params: SamplingParams,
         cancel: threading.Event | None = None,
     ) -> Generation:
-        """A Generation with this model's stop ids, which begins over the kept prefix that suits it.
+        """A Generation with this model's stop ids and those of `params`, over the kept prefix that suits it.
 
         A thought that reaches `params.thinking_budget` is ended. Ids the tokenizer does not know are never drawn.
-        Raises ContextLengthError.
+        Raises ContextLengthError, and SamplingError for ids in `params` that the tokenizer does not know.
         """
-        stops = stop_ids(self.model.config, self.generation_config, self.tokenizer)
+        params.check_vocabulary(self.tokenizer.size)
+        stops = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            stops |= stop_ids(self.model.config, self.generation_config, self.tokenizer)
         generation = Generation(
             self.model,
             prompt,
@@ -295,6 +304,22 @@ class Engine:
         finally:
             generation.close()
             self.totals.add(generation)
+
+    def score(self, text: str | list[int], top: int = 0) -> list[TokenLogprobs]:
+        """The log probability of each token of a text behind those before it, with those of the `top` likeliest ones.
+
+        A text stands behind the model's prefix; of ids the first is not scored. A long text is computed in parts, and
+        of no more than 32 tokens all logits are in memory. Raises ContextLengthError.
+        """
+        prefix = self.tokenizer.prefix_ids if isinstance(text, str) else []
+        ids = prefix + (self.tokenizer.ids(text) if isinstance(text, str) else text)
+        generation = self.generate(ids, self.params(max_new_tokens=1))
+        generation.score_prompt(len(prefix), top)
+        for _ in self.prefill(generation):
+            pass
+        generation.close()
+        self.totals.add(generation)
+        return generation.prompt_logprobs
 
     def generate_many(
         self, prompts: Iterable[str | Sequence[Message | Mapping[str, Any]]], **sampling: Any
@@ -344,7 +369,8 @@ class Engine:
                 yield None
                 detokenizer = StreamingDetokenizer(self.tokenizer)
                 continue
-            if generation.is_replaced:  # what the model did not say holds no stop text, and ends none
+            early = len(generation.ids) <= generation.params.min_new_tokens
+            if early or generation.is_replaced:  # what the model did not say holds no stop text, and ends none
                 yield stops.finish() + detokenizer.add(token)
                 continue
             yield stops.feed(detokenizer.add(token))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from glm4lite.base.errors import ModelError, SamplingError
+from glm4lite.base.errors import ModelError, SamplingError, shown
 from glm4lite.base.sentences import Sentence
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
     from torch import Generator, Tensor
 
 FEW = 1024  # ids among which a CPU looks first
+_NEVER = float("-inf")
+NOT_FINITE = "the model's output is not finite: its weights are damaged, or do not fit its config.json"
 
 _OPTIONAL = ("seed", "max_new_tokens", "thinking_budget")
 # (name, type, smallest, largest) of every number; None: no bound
@@ -22,6 +27,9 @@ _RANGES: tuple[tuple[str, type, float, float | None], ...] = (
     ("top_p", float, 0, 1),
     ("min_p", float, 0, 1),
     ("repetition_penalty", float, 1e-3, None),
+    ("frequency_penalty", float, -2, 2),
+    ("presence_penalty", float, -2, 2),
+    ("min_new_tokens", int, 0, None),
     ("seed", int, 0, 2**63 - 1),
     ("max_new_tokens", int, 1, None),
     ("thinking_budget", int, 0, None),
@@ -30,12 +38,18 @@ _RANGES: tuple[tuple[str, type, float, float | None], ...] = (
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. temperature 0 is greedy; top_k 0, top_p 1, min_p 0, repetition_penalty 1 switch off.
+    """How tokens are chosen. temperature 0 is greedy; top_k 0, top_p 1, min_p 0, repetition_penalty 1 and the other
+    penalties 0 switch off.
 
     `stop` are texts that end the answer (and are not part of it). The same seed gives the same text; without one
     each answer differs. max_new_tokens counts the answer with its thought; None is what the context leaves.
     thinking_budget counts the thought alone, which is then ended, and the answer begins: 0 is no thought, None no
-    limit. Raises SamplingError for a value out of range.
+    limit.
+
+    repetition_penalty divides the logits of ids that stand in the prompt or the answer (multiplies negative ones);
+    frequency_penalty is subtracted as often as an id came in the answer, presence_penalty once; logit_bias maps ids to
+    what is added to their logits. stop_token_ids end the answer beside the model's own stop ids, which ignore_eos takes
+    away; before min_new_tokens none of them, and no stop text, ends it. Raises SamplingError for a value out of range.
     """
 
     temperature: float = 0.6
@@ -47,6 +61,12 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     max_new_tokens: int | None = None
     thinking_budget: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    min_new_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         for name, kind, smallest, largest in _RANGES:
@@ -67,6 +87,39 @@ class SamplingParams:
             raise SamplingError(f"stop must be a list of texts, found {self.stop!r}")
         if not all(self.stop):
             raise SamplingError("stop: an empty text would end every answer before its first character")
+        self._check_ids()
+        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise SamplingError(
+                f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, which is {self.max_new_tokens}"
+            )
+
+    def _check_ids(self) -> None:
+        if not isinstance(self.logit_bias, Mapping):
+            raise SamplingError(f"logit_bias must map token ids to numbers, found {shown(self.logit_bias)}")
+        for token, bias in self.logit_bias.items():
+            if not _is_id(token) or not _is_number(bias, float):
+                raise SamplingError(f"logit_bias must map token ids to numbers, found {shown(token)}: {shown(bias)}")
+        if not isinstance(self.stop_token_ids, list | tuple) or not all(map(_is_id, self.stop_token_ids)):
+            raise SamplingError(f"stop_token_ids must be a list of token ids, found {shown(self.stop_token_ids)}")
+        if not isinstance(self.ignore_eos, bool):
+            raise SamplingError(f"ignore_eos must be true or false, found {shown(self.ignore_eos)}")
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))  # whoever gave it may change his own
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+
+    def nth(self, number: int) -> SamplingParams:
+        """Those of the answer with this number, of several to one prompt: each with a seed of its own."""
+        return self if self.seed is None or not number else replace(self, seed=(self.seed + number) % 2**63)
+
+    def uncut(self) -> SamplingParams:
+        """Those of an answer that follows a schema as a whole: the user's stop texts and ids cut none."""
+        return replace(self, stop=(), stop_token_ids=())
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raises SamplingError for an id that a tokenizer of `size` ids does not know."""
+        for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
+            wrong = next((token for token in ids if token >= size), None)
+            if wrong is not None:
+                raise SamplingError(f"{name}: {wrong} is no token of this model, whose ids are 0 to {size - 1}")
 
     @classmethod
     def check(cls, **values: Any) -> None:
@@ -80,7 +133,7 @@ class SamplingParams:
             raise SamplingError(
                 f"generation_config.json: do_sample must be true or false, found {values['do_sample']!r}"
             )
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens")
         chosen = {name: values[name] for name in names if values.get(name) is not None}
         if values.get("do_sample") is False:
             chosen["temperature"] = 0.0
@@ -91,10 +144,87 @@ class SamplingParams:
         return cls(**chosen | {name: value for name, value in changes.items() if value is not None})
 
 
+def _is_id(value: object) -> bool:
+    return _is_number(value, int) and value >= 0  # type: ignore[operator]
+
+
 def _is_number(value: object, kind: type) -> bool:
     if isinstance(value, float):
         return kind is float and math.isfinite(value)
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+class Adjustments:
+    """What the parameters change of the logits before an id is drawn: the bias, penalties, the least length.
+
+    Each follows from the ids so far alone, so guessed ids and answers beside this one change nothing. Order and
+    arithmetic are those of Transformers' SequenceBias, RepetitionPenalty and MinNewTokensLength processors. It has no
+    frequency and presence penalty: those are OpenAI's (API reference, "frequency_penalty"), over new ids, as in vLLM.
+
+    One for each answer: its ids only grow, and what was counted is not counted again.
+    """
+
+    def __init__(self, params: SamplingParams, prompt: int = 0, stop_ids: Collection[int] = ()) -> None:
+        """`prompt`: how many ids are no new ones; `stop_ids`: those that may not come before the least length."""
+        self._params, self._prompt, self._stop_ids = params, prompt, sorted(stop_ids)
+        self._repeated = params.repetition_penalty != 1
+        self._counted = bool(params.frequency_penalty or params.presence_penalty)
+        self._seen: Tensor | None = None  # [V]: which ids stand in the prompt or the answer
+        self._counts: Tensor | None = None  # [V] float32: how often each new id came
+        self._bias: Tensor | None = None  # [V] float32
+        self._read = 0  # ids that are counted
+
+    def __call__(self, logits: Tensor, ids: Sequence[int]) -> Tensor:
+        """logits [V] float32 -> [V], the same tensor where nothing is asked; `ids`: the prompt's and the new ones."""
+        import torch
+
+        params = self._params
+        if params.logit_bias:
+            logits = logits + self._biases(logits)
+        if self._repeated or self._counted:
+            self._count(ids, logits)
+        if self._seen is not None:  # CTRL's (arXiv 1909.05858)
+            penalized = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
+            logits = torch.where(self._seen, penalized, logits)
+        if self._counts is not None:
+            counts = self._counts
+            logits = logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+        if len(ids) - self._prompt < params.min_new_tokens:
+            logits = self._going_on(logits)
+        return logits
+
+    def _biases(self, logits: Tensor) -> Tensor:
+        if self._bias is None:
+            known = {token: bias for token, bias in self._params.logit_bias.items() if token < len(logits)}
+            self._bias = logits.new_zeros(len(logits))
+            self._bias[list(known)] = logits.new_tensor(list(known.values()))
+        return self._bias
+
+    def _count(self, ids: Sequence[int], logits: Tensor) -> None:
+        """Takes the ids that came since the last time."""
+        import torch
+
+        size = len(logits)
+        if self._repeated and self._seen is None:
+            self._seen = torch.zeros(size, dtype=torch.bool, device=logits.device)
+        if self._counted and self._counts is None:
+            self._counts = logits.new_zeros(size)
+        fresh = torch.tensor(ids[self._read :], dtype=torch.long, device=logits.device)
+        new = fresh[max(0, self._prompt - self._read) :]
+        self._read = len(ids)
+        if self._seen is not None:
+            self._seen[fresh[fresh < size]] = True
+        if self._counts is not None:
+            new = new[new < size]
+            self._counts.index_add_(0, new, torch.ones_like(new, dtype=self._counts.dtype))
+
+    def _going_on(self, logits: Tensor) -> Tensor:
+        """Without the ids that end the answer, where others are possible (a constraint may leave none)."""
+        import torch
+
+        ending = torch.tensor([token for token in self._stop_ids if token < len(logits)], dtype=torch.long)
+        without = logits.index_fill(0, ending.to(logits.device), _NEVER)
+        return without if bool((without > _NEVER).any()) else logits
 
 
 class Sampler:
@@ -104,26 +234,27 @@ class Sampler:
     lie; they stay on their device, and one integer comes back.
     """
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(self, params: SamplingParams, prompt: int = 0, stop_ids: Collection[int] = ()) -> None:
+        """`prompt`: how many of the ids are no new ones; `stop_ids`: those that end the answer."""
         import torch
 
         self.params = params
+        self._adjusted = Adjustments(params, prompt, stop_ids)
         self.generator: Generator = torch.Generator()
         if params.seed is None:
             self.generator.seed()
         else:
             self.generator.manual_seed(params.seed)
 
-    def __call__(self, logits: Tensor, seen: list[int]) -> int:
-        """logits [V] float32 -> one id; `seen` are the ids that repetition_penalty makes less likely.
+    def __call__(self, logits: Tensor, ids: Sequence[int]) -> int:
+        """logits [V] float32 -> one id; `ids` are the prompt's and all new ones, those of the last call first.
 
         Raises ModelError where the logits are not finite.
         """
         import torch
 
         params = self.params
-        if params.repetition_penalty != 1.0:
-            logits = _penalized(logits, seen, params.repetition_penalty)
+        logits = self._adjusted(logits, ids)
         top = logits.max()
         if params.temperature == 0:
             chosen = logits.argmax()
@@ -133,19 +264,8 @@ class Sampler:
             chosen = _pick((logits - top) / params.temperature, params, drawn)
         token = int(chosen.where(top.isfinite(), -1))  # all that comes back from a GPU
         if token < 0:
-            raise ModelError("the model's output is not finite: its weights are damaged, or do not fit its config.json")
+            raise ModelError(NOT_FINITE)
         return token
-
-
-def _penalized(logits: Tensor, seen: list[int], penalty: float) -> Tensor:
-    """CTRL's penalty (arXiv 1909.05858): positive logits of seen ids are divided by it, negative ones multiplied."""
-    import torch
-
-    ids = torch.tensor(sorted(set(seen)), device=logits.device)
-    chosen = logits[ids]
-    logits = logits.clone()
-    logits[ids] = torch.where(chosen > 0, chosen / penalty, chosen * penalty)
-    return logits
 
 
 def _pick(logits: Tensor, params: SamplingParams, drawn: float) -> Tensor:

@@ -192,9 +192,11 @@ class Scheduler:
         while self.waiting and len(self.running) < self.parallel:
             sequence = self.waiting[0]
             if self.prefixes is not None and sequence.cache is None:
-                if self.running and not self.prefixes.fits(sequence.ids, FEW, self._in_use()):
+                known = sequence.reusable
+                more = len(sequence.ids) - len(known) + FEW
+                if self.running and not self.prefixes.fits(known, more, self._in_use()):
                     break
-                sequence.cache = self.prefixes.take(sequence.ids, self._in_use())
+                sequence.cache = self.prefixes.take(known, self._in_use())
             sequence.admit(sequence.cache or PrefixCache(self.model.new_cache()))
             self._share(sequence)
             self.running.append(self.waiting.popleft())
@@ -204,7 +206,7 @@ class Scheduler:
     def _look_on_disk(self, sequence: Sequence) -> None:
         """What was kept of its beginning, where that is more than memory has."""
         if self.prefixes is not None and (cache := sequence.cache) is not None:
-            self.prefixes.extend(cache, sequence.ids, [one for one in self._in_use() if one[0] is not cache])
+            self.prefixes.extend(cache, sequence.reusable, [one for one in self._in_use() if one[0] is not cache])
             sequence.admit(cache)
 
     def _compose(self) -> tuple[list[tuple[Sequence, int]], Sequence | None]:
@@ -252,8 +254,9 @@ class Scheduler:
     def _share(self, prompt: Sequence) -> None:
         """Copies what another one has of the same beginning: a system prompt of several clients is computed once."""
         others = [one.cache for one in self.running if one is not prompt and one.cache is not None]
-        best = max(others, key=lambda cache: cache.common_prefix(prompt.ids), default=None)
-        if best is None or (shared := best.common_prefix(prompt.ids)) <= prompt.cached:
+        known = prompt.reusable
+        best = max(others, key=lambda cache: cache.common_prefix(known), default=None)
+        if best is None or (shared := best.common_prefix(known)) <= prompt.cached:
             return
         copied = best.copy(shared) if self.prefixes is None else self.prefixes.copied(best, shared, self._in_use())
         if copied is not None:

@@ -11,15 +11,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import takewhile
 
+import torch
 from torch import Tensor
 
-from glm4lite.base.errors import ContextLengthError
+from glm4lite.base.errors import ContextLengthError, ModelError
 from glm4lite.engine.constraint import Constraint
 from glm4lite.engine.prefix_pool import PrefixCache
-from glm4lite.engine.sampling import Sampler, SamplingParams
+from glm4lite.engine.sampling import NOT_FINITE, Sampler, SamplingParams
 from glm4lite.engine.speculation import MOST, Drafts, Speculation
-from glm4lite.model.step import Span
+from glm4lite.model.step import Scored, Span
 
 FEW = MOST + 1
 """Rows that one sequence may have in a step that is not for a prompt: the ids that are certain, and a guess."""
@@ -27,7 +29,7 @@ FEW = MOST + 1
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """A new token's log probability as the model gave it (before temperature and the like), and the likeliest ids'.
+    """A token's log probability as the model gave it (before temperature and the like), and the likeliest ids'.
 
     Under a constraint it is among what may come; ids that may not are not among the likeliest.
     """
@@ -90,7 +92,10 @@ class Sequence:
         self.prefilled, self.to_prefill = 0, len(prompt)  # ids of the prompt that were computed, and that have to be
         self.seconds = 0.0  # from the end of the prompt to the last id
         self.drafts = Drafts(speculation, prompt) if speculation is not None else None
-        self._sampler = Sampler(params)
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self._to_score = len(prompt)  # the first id of the prompt whose probability is still wanted
+        self._score_from, self._score_top = len(prompt), 0
+        self._sampler = Sampler(params, len(prompt), self.stop_ids)
         self._certain, self._draft = 0, list[int]()  # the step that is being computed: ids of ours, and guessed ones
         self._first = list[Drawn]()  # ids that could be no others, until the prompt is computed
         self._began: float | None = None
@@ -105,6 +110,16 @@ class Sequence:
         """Ids that are taken and not computed."""
         return len(self.ids) - self.cached
 
+    def score_prompt(self, first: int, top: int) -> None:
+        """`prompt_logprobs` gets an entry for each id of the prompt from `first` (1 or more) on, with `top` others."""
+        self._to_score = self._score_from = max(first, 1)
+        self._score_top = top
+
+    @property
+    def reusable(self) -> list[int]:
+        """The ids that may have been computed before: all but those whose rows are still to be scored."""
+        return self.ids if self._to_score >= len(self.prompt) else self.ids[: self._to_score]
+
     def begin(self) -> None:
         """To be called once, before it is computed: what comes first whatever is drawn goes in with the prompt."""
         if self.constraint is not None:
@@ -113,7 +128,7 @@ class Sequence:
     def admit(self, cache: PrefixCache) -> None:
         """Goes on over what a cache has of the ids."""
         self.cache = cache
-        computed = cache.keep_common_prefix(self.ids)
+        computed = cache.keep_common_prefix(self.reusable)
         self.to_prefill = min(self.prefilled + len(self.prompt) - computed, len(self.prompt))
 
     def give_up(self) -> None:
@@ -151,7 +166,7 @@ class Sequence:
         self._certain = len(chunk)
         last = self._certain == self.todo
         self._draft = self._draft[: most - self._certain] if last else []
-        return Span([*chunk, *self._draft], cache.kv, 1 + len(self._draft) if last else 0)
+        return Span([*chunk, *self._draft], cache.kv, 1 + len(self._draft) if last else 0, self._scoring(len(chunk)))
 
     def computed(self, logits: Tensor) -> None:
         """The step was made: [kept, vocab] of its last ids. Draws what can be drawn from them.
@@ -198,13 +213,32 @@ class Sequence:
             raise RuntimeError("a sequence that waits, or is over, has no cache")
         return self.cache
 
+    def _scoring(self, count: int) -> Scored | None:
+        """Of the next `count` ids' rows those from which ids of the prompt are scored; row r tells of the id r + 1."""
+        begin, end = max(self.cached, self._to_score - 1), min(self.cached + count, len(self.prompt) - 1)
+        return Scored(range(begin - self.cached, end - self.cached), self._score) if begin < end else None
+
+    def _score(self, row: int, logits: Tensor) -> None:
+        """[few, vocab] of rows from `row` of the step on; the whole vocabulary shares the probability, as in `eval`."""
+        begin = self.cached + row + 1
+        ids = self.prompt[begin : begin + len(logits)]
+        logprobs = logits.log_softmax(-1)
+        chosen = logprobs.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0]
+        values, others = logprobs[:, : self.vocab_size].topk(self._score_top)
+        if not bool(chosen.isfinite().all()):
+            raise ModelError(NOT_FINITE)
+        del self.prompt_logprobs[begin - self._score_from :]
+        tops = (tuple(zip(*each, strict=True)) for each in zip(others.tolist(), values.tolist(), strict=True))
+        self.prompt_logprobs += map(TokenLogprobs, ids, chosen.tolist(), tops)
+        self._to_score = begin + len(ids)
+
     def _draw(self, logits: Tensor) -> list[int]:
         """The next ids, which are taken; none where the answer is over."""
         began = self._began = self._began or time.perf_counter()
         self.outputs.extend(self._first)
         self._first = []
         if self.constraint is not None:
-            logits = self.constraint.masked(logits)
+            logits = self.constraint.masked(logits, self.params.stop_token_ids)
         token = self._sampler(logits, self.ids)
         taken = self.replacement(token) if self.replacement is not None else []
         put_in, taken = bool(taken), taken or [token]
@@ -241,6 +275,7 @@ class Sequence:
         if self.constraint is None:
             return []
         ids = self.constraint.forced()[: max(0, self.limit - len(self.ids) - spare)]
+        ids = list(takewhile(lambda token: token not in self.stop_ids, ids))  # which is drawn, and ends the answer
         if ids:
             self.constraint.accept(ids)
             self._take(ids)

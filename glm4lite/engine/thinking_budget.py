@@ -7,8 +7,10 @@ are found in the text, and counted in tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum, auto
 
+from glm4lite.engine.sampling import SamplingParams
 from glm4lite.text.stop_strings import partial_end
 from glm4lite.text.template import END_OF_THOUGHT
 from glm4lite.text.tokenization.codec import Codec
@@ -16,6 +18,22 @@ from glm4lite.text.tokenization.streaming import StreamingDetokenizer
 
 _OPEN, _CLOSE = "<think>", "</think>"
 _LATE = 3  # tokens that may still come to make a character whole
+ANSWER_ROOM = 1024
+"""Tokens that a thought without another limit leaves to the answer, or a quarter where there are fewer than four times
+as many."""
+
+
+def with_an_end(params: SamplingParams, prompt: Sequence[int], context: int) -> SamplingParams:
+    """The parameters of an answer behind this prompt, in which a thought that never ends cannot take all the context.
+
+    max_new_tokens counts the thought, too: where it is said, it is what ends the answer, as in OpenAI's API.
+    """
+    if params.max_new_tokens is not None:
+        return params
+    left = max(context - len(prompt), 0)
+    most = left - min(ANSWER_ROOM, left // 4)
+    budget = most if params.thinking_budget is None else min(params.thinking_budget, most)
+    return replace(params, thinking_budget=budget)
 
 
 class _State(Enum):

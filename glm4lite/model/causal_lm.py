@@ -15,6 +15,10 @@ from glm4lite.model.outputs import CausalLMOutputWithPast
 from glm4lite.model.step import Span
 from glm4lite.model.trunk import ModelWithTrunk, draw
 
+SCORED_ROWS = 32
+"""Rows of a scored prompt whose logits are in memory at once: twice 19 MB at GLM-4's vocabulary, less than the values
+of one layer that a plan counts for the prompt's chunk and that are free by then."""
+
 
 class CausalLM(ModelWithTrunk):
     """The trunk and the language-model head."""
@@ -50,11 +54,20 @@ class CausalLM(ModelWithTrunk):
 
         Each span's cache is extended in place; after an error layers may hold differently many of the new ids
         (`KVCache.truncate`). `Trunk.interrupt` is called between the layers; a few rows go through all of them at once.
-        Raises what `KVCache.reserve` does before anything is computed.
+        Of scored rows (`Span.scored`) no more logits exist at once than SCORED_ROWS have. Raises what
+        `KVCache.reserve` does before anything is computed.
         """
         if not spans:
             return []
-        logits: Tensor = self.lm_head(self.model.step(spans)).float()
+        states, kept = self.model.step(spans), list[Tensor]()
+        for span, rows in zip(spans, states.split([span.looked_at + span.kept for span in spans]), strict=True):
+            if span.scored is not None and span.looked_at:
+                for row, few in zip(
+                    span.scored.rows[::SCORED_ROWS], rows[: span.looked_at].split(SCORED_ROWS), strict=True
+                ):
+                    span.scored.take(row, self.lm_head(few).float())
+            kept.append(rows[span.looked_at :])
+        logits: Tensor = self.lm_head(torch.cat(kept) if any(span.looked_at for span in spans) else states).float()
         return list(logits.split([span.kept for span in spans]))
 
     def forward(

@@ -5,7 +5,7 @@ logits = model.step([Span([5], cache), Span(prompt[:512], other, kept=0)])
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -14,6 +14,15 @@ from torch import Tensor
 
 from glm4lite.model.attention import SpanVisibility, Visibility
 from glm4lite.model.cache import HomeCaches, KVCache, SpanCaches
+
+
+class Scored(NamedTuple):
+    """Rows of a span whose logits are looked at and not kept."""
+
+    rows: range
+    take: Callable[[int, Tensor], None]
+    """Given their logits slice by slice: the first row's number, float32 [few, vocabulary]; again, for a step that is
+    made again."""
 
 
 class Span(NamedTuple):
@@ -25,6 +34,13 @@ class Span(NamedTuple):
     """What it has computed so far, of a batch of one; extended in place."""
     kept: int = 1
     """Logits of so many of its last ids are wanted; 0: none, a chunk of a prompt that is not the last."""
+    scored: Scored | None = None
+    """Rows before the kept ones, for a prompt whose own ids' probabilities are wanted."""
+
+    @property
+    def looked_at(self) -> int:
+        """How many rows are scored."""
+        return 0 if self.scored is None else len(self.scored.rows)
 
 
 class Step:
@@ -60,9 +76,13 @@ class Step:
 
     @property
     def kept(self) -> list[int]:
-        """The rows of which logits are wanted."""
-        ends = zip(self._spans, accumulate(self._rows), strict=True)
-        return [row for span, end in ends for row in range(end - span.kept, end)]
+        """The rows whose states are wanted: of each span those that are scored, then those that are kept."""
+        rows = list[int]()
+        for span, end in zip(self._spans, accumulate(self._rows), strict=True):
+            begin = end - len(span.ids)
+            rows += [begin + row for row in (span.scored.rows if span.scored else ())]
+            rows += range(end - span.kept, end)
+        return rows
 
     @property
     def caches(self) -> Sequence[HomeCaches]:
@@ -83,4 +103,6 @@ def _problem(spans: Sequence[Span]) -> str:
             return "a span has no ids"
         if not 0 <= span.kept <= len(span.ids):
             return f"a span of {len(span.ids)} ids cannot have {span.kept} of them kept"
+        if span.scored and span.scored.rows and span.scored.rows[-1] >= len(span.ids) - span.kept:
+            return "a span's scored rows come before its kept ones"
     return "two spans of a step share a cache" if len({id(span.cache) for span in spans}) < len(spans) else ""

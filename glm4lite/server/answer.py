@@ -1,10 +1,12 @@
-"""What runs on the engine's thread for one request: a Question becomes a stream of pieces, the last one Done."""
+"""What runs in a job of the engine for one request: a Question becomes a stream of pieces, the last one Done."""
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import dropwhile
 from typing import TypeAlias
 
@@ -14,6 +16,7 @@ from glm4lite.engine.decoding import Generation
 from glm4lite.engine.engine import SEPARATOR, Engine
 from glm4lite.engine.sequence import TokenLogprobs
 from glm4lite.server.question import Question
+from glm4lite.server.together import together
 from glm4lite.text.output_parser import Call, CallBegun, CallCut, CallPiece, OutputParser, Segment, Text, Thinking
 
 
@@ -31,22 +34,57 @@ class Stopped:
     text: str
 
 
+@dataclass(frozen=True)
+class Echo:
+    """The prompt, with which the text begins. `scores` are of the last of its `ids`; of the first ones there is none,
+    or of none where nobody asked."""
+
+    text: str
+    ids: tuple[int, ...]
+    scores: tuple[TokenLogprobs, ...] | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A piece of one of several answers."""
+
+    index: int
+    piece: Piece
+
+
 # A call may be told of as it is written (CallBegun, CallPiece); its Call, which follows in any case, is all of it.
-Piece: TypeAlias = TextDelta | ThinkingDelta | CallBegun | CallPiece | Call | Scored | Stopped | Progress | Done
+Piece: TypeAlias = (
+    TextDelta | ThinkingDelta | CallBegun | CallPiece | Call | Scored | Stopped | Echo | Choice | Progress | Done
+)
 
 
 def answer(engine: Engine, question: Question, cancel: threading.Event) -> Iterator[Piece]:
     """The answer to one question. finish_reason is "tool_calls" where the model ended with calls.
 
+    Of several answers each piece is a Choice, and the last one a Done with the counts of all.
+
     Raises ModelReplaced where `engine` is not the question's any more.
     """
     if engine is not question.engine:
         raise ModelReplaced
+    yield from _one(engine, question, cancel) if question.alone else _several(engine, question, cancel)
+
+
+def _one(engine: Engine, question: Question, cancel: threading.Event) -> Iterator[Piece]:
     generation = engine.generate(question.prompt, question.params, cancel)
     generation.top_logprobs = question.top_logprobs
     if question.constraint is not None:
         generation.constraint = question.constraint.copy()
+    if question.echo is not None and question.top_logprobs is not None:
+        generation.score_prompt(question.echo, question.top_logprobs)
     yield from engine.prefill(generation)
+    if question.echo is not None and not cancel.is_set():
+        yield _echo(engine, generation, question)
+        if question.silent:
+            generation.close()
+            engine.totals.add(generation)
+            yield Done(len(generation.prompt), 0, "length", 0.0, generation.prefilled_tokens)
+            return
     called = False
     for piece in _pieces(engine, generation, question) if question.chat else _plain(engine, generation):
         called = called or isinstance(piece, Call)
@@ -56,6 +94,70 @@ def answer(engine: Engine, question: Question, cancel: threading.Event) -> Itera
     reason = "tool_calls" if called and generation.finish_reason == "stop" else generation.finish_reason
     speed = round(generation.new_tokens / generation.seconds, 2) if generation.seconds else 0.0
     yield Done(len(generation.prompt), generation.new_tokens, reason, speed, generation.prefilled_tokens)
+
+
+def _echo(engine: Engine, generation: Generation, question: Question) -> Echo:
+    ids = question.prompt[question.echo :]
+    scores = None if question.top_logprobs is None else tuple(generation.prompt_logprobs)
+    return Echo(engine.tokenizer.text(ids, keep_special=True), tuple(ids), scores)
+
+
+def _several(engine: Engine, question: Question, cancel: threading.Event) -> Iterator[Piece]:
+    """Each answer as it comes; where the best are wanted, those of a prompt once all of them are complete."""
+    stop = threading.Event()
+    each = question.each()
+    answers = [partial(_one, engine, one, stop) for one in each]
+    ended = dict[int, Done]()
+    held: dict[int, list[Piece]] = {place: [] for place in range(len(each))}
+    for place, piece in together(answers, engine.parallel, cancel, stop):
+        if isinstance(piece, Progress):
+            yield piece
+            continue
+        if isinstance(piece, Done):
+            ended[place] = piece
+            if piece.finish_reason == "cancelled":
+                continue
+        if question.n == question.best_of:
+            yield Choice(place, piece)
+            continue
+        held[place].append(piece)
+        prompt = place // question.best_of
+        candidates = range(prompt * question.best_of, (prompt + 1) * question.best_of)
+        if all(one in ended for one in candidates):
+            best = sorted(candidates, key=lambda one: -_likelihood(held[one]))[: question.n]
+            for index, one in enumerate(best, prompt * question.n):
+                yield from (Choice(index, kept) for kept in _asked_for(held[one], question))
+            for one in candidates:
+                held[one] = []
+    yield _counts(question, ended, "cancelled" if cancel.is_set() else "stop")
+
+
+def _likelihood(pieces: list[Piece]) -> float:
+    """The mean log probability of a token."""
+    scores = [token.logprob for piece in pieces if isinstance(piece, Scored) for token in piece.tokens]
+    return sum(scores) / len(scores) if scores else -math.inf
+
+
+def _asked_for(pieces: list[Piece], question: Question) -> list[Piece]:
+    """Without the log probabilities by which the best was found, where nobody asked for them."""
+    if question.top_logprobs is not None:
+        return pieces
+    unscored = (replace(piece, scores=None) if isinstance(piece, Echo) else piece for piece in pieces)
+    return [piece for piece in unscored if not isinstance(piece, Scored)]
+
+
+def _counts(question: Question, ended: Mapping[int, Done], finish_reason: str) -> Done:
+    """Of all answers; a prompt counts once, and as computed as far as any of its answers had to compute it."""
+    prompts: dict[int, list[Done]] = {}
+    for place, done in ended.items():
+        prompts.setdefault(place // question.best_of, []).append(done)
+    return Done(
+        sum(dones[0].prompt_tokens for dones in prompts.values()),
+        sum(done.new_tokens for done in ended.values()),
+        finish_reason,
+        round(sum(done.tokens_per_s for done in ended.values()), 2),
+        sum(max(done.prefilled_tokens for done in dones) for dones in prompts.values()),
+    )
 
 
 def _pieces(engine: Engine, generation: Generation, question: Question) -> Iterator[Piece]:

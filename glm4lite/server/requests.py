@@ -11,15 +11,29 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from glm4lite.base.errors import one_line, shown
 from glm4lite.server.errors import ApiError
-from glm4lite.server.thinking import BUDGETS, Budget, TemplateVariables, Thinking, WantedThinking, wanted_thinking
+from glm4lite.server.thinking import (
+    BUDGETS,
+    Budget,
+    Effort,
+    TemplateVariables,
+    Thinking,
+    WantedThinking,
+    wanted_thinking,
+)
 from glm4lite.server.unsupported import ignored, refuse_unsupported
 
 R = TypeVar("R", bound="_Request")
 M = TypeVar("M", bound=BaseModel)
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 Tokens = Annotated[int, Field(ge=1, le=2**31)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Answers = Annotated[int, Field(ge=1, le=128)]
 Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]  # the first that is none is enough to say
 MOST_MESSAGES = 16_384  # each is a token or more, and a template takes its time for each
+MOST_PROMPTS = 2048  # of one request
+MOST_ANSWERS = 4096  # to all its prompts; each is computed as if it had been asked alone
 
 
 class StreamOptions(BaseModel):
@@ -44,14 +58,21 @@ class _Request(BaseModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=1e-3, le=100)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: dict[str, Bias] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=256, fail_fast=True)] | None = None
+    min_tokens: TokenId | None = None
+    ignore_eos: bool | None = None
+    n: Answers | None = None
     response_format: dict[str, Any] | None = None
     _ignored: list[str] = PrivateAttr(default_factory=list)
 
     @classmethod
     def read(cls: type[R], body: dict[str, Any]) -> R:
         """Raises ApiError for the first field that cannot be used."""
-        refuse_unsupported(body)
+        refuse_unsupported(body, cls.model_fields.keys())
         asked = checked(cls, body)
         asked._ignored = ignored(body, cls.model_fields.keys())
         return asked
@@ -61,6 +82,16 @@ class _Request(BaseModel):
         """Names in the body that mean nothing here."""
         return self._ignored
 
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _by_ids(cls, value: object) -> object:
+        if value == []:  # as some clients write nothing
+            return None
+        wrong = next((key for key in value if not _is_id(key)), None) if isinstance(value, dict) else None
+        if wrong is not None:
+            raise ValueError(f"its keys are token ids, found {shown(wrong)}")
+        return value
+
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -68,12 +99,17 @@ class _Request(BaseModel):
     def sampling(self) -> dict[str, Any]:
         """Fields of SamplingParams, None where nothing is asked for."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        given = {name: getattr(self, name) for name in names}
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty")
+        given = {name: getattr(self, name) for name in (*names, "presence_penalty", "ignore_eos")}
         if self.top_k == -1:
             given["top_k"] = 0
+        most, least = self.most_tokens, self.min_tokens
+        if most is not None and least is not None and least > most:
+            raise ApiError(f"min_tokens: {least} are more than the {most} that may come", param="min_tokens")
+        bias = {int(token): value for token, value in (self.logit_bias or {}).items() if value}
+        given |= {"logit_bias": bias, "stop_token_ids": tuple(self.stop_token_ids or ()), "min_new_tokens": least}
         seed = None if self.seed is None else self.seed % 2**63
-        return given | {"seed": seed, "stop": stop, "max_new_tokens": self.most_tokens}
+        return given | {"seed": seed, "stop": stop, "max_new_tokens": most}
 
     @property
     def most_tokens(self) -> int | None:
@@ -90,6 +126,7 @@ class ChatRequest(_Request):
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    reasoning_effort: Effort | None = None
     enable_thinking: bool | None = None
     thinking: Thinking | None = None
     thinking_budget: Budget | None = None
@@ -124,6 +161,7 @@ class ChatRequest(_Request):
                 "thinking.budget_tokens": thinking.budget_tokens,
                 "chat_template_kwargs.thinking_budget": variables.thinking_budget,
             },
+            effort=self.reasoning_effort,
         )
 
     @property
@@ -135,26 +173,63 @@ class ChatRequest(_Request):
 
 
 class CompletionRequest(_Request):
-    """`POST /v1/completions`: one prompt, as text or as token ids."""
+    """`POST /v1/completions`: prompts, each as text or as token ids."""
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=1, fail_fast=True)]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
         | Annotated[list[int], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[list[int]], Field(min_length=1, fail_fast=True)]
     )
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    best_of: Answers | None = None
 
     @property
     def most_tokens(self) -> int | None:
-        """OpenAI's default, which vLLM has too: a base model does not end by itself."""
-        return self.max_tokens or 16
+        """OpenAI's default, which vLLM has too: a base model does not end by itself. None at all, beside an echo, are
+        one that nobody sees.
+        """
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError("max_tokens: 0 gives nothing but with echo", param="max_tokens")
+        return 16 if self.max_tokens is None else max(self.max_tokens, 1)
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each of them."""
+        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if one else list(self.prompt)  # type: ignore[list-item,arg-type]
+
+    @property
+    def candidates(self) -> int:
+        """How many answers are computed for each prompt, of which `n` are given. Raises ApiError."""
+        wanted, best_of = self.n or 1, self.best_of or self.n or 1
+        if best_of < wanted:
+            raise ApiError(f"best_of: {best_of} are fewer than n, which is {wanted}", param="best_of")
+        if best_of > wanted and self.stream:
+            raise ApiError(
+                "best_of: which answers are the best is known at their end; leave stream out", param="best_of"
+            )
+        if len(self.prompts) * best_of > MOST_ANSWERS:
+            raise ApiError(f"prompt: at most {MOST_ANSWERS} answers can be asked for at once", param="prompt")
+        return best_of
 
     @field_validator("prompt", mode="before")
     @classmethod
-    def _one(cls, value: object) -> object:
-        if isinstance(value, list) and len(value) > 1 and not isinstance(value[0], int):
-            raise ValueError(f"one prompt a request, found {len(value)}")
+    def _bounded(cls, value: object) -> object:
+        if isinstance(value, list) and len(value) > MOST_PROMPTS and not isinstance(value[0], int):
+            raise ValueError(f"at most {MOST_PROMPTS} can be answered at once, found {len(value)}")
         return value
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return None if value is False else value
+
+
+def _is_id(key: str) -> bool:
+    return key.isascii() and key.isdecimal() and len(key) < 10
 
 
 def checked(form: type[M], body: dict[str, Any]) -> M:

@@ -35,7 +35,6 @@ _CHAT_NAMES = {
     "response_format.type": "text.format.type",
     "response_format.json_schema": "text.format",
     "reasoning_effort": "reasoning.effort",
-    "enable_thinking": "reasoning.effort",
     "logprobs": "include",
     "messages": "input",
 }
@@ -207,8 +206,7 @@ def _said(asked: ResponsesBody, turns: Turns) -> JSON:
         "tools": tools or None,
         "tool_choice": choice,
         "response_format": text.format.as_chat if text.format and text.format.type != "text" else None,
-        "reasoning_effort": None if reasoning.effort == "none" else reasoning.effort,
-        "enable_thinking": False if reasoning.effort == "none" else None,
+        "reasoning_effort": reasoning.effort,
         "logprobs": True if wants_scores else None,
         "top_logprobs": asked.top_logprobs if wants_scores else None,
     }

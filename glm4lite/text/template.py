@@ -16,7 +16,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -38,6 +38,8 @@ _ROLES = ("system", "user", "assistant", "tool")
 _PRIVATE, _PRIVATE_SIZE = 0xF0000, 0xFFFE  # Unicode's private use plane: no filter changes its characters
 _RESEARCH = '[{"name": "search"'  # how the list of tools begins in Rumination's template
 _PIECE = 64 << 10  # characters looked through at once; nobody else runs meanwhile
+OWN_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt"})
+"""What every prompt gives a template to read by itself."""
 _SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -128,9 +130,11 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         context: int | None = None,
         begun: Begun | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The prompt as ids: special tokens only where the template wrote them. Raises TemplateError.
 
+        variables: what else the template reads (see `reads`), such as enable_thinking.
         begun: the prompt ends inside an answer, behind this beginning of it (Transformers' continue_final_message).
         context: raises ContextLengthError for a text that does not fit, most often without tokenizing it.
         """
@@ -138,7 +142,7 @@ class ChatTemplate:
             kept = ("user", "tool") if self.takes_tools else ("user",)
             said = (message.content.strip() for message in messages if message.role in kept)
             tokenizer.check_fits("".join(said), context)
-        rendered, restore = self._render(messages, tools, add_generation_prompt, tokenizer.special, begun)
+        rendered, restore = self._render(messages, tools, add_generation_prompt, tokenizer.special, begun, variables)
         if context is not None:
             tokenizer.check_fits(restore(rendered), context)
         return tokenizer.ids_between(rendered, restore, context)
@@ -180,10 +184,22 @@ class ChatTemplate:
         if budget and not self.can_think:
             raise TemplateError("this model does not think, so it has no use for a thinking budget")
 
+    def reads(self, name: str) -> bool:
+        """False for a variable that no template of these names."""
+        return any(re.search(rf"\b{re.escape(name)}\b", source) for source in self.sources.values())
+
+    def check_variables(self, variables: Iterable[str]) -> None:
+        """Raises TemplateError for what would change nothing, or is given by other means."""
+        for name in variables:
+            if name in OWN_VARIABLES:
+                raise TemplateError(f"{name[:80]} is no variable for the chat template: it has its own place")
+            if not self.reads(name):
+                raise TemplateError(f"this model's chat template does not read {name[:80]!r}")
+
     @property
     def takes_tools(self) -> bool:
         """False for a template that says nothing of declared tools: the model would not know them."""
-        return any(re.search(r"\btools\b", source) for source in self.sources.values())
+        return self.reads("tools")
 
     @property
     def lists_research_tools(self) -> bool:
@@ -197,6 +213,7 @@ class ChatTemplate:
         add_generation_prompt: bool,
         specials: Collection[str],
         begun: Begun | None = None,
+        others: Mapping[str, Any] | None = None,
     ) -> tuple[str, Callable[[str], str]]:
         """The prompt with stand-ins, and what turns them back."""
         schemas = [dict(tool) if isinstance(tool, Mapping) else tool.schema() for tool in tools]
@@ -207,16 +224,18 @@ class ChatTemplate:
         try:
             begins = [begun.text, begun.thinking] if begun else []
             given = json.dumps(
-                [[message.to_dict() for message in messages], schemas, self.sources[name], begins], ensure_ascii=False
+                [[message.to_dict() for message in messages], schemas, self.sources[name], begins, others],
+                ensure_ascii=False,
             )
             place = _unused(given, 1)[0] if begun else ""  # stands where the answer would
             stand_ins = _StandIns(specials, self._process.openers[name], given + place)
             del given  # as long as all messages
             schemas = stand_ins.in_schema(schemas)
             variables = {
+                "documents": None,
+                **{key: stand_ins.in_schema(value) for key, value in (others or {}).items()},
                 "messages": _template_messages(self.sources[name], messages, schemas, stand_ins),
                 "tools": schemas or None,
-                "documents": None,
                 "add_generation_prompt": add_generation_prompt,
                 **self._special_names,
             }

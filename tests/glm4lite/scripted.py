@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,7 +81,7 @@ class Failing(Constraint):
     def __init__(self, error: BaseException, at: int = 3) -> None:
         self.error, self.left = error, at
 
-    def masked(self, logits: torch.Tensor) -> torch.Tensor:
+    def masked(self, logits: torch.Tensor, ends: Collection[int] = ()) -> torch.Tensor:
         self.left -= 1
         if not self.left:
             raise self.error

@@ -499,6 +499,7 @@ GENERATED: dict[str, dict[str, Any]] = {
     "generate(min_p=0.1)": SAMPLED | {"min_p": 0.1},
     "generate(typical_p=0.5)": SAMPLED | {"typical_p": 0.5},
     "generate(repetition_penalty=1.3)": {"repetition_penalty": 1.3, "max_new_tokens": 8},
+    "generate(sequence_bias=[[[5], 9.0]])": {"sequence_bias": [[[5], 9.0]], "max_new_tokens": 8},
     "generate(no_repeat_ngram_size=2)": {"no_repeat_ngram_size": 2, "max_new_tokens": 8},
     "generate(num_return_sequences=3)": SAMPLED | {"num_return_sequences": 3},
     "generate(eos_token_id=[...], pad_token_id=...)": {

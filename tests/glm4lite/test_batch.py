@@ -148,7 +148,7 @@ def test_what_is_wrong_with_a_line_is_its_own_answer(tmp_path: Path) -> None:
         "method": (asked("method", chat(), method="GET"), 405, "method: must be 'POST'"),
         "body": (asked("body", [chat()]), 400, "body: must be a JSON object"),
         "field": (asked("field", chat(temperature=9)), 400, "temperature"),
-        "n": (asked("n", chat(n=2)), 400, "n: 2 is not supported"),
+        "grammar": (asked("grammar", chat(grammar="x")), 400, "grammar: 'x' is not supported"),
         "ids": (asked("ids", {"model": "nano", "prompt": [10**9]}, "/v1/completions"), 400, "is no token"),
         "no id": ({"method": "POST", "url": "/v1/completions", "body": {}}, "invalid_custom_id", "found None"),
         "number": (asked(7, chat()), "invalid_custom_id", "found 7"),

@@ -396,6 +396,8 @@ def test_a_thinking_budget_is_set_shown_and_given_back(talk: Talk) -> None:
     assert (found.session.params.thinking_budget, dict(found.lines())["think"]) == (0, "off")
     converse(found, Lines("/set think on"))
     assert (found.session.params.thinking_budget, dict(found.lines())["think"]) == (9, "on")
+    converse(found, Lines("/set think 12"))
+    assert (found.session.params.thinking_budget, dict(found.lines())["think"]) == (12, "on")
     converse(found, Lines("/set thinking_budget default", "/set thinking_budget -3"))
     assert found.session.params.thinking_budget == 9
     assert "error: thinking_budget must be a whole number at least 0" in remarks(found)

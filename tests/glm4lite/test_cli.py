@@ -231,6 +231,16 @@ def test_an_answer_may_take_what_the_context_leaves(tmp_path: Path) -> None:
     assert (done["finish_reason"], done["prompt_tokens"] + done["new_tokens"]) == ("length", 1200)
 
 
+def test_penalties_and_lengths_change_what_is_said(endless: Path) -> None:
+    options = ("-p", "Once", "--max-new-tokens", "20", "--temperature", "0")
+    said = [
+        run("generate", endless, *options, *more).stdout
+        for more in ((), ("--presence-penalty", "2"), ("--frequency-penalty", "-2"), ("--repetition-penalty", "9"))
+    ]
+    assert len(set(said)) > 2
+    assert run("generate", endless, *options, "--ignore-eos", "--min-new-tokens", "20").returncode == 0
+
+
 def test_the_same_seed_gives_the_same_text(endless: Path) -> None:
     options = ("--max-new-tokens", "20", "--temperature", "1", "--seed")
     one, again, other = (run("generate", endless, "-p", "Once", *options, seed).stdout for seed in ("1", "1", "2"))
@@ -275,6 +285,9 @@ def test_info_names_the_kernels_and_what_a_model_needs(endless: Path) -> None:
         (("chat", "--temperature", "-1", "-p", "Hi"), "temperature"),
         (("chat", "-p", "word " * 5000), "context"),
         (("chat", "-p", "Hi", "--top-p", "7"), "top_p"),
+        (("chat", "-p", "Hi", "--think", "hard"), "--think is 'hard'; use off, or a number of tokens"),
+        (("chat", "-p", "Hi", "--frequency-penalty", "3"), "frequency_penalty"),
+        (("generate", "-p", "Hi", "--min-new-tokens", "9", "--max-new-tokens", "8"), "min_new_tokens is 9, more than"),
         (("generate", "-p", "Hi", "--seed", "99999999999999999999"), "seed"),
         (("chat", "-p", "Hi", "--tools", "none.py"), "none.py"),
         (("chat", "-p", "Hi", "--mcp", "none.json"), "none.json"),

@@ -451,7 +451,7 @@ def test_an_answer_that_cannot_go_on_fails_alone(engine: Engine, monkeypatch: py
     like = list(constrained(engine, 0))
     assert broken.constraint is not None
 
-    def fail(logits: torch.Tensor) -> torch.Tensor:
+    def fail(*_: object) -> torch.Tensor:
         raise SchemaError("too complex")
 
     monkeypatch.setattr(broken.constraint, "masked", fail)

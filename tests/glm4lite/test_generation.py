@@ -79,6 +79,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "min_new_tokens": {"min_new_tokens": 9},
     "min_length": {"min_length": 14},
     "repetition_penalty": {"repetition_penalty": 1.7},
+    "sequence_bias": {"sequence_bias": {(5,): 4.0, (7, 9): -9.0, (80,): 3.0}, "repetition_penalty": 1.2},
+    "sequence_bias as JSON": {"sequence_bias": [[[5], 4.0], [[80], 9.0]]},
     "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
     "suppress_tokens": {"suppress_tokens": list(range(5, 90))},
     "begin_suppress_tokens": {"begin_suppress_tokens": list(range(80, 150))},

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from glm4lite.base.errors import ModelError, SamplingError
-from glm4lite.engine.sampling import Sampler, SamplingParams, _pick
+from glm4lite.engine.sampling import Adjustments, Sampler, SamplingParams, _pick
 
 LOGITS = torch.tensor([1.0, 4.0, 3.9, -2.0, 0.5, 3.0])
 
@@ -93,9 +93,105 @@ def test_without_filters_every_id_can_come() -> None:
 
 
 def test_repetition_penalty_makes_seen_ids_less_likely_whatever_their_sign() -> None:
-    sampler = Sampler(SamplingParams(temperature=0.0, repetition_penalty=1.5))
-    assert sampler(LOGITS, [1]) == 2
-    assert sampler(torch.tensor([-1.0, -1.1]), [0, 0]) == 1
+    params = SamplingParams(temperature=0.0, repetition_penalty=1.5)
+    assert Sampler(params)(LOGITS, [1]) == 2
+    assert Sampler(params)(torch.tensor([-1.0, -1.1]), [0, 0]) == 1
+
+
+PROMPT, STOPS = [3, 7, 7, 11, 40], (2, 7)
+
+
+def adjusted(params: SamplingParams, answer: list[int], logits: torch.Tensor) -> torch.Tensor:
+    """As an answer that grows to this one has its logits adjusted, step by step."""
+    adjust = Adjustments(params, len(PROMPT), STOPS)
+    for count in range(len(answer)):
+        adjust(logits, PROMPT + answer[:count])
+    return adjust(logits, PROMPT + answer)
+
+
+ANSWERS = [[], [7], [5, 5, 9], [3, 5, 7, 5, 40, 5, 49, 0]]
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=len)
+def test_bias_penalty_and_least_length_are_transformers(answer: list[int]) -> None:
+    processing = pytest.importorskip("transformers.generation.logits_process", reason="the oracle (test extra)")
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(len(answer))) * 5
+    bias, stops = {5: 2.5, 7: -100.0, 11: 0.125}, list(STOPS)
+    params = SamplingParams(logit_bias=bias, repetition_penalty=1.7, min_new_tokens=3)
+    ids, scores = torch.tensor([PROMPT + answer]), logits[None]
+    for processor in (
+        processing.SequenceBiasLogitsProcessor({(token,): value for token, value in bias.items()}),
+        processing.RepetitionPenaltyLogitsProcessor(1.7),
+        processing.MinNewTokensLengthLogitsProcessor(len(PROMPT), 3, stops),
+    ):
+        scores = processor(ids, scores)
+    assert torch.equal(adjusted(params, answer, logits), scores[0])
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=len)
+def test_frequency_and_presence_penalties_are_openais_formula_over_new_ids(answer: list[int]) -> None:
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(9))
+    got = adjusted(SamplingParams(frequency_penalty=0.75, presence_penalty=-1.5), answer, logits)
+    for token, value in enumerate(logits.tolist()):
+        count = answer.count(token)
+        assert float(got[token]) == pytest.approx(value - 0.75 * count + 1.5 * (count > 0), abs=1e-6)
+
+
+def test_what_asks_for_nothing_leaves_the_logits_as_they_are() -> None:
+    params = SamplingParams(logit_bias={}, frequency_penalty=0.0, presence_penalty=0, repetition_penalty=1.0)
+    assert Adjustments(params)(LOGITS, [1, 2]) is LOGITS
+
+
+def test_an_answer_that_can_only_end_ends_before_its_least_length() -> None:
+    only = torch.full((50,), float("-inf"))
+    only[7] = 1.0  # all that a constraint has left
+    assert Sampler(SamplingParams(temperature=0, min_new_tokens=9), 0, STOPS)(only, []) == 7
+    only[8] = -50.0
+    assert Sampler(SamplingParams(temperature=0, min_new_tokens=9), 0, STOPS)(only, []) == 8
+
+
+def test_prompt_ids_that_no_logits_stand_for_are_passed_over() -> None:
+    params = SamplingParams(temperature=0, repetition_penalty=2.0, presence_penalty=1.0, logit_bias={60: 100.0})
+    assert Sampler(params, 2)(LOGITS, [60, 1, 70]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("frequency_penalty", 2.1),
+        ("presence_penalty", -2.1),
+        ("min_new_tokens", -1),
+        ("logit_bias", [1]),
+        ("logit_bias", {"5": 1.0}),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {5: float("inf")}),
+        ("logit_bias", {5: True}),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", (5, -1)),
+        ("stop_token_ids", ("a",)),
+        ("ignore_eos", 1),
+    ],
+)
+def test_what_the_new_fields_cannot_be_is_named(name: str, value: Any) -> None:
+    with pytest.raises(SamplingError, match=name):
+        SamplingParams(**{name: value})
+
+
+def test_ids_that_the_tokenizer_lacks_and_a_length_that_cannot_be_are_refused() -> None:
+    for wrong in (SamplingParams(logit_bias={50: 1}), SamplingParams(stop_token_ids=(7, 50))):
+        wrong.check_vocabulary(51)
+        with pytest.raises(SamplingError, match="50 is no token of this model, whose ids are 0 to 49"):
+            wrong.check_vocabulary(50)
+    with pytest.raises(SamplingError, match="min_new_tokens is 6, more than max_new_tokens, which is 5"):
+        SamplingParams(min_new_tokens=6, max_new_tokens=5)
+
+
+def test_what_was_given_may_be_changed_later() -> None:
+    bias = {5: 1.0}
+    params = SamplingParams(logit_bias=bias, stop_token_ids=[3])  # type: ignore[arg-type]
+    bias[6] = 2.0
+    assert (params.logit_bias, params.stop_token_ids) == ({5: 1.0}, (3,))
+    assert hash(params) != hash(SamplingParams())
 
 
 def test_the_same_seed_draws_the_same_ids() -> None:

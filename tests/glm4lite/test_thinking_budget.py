@@ -17,6 +17,9 @@ from glm4lite.chat.session import ChatSession
 from glm4lite.engine.engine import Engine
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.engine.thinking_budget import ThinkingBudget
+from glm4lite.server.question import chat_question
+from glm4lite.server.requests import ChatRequest
+from glm4lite.server.thinking import wanted_thinking
 from glm4lite.text.messages import Message
 from glm4lite.text.template import END_OF_THOUGHT, ChatTemplate
 from glm4lite.text.tokenizer import Tokenizer
@@ -219,6 +222,79 @@ def test_a_real_model_goes_on_as_if_it_had_ended_the_thought_itself(tmp_path: Pa
     assert len(ids) > len(closed)
 
 
+# --- what no budget limits
+
+
+@pytest.mark.parametrize("source", [Z1, BY_ITSELF])
+def test_a_thought_that_never_ends_leaves_the_answer_its_room(tokenizer: Tokenizer, source: str) -> None:
+    context = 400
+    begin = "" if source is Z1 else "<think>"
+    found = session(tokenizer, begin + "\nround " * 2000 + "<|user|>", source=source, context=context)
+    model: Any = found.engine.model
+    closing = tokenizer.ids(END_OF_THOUGHT)
+    answered = {"left": tokenizer.ids("Four.<|user|>", special=True)}
+    step = model.step
+
+    def closed(spans: Any) -> Any:  # once the thought was ended, it answers
+        if list(spans[0].ids)[-len(closing) :] == closing:
+            model.left = answered["left"]
+        return step(spans)
+
+    model.step = closed
+    thought, text, done = said(list(found.send("2 + 2?")))
+    assert (text, done.finish_reason) == ("Four.", "stop")
+    left = context - len(found._prompt(found.messages[:1]))
+    assert 0.6 * left < len(tokenizer.ids(thought)) <= 0.75 * left + 2
+
+
+def test_a_thought_that_never_ends_is_cut_where_the_answers_length_is_said(tokenizer: Tokenizer) -> None:
+    found = session(tokenizer, "\nround " * 2000, max_new_tokens=30)
+    thought, text, done = said(list(found.send("2 + 2?")))
+    assert (text, done.finish_reason, done.new_tokens) == ("", "length", 30)
+    assert thought.startswith("round")
+
+
+def test_an_effort_is_a_budget() -> None:
+    def budget(effort: str | None, **budgets: int | None) -> int | str | None:
+        wanted = wanted_thinking({}, budgets, effort)
+        return "nothing" if wanted is None else wanted.budget
+
+    assert [budget(effort) for effort in (None, "none", "minimal", "low", "medium")] == ["nothing", 0, 128, 1024, 4096]
+    assert [budget(effort) for effort in ("high", "xhigh", "max")] == [None] * 3
+    assert budget("low", thinking_budget=2000) == 2000
+    assert budget("low", thinking_budget=-1) is None
+
+
+# --- what a template reads
+
+
+READS = (
+    HISTORY + "{% if mood is defined %}Be {{ mood }}.{% endif %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_template_variables_reach_the_template_over_http_and_from_python(tokenizer: Tokenizer) -> None:
+    engine = scripted_engine(tokenizer, ChatTemplate(READS), ["\nHi.<|user|>"])
+    asked = {"model": "nano", "messages": [{"role": "user", "content": "Hello"}]}
+
+    def prompt(**variables: object) -> str:
+        request = ChatRequest.read(asked | {"chat_template_kwargs": variables})
+        return tokenizer.text(chat_question(engine, request).prompt, keep_special=True)
+
+    assert "Be " not in prompt()
+    assert prompt(mood="kind").endswith("Be kind.<|assistant|>")
+    request = ChatRequest.read(asked | {"chat_template_kwargs": {"mood": "<|user|>"}})
+    assert chat_question(engine, request).prompt.count(tokenizer.special["<|user|>"]) == 1  # the template's own
+    with served(engine) as server:
+        assert (
+            server.post("/v1/chat/completions", asked | {"chat_template_kwargs": {"mood": "kind"}}).status_code == 200
+        )
+    found = ChatSession(engine, template_variables={"mood": "calm"})
+    assert tokenizer.text(found._prompt([Message("user", "Hi")])).endswith("Be calm.")
+    with pytest.raises(TemplateError, match="does not read 'temper'"):
+        ChatSession(engine, template_variables={"temper": 1})
+
+
 # --- who is told
 
 
@@ -251,6 +327,7 @@ BUDGETS: list[dict[str, Any]] = [
     {"reasoning_budget_tokens": 2, "thinking_budget": 2},
     {"thinking": {"type": "enabled", "budget_tokens": 2}},
     {"chat_template_kwargs": {"enable_thinking": True, "thinking_budget": 2}, "enable_thinking": True},
+    {"reasoning_effort": "high", "thinking_budget": 2},
 ]
 NO_THOUGHT: list[dict[str, Any]] = [
     {"thinking_budget": 0},
@@ -258,12 +335,15 @@ NO_THOUGHT: list[dict[str, Any]] = [
     {"thinking": {"type": "disabled"}},
     {"chat_template_kwargs": {"enable_thinking": False}},
     {"enable_thinking": False, "thinking_token_budget": -1},
+    {"reasoning_effort": "none"},
 ]
 CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"thinking_budget": 2, "thinking_token_budget": 3}, "thinking_token_budget"),
     ({"enable_thinking": False, "thinking_budget": 2}, "thinking_budget"),
     ({"enable_thinking": True, "thinking": {"type": "disabled"}}, "thinking"),
     ({"enable_thinking": True, "thinking_budget": 0}, "thinking_budget"),
+    ({"reasoning_effort": "none", "thinking_budget": 2}, "thinking_budget"),
+    ({"reasoning_effort": "low", "enable_thinking": False}, "enable_thinking"),
 ]
 
 
@@ -289,7 +369,39 @@ def test_every_word_for_a_budget_is_obeyed_over_http(tokenizer: Tokenizer) -> No
         assert error["param"] == "thinking_budget"
         unknown = {"chat_template_kwargs": {"enable_thinking": False, "documents": [1]}}
         error = server.post("/v1/chat/completions", asked | unknown).json()["error"]
-        assert error["message"] == "chat_template_kwargs.documents: [1] is not supported"
+        said = "chat_template_kwargs.documents: this model's chat template does not read 'documents'"
+        assert error["message"] == said
+
+
+ELSEWHERE: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
+    ("/v1/messages", {"thinking": {"type": "enabled", "budget_tokens": 2}}, [("thinking", "W\n"), ("text", "Four.")]),
+    ("/v1/messages", {"thinking": {"type": "disabled"}}, [("text", "Four.")]),
+    ("/v1/messages", {}, [("text", "Four.")]),
+    ("/v1/responses", {"thinking_budget": 2}, [("reasoning", "W\n"), ("message", "Four.")]),
+    (
+        "/v1/responses",
+        {"reasoning": {"effort": "high"}, "thinking_budget": 2},
+        [("reasoning", "W\n"), ("message", "Four.")],
+    ),
+    ("/v1/responses", {"reasoning": {"effort": "none"}}, [("message", "Four.")]),
+]
+
+
+def test_a_budget_is_obeyed_in_responses_and_messages_too(tokenizer: Tokenizer) -> None:
+    limited = after(tokenizer, WELL, 2, "Four.<|user|>")
+    replies = [limited if len(parts) == 2 else "\nFour.<|user|>" for _, _, parts in ELSEWHERE]
+    with served(thinking_engine(tokenizer, *replies)) as server:
+        for path, fields, parts in ELSEWHERE:
+            text = "input" if path == "/v1/responses" else "messages"
+            asked = {"input": "2 + 2?"} if text == "input" else {"messages": [{"role": "user", "content": "2 + 2?"}]}
+            body = server.post(
+                path, {**asked, "max_tokens" if text == "messages" else "max_output_tokens": 99, **fields}
+            ).json()
+            if text == "input":
+                found = [(item["type"], item["content"][0]["text"]) for item in body["output"]]
+            else:
+                found = [(item["type"], item[item["type"]]) for item in body["content"]]
+            assert found == parts
 
 
 def test_usage_and_log_probabilities_are_right_around_a_thought_that_was_ended(tokenizer: Tokenizer) -> None:

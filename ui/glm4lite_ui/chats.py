@@ -131,6 +131,8 @@ class Settings:
     top_p: _Number | None = None
     min_p: _Number | None = None
     repetition_penalty: _Number | None = None
+    frequency_penalty: _Number | None = None
+    presence_penalty: _Number | None = None
     max_new_tokens: _Integer | None = None
     thinking_budget: _Integer | None = None
     seed: _Integer | None = None
@@ -145,7 +147,10 @@ class Settings:
         return named | ({} if self.stop is None else {"stop": tuple(self.stop)})
 
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "thinking_budget", "seed")
+SAMPLING = (
+    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"),
+    *("max_new_tokens", "thinking_budget", "seed"),
+)
 
 
 @dataclass

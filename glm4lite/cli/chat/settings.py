@@ -22,7 +22,9 @@ SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
     "top_k": (int, "draw among so many; 0: all"),
     "top_p": (float, "draw among the likeliest that together have this probability"),
     "min_p": (float, "leave out what is less likely than this part of the likeliest"),
-    "repetition_penalty": (float, "above 1: repeat less"),
+    "repetition_penalty": (float, "above 1: repeat less, the prompt included"),
+    "frequency_penalty": (float, "-2 to 2: repeat less, the more often a token came"),
+    "presence_penalty": (float, "-2 to 2: say new things"),
     "seed": (int, "the same seed gives the same text"),
     "max_new_tokens": (int, "longest answer, in tokens, its thought included"),
     "thinking_budget": (int, "longest thought, in tokens; 0: none"),
@@ -30,7 +32,7 @@ SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
 }
 SWITCHES = {
     "tools": "whether the model is offered its tools",
-    "think": "whether the model thinks before it answers",
+    "think": "whether the model thinks before it answers, or how long, in tokens",
     "markdown": "whether Markdown in an answer is drawn",
 }
 HELP = {name: text for name, (_, text) in SAMPLING.items()} | {"system": "the system prompt"} | SWITCHES
@@ -59,6 +61,8 @@ class Settings:
             self._sample(name, self.start.get(name) if value == DEFAULT else _parsed(name, value))
         elif name == "system":
             self.session.instruct(self.start["system"] if value == DEFAULT else _without_quotes(value) or None)
+        elif name == "think" and value.isdecimal():
+            self._sample("thinking_budget", _parsed("thinking_budget", value))
         elif name in SWITCHES:
             self._switch(name, _on(name, value))
         else:
@@ -136,7 +140,8 @@ class Settings:
         self._sample("thinking_budget", (self.start.get("thinking_budget") or None) if on else 0)
 
 
-_OURS = ("seed", "max_new_tokens", "thinking_budget", "stop")  # no checkpoint has them
+_OURS = ("seed", "max_new_tokens", "thinking_budget", "stop", "frequency_penalty", "presence_penalty")
+"""No checkpoint has them."""
 _UNSET = {"max_new_tokens": "what the context leaves", "thinking_budget": "no limit"}
 
 

@@ -37,7 +37,10 @@ def chat(
     top_p: options.TopP = None,
     seed: options.Seed = None,
     max_new_tokens: options.MaxNewTokens = None,
-    thinking_budget: options.ThinkingBudget = None,
+    think: options.Think = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
     stop: options.Stop = None,
     schema: options.SchemaFile = None,
     device: options.Device = "auto",
@@ -62,7 +65,9 @@ def chat(
     if lines and prompt is not None:
         raise ConfigError("--lines and -p contradict each other: each line is a turn, or all is one message")
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed, "stop": tuple(stop or ())}
-    sampling |= {"max_new_tokens": max_new_tokens, "thinking_budget": thinking_budget}
+    sampling |= {"max_new_tokens": max_new_tokens, "thinking_budget": options.thinking_budget(think)}
+    sampling |= {"repetition_penalty": repetition_penalty, "frequency_penalty": frequency_penalty}
+    sampling |= {"presence_penalty": presence_penalty}
     SamplingParams.check(**sampling)
     wanted = options.schema_of(schema)
     options.use_threads(threads)

@@ -24,6 +24,13 @@ def generate(
     seed: options.Seed = None,
     max_new_tokens: options.MaxNewTokens = 128,
     stop: options.Stop = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    min_new_tokens: Annotated[
+        int | None, typer.Option(help="Shortest text, in tokens.", show_default="the checkpoint's")
+    ] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on where the model would end.")] = False,
     schema: options.SchemaFile = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -44,6 +51,8 @@ def generate(
 
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
     sampling |= {"max_new_tokens": max_new_tokens, "stop": tuple(stop or ())}
+    sampling |= {"repetition_penalty": repetition_penalty, "frequency_penalty": frequency_penalty}
+    sampling |= {"presence_penalty": presence_penalty, "min_new_tokens": min_new_tokens, "ignore_eos": ignore_eos}
     SamplingParams.check(**sampling)
     wanted = options.schema_of(schema)
     options.use_threads(threads)

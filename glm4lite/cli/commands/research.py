@@ -54,7 +54,7 @@ def research(
     top_p: options.TopP = None,
     seed: options.Seed = None,
     max_new_tokens: options.MaxNewTokens = None,
-    thinking_budget: options.ThinkingBudget = None,
+    think: options.Think = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     kv: options.KV = "auto",
@@ -74,7 +74,7 @@ def research(
     from glm4lite.research.loop import Research, open_sources
 
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
-    sampling |= {"max_new_tokens": max_new_tokens, "thinking_budget": thinking_budget}
+    sampling |= {"max_new_tokens": max_new_tokens, "thinking_budget": options.thinking_budget(think)}
     SamplingParams.check(**sampling)
     _check_out(out)
     options.use_threads(threads)

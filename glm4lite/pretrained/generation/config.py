@@ -41,7 +41,6 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
     "forced_bos_token_id": (),
     "remove_invalid_values": (False,),
     "exponential_decay_length_penalty": (),
-    "sequence_bias": (),
     "token_healing": (False,),
     "guidance_scale": (1, 1.0),
     "watermarking_config": (),
@@ -69,7 +68,6 @@ _PROCESSORS: Mapping[str, str] = {
     "forced_bos_token_id": "ForcedBOSTokenLogitsProcessor",
     "remove_invalid_values": "InfNanRemoveLogitsProcessor",
     "exponential_decay_length_penalty": "ExponentialDecayLengthPenalty",
-    "sequence_bias": "SequenceBiasLogitsProcessor",
     "guidance_scale": "UnbatchedClassifierFreeGuidanceLogitsProcessor",
     "watermarking_config": "WatermarkLogitsProcessor",
 }
@@ -124,6 +122,7 @@ class GenerationConfig(BaseModel):
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     no_repeat_ngram_size: Count | None = None
+    sequence_bias: list[tuple[Annotated[list[TokenId], Field(min_length=1)], float]] | None = None
     suppress_tokens: list[TokenId] | None = None
     begin_suppress_tokens: list[TokenId] | None = None
     forced_eos_token_id: list[TokenId] | None = None
@@ -179,6 +178,15 @@ class GenerationConfig(BaseModel):
     @classmethod
     def _as_id(cls, value: Any) -> Any:
         return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+    @field_validator("sequence_bias", mode="before")
+    @classmethod
+    def _as_pairs(cls, value: Any) -> Any:
+        """`{(5,): 1.0}` or, as JSON has it, `[[[5], 1.0]]`."""
+        pairs = value.items() if isinstance(value, Mapping) else value
+        if not isinstance(pairs, list | tuple) and not isinstance(value, Mapping):
+            return value
+        return [(list(pair[0]), pair[1]) if _is_pair(pair) else pair for pair in pairs]
 
     @field_validator("stop_strings", mode="before")
     @classmethod
@@ -260,6 +268,10 @@ class GenerationConfig(BaseModel):
     def with_changes(self, **values: Any) -> Self:
         """Settings that are given win, None too: `eos_token_id=None` ends no text. Raises ConfigError."""
         return type(self)(**{**self.model_dump(), **values})
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], list | tuple)
 
 
 def _says_nothing(name: str, value: Any) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from glm4lite.base.errors import ConfigError
 from glm4lite.pretrained.generation.config import GenerationConfig
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
@@ -27,6 +28,8 @@ def processors(
     """
     eos = config.eos_token_id or []
     found: list[LogitsProcessor] = []
+    if config.sequence_bias:
+        found.append(_sequence_bias(config.sequence_bias))
     if config.repetition_penalty not in (None, 1.0):
         found.append(_repetition(config.repetition_penalty, mask))
     if config.no_repeat_ngram_size:
@@ -63,6 +66,23 @@ def _warpers(config: GenerationConfig) -> list[LogitsProcessor]:
     if (typical_p := config.typical_p) is not None and typical_p < 1.0:
         found.append(lambda ids, scores: _typical(scores, typical_p))
     return found
+
+
+def _sequence_bias(biases: Sequence[tuple[list[int], float]]) -> LogitsProcessor:
+    """What is added to the score of a sequence's last id wherever its other ids stand at the end."""
+
+    def apply(ids: Tensor, scores: Tensor) -> Tensor:
+        size = scores.shape[1]
+        if outside := [token for sequence, _ in biases for token in sequence if token >= size]:
+            raise ConfigError(f"sequence_bias: {outside[0]} is no id of this model, whose ids are 0 to {size - 1}")
+        bias = torch.zeros_like(scores)
+        for (*before, last), value in biases:
+            if len(before) <= ids.shape[1]:
+                ending = ids[:, ids.shape[1] - len(before) :]
+                bias[:, last] += value * (ending == ids.new_tensor(before)).all(-1)
+        return scores + bias
+
+    return apply
 
 
 def _repetition(penalty: float, mask: Tensor) -> LogitsProcessor:

@@ -14,6 +14,8 @@ const FIELDS = [
   ['top_k', 'Top-k', 'Only this many of the likeliest words; 0 is no limit.', 1],
   ['min_p', 'Min-p', 'Only words at least this likely beside the likeliest one.', 0.05],
   ['repetition_penalty', 'Repetition penalty', 'Above 1, words that were said become less likely.', 0.05],
+  ['frequency_penalty', 'Frequency penalty', 'From -2 to 2: the more often a word came, the less likely it is.', 0.1],
+  ['presence_penalty', 'Presence penalty', 'From -2 to 2: words that came become less likely, however often.', 0.1],
   ['max_new_tokens', 'Max tokens', 'The longest answer, its thought included; empty is what the context leaves.', 1],
   ['thinking_budget', 'Thinking budget', 'The longest thought, in tokens; 0 is none, empty is no limit.', 1],
   ['seed', 'Seed', 'The same seed gives the same answer; empty is another one each time.', 1],
