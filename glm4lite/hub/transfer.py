@@ -254,7 +254,7 @@ class Transfer:
         file.arriving.discard()
         if len(file.damaged) > REPEATS:
             raise HubError(
-                f"{wanted.whose}: {wanted.name} arrives damaged from {_host(wanted.url)} each time ({damage}); "
+                f"{wanted.whose}: {wanted.name} arrives damaged from {host_address(wanted.url)} each time ({damage}); "
                 "run it again later, or set HF_ENDPOINT to another mirror"
             )
         logger.warning("%s of %s arrived damaged (%s); it is downloaded again", wanted.name, wanted.whose, damage)
@@ -349,7 +349,9 @@ def _tag(wanted: Wanted, response: httpx.Response) -> str:
     """
     hops = [*response.history, response]
     if hops[0].url.scheme == "https" and any(one.url.scheme != "https" for one in hops):
-        raise HubError(f"{wanted.whose}: {_host(wanted.url)} leads to an address without https; use another mirror")
+        raise HubError(
+            f"{wanted.whose}: {host_address(wanted.url)} leads to an address without https; use another mirror"
+        )
     commit = hops[0].headers.get("X-Repo-Commit")
     if wanted.commit and commit and commit != wanted.commit:
         said = f"{wanted.whose}: {wanted.name} comes from another revision ({one_line(commit)[:40]})"
@@ -359,7 +361,8 @@ def _tag(wanted: Wanted, response: httpx.Response) -> str:
     kind = next((one.partition(":")[0] for one in told), None)
     if any(one.partition(":")[0] == kind for one in wanted.digests) and not told & wanted.digests:
         raise HubError(
-            f"{wanted.whose}: {wanted.name} is another file ({one_line(tag)[:64]}) than {_host(wanted.url)} lists; "
+            f"{wanted.whose}: {wanted.name} is another file ({one_line(tag)[:64]}) than "
+            f"{host_address(wanted.url)} lists; "
             "run it again later, or set HF_ENDPOINT to another mirror"
         )
     return tag
@@ -395,7 +398,7 @@ def _size(wanted: Wanted, response: httpx.Response, stretch: Stretch) -> int | N
         size = int(length)
     if size == wanted.size or (not wanted.size and not _is_page(wanted, response)):
         return size
-    where = _host(wanted.url)
+    where = host_address(wanted.url)
     if _is_page(wanted, response):
         raise HubError(
             f"{wanted.whose}: {where} answers with a web page where {wanted.name} should be; if this network asks for "
@@ -457,7 +460,7 @@ def _write(write: Callable[[memoryview], int | None], piece: bytes, path: Path) 
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def _host(url: str) -> str:
+def host_address(url: str) -> str:
     """Scheme and host of an address: what follows may hold a signature."""
     with suppress(ValueError, httpx.InvalidURL):
         address = httpx.URL(url)

@@ -22,7 +22,7 @@ from glm4lite.hub.digests import digest_of
 from glm4lite.hub.download import Snapshot, check_disk
 from glm4lite.hub.hosts import host_of
 from glm4lite.hub.options import HubOptions
-from glm4lite.hub.transfer import Counter, Patience, ProgressCallback, Transfer, Wanted
+from glm4lite.hub.transfer import Counter, Patience, ProgressCallback, Transfer, Wanted, host_address
 from glm4lite.hub.verified import Verifier
 
 _PART = re.compile(r"(.*-)(\d{5})(-of-)(\d{5})(\.gguf)", re.IGNORECASE | re.ASCII)
@@ -91,7 +91,7 @@ def _from_server(address: str, name: str, digest: str, options: HubOptions, prog
     damaged = verifier.damaged({one.name: one.digests for one in wanted if one.target.exists()}, lambda *_: None)
     missing = [one for one in wanted if one.anew or not one.target.exists()]
     missing += [replace(one, anew=True) for one in wanted if one.name in damaged and one not in missing]
-    with explained(_shown(address), _shown(address)):
+    with explained(name, host_address(address)):
         sized = [replace(one, size=_told_size(one)) for one in missing]
         check_disk(name, sized, folder, "set HF_HOME to a folder on another disk")
         failed = Transfer(session(), sized, Counter(progress), _place, Patience(silence=silence())).run()
