@@ -7,6 +7,7 @@ Windows neither renames nor removes a file that is open, so there the lock is ta
 let go of a moment before the folder gets its place: a file that was touched a short while ago is taken for locked.
 """
 
+import errno
 import logging
 import os
 import shutil
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 from glm4lite.base.whole_file import replace
 
@@ -34,6 +36,8 @@ else:
 logger = logging.getLogger("glm4lite")
 
 LOCK = ".glm4lite-lock"
+UNFINISHED_FOLDER = ".unfinished"
+"""How a folder ends that a later process may go on with."""
 _WINDOWS = sys.platform == "win32"
 _FRESH_S = 60.0
 _OPEN = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
@@ -57,6 +61,28 @@ class OwnedFolder:
         with suppress(OSError):  # a disk without locks
             self._hold()
 
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """The folder of a name that goes on where an earlier process left it; a new one where there is none.
+
+        Raises:
+            BlockingIOError: another process has it.
+            OSError: it cannot be made.
+        """
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self = cls.__new__(cls)
+        self.path, self._lock = Path(os.path.realpath(path)), None
+        descriptor = os.open(self.path / LOCK, _OPEN | os.O_CREAT, 0o600)
+        try:
+            _take(descriptor)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL):  # a disk without locks
+                return self
+            raise BlockingIOError(errno.EAGAIN, "another process has it", str(path)) from None
+        self._lock = descriptor
+        return self
+
     def _hold(self) -> None:
         """The lock gets its name when it is held, so that nobody takes it in between."""
         new = self.path / (LOCK if _WINDOWS else f"{LOCK}.new")
@@ -77,6 +103,10 @@ class OwnedFolder:
         if destination.exists():
             destination.rmdir()
         replace(self.path, destination)
+        self._release()
+
+    def leave(self) -> None:
+        """What was written stays, for a later process to go on with."""
         self._release()
 
     def discard(self, remove: Remove = remove_tree) -> None:

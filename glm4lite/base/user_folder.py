@@ -36,6 +36,12 @@ def prefixes_folder() -> Path:
     return Path(chosen) if chosen else user_folder() / "prefixes"
 
 
+def models_folder() -> Path:
+    """Where `pull --quant` puts what it makes: GLM4LITE_MODELS, else in the user's folder; Glm4liteError."""
+    chosen = os.environ.get("GLM4LITE_MODELS")
+    return Path(chosen) if chosen else user_folder() / "models"
+
+
 def indexes_folder() -> Path:
     """Where the text of folders is kept to be searched: GLM4LITE_INDEXES, else the user's cache; Glm4liteError.
 

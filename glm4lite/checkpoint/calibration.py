@@ -33,7 +33,8 @@ _Layer: TypeAlias = list[tuple[str, Fill]]
 class Calibrator:
     """Runs the layers of a checkpoint, in their order, as their weights are asked for.
 
-    `poll` is called often enough that an exception it raises stops the work within half a second.
+    `poll` is called often enough that an exception it raises stops the work within half a second. state: what
+    `Calibrator.state` was when an earlier process had come so far.
     """
 
     def __init__(
@@ -43,16 +44,23 @@ class Calibrator:
         config: Glm4Config,
         source: CalibrationIds,
         poll: Callable[[], None],
+        state: tuple[int, Tensor] | None = None,
     ) -> None:
         self.record = source.record
         self._checkpoint, self._config, self._poll = checkpoint, config, poll
         self._dtype = matmul_dtype()
         self._layers = _by_layer(plan)
         self._held: dict[str, _RecordingLinear] = {}
-        self._next = 0
-        embedding = next(fill.source for fill in plan.fills if fill.module.endswith("embed_tokens"))
-        self._stream = self._embedded(embedding, source.ids)  # the residual stream, float32 [W, T, H]
+        if state is None:
+            embedding = next(fill.source for fill in plan.fills if fill.module.endswith("embed_tokens"))
+            state = 0, self._embedded(embedding, source.ids)
+        self._next, self._stream = state  # the stream is the residual one, float32 [W, T, H]
         self._rotary = RotaryEmbedding(config)(torch.arange(source.ids.shape[1])[None], self._dtype)
+
+    @property
+    def state(self) -> tuple[int, Tensor]:
+        """The number of the next layer, and what goes into it, float32 [W, T, H]: enough to go on with later."""
+        return self._next, self._stream
 
     def take(self, fill: Fill) -> tuple[Tensor | None, Tensor | None]:
         """(the weight as it is stored, the mean square of its inputs [K]); each may be taken once.

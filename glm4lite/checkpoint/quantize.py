@@ -7,19 +7,23 @@ The result is an ordinary folder: config.json with `quantization_config`, `<modu
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from glm4lite.base.errors import CheckpointError, ConfigError
+from glm4lite.base.errors import CheckpointError, ConfigError, HubError
 from glm4lite.base.files import COMPANIONS, CONFIG
 from glm4lite.checkpoint.calibration import Calibrator
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.formats.format import Quant
-from glm4lite.checkpoint.load_plan import Fill, say_notices
-from glm4lite.checkpoint.prepare import model_class, opened, prepare
+from glm4lite.checkpoint.load_plan import Fill, LoadPlan, say_notices
+from glm4lite.checkpoint.prepare import Prepared, model_class, opened, prepare
 from glm4lite.checkpoint.quant_choice import empty_weight, parse_quant, stored_quant
+from glm4lite.checkpoint.resumable import SHARDS_IN, ResumableWriter, unfinished
 from glm4lite.checkpoint.shard import DTYPES
 from glm4lite.checkpoint.streaming import (
     Meter,
@@ -31,8 +35,14 @@ from glm4lite.checkpoint.streaming import (
     recorded,
 )
 from glm4lite.checkpoint.writer import SHARD_BYTES, FolderWriter, PlannedTensor, check_destination
+from glm4lite.hub.options import HubOptions
+from glm4lite.hub.sources import is_url, locate
 from glm4lite.model.config import Glm4Config
+from glm4lite.model.layers import layer_of
 from glm4lite_quant import QuantConfig
+
+if TYPE_CHECKING:
+    from glm4lite.checkpoint.arrivals import Arrivals
 
 
 def quantize_checkpoint(
@@ -42,8 +52,12 @@ def quantize_checkpoint(
     progress: ProgressCallback | None = None,
     shard_bytes: int = SHARD_BYTES,
     calibration: str | Path | None = None,
+    hub: HubOptions = HubOptions(),
 ) -> Path:
     """Quantize a checkpoint into a new folder, one weight (when calibrating: one layer) in memory at a time.
+
+    A repo's shards are fetched as they are needed and dropped behind their last use; a run that ends early, however, is
+    gone on with by the next one, at the cost of a layer.
 
     Args:
         calibration: a UTF-8 text to calibrate int4 weights with, instead of the one that comes with the package.
@@ -54,7 +68,7 @@ def quantize_checkpoint(
     Raises:
         Glm4liteError: the source cannot be loaded, is quantized already (what bitsandbytes quantized to 4 bits is
             decoded and quantized again), or the destination cannot be written.
-            Nothing is left behind then, nor after Ctrl-C or an exception from `progress`.
+            Of a source on this machine nothing is left behind then, nor after Ctrl-C or an exception from `progress`.
     """
     target = destination_folder(destination)
     config = parse_quant(quant)
@@ -64,7 +78,10 @@ def quantize_checkpoint(
     if config is None:
         raise ConfigError("quant 'none' leaves nothing to do; use int4 or int8")
     text = calibration_text(calibration, config)
-    checkpoint = opened(source, progress)
+    arrivals = _arrivals(source, progress, hub)
+    checkpoint = (
+        opened(source, progress, hub) if arrivals is None else arrivals.checkpoint(unfinished(target) / SHARDS_IN)
+    )
     if isinstance(stored_quant(checkpoint), QuantConfig):
         raise ConfigError(f"{checkpoint.folder} is quantized already; quantize the original checkpoint")
     prepared = prepare(checkpoint, config, model_class(checkpoint))
@@ -75,12 +92,67 @@ def quantize_checkpoint(
     say_notices(prepared.model, checkpoint, plan)
     meter = Meter("quantize", sum(checkpoint.nbytes(fill.source) for fill in plan.fills), progress)
     planned = [tensor for fill in plan.fills for tensor in _planned(checkpoint, fill)]
-    with FolderWriter(target, planned, shard_bytes) as writer:
-        calibrator = begin(checkpoint, plan, prepared.config, text, meter)
-        for fill in plan.fills:
-            _write_fill(writer, checkpoint, fill, meter, calibrator)
-        _write_rest(writer, checkpoint, prepared.config, recorded(prepared.wanted or config, calibrator))
+    if arrivals is None:
+        with FolderWriter(target, planned, shard_bytes) as writer:
+            calibrator = begin(checkpoint, plan, prepared.config, text, meter)
+            for fill in plan.fills:
+                _write_fill(writer, checkpoint, fill, meter, calibrator)
+            _write_rest(writer, checkpoint, prepared.config, recorded(prepared.wanted or config, calibrator))
+    else:
+        key = hashlib.sha256(repr((arrivals.identity, planned, config, text)).encode()).hexdigest()
+        with ResumableWriter(target, planned, key, shard_bytes, arrivals.largest) as kept:
+            calibrator = _as_it_arrives(arrivals, kept, prepared, text, meter)
+            _write_rest(kept, checkpoint, prepared.config, recorded(prepared.wanted or config, calibrator))
     return target
+
+
+def _arrivals(source: str | Path, progress: ProgressCallback | None, hub: HubOptions) -> Arrivals | None:
+    """A repo's shards, to be quantized as they arrive; None where all of it is on this machine."""
+    found = locate(source)
+    if isinstance(found, Path) or is_url(found):
+        return None
+    from glm4lite.checkpoint.arrivals import Arrivals  # huggingface_hub takes a while to import
+    from glm4lite.hub.download import Snapshot, whole_in_cache
+
+    try:
+        if hub.local_files_only:
+            return None
+        return Arrivals(Snapshot.of(found, hub, progress))
+    except HubError:
+        if whole_in_cache(found, hub) is None:
+            raise
+        return None
+
+
+def _as_it_arrives(
+    arrivals: Arrivals, writer: ResumableWriter, prepared: Prepared[Any], text: str | None, meter: Meter
+) -> Calibrator | None:
+    """Layer by layer, from where an earlier run came to."""
+    checkpoint, units = prepared.checkpoint, _units(prepared.plan)
+    calibrator: Calibrator | None = None
+    arrivals.begin()
+    for number, unit in enumerate(units):
+        later = [fill.source for after in units[number + 1 :] for fill in after]
+        names = [tensor.name for fill in unit for tensor in _planned(checkpoint, fill)]
+        if number < writer.units:
+            writer.whole(names)
+            meter.add(sum(checkpoint.nbytes(fill.source) for fill in unit))
+            continue
+        arrivals.bring(checkpoint, (fill.source for fill in unit), later)
+        if calibrator is None:
+            calibrator = begin(checkpoint, prepared.plan, prepared.config, text, meter, writer.stream)
+        for fill in unit:
+            _write_fill(writer, checkpoint, fill, meter, calibrator)
+        writer.commit(names, None if calibrator is None else calibrator.state)
+        arrivals.drop(checkpoint, later)
+    if calibrator is None:  # the earlier run had come to the end
+        calibrator = begin(checkpoint, prepared.plan, prepared.config, text, meter, writer.stream)
+    return calibrator
+
+
+def _units(plan: LoadPlan) -> list[list[Fill]]:
+    """What is made and kept as a whole: each layer, and what lies in none one by one, in the model's order."""
+    return [list(fills) for _, fills in groupby(plan.fills, lambda fill: (layer_of(fill.module) or (fill.module,))[0])]
 
 
 def destination_folder(destination: str | Path, replace: bool = False) -> Path:

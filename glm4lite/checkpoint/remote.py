@@ -32,23 +32,29 @@ def remote_headers(repo_id: str) -> Checkpoint:
         return cached
     snapshot = Snapshot.of(repo_id, HubOptions())
     snapshot.bring([name for name in (CONFIG, INDEX) if name in snapshot.repo.files])
-    config = read_json(snapshot.folder / CONFIG)
     tensors: dict[str, StoredTensor] = {}
+    for found in headers_of(snapshot).values():
+        tensors |= found
+    return Checkpoint.of(Path(repo_id), read_json(snapshot.folder / CONFIG), tensors)
+
+
+def headers_of(snapshot: Snapshot) -> dict[str, dict[str, StoredTensor]]:
+    """Shard -> its tensors, each at its place in the file. HubError, CheckpointError."""
+    files = snapshot.weights()
     with ThreadPoolExecutor(_AT_ONCE) as threads:
-        for found in threads.map(lambda file: _header(snapshot, file), snapshot.weights()):
-            tensors |= found
-    return Checkpoint.of(Path(repo_id), config, tensors)
+        return dict(zip(files, threads.map(lambda file: _header(snapshot, file), files), strict=True))
 
 
 def _header(snapshot: Snapshot, file: str) -> dict[str, StoredTensor]:
     repo_id, path = snapshot.repo.repo_id, Path(snapshot.repo.repo_id, file)
-    with explained(repo_id):
+    with explained(repo_id, snapshot.repo.host.address()):
         try:
-            data = beginning(snapshot.repo, file, _USUALLY_ENOUGH)
+            url, sent = snapshot.repo.url(file), snapshot.repo.headers()
+            data = beginning(url, sent, _USUALLY_ENOUGH)
             end = 8 + header_length(path, data)
             if end > len(data):
-                data = beginning(snapshot.repo, file, end)
-            return tensors_of(path, header_entries(path, data[8:end]))
+                data = beginning(url, sent, end)
+            return tensors_of(path, header_entries(path, data[8:end]), end)
         except CheckpointError as error:
             raise HubError(f"{repo_id} has no usable safetensors headers ({error})") from None
 

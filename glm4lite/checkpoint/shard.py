@@ -68,6 +68,10 @@ class StoredTensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
+    def at(self, path: Path) -> "StoredTensor":
+        """The same tensor in a file of another name."""
+        return replace(self, path=path)
+
     def rows(self, start: int, stop: int) -> "StoredTensor":
         """Rows start..stop-1 of the first dimension, as a tensor of their own.
 

@@ -60,12 +60,17 @@ def finite_blocks(checkpoint: Checkpoint, name: str, meter: Meter) -> Iterator[t
 
 
 def begin(
-    checkpoint: Checkpoint, plan: LoadPlan, config: Glm4Config, text: str | None, meter: Meter
+    checkpoint: Checkpoint,
+    plan: LoadPlan,
+    config: Glm4Config,
+    text: str | None,
+    meter: Meter,
+    state: tuple[int, Tensor] | None = None,
 ) -> Calibrator | None:
-    """The calibrator of a plan whose int4 weights are to be calibrated, else None."""
+    """The calibrator of a plan whose int4 weights are to be calibrated, else None; `state` as it takes it."""
     if not needs_calibration(plan):
         return None
-    return Calibrator(checkpoint, plan, config, calibration_ids(checkpoint, config, text), meter.add)
+    return Calibrator(checkpoint, plan, config, calibration_ids(checkpoint, config, text), meter.add, state)
 
 
 def calibration_text(path: str | Path | None, quant: Quant | None) -> str | None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from glm4lite.base.errors import CheckpointError
 from glm4lite.base.files import INDEX, SINGLE
+from glm4lite.base.owned_folder import OwnedFolder
 from glm4lite.base.sizes import readable
 from glm4lite.checkpoint.partial import partial_folder, remove_abandoned
 from glm4lite.checkpoint.replacing import replace_files
@@ -73,6 +74,8 @@ class FolderWriter:
         CheckpointError: the destination is taken, the disk is full, or not all planned tensors were written.
     """
 
+    _left = "nothing was left behind"
+
     def __init__(
         self,
         destination: Path,
@@ -94,26 +97,38 @@ class FolderWriter:
     def __enter__(self) -> Self:
         with self._disk():
             self.destination.parent.mkdir(parents=True, exist_ok=True)
-            self._partial = partial_folder(self._built_as)
+            self._partial = self._begun()
             self._folder = self._partial.path
         try:
             with self._disk():
-                for file, tensors in self._shards.items():
-                    self._begin_shard(file, tensors)
+                self._begin()
         except BaseException:
-            self._partial.discard()
+            self._give_up()
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is not None:
-            return self._partial.discard()
+            return self._give_up()
         try:
             with self._disk():
                 self._finish()
         except BaseException:
-            self._partial.discard()
+            self._give_up()
             raise
+
+    def _begun(self) -> OwnedFolder:
+        """The folder that is written. OSError."""
+        return partial_folder(self._built_as)
+
+    def _begin(self) -> None:
+        """Makes the shards, with their headers. OSError."""
+        for file, tensors in self._shards.items():
+            self._begin_shard(file, tensors)
+
+    def _give_up(self) -> None:
+        """What was written is of no use."""
+        self._partial.discard()
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a whole planned tensor."""
@@ -148,8 +163,8 @@ class FolderWriter:
             with self._disk():
                 (self._folder / file.name).write_bytes(data)
 
-    def _begin_shard(self, file: str, tensors: list[PlannedTensor]) -> None:
-        """Write the header and remember each tensor's place."""
+    def _begin_shard(self, file: str, tensors: list[PlannedTensor], new: bool = True) -> None:
+        """Write the header (of a `new` file) and remember each tensor's place."""
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         position = 0
         for tensor in tensors:
@@ -161,7 +176,8 @@ class FolderWriter:
             position += tensor.nbytes
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % HEADER_ALIGNMENT)
-        (self._folder / file).write_bytes(struct.pack("<Q", len(text)) + text)
+        if new:
+            (self._folder / file).write_bytes(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
             offset = 8 + len(text) + entries[tensor.name]["data_offsets"][0]
             self._places[tensor.name] = _Place(file, offset, tensor)
@@ -174,15 +190,15 @@ class FolderWriter:
             weight_map = {name: place.file for name, place in self._places.items()}
             self.write_json(INDEX, {"metadata": {"total_size": self._size}, "weight_map": weight_map})
         for path in self._partial.files():
-            _sync(path)
-        _sync(self._folder)
+            sync(path)
+        sync(self._folder)
         if self._replaces:
             replace_files(self.destination, self._partial.files(), self._folder / "replaced")
-            _sync(self.destination)
+            sync(self.destination)
             return self._partial.discard()
         self._folder.chmod(0o777 & ~_umask())  # a temporary folder starts as its owner's only
         self._partial.publish(self.destination)
-        _sync(self.destination.parent)
+        sync(self.destination.parent)
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
@@ -192,14 +208,12 @@ class FolderWriter:
         except OSError as error:
             if error.errno == errno.EFBIG:
                 why = f"{self.destination} cannot be written: its files are larger than `ulimit -f` or that disk allows"
-                raise CheckpointError(
-                    f"{why}; raise the limit or choose another folder (nothing was left behind)"
-                ) from None
+                raise CheckpointError(f"{why}; raise the limit or choose another folder ({self._left})") from None
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise _unwritable(self.destination, error) from None
             raise CheckpointError(
                 f"{self.destination} cannot be written: the disk is full; {readable(self._size)} are needed, "
-                "free some space and run it again (nothing was left behind)"
+                f"free some space and run it again ({self._left})"
             ) from None
 
     def _check_space(self) -> None:
@@ -271,7 +285,7 @@ def _write_all(descriptor: int, data: memoryview) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Force a file's or folder's content to disk; folders cannot be opened on Windows."""
     if path.is_dir() and sys.platform == "win32":
         return

@@ -19,8 +19,10 @@ from glm4lite.cli.commands.chat import chat
 from glm4lite.cli.commands.evaluate import evaluate
 from glm4lite.cli.commands.generate import generate
 from glm4lite.cli.commands.info import info
+from glm4lite.cli.commands.list import list_models, rm
 from glm4lite.cli.commands.plan import plan
 from glm4lite.cli.commands.prefixes import prefixes
+from glm4lite.cli.commands.pull import pull
 from glm4lite.cli.commands.quantize import quantize
 from glm4lite.cli.commands.research import research
 from glm4lite.cli.commands.serve import serve
@@ -56,8 +58,9 @@ def _add(command: Callable[..., Any], name: str | None = None) -> None:
     app.command(name=name, cls=_Command)(run)
 
 
-for _command in (chat, research, generate, serve, batch, quantize, info, plan, bench, prefixes):
+for _command in (chat, research, generate, serve, batch, pull, quantize, info, plan, bench, prefixes, rm):
     _add(_command)
+_add(list_models, "list")
 _add(evaluate, "eval")
 
 

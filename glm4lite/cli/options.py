@@ -26,7 +26,7 @@ def _among(*words: str) -> Callable[[str], list[str]]:
 Model = Annotated[
     str,
     typer.Argument(
-        help="A folder, a Hub repository such as zai-org/GLM-4-9B-0414, or nano.",
+        help="A folder, a Hub repository such as zai-org/GLM-4-9B-0414, a short name (list --known), or nano.",
         autocompletion=lambda incomplete: list(models(incomplete)),
     ),
 ]

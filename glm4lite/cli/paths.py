@@ -26,10 +26,10 @@ def paths(typed: str) -> Iterator[str]:
 
 
 def models(typed: str) -> Iterator[str]:
-    """What may be named as a model: the embedded one, and folders."""
+    """What may be named as a model: the embedded one, those with a short name, and folders."""
+    from glm4lite.hub.known import KNOWN
     from glm4lite.hub.sources import NANO
 
-    if NANO.startswith(typed):
-        yield NANO
+    yield from (name for name in (NANO, *(one.name for one in KNOWN)) if name.startswith(typed))
     folders = (path.removesuffix("/") for path in paths(typed) if path.endswith("/"))
     yield from (folder for folder in folders if folder != NANO)

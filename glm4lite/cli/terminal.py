@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as ProgressBars
 from rich.table import Table
 from rich.text import Text
@@ -251,12 +259,13 @@ class Terminal(Renderer):
         if not self._console.is_terminal:
             return
         if self._bars is None:
-            amount = DownloadColumn() if event.unit == "bytes" else MofNCompleteColumn()
-            columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
+            amount = (DownloadColumn(), TransferSpeedColumn()) if event.unit == "bytes" else (MofNCompleteColumn(),)
+            columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn())
             self._bars = ProgressBars(*columns, console=self._console, transient=True)
             self._bars.start()
         if event.stage not in self._tasks:
-            self._tasks[event.stage] = self._bars.add_task(event.stage, total=event.total)
+            begun = self._bars.add_task(event.stage, total=event.total, completed=event.done)
+            self._tasks[event.stage] = begun  # what is there already was not fetched in this moment
         self._bars.update(self._tasks[event.stage], completed=event.done, total=event.total)
         if event.done >= event.total:
             self._close_bars()

@@ -1,19 +1,14 @@
-"""A model from the Hugging Face Hub: only the files needed, each verified, and refused early where it cannot work.
+"""A model from the Hugging Face Hub or ModelScope: only the files needed, and refused early where it cannot work.
 
-The downloads run in threads of their own, so that the caller's thread reports progress and can stop them at once
-(Ctrl-C, or an exception from the progress callback).
+How files come is glm4lite/hub/transfer.py's.
 """
 
 import logging
-import queue
-import shutil
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
-from glm4lite.base.errors import CheckpointError, HubError, one_line
+from glm4lite.base.errors import CheckpointError, HubError
 from glm4lite.base.events import Progress
 from glm4lite.base.files import (
     COMPANIONS,
@@ -27,30 +22,17 @@ from glm4lite.base.files import (
     read_json,
     some,
 )
-from glm4lite.base.owned_folder import is_abandoned
 from glm4lite.base.sizes import readable
-from glm4lite.hub.client import (
-    Repo,
-    cache,
-    cached_as,
-    cached_folder,
-    endpoint,
-    explained,
-    fetch,
-    forget,
-    listing,
-)
+from glm4lite.hub.arriving import Arriving, arrived_of
+from glm4lite.hub.cache import free_bytes, tag_of
+from glm4lite.hub.client import explained, session, silence
+from glm4lite.hub.digests import Damage, digest_of
+from glm4lite.hub.hosts import Repo, host_of
 from glm4lite.hub.options import HubOptions
-from glm4lite.hub.verified import Damage, Verifier
+from glm4lite.hub.transfer import Counter, Patience, ProgressCallback, Transfer, Wanted
+from glm4lite.hub.verified import Verifier
 
 logger = logging.getLogger("glm4lite")
-
-ProgressCallback = Callable[[Progress], None]
-
-_POLL_SECONDS = 0.1
-_LEAVING_SECONDS = 2  # to remove partial files; a stalled connection is not waited for
-_AT_ONCE = 8
-_REPEATS = 2  # of a file that arrived damaged
 
 
 def download(repo_id: str, progress: ProgressCallback | None, options: HubOptions, weights: bool = True) -> Path:
@@ -75,6 +57,7 @@ def download(repo_id: str, progress: ProgressCallback | None, options: HubOption
     snapshot.bring([name for name in (CONFIG, *COMPANIONS, INDEX) if name in snapshot.repo.files])
     if weights:
         snapshot.bring(snapshot.weights())
+        snapshot.remember()
     return snapshot.folder
 
 
@@ -83,53 +66,60 @@ def download_config(repo_id: str, options: HubOptions) -> Path:
     try:
         if options.local_files_only:
             raise _absent(repo_id, options)
-        with explained(repo_id):
-            return fetch(repo_id, CONFIG, options, lambda _: None, anew=options.force_download)
+        host = host_of(repo_id)
+        with explained(repo_id, host.address()):
+            repo = host.listing(repo_id, options)
+        if CONFIG not in repo.files:
+            raise HubError(f"{repo_id} has no config.json; choose a repo that holds a whole model")
+        snapshot = Snapshot(repo, None)
+        snapshot.bring([CONFIG])
+        return snapshot.folder / CONFIG
     except HubError:
-        with explained(repo_id):
-            folder = None if options.force_download else cached_folder(repo_id, options)
+        folder = None if options.force_download else cached_folder(repo_id, options)
         if folder is None:
             raise
         return folder / CONFIG
 
 
 def _absent(repo_id: str, options: HubOptions) -> HubError:
-    return HubError(
-        f"{repo_id} is not (or not wholly) in {cache(options)}, and local_files_only forbids to download it"
-    )
+    root = host_of(repo_id).folder(repo_id, options).root
+    return HubError(f"{repo_id} is not (or not wholly) in {root}, and local_files_only forbids to download it")
+
+
+def cached_folder(repo_id: str, options: HubOptions, file: str = CONFIG) -> Path | None:
+    """Where the cache has that file of the repo at the revision, and whatever else was downloaded with it."""
+    host = host_of(repo_id)
+    kept = host.folder(repo_id, options)
+    commit = kept.commit(host.revision(options))
+    folder = None if commit is None else kept.snapshot(commit, options.subfolder)
+    return folder if folder is not None and (folder / file).exists() else None
 
 
 class Snapshot:
-    """One commit of a repo, as the Hub lists it and as far as the cache's folder of it has been filled."""
+    """One commit of a repo, as its host lists it and as far as the cache's folder of it has been filled."""
 
-    def __init__(self, repo: Repo, folder: Path, progress: ProgressCallback | None) -> None:
+    def __init__(self, repo: Repo, progress: ProgressCallback | None) -> None:
         self.repo = repo
-        self.folder = folder
-        self._kept = _kept(folder, repo.options)
+        self.folder = repo.snapshot
+        self._kept = repo.folder
         self._progress = progress
-        self._verifier = Verifier(folder, self._kept)
-        self._counter = _Counter(progress)
+        self._verifier = Verifier(self.folder, self._kept.path)
+        self._counter = Counter(progress)
 
     @classmethod
     def of(
         cls, repo_id: str, options: HubOptions, progress: ProgressCallback | None = None, weights: bool = True
     ) -> "Snapshot":
-        """The newest commit (of the revision asked for), with config.json in its folder (or a tokenizer alone).
+        """The newest commit (of the revision asked for); nothing of it is fetched.
 
         Raises:
             HubError: the repo cannot be listed, or cannot be a model (without `weights`: has no tokenizer.json).
         """
-        with explained(repo_id):
-            repo = listing(repo_id, options)
+        host = host_of(repo_id)
+        with explained(repo_id, host.address()):
+            repo = host.listing(repo_id, options)
             _check_files(repo, weights)
-            # At the revision and not at its commit, so that the cache knows which commit that is now.
-            first = CONFIG if CONFIG in repo.files else TOKENIZER
-            folder = fetch(repo_id, first, options, lambda _: None).parent
-            commit = folder.relative_to(_kept(folder, options) / "snapshots").parts[0]
-            if repo.commit not in (None, commit):  # something was committed just now
-                repo = listing(repo_id, options, commit)
-            _remove_unfinished(repo_id, _kept(folder, options), cache(options))
-        return cls(replace(repo, commit=commit), folder, progress)
+        return cls(repo, progress)
 
     def weights(self) -> list[str]:
         """The files that hold the weights: what the index names. It has been brought before, where there is one.
@@ -156,72 +146,101 @@ class Snapshot:
         """
         forced = self.repo.options.force_download
         missing = [name for name in names if forced or not (self.folder / name).exists()]
-        with explained(self.repo.repo_id):
-            _check_disk(self.repo, sum(self.repo.files[name].size for name in missing))
-        self._download(missing, anew=forced)
-        self._say_unverified(missing)
-        for again in range(_REPEATS + 1):
-            damaged = self._damaged(names, missing)
-            if not damaged:
-                return
-            if again == _REPEATS:
-                raise self._given_up(damaged)
-            for name, damage in damaged.items():
-                where = "arrived" if name in missing else "lay in the cache"
-                what = f"{name} of {self.repo.repo_id} {where} damaged ({_compared(damage)})"
-                logger.warning("%s; it is downloaded again", what)
-            missing = list(damaged)
-            self._download(missing, anew=True)
+        damaged = self._found_damaged([name for name in names if name not in missing])
+        with self._explained():
+            self._remove_unfinished()
+        while missing or damaged:
+            with self._explained():
+                wanted = [self.wanted(name, anew=forced or name in damaged) for name in [*missing, *damaged]]
+                check_disk(self.repo.repo_id, wanted, self._kept.root, "set HF_HOME to a folder on another disk")
+            self._say_unverified(wanted)
+            self.fetch(wanted, self._place)
+            damaged = self._found_damaged(missing)  # of what another program brought: ours is noted
+            missing = []
+        if self._kept.commit(self._revision) is None:
+            self.remember()
 
-    def _download(self, names: Sequence[str], anew: bool = False) -> None:
-        repo, counter = self.repo, self._counter
-        counter.total += sum(repo.files[name].size for name in names)
+    def remember(self) -> None:
+        """That the revision is this commit, of which all that a model needs is here."""
+        with self._explained(), suppress(PermissionError):  # a cache of another user's
+            self._kept.remember(self._revision, self.repo.commit)
 
-        def bring(name: str) -> Path:
-            return fetch(repo.repo_id, name, repo.options, counter.add, repo.commit, anew)
+    def wanted(self, name: str, target: Path | None = None, anew: bool = False) -> Wanted:
+        """A file of the repo, to be fetched into the cache, or as `target`, where it is not to stay."""
+        listed, repo = self.repo.files[name], self.repo
+        size, digests = listed.size, listed.digests
+        if digests:
+            blob = min(digests, key=_by_kind).partition(":")[2]
+        else:
+            blob, told = repo.host.tag(repo, name)
+            size, digests = size or told, digest_of(blob)
+        commit = None if repo.at else repo.commit
+        lock = self._kept.lock(blob) if target is None else None
+        place = self._kept.blobs / blob if target is None else target
+        url, headers = repo.url(name), repo.headers()
+        return Wanted(name, repo.repo_id, url, headers, place, size, digests, commit, lock, anew, target is None)
 
-        failed = _in_threads(bring, names, counter)
+    def fetch(self, wanted: Sequence[Wanted], arrived: Callable[[Wanted, Arriving], None]) -> None:
+        """Brings files, each of which is handed to `arrived`. HubError."""
+        counter = self._counter
+        failed = Transfer(session(), wanted, counter, arrived, Patience(silence=silence())).run() if wanted else None
         if failed is not None:
-            with explained(repo.repo_id):
+            with self._explained():
                 raise failed
-        if names:
-            counter.finish()
 
-    def _damaged(self, names: Sequence[str], new: Sequence[str]) -> dict[str, Damage]:
-        looked_at = names if self._verifier.can_remember() else new
-        expected = {name: _digests(self.repo, self.folder, name) for name in looked_at}
+    def _place(self, wanted: Wanted, arriving: Arriving) -> None:
+        ours = arriving.path.exists()
+        if ours:
+            arriving.publish(wanted.target)
+        self._kept.place(wanted.target.name, self.folder / wanted.name)
+        if ours:
+            self._verifier.note(wanted.name, wanted.digests)
+
+    @property
+    def _revision(self) -> str:
+        return self.repo.host.revision(self.repo.options)
+
+    def _explained(self) -> AbstractContextManager[None]:
+        return explained(self.repo.repo_id, self.repo.host.address())
+
+    def _remove_unfinished(self) -> None:
+        tags = frozenset(one.partition(":")[2] for listed in self.repo.files.values() for one in listed.digests)
+        left = self._kept.remove_unfinished(keep=tags)
+        if left:
+            what = f"{len(left)} unfinished files of {self.repo.repo_id} ({readable(sum(left))})"
+            logger.warning("removed %s, which downloads that were killed had left in the cache", what)
+
+    def _found_damaged(self, names: Sequence[str]) -> dict[str, Damage]:
+        found = self.damaged(names)
+        for name, damage in found.items():
+            what = f"{name} of {self.repo.repo_id} lay in the cache damaged ({damage})"
+            logger.warning("%s; it is downloaded again", what)
+        return found
+
+    def damaged(self, names: Sequence[str]) -> dict[str, Damage]:
+        """Of what lies in the cache. One that cannot be written was filled by another user."""
+        if not names or not self._verifier.can_remember():
+            return {}
+        expected = {name: self._digests(name) for name in names}
         return self._verifier.damaged(expected, _verifying(self._progress))
 
-    def _say_unverified(self, names: Sequence[str]) -> None:
-        unknown = [name for name in names if not _digests(self.repo, self.folder, name)]
+    def _digests(self, name: str) -> frozenset[str]:
+        """What a file may hash to: of a large one the sha256 is told, of a small one git's id, or the tag is a hash."""
+        told = self.repo.files[name].digests
+        by_tag = digest_of(tag_of(self.folder / name))
+        return told if any(one.startswith("sha256:") for one in told) else told | by_tag
+
+    def _say_unverified(self, wanted: Sequence[Wanted]) -> None:
+        unknown = [one.name for one in wanted if not one.digests]
         if unknown:
-            logger.warning(
-                "%s: %s tells no checksum of %s: what arrived could not be verified",
-                self.repo.repo_id,
-                endpoint(),
-                some(unknown),
-            )
-
-    def _given_up(self, damaged: Mapping[str, Damage]) -> HubError:
-        """What is known to be wrong is not left in the cache, for no other program either."""
-        for name in damaged:
-            forget(self.folder / name, self._kept / "blobs")
-        name, damage = next(iter(damaged.items()))
-        return HubError(
-            f"{self.repo.repo_id}: {name} arrives damaged from {endpoint()} each time "
-            f"({_compared(damage)}); run it again later, or set HF_ENDPOINT to another mirror"
-        )
+            where = self.repo.host.address()
+            what = f"{self.repo.repo_id}: {where} tells no checksum of {some(unknown)}"
+            logger.warning("%s: what arrives cannot be verified", what)
 
 
-def _digests(repo: Repo, folder: Path, name: str) -> frozenset[str]:
-    """What a file may hash to: of a large one the sha256 is told, of a small one git's id, or the ETag is a hash."""
-    told = repo.files[name].digests if name in repo.files else frozenset()
-    return told if any(one.startswith("sha256:") for one in told) else told | cached_as(folder / name)
-
-
-def _kept(folder: Path, options: HubOptions) -> Path:
-    """All that the cache has of a repo; `folder` is where one commit's config.json lies."""
-    return folder.parents[1 + options.depth]
+def _by_kind(digest: str) -> bool:
+    """Files of Git LFS are called by their sha256, small ones by git's id."""
+    return digest.startswith("git:")
 
 
 def whole_in_cache(repo_id: str, options: HubOptions) -> Path | None:
@@ -243,13 +262,13 @@ def _from_cache(
         folder = whole_in_cache(repo_id, options) if weights else cached_folder(repo_id, options, TOKENIZER)
     if folder is None:
         raise error
-    verifier = Verifier(folder, _kept(folder, options))
+    verifier = Verifier(folder, host_of(repo_id).folder(repo_id, options).path)
     if verifier.can_remember():
         names = (CONFIG, *COMPANIONS, INDEX, *(_weights_in(folder) if weights else ()))
-        expected = {name: cached_as(folder / name) for name in names if (folder / name).exists()}
+        expected = {name: digest_of(tag_of(folder / name)) for name in names if (folder / name).exists()}
         for name, damage in verifier.damaged(expected, _verifying(progress)).items():
             raise HubError(
-                f"{name} of {repo_id} lies in the cache damaged ({_compared(damage)}); "
+                f"{name} of {repo_id} lies in the cache damaged ({damage}); "
                 "run it again with a network and without HF_HUB_OFFLINE, it is downloaded anew then"
             )
     return folder
@@ -273,10 +292,6 @@ def _verifying(progress: ProgressCallback | None) -> Callable[[int, int], None]:
             progress(Progress("verify", done, total, "bytes"))
 
     return report
-
-
-def _compared(damage: Damage) -> str:
-    return f"{damage.found} instead of {damage.expected}"
 
 
 def _check_files(repo: Repo, weights: bool) -> None:
@@ -309,100 +324,12 @@ def _no_weights(names: Sequence[str]) -> str:
     return "holds no safetensors weights; choose a repo with safetensors"
 
 
-def _check_disk(repo: Repo, needed: int) -> None:
-    kept_in = cache(repo.options)
-    folder = next(parent for parent in (kept_in, *kept_in.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(folder).free
+def check_disk(whose: str, wanted: Sequence[Wanted], folder: Path, otherwise: str) -> None:
+    """Whether a folder's disk has room for what has not arrived yet of files. HubError."""
+    needed = sum(max(0, one.size - arrived_of(one.target)) for one in wanted)
+    free = free_bytes(folder)
     if needed > free:
         raise HubError(
-            f"{repo.repo_id} needs {readable(needed)} of disk, {readable(free)} are free in {kept_in}; "
-            "free some space, or set HF_HOME to a folder on another disk"
+            f"{whose} needs {readable(needed)} of disk, {readable(free)} are free in {folder}; "
+            f"free some space, or {otherwise}"
         )
-
-
-def _remove_unfinished(repo_id: str, kept: Path, cache: Path) -> None:
-    """What killed downloads left: huggingface_hub goes on with none of it. It holds a lock on what it is writing."""
-    left = []
-    for part in (kept / "blobs").glob("*.*.incomplete"):
-        name = part.name.removesuffix(".incomplete").rpartition(".")[0]
-        if is_abandoned(cache / ".locks" / kept.name / f"{name}.lock"):
-            left.append(part.stat().st_size)
-            part.unlink()
-    if left:
-        what = f"{len(left)} unfinished files of {repo_id} ({readable(sum(left))})"
-        logger.warning("removed %s, which downloads that were killed had left in the cache", what)
-
-
-class _Stopped(Exception):
-    """Ends the downloading threads after the caller stopped."""
-
-
-class _Counter:
-    """Bytes that arrived so far, of `total`."""
-
-    def __init__(self, progress: ProgressCallback | None) -> None:
-        self.total = 0
-        self.stopped = False
-        self._done, self._shown = 0, 0
-        self._progress = progress
-        self._lock = threading.Lock()
-
-    def add(self, count: int) -> None:
-        """Called by the downloading threads."""
-        if self.stopped:
-            raise _Stopped
-        with self._lock:
-            self._done += count
-
-    def show(self) -> None:
-        """Called by the caller's thread."""
-        done = max(self._shown, min(self._done, self.total))  # a server that began again does not turn the bar back
-        if self._progress is not None and done != self._shown:
-            self._shown = done
-            self._progress(Progress("download", done, self.total, "bytes"))
-
-    def finish(self) -> None:
-        """All of it is here, also what needed no bytes from the Hub."""
-        self._done = self.total
-        self.show()
-
-
-def _in_threads(work: Callable[[str], object], names: Sequence[str], counter: _Counter) -> Exception | None:
-    """Works on all names, some at once; the first error, if any. The caller's thread shows the count meanwhile."""
-    waiting, ended = queue.SimpleQueue[str](), queue.SimpleQueue[Exception | None]()
-    for name in names:
-        waiting.put(name)
-
-    def run() -> None:
-        try:
-            while not counter.stopped:
-                work(waiting.get_nowait())
-        except queue.Empty:
-            ended.put(None)
-        except Exception as error:
-            ended.put(error)
-        except BaseException as error:  # a panic of native code
-            ended.put(HubError(f"the download failed ({one_line(error)}); run it again"))
-        else:
-            ended.put(None)
-
-    threads = [threading.Thread(target=run, daemon=True) for _ in range(min(_AT_ONCE, len(names)))]
-    for thread in threads:
-        thread.start()
-    try:
-        left = len(threads)
-        while left:
-            try:
-                error = ended.get(timeout=_POLL_SECONDS)
-            except queue.Empty:
-                counter.show()
-                continue
-            if error is not None:
-                return error
-            left -= 1
-        return None
-    finally:
-        counter.stopped = left > 0
-        deadline = time.monotonic() + _LEAVING_SECONDS
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))

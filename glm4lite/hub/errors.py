@@ -6,7 +6,6 @@ import ssl
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -28,30 +27,30 @@ _STATUS = {
 }
 
 
-def in_words(repo_id: str, error: BaseException) -> str | None:
-    """One line for a user, or None for an error that is not the user's."""
+def in_words(repo_id: str, error: BaseException, host: str) -> str | None:
+    """One line for a user, or None for an error that is not the user's; host: the server's address."""
     if isinstance(error, HubError):
         return str(error)
     if isinstance(error, GatedRepoError):
         return (
-            f"{repo_id} is gated: accept its terms on {constants.ENDPOINT}/{repo_id}, "
+            f"{repo_id} is gated: accept its terms on {host}/{repo_id}, "
             "then run `hf auth login` or set HF_TOKEN to a token that may read it"
         )
     if isinstance(error, RepositoryNotFoundError):
         return (
-            f"{repo_id} does not exist on {constants.ENDPOINT}, or is private; "
+            f"{repo_id} does not exist on {host}, or is private; "
             "check the name (for example zai-org/GLM-4-9B-0414), or set HF_TOKEN to a token that may read it"
         )
     if isinstance(error, RevisionNotFoundError):
-        return f"{repo_id} on {constants.ENDPOINT} has no such revision; give a branch, a tag or a commit that it has"
+        return f"{repo_id} on {host} has no such revision; give a branch, a tag or a commit that it has"
     if isinstance(error, HFValidationError):
         return f"{repo_id!r} is not a valid Hub repo id ({error}); use organisation/name"
     if isinstance(error, HfHubHTTPError):
-        return _refused(repo_id, error)
+        return _refused(repo_id, error, host)
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
-        return _absent(repo_id, error)
+        return _absent(repo_id, error, host)
     if isinstance(error, httpx.HTTPError | httpx.InvalidURL | httpx.StreamError):
-        return _unreached(repo_id, error)
+        return _unreached(repo_id, error, host)
     if isinstance(error, ssl.SSLError):  # before anything was asked
         return f"this machine's certificates cannot be used ({_reason(error)}); check SSL_CERT_FILE and SSL_CERT_DIR"
     if isinstance(error, OSError):
@@ -59,40 +58,36 @@ def in_words(repo_id: str, error: BaseException) -> str | None:
     return _misconfigured(error)
 
 
-def _refused(repo_id: str, error: HfHubHTTPError) -> str:
+def _refused(repo_id: str, error: HfHubHTTPError, host: str) -> str:
     status = error.response.status_code
     if isinstance(error, EntryNotFoundError):
-        name = str(error.response.request.url).rpartition("/")[2]
-        return (
-            f"{repo_id}: {constants.ENDPOINT} lists {name} but does not have it; try again later or choose another repo"
-        )
+        name = error.response.request.url.path.rpartition("/")[2]  # what stands behind it may be a signature
+        return f"{repo_id}: {host} lists {name} but does not have it; try again later or choose another repo"
     otherwise = f"answered HTTP {status}; try again later, or set HF_ENDPOINT to a mirror"
-    return f"{repo_id}: {constants.ENDPOINT} {_STATUS.get(status, otherwise)}"
+    return f"{repo_id}: {host} {_STATUS.get(status, otherwise)}"
 
 
-def _absent(repo_id: str, error: BaseException) -> str:
+def _absent(repo_id: str, error: BaseException, host: str) -> str:
     """The cache does not have it (or not all of it) and the Hub was not asked or did not answer."""
     if constants.HF_HUB_OFFLINE:
         return f"{repo_id} is not (or not wholly) in the cache and HF_HUB_OFFLINE is set; unset it to download"
     cause = error.__cause__ or error
     if isinstance(cause, HfHubHTTPError):
-        return _refused(repo_id, cause)
-    if isinstance(cause, FileMetadataError):
-        return f"{repo_id}: {constants.ENDPOINT} does not answer as the Hub does ({cause}); check HF_ENDPOINT"
-    return _unreached(repo_id, cause)
+        return _refused(repo_id, cause, host)
+    return _unreached(repo_id, cause, host)
 
 
-def _unreached(repo_id: str, error: BaseException) -> str:
+def _unreached(repo_id: str, error: BaseException, host: str) -> str:
     reason = _reason(error)
     if _is_about_certificates(error):
         what = "if a proxy of your network reads what is sent, set SSL_CERT_FILE to a file with its certificate"
-        return f"{constants.ENDPOINT} cannot be trusted ({reason}); {what}, and check this machine's date"
+        return f"{host} cannot be trusted ({reason}); {what}, and check this machine's date"
     if isinstance(error, httpx.ProxyError):
-        return f"{constants.ENDPOINT} cannot be reached: the proxy refuses ({reason}); check HTTPS_PROXY and HTTP_PROXY"
+        return f"{host} cannot be reached: the proxy refuses ({reason}); check HTTPS_PROXY and HTTP_PROXY"
     if isinstance(error, httpx.TimeoutException):
         reason = "no answer in time"
     return (
-        f"{constants.ENDPOINT} cannot be reached ({reason}) and {repo_id} is not (or not wholly) in the cache; "
+        f"{host} cannot be reached ({reason}) and {repo_id} is not (or not wholly) in the cache; "
         "check the network, or set HF_ENDPOINT to a mirror"
     )
 
@@ -114,10 +109,6 @@ def _of_the_system(repo_id: str, error: OSError) -> str:
     where = error.filename or constants.HF_HUB_CACHE
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{repo_id}: the disk is full ({where}); free some space, or set HF_HOME to a folder on another disk"
-    if "Consistency check failed" in str(error):
-        return f"{repo_id}: a file did not arrive as long as {constants.ENDPOINT} said; run it again"
-    if error.errno is None:  # huggingface_hub's own
-        return f"{repo_id} cannot be downloaded from {constants.ENDPOINT} ({error}); run it again"
     return f"{repo_id} cannot be stored in {where} ({error.strerror or error}); set HF_HOME to a folder you can write"
 
 

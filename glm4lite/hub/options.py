@@ -7,6 +7,9 @@ from typing import Any, Self
 
 from glm4lite.base.errors import HubError, shown
 
+MODELSCOPE = "ms:"
+"""How the name of a repo of ModelScope begins."""
+
 
 @dataclass(frozen=True)
 class HubOptions:

@@ -1,18 +1,19 @@
-"""Where a model's folder is: the embedded one, a folder of the user's, or one downloaded from the Hub."""
+"""Where a model is: the embedded one, a folder of the user's, one that `pull` made, or one downloaded."""
 
 import logging
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from glm4lite.base.errors import HubError
+from glm4lite.base.errors import Glm4liteError, HubError
 from glm4lite.base.events import Progress
 from glm4lite.base.files import CONFIG
 from glm4lite.base.sentences import Sentence
-from glm4lite.hub.options import HubOptions
+from glm4lite.hub.options import MODELSCOPE, HubOptions
 
 logger = logging.getLogger("glm4lite")
 
@@ -30,8 +31,8 @@ def resolve(
     options: HubOptions = HubOptions(),
     weights: bool = True,
 ) -> Path:
-    """The folder of a checkpoint; a Hub repo is downloaded first (without `weights`: its small files), where it is not
-    in the cache.
+    """The folder of a checkpoint (of a URL: the file); what is not on this machine is downloaded first (without
+    `weights`: its small files).
 
     Raises:
         HubError: there is no such folder or repo, or it cannot be downloaded; the message says what to do.
@@ -42,6 +43,10 @@ def resolve(
         if asked:
             logger.warning("%s is not used: %s is a folder of this machine", " and ".join(asked), found)
         return found / options.subfolder
+    if is_url(found):
+        from glm4lite.hub.urls import download_url
+
+        return download_url(found, progress, options)
     from glm4lite.hub.download import download  # huggingface_hub takes a while to import
 
     return download(found, progress, options, weights)
@@ -58,7 +63,8 @@ def resolve_config(source: str | Path, options: HubOptions = HubOptions()) -> Pa
 
 
 def locate(source: str | Path) -> Path | str:
-    """The folder of a checkpoint, or the id of a Hub repo, which is not looked for yet.
+    """The folder of a checkpoint; or what is not looked for yet: the id of a Hub repo, `ms:` and that of one of
+    ModelScope, or the URL of a file. A short name becomes the id that it stands for.
 
     Raises:
         HubError: there is no such folder, and it is no repo's id; or the environment says nonsense about the Hub.
@@ -71,12 +77,38 @@ def locate(source: str | Path) -> Path | str:
     folder = _existing(text)
     if folder is not None:
         return folder
+    if is_url(text) and not isinstance(source, Path):
+        _check_environment()
+        return text
+    named = None if isinstance(source, Path) else _named(text)
+    if named is not None:
+        return named
     if isinstance(source, Path) or _looks_like_a_path(text):
         raise HubError("{name} does not exist; {how}", name=_cut(text), how=_HOW)
-    if not _is_repo_id(text):
+    if not _is_repo_id(text.removeprefix(MODELSCOPE)):
         raise HubError("{name} is neither a folder nor a Hub repo id; {how}", name=repr(_cut(text)), how=_HOW)
     _check_environment()
     return text
+
+
+def is_url(text: str) -> bool:
+    """Whether it is the address of a file, and not a name."""
+    return text.startswith(("https://", "http://"))
+
+
+def _named(text: str) -> Path | str | None:
+    """What a short name stands for: a model that `pull --quant` made, or a known one's repo."""
+    from glm4lite.base.user_folder import models_folder
+    from glm4lite.hub.known import known
+
+    if "/" in text or "\\" in text or text.startswith((".", "~")):
+        return None
+    with suppress(Glm4liteError, OSError):
+        made = models_folder() / text
+        if (made / CONFIG).exists():
+            return made
+    found = known(text)
+    return None if found is None else found.repo_id
 
 
 def _check_environment() -> None:
@@ -133,7 +165,8 @@ def nano_folder() -> Path:
 
 
 def _looks_like_a_path(text: str) -> bool:
-    return text.startswith((".", "/", "~")) or "\\" in text or text.endswith("/") or text.count("/") > 1 or ":" in text
+    slashes = text.startswith((".", "/", "~")) or "\\" in text or text.endswith("/") or text.count("/") > 1
+    return slashes or ":" in text.removeprefix(MODELSCOPE)
 
 
 def _is_repo_id(text: str) -> bool:

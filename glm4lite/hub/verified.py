@@ -1,33 +1,22 @@
 """Whether files of the Hub's cache hold what the Hub says they hold.
 
-Each is hashed once: a note beside the repo's folder in the cache says which digest a file had and by what the system
-tells that it is still the same (size, time of change, inode), so that the 18 to 65 GB of a model are not read again at
-each start. A digest is "sha256:<hex>", or "git:<hex>" for the id that git gives a small file.
+What glm4lite fetches is verified as it arrives, what other programs fetched is hashed once: a note beside the repo's
+folder in the cache says which digest a file had and by what the system tells that it is still the same (size, time of
+change, inode), so that the 18 to 65 GB of a model are not read again at each start.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from glm4lite.base.errors import HubError
 from glm4lite.base.whole_file import write_whole
+from glm4lite.hub.digests import Damage, Digests
 
 NOTES = ".glm4lite-verified.json"
-
-_BLOCK_BYTES = 4 << 20
-
-
-@dataclass(frozen=True)
-class Damage:
-    """The digest a file has, and the one it should have."""
-
-    found: str
-    expected: str
 
 
 class Verifier:
@@ -60,17 +49,21 @@ class Verifier:
         total = sum(_size(self._folder / name) for name in unknown)
         done, wrong = 0, dict[str, Damage]()
         for name in unknown:
-            hashes = _Hashes(self._folder / name, expected[name])
-            for count in hashes.read():
+            state, digests = _state(self._folder / name), Digests(expected[name])
+            for count in _read(self._folder / name, digests):
                 done += count
                 report(done, total)
-            found = hashes.digests()
-            if found & expected[name]:
-                self._note(name, found & expected[name], hashes.state)
+            damage = digests.compared(expected[name])
+            if damage is None:
+                self._note(name, digests.found() & expected[name], state)
             else:
-                kind = min(expected[name]).partition(":")[0]
-                wrong[name] = Damage(next(d for d in found if d.startswith(kind)), min(expected[name]))
+                wrong[name] = damage
         return wrong
+
+    def note(self, name: str, digests: frozenset[str]) -> None:
+        """A file was verified before it got its name."""
+        if digests:
+            self._note(name, digests, _state(self._folder / name))
 
     def _noted(self, name: str) -> set[str]:
         """The digests that the file is known to have."""
@@ -88,36 +81,18 @@ class Verifier:
         return os.path.relpath(real, os.path.realpath(self._notes_path.parent))
 
 
-class _Hashes:
-    """The digests of one file, of the kinds that are asked for."""
-
-    def __init__(self, path: Path, kinds: frozenset[str]) -> None:
-        self._path = path
-        self.state = _state(path)
-        self._hashes: dict[str, Any] = {}
-        if any(kind.startswith("sha256:") for kind in kinds):
-            self._hashes["sha256"] = hashlib.sha256()
-        if any(kind.startswith("git:") for kind in kinds):
-            self._hashes["git"] = hashlib.sha1(b"blob %d\0" % _size(path), usedforsecurity=False)
-
-    def read(self) -> Iterator[int]:
-        """Yields the number of bytes after each block."""
-        try:
-            with self._path.open("rb", buffering=0) as file:
-                with suppress(OSError):  # a note must not outlive the bytes it speaks of where power is cut
-                    os.fsync(file.fileno())
-                buffer = memoryview(bytearray(_BLOCK_BYTES))
-                while count := file.readinto(buffer):
-                    for one in self._hashes.values():
-                        one.update(buffer[:count])
-                    yield count
-        except OSError as error:
-            raise HubError(
-                f"{self._path} cannot be read ({error.strerror or error}); remove it and run it again"
-            ) from None
-
-    def digests(self) -> frozenset[str]:
-        return frozenset(f"{kind}:{one.hexdigest()}" for kind, one in self._hashes.items())
+def _read(path: Path, digests: Digests) -> Iterator[int]:
+    """Yields the number of bytes after each block."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            with suppress(OSError):  # a note must not outlive the bytes it speaks of where power is cut
+                os.fsync(file.fileno())
+            size = os.fstat(file.fileno()).st_size
+            digests.begin(size)
+            while count := digests.read_from(file, size):
+                yield count
+    except OSError as error:
+        raise HubError(f"{path} cannot be read ({error.strerror or error}); remove it and run it again") from None
 
 
 def _state(path: Path) -> list[int] | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from glm4lite.base.errors import ConfigError
+from glm4lite.base.errors import ConfigError, HubError
 from glm4lite.base.files import CONFIG, INDEX, SINGLE, read_json
 from glm4lite.checkpoint.calibration import layer_bytes
 from glm4lite.checkpoint.checkpoint import Checkpoint
@@ -22,7 +22,7 @@ from glm4lite.checkpoint.prepare import Prepared, model_class, prepare
 from glm4lite.checkpoint.quant_choice import stored_quant
 from glm4lite.checkpoint.shard import DTYPE_NAMES, StoredTensor
 from glm4lite.checkpoint.streaming import BLOCK_BYTES, needs_calibration
-from glm4lite.hub.sources import locate
+from glm4lite.hub.sources import is_url, locate
 from glm4lite.memory.resources import Requirements
 from glm4lite.model.config import Glm4Config
 from glm4lite.model.layers import layer_of
@@ -36,6 +36,8 @@ def headers(source: str | Path) -> Checkpoint:
         Glm4liteError: what `load` raises for it, before any weight is read.
     """
     found = locate(source)
+    if isinstance(found, str) and is_url(found):
+        raise HubError(f"{found} is not on this machine; pull it first, and plan with the file")
     if isinstance(found, str):
         from glm4lite.checkpoint.remote import remote_headers  # huggingface_hub takes a while to import
 
@@ -47,9 +49,9 @@ def headers(source: str | Path) -> Checkpoint:
     return imagined(found)
 
 
-def imagined(folder: Path) -> Checkpoint:
-    """The checkpoint that a folder's config.json describes: bfloat16, or quantized as it says."""
-    values = read_json(folder / CONFIG)
+def imagined(folder: Path, values: dict[str, Any] | None = None) -> Checkpoint:
+    """The checkpoint that a folder's config.json (or its `values`) describes: bfloat16, or quantized as it says."""
+    values = read_json(folder / CONFIG) if values is None else values
     config = Glm4Config.from_dict(values, folder / CONFIG)
     empty = Checkpoint(folder, values, {})
     quant = stored_quant(empty)

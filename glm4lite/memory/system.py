@@ -67,3 +67,8 @@ def _fields(path: Path) -> dict[str, int]:
     """Lines of a name and a number, as in memory.stat."""
     words = (line.split() for line in read(path).splitlines())
     return {word[0]: int(word[1]) for word in words if len(word) > 1 and word[1].isdecimal()}
+
+
+def booted() -> float:
+    """When the system was started, in seconds since 1970."""
+    return float(psutil.boot_time())

@@ -38,6 +38,8 @@ class Repo:
     """Replaces parts of each file's entry in the listing; None leaves one out."""
     extra: list[Any] = field(default_factory=list)
     """Further entries of the listing."""
+    names_commit: bool = True
+    """Whether the listing tells the commit."""
     ranges: bool = True
     page: bytes = b""
     """The answer to everything, as HTML."""
@@ -186,4 +188,4 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _listing(repo_id: str, repo: Repo) -> Any:
     about = {"id": repo_id, "modelId": repo_id, "private": False, "tags": []}
-    return about | {"sha": repo.sha, "siblings": repo.entries()}
+    return about | ({"sha": repo.sha} if repo.names_commit else {}) | {"siblings": repo.entries()}

@@ -12,7 +12,7 @@ from glm4lite.base.errors import Glm4liteError, said_by
 from glm4lite.base.events import Progress
 from glm4lite.base.sentences import Sentence
 from glm4lite.base.sizes import readable
-from glm4lite.hub.client import cached_models
+from glm4lite.hub.local import cached_models
 from glm4lite.hub.sources import NANO, locate
 from glm4lite.loading.plan_report import plan
 from glm4lite.measure.inventory import devices, kernel_names

@@ -1,0 +1,68 @@
+"""`glm4lite pull`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from glm4lite.base.errors import ConfigError, HubError
+from glm4lite.cli import options
+from glm4lite.cli.output import rendering
+
+
+def pull(
+    model: options.Model,
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            help="int4 or int8: quantized while it arrives, so that the whole model never lies on the disk.",
+            show_default="as it is",
+        ),
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the quantized model goes.", show_default="by its name")
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option("--from", metavar="HOST", help="hub or modelscope.", show_default="hub")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default="the newest")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Download a model, verified; what was stopped or killed goes on where it was."""
+    from glm4lite.hub.options import HubOptions
+    from glm4lite.hub.sources import locate
+
+    if host not in (None, "hub", "modelscope"):
+        raise ConfigError(f"--from is {host[:100]!r}; use hub or modelscope")
+    found = locate(model)
+    if isinstance(found, Path):
+        raise HubError(f"{model} is on this machine already ({found})")
+    if host == "modelscope":
+        from glm4lite.hub.known import on_modelscope
+
+        found = on_modelscope(found)
+    asked = HubOptions(revision=revision)
+    with rendering(as_json) as renderer:
+        if quant is None:
+            if to is not None:
+                raise ConfigError("--to is for --quant: a model that stays as it is lies in the cache that tools share")
+            from glm4lite.base.sizes import readable
+            from glm4lite.hub.sources import resolve
+
+            written, name = resolve(found, renderer.show, asked), found
+        else:
+            from glm4lite.base.sizes import readable
+            from glm4lite.base.user_folder import models_folder
+            from glm4lite.checkpoint.quantize import quantize_checkpoint
+
+            options.use_threads(None)
+            called = f"{found.rpartition('/')[2]}-{quant}"
+            target = models_folder() / called if to is None else to
+            written = quantize_checkpoint(found, target, quant, renderer.show, hub=asked)
+            name = called if to is None else str(to)
+        files = [written] if written.is_file() else [path for path in written.iterdir() if path.is_file()]
+        size = sum(path.stat().st_size for path in files)
+        renderer.remark(f"{written}: {readable(size)}. Run it: glm4lite chat {shlex.quote(name)}")

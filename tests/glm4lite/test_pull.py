@@ -1,0 +1,469 @@
+"""Models pulled from real servers on loopback: by name, from ModelScope, by address, and quantized as they arrive."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from glm4lite.base.errors import CheckpointError, Glm4liteError, HubError
+from glm4lite.base.events import Progress
+from glm4lite.checkpoint.quantize import quantize_checkpoint
+from glm4lite.checkpoint.resumable import unfinished
+from glm4lite.hub.known import KNOWN
+from glm4lite.hub.local import cached_models, local_models, remove
+from glm4lite.hub.options import HubOptions
+from glm4lite.hub.sources import locate, resolve
+from tests.commands import python
+from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
+from tests.glm4lite.file_server import FileServer
+from tests.glm4lite.hub_server import HubServer, Repo
+from tests.glm4lite.test_hub import variables
+
+LAYERS = 6
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six layers, of which one lies in two shards."""
+    config = tiny_config(num_hidden_layers=LAYERS)
+    return write_checkpoint(tmp_path_factory.mktemp("source") / "tiny", config)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user without anything: caches and made models lie in it."""
+    for name in [name for name in os.environ if name.startswith("HF_") or "proxy" in name.lower()]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
+    monkeypatch.setenv("GLM4LITE_MODELS", str(tmp_path / "made"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def hub(tiny: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with HubServer({"org/tiny": Repo.of(tiny)}) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        yield server
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# --- quantized as it arrives
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What quantizing the same files from this machine gives."""
+    return content(quantize_checkpoint(tiny, tmp_path_factory.mktemp("made") / "int4"))
+
+
+def test_a_model_quantized_as_it_arrives_is_the_one_quantized_from_a_folder(
+    hub: HubServer, tiny: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    most, work = 0, unfinished(tmp_path / "out") / "work"
+
+    def look(event: Progress) -> None:
+        nonlocal most
+        held = [path.stat() for path in work.glob("*.safetensors*")] if work.exists() else []
+        most = max(most, sum(min(one.st_size, one.st_blocks * 512) for one in held))
+
+    out = quantize_checkpoint("org/tiny", tmp_path / "out", progress=look)
+    assert content(out) == expected
+    assert not unfinished(out).exists()
+    shards = sorted(path.stat().st_size for path in tiny.glob("*.safetensors"))
+    assert shards[-1] // 2 < most <= shards[-1] + shards[-1] // 2
+    assert not list(tmp_path.rglob("home/**/*.safetensors"))
+    asked = [path.rpartition("/")[2] for method, path in hub.requests if method == "GET" and "safetensors" in path]
+    names = sorted(path.name for path in tiny.glob("*.safetensors"))
+    assert sorted(asked) == sorted([*names, *names, "model.safetensors.index.json"])  # headers, then each once
+
+
+PULL = """
+import os, sys
+from pathlib import Path
+from glm4lite.checkpoint import quantize
+from glm4lite.checkpoint.quantize import quantize_checkpoint
+if sys.argv[2]:
+    write, count = quantize._write_fill, [int(sys.argv[2])]
+    def killed(*arguments):
+        write(*arguments)
+        count[0] -= 1
+        if not count[0]:
+            os.kill(os.getpid(), 9)
+    quantize._write_fill = killed
+quantize_checkpoint("org/tiny", sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("fills", [pytest.param(1, marks=pytest.mark.slow), 30])
+def test_a_killed_pull_goes_on_behind_the_last_whole_layer(
+    fills: int, hub: HubServer, expected: dict[str, bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    command = [*python(), "-c", PULL, str(out), str(fills)]
+    killed = subprocess.run(command, env=variables(hub.url, tmp_path / "home"), capture_output=True, check=False)
+    assert killed.returncode != 0
+    assert not out.exists()
+    state = unfinished(out) / "work" / "state.json"
+    units = json.loads(state.read_bytes())["units"] if state.exists() else 0
+    before, seen = len(hub.ranges), list[Progress]()
+    hub.requests.clear()
+    assert content(quantize_checkpoint("org/tiny", out, progress=seen.append)) == expected
+    assert before
+    if units:
+        assert f"going on behind part {units}" in caplog.text
+        quantized = [event for event in seen if event.stage == "quantize"]
+        assert quantized[0].done > 0
+    whole = [path for method, path in hub.requests if path.endswith("1-of-00002.safetensors")]
+    assert len(whole) == 1  # its header: the shard itself lay there, or was done with
+
+
+def test_a_pull_that_is_stopped_keeps_what_it_did_and_another_model_begins_anew(
+    hub: HubServer, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "made" / "out"
+
+    def stop(event: Progress) -> None:
+        if event.stage == "quantize" and event.done > event.total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint("org/tiny", out, "int8", progress=stop)
+    assert {one.name: one.state for one in local_models()} == {"org/tiny": "unfinished", "out": "unfinished"}
+    assert content(quantize_checkpoint("org/tiny", out)) == expected
+
+
+def test_shards_that_a_power_cut_may_have_damaged_are_not_used(
+    hub: HubServer, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    out, work = tmp_path / "out", unfinished(tmp_path / "out") / "work"
+
+    def stop(event: Progress) -> None:
+        if event.stage == "quantize" and event.done > event.total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint("org/tiny", out, progress=stop)
+    shards = list(work.glob("*.safetensors"))
+    assert shards
+    for shard in shards:
+        shard.write_bytes(bytes(shard.stat().st_size))
+    (work / "boot").write_text("1.0")
+    assert content(quantize_checkpoint("org/tiny", out)) == expected
+
+
+def test_a_folder_that_another_process_writes_is_refused(hub: HubServer, tmp_path: Path) -> None:
+    def second(event: Progress) -> None:
+        if event.stage == "quantize":
+            quantize_checkpoint("org/tiny", tmp_path / "out")
+
+    with pytest.raises(CheckpointError, match="is being written by another process; wait until it is done"):
+        quantize_checkpoint("org/tiny", tmp_path / "out", progress=second)
+
+
+def test_a_shard_that_is_not_what_its_header_said_is_refused(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    name = "model-00002-of-00002.safetensors"
+    right = hub.repos["org/tiny"].files[name]
+    other = right.replace(b'"BF16"', b'"F16" ')
+    assert other != right
+    hub.repos["org/tiny"].files[name] = other
+
+    def change(event: Progress) -> None:  # after the headers were read
+        if event.stage == "quantize":
+            hub.repos["org/tiny"].sent[name] = [right] * 9
+
+    hub.repos["org/tiny"].listed = {"lfs": None, "blobId": None}
+    hub.repos["org/tiny"].etags = {name: f"v1-{name}" for name in hub.repos["org/tiny"].files}
+    with pytest.raises(Glm4liteError, match=f"{name} has another header than a moment ago"):
+        quantize_checkpoint("org/tiny", tmp_path / "out", progress=change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_that_lie_in_the_cache_are_not_fetched(
+    hub: HubServer, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    cached = resolve("org/tiny")
+    hub.requests.clear()
+    assert content(quantize_checkpoint("org/tiny", tmp_path / "out")) == expected
+    assert all((cached / path.name).exists() for path in cached.iterdir())
+    assert sum("safetensors" in path for method, path in hub.requests) == 2  # the headers
+
+
+# --- the cache
+
+
+def test_huggingface_hub_finds_what_was_pulled(hub: HubServer, home: Path) -> None:
+    from huggingface_hub import hf_hub_download, scan_cache_dir
+
+    folder = resolve("org/tiny")
+    found = hf_hub_download("org/tiny", "config.json", cache_dir=home / "hub", local_files_only=True)
+    assert Path(found) == folder / "config.json"
+    report = scan_cache_dir(home / "hub")
+    assert not report.warnings
+    assert [(repo.repo_id, repo.nb_files) for repo in report.repos] == [("org/tiny", len(list(folder.iterdir())))]
+
+
+def test_what_huggingface_hub_downloaded_is_not_fetched_again_where_it_is_right(
+    hub: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import hf_hub_download
+
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    for name in hub.repos["org/tiny"].files:
+        hf_hub_download("org/tiny", name, cache_dir=home / "hub")
+    hub.requests.clear()
+    folder = resolve("org/tiny")
+    assert not hub.fetched
+    name = "model-00001-of-00002.safetensors"
+    blob = (folder / name).resolve()
+    (folder / name).unlink()  # as of another commit: the blob is there, and not what its name says
+    blob.write_bytes(bytes(blob.stat().st_size))
+    assert (resolve("org/tiny") / name).read_bytes() == hub.repos["org/tiny"].files[name]
+    assert hub.fetched == {name}
+
+
+def test_without_links_a_snapshot_holds_the_files(
+    hub: HubServer, tiny: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(1314, "A required privilege is not held by the client")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    folder = resolve("org/tiny")
+    assert content(folder) == content(tiny)
+    assert not any(path.is_symlink() for path in folder.iterdir())
+    hub.requests.clear()
+    assert resolve("org/tiny") == folder
+    assert not hub.fetched
+
+
+def test_a_mirror_whose_listing_names_no_commit_is_asked_for_it(hub: HubServer, tiny: Path) -> None:
+    hub.repos["org/tiny"].names_commit = False
+    folder = resolve("org/tiny")
+    assert folder.name == hub.repos["org/tiny"].sha
+    assert content(folder) == content(tiny)
+
+
+# --- names
+
+
+def test_a_short_name_is_a_repo_and_capitals_do_not_matter(home: Path) -> None:
+    assert locate("glm-4-9b") == locate("GLM-4-9B-0414") == locate("GLM-4-9b") == "zai-org/GLM-4-9B-0414"
+    assert locate("ms:ZhipuAI/GLM-4-9B-0414") == "ms:ZhipuAI/GLM-4-9B-0414"
+    assert len({one.name for one in KNOWN}) == len(KNOWN)
+    for bad in ("glm-5", "ms:x", "ms:../x", "ms:a/b/c"):
+        with pytest.raises(HubError):
+            locate(bad)
+
+
+def test_a_folder_of_the_name_is_taken_first(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "glm-4-9b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert locate("glm-4-9b") == Path("glm-4-9b")
+
+
+def test_models_are_listed_and_removed_by_the_names_they_are_run_by(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    assert local_models() == []
+    resolve("org/tiny")
+    quantize_checkpoint("org/tiny", tmp_path / "made" / "tiny-int4")
+    listed = {one.name: one for one in local_models()}
+    assert set(listed) == {"org/tiny", "tiny-int4"}
+    assert {one.state for one in listed.values()} == {"whole"}
+    size = sum(path.stat().st_size for path in tiny.iterdir())
+    assert size <= listed["org/tiny"].nbytes < size + 100_000
+    assert cached_models() == ["org/tiny"]
+    assert locate("tiny-int4") == tmp_path / "made" / "tiny-int4"
+    for name in listed:
+        remove(name)
+    assert local_models() == []
+    assert not list(tmp_path.rglob("*.safetensors"))
+    with pytest.raises(HubError, match="org/tiny is not on this machine; `glm4lite list` names the models that are"):
+        remove("org/tiny")
+
+
+def test_a_stopped_download_is_listed_as_unfinished(hub: HubServer) -> None:
+    def stop(event: Progress) -> None:
+        if event.done > event.total // 2:
+            raise KeyboardInterrupt
+
+    hub.repos["org/tiny"].breaks = {"model-00002-of-00002.safetensors": 5000}
+    with pytest.raises(KeyboardInterrupt):
+        resolve("org/tiny", stop)
+    assert [(one.name, one.state) for one in local_models()] == [("org/tiny", "unfinished")]
+
+
+def test_a_newer_commit_that_cannot_be_fetched_leaves_the_older_usable(hub: HubServer, tiny: Path) -> None:
+    first = resolve("org/tiny")
+    files = hub.repos["org/tiny"].files
+    hub.repos["org/tiny"].files = files | {"chat_template.jinja": b"new", "model-00001-of-00002.safetensors": b"new"}
+    hub.repos["org/tiny"].sent = {"model-00001-of-00002.safetensors": [b"wrong"] * 9}
+    with pytest.raises(HubError):
+        resolve("org/tiny")
+    hub.repos["org/tiny"].status = 503
+    assert resolve("org/tiny") == first
+
+
+# --- other hosts
+
+
+def modelscope(folder: Path, **changes: Any) -> dict[str, bytes]:
+    """The answers of ModelScope for a repo of a folder's files."""
+    import hashlib
+    from urllib.parse import urlencode
+
+    base, entries, found = "/api/v1/models/ZhipuAI/tiny/repo", [], {}
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        entries.append({"Path": path.name, "Type": "blob", "Size": len(data), "Sha256": digest} | changes)
+        found[f"{base}?{urlencode({'Revision': 'master', 'FilePath': path.name})}"] = data
+    entries.append({"Path": "onnx", "Type": "tree"})
+    listing = json.dumps({"Code": 200, "Success": True, "Data": {"Files": entries}}).encode()
+    return found | {f"{base}/files?Revision=master&Recursive=true": listing}
+
+
+def test_a_model_comes_from_modelscope_without_the_hubs_token(
+    home: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with FileServer(modelscope(tiny)) as server:
+        monkeypatch.setenv("MODELSCOPE_DOMAIN", server.url)
+        folder = resolve("ms:ZhipuAI/tiny")
+        assert content(folder) == content(tiny)
+        assert set(server.tokens) == {None}
+        monkeypatch.setenv("MODELSCOPE_API_TOKEN", "ms-secret")
+        server.tokens.clear()
+        resolve("ms:ZhipuAI/tiny")
+        assert set(server.tokens) == {"Bearer ms-secret"}
+    assert resolve("ms:ZhipuAI/tiny") == folder  # nobody answers: from the cache
+    assert [one.name for one in local_models()] == ["ms:ZhipuAI/tiny"]
+    assert resolve("ms:ZhipuAI/tiny", options=HubOptions(local_files_only=True)) == folder
+
+
+def test_a_wrong_sha256_of_modelscope_is_damage(home: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FileServer(modelscope(tiny, Sha256="0" * 64)) as server:
+        monkeypatch.setenv("MODELSCOPE_DOMAIN", server.url)
+        with pytest.raises(HubError, match="arrives damaged from http://127"):
+            resolve("ms:ZhipuAI/tiny")
+    assert not list(home.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("answer", [b"<html>", b"[]", b'{"Data": 3}', b'{"Success": false, "Message": "no"}', b"{}"])
+def test_a_host_that_answers_something_else_is_said(answer: bytes, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "/api/v1/models/ZhipuAI/tiny/repo/files?Revision=master&Recursive=true"
+    with FileServer({path: answer}) as server:
+        monkeypatch.setenv("MODELSCOPE_DOMAIN", server.url)
+        with pytest.raises(HubError, match=f"{server.url} (does not answer as the Hub does|says 'no')"):
+            resolve("ms:ZhipuAI/tiny")
+
+
+GGUF = b"GGUF" + bytes(range(256)) * 400
+
+
+def test_a_gguf_comes_by_its_address_once(home: Path) -> None:
+    import hashlib
+
+    with FileServer({"/m/x.gguf": GGUF, "/m/page.gguf": b"<html>"}) as server:
+        found = resolve(f"{server.url}/m/x.gguf")
+        assert isinstance(found, Path)
+        assert (found.name, found.read_bytes()) == ("x.gguf", GGUF)
+        asked = len(server.asked)
+        assert resolve(f"{server.url}/m/x.gguf") == found
+        assert len(server.asked) == asked
+        right = hashlib.sha256(GGUF).hexdigest()
+        assert resolve(f"{server.url}/m/x.gguf#sha256={right}").read_bytes() == GGUF
+        found.write_bytes(GGUF[:-1] + b"x")
+        assert resolve(f"{server.url}/m/x.gguf#sha256={right}").read_bytes() == GGUF
+        with pytest.raises(HubError, match="arrives damaged"):
+            resolve(f"{server.url}/m/x.gguf#sha256={'0' * 64}")
+        with pytest.raises(HubError, match="gives out no GGUF file"):
+            resolve(f"{server.url}/m/page.gguf")
+        for bad in ("/m/x.bin", "/m/x.gguf#md5=3", "/m/..%2fx.gguf"):
+            with pytest.raises(HubError):
+                resolve(f"{server.url}{bad}")
+
+
+def test_all_parts_of_a_split_gguf_come(home: Path) -> None:
+    files = {f"/big-{number:05d}-of-00003.gguf": GGUF + bytes([number]) for number in (1, 2, 3)}
+    with FileServer(files) as server:
+        first = resolve(f"{server.url}/big-00002-of-00003.gguf")
+    assert first.name == "big-00001-of-00003.gguf"
+    assert [path.read_bytes() for path in sorted(first.parent.glob("*.gguf"))] == list(files.values())
+
+
+def test_an_address_on_the_hub_is_a_file_of_its_repo(hub: HubServer, home: Path) -> None:
+    hub.repos["org/tiny"].files["q/tiny-Q4.gguf"] = GGUF
+    found = resolve(f"{hub.url}/org/tiny/blob/main/q/tiny-Q4.gguf")
+    assert found.read_bytes() == GGUF
+    assert found.is_relative_to(home / "hub" / "models--org--tiny" / "snapshots")
+    hub.requests.clear()
+    assert resolve(f"{hub.url}/org/tiny/resolve/main/q/tiny-Q4.gguf") == found
+    assert not hub.requests
+
+
+# --- commands
+
+
+def command(hub: HubServer, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    made = {"GLM4LITE_MODELS": str(home.parent / "made"), "COLUMNS": "200"}
+    return subprocess.run(
+        [*python(), "-m", "glm4lite", *arguments],
+        env=variables(hub.url, home, **made),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_pull_list_and_rm(hub: HubServer, home: Path) -> None:
+    pulled = command(hub, home, "pull", "org/tiny", "--quant", "int4")
+    assert pulled.returncode == 0, pulled.stderr
+    assert pulled.stderr.endswith("Run it: glm4lite chat tiny-int4\n")
+    plain = command(hub, home, "pull", "org/tiny", "--json")
+    assert json.loads(plain.stdout.splitlines()[-1])["stage"] == "download"
+    listed = command(hub, home, "list", "--json")
+    assert [one["name"] for one in json.loads(listed.stdout)["models"]] == ["org/tiny", "tiny-int4"]
+    gone = command(hub, home, "rm", "org/tiny", "tiny-int4")
+    assert gone.stdout.splitlines()[0].startswith("removed org/tiny: ")
+    assert command(hub, home, "list").stdout.startswith("no model is on this machine but nano")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("pull", "nano"), "nano is on this machine already"),
+        (("pull", "org/tiny", "--from", "moon"), "--from is 'moon'; use hub or modelscope"),
+        (("pull", "org/tiny", "--to", "x"), "--to is for --quant"),
+        (("pull", "org/tiny", "--quant", "nf4"), "nf4 is made while a model loads"),
+        (("rm", "org/none"), "org/none is not on this machine"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_pulled_or_removed_is_one_line(
+    arguments: tuple[str, ...], said: str, hub: HubServer, home: Path
+) -> None:
+    done = command(hub, home, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {said}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_known_models_are_listed_with_what_fits(hub: HubServer, home: Path) -> None:
+    found = json.loads(command(hub, home, "list", "--known", "--json").stdout)["models"]
+    nine = next(one for one in found if one["name"] == "glm-4-9b")
+    assert round(nine["download_bytes"] / 1e9, 1) == 18.8
+    assert 5.4 < nine["int4_bytes"] / 2**30 < 5.6
+    assert all(one["fits"] for one in found)
+    assert not hub.requests
