@@ -111,7 +111,7 @@ class Calibrator:
             if isinstance(module, _RecordingLinear):
                 setattr(module, fill.parameter, values)
                 if fill.quant is not None:
-                    module.recording = isinstance(fill.quant, QuantConfig) and fill.quant.bits == 4
+                    module.recording = isinstance(fill.quant, QuantConfig) and fill.quant.bits < 8
                     self._held[fill.source] = module
             else:
                 setattr(module, fill.parameter, nn.Parameter(values.float(), requires_grad=False))

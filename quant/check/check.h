@@ -70,6 +70,8 @@ struct Weight {
   double step(int64_t n, int64_t k) const;  // w = step * code - low
   double low(int64_t n, int64_t k) const;
   int code(int64_t n, int64_t k) const;
+  bool affine() const { return bits < 8; }
+  int top() const { return affine() ? (1 << bits) - 1 : 127; }  // the largest code
 
   int64_t n, k;
   int bits, group;

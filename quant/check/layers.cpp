@@ -36,9 +36,9 @@ struct Layer {
   static void center(Weight& w, Random& random) {
     w.randomize(random);
     const float size = 1.0f / sqrtf(static_cast<float>(w.k));
-    const float codes = w.bits == 4 ? 640.0f : 9600.0f;
+    const float codes = w.affine() ? 42.7f * w.top() : 9600.0f;
     for (int64_t i = 0; i < w.n; ++i) w.row_scale[i] = size * random.real(0.5f, 1.5f) / codes;
-    for (int64_t i = 0; i < w.row_min.size(); ++i) w.row_min[i] = w.row_scale[i] * 7.5f;
+    for (int64_t i = 0; i < w.row_min.size(); ++i) w.row_min[i] = w.row_scale[i] * 0.5f * w.top();
     for (int64_t i = 0; i < w.scales.size(); ++i) w.scales[i] = static_cast<uint8_t>(random.whole(100, 156));
     for (int64_t i = 0; i < w.mins.size(); ++i) w.mins[i] = w.scales[i];
   }

@@ -154,7 +154,7 @@ void spoiled_row(const Case& c, int isa, Random& random) {
 
 void check_products(int isa) {
   Random random(1);
-  for (int bits : {4, 8})
+  for (int bits : {2, 3, 4, 5, 6, 8})
     for (int group : {32, 64, 128}) {
       for (int m = 0; m <= 40; m += m < 14 ? 1 : 13)
         for (bool bfloat16 : {false, true}) {
@@ -163,7 +163,7 @@ void check_products(int isa) {
           random_values({m, n, k, bits, group, threads, bfloat16, m % 2 == 0, 1 + m / 2 % 2},
                         isa, random);
         }
-      random_values({261, 33, group, bits, group, 3, group == 64, true, bits / 4}, isa, random);
+      random_values({261, 33, group, bits, group, 3, group == 64, true, bits < 8 ? 1 : 2}, isa, random);
       extreme_values({3, 17, 256, bits, group, 2, group == 64, false, 1}, isa);
       for (int m = 1; m <= 13; ++m) {  // and weights that are gone through in several pieces
         const int64_t k = group * random.whole(512 / group + 1, 1280 / group);

@@ -54,10 +54,10 @@ void reconstructs(const Weight& w, const Exact<float>& source) {
         least = std::min(least, v), most = std::max(most, v);
         error = std::max(error, fabs(w.step(n, k) * w.code(n, k) - w.low(n, k) - v));
       }
-      const double range = w.bits == 4 ? most - least : std::max(most, -least);
-      const double step = range / (w.bits == 4 ? 15 : 127);
-      const double bytes = w.bits == 4 ? w.row_scale[n] * 8.0 + w.row_min[n] * 0.5 : w.row_scale[n] * 0.5;
-      const double allowed = 0.5 * step + (w.bits == 4 ? 0.36 * range : 0.0) + bytes + 1e-6 * range + 1e-28;
+      const double range = w.affine() ? most - least : std::max(most, -least);
+      const double step = range / w.top();
+      const double bytes = w.affine() ? w.row_scale[n] * (w.top() + 1) / 2 + w.row_min[n] * 0.5 : w.row_scale[n] * 0.5;
+      const double allowed = 0.5 * step + (w.affine() ? 0.36 * range : 0.0) + bytes + 1e-6 * range + 1e-28;
       if (!(error <= allowed))
         fail("row %d, group %d is off by %g, allowed %g", static_cast<int>(n), static_cast<int>(first / w.group), error,
              allowed);
@@ -104,7 +104,7 @@ void check_quantizing(int isa) {
   Random random(2);
   const Method methods[] = {{"minimum and maximum", 1, false}, {"search", 5, false}, {"calibrated", 5, true}};
   for (const Method& how : methods)
-    for (int bits : {4, 8})
+    for (int bits : {2, 3, 4, 5, 6, 8})
       for (int group : {32, 64, 128}) {
         if (bits == 8 && how.shares == 1) continue;  // all the same there
         one_shape({1, group, bits, group}, how, isa, random);

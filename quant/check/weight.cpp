@@ -42,8 +42,8 @@ Rounded round_twice(const double* x, int64_t k) {
 
 Weight::Weight(int64_t n, int64_t k, int bits, int group, int64_t offset)
     : n(n), k(k), bits(bits), group(group), codes(tiles(n) * (k / GLM4_COLS) * 64 * bits, offset),
-      scales(tiles(n) * (k / group) * GLM4_ROWS, offset), mins(bits == 4 ? scales.size() : 0, offset),
-      row_scale(n, offset / 4 * 4), row_min(bits == 4 ? n : 0, offset / 4 * 4) {}
+      scales(tiles(n) * (k / group) * GLM4_ROWS, offset), mins(affine() ? scales.size() : 0, offset),
+      row_scale(n, offset / 4 * 4), row_min(affine() ? n : 0, offset / 4 * 4) {}
 
 void Weight::randomize(Random& random) {
   for (const auto* plane : {&codes, &scales, &mins})
@@ -53,9 +53,8 @@ void Weight::randomize(Random& random) {
 }
 
 glm4_weight Weight::c() const {
-  const bool affine = bits == 4;
-  return {codes.data(), scales.data(), affine ? mins.data() : nullptr, row_scale.data(),
-          affine ? row_min.data() : nullptr, n, k, bits, group};
+  return {codes.data(), scales.data(), affine() ? mins.data() : nullptr, row_scale.data(),
+          affine() ? row_min.data() : nullptr, n, k, bits, group};
 }
 
 int64_t Weight::plane(int64_t row, int64_t column) const {
@@ -67,15 +66,21 @@ double Weight::step(int64_t row, int64_t column) const {
 }
 
 double Weight::low(int64_t row, int64_t column) const {
-  return bits == 4 ? static_cast<double>(row_min[row]) * mins[plane(row, column)] : 0.0;
+  return affine() ? static_cast<double>(row_min[row]) * mins[plane(row, column)] : 0.0;
 }
 
 int Weight::code(int64_t row, int64_t column) const {
   const int64_t tile = row / GLM4_ROWS * (k / GLM4_COLS) + column / GLM4_COLS, r = row % GLM4_ROWS;
-  const int64_t c = column % GLM4_COLS;
-  if (bits == 8) return static_cast<int8_t>(codes[tile * 512 + c / 4 * 64 + r * 4 + c % 4]);
-  const uint8_t byte = codes[tile * 256 + c / 8 * 64 + r * 4 + c % 4];
-  return c % 8 < 4 ? byte & 15 : byte >> 4;
+  const int64_t quad = column % GLM4_COLS / 4, byte = tile * 64 * bits + r * 4 + column % 4;
+  switch (bits) {
+    case 2: return codes[byte + quad / 4 * 64] >> quad % 4 * 2 & 3;
+    case 3: return (codes[byte + quad / 4 * 64] >> quad % 4 * 2 & 3) | (codes[byte + 128] >> quad & 1) << 2;
+    case 8: return static_cast<int8_t>(codes[byte + quad * 64]);
+  }
+  const int low = codes[byte + quad / 2 * 64] >> quad % 2 * 4 & 15;
+  if (bits == 5) return low | (codes[byte + 256] >> quad & 1) << 4;
+  if (bits == 6) return low | (codes[byte + 256 + quad / 4 * 64] >> quad % 4 * 2 & 3) << 4;
+  return low;
 }
 
 Product product(const std::vector<double>& x, int64_t m, const Weight& w, const float* bias, int splits) {

@@ -24,7 +24,7 @@ struct Sink {
   bool swiglu = false;
 };
 
-// All weights have the source's k; those of 4 bits share one group size. `splits` is 1, or 2: what rounding the input to
+// All weights have the source's k; those of fewer than 8 bits share one group size. `splits` is 1, or 2: what rounding the input to
 // int8 left is a second input of int8, and their products are added. Throws std::bad_alloc.
 void linear(const Source& source, const Sink* sinks, int count, int splits, const glm4_isa& isa, int threads);
 

@@ -1,8 +1,12 @@
 // The C interface of the kernels, and what the files of this folder share. Knows nothing of Python or torch.
 //
 // A weight [n, k] is tiled 16 rows x 32 columns; the tiles of one row block lie one after another along k:
-//   4 bits: 256 bytes; vector j = 0..3 of 64 bytes, byte i of row r: low nibble w[r][8j+i], high nibble w[r][8j+4+i]
 //   8 bits: 512 bytes; vector j = 0..7 of 64 bytes, byte i of row r: w[r][4j+i], signed
+//   fewer: planes of the code's binary digits, the lowest digits first; 64 bytes a digit. In byte i of row r lie
+//     four digits, 256 bytes, vector j = 0..3: those of w[r][8j+i] and, in the high nibble, of w[r][8j+4+i]
+//     two digits, 128 bytes, vector j = 0..1: those of w[r][16j+4f+i] at bit 2f, f = 0..3
+//     one digit, 64 bytes: that of w[r][4f+i] at bit f, f = 0..7
+//   2 bits are two; 3 are two and one; 4 are four; 5 are four and one; 6 are four and two. These codes are unsigned.
 //   w = row_scale[n] * scales[n, g] * q - row_min[n] * mins[n, g], scales and mins stored [n / 16][k / group][16]
 // Nothing but row_scale and row_min ends at n: the other planes are padded to whole tiles. No alignment is assumed.
 #ifndef GLM4LITE_QGEMM_H
@@ -27,7 +31,7 @@ enum { GLM4_TOKENS = 16, GLM4_BLOCK = 64, GLM4_RANGE = 512 };
 struct glm4_weight {
   uint8_t* qweight;
   uint8_t* scales;
-  uint8_t* mins;  // null for 8 bits
+  uint8_t* mins;  // null for 8 bits, and only there
   float* row_scale;
   float* row_min;  // null for 8 bits
   int64_t n, k;
@@ -89,9 +93,9 @@ GLM4_API int32_t glm4_matmul(const glm4_weight* w, const glm4_matrix* x, const f
 GLM4_API int32_t glm4_decoder_layers(const glm4_layer* const* layers, int32_t count, const glm4_span* spans,
                                      int32_t span_count, float* x, const float* cos, const float* sin, int32_t isa,
                                      int32_t threads);
-// Fills w from source [n, k]; GLM4_NOT_FINITE puts the first such row and column in place[0..1]. int4: importance
-// [k] says how much an error in each column counts (the largest of each group is 1); where it is null, the first
-// `shares` of GLM4_SHARES are tried. int8 needs neither.
+// Fills w from source [n, k]; GLM4_NOT_FINITE puts the first such row and column in place[0..1]. Below 8 bits
+// importance [k] says how much an error in each column counts (the largest of each group is 1); where it is null, the
+// first `shares` of GLM4_SHARES are tried. 8 bits need neither.
 GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, const float* importance,
                                int32_t shares, int32_t isa, int32_t threads, int64_t* place);
 // Sum of the 64-bit words of `bytes` (whole multiples of 512; a rest is left out), as fast as memory gives them.
@@ -115,7 +119,7 @@ struct glm4_panel_column {
   int64_t width;
 };
 
-// One row tile times `count` panels, without row scales: dot[c][r] = sum of scales * q * x, and for 4 bits min[c][r] =
+// One row tile times `count` panels, without row scales: dot[c][r] = sum of scales * q * x, and below 8 bits min[c][r] =
 // sum of mins * x; c counts through the columns of all panels.
 typedef void (*glm4_tile_kernel)(const glm4_weight* w, int64_t tile, const glm4_panel* x, int64_t count, float* dot,
                                  float* min);
@@ -177,15 +181,14 @@ extern const glm4_rows glm4_rows_avx2;
 extern const glm4_rows glm4_rows_avx512;
 extern const glm4_rows glm4_rows_neon;
 
-// Steps and minima of one row's int4 groups, with the least squared error over the first `shares` of GLM4_SHARES of each
-// group's (minimum, maximum). Every version does the reference's float operations in its order.
-typedef void (*glm4_search)(const float* row, int64_t k, int32_t group, int32_t shares, float* step, float* low);
-void glm4_search_avx2(const float* row, int64_t k, int32_t group, int32_t shares, float* step, float* low);
+// Steps and minima of one row's groups, with the least squared error over the first `shares` of GLM4_SHARES of each
+// group's (minimum, maximum) for codes of at most `top`. Every version does the reference's float operations in its order.
+typedef void (*glm4_search)(const float* row, int64_t k, int32_t group, int32_t shares, float top, float* step, float* low);
+void glm4_search_avx2(const float* row, int64_t k, int32_t group, int32_t shares, float top, float* step, float* low);
 enum { GLM4_ALL_SHARES = 5 };
 static const float GLM4_SHARES[GLM4_ALL_SHARES][2] = {
     {1.0f, 1.0f}, {0.9f, 1.0f}, {1.0f, 0.9f}, {0.9f, 0.9f}, {0.82f, 0.82f}};
 static const float GLM4_TINY = 1e-30f;  // a step below this is zero
-static const float GLM4_PER_NIBBLE = (float)(1.0 / 15);
 
 // One calibrated tile of 16 rows x k floats (zeros past the weight's end); scratch holds 32 * (k / group) floats.
 typedef void (*glm4_tile_quantizer)(const glm4_weight* w, int64_t tile, const float* rows, const float* importance,

@@ -20,7 +20,7 @@ constexpr int64_t kPiece = 16;  // blocks of 32 columns in a piece
 constexpr int64_t kBlockBytes = GLM4_ROWS * GLM4_COLS;  // of a block, one byte a code
 
 struct Piece {
-  alignas(32) uint8_t codes[kPiece * kBlockBytes];  // of 4-bit weights
+  alignas(32) uint8_t codes[kPiece * kBlockBytes];  // of weights of fewer than 8 bits
   Scale scales[kPiece][kHalves];                    // of each block
   Floats mins[kPiece][kHalves];                     // of each group
 };
@@ -53,10 +53,27 @@ inline void settle(Ints& v) { __asm__("" : "+x"(v)); }
 inline void forget(float*& p) { __asm__("" : "+r"(p)); }
 
 inline Ints load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-inline Ints low_nibbles(Ints v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
-inline Ints high_nibbles(Ints v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
 inline Floats bytes_to_float(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+
+// `count` digits at bit `From` of each byte moved to bit `To`, without what stands beside them.
+template <int From, int To, int Count>
+inline Ints digits(Ints v) {
+  if (From > To) v = _mm256_srli_epi16(v, From > To ? From - To : 0);
+  if (From < To) v = _mm256_slli_epi16(v, From < To ? To - From : 0);
+  return _mm256_and_si256(v, _mm256_set1_epi8(static_cast<char>(((1 << Count) - 1) << To)));
+}
+
+// Codes of quad J of half a block's rows.
+template <int Bits, int J>
+inline Ints codes_of(const uint8_t* half) {
+  constexpr bool four = (Bits & 4) != 0, two = (Bits & 2) != 0, one = (Bits & 1) != 0;
+  Ints w{};
+  if (four) w = digits<J % 2 * 4, 0, 4>(load(half + 64 * (J / 2)));
+  if (two) w = _mm256_or_si256(w, digits<J % 4 * 2, four ? 4 : 0, 2>(load(half + (four ? 256 : 0) + 64 * (J / 4))));
+  if (one) w = _mm256_or_si256(w, digits<J, Bits - 1, 1>(load(half + 64 * (Bits - 1))));
+  return w;
 }
 
 // Four columns of the tile with quad `j` of every column of the panel.
@@ -69,17 +86,19 @@ inline void add_quad(const Ints* w, const int32_t* a, int j, const Scale* s, Int
   }
 }
 
+template <int C, int Bits, int J>
+inline void add_packed(const uint8_t* codes, const int32_t* a, const Scale* s, Ints (*sum)[kHalves]) {
+  if constexpr (J < 8) {
+    const Ints w[kHalves] = {codes_of<Bits, J>(codes), codes_of<Bits, J>(codes + 32)};
+    add_quad<C, Bits>(w, a, J, s, sum);
+    add_packed<C, Bits, J + 1>(codes, a, s, sum);
+  }
+}
+
 template <int C, int Bits, bool Packed>
 inline void add_block(const uint8_t* codes, const int32_t* a, const Scale* s, Ints (*sum)[kHalves]) {
   if constexpr (Packed) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const Ints v[kHalves] = {load(codes + 64 * j), load(codes + 64 * j + 32)};
-      const Ints low[kHalves] = {low_nibbles(v[0]), low_nibbles(v[1])};
-      add_quad<C, Bits>(low, a, 2 * j, s, sum);
-      const Ints high[kHalves] = {high_nibbles(v[0]), high_nibbles(v[1])};
-      add_quad<C, Bits>(high, a, 2 * j + 1, s, sum);
-    }
+    add_packed<C, Bits, 0>(codes, a, s, sum);
   } else {
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
@@ -119,11 +138,11 @@ inline void store_sums(const Floats (*total)[kHalves], float* to) {
 // Multiplies with a panel of C columns; adds to dot and min.
 template <int C, int Bits, bool Prepared>
 void dots(const Part& part, const glm4_panel* x, float* dot, float* min) {
-  constexpr bool alone = C == 1, packed = Bits == 4 && !Prepared;
+  constexpr bool alone = C == 1, packed = Bits < 8 && !Prepared;
   constexpr bool with_mins = alone && packed;  // one column has the registers for its float sums
   const int64_t per_group = part.per_group(), first = part.begin * per_group, blocks = part.end * per_group - first;
   const int shift = static_cast<int>(per_group / 2);  // 1, 2 or 4 blocks are a group
-  const uint8_t *codes = part.codes, *scales = part.scales(), *mins = Bits == 4 ? part.mins() : nullptr;
+  const uint8_t *codes = part.codes, *scales = part.scales(), *mins = Bits < 8 ? part.mins() : nullptr;
   const int32_t *a = x->quads + first * 8 * C, *sums = x->sum + first * C;
   const float *by = x->scale + first * C, *group_sum = x->group_sum + part.begin * C;
   Floats total[C][kHalves], low[C][kHalves];
@@ -157,7 +176,7 @@ void dots(const Part& part, const glm4_panel* x, float* dot, float* min) {
         }
       }
     }
-    codes += packed ? kBlockBytes / 2 : kBlockBytes, a += 8 * C, by += C, sums += C;
+    codes += packed ? 64 * Bits : kBlockBytes, a += 8 * C, by += C, sums += C;
   }
   if (alone) store_sums<C>(total, dot);
   if (with_mins) return store_sums<C>(low, min);
@@ -173,15 +192,15 @@ void dots(const Part& part, const glm4_panel* x, float* dot, float* min) {
   store_sums<C>(low, min);
 }
 
-// Four-bit codes in the order of eight-bit ones.
+// Codes of fewer bits in the order of eight-bit ones.
+template <int Bits, int J = 0>
 inline void unpack(const uint8_t* codes, uint8_t* to) {
-  fetch_ahead<4>(codes);
-  for (int j = 0; j < 4; ++j, codes += 64, to += 128)
-    for (int h = 0; h < kHalves; ++h) {
-      const Ints both = load(codes + 32 * h);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * h), low_nibbles(both));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * h + 64), high_nibbles(both));
-    }
+  if constexpr (J < 8) {
+    if (J == 0) fetch_ahead<Bits>(codes);
+    for (int h = 0; h < kHalves; ++h)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 64 * J + 32 * h), codes_of<Bits, J>(codes + 32 * h));
+    unpack<Bits, J + 1>(codes, to);
+  }
 }
 
 // Asks for the scales or minima of the piece after the next one.
@@ -191,21 +210,21 @@ inline void fetch_bytes(const uint8_t* groups) {
 
 template <int Bits>
 void prepare(Part* part, Piece* piece) {
-  const uint8_t *scales = part->scales(), *mins = Bits == 4 ? part->mins() : nullptr;
+  const uint8_t *scales = part->scales(), *mins = Bits < 8 ? part->mins() : nullptr;
   fetch_bytes(scales);
-  if (Bits == 4) fetch_bytes(mins);
+  if (Bits < 8) fetch_bytes(mins);
   int64_t b = 0;
   for (int64_t g = 0; g < part->end - part->begin; ++g, scales += GLM4_ROWS) {
     for (const int64_t end = b + part->per_group(); b < end; ++b) {
       piece->scales[b][0] = scale_of<0>(scales), piece->scales[b][1] = scale_of<1>(scales);
-      if (Bits == 4) unpack(part->codes + b * (kBlockBytes / 2), piece->codes + b * kBlockBytes);
+      if constexpr (Bits < 8) unpack<Bits>(part->codes + b * (64 * Bits), piece->codes + b * kBlockBytes);
     }
     if (Bits == 8) continue;
     piece->mins[g][0] = bytes_to_float(mins), piece->mins[g][1] = bytes_to_float(mins + 8);
     mins += GLM4_ROWS;
   }
   part->piece = piece;
-  if (Bits == 4) part->codes = piece->codes;
+  if (Bits < 8) part->codes = piece->codes;
 }
 
 using Dots = void (*)(const Part&, const glm4_panel*, float*, float*);
@@ -242,7 +261,14 @@ void multiply_panels(const glm4_weight* w, int64_t tile, const glm4_panel* x, in
 // glm4_tile_kernel of an ISA whose widest panel has `Width` columns.
 template <int Width>
 void multiply_tile(const glm4_weight* w, int64_t tile, const glm4_panel* x, int64_t count, float* dot, float* min) {
-  (w->bits == 4 ? multiply_panels<Width, 4> : multiply_panels<Width, 8>)(w, tile, x, count, dot, min);
+  switch (w->bits) {
+    case 2: return multiply_panels<Width, 2>(w, tile, x, count, dot, min);
+    case 3: return multiply_panels<Width, 3>(w, tile, x, count, dot, min);
+    case 4: return multiply_panels<Width, 4>(w, tile, x, count, dot, min);
+    case 5: return multiply_panels<Width, 5>(w, tile, x, count, dot, min);
+    case 6: return multiply_panels<Width, 6>(w, tile, x, count, dot, min);
+    default: return multiply_panels<Width, 8>(w, tile, x, count, dot, min);
+  }
 }
 
 }  // namespace

@@ -28,29 +28,31 @@ inline Ints first_sum(int32_t) {
   return _mm256_setzero_si256();
 }
 
-// 4 bits: a lane of 16 bits adds 8 pairs of at most 2 * 15 * 127 each, 30480 in all.
+// Up to 4 bits: a lane of 16 bits adds 8 pairs of at most 2 * 15 * 127 each, 30480 in all.
+// 5 and 6 bits: a pair is at most 2 * 63 * 127 = 16002, with the scale 2^22, and a lane of 32 bits stays below 2^26.
 // 8 bits: the weight's sign moves to the activation; |w| <= 128 and |x| <= 127, so a pair is at most 32512. With the
 // scale a lane of 32 bits stays below 2^27.
 // Both halves are multiplied before they are added: in turn takes 5 % longer (Zen 4).
 template <int Bits>
 inline void add_products(Ints* sum, const Ints* w, Ints x, const Scale* s) {
-  if (Bits == 4) {
+  if (Bits <= 4) {
     Ints low = _mm256_maddubs_epi16(w[0], x), high = _mm256_maddubs_epi16(w[1], x);
     __asm__("" : "+x"(low), "+x"(high));
     sum[0] = _mm256_add_epi16(sum[0], low), sum[1] = _mm256_add_epi16(sum[1], high);
     return;
   }
   for (int h = 0; h < 2; ++h) {
-    const Ints pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w[h]), _mm256_sign_epi8(x, w[h]));
+    const Ints pairs = Bits < 8 ? _mm256_maddubs_epi16(w[h], x)
+                                : _mm256_maddubs_epi16(_mm256_abs_epi8(w[h]), _mm256_sign_epi8(x, w[h]));
     sum[h] = _mm256_add_epi32(sum[h], _mm256_madd_epi16(pairs, s[h]));
     __asm__("" : "+x"(sum[h]));
   }
 }
 
-// 4 bits: the scale is multiplied while the sum is widened (15 * 127 * 32 * 255 < 2^24 is exact as a float).
+// Up to 4 bits the scale is multiplied while the sum is widened (15 * 127 * 32 * 255 < 2^24 is exact as a float).
 template <int Bits>
 inline Floats add_scaled(Ints sum, Scale s, Floats by, Floats total) {
-  const Ints scaled = Bits == 4 ? _mm256_madd_epi16(sum, s) : sum;
+  const Ints scaled = Bits <= 4 ? _mm256_madd_epi16(sum, s) : sum;
   return _mm256_fmadd_ps(_mm256_cvtepi32_ps(scaled), by, total);
 }
 

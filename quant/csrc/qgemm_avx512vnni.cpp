@@ -1,5 +1,6 @@
 // AVX-512 VNNI: one register holds four columns of all 16 rows; vpdpbusd adds their products with four broadcast
-// activations. Per 512 four-bit weights and one column: 4 loads, 12 mask/shift, 8 vpdpbusd, 3 for the scales.
+// activations. Per 512 four-bit weights and one column: 4 loads, 12 mask/shift, 8 vpdpbusd, 3 for the scales; of three
+// bits 3 loads, 30 mask/shift and as many of the rest.
 #include <immintrin.h>
 
 #include "qgemm.h"
@@ -26,26 +27,74 @@ inline void add_chains(__m512i acc[][kChains<C>], __m512i* out) {
   }
 }
 
-template <int C>
-inline void dot_int4(const uint8_t* tile, const int32_t* a, __m512i* out) {
-  const __m512i nibble = _mm512_set1_epi8(15);
+// Loaded once: the compiler would read it for each use, and the loads are what limits.
+inline __m512i load_once(const uint8_t* p) {
+  __m512i v = _mm512_loadu_si512(p);
+  __asm__("" : "+v"(v));
+  return v;
+}
+
+// The digits at bit `From` of each byte moved to bit `To`; what stands beside them is of other codes.
+template <int From, int To>
+inline __m512i moved(__m512i v) {
+  if constexpr (From == To) return v;
+  return From > To ? _mm512_srli_epi16(v, From > To ? From - To : 0) : _mm512_slli_epi16(v, From > To ? 0 : To - From);
+}
+
+// `low` with the digits of `mask` taken from `high`.
+inline __m512i with_digits(__m512i low, __m512i high, int mask) {
+  return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi8(static_cast<char>(mask)), 0xF8);  // a | (b & c)
+}
+
+// The planes of a block whose vectors are of use for more than one pair of quads.
+struct Held {
+  __m512i two, one;
+};
+
+// Codes of quads 2j and 2j + 1 of a block.
+template <int Bits, int J>
+inline void codes_of(const uint8_t* tile, Held& held, __m512i* w) {
+  constexpr bool four = (Bits & 4) != 0, two = (Bits & 2) != 0, one = (Bits & 1) != 0;
+  constexpr int at_two = four ? 4 : 0, at_one = Bits - 1;  // the lowest digit of each plane
+  if constexpr (four) {
+    const __m512i v = load_once(tile + 64 * J), nibble = _mm512_set1_epi8(15);
+    w[0] = _mm512_and_si512(v, nibble), w[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble);
+  }
+  if constexpr (two) {
+    if (J % 2 == 0) held.two = load_once(tile + (four ? 256 : 0) + 32 * J);
+    constexpr int bit = J % 2 * 4, mask = 3 << at_two;
+    const __m512i v[2] = {moved<bit, at_two>(held.two), moved<bit + 2, at_two>(held.two)};
+    for (int i = 0; i < 2; ++i)
+      w[i] = four ? with_digits(w[i], v[i], mask) : _mm512_and_si512(v[i], _mm512_set1_epi8(mask));
+  }
+  if constexpr (one) {
+    if (J == 0) held.one = load_once(tile + 64 * (Bits - 1));
+    w[0] = with_digits(w[0], moved<2 * J, at_one>(held.one), 1 << at_one);
+    w[1] = with_digits(w[1], moved<2 * J + 1, at_one>(held.one), 1 << at_one);
+  }
+}
+
+template <int C, int Bits, int J>
+inline void add_quads(const uint8_t* tile, const int32_t* a, Held& held, __m512i (*acc)[kChains<C>]) {
+  __m512i w[2];
+  codes_of<Bits, J>(tile, held, w);
+#pragma GCC unroll 12
+  for (int c = 0; c < C; ++c) {
+    __m512i &even = acc[c][2 * J % kChains<C>], &odd = acc[c][(2 * J + 1) % kChains<C>];
+    even = _mm512_dpbusd_epi32(even, w[0], _mm512_set1_epi32(a[8 * c + 2 * J]));
+    odd = _mm512_dpbusd_epi32(odd, w[1], _mm512_set1_epi32(a[8 * c + 2 * J + 1]));
+  }
+}
+
+template <int C, int Bits>
+inline void dot_affine(const uint8_t* tile, const int32_t* a, __m512i* out) {
   __m512i acc[C][kChains<C>];
 #pragma GCC unroll 12
   for (int c = 0; c < C; ++c)
     for (int i = 0; i < kChains<C>; ++i) acc[c][i] = _mm512_setzero_si512();
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    __m512i v = _mm512_loadu_si512(tile + 64 * j);
-    __asm__("" : "+v"(v));  // loaded once: the compiler would read it for each use, and the loads are what limits
-    const __m512i low = _mm512_and_si512(v, nibble);
-    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble);
-#pragma GCC unroll 12
-    for (int c = 0; c < C; ++c) {
-      __m512i &even = acc[c][2 * j % kChains<C>], &odd = acc[c][(2 * j + 1) % kChains<C>];
-      even = _mm512_dpbusd_epi32(even, low, _mm512_set1_epi32(a[8 * c + 2 * j]));
-      odd = _mm512_dpbusd_epi32(odd, high, _mm512_set1_epi32(a[8 * c + 2 * j + 1]));
-    }
-  }
+  Held held{};
+  add_quads<C, Bits, 0>(tile, a, held, acc), add_quads<C, Bits, 1>(tile, a, held, acc);
+  add_quads<C, Bits, 2>(tile, a, held, acc), add_quads<C, Bits, 3>(tile, a, held, acc);
   add_chains<C>(acc, out);
 }
 
@@ -97,7 +146,7 @@ inline void add_min(const uint8_t* m, const float* group_sum, __m512* total) {
 // With few columns the minima are added on the way: a pass of their own would wait for each addition.
 template <int C, int Bits>
 void dots(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* out, float* min) {
-  constexpr bool few = C <= kFewColumns, with_mins = few && Bits == 4;
+  constexpr bool few = C <= kFewColumns, with_mins = few && Bits < 8;
   const int64_t groups = w->k / w->group, per_group = w->group / GLM4_COLS;
   const uint8_t* codes = w->qweight + tile * (w->k / GLM4_COLS) * (64 * Bits);
   const uint8_t* scales = w->scales + tile * groups * GLM4_ROWS;
@@ -112,8 +161,8 @@ void dots(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* out, f
     for (int64_t b = 0; b < per_group; ++b) {
       fetch_ahead<C, Bits>(codes);
       __m512i acc[C];
-      if (Bits == 4) {
-        dot_int4<C>(codes, a, acc);
+      if constexpr (Bits < 8) {
+        dot_affine<C, Bits>(codes, a, acc);
       } else {
         dot_int8<C>(codes, a, sum, acc);
       }
@@ -145,8 +194,14 @@ void mins(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* out) {
 
 template <int C>
 void tile_of(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* dot, float* min) {
-  if (w->bits == 8) return dots<C, 8>(w, tile, x, dot, nullptr);
-  dots<C, 4>(w, tile, x, dot, min);
+  switch (w->bits) {
+    case 2: dots<C, 2>(w, tile, x, dot, min); break;
+    case 3: dots<C, 3>(w, tile, x, dot, min); break;
+    case 4: dots<C, 4>(w, tile, x, dot, min); break;
+    case 5: dots<C, 5>(w, tile, x, dot, min); break;
+    case 6: dots<C, 6>(w, tile, x, dot, min); break;
+    default: return dots<C, 8>(w, tile, x, dot, nullptr);
+  }
   if (C > kFewColumns) mins<C>(w, tile, x, min);
 }
 

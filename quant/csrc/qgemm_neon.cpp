@@ -2,6 +2,7 @@
 // lane's four activations. Nibbles are 0..15, so the signed instruction serves both kinds of weights.
 #include <arm_neon.h>
 
+#include "codes_neon.h"
 #include "qgemm.h"
 
 namespace {
@@ -27,29 +28,16 @@ inline void add_quad(const int8x16_t* w, const int8x16_t* a, int32x4_t* acc) {
   for (int v = 0; v < V; ++v) acc[v] = vdotq_laneq_s32(acc[v], w[v], a[J / 4], J % 4);
 }
 
-template <int C, int V, int J>
-inline void add_int4(const uint8_t* tile, const int8x16_t (*a)[2], int32x4_t (*acc)[V]) {
-  int8x16_t low[V], high[V];
+template <int C, int V, int Bits, int J>
+inline void add_quads(const uint8_t* tile, const int8x16_t (*a)[2], int32x4_t (*acc)[V]) {
+  if constexpr (J < 8) {
+    int8x16_t w[V];
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) {
-    const uint8x16_t bytes = vld1q_u8(tile + 64 * J + 16 * v);
-    low[v] = vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15)));
-    high[v] = vreinterpretq_s8_u8(vshrq_n_u8(bytes, 4));
-  }
+    for (int v = 0; v < V; ++v) w[v] = codes_of<Bits, J>(tile + 16 * v);
 #pragma GCC unroll 6
-  for (int c = 0; c < C; ++c) {
-    add_quad<V, 2 * J>(low, a[c], acc[c]);
-    add_quad<V, 2 * J + 1>(high, a[c], acc[c]);
+    for (int c = 0; c < C; ++c) add_quad<V, J>(w, a[c], acc[c]);
+    add_quads<C, V, Bits, J + 1>(tile, a, acc);
   }
-}
-
-template <int C, int V, int J>
-inline void add_int8(const uint8_t* tile, const int8x16_t (*a)[2], int32x4_t (*acc)[V]) {
-  int8x16_t w[V];
-#pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) w[v] = vreinterpretq_s8_u8(vld1q_u8(tile + 64 * J + 16 * v));
-#pragma GCC unroll 6
-  for (int c = 0; c < C; ++c) add_quad<V, J>(w, a[c], acc[c]);
 }
 
 template <int C, int V, int Bits>
@@ -61,15 +49,7 @@ inline void dot_block(const uint8_t* tile, const int8_t* quads, int32x4_t (*acc)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[c][v] = vdupq_n_s32(0);
   }
-  if (Bits == 4) {
-    add_int4<C, V, 0>(tile, a, acc), add_int4<C, V, 1>(tile, a, acc);
-    add_int4<C, V, 2>(tile, a, acc), add_int4<C, V, 3>(tile, a, acc);
-  } else {
-    add_int8<C, V, 0>(tile, a, acc), add_int8<C, V, 1>(tile, a, acc);
-    add_int8<C, V, 2>(tile, a, acc), add_int8<C, V, 3>(tile, a, acc);
-    add_int8<C, V, 4>(tile, a, acc), add_int8<C, V, 5>(tile, a, acc);
-    add_int8<C, V, 6>(tile, a, acc), add_int8<C, V, 7>(tile, a, acc);
-  }
+  add_quads<C, V, Bits, 0>(tile, a, acc);
 }
 
 // Adds a group's minima times the activations' sums.
@@ -101,11 +81,11 @@ inline void store(const float32x4_t (*total)[V], float* out) {
     for (int v = 0; v < V; ++v) vst1q_f32(out + GLM4_ROWS * c + 4 * v, total[c][v]);
 }
 
-// Rows first..first + 4 V - 1 of a tile. A sum is multiplied with its group's scale as a whole number: for 4 bits exact
-// in a float (15 * 127 * 32 * 255 < 2^24).
+// Rows first..first + 4 V - 1 of a tile. A sum is multiplied with its group's scale as a whole number: up to 4 bits
+// exact in a float (15 * 127 * 32 * 255 < 2^24).
 template <int C, int V, int Bits>
 void dots(const glm4_weight* w, int64_t tile, int first, const glm4_panel* x, float* dot, float* min) {
-  constexpr bool with_mins = C == 1 && Bits == 4;  // one column has the registers for both sums
+  constexpr bool with_mins = C == 1 && Bits < 8;  // one column has the registers for both sums
   const int64_t groups = w->k / w->group, per_group = w->group / GLM4_COLS, blocks = w->k / GLM4_COLS;
   const int shift = static_cast<int>(per_group / 2);  // 1, 2 or 4 blocks are a group
   const uint8_t* codes = w->qweight + tile * blocks * (64 * Bits) + 4 * first;
@@ -149,13 +129,16 @@ template <int C>
 void tile_of(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* dot, float* min) {
   constexpr int vectors = C <= 2 ? 4 : 2;  // whole tiles where the registers hold their sums
   for (int first = 0; first < GLM4_ROWS; first += 4 * vectors) {
-    if (w->bits == 8) {
-      dots<C, vectors, 8>(w, tile, first, x, dot, min);
-    } else {
-      dots<C, vectors, 4>(w, tile, first, x, dot, min);
+    switch (w->bits) {
+      case 2: dots<C, vectors, 2>(w, tile, first, x, dot, min); break;
+      case 3: dots<C, vectors, 3>(w, tile, first, x, dot, min); break;
+      case 4: dots<C, vectors, 4>(w, tile, first, x, dot, min); break;
+      case 5: dots<C, vectors, 5>(w, tile, first, x, dot, min); break;
+      case 6: dots<C, vectors, 6>(w, tile, first, x, dot, min); break;
+      default: dots<C, vectors, 8>(w, tile, first, x, dot, min);
     }
   }
-  if (C > 1 && w->bits == 4) glm4_mins_neon(w, tile, x, min);
+  if (C > 1 && w->bits < 8) glm4_mins_neon(w, tile, x, min);
 }
 
 using OnePanel = void (*)(const glm4_weight*, int64_t, const glm4_panel*, float*, float*);

@@ -3,24 +3,18 @@
 // serves a panel of one column.
 #include <arm_neon.h>
 
+#include "codes_neon.h"
 #include "qgemm.h"
 
 namespace {
 
-// Columns 8 * j..8 * j + 7 of rows first..first + 7, two rows to a register.
-template <int Bits>
-inline void weights(const uint8_t* tile, int j, int8x16_t* w) {
+// Columns 8 * J..8 * J + 7 of rows first..first + 7, two rows to a register.
+template <int Bits, int J>
+inline void weights(const uint8_t* tile, int8x16_t* w) {
 #pragma GCC unroll 2
-  for (int v = 0; v < 2; ++v) {
-    int32x4_t early, late;  // the first and the last four columns of four rows
-    if (Bits == 4) {
-      const uint8x16_t bytes = vld1q_u8(tile + 64 * j + 16 * v);
-      early = vreinterpretq_s32_u8(vandq_u8(bytes, vdupq_n_u8(15)));
-      late = vreinterpretq_s32_u8(vshrq_n_u8(bytes, 4));
-    } else {
-      early = vreinterpretq_s32_u8(vld1q_u8(tile + 128 * j + 16 * v));
-      late = vreinterpretq_s32_u8(vld1q_u8(tile + 128 * j + 64 + 16 * v));
-    }
+  for (int v = 0; v < 2; ++v) {  // the first and the last four columns of four rows
+    const int32x4_t early = vreinterpretq_s32_s8(codes_of<Bits, 2 * J>(tile + 16 * v));
+    const int32x4_t late = vreinterpretq_s32_s8(codes_of<Bits, 2 * J + 1>(tile + 16 * v));
     w[2 * v] = vreinterpretq_s8_s32(vzip1q_s32(early, late));
     w[2 * v + 1] = vreinterpretq_s8_s32(vzip2q_s32(early, late));
   }
@@ -28,6 +22,16 @@ inline void weights(const uint8_t* tile, int j, int8x16_t* w) {
 
 // Keeps the compiler from holding in registers, or on the stack as well, what lies there.
 inline void forget(float*& p) { __asm__("" : "+r"(p)); }
+
+template <int Pairs, int Bits, int J>
+inline void add_eight(const uint8_t* tile, const int8x16_t (*x)[2], int32x4_t (*acc)[4]) {
+  int8x16_t w[4];
+  weights<Bits, J>(tile, w);
+#pragma GCC unroll 3
+  for (int p = 0; p < Pairs; ++p)
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) acc[p][r] = vmmlaq_s32(acc[p][r], w[r], x[p][J % 2]);
+}
 
 // acc[pair of columns][pair of rows]; the last of an odd number of columns is paired with itself.
 template <int C, int Bits>
@@ -46,14 +50,10 @@ inline void dot_block(const uint8_t* tile, const int8_t* a, int32x4_t (*acc)[4])
       const int64x2_t other = vreinterpretq_s64_s8(vld1q_s8(a + 32 * second + 16 * half));
       x[p][0] = vreinterpretq_s8_s64(vzip1q_s64(one, other)), x[p][1] = vreinterpretq_s8_s64(vzip2q_s64(one, other));
     }
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      int8x16_t w[4];
-      weights<Bits>(tile, 2 * half + j, w);
-#pragma GCC unroll 3
-      for (int p = 0; p < pairs; ++p)
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) acc[p][r] = vmmlaq_s32(acc[p][r], w[r], x[p][j]);
+    if (half == 0) {
+      add_eight<pairs, Bits, 0>(tile, x, acc), add_eight<pairs, Bits, 1>(tile, x, acc);
+    } else {
+      add_eight<pairs, Bits, 2>(tile, x, acc), add_eight<pairs, Bits, 3>(tile, x, acc);
     }
   }
 }
@@ -102,13 +102,16 @@ void dots(const glm4_weight* w, int64_t tile, int first, const glm4_panel* x, fl
 template <int C>
 void tile_of(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* dot, float* min) {
   for (int first = 0; first < GLM4_ROWS; first += 8) {
-    if (w->bits == 8) {
-      dots<C, 8>(w, tile, first, x, dot);
-    } else {
-      dots<C, 4>(w, tile, first, x, dot);
+    switch (w->bits) {
+      case 2: dots<C, 2>(w, tile, first, x, dot); break;
+      case 3: dots<C, 3>(w, tile, first, x, dot); break;
+      case 4: dots<C, 4>(w, tile, first, x, dot); break;
+      case 5: dots<C, 5>(w, tile, first, x, dot); break;
+      case 6: dots<C, 6>(w, tile, first, x, dot); break;
+      default: dots<C, 8>(w, tile, first, x, dot);
     }
   }
-  if (w->bits == 4) glm4_mins_neon(w, tile, x, min);
+  if (w->bits < 8) glm4_mins_neon(w, tile, x, min);
 }
 
 void tile_of_one(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* dot, float* min) {

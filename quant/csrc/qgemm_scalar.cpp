@@ -7,19 +7,18 @@ namespace {
 
 // One tile -> int8 codes [16][32].
 void unpack(const uint8_t* tile, int bits, int8_t* codes) {
-  const int vectors = bits == 4 ? 4 : 8, step = GLM4_COLS / vectors;
-  for (int j = 0; j < vectors; ++j)
-    for (int r = 0; r < GLM4_ROWS; ++r)
-      for (int i = 0; i < 4; ++i) {
-        const uint8_t byte = tile[64 * j + 4 * r + i];
-        int8_t* out = codes + GLM4_COLS * r + step * j + i;
-        if (bits == 4) {
-          out[0] = static_cast<int8_t>(byte & 15);
-          out[4] = static_cast<int8_t>(byte >> 4);
-        } else {
-          out[0] = static_cast<int8_t>(byte);
-        }
-      }
+  memset(codes, 0, GLM4_ROWS * GLM4_COLS);
+  for (int digits = 8, at = 0; digits > 0; digits /= 2) {  // of each plane
+    if (!(bits & digits)) continue;
+    for (int quad = 0; quad < 8; ++quad) {
+      const uint8_t* vector = tile + 64 * (quad * digits / 8);
+      const int shift = quad * digits % 8, mask = (1 << digits) - 1;
+      for (int r = 0; r < GLM4_ROWS; ++r)
+        for (int i = 0; i < 4; ++i)
+          codes[GLM4_COLS * r + 4 * quad + i] |= static_cast<int8_t>((vector[4 * r + i] >> shift & mask) << at);
+    }
+    tile += 64 * digits, at += digits;
+  }
 }
 
 void multiply(const glm4_weight* w, int64_t tile, const glm4_panel* x, float* dot, float* min) {

@@ -62,11 +62,11 @@ int64_t load_row(const glm4_matrix& m, int64_t row, int64_t k, float* out) {
 }
 
 template <int G>
-float squared_error(const float* w, float step, float low) {
+float squared_error(const float* w, float top, float step, float low) {
   const float inv = inverse(step);
   float e[G];
   for (int i = 0; i < G; ++i) {
-    const float code = round_even(clamp((w[i] + low) * inv, 0.0f, 15.0f));
+    const float code = round_even(clamp((w[i] + low) * inv, 0.0f, top));
     const float off = code * step - low - w[i];
     e[i] = off * off;
   }
@@ -75,32 +75,32 @@ float squared_error(const float* w, float step, float low) {
 }
 
 template <int G>
-void search(const float* w, int shares, float* step, float* low) {
+void search(const float* w, int shares, float top, float* step, float* low) {
   float small[G], large[G];
   memcpy(small, w, sizeof(small));
   memcpy(large, w, sizeof(large));
   fold<G / 2>(small, least);
   fold<G / 2>(large, most);
-  const float whole = 0.0f - least(small[0], 0.0f);
+  const float whole = 0.0f - least(small[0], 0.0f), per_code = static_cast<float>(1.0 / top);
   float best = 3e38f;
   for (int i = 0; i < shares; ++i) {
     const float* share = GLM4_SHARES[i];
-    const float m = whole * share[0], s = (large[0] * share[1] + m) * GLM4_PER_NIBBLE;
-    const float error = squared_error<G>(w, s, m);
+    const float m = whole * share[0], s = (large[0] * share[1] + m) * per_code;
+    const float error = squared_error<G>(w, top, s, m);
     if (!(error < best)) continue;
     best = error, *step = s, *low = m;
   }
 }
 
 template <int G>
-void search_groups(const float* w, int64_t groups, int shares, float* step, float* low) {
-  for (int64_t g = 0; g < groups; ++g) search<G>(w + g * G, shares, step + g, low + g);
+void search_groups(const float* w, int64_t groups, int shares, float top, float* step, float* low) {
+  for (int64_t g = 0; g < groups; ++g) search<G>(w + g * G, shares, top, step + g, low + g);
 }
 
-void search_scalar(const float* row, int64_t k, int32_t group, int32_t shares, float* step, float* low) {
-  if (group == 32) return search_groups<32>(row, k / 32, shares, step, low);
-  if (group == 64) return search_groups<64>(row, k / 64, shares, step, low);
-  search_groups<128>(row, k / 128, shares, step, low);
+void search_scalar(const float* row, int64_t k, int32_t group, int32_t shares, float top, float* step, float* low) {
+  if (group == 32) return search_groups<32>(row, k / 32, shares, top, step, low);
+  if (group == 64) return search_groups<64>(row, k / 64, shares, top, step, low);
+  search_groups<128>(row, k / 128, shares, top, step, low);
 }
 
 glm4_search search_of(int32_t isa) {
@@ -128,26 +128,39 @@ struct RowTarget {
   int64_t tile;
   int row;
 
-  uint8_t* codes(int64_t block, int vector) const {
-    const int64_t blocks = w.k / GLM4_COLS;
-    return w.qweight + (tile * blocks + block) * (64 * w.bits) + 64 * vector + 4 * row;
+  uint8_t* codes(int64_t block) const {  // the row's first bytes
+    return w.qweight + (tile * (w.k / GLM4_COLS) + block) * (64 * w.bits) + 4 * row;
   }
   uint8_t* plane(uint8_t* base, int64_t group) const {
     return base + (tile * (w.k / w.group) + group) * GLM4_ROWS + row;
   }
   int64_t n() const { return tile * GLM4_ROWS + row; }
+  float top() const { return static_cast<float>((1 << w.bits) - 1); }  // the largest affine code
 };
 
-void store_int4(const RowTarget& to, int64_t first, int group, const float* w, float step, float low) {
-  const float inv = inverse(step);
+// A row's codes of a block, plane by plane: four codes at a time, one to a byte.
+void store_codes(uint8_t* out, const uint8_t* codes, int bits) {
+  uint32_t quads[8];
+  memcpy(quads, codes, sizeof(quads));
+  for (int digits = 8, at = 0; digits > 0; digits /= 2) {
+    if (!(bits & digits)) continue;
+    const uint32_t mask = ((1u << digits) - 1) * 0x01010101u;
+    for (int quad = 0; quad < 8; out += 64) {
+      uint32_t word = 0;
+      for (int shift = 0; shift < 8; shift += digits, ++quad) word |= (quads[quad] >> at & mask) << shift;
+      memcpy(out, &word, sizeof(word));
+    }
+    at += digits;
+  }
+}
+
+void store_affine(const RowTarget& to, int64_t first, int group, const float* w, float step, float low) {
+  const float inv = inverse(step), top = to.top();
   for (int b = 0; b < group / GLM4_COLS; ++b) {
     uint8_t q[GLM4_COLS];
     for (int i = 0; i < GLM4_COLS; ++i)
-      q[i] = static_cast<uint8_t>(static_cast<int32_t>(round_even(clamp((w[32 * b + i] + low) * inv, 0.0f, 15.0f))));
-    for (int j = 0; j < 4; ++j) {
-      uint8_t* out = to.codes(first / GLM4_COLS + b, j);
-      for (int i = 0; i < 4; ++i) out[i] = static_cast<uint8_t>(q[8 * j + i] | (q[8 * j + 4 + i] << 4));
-    }
+      q[i] = static_cast<uint8_t>(static_cast<int32_t>(round_even(clamp((w[32 * b + i] + low) * inv, 0.0f, top))));
+    store_codes(to.codes(first / GLM4_COLS + b), q, to.w.bits);
   }
 }
 
@@ -157,14 +170,14 @@ void store_int8(const RowTarget& to, int64_t first, int group, const float* w, f
     int8_t q[GLM4_COLS];
     for (int i = 0; i < GLM4_COLS; ++i)
       q[i] = static_cast<int8_t>(static_cast<int32_t>(round_even(clamp(w[32 * b + i] * inv, -127.0f, 127.0f))));
-    for (int j = 0; j < 8; ++j) memcpy(to.codes(first / GLM4_COLS + b, j), q + 4 * j, 4);
+    store_codes(to.codes(first / GLM4_COLS + b), reinterpret_cast<const uint8_t*>(q), 8);
   }
 }
 
-void row_int4(const RowTarget& to, const float* w, glm4_search search, int shares, float* step, float* low) {
+void row_affine(const RowTarget& to, const float* w, glm4_search search, int shares, float* step, float* low) {
   const int group = to.w.group;
   const int64_t groups = to.w.k / group;
-  search(w, to.w.k, group, shares, step, low);
+  search(w, to.w.k, group, shares, to.top(), step, low);
   float top_step = 0.0f, top_low = 0.0f;
   for (int64_t g = 0; g < groups; ++g) {
     top_step = std::max(top_step, step[g]);
@@ -178,7 +191,7 @@ void row_int4(const RowTarget& to, const float* w, glm4_search search, int share
     const float m = clamp(round_even(low[g] * inv_e), 0.0f, 255.0f);
     *to.plane(to.w.scales, g) = static_cast<uint8_t>(s);
     *to.plane(to.w.mins, g) = static_cast<uint8_t>(m);
-    store_int4(to, g * group, group, w + g * group, s * d, m * e);
+    store_affine(to, g * group, group, w + g * group, s * d, m * e);
   }
 }
 
@@ -234,7 +247,7 @@ struct Job {
   glm4_search search;
   glm4_tile_quantizer quantize;
 
-  bool by_tile() const { return w.bits == 4 && importance; }
+  bool by_tile() const { return w.bits < 8 && importance; }
   int64_t scratch() const {
     const int64_t rows = by_tile() ? GLM4_ROWS : 1;
     return rows * (w.k + 2 * (w.k / w.group));
@@ -245,7 +258,7 @@ struct Job {
     if (w.bits == 8) {
       row_int8(target, row, step);
     } else {
-      row_int4(target, row, search, shares, step, low);
+      row_affine(target, row, search, shares, step, low);
     }
   }
 

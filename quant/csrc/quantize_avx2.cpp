@@ -1,5 +1,5 @@
-// The calibrated tile compiled for AVX2, and the search for one row's int4 steps and minima in AVX2: quantize.cpp's `search`, operation for operation (no fused
-// multiply-add), eight weights at a time.
+// The calibrated tile compiled for AVX2, and the search for one row's steps and minima in AVX2: quantize.cpp's `search`,
+// operation for operation (no fused multiply-add), eight weights at a time.
 #include <immintrin.h>
 
 #include "qgemm.h"
@@ -27,10 +27,10 @@ inline float max_lanes(__m256 v) {
 }
 
 template <int V>
-inline float squared_error(const __m256* w, float step, float low) {
+inline float squared_error(const __m256* w, float most, float step, float low) {
   const __m256 inverse = _mm256_set1_ps(step > GLM4_TINY ? 1.0f / step : 0.0f);
   const __m256 s = _mm256_set1_ps(step), m = _mm256_set1_ps(low);
-  const __m256 zero = _mm256_setzero_ps(), top = _mm256_set1_ps(15.0f);
+  const __m256 zero = _mm256_setzero_ps(), top = _mm256_set1_ps(most);
   __m256 e[V];
 #pragma GCC unroll 16
   for (int i = 0; i < V; ++i) {
@@ -47,7 +47,8 @@ inline float squared_error(const __m256* w, float step, float low) {
 }
 
 template <int V>
-void search_row(const float* row, int64_t groups, int shares, float* step, float* low) {
+void search_row(const float* row, int64_t groups, int shares, float top, float* step, float* low) {
+  const float per_code = static_cast<float>(1.0 / top);
   for (int64_t g = 0; g < groups; ++g, row += 8 * V) {
     __m256 w[V];
     for (int i = 0; i < V; ++i) w[i] = _mm256_loadu_ps(row + 8 * i);
@@ -57,8 +58,8 @@ void search_row(const float* row, int64_t groups, int shares, float* step, float
     float best = 3e38f;
     for (int i = 0; i < shares; ++i) {
       const float* share = GLM4_SHARES[i];
-      const float m = whole * share[0], s = (most * share[1] + m) * GLM4_PER_NIBBLE;
-      const float error = squared_error<V>(w, s, m);
+      const float m = whole * share[0], s = (most * share[1] + m) * per_code;
+      const float error = squared_error<V>(w, top, s, m);
       if (error < best) best = error, step[g] = s, low[g] = m;
     }
   }
@@ -66,10 +67,10 @@ void search_row(const float* row, int64_t groups, int shares, float* step, float
 
 }  // namespace
 
-void glm4_search_avx2(const float* row, int64_t k, int32_t group, int32_t shares, float* step, float* low) {
-  if (group == 32) return search_row<4>(row, k / 32, shares, step, low);
-  if (group == 64) return search_row<8>(row, k / 64, shares, step, low);
-  search_row<16>(row, k / 128, shares, step, low);
+void glm4_search_avx2(const float* row, int64_t k, int32_t group, int32_t shares, float top, float* step, float* low) {
+  if (group == 32) return search_row<4>(row, k / 32, shares, top, step, low);
+  if (group == 64) return search_row<8>(row, k / 64, shares, top, step, low);
+  search_row<16>(row, k / 128, shares, top, step, low);
 }
 
 void glm4_quantize_tile_avx2(const glm4_weight* w, int64_t tile, const float* rows, const float* importance,

@@ -1,4 +1,4 @@
-// One tile of 16 rows -> int4 codes, scales and mins, with the least error weighted by the importance of each column.
+// One tile of 16 rows -> codes of fewer than 8 bits, scales and mins, with the least error weighted by the importance of each column.
 // Included once by each ISA's file and compiled there for it, so everything here has internal linkage. One lane is one
 // row: sums run along the columns in the reference's order, no fused multiply-adds, so that every ISA and the reference
 // (kernels/calibrated.py) give the same bytes.
@@ -49,6 +49,8 @@ GLM4_BOTH(Lanes, -)
 GLM4_BOTH(Lanes, *)
 GLM4_BOTH(Lanes, /)
 GLM4_BOTH(Words, |)
+GLM4_INLINE Words operator&(Words a, int mask) { GLM4_EACH(Words, a.part[i] & mask) }
+GLM4_INLINE Words operator>>(Words a, int n) { GLM4_EACH(Words, a.part[i] >> n) }
 GLM4_INLINE Words operator<(Lanes a, Lanes b) { GLM4_EACH(Words, less(a.part[i], b.part[i])) }
 GLM4_INLINE Words operator>(Lanes a, Lanes b) { return b < a; }
 GLM4_INLINE Words operator<<(Words a, int n) { GLM4_EACH(Words, a.part[i] << n) }
@@ -63,8 +65,8 @@ GLM4_INLINE Lanes rounded(Lanes v) {
   return (v + r) - r;
 }
 GLM4_INLINE Lanes inverse(Lanes v) { return select(v > all(GLM4_TINY), all(1.0f) / v, all(0.0f)); }
-GLM4_INLINE Lanes code_of(Lanes x, Lanes low, Lanes inv) {
-  return rounded(least(most((x + low) * inv, all(0.0f)), all(15.0f)));
+GLM4_INLINE Lanes code_of(Lanes x, Lanes low, Lanes inv, float top) {
+  return rounded(least(most((x + low) * inv, all(0.0f)), all(top)));
 }
 
 constexpr int kMaxGroup = 128;
@@ -72,6 +74,7 @@ constexpr int kMaxGroup = 128;
 // One group of 16 rows, each divided by its largest magnitude; v is what an error of x counts.
 struct TileGroup {
   int size;
+  float top;  // the largest code
   Lanes x[kMaxGroup], v[kMaxGroup];
   Lanes low, high, v_sum, vx_sum, vxx_sum;
   Lanes unit;  // the magnitude x was divided by
@@ -114,7 +117,7 @@ GLM4_INLINE Fit refit(const TileGroup& g, Lanes step, Lanes low) {
   const Lanes inv = inverse(step), zero = all(0.0f);
   Lanes q1 = zero, q2 = zero, qx = zero;
   for (int i = 0; i < g.size; ++i) {
-    const Lanes q = code_of(g.x[i], low, inv), vq = g.v[i] * q;
+    const Lanes q = code_of(g.x[i], low, inv, g.top), vq = g.v[i] * q;
     q1 += vq;
     q2 += vq * q;
     qx += vq * g.x[i];
@@ -139,7 +142,7 @@ GLM4_INLINE Lanes error_at(const TileGroup& g, Lanes step, Lanes low) {
   const Lanes inv = inverse(step);
   Lanes error = all(0.0f);
   for (int i = 0; i < g.size; ++i) {
-    const Lanes off = code_of(g.x[i], low, inv) * step - low - g.x[i];
+    const Lanes off = code_of(g.x[i], low, inv, g.top) * step - low - g.x[i];
     error += g.v[i] * off * off;
   }
   return error;
@@ -153,10 +156,10 @@ GLM4_INLINE void take_better(Fit& best, const Fit& other) {
 }
 
 GLM4_INLINE Fit search_group(const TileGroup& g) {
-  const Lanes whole_low = all(0.0f) - g.low;
+  const Lanes whole_low = all(0.0f) - g.low, per_code = all(static_cast<float>(1.0 / g.top));
   Fit best{all(0.0f), all(0.0f), all(3e38f)};
   for (const float* share : GLM4_STARTS) {
-    const Lanes low = whole_low * all(share[0]), step = (g.high * all(share[1]) + low) * all(GLM4_PER_NIBBLE);
+    const Lanes low = whole_low * all(share[0]), step = (g.high * all(share[1]) + low) * per_code;
     take_better(best, refit(g, step, low));
   }
   for (int i = 0; i < GLM4_REFITS; ++i) take_better(best, refit(g, best.step, best.low));
@@ -186,12 +189,17 @@ GLM4_INLINE void best_bytes(const TileGroup& g, const RowPair& unit, Lanes& scal
     }
 }
 
-// Codes of 32 columns: word j holds, for each row, the nibbles of columns 8j..8j+7.
-GLM4_INLINE void store_codes(uint8_t* out, const Lanes* q) {
-  for (int j = 0; j < 4; ++j) {
-    Words word = whole(q[8 * j]) | (whole(q[8 * j + 4]) << 4);
-    for (int i = 1; i < 4; ++i) word |= (whole(q[8 * j + i]) | (whole(q[8 * j + 4 + i]) << 4)) << (8 * i);
-    memcpy(out + 64 * j, &word, 64);
+// Codes of 32 columns, plane by plane: a word of a vector holds a row's digits of all its quads.
+GLM4_INLINE void store_codes(uint8_t* out, const Lanes* q, int bits) {
+  for (int digits = 4, at = 0; digits > 0; digits /= 2) {
+    if (!(bits & digits)) continue;
+    for (int first = 0; first < GLM4_COLS; first += 32 / digits, out += 64) {
+      Words word = all(0.0f) < all(0.0f);
+      for (int i = 0; i < 32 / digits; ++i)
+        word |= ((whole(q[first + i]) >> at) & ((1 << digits) - 1)) << (8 * (i % 4) + i / 4 * digits);
+      memcpy(out, &word, 64);
+    }
+    at += digits;
   }
 }
 
@@ -203,14 +211,15 @@ GLM4_INLINE void store_plane(uint8_t* out, Lanes v) {
 GLM4_INLINE void store_group(const glm4_weight& w, int64_t tile, const float* rows, int64_t first, Lanes step,
                              Lanes low) {
   const Lanes inv = inverse(step);
+  const float top = static_cast<float>((1 << w.bits) - 1);
   for (int64_t column = first; column < first + w.group; column += GLM4_COLS) {
     Lanes q[GLM4_COLS];
     for (int i = 0; i < GLM4_COLS; ++i) {
       Lanes x;
       for (int r = 0; r < GLM4_ROWS; ++r) x[r] = rows[r * w.k + column + i];
-      q[i] = code_of(x, low, inv);
+      q[i] = code_of(x, low, inv, top);
     }
-    store_codes(w.qweight + (tile * (w.k / GLM4_COLS) + column / GLM4_COLS) * 256, q);
+    store_codes(w.qweight + (tile * (w.k / GLM4_COLS) + column / GLM4_COLS) * (64 * w.bits), q, w.bits);
   }
 }
 
@@ -220,7 +229,7 @@ static void quantize_tile(const glm4_weight& w, int64_t tile, const float* rows,
   const int64_t groups = w.k / w.group;
   float *steps = scratch, *lows = scratch + groups * GLM4_ROWS;
   TileGroup g;
-  g.size = w.group;
+  g.size = w.group, g.top = static_cast<float>((1 << w.bits) - 1);
   RowPair unit{all(0.0f), all(0.0f)};
   for (int64_t j = 0; j < groups; ++j) {
     load_group(g, rows, w.k, j * w.group, importance);

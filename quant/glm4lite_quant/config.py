@@ -9,10 +9,10 @@ from typing import Any
 
 QUANT_METHOD = "glm4lite"
 FORMAT = 1
-BITS = (4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 
-# How the scales of int4 groups are found: by what calibration tells about the inputs, by the weights alone, not at all
+# How the scales of groups are found below 8 bits: by what calibration tells about the inputs, by the weights alone, not at all
 # (the whole range), or by another tool, whose codes were kept. int8 takes the largest magnitude whatever is asked for.
 CALIBRATED, SEARCH, MINMAX, ABSMAX, KEPT = "calibrated", "search", "minmax", "absmax", "kept"
 METHODS = (CALIBRATED, SEARCH, MINMAX)
@@ -69,7 +69,7 @@ class Calibration:
 class QuantConfig:
     """Bits per code, how many input columns share one scale, and how the scales are found.
 
-    method: "calibrated" (for int4 unless given), "search", "minmax"; int8 is always "absmax", and "kept" is what
+    method: "calibrated" (below 8 bits unless given), "search", "minmax"; int8 is always "absmax", and "kept" is what
     another tool's codes are. calibration: what a calibrated model was made with.
 
     >>> QuantConfig.parse("int4").for_module("model.layers.0.self_attn.k_proj").bits
@@ -114,7 +114,7 @@ class QuantConfig:
         return self
 
     def _method_for(self, bits: int) -> str:
-        return CALIBRATED if self.method == ABSMAX and bits == 4 else self.method
+        return CALIBRATED if self.method == ABSMAX and bits < 8 else self.method
 
     def same_format(self, other: QuantConfig) -> bool:
         """True where weights of both are stored alike, however their scales were found."""

@@ -2,6 +2,9 @@
 
 Tiles of 16 rows x 32 columns lie one after another along K; scales and mins are planes of one byte per row and group:
 `w[n, k] = row_scale[n] * scales[n, j] * q[n, k] - row_min[n] * mins[n, j]` with j = k // group_size.
+
+A tile of codes of fewer than 8 bits is planes of their binary digits, as many in each as `digits` says, the lowest first.
+So 3 bits are a plane of two and a plane of one digit: whole bytes, and few instructions to put a code together.
 """
 
 from __future__ import annotations
@@ -14,17 +17,27 @@ from torch import Tensor
 
 ROWS = 16  # rows of a tile
 COLS = 32  # columns of a tile
+TILE_BYTES = ROWS * COLS // 8  # of a tile, for each bit of its codes
 
 SCRATCH_ELEMENTS = 4 << 20  # float32 elements dequantized (or quantized) at once: 16 MiB
 
 NAMES = ("qweight", "scales", "mins", "row_scale", "row_min")
 
 
+def digits(bits: int) -> list[int]:
+    """How many binary digits of a code lie in each plane of a tile; in byte i of a row, 8 of them from columns i, 4 + i...
+
+    >>> digits(3), digits(6), digits(8)
+    ([2, 1], [4, 2], [8])
+    """
+    return [count for count in (8, 4, 2, 1) if bits & count]
+
+
 @dataclass
 class Planes:
-    """A weight [N, K]; int4 (affine) has `mins` and `row_min`, int8 (symmetric) has not."""
+    """A weight [N, K]; codes of fewer than 8 bits (affine) have `mins` and `row_min`, int8 (symmetric) has not."""
 
-    qweight: Tensor  # uint8 [ceil(N/16), K/32, 256 | 512]
+    qweight: Tensor  # uint8 [ceil(N/16), K/32, 64 * bits]
     scales: Tensor  # uint8 [ceil(N/16), K/g, 16]
     mins: Tensor | None  # uint8, like scales
     row_scale: Tensor  # float32 [N]
@@ -37,8 +50,8 @@ class Planes:
 
     @property
     def bits(self) -> int:
-        """8 or 4, as the codes' tiles are."""
-        return 8 if self.qweight.shape[2] == 512 else 4
+        """Of a code, as large as the codes' tiles are: one of config.BITS."""
+        return self.qweight.shape[2] // TILE_BYTES
 
     @property
     def group_size(self) -> int:

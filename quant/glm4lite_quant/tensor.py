@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from glm4lite_quant.config import GROUP_SIZES, MINMAX, QuantConfig, QuantError
-from glm4lite_quant.format import COLS, NAMES, ROWS, SCRATCH_ELEMENTS, Codes, Planes, not_finite
+from glm4lite_quant.config import BITS, GROUP_SIZES, MINMAX, QuantConfig, QuantError
+from glm4lite_quant.format import COLS, NAMES, ROWS, SCRATCH_ELEMENTS, TILE_BYTES, Codes, Planes, not_finite
 from glm4lite_quant.kernels import calibrated, native, reference
 from glm4lite_quant.pages import HUGE, zeros
 
@@ -27,10 +27,10 @@ class QuantTensor(Planes):
         """A zero weight to be filled by `quantize_rows` (on "meta": shapes only)."""
         if n < 1 or k < 1 or k % config.group_size:
             raise QuantError(f"a weight of {n} x {k} cannot be quantized in groups of {config.group_size} columns")
-        tiles, affine = -(-n // ROWS), config.bits == 4
+        tiles, affine = -(-n // ROWS), config.bits < 8
         planes = [_plane((tiles, k // config.group_size, ROWS), device) for _ in range(2)]
         rows = [torch.zeros(n, dtype=torch.float32, device=device) for _ in range(2)]
-        codes = _plane((tiles, k // COLS, 64 * config.bits), device)
+        codes = _plane((tiles, k // COLS, TILE_BYTES * config.bits), device)
         return cls(codes, planes[0], planes[1] if affine else None, rows[0], rows[1] if affine else None)
 
     @classmethod
@@ -45,7 +45,7 @@ class QuantTensor(Planes):
     def quantize_rows(self, start: int, weight: Tensor, importance: Tensor | None = None, fast: bool = False) -> None:
         """Fills rows start.. from bfloat16 or float32 [R, K]; start and R are multiples of 16 (R may end at N instead).
 
-        importance: float32 [K], the mean square of each input column; int4 codes then make the error of the output
+        importance: float32 [K], the mean square of each input column; affine codes then make the error of the output
             small instead of that of the weight (int8 needs none). fast: a group's whole range, no search.
 
         Raises QuantError for a shape or type that does not fit and for a value that is not finite, naming its place.
@@ -61,7 +61,7 @@ class QuantTensor(Planes):
         if stop == start:
             return
         if importance is not None:
-            importance = calibrated.normalized(importance, k, self.group_size) if self.bits == 4 else None
+            importance = calibrated.normalized(importance, k, self.group_size) if self.bits < 8 else None
         how = native.Search(1 if fast else len(reference.SHARES), importance)
         target, source = self.tiles(start, stop), weight.detach().to(self.device)
         if not native.quantize(source, target, how, start):
@@ -108,7 +108,7 @@ class QuantTensor(Planes):
             if how.importance is None:
                 planes = reference.quantize(rows, self.bits, self.group_size, how.shares)
             else:
-                planes = calibrated.quantize(rows, self.group_size, how.importance.to(self.device))
+                planes = calibrated.quantize(rows, self.bits, self.group_size, how.importance.to(self.device))
             part = self.tiles(start, stop)
             for name, old in part.tensors().items():
                 old.copy_(getattr(planes, name))
@@ -158,8 +158,9 @@ class QuantTensor(Planes):
             if t.device != self.device:
                 raise QuantError(f"{name} is on {t.device} but qweight on {self.device}")
         tiles, blocks, size = self.qweight.shape
-        if size not in (256, 512) or blocks == 0:
-            raise QuantError(f"qweight has shape {list(self.qweight.shape)}; expected [tiles, K/32, 256 or 512]")
+        if size not in [TILE_BYTES * bits for bits in BITS] or blocks == 0:
+            sizes = f"[tiles, K/32, {TILE_BYTES} times one of {', '.join(map(str, BITS))}]"
+            raise QuantError(f"qweight has shape {list(self.qweight.shape)}; expected {sizes}")
         n, groups = self.row_scale.shape[0], self.scales.shape[1]
         if n < 1 or tiles != -(-n // ROWS):
             raise QuantError(f"row_scale has {n} rows but qweight {tiles} tiles of {ROWS}")
@@ -168,7 +169,7 @@ class QuantTensor(Planes):
         self._check_planes(tiles, groups, n)
 
     def _check_planes(self, tiles: int, groups: int, n: int) -> None:
-        affine = self.bits == 4
+        affine = self.bits < 8
         for name, t in (("mins", self.mins), ("row_min", self.row_min)):
             if (t is not None) != affine:
                 raise QuantError(f"{name} is {'missing from' if affine else 'not part of'} an int{self.bits} weight")

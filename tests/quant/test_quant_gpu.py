@@ -146,7 +146,7 @@ class Repacking(DequantBackend):
         return Codes(reference.unpack(weight.qweight), replace(weight, qweight=weight.qweight.to("meta")))
 
     def unpack(self, packed: Codes) -> QuantTensor:  # type: ignore[override]
-        return replace(packed.weight, qweight=reference.tile_int4(packed.codes))
+        return replace(packed.weight, qweight=reference.tile_codes(packed.codes, 4))
 
     def matmul(self, x: Tensor, packed: Codes, bias: Tensor | None, splits: int = 1) -> Tensor:  # type: ignore[override]
         return super().matmul(x, self.unpack(packed), bias)

@@ -16,7 +16,7 @@ from glm4lite_quant import QuantConfig, QuantError, QuantLinear, QuantTensor, ho
 from glm4lite_quant.kernels import gpu, native, picking, reference
 
 HAVE = native._library()
-CONFIGS = [QuantConfig(bits, group) for bits in (4, 8) for group in (32, 64, 128)]
+CONFIGS = [QuantConfig(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
 needs_library = pytest.mark.skipif(HAVE.cdll is None, reason=f"no native library: {HAVE.problem}")
 
 

@@ -12,7 +12,7 @@ from glm4lite_quant import QuantConfig, QuantError, QuantTensor
 from glm4lite_quant.format import Codes
 from glm4lite_quant.kernels import reference
 
-CONFIGS = [QuantConfig(bits, group) for bits in (4, 8) for group in (32, 64, 128)]
+CONFIGS = [QuantConfig(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
 
 
 def name_of(config: QuantConfig) -> str:

@@ -1,4 +1,4 @@
-"""The calibrated int4 search in plain torch: the specification and the oracle of csrc/quantize_tile.h.
+"""The calibrated search for affine codes in plain torch: the specification and the oracle of csrc/quantize_tile.h.
 
 The scale and minimum of each group make `sum(importance * (|w| + rms) * (w - w')^2)` small, where importance is the
 mean square of the inputs of a column: what counts is the error of the layer's output. Several starts are rounded, each
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from glm4lite_quant.config import QuantError
 from glm4lite_quant.format import Planes
-from glm4lite_quant.kernels.reference import TINY, _inverse, _tile_plane, tile_int4
+from glm4lite_quant.kernels.reference import TINY, _inverse, _tile_plane, tile_codes
 
 # (minimum, maximum) shares of a group's range to start from; GLM4_STARTS and GLM4_REFITS of csrc/qgemm.h.
 STARTS = (
@@ -39,6 +39,7 @@ class _Group(NamedTuple):
     vx_sum: Tensor
     vxx_sum: Tensor
     unit: Tensor
+    top: int  # the largest code
 
 
 class _Fit(NamedTuple):
@@ -62,10 +63,10 @@ def normalized(importance: Tensor, columns: int, group: int) -> Tensor:
     return shares.clamp(min=FLOOR).flatten()
 
 
-def quantize(weight: Tensor, group: int, importance: Tensor) -> Planes:
-    """Quantizes float32 [R, K] (finite, |w| <= HUGE) to int4; `importance` [K] as `normalized` gives it."""
-    groups = weight.reshape(weight.shape[0], -1, group)
-    g = _group(groups, importance.view(-1, group))
+def quantize(weight: Tensor, bits: int, group: int, importance: Tensor) -> Planes:
+    """Quantizes float32 [R, K] (finite, |w| <= HUGE) to 2 to 6 bits; `importance` [K] as `normalized` gives it."""
+    groups, top = weight.reshape(weight.shape[0], -1, group), (1 << bits) - 1
+    g = _group(groups, importance.view(-1, group), top)
     fit = _search(g)
     step, low = fit.step * g.unit, fit.low * g.unit
     row_scale, row_min = step.amax(1) * (1 / 255), low.amax(1) * (1 / 255)
@@ -74,15 +75,15 @@ def quantize(weight: Tensor, group: int, importance: Tensor) -> Planes:
     mins = (low * _inverse(row_min)[:, None]).round().clamp(0, 255)
     scales, mins = _best_bytes(g, (row_scale[:, None], row_min[:, None], used), scales, mins)
     step, low = scales * row_scale[:, None], mins * row_min[:, None]
-    codes = _codes(groups, low[..., None], _inverse(step)[..., None])
-    return Planes(tile_int4(codes.flatten(1)), _tile_plane(scales), _tile_plane(mins), row_scale, row_min)
+    codes = _codes(groups, low[..., None], _inverse(step)[..., None], top)
+    return Planes(tile_codes(codes.flatten(1), bits), _tile_plane(scales), _tile_plane(mins), row_scale, row_min)
 
 
-def _codes(x: Tensor, low: Tensor, inverse: Tensor) -> Tensor:
-    return ((x + low) * inverse).clamp(0, 15).round()
+def _codes(x: Tensor, low: Tensor, inverse: Tensor, top: int) -> Tensor:
+    return ((x + low) * inverse).clamp(0, top).round()
 
 
-def _group(groups: Tensor, importance: Tensor) -> _Group:
+def _group(groups: Tensor, importance: Tensor, top: int) -> _Group:
     unit = groups.abs().amax(-1)
     x = list((groups * _inverse(unit)[..., None]).unbind(-1))
     zero = torch.zeros_like(unit)
@@ -97,14 +98,14 @@ def _group(groups: Tensor, importance: Tensor) -> _Group:
         vx_sum = vx_sum + v[i] * column
         vxx_sum = vxx_sum + v[i] * column * column
     stacked = torch.stack(x)
-    return _Group(x, v, stacked.amin(0).clamp(max=0), stacked.amax(0), v_sum, vx_sum, vxx_sum, unit)
+    return _Group(x, v, stacked.amin(0).clamp(max=0), stacked.amax(0), v_sum, vx_sum, vxx_sum, unit, top)
 
 
 def _search(g: _Group) -> _Fit:
     best = None
     for low_share, high_share in STARTS:
         low = (0.0 - g.low) * low_share
-        best = _better(best, _refit(g, (g.high * high_share + low) * (1 / 15), low))
+        best = _better(best, _refit(g, (g.high * high_share + low) * (1 / g.top), low))
     for _ in range(REFITS):
         best = _better(best, _refit(g, best.step, best.low))  # type: ignore[union-attr]  # there are starts
     return best  # type: ignore[return-value]
@@ -122,7 +123,7 @@ def _refit(g: _Group, step: Tensor, low: Tensor) -> _Fit:
     inverse, zero, one = _inverse(step), torch.zeros_like(step), torch.ones_like(step)
     q1, q2, qx = zero, zero, zero
     for x, v in zip(g.x, g.v, strict=True):
-        q = _codes(x, low, inverse)
+        q = _codes(x, low, inverse, g.top)
         vq = v * q
         q1, q2, qx = q1 + vq, q2 + vq * q, qx + vq * x
     determinant = g.v_sum * q2 - q1 * q1
@@ -140,7 +141,7 @@ def _refit(g: _Group, step: Tensor, low: Tensor) -> _Fit:
 def _error_at(g: _Group, step: Tensor, low: Tensor) -> Tensor:
     inverse, error = _inverse(step), torch.zeros_like(step)
     for x, v in zip(g.x, g.v, strict=True):
-        off = _codes(x, low, inverse) * step - low - x
+        off = _codes(x, low, inverse, g.top) * step - low - x
         error = error + v * off * off
     return error
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glm4lite_quant.format import ROWS, SCRATCH_ELEMENTS, Codes, Planes
+from glm4lite_quant.format import COLS, ROWS, SCRATCH_ELEMENTS, Codes, Planes, digits
 
 # Shares of a group's (minimum, maximum) that the search tries: cutting an outlier short can cost less than a coarser
 # step. On normal weights in groups of 32 these five give 22.5 dB, the whole range alone 22.1, five equal cuts 22.4.
@@ -21,19 +21,19 @@ HUGE = 1e18  # a weight above this is refused: its square would leave float32
 def quantize(weight: Tensor, bits: int, group: int, shares: int = len(SHARES)) -> Planes:
     """Quantizes float32 [R, K] (finite, |w| <= HUGE); rows are padded to 16 with zeros in the tiles.
 
-    int4 tries the first `shares` of SHARES.
+    Affine codes try the first `shares` of SHARES.
     """
-    groups = weight.reshape(weight.shape[0], -1, group)
+    groups, top = weight.reshape(weight.shape[0], -1, group), (1 << bits) - 1
     if bits == 8:
         codes, scales, row_scale = _quantize_int8(groups)
-        return Planes(_tile_int8(codes.flatten(1)), _tile_plane(scales), None, row_scale, None)
-    step, low = _search(groups, shares)
+        return Planes(tile_codes(codes.flatten(1), bits), _tile_plane(scales), None, row_scale, None)
+    step, low = _search(groups, shares, top)
     row_scale, row_min = step.amax(1) * (1 / 255), low.amax(1) * (1 / 255)
     scales = (step * _inverse(row_scale)[:, None]).round().clamp(1, 255) * (row_scale > TINY)[:, None]
     mins = (low * _inverse(row_min)[:, None]).round().clamp(0, 255)
     step, low = scales * row_scale[:, None], mins * row_min[:, None]
-    codes = ((groups + low[..., None]) * _inverse(step)[..., None]).round().clamp(0, 15)
-    return Planes(tile_int4(codes.flatten(1)), _tile_plane(scales), _tile_plane(mins), row_scale, row_min)
+    codes = ((groups + low[..., None]) * _inverse(step)[..., None]).round().clamp(0, top)
+    return Planes(tile_codes(codes.flatten(1), bits), _tile_plane(scales), _tile_plane(mins), row_scale, row_min)
 
 
 def kept(given: Codes) -> tuple[Planes, Tensor]:
@@ -54,17 +54,17 @@ def kept(given: Codes) -> tuple[Planes, Tensor]:
     mins = ((low + middle * off) * _inverse(row_min)[:, None]).round().clamp(0, 255)
     shift = mins * row_min[:, None] - low - middle * off
     lost = (off.square() * ((levels * levels - 1) / 12) + shift.square()).mean(1)
-    return Planes(tile_int4(codes), _tile_plane(scales), _tile_plane(mins), row_scale, row_min), lost
+    return Planes(tile_codes(codes, 4), _tile_plane(scales), _tile_plane(mins), row_scale, row_min), lost
 
 
-def _search(groups: Tensor, shares: int) -> tuple[Tensor, Tensor]:
+def _search(groups: Tensor, shares: int, top: int) -> tuple[Tensor, Tensor]:
     """[R, G, g] -> the step and the minimum's size (>= 0, [R, G]) with the least squared error over `shares` cuts."""
     low, high = 0.0 - groups.amin(-1).clamp(max=0), groups.amax(-1)
     best_step, best_low, best_error = low, low, None
     for low_share, high_share in SHARES[:shares]:
         m = low * low_share
-        s = (high * high_share + m) * (1 / 15)
-        codes = ((groups + m[..., None]) * _inverse(s)[..., None]).clamp(0, 15).round()
+        s = (high * high_share + m) * (1 / top)
+        codes = ((groups + m[..., None]) * _inverse(s)[..., None]).clamp(0, top).round()
         off = codes * s[..., None] - m[..., None] - groups
         error = _tree_sum(off * off)
         if best_error is None:
@@ -105,30 +105,46 @@ def _tile_plane(x: Tensor) -> Tensor:
     return _pad_rows(x).to(torch.uint8).transpose(1, 2).contiguous()
 
 
-def tile_int4(codes: Tensor) -> Tensor:
-    """[R, K] of 0..15 -> [T, K/32, 256]: byte (vector j, row r, i) is code 8j+i low and code 8j+4+i high."""
-    v = _pad_rows(codes).to(torch.uint8)
-    v = v.view(torch.int32).view(v.shape[0], ROWS, -1, 4, 2)  # four codes at a time: a code leaves no byte
-    return (v[..., 0] | (v[..., 1] << 4)).permute(0, 2, 3, 1).contiguous().view(torch.uint8).flatten(2)
+def tile_codes(codes: Tensor, bits: int) -> Tensor:
+    """[R, K] of 0..2^bits - 1, or -127..127 with 8 bits -> [T, K/32, 64 * bits], plane by plane."""
+    v = _pad_rows(codes).to(torch.int8 if bits == 8 else torch.uint8)
+    quads = v.view(torch.int32).view(v.shape[0], ROWS, -1, COLS // 4)  # four codes at a time: a code leaves no byte
+    planes, at = [], 0
+    for count in digits(bits):
+        fields = ((quads >> at) & _each_byte(count)).unflatten(3, (count, 8 // count))
+        word = fields[..., 0]
+        for field in range(1, 8 // count):
+            word = word | (fields[..., field] << (field * count))
+        planes.append(word.permute(0, 2, 3, 1))
+        at += count
+    return torch.cat(planes, dim=2).contiguous().view(torch.uint8).flatten(2)
 
 
-def _tile_int8(codes: Tensor) -> Tensor:
-    """[R, K] of -127..127 -> [T, K/32, 512]: byte (vector j, row r, i) is code 4j+i."""
-    v = _pad_rows(codes).to(torch.int8).view(torch.uint8)
-    return v.view(v.shape[0], ROWS, -1, 8, 4).permute(0, 2, 3, 1, 4).flatten(2)
+def _each_byte(count: int) -> int:
+    """The lowest `count` binary digits of each byte of a word, as an int32."""
+    return ((1 << count) - 1) * 0x01010101 if count < 8 else -1
 
 
-def _vectors(qweight: Tensor) -> Tensor:
-    """[T, K/32, 256 | 512] -> [T, K/32, vectors, 16, 4]."""
-    return qweight.view(qweight.shape[0], qweight.shape[1], -1, ROWS, 4)
+def _words(qweight: Tensor) -> Tensor:
+    """[T, K/32, 64 * bits] -> int32 [T, K/32, bits, 16]: a row's bytes of each vector."""
+    return qweight.view(torch.int32).view(qweight.shape[0], qweight.shape[1], -1, ROWS)
+
+
+def _codes(words: Tensor) -> Tensor:
+    """Words [..., bits] of a row's block -> codes [..., 32], uint8, or int8 of 8 bits."""
+    bits, at, first = words.shape[-1], 0, 0
+    quads = torch.zeros(*words.shape[:-1], COLS // 4, dtype=torch.int32, device=words.device)
+    for count in digits(bits):
+        vectors = words[..., first : first + count]
+        fields = [(vectors >> shift) & _each_byte(count) for shift in range(0, 8, count)]
+        quads |= torch.stack(fields, dim=-1).flatten(-2) << at
+        at, first = at + count, first + count
+    return quads.view(torch.int8 if bits == 8 else torch.uint8)
 
 
 def unpack(qweight: Tensor) -> Tensor:
-    """Tiles [T, K/32, 256 | 512] -> codes [16 T, K], uint8 0..15 or int8."""
-    tiles = _vectors(qweight).permute(0, 3, 1, 2, 4)
-    if qweight.shape[2] == 512:
-        return tiles.contiguous().view(torch.int8).flatten(2).flatten(0, 1)
-    return torch.stack((tiles & 15, tiles >> 4), dim=4).flatten(2).flatten(0, 1)
+    """Tiles [T, K/32, 64 * bits] -> codes [16 T, K], uint8 0..2^bits - 1, or int8."""
+    return _codes(_words(qweight).permute(0, 3, 1, 2).contiguous()).flatten(2).flatten(0, 1)
 
 
 def dequantize_tiles(weight: Planes, first: int, last: int) -> Tensor:
@@ -146,11 +162,7 @@ def dequantize_tiles(weight: Planes, first: int, last: int) -> Tensor:
 def dequantize_rows(weight: Planes, index: Tensor) -> Tensor:
     """Rows `index` [R] (0 <= index < N) as float32 [R, K]; reads only these rows."""
     tile, row = index // ROWS, index % ROWS
-    packed = _vectors(weight.qweight)[tile, :, :, row]
-    if weight.bits == 8:
-        codes = packed.view(torch.int8).flatten(1).float()
-    else:
-        codes = torch.stack((packed & 15, packed >> 4), dim=3).flatten(1).float()
+    codes = _codes(_words(weight.qweight)[tile, :, :, row]).flatten(1).float()
     step = weight.scales[tile, :, row] * weight.row_scale[index, None]
     out = codes.view(*step.shape, weight.group_size) * step[..., None]
     if weight.mins is not None and weight.row_min is not None:

@@ -55,7 +55,7 @@ class TinygemmBackend:
             unit = torch.zeros(len(one), k, dtype=torch.bfloat16, device=device)
             unit[torch.arange(len(one), device=device), one] = 1
             codes[:, one] = torch._weight_int4pack_mm(unit, packed.codes, 32, plain).T.to(torch.uint8)
-        return replace(packed.weight, qweight=reference.tile_int4(codes))
+        return replace(packed.weight, qweight=reference.tile_codes(codes, 4))
 
     def matmul(self, x: Tensor, packed: Packed, bias: Tensor | None, splits: int = 1) -> Tensor:
         """x [M, K] -> [M, N] in x.dtype; `splits` means nothing here."""

@@ -99,7 +99,7 @@ class TritonBackend:
 
     def supports(self, weight: Planes) -> bool:
         whole = all(t.is_contiguous() for t in weight.tensors().values())
-        return weight.device.type == "cuda" and whole and weight.shape[0] <= MAX_ROWS
+        return weight.device.type == "cuda" and whole and weight.shape[0] <= MAX_ROWS and weight.bits in (4, 8)
 
     def prepack(self, weight: Planes) -> Packed:
         return Packed(weight.qweight.view(torch.int32), weight)
