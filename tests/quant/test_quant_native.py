@@ -13,10 +13,11 @@ from torch import Tensor
 
 import glm4lite_quant
 from glm4lite_quant import QuantConfig, QuantError, QuantLinear, QuantTensor, host
+from glm4lite_quant.config import BITS
 from glm4lite_quant.kernels import gpu, native, picking, reference
 
 HAVE = native._library()
-CONFIGS = [QuantConfig(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
+CONFIGS = [QuantConfig(bits, group) for bits in BITS for group in (32, 64, 128)]
 needs_library = pytest.mark.skipif(HAVE.cdll is None, reason=f"no native library: {HAVE.problem}")
 
 
@@ -96,14 +97,14 @@ def test_the_true_shapes_of_a_9b_layer_work(isa: str) -> None:
         assert close(own(x), expected(own, x))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 def test_more_rows_than_one_chunk_of_activations(isa: str, bits: int) -> None:
     own = layer(20, 64, QuantConfig(bits))
     x = torch.randn(1500, 64)
     assert close(own(x), expected(own, x))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 def test_the_largest_codes_do_not_overflow(isa: str, bits: int) -> None:
     own = layer(32, 128, QuantConfig(bits), bias=False)
     for byte in (0xFF, 0x80, 0x81, 0x7F):
@@ -113,7 +114,7 @@ def test_the_largest_codes_do_not_overflow(isa: str, bits: int) -> None:
             assert close(own(x), expected(own, x)), (byte, sign)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 def test_a_row_gives_the_same_bits_alone_and_in_a_batch(isa: str, bits: int) -> None:
     own = layer(45, 1152, QuantConfig(bits))
     x = torch.randn(29, 1152)
@@ -130,7 +131,7 @@ def test_one_thread_and_two_give_the_same_bits(isa: str, monkeypatch: pytest.Mon
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 def test_a_nan_activation_spoils_its_own_row_only(isa: str, bits: int) -> None:
     own = layer(33, 128, QuantConfig(bits))
     x = torch.randn(4, 128)
@@ -326,7 +327,7 @@ def test_a_layer_moves_to_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 13])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 def test_two_parts_of_an_input_are_nearly_exact(isa: str, bits: int, rows: int) -> None:
     weight = QuantTensor.quantize(torch.randn(50, 256, generator=torch.Generator().manual_seed(1)), QuantConfig(bits))
     x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(2)) * torch.logspace(-2, 2, 256)
