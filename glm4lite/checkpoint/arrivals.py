@@ -2,12 +2,13 @@
 
 So a checkpoint of 19 GB is quantized with one of its shards on the disk at a time. What the next layer needs of a shard
 (a layer's tensors may lie in two) is kept when the next one comes: the file is replaced by one that has the same bytes
-at the same places, and holes where nothing is needed any more.
+at the same places, and holes where nothing is needed any more. While one shard is quantized the next is fetched, as far
+as there is room for it: the disk never holds more than the whole result and the largest shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from glm4lite.base.errors import CheckpointError, HubError
@@ -18,7 +19,7 @@ from glm4lite.checkpoint.remote import headers_of
 from glm4lite.checkpoint.shard import StoredTensor, read_header
 from glm4lite.hub.arriving import Arriving
 from glm4lite.hub.download import Snapshot, check_disk
-from glm4lite.hub.transfer import Wanted
+from glm4lite.hub.transfer import Transfer, Wanted
 from glm4lite.memory.system import booted
 
 _COPY_BYTES = 4 << 20
@@ -41,6 +42,7 @@ class Arrivals:
         snapshot.bring([name for name in (CONFIG, *COMPANIONS, INDEX) if name in snapshot.repo.files])
         self._headers = headers_of(snapshot)
         self._folder = Path()
+        self._ahead: tuple[Path, Transfer] | None = None
 
     @property
     def identity(self) -> str:
@@ -84,10 +86,37 @@ class Arrivals:
         """
         names = list(names)
         for file in sorted({checkpoint.file(name) for name in names}):
-            if file.exists():
+            ahead = self._ahead
+            if ahead is None or ahead[0] != file:
+                if not file.exists():
+                    self._make_room(checkpoint, [*names, *later])
+                    self._fetch(file)
                 continue
             self._make_room(checkpoint, [*names, *later])
-            self._fetch(file)
+            self._ahead = None
+            self._snapshot.finish(ahead[1])
+
+    def look_ahead(self, checkpoint: Checkpoint, later: Sequence[str], written: Callable[[str], int]) -> None:
+        """Begins to fetch the next shard, beside what is done with those that are here.
+
+        later: what will be needed, in order. written: how many bytes are made of one of them.
+        """
+        if self._ahead is not None:
+            return
+        place = next((at for at, name in enumerate(later) if not checkpoint.file(name).exists()), None)
+        if place is None:
+            return
+        path = checkpoint.file(later[place])
+        here = sum(one.stat().st_size for one in self._here() if not one.is_symlink())
+        room = self.largest - here + sum(map(written, later[place:]))
+        if room > 0 and not (self._snapshot.folder / path.name).exists():
+            self._ahead = path, self._snapshot.begin([self._snapshot.wanted(path.name, path)], self._arrived, room)
+
+    def stop(self) -> None:
+        """What is being fetched is left to the next run."""
+        if self._ahead is not None:
+            self._ahead[1].stop()
+            self._ahead = None
 
     def drop(self, checkpoint: Checkpoint, later: Iterable[str]) -> None:
         """Removes the shards of which nothing is needed any more."""

@@ -101,7 +101,10 @@ def quantize_checkpoint(
     else:
         key = hashlib.sha256(repr((arrivals.identity, planned, config, text)).encode()).hexdigest()
         with ResumableWriter(target, planned, key, shard_bytes, arrivals.largest) as kept:
-            calibrator = _as_it_arrives(arrivals, kept, prepared, text, meter)
+            try:
+                calibrator = _as_it_arrives(arrivals, kept, prepared, text, meter)
+            finally:
+                arrivals.stop()
             _write_rest(kept, checkpoint, prepared.config, recorded(prepared.wanted or config, calibrator))
     return target
 
@@ -130,6 +133,7 @@ def _as_it_arrives(
     """Layer by layer, from where an earlier run came to."""
     checkpoint, units = prepared.checkpoint, _units(prepared.plan)
     calibrator: Calibrator | None = None
+    made = {fill.source: sum(one.nbytes for one in _planned(checkpoint, fill)) for unit in units for fill in unit}
     arrivals.begin()
     for number, unit in enumerate(units):
         later = [fill.source for after in units[number + 1 :] for fill in after]
@@ -139,6 +143,7 @@ def _as_it_arrives(
             meter.add(sum(checkpoint.nbytes(fill.source) for fill in unit))
             continue
         arrivals.bring(checkpoint, (fill.source for fill in unit), later)
+        arrivals.look_ahead(checkpoint, later, made.__getitem__)
         if calibrator is None:
             calibrator = begin(checkpoint, prepared.plan, prepared.config, text, meter, writer.stream)
         for fill in unit:

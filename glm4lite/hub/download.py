@@ -26,10 +26,11 @@ from glm4lite.base.sizes import readable
 from glm4lite.hub.arriving import Arriving, arrived_of
 from glm4lite.hub.cache import free_bytes, tag_of
 from glm4lite.hub.client import explained, session, silence
+from glm4lite.hub.connections import Counter, ProgressCallback
 from glm4lite.hub.digests import Damage, digest_of
 from glm4lite.hub.hosts import Repo, host_of
 from glm4lite.hub.options import HubOptions
-from glm4lite.hub.transfer import Counter, Patience, ProgressCallback, Transfer, Wanted
+from glm4lite.hub.transfer import Patience, Transfer, Wanted
 from glm4lite.hub.verified import Verifier
 
 logger = logging.getLogger("glm4lite")
@@ -182,8 +183,19 @@ class Snapshot:
 
     def fetch(self, wanted: Sequence[Wanted], arrived: Callable[[Wanted, Arriving], None]) -> None:
         """Brings files, each of which is handed to `arrived`. HubError."""
-        counter = self._counter
-        failed = Transfer(session(), wanted, counter, arrived, Patience(silence=silence())).run() if wanted else None
+        self.finish(self.begin(wanted, arrived))
+
+    def begin(
+        self, wanted: Sequence[Wanted], arrived: Callable[[Wanted, Arriving], None], room: int | None = None
+    ) -> Transfer:
+        """Starts to bring files, beside what the caller does; `room` as `Transfer.start` takes it."""
+        transfer = Transfer(session(), wanted, self._counter, arrived, Patience(silence=silence()))
+        transfer.start(room)
+        return transfer
+
+    def finish(self, transfer: Transfer) -> None:
+        """Returns when the files are here. HubError."""
+        failed = transfer.wait()
         if failed is not None:
             with self._explained():
                 raise failed

@@ -1,7 +1,6 @@
 """Files over HTTP: by ranges, several at once, gone on with where a run ended, verified before they get their names.
 
-The connections are threads of their own, so that the caller's thread reports progress and can stop them at once
-(Ctrl-C, or an exception from the progress callback). Whatever ends a run, the next one asks for no byte again that was
+Whatever ends a run, the next one asks for no byte again that was
 noted (glm4lite/hub/arriving.py). A connection that breaks or stalls, and a server that has too much to do, is asked
 again after a pause that grows, from the byte it came to. What must not be mixed is refused: an answer of another
 length, entity tag or commit than the first.
@@ -11,11 +10,9 @@ from __future__ import annotations
 
 import errno
 import logging
-import queue
 import random
 import re
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,21 +21,18 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from glm4lite.base.errors import HubError, one_line
-from glm4lite.base.events import Progress
 from glm4lite.hub.arriving import PART, Arriving, Stretch, written_at
 from glm4lite.hub.client import RefusedError, httpx, raise_for_status
+from glm4lite.hub.connections import Connections, Counter, Stopped
 from glm4lite.hub.digests import Damage, digest_of
 
 logger = logging.getLogger("glm4lite")
-
-ProgressCallback = Callable[[Progress], None]
 
 CONNECTIONS = 8
 REPEATS = 2
 """Of a file that arrived damaged."""
 
 _POLL_SECONDS = 0.1
-_LEAVING_SECONDS = 2  # a stalled connection is not waited for
 _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 _OUTDATED = frozenset({401, 403, 404, 410})  # of a storage that a signed link led to: the Hub gives a new one
 _LONGEST_PAUSE = 300.0
@@ -86,40 +80,8 @@ class Patience:
         return max(grown, min(_retry_after(error), _LONGEST_PAUSE))
 
 
-class _Stopped(Exception):
-    """Ends the connections after the caller stopped."""
-
-
 class _BrokenOff(Exception):
     """An answer that ended early, or was no part where parts were sent before: it is asked for again."""
-
-
-class Counter:
-    """Bytes that are here so far, of `total`; what an earlier run left counts from the beginning."""
-
-    def __init__(self, progress: ProgressCallback | None, stage: str = "download") -> None:
-        self.total = 0
-        self.stopped, self.waited = threading.Event(), False
-        self._done, self._shown = 0, 0
-        self._progress, self._stage = progress, stage
-        self._lock = threading.Lock()
-
-    def add(self, count: int) -> None:
-        """Called by the connections' threads; fewer where a server begins again. Raises where the caller stopped."""
-        self.poll()
-        with self._lock:
-            self._done += count
-
-    def poll(self) -> None:
-        if self.stopped.is_set():
-            raise _Stopped
-
-    def show(self) -> None:
-        """Called by the caller's thread."""
-        done = max(self._shown, min(self._done, self.total))  # a server that began again does not turn the bar back
-        if self._progress is not None and done != self._shown:
-            self._shown = done
-            self._progress(Progress(self._stage, done, self.total, "bytes"))
 
 
 @dataclass
@@ -154,18 +116,41 @@ class Transfer:
         counter.total += sum(one.size for one in self._waiting)
         self._open: list[_File] = []
         self._opening = 0
+        self._room: int | None = None
+        self._connections: Connections | None = None
         self._changed = threading.Condition()
         self._placing = threading.Lock()
 
     def run(self) -> Exception | None:
         """Returns when all files have arrived; else what went wrong first."""
+        self.start()
+        return self.wait()
+
+    def start(self, room: int | None = None) -> None:
+        """Begins, beside what the caller does; room: of each file no more bytes are taken until `wait` is called."""
+        self._room = room
         count = min(CONNECTIONS, sum(1 + one.size // self._part for one in self._waiting))
+        self._connections = Connections(self._work, count, self._counter)
+
+    def wait(self) -> Exception | None:
+        """As `run`, of what was started."""
+        assert self._connections is not None
+        self._room = None
         try:
-            return in_threads(self._work, count, self._counter)
+            return self._connections.wait()
         finally:
-            for file in self._open:
-                if file.lock is not None:
-                    file.lock.release()
+            self._release()
+
+    def stop(self) -> None:
+        """Ends what was started; the next run goes on with it."""
+        if self._connections is not None:
+            self._connections.stop()
+        self._release()
+
+    def _release(self) -> None:
+        for file in self._open:
+            if file.lock is not None:
+                file.lock.release()
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
@@ -179,7 +164,7 @@ class Transfer:
             self._counter.poll()
             with self._changed:
                 for file in self._open:
-                    stretch = file.arriving.take()
+                    stretch = file.arriving.take(self._room)
                     if stretch is not None:
                         return file, stretch
                 if not self._waiting:
@@ -281,7 +266,7 @@ class Transfer:
                             raise HubError(f"{file.wanted.whose}: {file.wanted.name} {error}; run it again") from None
                         raise
                     if self._counter.stopped.wait(pause):
-                        raise _Stopped from None
+                        raise Stopped from None
         finally:
             file.arriving.note(stretch, ended)
 
@@ -444,7 +429,7 @@ def _locked(wanted: Wanted, counter: Counter) -> FileLock | None:
                 logger.warning("%s is being downloaded by another process: waiting for it", wanted.whose)
             counter.waited = True
             if counter.stopped.wait(_POLL_SECONDS):
-                raise _Stopped from None
+                raise Stopped from None
         except (NotImplementedError, OSError) as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
                 raise
@@ -466,41 +451,3 @@ def host_address(url: str) -> str:
         address = httpx.URL(url)
         return f"{address.scheme}://{address.netloc.decode('ascii', 'replace').rpartition('@')[2]}"
     return url.partition("?")[0]
-
-
-def in_threads(work: Callable[[], None], count: int, counter: Counter) -> Exception | None:
-    """Runs `work` in so many threads; the first error, if any. The caller's thread shows the count meanwhile."""
-    ended = queue.SimpleQueue[Exception | None]()
-
-    def run() -> None:
-        try:
-            work()
-        except Exception as error:
-            ended.put(error)
-        except BaseException as error:  # a panic of native code
-            ended.put(HubError(f"the download failed ({one_line(error)}); run it again"))
-        else:
-            ended.put(None)
-
-    threads = [threading.Thread(target=run, daemon=True) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    left = count
-    try:
-        while left:
-            try:
-                error = ended.get(timeout=_POLL_SECONDS)
-            except queue.Empty:
-                counter.show()
-                continue
-            if error is not None:
-                return error
-            left -= 1
-        counter.show()
-        return None
-    finally:
-        if left:
-            counter.stopped.set()
-        deadline = time.monotonic() + _LEAVING_SECONDS
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))

@@ -18,11 +18,12 @@ from glm4lite.base.files import some
 from glm4lite.hub.arriving import Arriving
 from glm4lite.hub.cache import is_name
 from glm4lite.hub.client import cache_folder, endpoint, explained, plain_headers, session, silence
+from glm4lite.hub.connections import Counter, ProgressCallback
 from glm4lite.hub.digests import digest_of
 from glm4lite.hub.download import Snapshot, check_disk
 from glm4lite.hub.hosts import host_of
 from glm4lite.hub.options import HubOptions
-from glm4lite.hub.transfer import Counter, Patience, ProgressCallback, Transfer, Wanted, host_address
+from glm4lite.hub.transfer import Patience, Transfer, Wanted, host_address
 from glm4lite.hub.verified import Verifier
 
 _PART = re.compile(r"(.*-)(\d{5})(-of-)(\d{5})(\.gguf)", re.IGNORECASE | re.ASCII)
