@@ -30,7 +30,8 @@ from glm4lite.hub.connections import Counter, ProgressCallback
 from glm4lite.hub.digests import Damage, digest_of
 from glm4lite.hub.hosts import Repo, host_of
 from glm4lite.hub.options import HubOptions
-from glm4lite.hub.transfer import Patience, Transfer, Wanted
+from glm4lite.hub.patience import Patience
+from glm4lite.hub.transfer import Transfer, Wanted
 from glm4lite.hub.verified import Verifier
 
 logger = logging.getLogger("glm4lite")

@@ -20,6 +20,7 @@ from glm4lite.hub.client import (
     cache_folder,
     checked_token,
     endpoint,
+    httpx,
     hub_headers,
     plain_headers,
     raise_for_status,
@@ -27,6 +28,7 @@ from glm4lite.hub.client import (
 )
 from glm4lite.hub.digests import digest_of
 from glm4lite.hub.options import MODELSCOPE, HubOptions
+from glm4lite.hub.patience import asked
 from glm4lite.hub.transfer import entity_tag
 
 
@@ -107,8 +109,7 @@ class Host:
         """Of a mirror whose listing does not tell it."""
         path = str(PurePosixPath(options.subfolder) / next(iter(files), "config.json"))
         url = self.url(repo_id, path, self.revision(options))
-        response = session().head(url, headers=self.headers(options), follow_redirects=True)
-        raise_for_status(response)
+        response = _answer("HEAD", url, self.headers(options))
         commit = [*response.history, response][0].headers.get("X-Repo-Commit", "")
         if not commit:
             raise self._no_host(repo_id)
@@ -116,8 +117,7 @@ class Host:
 
     def tag(self, repo: Repo, name: str) -> tuple[str, int]:
         """The entity tag and the size (0: not told) of a file that the listing tells no digest of."""
-        response = session().head(repo.url(name), headers=repo.headers(), follow_redirects=True)
-        raise_for_status(response)
+        response = _answer("HEAD", repo.url(name), repo.headers())
         hops = [*response.history, response]
         sizes = [hop.headers.get("X-Linked-Size") for hop in hops] + [response.headers.get("Content-Length")]
         size = next((int(one) for one in sizes if one and re.fullmatch(r"\d{1,19}", one, re.ASCII)), 0)
@@ -125,8 +125,7 @@ class Host:
 
     def _asked(self, path: str, options: HubOptions) -> Any:
         """The JSON that answers a question."""
-        response = session().get(self.address() + path, headers=self.headers(options), follow_redirects=True)
-        raise_for_status(response)
+        response = _answer("GET", self.address() + path, self.headers(options))
         return self._read(path, response.json)
 
     def _read(self, repo_id: str, read: Callable[[], Any]) -> Any:
@@ -182,6 +181,17 @@ class ModelScope(Host):
 
 
 _HUB, _MODELSCOPE = Host(), ModelScope()
+
+
+def _answer(method: str, url: str, headers: Mapping[str, str]) -> httpx.Response:
+    """With patience; its client's errors where it is a refusal, or there is none."""
+
+    def ask() -> httpx.Response:
+        response = session().request(method, url, headers=dict(headers), follow_redirects=True)
+        raise_for_status(response)
+        return response
+
+    return asked(ask)
 
 
 def host_of(repo_id: str) -> Host:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import random
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +24,7 @@ from glm4lite.hub.arriving import PART, Arriving, Stretch, written_at
 from glm4lite.hub.client import RefusedError, httpx, raise_for_status
 from glm4lite.hub.connections import Connections, Counter, Stopped
 from glm4lite.hub.digests import Damage, digest_of
+from glm4lite.hub.patience import BrokenOff, Patience
 
 logger = logging.getLogger("glm4lite")
 
@@ -33,9 +33,6 @@ REPEATS = 2
 """Of a file that arrived damaged."""
 
 _POLL_SECONDS = 0.1
-_BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
-_OUTDATED = frozenset({401, 403, 404, 410})  # of a storage that a signed link led to: the Hub gives a new one
-_LONGEST_PAUSE = 300.0
 _RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})", re.ASCII)
 
 
@@ -59,29 +56,6 @@ class Wanted:
     lock: Path | None = None
     anew: bool = False
     synced: bool = True
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How often a stretch is asked for again where nothing of it comes, and seconds: the first pause (each one after it
-    is twice as long, up to `longest`), and the silence after which a connection is given up."""
-
-    attempts: int = 6
-    first: float = 1.0
-    longest: float = 30.0
-    silence: float = 20.0
-
-    def pause(self, failures: int, error: Exception) -> float | None:
-        """Seconds to wait before asking again; None where that is no use."""
-        if failures > self.attempts or not _may_pass(error):
-            return None
-        grown: float = min(self.longest, self.first * 2 ** (failures - 1))
-        grown *= random.uniform(0.5, 1.0)  # so that not all connections come back at once
-        return max(grown, min(_retry_after(error), _LONGEST_PAUSE))
-
-
-class _BrokenOff(Exception):
-    """An answer that ended early, or was no part where parts were sent before: it is asked for again."""
 
 
 @dataclass
@@ -257,12 +231,12 @@ class Transfer:
             while not ended:
                 try:
                     ended = self._receive(file, stretch)
-                except (httpx.HTTPError, httpx.StreamError, RefusedError, _BrokenOff) as error:
+                except (httpx.HTTPError, httpx.StreamError, RefusedError, BrokenOff) as error:
                     failures = 1 if stretch.at > furthest else failures + 1
                     furthest = max(furthest, stretch.at)
                     pause = self._patience.pause(failures, error)
                     if pause is None:
-                        if isinstance(error, _BrokenOff):
+                        if isinstance(error, BrokenOff):
                             raise HubError(f"{file.wanted.whose}: {file.wanted.name} {error}; run it again") from None
                         raise
                     if self._counter.stopped.wait(pause):
@@ -288,7 +262,7 @@ class Transfer:
                 return False
             if response.status_code != 206 and not whole:
                 if arriving.ranged:
-                    raise _BrokenOff("is sent whole where a part was asked for")
+                    raise BrokenOff("is sent whole where a part was asked for")
                 self._counter.add(-arriving.begin_again(stretch))
             known, began = arriving.size, stretch.at
             arriving.settle(size, tag, ranged=response.status_code == 206)
@@ -299,12 +273,12 @@ class Transfer:
                 for piece in response.iter_bytes():
                     self._counter.poll()
                     if stretch.stop is not None and stretch.at + len(piece) > stretch.stop:
-                        raise _BrokenOff("arrives longer than it should be")
+                        raise BrokenOff("arrives longer than it should be")
                     _write(out.write, piece, arriving.path)
                     stretch.at += len(piece)
                     self._counter.add(len(piece))
         if stretch.stop is not None and stretch.at < stretch.stop:
-            raise _BrokenOff("arrives shorter than it should be")
+            raise BrokenOff("arrives shorter than it should be")
         return True
 
     def _replaced(self, file: _File, stretch: Stretch) -> int:
@@ -368,14 +342,14 @@ def _size(wanted: Wanted, response: httpx.Response, stretch: Stretch) -> int | N
 
     Raises:
         HubError: another than the listing's, or the answer is a web page.
-        _BrokenOff: it is another part than was asked for.
+        BrokenOff: it is another part than was asked for.
     """
     encoded = response.headers.get("Content-Encoding", "identity") != "identity"
     length = response.headers.get("Content-Length", "")
     if response.status_code == 206:
         part = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if part is None or encoded or int(part[1]) != stretch.at or int(part[2]) >= int(part[3]):
-            raise _BrokenOff("is sent in other parts than were asked for")
+            raise BrokenOff("is sent in other parts than were asked for")
         size = int(part[3])
     elif encoded or not re.fullmatch(r"\d{1,19}", length, re.ASCII):
         return None
@@ -397,21 +371,6 @@ def _size(wanted: Wanted, response: httpx.Response, stretch: Stretch) -> int | N
 
 def _is_page(wanted: Wanted, response: httpx.Response) -> bool:
     return "text/html" in response.headers.get("Content-Type", "") and not wanted.name.endswith((".html", ".htm"))
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether asking again may help."""
-    if isinstance(error, RefusedError):
-        status = error.response.status_code
-        return status in _BUSY or (bool(error.response.history) and status in _OUTDATED)
-    if isinstance(error, httpx.TransportError):
-        return not isinstance(error, httpx.UnsupportedProtocol | httpx.ProxyError) and "CERTIFICATE" not in str(error)
-    return isinstance(error, _BrokenOff)
-
-
-def _retry_after(error: Exception) -> float:
-    value = error.response.headers.get("Retry-After", "") if isinstance(error, RefusedError) else ""
-    return float(value) if re.fullmatch(r"\d{1,6}", value, re.ASCII) else 0.0
 
 
 def _locked(wanted: Wanted, counter: Counter) -> FileLock | None:

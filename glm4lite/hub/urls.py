@@ -23,7 +23,8 @@ from glm4lite.hub.digests import digest_of
 from glm4lite.hub.download import Snapshot, check_disk
 from glm4lite.hub.hosts import host_of
 from glm4lite.hub.options import HubOptions
-from glm4lite.hub.transfer import Patience, Transfer, Wanted, host_address
+from glm4lite.hub.patience import Patience, asked
+from glm4lite.hub.transfer import Transfer, Wanted, host_address
 from glm4lite.hub.verified import Verifier
 
 _PART = re.compile(r"(.*-)(\d{5})(-of-)(\d{5})(\.gguf)", re.IGNORECASE | re.ASCII)
@@ -111,7 +112,7 @@ def _wanted(address: str, asked: str, name: str, folder: Path, digest: str, opti
 
 def _told_size(wanted: Wanted) -> int:
     """0 where the server does not say; what is wrong with it is said where the file is asked for."""
-    response = session().head(wanted.url, headers=dict(wanted.headers), follow_redirects=True)
+    response = asked(lambda: session().head(wanted.url, headers=dict(wanted.headers), follow_redirects=True))
     length = response.headers.get("Content-Length", "")
     plain = response.status_code == 200 and "text/html" not in response.headers.get("Content-Type", "")
     return int(length) if plain and re.fullmatch(r"\d{1,19}", length, re.ASCII) else 0

@@ -20,6 +20,7 @@ from glm4lite.checkpoint.resumable import unfinished
 from glm4lite.hub.known import KNOWN
 from glm4lite.hub.local import cached_models, local_models, remove
 from glm4lite.hub.options import HubOptions
+from glm4lite.hub.patience import Patience
 from glm4lite.hub.sources import locate, resolve
 from tests.commands import python
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
@@ -283,6 +284,23 @@ def test_a_mirror_whose_listing_names_no_commit_is_asked_for_it(hub: HubServer, 
     folder = resolve("org/tiny")
     assert folder.name == hub.repos["org/tiny"].sha
     assert content(folder) == content(tiny)
+
+
+@pytest.mark.parametrize("listed", [None, {"lfs": None, "blobId": None, "size": None}], ids=["listing", "HEAD too"])
+def test_a_host_that_is_busy_for_a_moment_is_asked_again(
+    hub: HubServer, tiny: Path, listed: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glm4lite.hub.patience.QUESTIONS", Patience(attempts=3, first=0.01, longest=0.02))
+    repo = hub.repos["org/tiny"]
+    repo.busy, repo.listed = 3, listed or {}
+    assert content(resolve("org/tiny")) == content(tiny)
+    repo.busy = 4
+    hub.requests.clear()
+    assert resolve("org/tiny").is_dir()  # from the cache
+    assert len(hub.requests) == 4
+    if listed is not None:
+        repo.busy, repo.names_commit = 3, False
+        assert resolve("org/tiny", options=HubOptions(force_download=True)).is_dir()
 
 
 # --- names

@@ -20,7 +20,8 @@ from glm4lite.base.events import Progress
 from glm4lite.hub.arriving import Arriving, journal, unfinished
 from glm4lite.hub.client import RefusedError, httpx
 from glm4lite.hub.connections import Counter
-from glm4lite.hub.transfer import CONNECTIONS, Patience, Transfer, Wanted
+from glm4lite.hub.patience import Patience
+from glm4lite.hub.transfer import CONNECTIONS, Transfer, Wanted
 from tests.glm4lite.file_server import Answer, FileServer
 
 PART = 10_000
@@ -316,7 +317,8 @@ import sys
 from pathlib import Path
 from glm4lite.hub.client import httpx
 from glm4lite.hub.connections import Counter
-from glm4lite.hub.transfer import Patience, Transfer, Wanted
+from glm4lite.hub.patience import Patience
+from glm4lite.hub.transfer import Transfer, Wanted
 url, target, part = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 wanted = Wanted("model", "org/tiny", url, {}, target, int(sys.argv[4]), lock=target.with_name("model.lock"))
 Transfer(httpx.Client(trust_env=False), [wanted], Counter(None), lambda *_: None, Patience(), part).run()
