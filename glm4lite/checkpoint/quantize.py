@@ -36,7 +36,7 @@ from glm4lite.checkpoint.streaming import (
 )
 from glm4lite.checkpoint.writer import SHARD_BYTES, FolderWriter, PlannedTensor, check_destination
 from glm4lite.hub.options import HubOptions
-from glm4lite.hub.sources import is_url, locate
+from glm4lite.hub.sources import is_choice, is_url, locate
 from glm4lite.model.config import Glm4Config
 from glm4lite.model.layers import layer_of
 from glm4lite_quant import QuantConfig
@@ -110,17 +110,19 @@ def quantize_checkpoint(
 
 
 def _arrivals(source: str | Path, progress: ProgressCallback | None, hub: HubOptions) -> Arrivals | None:
-    """A repo's shards, to be quantized as they arrive; None where all of it is on this machine."""
+    """A repo's shards, to be quantized as they arrive; None where all of it is on this machine, or comes as GGUF."""
     found = locate(source)
-    if isinstance(found, Path) or is_url(found):
+    if isinstance(found, Path) or is_url(found) or is_choice(found):
         return None
     from glm4lite.checkpoint.arrivals import Arrivals  # huggingface_hub takes a while to import
-    from glm4lite.hub.download import Snapshot, whole_in_cache
+    from glm4lite.hub.download import OnlyGguf, Snapshot, whole_in_cache
 
     try:
         if hub.local_files_only:
             return None
         return Arrivals(Snapshot.of(found, hub, progress))
+    except OnlyGguf:
+        return None
     except HubError:
         if whole_in_cache(found, hub) is None:
             raise

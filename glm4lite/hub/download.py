@@ -37,6 +37,10 @@ from glm4lite.hub.verified import Verifier
 logger = logging.getLogger("glm4lite")
 
 
+class OnlyGguf(HubError):
+    """A repo holds GGUF files and no safetensors, so that one of those is to be chosen."""
+
+
 def download(repo_id: str, progress: ProgressCallback | None, options: HubOptions, weights: bool = True) -> Path:
     """The local folder of a Hub repo, downloaded where the cache lacks it.
 
@@ -314,6 +318,9 @@ def _check_files(repo: Repo, weights: bool) -> None:
             raise HubError(f"{repo.repo_id} has no {TOKENIZER}; choose another repo (an '-hf' conversion has it)")
         return
     if SINGLE not in repo.files and INDEX not in repo.files:
+        gguf = [name for name in repo.every if name.endswith(".gguf")]
+        if gguf:
+            raise OnlyGguf(f"{repo.repo_id} holds GGUF files ({some(gguf[:1])}); pull one, and give the file itself")
         raise HubError(f"{repo.repo_id} {_no_weights(sorted(repo.files))}")
     if CONFIG not in repo.files:
         raise HubError(f"{repo.repo_id} has no config.json; choose a repo that holds a whole model, not an adapter")
@@ -326,9 +333,6 @@ def _no_weights(names: Sequence[str]) -> str:
             f"holds only pickle weights ({some(other[:1])}), which can run code when opened; "
             "choose a repo with safetensors (the zai-org 0414 and -hf repos have them)"
         )
-    gguf = [name for name in names if name.endswith(".gguf")]
-    if gguf:
-        return f"holds GGUF files ({some(gguf[:1])}), of which none is chosen; download one, and give the file itself"
     if "adapter_config.json" in names:
         return "holds an adapter (LoRA), no whole model; choose the repo of a model that it was merged into"
     strange = [name for name in names if name.endswith(".safetensors")]

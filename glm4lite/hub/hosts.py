@@ -45,7 +45,7 @@ class Repo:
     """The files at the top of a repo at one commit, or of the subfolder that is asked for.
 
     Those of other subfolders are other formats of the same weights. at: the revision that its files are asked for by;
-    "": the commit.
+    "": the commit. every: all files by their paths, also of the folders below.
     """
 
     repo_id: str
@@ -53,6 +53,7 @@ class Repo:
     commit: str
     files: Mapping[str, Listed] = field(default_factory=dict)
     at: str = ""
+    every: Mapping[str, Listed] = field(default_factory=dict)
 
     @property
     def host(self) -> Host:
@@ -101,9 +102,10 @@ class Host:
         at = f"/revision/{quote(options.revision, safe='')}" if options.revision else ""
         told = self._asked(f"/api/models/{repo_id}{at}?blobs=true", options)
         with_sha = told.get("sha") if isinstance(told, dict) else None
-        files = self._read(repo_id, lambda: _inside(_hub_files(told), options.subfolder))
+        every = _below(self._read(repo_id, lambda: _hub_files(told)), options.subfolder)
+        files = _at_the_top(every)
         commit = with_sha if isinstance(with_sha, str) else self._commit_of(repo_id, options, files)
-        return Repo(repo_id, options, _as_name(commit, "commit", self), files)
+        return Repo(repo_id, options, _as_name(commit, "commit", self), files, every=every)
 
     def _commit_of(self, repo_id: str, options: HubOptions, files: Mapping[str, Listed]) -> str:
         """Of a mirror whose listing does not tell it."""
@@ -177,7 +179,8 @@ class ModelScope(Host):
         found = self._read(repo_id, lambda: _modelscope_files(told))
         known = sorted((name, *sorted(one.digests)) for name, one in found.items())
         commit = hashlib.sha1(repr(known).encode(), usedforsecurity=False).hexdigest()
-        return Repo(repo_id, options, commit, _inside(found, options.subfolder), at=revision)
+        every = _below(found, options.subfolder)
+        return Repo(repo_id, options, commit, _at_the_top(every), revision, every)
 
 
 _HUB, _MODELSCOPE = Host(), ModelScope()
@@ -212,10 +215,13 @@ def _as_name(word: str, what: str, host: Host) -> str:
     return word
 
 
-def _inside(files: Mapping[str, Listed], subfolder: str) -> dict[str, Listed]:
+def _below(files: Mapping[str, Listed], subfolder: str) -> dict[str, Listed]:
     prefix = f"{PurePosixPath(subfolder)}/" if subfolder else ""
-    named = ((path.removeprefix(prefix), one) for path, one in files.items() if path.startswith(prefix))
-    return {name: one for name, one in named if "/" not in name}
+    return {path.removeprefix(prefix): one for path, one in files.items() if path.startswith(prefix)}
+
+
+def _at_the_top(files: Mapping[str, Listed]) -> dict[str, Listed]:
+    return {name: one for name, one in files.items() if "/" not in name}
 
 
 def _hub_files(told: Any) -> dict[str, Listed]:

@@ -18,7 +18,7 @@ from glm4lite.base.events import Progress
 from glm4lite.checkpoint.quantize import quantize_checkpoint
 from glm4lite.checkpoint.resumable import unfinished
 from glm4lite.hub.known import KNOWN
-from glm4lite.hub.local import cached_models, local_models, remove
+from glm4lite.hub.local import local_models, remove, runnable_models
 from glm4lite.hub.options import HubOptions
 from glm4lite.hub.patience import Patience
 from glm4lite.hub.sources import locate, resolve
@@ -330,7 +330,7 @@ def test_models_are_listed_and_removed_by_the_names_they_are_run_by(hub: HubServ
     assert {one.state for one in listed.values()} == {"whole"}
     size = sum(path.stat().st_size for path in tiny.iterdir())
     assert size <= listed["org/tiny"].nbytes < size + 100_000
-    assert cached_models() == ["org/tiny"]
+    assert runnable_models() == ["org/tiny", "tiny-int4"]
     assert locate("tiny-int4") == tmp_path / "made" / "tiny-int4"
     for name in listed:
         remove(name)
