@@ -85,7 +85,7 @@ class Arrivals:
             HubError: one cannot be fetched, is not what its header said, or there is no room for it.
         """
         names = list(names)
-        for file in sorted({checkpoint.file(name) for name in names}):
+        for file in sorted(_files(checkpoint, names)):
             ahead = self._ahead
             if ahead is None or ahead[0] != file:
                 if not file.exists():
@@ -103,10 +103,10 @@ class Arrivals:
         """
         if self._ahead is not None:
             return
-        place = next((at for at, name in enumerate(later) if not checkpoint.file(name).exists()), None)
-        if place is None:
+        lacking = ((at, file) for at, name in enumerate(later) for file in sorted(_files(checkpoint, [name])))
+        place, path = next(((at, file) for at, file in lacking if not file.exists()), (0, None))
+        if path is None:
             return
-        path = checkpoint.file(later[place])
         here = sum(one.stat().st_size for one in self._here() if not one.is_symlink())
         room = self.largest - here + sum(map(written, later[place:]))
         if room > 0 and not (self._snapshot.folder / path.name).exists():
@@ -120,9 +120,10 @@ class Arrivals:
 
     def drop(self, checkpoint: Checkpoint, later: Iterable[str]) -> None:
         """Removes the shards of which nothing is needed any more."""
-        needed = {checkpoint.file(name) for name in later}
+        needed = _files(checkpoint, later)
         for path in self._here():
             if path not in needed:
+                checkpoint.release(path)
                 path.unlink()
 
     def _here(self) -> list[Path]:
@@ -130,10 +131,12 @@ class Arrivals:
 
     def _make_room(self, checkpoint: Checkpoint, needed: Sequence[str]) -> None:
         for path in self._here():
-            kept = [checkpoint.stored(name) for name in needed if checkpoint.file(name) == path]
+            kept = [part for name in needed for part in checkpoint.parts(name) if part.path == path]
             if not kept:
+                checkpoint.release(path)
                 path.unlink()
             elif 2 * sum(one.nbytes for one in kept) <= path.stat().st_size:  # else there is little to gain
+                checkpoint.release(path)
                 _thin(path, kept)
 
     def _fetch(self, path: Path) -> None:
@@ -161,6 +164,11 @@ class Arrivals:
             arriving.discard()
             raise HubError(f"{wanted.whose}: {wanted.name} has another header than a moment ago ({some(other)})")
         arriving.publish(wanted.target)
+
+
+def _files(checkpoint: Checkpoint, names: Iterable[str]) -> set[Path]:
+    """The shards that hold these tensors, of which another tool's may consist of several in several shards."""
+    return {part.path for name in names for part in checkpoint.parts(name)}
 
 
 def _place(stored: StoredTensor | None) -> object:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import constants
+from safetensors.torch import load_file
 
 from glm4lite.base.errors import CheckpointError, Glm4liteError, HubError
 from glm4lite.base.events import Progress
@@ -23,10 +24,12 @@ from glm4lite.hub.options import HubOptions
 from glm4lite.hub.patience import Patience
 from glm4lite.hub.sources import locate, resolve
 from tests.commands import python
-from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
+from tests.glm4lite.checkpoints import tiny_config, write_checkpoint, write_shards
 from tests.glm4lite.file_server import FileServer
 from tests.glm4lite.hub_server import HubServer, Repo
+from tests.glm4lite.packed import write_packed
 from tests.glm4lite.test_hub import variables
+from tests.glm4lite.test_imports import AGAIN, LAYOUTS
 
 LAYERS = 6
 
@@ -117,6 +120,22 @@ def test_the_next_shard_comes_while_one_is_quantized_within_the_promised_disk(
     assert content(out) == content(quantize_checkpoint(source, tmp_path / "local"))
     assert ahead > 10
     assert largest < most <= used(out, "*.safetensors") + largest * 1.25  # what a layer needs of the last one, too
+
+
+@pytest.mark.parametrize("layout", ["gptq, not symmetric", "compressed-tensors, int8"])
+def test_another_tools_weights_whose_parts_lie_in_several_shards_are_quantized_as_they_arrive(
+    layout: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = write_packed(tmp_path, (LAYOUTS | AGAIN)[layout], split=True)
+    tensors = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+    for file in folder.glob("model*"):
+        file.unlink()
+    by_part = sorted(tensors, key=lambda name: name.rpartition(".")[2])  # all scales behind all codes
+    write_shards(folder, {name: tensors[name] for name in by_part}, 5)
+    with HubServer({"org/tiny": Repo.of(folder)}) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        out = quantize_checkpoint("org/tiny", tmp_path / "out")
+    assert content(out) == content(quantize_checkpoint(folder, tmp_path / "local"))
 
 
 PULL = """
