@@ -91,7 +91,7 @@ class Transfer:
         self._open: list[_File] = []
         self._opening = 0
         self._room: int | None = None
-        self._connections: Connections | None = None
+        self._connections = Connections(self._work, 0, counter)  # nobody began yet
         self._changed = threading.Condition()
         self._placing = threading.Lock()
 
@@ -108,7 +108,6 @@ class Transfer:
 
     def wait(self) -> Exception | None:
         """As `run`, of what was started."""
-        assert self._connections is not None
         self._room = None
         try:
             return self._connections.wait()
@@ -117,8 +116,7 @@ class Transfer:
 
     def stop(self) -> None:
         """Ends what was started; the next run goes on with it."""
-        if self._connections is not None:
-            self._connections.stop()
+        self._connections.stop()
         self._release()
 
     def _release(self) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from glm4lite.base.errors import CheckpointError, Glm4liteError, HubError
 from glm4lite.base.events import Progress
+from glm4lite.checkpoint.formats.registry import open_source
 from glm4lite.checkpoint.quantize import quantize_checkpoint
 from glm4lite.checkpoint.resumable import unfinished
 from glm4lite.hub.known import KNOWN
@@ -26,6 +27,7 @@ from glm4lite.hub.sources import locate, resolve
 from tests.commands import python
 from tests.glm4lite.checkpoints import tiny_config, write_checkpoint, write_shards
 from tests.glm4lite.file_server import FileServer
+from tests.glm4lite.gguf_files import write_gguf
 from tests.glm4lite.hub_server import HubServer, Repo
 from tests.glm4lite.packed import write_packed
 from tests.glm4lite.test_hub import variables
@@ -477,6 +479,41 @@ def test_an_address_on_the_hub_is_a_file_of_its_repo(hub: HubServer, home: Path)
     hub.requests.clear()
     assert resolve(f"{hub.url}/org/tiny/resolve/main/q/tiny-Q4.gguf") == found
     assert not hub.requests
+
+
+def test_one_of_a_repos_gguf_models_is_chosen_listed_run_and_removed(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    files = {"README.md": b"x", "mmproj-a.gguf": GGUF}
+    for kind in ("Q4_0", "Q8_0"):
+        write_gguf(tmp_path / f"a-{kind}.gguf", kind)
+        files[f"a-{kind}.gguf"] = (tmp_path / f"a-{kind}.gguf").read_bytes()
+    with HubServer({"org/a": Repo(files)}) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        for bad, said in (
+            ("org/a", r"holds these GGUF models: a-Q4_0 \(.*\), a-Q8_0 \(.*\); give one, as in org/a:Q4_0"),
+            ("org/a:Q5_K", "no GGUF model 'Q5_K', but these"),
+        ):
+            with pytest.raises(HubError, match=said):
+                resolve(bad)
+        found = resolve("org/a:q8_0")
+        assert found.read_bytes() == files["a-Q8_0.gguf"]
+        made = quantize_checkpoint("org/a:Q8_0", tmp_path / "int4")
+        assert content(made) == content(quantize_checkpoint(tmp_path / "a-Q8_0.gguf", tmp_path / "local"))
+    assert resolve("org/a:Q8_0") == found  # nobody answers: from the cache
+    assert [(one.name, one.state) for one in local_models()] == [("org/a:a-Q8_0.gguf", "whole")]
+    assert runnable_models() == ["org/a:a-Q8_0.gguf"]
+    assert resolve("org/a:a-Q8_0.gguf") == found
+    assert len(list((tmp_path / "data" / "glm4lite" / "gguf").iterdir())) == 2
+    remove("org/a:a-Q8_0.gguf")
+    assert local_models() == []
+    assert not list(home.rglob("*.gguf"))
+    write_gguf(tmp_path / "b.gguf", "Q8_0")
+    open_source(tmp_path / "b.gguf")
+    left = {path.name.rpartition("-")[0] for path in (tmp_path / "data" / "glm4lite" / "gguf").iterdir()}
+    assert left == {"a-Q8_0", "b"}
+    assert len(list((tmp_path / "data" / "glm4lite" / "gguf").iterdir())) == 2  # the removed file's are gone
 
 
 # --- commands
