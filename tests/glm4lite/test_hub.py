@@ -229,7 +229,7 @@ def test_repos_that_cannot_be_used_are_named_with_what_to_do(hub: HubServer, tmp
         "or set HF_TOKEN to a token that may read it",
         "org/pickle holds only pickle weights (pytorch_model.bin), which can run code when opened; "
         "choose a repo with safetensors (the zai-org 0414 and -hf repos have them)",
-        "org/gguf holds these GGUF models: model-Q4 (4 bytes), model-Q8 (4 bytes); give one, as in org/gguf:Q4",
+        "org/gguf holds these GGUF models: model-Q4 (0 KiB), model-Q8 (0 KiB); give one, as in org/gguf:Q4",
         "org/adapter has no config.json; choose a repo that holds a whole model, not an adapter",
         "org/lora holds an adapter (LoRA), no whole model; choose the repo of a model that it was merged into",
         "org/strange has neither model.safetensors nor model.safetensors.index.json, which would say what "

@@ -26,7 +26,7 @@ logger = logging.getLogger("glm4lite")
 _VERSION = 2  # of what is made here; files of another are made anew
 _TEMPLATE, _SETTINGS, _GENERATION = "chat_template.jinja", "tokenizer_config.json", "generation_config.json"
 _SOURCE = "source.json"
-_NEW_S = 60.0  # another process may be just writing it
+_NEW_S = 60.0  # another process may just be writing it
 _PRE = ("glm4", "chatglm-bpe")
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -66,12 +66,12 @@ def companions_folder(path: Path, metadata: Mapping[str, Any], config: Mapping[s
 def _remove_orphans(every: Path) -> None:
     """Removes companions of files that are not there any more, or are others now."""
     for folder in every.iterdir() if every.is_dir() else []:
+        if not (folder / _SOURCE).exists() and time.time() - folder.stat().st_mtime < _NEW_S:
+            continue
         try:
             path, size, changed = json.loads((folder / _SOURCE).read_bytes())
             status = Path(path).stat()
             there = (status.st_size, status.st_mtime_ns) == (size, changed)
-        except FileNotFoundError:
-            there = time.time() - folder.stat().st_mtime < _NEW_S
         except (OSError, ValueError, TypeError):
             there = False
         if not there:
