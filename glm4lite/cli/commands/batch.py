@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from glm4lite.server.batch.running import Source
 
 SOME_FAILED = 3
-LONGEST_CONTEXT = 1 << 20  # tokens of models that are not here: a prompt may be a list of them
 MOST_IGNORED = 20  # names that are said
 LOG_S = 10.0  # between two lines about the progress where stderr is no terminal
 
@@ -130,18 +129,18 @@ OF_A_MODEL = (
 
 def _refuse_ignored(given: typer.Context, server: str | None, ray: str | None) -> None:
     """ConfigError for an option that would mean nothing."""
-    idle = {name: "--server, which has its own model" for name in OF_A_MODEL if server is not None}
-    idle |= {} if ray is not None else {"workers": "no --ray"}
-    idle |= {} if server is not None else {"api_key": "no --server"}
+    idle = {name: "with --server, which has its own model" for name in OF_A_MODEL if server is not None}
+    idle |= {} if ray is not None else {"workers": "without --ray"}
+    idle |= {} if server is not None else {"api_key": "without --server"}
     for name, why in idle.items():
         found = given.get_parameter_source(name)
         if found is not None and found.name == "COMMANDLINE":
-            raise ConfigError(f"--{name.replace('_', '-')} means nothing with {why}; leave it out")
+            raise ConfigError(f"--{name.replace('_', '-')} means nothing {why}; leave it out")
 
 
 def _everywhere(model: str) -> str:
-    """A folder by its whole path: other machines' processes run elsewhere."""
-    return os.path.abspath(model) if os.path.exists(model) else model
+    """A folder by its whole path: other machines' processes run elsewhere. "nano" is never a folder."""
+    return os.path.abspath(model) if model != "nano" and os.path.exists(model) else model
 
 
 def _source(requests: str, answers: str) -> AbstractContextManager[BinaryIO]:
@@ -181,17 +180,14 @@ class _Run:
     def answer(self, who: Source, cluster: Cluster | None, file: BinaryIO) -> None:
         """Answers what is left of a file."""
         from glm4lite.server.batch.lines import requests
-        from glm4lite.server.batch.local import LocalModel
-        from glm4lite.server.batch.running import results
+        from glm4lite.server.batch.running import UNKNOWN_CONTEXT, results
 
         if cluster is not None:
-            left = filter(self._is_left, requests(file, LONGEST_CONTEXT))
+            left = filter(self._is_left, requests(file, UNKNOWN_CONTEXT))
             self._write(cluster.results(who, left, self._remark))
             return
         with closing(who.open(self._renderer.show)) as answerer:
-            here = isinstance(answerer, LocalModel)
-            context = answerer.worker.engine.model.context if here else LONGEST_CONTEXT
-            left = filter(self._is_left, requests(file, context))
+            left = filter(self._is_left, requests(file, answerer.context))
             self._write(results(answerer, left))
 
     def _write(self, results: Generator[Result]) -> None:

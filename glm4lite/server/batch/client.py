@@ -20,9 +20,8 @@ import httpx2
 
 from glm4lite.base.errors import ConfigError, Glm4liteError, one_line, shown
 from glm4lite.checkpoint.streaming import ProgressCallback
-from glm4lite.server.batch.lines import Request, Result
-from glm4lite.server.batch.local import no_stream
-from glm4lite.server.batch.running import Done
+from glm4lite.server.batch.lines import Request, Result, no_stream
+from glm4lite.server.batch.running import UNKNOWN_CONTEXT, Done
 from glm4lite.server.errors import ApiError
 from glm4lite.server.replies import JSON
 
@@ -78,7 +77,7 @@ class Client:
     """The Answerer of a server. Its requests are tasks of one thread, which closing cancels."""
 
     def __init__(self, server: Server) -> None:
-        self.at_once, self._base = server.at_once, server.base
+        self.at_once, self.context, self._base = server.at_once, UNKNOWN_CONTEXT, server.base
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if server.key is not None:
             headers["Authorization"] = f"Bearer {server.key}"

@@ -39,7 +39,9 @@ CONNECT_S = 5.0
 SILENCE_S = 3 * 3600.0  # without any answer, after which a run ends: every worker's machine is gone, say
 FEW = 2000  # requests that travel one by one; of more, some together, so that the driver has not too many to mind
 STORE = 512 << 20  # bytes of a local cluster's object store, which writes to the disk beyond
-_ADDRESS = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):(?P<port>[0-9]{1,5})")
+_SETTINGS = 4  # the kind of frame that HTTP/2, gRPC's ground, begins with (RFC 9113, 3.4 and 4.1)
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, _SETTINGS, 0, 0, 0, 0, 0))
+_ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}")
 
 
 class ClusterError(Glm4liteError):
@@ -83,7 +85,7 @@ class Cluster:
             return
         with self._connected(source) as ray:
             pool = _Pool.of(ray, self, source)
-            say(f"({pool.workers} workers {'start' if isinstance(source, Model) else 'ask'})")
+            say(f"(workers of {self.address}: {pool.workers})")
             with closing(_answers(ray, pool, rows)) as answers:
                 seen = set[str]()
                 for answer in answers:
@@ -259,13 +261,19 @@ def _without_messages_of_c() -> Iterator[None]:
 
 
 def _knock(address: str) -> None:
-    """Ray tries an address at which nobody listens for a long time."""
-    where = _ADDRESS.fullmatch(address)
-    if where is not None:
-        try:
-            socket.create_connection((where["host"].strip("[]"), int(where["port"])), CONNECT_S).close()
-        except (OSError, OverflowError) as error:
-            raise ClusterError(f"no Ray cluster answers at {address} ({one_line(error)})") from None
+    """Ray tries an address for minutes at which nobody listens, or a server of something else than gRPC."""
+    name, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((name.strip("[]"), int(port)), CONNECT_S) as connection:
+            connection.settimeout(CONNECT_S)
+            connection.sendall(_HELLO)
+            said = b"" if os.environ.get("RAY_USE_TLS", "0") != "0" else connection.recv(9)
+    except (OSError, OverflowError) as error:
+        raise ClusterError(f"no Ray cluster answers at {address} ({one_line(error)})") from None
+    if said and (len(said) < 4 or said[3] != _SETTINGS):
+        raise ClusterError(
+            f"what answers at {address} is no Ray cluster; give the address that `ray start --head` says"
+        )
 
 
 def _told(error: Exception) -> str:

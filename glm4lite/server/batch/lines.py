@@ -165,6 +165,11 @@ def failed(line: JSON) -> bool:
     return not isinstance(response, dict) or response.get("status_code") != 200
 
 
+def no_stream() -> ApiError:
+    """A file has no room for an answer in pieces."""
+    return ApiError("stream: true is not supported in a batch", param="stream", code="unsupported_value")
+
+
 def _head(custom_id: str | None) -> JSON:
     return {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": custom_id}
 

@@ -14,10 +14,9 @@ from glm4lite.engine.worker import Ended, EngineWorker
 from glm4lite.loading.load_options import LoadOptions
 from glm4lite.memory.budget import Budget
 from glm4lite.server.answer import Piece, answer
-from glm4lite.server.batch.lines import Request, Result
+from glm4lite.server.batch.lines import Request, Result, no_stream
 from glm4lite.server.batch.running import Done
 from glm4lite.server.endpoint import CHAT, COMPLETION, Endpoint, ModelNames
-from glm4lite.server.errors import ApiError
 from glm4lite.server.replies import JSON, Reply
 from glm4lite_quant.kernels import native
 
@@ -73,6 +72,10 @@ class LocalModel:
     def __init__(self, worker: EngineWorker, name: str, at_once: int) -> None:
         self.worker, self._name, self.at_once = worker, name, at_once
 
+    @property
+    def context(self) -> int:
+        return self.worker.engine.model.context
+
     def begin(self, request: Request, done: Done, cancel: threading.Event) -> None:
         """Puts a request into the worker's queue; what it may not ask for ends it here."""
         engine, ignored = self.worker.engine, tuple[str, ...]()
@@ -106,11 +109,6 @@ class LocalModel:
 
     def close(self) -> None:
         self.worker.close()
-
-
-def no_stream() -> ApiError:
-    """A file has no room for an answer in pieces."""
-    return ApiError("stream: true is not supported in a batch", param="stream", code="unsupported_value")
 
 
 def _whole(reply: Reply, pieces: list[Piece]) -> JSON:

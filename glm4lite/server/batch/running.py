@@ -10,6 +10,7 @@ from typing import Protocol
 from glm4lite.checkpoint.streaming import ProgressCallback
 from glm4lite.server.batch.lines import LineError, Request, Result
 
+UNKNOWN_CONTEXT = 1 << 20  # tokens; that of a model elsewhere, which itself refuses more than it has
 POLL_S = 0.5  # on Windows no wait without an end hears Ctrl-C
 
 Done = Callable[[Result | BaseException], None]
@@ -22,6 +23,11 @@ class Answerer(Protocol):
     @property
     def at_once(self) -> int:
         """How many requests it is to be given at a time."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Of its model, in tokens, which a prompt may be a list of."""
         ...
 
     def begin(self, request: Request, done: Done, cancel: threading.Event) -> None:
