@@ -123,14 +123,14 @@ def test_where_no_request_is_left_no_cluster_is_asked(installed: None) -> None:
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize(
     ("machines", "workers", "device", "threads", "expected"),
-    [  # workers, threads of each, processors and GPUs that each is counted with
-        ([(8, 0), (8, 0)], None, "auto", None, (2, None, 1, 0)),
-        ([(8, 0), (8, 0)], 4, "auto", None, (4, 4, 1, 0)),
+    [  # workers, those of one machine, processors and GPUs that each is counted with
+        ([(8, 0), (8, 0)], None, "auto", None, (2, 1, 1, 0)),
+        ([(8, 0), (8, 0)], 4, "auto", None, (4, 2, 1, 0)),
         ([(8, 0), (4, 0)], 3, "auto", None, (3, 2, 1, 0)),
-        ([(8, 0), (8, 0)], 4, "auto", 3, (4, 3, 3, 0)),
-        ([(32, 4), (32, 4)], None, "auto", None, (8, 8, 1, 1)),
-        ([(32, 4), (32, 4)], 2, "cuda", None, (2, None, 1, 1)),
-        ([(32, 4), (32, 4)], None, "cpu", None, (2, None, 1, 0)),
+        ([(8, 0), (8, 0)], 4, "auto", 3, (4, 2, 3, 0)),
+        ([(32, 4), (32, 4)], None, "auto", None, (8, 4, 1, 1)),
+        ([(32, 4), (32, 4)], 2, "cuda", None, (2, 1, 1, 1)),
+        ([(32, 4), (32, 4)], None, "cpu", None, (2, 1, 1, 0)),
     ],
 )
 def test_workers_are_spread_over_what_there_is(
@@ -142,8 +142,7 @@ def test_workers_are_spread_over_what_there_is(
 ) -> None:
     source = Model("nano", "nano", device=device, threads=threads)
     pool = cluster._Pool.of(Machines(machines), Cluster("head:1", workers), source)
-    assert isinstance(pool.source, Model)
-    assert (pool.workers, pool.source.threads, pool.cpus, pool.gpus) == expected
+    assert (pool.workers, pool.together, pool.cpus, pool.gpus) == expected
 
 
 def test_a_cluster_that_is_too_small_says_what_it_has(installed: None) -> None:
@@ -155,16 +154,16 @@ def test_a_cluster_that_is_too_small_says_what_it_has(installed: None) -> None:
 
 
 def test_a_worker_answers_and_says_what_it_cannot() -> None:
-    worker = Worker(NANO, __version__)
+    worker = Worker(NANO, 1, __version__)
     good, bad = told(worker, asked("a", chat()), asked("b", chat(temperature=9), "/v1/completions"))
     assert (good["line"]["custom_id"], good["line"]["response"]["status_code"]) == ("a", 200)
     assert bad["line"]["response"]["status_code"] == 400
     assert good["worker"] == bad["worker"] == f"{socket.gethostname()} {os.getpid()}"
     worker._answerer.close()
     for broken, why in (
-        (Worker(Model("/no/such/folder", "folder"), __version__), "/no/such/folder does not exist"),
-        (Worker(NANO, "0.0.1"), f"it has glm4lite {__version__}, and this run is of 0.0.1"),
-        (Worker(Server("http://127.0.0.1:1"), __version__), "no server answers at http://127.0.0.1:1"),
+        (Worker(Model("/no/such/folder", "folder"), 1, __version__), "/no/such/folder does not exist"),
+        (Worker(NANO, 1, "0.0.1"), f"it has glm4lite {__version__}, and this run is of 0.0.1"),
+        (Worker(Server("http://127.0.0.1:1"), 1, __version__), "no server answers at http://127.0.0.1:1"),
     ):
         [answer] = told(broken, asked("a", chat()))
         assert answer["host"] == socket.gethostname()
@@ -201,7 +200,7 @@ def head() -> Iterator[Head]:
     environment = {**os.environ, **secret}
     start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--object-store-memory=100000000"]
     begin = [*start, "--head", f"--port={port}", "--include-dashboard=false", "--num-cpus=2", f"--temp-dir={folder}/r"]
-    join = [*start, f"--address=127.0.0.1:{port}", "--num-cpus=1", "--ray-client-server-port=0"]
+    join = [*start, f"--address=127.0.0.1:{port}", "--num-cpus=1"]
     quiet: Any = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)

@@ -86,7 +86,7 @@ class Cluster:
         with self._connected(source) as ray:
             pool = _Pool.of(ray, self, source)
             say(f"(workers of {self.address}: {pool.workers})")
-            with closing(_answers(ray, pool, rows)) as answers:
+            with closing(_answers(ray, pool, source, rows)) as answers:
                 seen = set[str]()
                 for answer in answers:
                     if (failure := answer.get("failure")) is not None:
@@ -137,10 +137,10 @@ class Cluster:
 
 @dataclass(frozen=True)
 class _Pool:
-    """The actors: how many, what each is made of, takes of a machine, and gets at a time."""
+    """The actors: how many, on one machine at most, and what each takes of it."""
 
     workers: int
-    source: Source
+    together: int
     cpus: int
     gpus: int
 
@@ -157,23 +157,22 @@ class _Pool:
             if workers * each > there[name]:
                 wanted = f"{workers} workers take {workers * each} {name}s"
                 raise ClusterError(f"{wanted}, and the cluster has {there[name]}; take fewer --workers")
-        together = -(-workers // len(machines))
-        if isinstance(source, Model) and source.threads is None and together > 1:
-            fewest = int(min(one["CPU"] for one in machines))
-            if cluster.address == LOCAL:
-                fewest = len(host.processors())
-            source = replace(source, threads=max(1, fewest // together))
-        return cls(workers, source, cpus, gpus)
+        return cls(workers, -(-workers // len(machines)), cpus, gpus)
 
 
 class Worker:
-    """An actor of the pool. What it cannot do it says in its answers: an error in `__init__` would be Ray's."""
+    """An actor of the pool. What it cannot do it says in its answers: an error in `__init__` would be Ray's.
 
-    def __init__(self, source: Source, version: str) -> None:
+    together: workers that share the processors of this machine.
+    """
+
+    def __init__(self, source: Source, together: int, version: str) -> None:
         self._failure: str | None = None
         try:
             if version != __version__:
                 raise ClusterError(f"it has glm4lite {__version__}, and this run is of {version}; install that there")
+            if isinstance(source, Model) and source.threads is None and together > 1:
+                source = replace(source, threads=max(1, len(host.processors()) // together))
             self._answerer: Answerer = source.open()
         except Exception as error:
             self._failure = str(said_by(error))
@@ -199,7 +198,7 @@ class Worker:
         return {"failure": self._failure, "host": name}
 
 
-def _answers(ray: Any, pool: _Pool, rows: list[str]) -> Generator[dict[str, Any]]:
+def _answers(ray: Any, pool: _Pool, source: Source, rows: list[str]) -> Generator[dict[str, Any]]:
     """What the workers say, as they say it."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
@@ -207,11 +206,11 @@ def _answers(ray: Any, pool: _Pool, rows: list[str]) -> Generator[dict[str, Any]
     blocks = len(rows) if len(rows) <= FEW else max(FEW, -(-len(rows) // 16))
     answers = ray.data.from_items([{"request": row} for row in rows], override_num_blocks=blocks).map_batches(
         Worker,
-        fn_constructor_args=(pool.source, __version__),
+        fn_constructor_args=(source, pool.together, __version__),
         compute=ray.data.ActorPoolStrategy(
             size=pool.workers,
-            max_tasks_in_flight_per_actor=pool.source.at_once,
-            max_concurrent_calls_per_actor=pool.source.at_once,
+            max_tasks_in_flight_per_actor=source.at_once,
+            max_concurrent_calls_per_actor=source.at_once,
             enable_true_multi_threading=True,
         ),
         batch_size=None,

@@ -60,7 +60,8 @@ class Model:
             self.source, options, speculate=self.speculate, parallel=self.parallel, draft=self.draft
         )
         at_once = engine.parallel + READ_AHEAD
-        return LocalModel(EngineWorker(engine, at_once), self.name, at_once)
+        # Where it computes fewer at once than was thought (1 with a GPU), those that were sent all the same wait.
+        return LocalModel(EngineWorker(engine, max(at_once, self.at_once)), self.name, at_once)
 
 
 class LocalModel:
