@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,12 +30,15 @@ from glm4lite import __version__
 from glm4lite.base import extras
 from glm4lite.base.errors import ConfigError
 from glm4lite.base.extras import MissingPackageError
+from glm4lite.engine import engine
 from glm4lite.engine.engine import Engine
 from glm4lite.server.batch import cluster
 from glm4lite.server.batch.client import Server
 from glm4lite.server.batch.cluster import Cluster, ClusterError, Worker
 from glm4lite.server.batch.lines import LineError
 from glm4lite.server.batch.local import Model
+from glm4lite_quant import host
+from glm4lite_quant.kernels import native
 from tests.commands import FRESH, run
 from tests.glm4lite.served import served, wait_for
 from tests.glm4lite.test_batch import asked, by_id, chat, completion, many, read, write
@@ -169,6 +173,21 @@ def test_a_worker_answers_and_says_what_it_cannot() -> None:
         assert answer["host"] == socket.gethostname()
         assert why in answer["failure"]
         assert "\n" not in answer["failure"]
+
+
+def test_workers_of_one_machine_share_it_and_let_wait_what_they_do_not_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = native.thread_count()
+    monkeypatch.setattr(engine, "_usual_parallel", lambda _: 1)  # as where layers lie on a GPU
+    worker = Worker(Model("nano", "nano"), 2, __version__)
+    try:
+        assert native.thread_count() == max(1, len(host.processors()) // 2)
+        requests = many(Model("nano", "nano").at_once, 5)
+        with ThreadPoolExecutor(len(requests)) as calls:  # as Ray makes them
+            answers = [answer for [answer] in calls.map(lambda one: told(worker, one), requests)]
+        assert [answer["line"]["response"]["status_code"] for answer in answers] == [200] * len(requests)
+    finally:
+        worker._answerer.close()
+        native.set_threads(before)
 
 
 @dataclass
