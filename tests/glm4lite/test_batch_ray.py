@@ -35,7 +35,7 @@ from glm4lite.engine.engine import Engine
 from glm4lite.server.batch import cluster
 from glm4lite.server.batch.client import Server
 from glm4lite.server.batch.cluster import Cluster, ClusterError, Worker
-from glm4lite.server.batch.lines import LineError
+from glm4lite.server.batch.lines import LineError, Request
 from glm4lite.server.batch.local import Model
 from glm4lite_quant import host
 from glm4lite_quant.kernels import native
@@ -116,7 +116,7 @@ def test_what_answers_at_an_address_and_is_no_cluster_is_said(says: bytes | None
 
 
 def request(name: str) -> Any:
-    return cluster.Request(name, asked(name, chat()))
+    return Request(name, asked(name, chat()))
 
 
 def test_where_no_request_is_left_no_cluster_is_asked(installed: None) -> None:

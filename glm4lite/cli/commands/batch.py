@@ -91,8 +91,8 @@ def batch(
     who: Source
     if server is None:
         budget, number = Budget.of(gpu_memory, ram, context, kv), options.thread_count(threads)
-        source, guesser = _everywhere(model), draft and _everywhere(draft)
-        who = Model(source, name_of(model), quant, device, dtype, budget, speculate, guesser, parallel, number)
+        found, guesser = _everywhere(model), draft and _everywhere(draft)
+        who = Model(found, name_of(model), quant, device, dtype, budget, speculate, guesser, parallel, number)
     else:
         who = Server(server, api_key, parallel or AT_ONCE)
     cluster = None if ray is None else Cluster(ray, workers)

@@ -9,7 +9,8 @@ from typing import Any
 
 from glm4lite.base.errors import ConfigError
 from glm4lite.checkpoint.streaming import ProgressCallback
-from glm4lite.engine.engine import MOST_PARALLEL, PARALLEL, Engine
+from glm4lite.engine.engine import MOST_PARALLEL, Engine
+from glm4lite.engine.scheduler import PARALLEL
 from glm4lite.engine.worker import Ended, EngineWorker
 from glm4lite.loading.load_options import LoadOptions
 from glm4lite.memory.budget import Budget
