@@ -245,12 +245,11 @@ def _private_folder() -> Iterator[str]:
 
 @contextmanager
 def _without_messages_of_c() -> Iterator[None]:
-    """Ray's core writes to descriptor 2, whatever it is told; the command line writes to a copy of it."""
-    try:
-        ours = sys.stderr.fileno() == 2
-    except (AttributeError, OSError, ValueError):  # a stream of a test, or none
-        ours = False
-    if ours:
+    """Ray's core writes to descriptor 2, whatever it is told; the command line writes to a copy of it.
+
+    Where nobody made a copy, the program's own words would go, too, so all are left.
+    """
+    if sys.stderr is sys.__stderr__:
         yield
         return
     before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -269,11 +268,13 @@ def _knock(address: str) -> None:
     try:
         with socket.create_connection((name.strip("[]"), int(port)), CONNECT_S) as connection:
             connection.settimeout(CONNECT_S)
+            if os.environ.get("RAY_USE_TLS", "0") != "0":  # which begins otherwise
+                return
             connection.sendall(_HELLO)
-            said = b"" if os.environ.get("RAY_USE_TLS", "0") != "0" else connection.recv(9)
+            said = connection.recv(9)
     except (OSError, OverflowError) as error:
         raise ClusterError(f"no Ray cluster answers at {address} ({one_line(error)})") from None
-    if said and (len(said) < 4 or said[3] != _SETTINGS):
+    if len(said) < 4 or said[3] != _SETTINGS:
         raise ClusterError(
             f"what answers at {address} is no Ray cluster; give the address that `ray start --head` says"
         )
