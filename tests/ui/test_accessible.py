@@ -58,7 +58,7 @@ TURNS = [
 ]
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1440, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), pytest.param(1440, "dark", marks=pytest.mark.slow)])
 def test_axe_finds_nothing_serious(serve: Serve, visit: Callable[..., Any], width: int, scheme: str) -> None:
     site = serve(Engine.load("nano"), tools=[replace(tool, needs_approval=True) for tool in BUILTIN_TOOLS])
     site.runtime.preferences.keep_preset("Brief", Settings("Be brief."))

@@ -14,7 +14,7 @@ from tests.ui.conftest import Serve
 from tests.ui.test_servers import entry
 
 Visit = Callable[..., Any]
-WIDTHS = pytest.mark.parametrize("width", [390, 1440])
+WIDTHS = pytest.mark.parametrize("width", [390, pytest.param(1440, marks=pytest.mark.slow)])
 
 
 def focused(page: Any) -> str:
