@@ -622,7 +622,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_chat_that_is_started_again_reads_what_it_computed(folder: Path) -> None:
     assert chat(forked())["prefilled_tokens"] > 200
     assert not folder.exists()  # off by default
-    assert chat(FRESH, "--keep-prefixes")["prefilled_tokens"] > 200
+    assert chat(forked(), "--keep-prefixes")["prefilled_tokens"] > 200
     again = chat(FRESH, "--keep-prefixes", "64MiB")
     assert again["prefilled_tokens"] == 1
     assert again["prompt_tokens"] > 200

@@ -192,7 +192,7 @@ def test_a_search_shows_where_the_word_stands(serve: Serve, visit: Visit) -> Non
 ON_TOP = "document.querySelector('#toasts').matches(':popover-open')"
 
 
-@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("width", [390, pytest.param(1440, marks=pytest.mark.slow)])
 def test_what_is_said_while_a_sheet_is_open_lies_over_it(serve: Serve, visit: Visit, width: int) -> None:
     page = visit(serve().url, viewport={"width": width, "height": 900}, color_scheme="light")
     page.click("#open-settings")

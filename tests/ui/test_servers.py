@@ -382,7 +382,7 @@ def test_a_server_of_the_command_line_keeps_its_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the user's folder is named otherwise")
-@pytest.mark.parametrize("switch", [(), ("--servers-from-elsewhere",)])
+@pytest.mark.parametrize("switch", [(), pytest.param(("--servers-from-elsewhere",), marks=pytest.mark.slow)])
 def test_the_command_connects_what_lies_in_the_users_folder(tmp_path: Path, switch: tuple[str, ...]) -> None:
     file = ServerFile(tmp_path / "glm4lite" / "mcp.json")
     file.put("weather", entry(PLAIN))
