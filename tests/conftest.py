@@ -28,7 +28,8 @@ for name in ("SIGINT", "SIGQUIT", "SIGHUP"):
 gc.disable()  # until all tests are known: what is imported and collected stays
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
     gc.collect()
     gc.freeze()  # torch, Gradio and seven thousand tests: no later collection walks through them
     gc.enable()
