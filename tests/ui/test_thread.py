@@ -266,6 +266,7 @@ def test_nothing_that_a_text_wrote_stands_on_the_page(serve: Serve, visit: Visit
     assert page.evaluate(STRANGERS) == []
 
 
+@pytest.mark.slow
 def test_nor_while_an_answer_grows(serve: Serve, visit: Visit, nano: Engine) -> None:
     text = "\n\n".join([*KNOWN[:6], *KNOWN[7:9], *KNOWN[11:16]])
     page = visit(serve(slow_engine(nano, text, seconds=0.005)).url)
