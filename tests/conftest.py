@@ -35,6 +35,10 @@ def pytest_runtestloop() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries tell of what they think was leaked
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Two tests of the whole suite run at a time, as many wait for a process; a choice of tests runs one by one."""
     return 2 if config.args_source == pytest.Config.ArgsSource.TESTPATHS else 0

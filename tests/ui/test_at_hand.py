@@ -83,7 +83,8 @@ def answer_late(route: Any) -> None:
     route.fulfill(response=response)
 
 
-@pytest.mark.parametrize("late", [False, True])  # whether the page hears of it from the stream first
+# Whether the page hears of it from the stream first.
+@pytest.mark.parametrize("late", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_deleted_chat_comes_back(serve: Serve, visit: Visit, late: bool) -> None:
     site = serve()
     saved(site, "Moon", "Sun")
