@@ -83,8 +83,8 @@ class CompressedTensorsTarget(HuggingFaceTarget):
         super().finish(writer, prepared)
 
     def config(self, prepared: Prepared[Any]) -> dict[str, Any]:
-        plain = {fill.module for fill in prepared.plan.fills if fill.quant is None} | {"lm_head"}
-        heads = [name for name, module in prepared.model.named_modules() if isinstance(module, nn.Linear)]
+        coded = {fill.module for fill in prepared.plan.fills if fill.quant is not None}
+        linear = [name for name, module in prepared.model.named_modules() if isinstance(module, nn.Linear)]
         weights = {
             "num_bits": 4,
             "type": "int",
@@ -102,7 +102,7 @@ class CompressedTensorsTarget(HuggingFaceTarget):
                 "format": "pack-quantized",
                 "quantization_status": "compressed",
                 "config_groups": {"group_0": scheme},
-                "ignore": [name for name in heads if name in plain],
+                "ignore": [name for name in linear if name not in coded],
                 "kv_cache_scheme": None,
             }
         }

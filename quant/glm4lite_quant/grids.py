@@ -158,7 +158,7 @@ def steps(weight: QuantTensor) -> tuple[Tensor, Tensor, int]:
 
 @dataclass
 class _Groups:
-    """x: weights [g, R, G]; v: what an error of each counts. Sums run over the first dimension, where they are quick."""
+    """x: weights [g, R, G]; v: what an error of each counts. Sums over the first dimension are quick."""
 
     x: Tensor
     v: Tensor

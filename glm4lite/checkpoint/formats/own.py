@@ -1,4 +1,4 @@
-"""A checkpoint that glm4lite quantized, as a plain one: rows are decoded as they are read, and codes can be asked for."""
+"""A checkpoint that glm4lite quantized, as a plain one: rows are decoded as they are read."""
 
 from __future__ import annotations
 
