@@ -104,6 +104,7 @@ class CompressedTensorsTarget(HuggingFaceTarget):
                 "config_groups": {"group_0": scheme},
                 "ignore": [name for name in linear if name not in coded],
                 "kv_cache_scheme": None,
+                "run_compressed": False,  # Transformers 5.23 with compressed-tensors 0.20 takes no packed zero points
             }
         }
 

@@ -161,7 +161,7 @@ def _write(
         for name, encoded in target.encoded(fill, rows).items():
             writer.append(name, encoded)
 
-    if grid is None or fill.quant is None:
+    if grid is None or not isinstance(fill.quant, QuantConfig):
         for _, rows in finite_blocks(checkpoint, fill.source, meter):
             append(rows)
         return None
@@ -176,7 +176,7 @@ def _write(
 
 
 def _codes(
-    checkpoint: Checkpoint, fill: Fill, grid: Grid, quant: Any, meter: Meter, calibrator: Calibrator | None
+    checkpoint: Checkpoint, fill: Fill, grid: Grid, quant: QuantConfig, meter: Meter, calibrator: Calibrator | None
 ) -> Iterator[tuple[Codes, bool]]:
     """(codes of some rows, whether they are the source's own), from the first row to the last."""
     group = quant.group_size
@@ -189,8 +189,8 @@ def _codes(
             meter.add((stop - start) * checkpoint.nbytes(fill.source) // fill.shape[0])
         return
     held, importance = (None, None) if calibrator is None or quant.method == KEPT else calibrator.take(fill)
-    for _, rows in blocks(checkpoint, fill.source, meter, held):
-        yield fit(rows, grid, group, importance if quant.bits == 4 else None), False
+    for start, rows in blocks(checkpoint, fill.source, meter, held):
+        yield fit(rows, grid, group, importance, start), False
 
 
 def _ranges(checkpoint: Checkpoint, fill: Fill) -> Iterator[tuple[int, int]]:
