@@ -28,11 +28,7 @@ _YARN_KEYS = {"rope_type", "rope_theta", "partial_rotary_factor", "factor", "ori
 
 def check(prepared: Prepared[Any]) -> None:
     """Raises Glm4liteError where the file could not say what the model is."""
-    config = prepared.config
-    rope = config.rope_parameters
-    kind = rope["rope_type"]
-    if kind not in ("default", "yarn"):
-        raise ConfigError(f"positions are scaled by {kind!r}, which a GGUF file of GLM-4 cannot say; export to hf")
+    rope = prepared.config.rope_parameters
     more = sorted(key for key, value in rope.items() if key not in _YARN_KEYS and value is not None)
     if more:
         raise ConfigError(f"rope_scaling has {', '.join(more)}, which a GGUF file cannot say; export to hf")

@@ -70,4 +70,6 @@ def export(
         )
         files = [written] if written.is_file() else list(written.iterdir())
         size = sum(file.stat().st_size for file in files)
-        renderer.remark(f"{written}: {readable(size)}, {to}. Run it: {_NEXT[to].format(shlex.quote(str(written.resolve())))}")
+        renderer.remark(
+            f"{written}: {readable(size)}, {to}. Run it: {_NEXT[to].format(shlex.quote(str(written.resolve())))}"
+        )
