@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -85,9 +86,7 @@ def _add_model(writer: Any, config: Glm4Config) -> None:
     writer.add_rope_freq_base(config.rope_theta)
     rope = config.rope_parameters
     if rope["rope_type"] == "yarn":
-        import gguf
-
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_type(importlib.import_module("gguf").RopeScalingType.YARN)
         writer.add_rope_scaling_factor(float(rope["factor"]))
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 

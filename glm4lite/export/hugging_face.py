@@ -41,8 +41,8 @@ class HuggingFaceTarget:
         return [PlannedTensor(fill.source, torch.bfloat16, fill.shape)]
 
     def encoded(self, fill: Fill, rows: Tensor | Codes) -> Mapping[str, Tensor]:
-        assert isinstance(rows, Tensor)
-        return {fill.source: rows.to(torch.bfloat16)}
+        values = rows if isinstance(rows, Tensor) else rows.decoded()
+        return {fill.source: values.to(torch.bfloat16)}
 
     def writer(self, path: Path, planned: list[PlannedTensor], prepared: Prepared[Any]) -> FolderWriter:
         return FolderWriter(path, planned)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -182,6 +182,18 @@ class _Groups:
         return torch.where(squares > 0, fits / torch.where(squares > 0, squares, 1.0), scale)
 
 
+class _Fit(NamedTuple):
+    """All [R, G]."""
+
+    scale: Tensor
+    zero: Tensor
+    error: Tensor
+
+    def or_better(self, other: _Fit) -> _Fit:
+        better = other.error < self.error
+        return _Fit(*(torch.where(better, new, old) for new, old in zip(other, self, strict=True)))
+
+
 def _fitted(rows: Tensor, grid: Grid, group: int, importance: Tensor | None, start: Codes | None) -> Codes:
     x = rows.unflatten(1, (-1, group)).permute(2, 0, 1).contiguous()
     if importance is None:
@@ -207,27 +219,18 @@ def _with_minimum(groups: _Groups, grid: Grid, start: Codes) -> tuple[Tensor, Te
 
 def _with_zero(groups: _Groups, grid: Grid) -> tuple[Tensor, Tensor]:
     """Scale and `scale * zero point`: of several starts, each fitted to its codes, the best, fitted once more."""
-    best: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def consider(scale: Tensor, zero: Tensor) -> None:
-        nonlocal best
+    def fitted(scale: Tensor, zero: Tensor) -> _Fit:
         scale = grid.rounded(groups.scale_for(scale, zero))
-        error = groups.error(scale, scale * zero)
-        if best is None:
-            best = scale, zero, error
-            return
-        better = error < best[2]
-        new = zip((scale, zero, error), best, strict=True)
-        scale, zero, error = (torch.where(better, one, old) for one, old in new)
-        best = scale, zero, error
+        return _Fit(scale, zero, groups.error(scale, scale * zero))
 
-    for scale, zero in _starts(groups, grid):
-        consider(scale, zero)
+    starts = _starts(groups, grid)
+    best = fitted(*next(starts))
+    for scale, zero in starts:
+        best = best.or_better(fitted(scale, zero))
     for factor in POLISH:
-        assert best is not None  # there are starts
-        consider(best[0] * factor, best[1])
-    assert best is not None
-    return best[0], best[0] * best[1]
+        best = best.or_better(fitted(best.scale * factor, best.zero))
+    return best.scale, best.scale * best.zero
 
 
 def _starts(groups: _Groups, grid: Grid) -> Iterator[tuple[Tensor, Tensor]]:

@@ -128,5 +128,5 @@ def test_llama_cpp_says_what_we_say(source: Path, tmp_path: Path, kind: str) -> 
         print(
             f"{source.name}, {kind}: KL {format_cost:.5f} by the format, {engine_cost:.5f} by llama.cpp, top {same:.1%}"
         )
-        assert engine_cost < 0.15 * format_cost + 0.004
+        assert engine_cost < 0.15 * format_cost + 0.01
         assert same > 0.8  # of a dozen tokens one or two are nearly ties
