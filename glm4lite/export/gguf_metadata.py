@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from glm4lite.base.errors import CheckpointError, ConfigError
 from glm4lite.base.files import TOKENIZER, read_json
+from glm4lite.checkpoint.formats.gguf import SUFFIX
 from glm4lite.checkpoint.gguf.companions import SPLIT
 from glm4lite.checkpoint.gguf.model import ARCHITECTURES
 from glm4lite.checkpoint.prepare import Prepared
@@ -43,14 +45,14 @@ def describe(prepared: Prepared[Any], file_type: int) -> tuple[str, Callable[[An
     architecture = next(name for name, model_type in ARCHITECTURES.items() if model_type == config.model_type)
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
     stops = stop_ids(config, checkpoint.generation_config, tokenizer)
-    name = checkpoint.origin.stem if checkpoint.origin.suffix == ".gguf" else checkpoint.origin.resolve().name
-    tokens = _tokens(tokenizer, config.vocab_size)
+    written = tokenizer.written()
+    tokens = _tokens(tokenizer, written, config.vocab_size)
     templates = read_sources(
         checkpoint.folder, read_json(checkpoint.folder / "tokenizer_config.json", CheckpointError, optional=True)
     )[0]
 
     def add(writer: Any) -> None:
-        writer.add_name(name)
+        writer.add_name(_name(checkpoint.origin))
         writer.add_file_type(file_type)
         writer.add_quantization_version(_QUANTIZATION_VERSION)
         _add_model(writer, config)
@@ -58,7 +60,9 @@ def describe(prepared: Prepared[Any], file_type: int) -> tuple[str, Callable[[An
         writer.add_tokenizer_pre(_CUTS[architecture])
         writer.add_token_list([token for token, _ in tokens])
         writer.add_token_types([kind for _, kind in tokens])
-        writer.add_token_merges(_merges(tokenizer))
+        writer.add_token_merges(
+            [pair if isinstance(pair, str) else " ".join(pair) for pair in written["model"]["merges"]]
+        )
         for end, token in _ends(tokenizer, stops):
             getattr(writer, f"add_{end}_token_id")(token)
         if tokenizer.pad_token_id is not None:
@@ -66,7 +70,7 @@ def describe(prepared: Prepared[Any], file_type: int) -> tuple[str, Callable[[An
         writer.add_add_bos_token(False)  # the template writes [gMASK]<sop>
         if templates:
             named = [{"name": key, "template": source} for key, source in templates.items()]
-            writer.add_chat_template(templates["default"] if len(templates) == 1 else named)
+            writer.add_chat_template(named[0]["template"] if len(named) == 1 else named)
 
     return architecture, add
 
@@ -91,9 +95,16 @@ def _add_model(writer: Any, config: Glm4Config) -> None:
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
-def _tokens(tokenizer: Tokenizer, rows: int) -> list[tuple[str, int]]:
+def _name(origin: Path) -> str:
+    """The model's, of a file, a folder, or a repository in the Hub's cache."""
+    if origin.suffix == SUFFIX:
+        return origin.stem
+    folder = origin.resolve()
+    return folder.parents[1].name.rpartition("--")[2] if folder.parent.name == "snapshots" else folder.name
+
+
+def _tokens(tokenizer: Tokenizer, written: Mapping[str, Any], rows: int) -> list[tuple[str, int]]:
     """(token, its type) for every row of the embedding."""
-    written = tokenizer.written()
     model, cuts = written["model"], written["pre_tokenizer"]
     if model.get("type") != "BPE" or model.get("byte_fallback") or not tokenizer.byte_level:
         raise CheckpointError("the tokenizer is no byte-level BPE, which GLM-4's is; a GGUF file cannot hold it")
@@ -115,11 +126,6 @@ def _cuts_as_glm4(cuts: Any) -> bool:
     split = [part for part in parts if part.get("type") == "Split"]
     others = {part.get("type") for part in parts} - {"Split", "ByteLevel"}
     return len(split) == 1 and not others and split[0].get("pattern") == {"Regex": SPLIT}
-
-
-def _merges(tokenizer: Tokenizer) -> list[str]:
-    pairs = tokenizer.written()["model"]["merges"]
-    return [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
 
 
 def _ends(tokenizer: Tokenizer, stops: frozenset[int]) -> list[tuple[str, int]]:
