@@ -50,8 +50,9 @@ TARGETS = ("compressed-tensors", "gguf", "hf")
 class Target(Protocol):
     """What is particular to a format."""
 
-    quant: QuantConfig | None
-    """Which weights get codes, of how many bits, in which groups; None: none does."""
+    @property
+    def quant(self) -> QuantConfig | None:
+        """Which weights get codes, of how many bits, in which groups; None: none does."""
 
     def destination(self, path: str | Path) -> Path:
         """Where it is written; CheckpointError where nothing may be written there."""
