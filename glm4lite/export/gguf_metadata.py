@@ -52,7 +52,7 @@ def describe(prepared: Prepared[Any], file_type: int) -> tuple[str, Callable[[An
     )[0]
 
     def add(writer: Any) -> None:
-        writer.add_name(_name(checkpoint.origin))
+        writer.add_name(model_name(checkpoint.origin))
         writer.add_file_type(file_type)
         writer.add_quantization_version(_QUANTIZATION_VERSION)
         _add_model(writer, config)
@@ -95,7 +95,7 @@ def _add_model(writer: Any, config: Glm4Config) -> None:
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
-def _name(origin: Path) -> str:
+def model_name(origin: Path) -> str:
     """The model's, of a file, a folder, or a repository in the Hub's cache."""
     if origin.suffix == SUFFIX:
         return origin.stem

@@ -19,7 +19,7 @@ from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.formats.registry import open_source
 from glm4lite.checkpoint.prepare import prepare
 from glm4lite.checkpoint.quantize import quantize_checkpoint
-from glm4lite.export import export
+from glm4lite.export import export, gguf_metadata
 from glm4lite.export.export import export_checkpoint
 from glm4lite.hub.sources import nano_folder
 from glm4lite.model.causal_lm import CausalLM
@@ -224,6 +224,13 @@ def test_all_three_ends_of_an_answer_are_named(made: Made) -> None:
     assert fields["tokenizer.ggml.add_bos_token"].contents() is False
     types = fields["tokenizer.ggml.token_type"].contents()
     assert (len(types), types[0], types[370], types[399]) == (400, 1, 3, 5)
+
+
+def test_the_file_is_called_as_the_repository_is() -> None:
+    cached = Path("/cache/models--zai-org--GLM-4-9B-0414/snapshots/0123abcd")
+    assert gguf_metadata.model_name(cached) == "GLM-4-9B-0414"
+    assert gguf_metadata.model_name(Path("/models/tuned")) == "tuned"
+    assert gguf_metadata.model_name(Path("/models/old.Q4_K.gguf")) == "old.Q4_K"
 
 
 def test_yarn_and_a_tied_head_of_the_older_model_come_back(tmp_path: Path) -> None:
