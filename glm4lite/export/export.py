@@ -167,9 +167,9 @@ def _write(
             append(rows)
         return None
     try:
-        for codes in _codes(checkpoint, fill, grid, fill.quant, meter, calibrator):
-            kept = kept and codes[1]
-            append(codes[0])
+        for codes, own in _codes(checkpoint, fill, grid, fill.quant, meter, calibrator):
+            kept = kept and own
+            append(codes)
     except QuantError as error:
         where = f"{fill.source} in {checkpoint.file(fill.source)}"
         raise CheckpointError(f"{where} cannot be quantized: {error}; download the file again") from None
@@ -184,9 +184,10 @@ def _codes(
     if isinstance(checkpoint, DecodedCheckpoint) and checkpoint.has_codes(fill.source, group):
         for start, stop in _ranges(checkpoint, fill):
             codes = hold(checkpoint.codes(fill.source, start, stop, group), grid, group)
-            yield (
-                (fit(checkpoint.rows(fill.source, start, stop), grid, group), False) if codes is None else (codes, True)
-            )
+            if codes is None:
+                yield fit(checkpoint.rows(fill.source, start, stop), grid, group, first_row=start), False
+            else:
+                yield codes, True
             meter.add((stop - start) * checkpoint.nbytes(fill.source) // fill.shape[0])
         return
     held, importance = (None, None) if calibrator is None or quant.method == KEPT else calibrator.take(fill)

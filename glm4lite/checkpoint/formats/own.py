@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch import Tensor
+
 from glm4lite.base.errors import CheckpointError
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.formats.decoded import DecodedCheckpoint
@@ -28,9 +30,9 @@ def _weights(checkpoint: Checkpoint) -> Iterator[tuple[str, PackedWeight]]:
 def _weight(checkpoint: Checkpoint, module: str) -> PackedWeight:
     parts = tuple(f"{module}.{plane}" for plane in NAMES if f"{module}.{plane}" in checkpoint)
 
-    def made(planes: dict[str, object]) -> QuantTensor:
+    def made(planes: dict[str, Tensor]) -> QuantTensor:
         try:
-            weight = QuantTensor.from_tensors(planes)  # type: ignore[arg-type]
+            weight = QuantTensor.from_tensors(planes)
             if weight.device.type != "meta":
                 weight.check_finite()
         except QuantError as error:
@@ -42,12 +44,12 @@ def _weight(checkpoint: Checkpoint, module: str) -> PackedWeight:
         weight = made({part.rpartition(".")[2]: source.mapped(part) for part in parts})
         step, low, levels = steps(weight)
 
-        def unpack(start: int, stop: int):  # type: ignore[no-untyped-def]
+        def unpack(start: int, stop: int) -> Tensor:
             first = start // ROWS * ROWS
             tiles = weight.tiles(first, min(-(-stop // ROWS) * ROWS, weight.shape[0]))
             return as_codes(QuantTensor.of(tiles)).values[start - first : stop - first]
 
         return Affine(step, low, levels, unpack)
 
-    shape = made({part.rpartition(".")[2]: checkpoint.outline(part) for part in parts})
-    return PackedWeight(parts, shape.shape, "F32", shape.bits, shape.group_size, opened, calibrate=shape.bits == 8)
+    told = made({part.rpartition(".")[2]: checkpoint.outline(part) for part in parts})
+    return PackedWeight(parts, told.shape, "F32", told.bits, told.group_size, opened, calibrate=told.bits == 8)
