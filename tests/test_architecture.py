@@ -19,7 +19,7 @@ PACKAGES = {
 # glm4lite's rooms, each of which may import those before it and nothing behind it. See docs/architecture.md.
 ROOMS = (
     *("base", "hub", "text", "tools", "untrusted", "model", "memory", "checkpoint", "runtime", "loading"),
-    *("pretrained", "engine", "chat", "research", "measure", "server", "cli"),
+    *("pretrained", "engine", "export", "chat", "research", "measure", "server", "cli"),
 )
 
 # module -> the only places that may import it

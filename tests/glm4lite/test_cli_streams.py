@@ -276,6 +276,7 @@ VERBS = {
     "chat": "chat -p Hi --max-new-tokens 3",
     "generate": "generate -p Hi --max-new-tokens 3",
     "quantize": "quantize nano {folder}/out --fast",
+    "export": "export nano {folder}/out --to hf",
     "info": "info nano",
     "plan": "plan nano",
     "bench": "bench nano --prompt-tokens 32 --new-tokens 4",
@@ -291,6 +292,8 @@ VERBS = {
 @pytest.mark.parametrize("redirection", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", "| true"])
 def test_no_command_meets_a_stream_with_a_traceback(verb: str, redirection: str, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("It was the best of times, it was the worst of times. " * 20)
-    written = "" if verb == "quantize" else redirection  # its result is a folder: nothing is written to stdout
+    written = (
+        "" if verb in ("quantize", "export") else redirection
+    )  # its result is a folder: nothing is written to stdout
     done = shell(f'"$@" {VERBS[verb].format(folder=shlex.quote(str(tmp_path)))} {redirection}', fresh=True)
     check(done, 2 if written == ">/dev/full" else 0)

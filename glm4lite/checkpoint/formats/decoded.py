@@ -93,6 +93,16 @@ class DecodedCheckpoint(Checkpoint):
         values, step, low = (torch.cat([getattr(part, plane) for part in parts]) for plane in ("values", "step", "low"))
         return Codes(values, step, low, max(part.levels for part in parts))
 
+    @property
+    def packed(self) -> frozenset[str]:
+        """The tensors that are decoded."""
+        return frozenset(self._pieces)
+
+    def has_codes(self, name: str, group: int) -> bool:
+        """Whether a weight can be asked for its codes in groups of so many columns."""
+        groups = [piece.weight.group for piece in self._pieces.get(name, ())]
+        return bool(groups) and all(size is not None and size % group == 0 for size in groups)
+
     def quant_for(self, name: str, config: QuantConfig) -> QuantConfig:
         pieces = self._pieces.get(name)
         if pieces is None or config.bits != 4:

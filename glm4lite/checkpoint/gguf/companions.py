@@ -28,7 +28,7 @@ _TEMPLATE, _SETTINGS, _GENERATION = "chat_template.jinja", "tokenizer_config.jso
 _SOURCE = "source.json"
 _NEW_S = 60.0  # another process may just be writing it
 _PRE = ("glm4", "chatglm-bpe")
-_SPLIT = (
+SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -100,7 +100,7 @@ def _tokenizer_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, bytes
     vocabulary = {
         token: number for number, token in enumerate(tokens) if kind_of[token] not in (_CONTROL, _USER, _UNUSED)
     }
-    split = {"type": "Split", "pattern": {"Regex": _SPLIT}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     settings = {"unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "dropout": None}
     tokenizer = {
