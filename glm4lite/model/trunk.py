@@ -149,6 +149,8 @@ class Trunk(ModelBase):
         self.runner: LayerRunner = TORCH
         self.checkpointed: Callable[..., Any] | None = None  # calls a layer so that it is computed again for gradients
         self.checkpoint_every = 1  # layers of which one is
+        self.adapters: tuple[str, ...] = ()  # that a step's rows may choose: the first is number 1
+        self.adapter_identities: Callable[[], tuple[bytes, Mapping[str, bytes]]] | None = None
         self.interrupt: Callable[[], None] | None = None  # called before each step through the layers; may raise
         self._init_weights()
 

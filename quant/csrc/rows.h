@@ -114,6 +114,50 @@ void swiglu_row(const float* gate, const float* up, int64_t n, float* out) {
   }
 }
 
+// ---- adapters ----
+
+// Each sum is added in one order however many rows go together.
+template <int R>
+inline void dot_rows(const float* a, int64_t k, const float* x, float* out) {
+  Vec sums[R][2];
+  for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = all(0.0f);
+  for (int64_t i = 0; i < k; i += GLM4_COLS)
+    for (int j = 0; j < GLM4_COLS / kLanes; ++j) {
+      const Vec v = load(x + i + kLanes * j);
+      for (int r = 0; r < R; ++r) sums[r][j % 2] += v * load(a + r * k + i + kLanes * j);
+    }
+  for (int r = 0; r < R; ++r) out[r] = sum_of(sums[r][0] + sums[r][1]);
+}
+
+void dots(const float* a, int64_t count, int64_t k, const float* x, float* out) {
+  int64_t r = 0;
+  for (; r + 4 <= count; r += 4) dot_rows<4>(a + r * k, k, x, out + r);
+  for (; r < count; ++r) dot_rows<1>(a + r * k, k, x, out + r);
+}
+
+void adapt(const glm4_lora* lora, int64_t n, int64_t first, const float* t, float* out) {
+  constexpr int parts = GLM4_ROWS / kLanes;
+  if (n - first < GLM4_ROWS) {
+    for (int64_t i = first; i < n; ++i) {
+      float sum = out[i - first] * (lora->gain ? lora->gain[i] : 1.0f);
+      for (int64_t r = 0; r < lora->rank; ++r) sum += t[r] * lora->b[r * n + i];
+      out[i - first] = lora->bias ? sum + lora->bias[i] : sum;
+    }
+    return;
+  }
+  Vec sums[parts];
+  for (int p = 0; p < parts; ++p) {
+    sums[p] = load(out + kLanes * p);
+    if (lora->gain) sums[p] *= load(lora->gain + first + kLanes * p);
+  }
+  for (int64_t r = 0; r < lora->rank; ++r) {
+    const Vec scale = all(t[r]);
+    for (int p = 0; p < parts; ++p) sums[p] += scale * load(lora->b + r * n + first + kLanes * p);
+  }
+  for (int p = 0; p < parts; ++p)
+    store(out + kLanes * p, lora->bias ? sums[p] + load(lora->bias + first + kLanes * p) : sums[p]);
+}
+
 // ---- attention ----
 
 struct Tile {  // up to kTileTokens tokens as floats: keys [16 tokens together][dim][16], values [token][dim]
