@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from glm4lite.model.cache import KVCache, PastKeyValues
 from glm4lite.model.config import Glm4Config
+from glm4lite.model.lora import adapters_of
 from glm4lite.model.inputs import keep_problem, labels_problem
 from glm4lite.model.outputs import CausalLMOutputWithPast
 from glm4lite.model.step import Span
@@ -65,9 +66,11 @@ class CausalLM(ModelWithTrunk):
                 for row, few in zip(
                     span.scored.rows[::SCORED_ROWS], rows[: span.looked_at].split(SCORED_ROWS), strict=True
                 ):
-                    span.scored.take(row, self.lm_head(few).float())
+                    with adapters_of([(len(few), span.adapter)]):
+                        span.scored.take(row, self.lm_head(few).float())
             kept.append(rows[span.looked_at :])
-        logits: Tensor = self.lm_head(torch.cat(kept) if any(span.looked_at for span in spans) else states).float()
+        with adapters_of([(span.kept, span.adapter) for span in spans]):
+            logits: Tensor = self.lm_head(torch.cat(kept) if any(span.looked_at for span in spans) else states).float()
         return list(logits.split([span.kept for span in spans]))
 
     def forward(

@@ -175,7 +175,7 @@ struct Product {
   const glm4_isa& isa;
   const Activations& x;
   int64_t first;  // row of y that row 0 of the activations belongs to
-  const LowRank& low;
+  const LowRank& factors;
 
   // One tile times panels p0..p1 - 1 with row scales and bias: out [rows of x][16].
   void finish(const Sink& sink, int64_t tile, int64_t p0, int64_t p1, float* out) const {
@@ -195,7 +195,7 @@ struct Product {
         for (int r = 0; r < GLM4_ROWS; ++r) to[r] -= min[GLM4_ROWS * c + r] * low.value[r];
       if (sink.bias)
         for (int r = 0; r < GLM4_ROWS; ++r) to[r] += bias.value[r];
-      if (sink.lora) low.add(sink, tile, x.start(p0) + c, to, isa);
+      if (sink.lora) factors.add(sink, tile, x.start(p0) + c, to, isa);
     }
   }
 
