@@ -343,7 +343,7 @@ def _no_weights(names: Sequence[str]) -> str:
     if gguf:
         return f"holds GGUF files ({some(gguf[:1])}), of which none is chosen; download one, and give the file itself"
     if "adapter_config.json" in names:
-        return "holds an adapter (LoRA), no whole model; choose the repo of a model that it was merged into"
+        return "holds an adapter (LoRA), no whole model; give its base model, and the adapter as --lora"
     strange = [name for name in names if name.endswith(".safetensors")]
     if strange:
         return f"has neither {SINGLE} nor {INDEX}, which would say what {some(strange)} hold; choose another repo"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from glm4lite.model.cache import KVCache, PastKeyValues
 from glm4lite.model.config import Glm4Config
-from glm4lite.model.lora import adapters_of
+from glm4lite.model.lora import BASE, adapters_of
 from glm4lite.model.inputs import keep_problem, labels_problem
 from glm4lite.model.outputs import CausalLMOutputWithPast
 from glm4lite.model.step import Span
@@ -39,6 +39,17 @@ class CausalLM(ModelWithTrunk):
     def context(self) -> int:
         """Tokens of the longest conversation: the model's, or what the memory budget has room for."""
         return self.model.context
+
+    def adapter_number(self, name: str | None) -> int:
+        """What `Span.adapter` says of an adapter that was loaded to be chosen; None: none of them.
+
+        Raises ValueError for a name that none has.
+        """
+        if name is None:
+            return BASE
+        if name not in self.model.adapters:
+            raise ValueError(f"the model has no adapter {name[:100]!r} to choose")
+        return 1 + self.model.adapters.index(name)
 
     @property
     def chunk(self) -> int:

@@ -206,17 +206,18 @@ class _Run:
         engine, pieces, ended = self._worker.engine, list[Piece](), _Ended(request.custom_id)
         try:
             endpoint = request.endpoint()
-            asked = endpoint.read(request.body(), ModelNames(self._model))
+            names = ModelNames(self._model, adapters=engine.adapters)
+            asked = endpoint.read(request.body(), names)
             ended.ignored = tuple(asked.ignored)
             if asked.stream:
                 raise ApiError("stream: true is not supported in a batch", param="stream", code="unsupported_value")
-            question = endpoint.ask(engine, asked)
+            question = endpoint.ask(engine, asked, names)
             ended.ignored += question.ignored
         except Exception as error:
             ended.error = error
             self._ended.put(ended)
             return
-        ended.answer = partial(_whole, endpoint.reply(self._model, question, asked), pieces)
+        ended.answer = partial(_whole, endpoint.reply(names.answering(asked.model), question, asked), pieces)
 
         def deliver(piece: Piece | Ended) -> None:
             if isinstance(piece, Ended):

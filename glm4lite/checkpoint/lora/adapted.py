@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,6 +82,9 @@ class AdaptedCheckpoint(Checkpoint):
     def saves(self) -> bool:
         """Whether adapters bring whole tensors of their own."""
         return bool(self._saved)
+
+    def adapted_by(self, folder: Path) -> bool:
+        return any(one.file.folder == folder for one, _ in self._every)
 
     def identities(self) -> tuple[bytes, Mapping[str, bytes]]:
         """What tells the adapters from all others: of those that are always on, and of each choice by its name."""

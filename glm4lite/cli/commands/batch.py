@@ -40,6 +40,8 @@ def batch(
     ],
     model: options.NamedModel = "nano",
     quant: options.Quant = None,
+    lora: options.Lora = None,
+    lora_modules: options.LoraModules = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     kv: options.KV = "auto",
@@ -71,7 +73,8 @@ def batch(
             renderer.remark(nano_remark("batch IN.jsonl OUT.jsonl --model"))
         run = _Run(renderer, results, total=_count(source))
         with run.saying_how_to_go_on():
-            asked = LoadOptions(quant or "auto", device, dtype, renderer.show, budget=budget)
+            loras = options.loras(lora, lora_modules)
+            asked = LoadOptions(quant or "auto", device, dtype, renderer.show, budget=budget, loras=loras)
             engine = Engine.from_options(model, asked, speculate=speculate, parallel=parallel, draft=draft)
             at_once = engine.parallel + READ_AHEAD
             worker = stack.enter_context(closing(EngineWorker(engine, at_once)))
