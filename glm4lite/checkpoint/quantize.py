@@ -106,7 +106,9 @@ def quantize_checkpoint(
                 _write_fill(writer, checkpoint, fill, meter, calibrator)
             _write_rest(writer, checkpoint, prepared.config, recorded(prepared.wanted or config, calibrator))
     else:
-        key = hashlib.sha256(repr((arrivals.identity, planned, config, text, *_adapters(checkpoint))).encode()).hexdigest()
+        key = hashlib.sha256(
+            repr((arrivals.identity, planned, config, text, *_adapters(checkpoint))).encode()
+        ).hexdigest()
         with ResumableWriter(target, planned, key, shard_bytes, arrivals.largest) as kept:
             calibrator = _as_it_arrives(arrivals, kept, prepared, text, meter)
             _write_rest(kept, checkpoint, prepared.config, recorded(prepared.wanted or config, calibrator))

@@ -61,7 +61,10 @@ class Generation:
         if params.adapter is not None:
             self._sequence.adapter_number = model.adapter_number(params.adapter)
         if scheduler is None:
-            scheduler, cache = Scheduler(model, speculation=speculation), cache or PrefixCache(model.new_cache(), params.adapter)
+            scheduler, cache = (
+                Scheduler(model, speculation=speculation),
+                cache or PrefixCache(model.new_cache(), params.adapter),
+            )
         self._scheduler = scheduler
         self._sequence.cache = cache
         self.prompt, self.params, self.cancel = prompt, params, self._sequence.cancel

@@ -404,7 +404,9 @@ def _draft_of(tokenizer: Tokenizer, source: str | Path, options: LoadOptions) ->
     checkpoint = opened(source, options.progress)
     if Tokenizer.from_folder(checkpoint.folder).get_vocab() != tokenizer.get_vocab():
         raise ConfigError(f"the draft model {source} has another vocabulary; use a smaller model of the same family")
-    model, _ = load_checkpoint(Glm4ForCausalLM, checkpoint, replace(options, quant=AUTO, loras=Loras()), str(checkpoint.folder))
+    model, _ = load_checkpoint(
+        Glm4ForCausalLM, checkpoint, replace(options, quant=AUTO, loras=Loras()), str(checkpoint.folder)
+    )
     budget = options.budget
     if budget.ram is not None:
         taken = model.get_memory_footprint() + model.model.cache_bytes * model.context

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glm4lite_quant.format import ROWS
 from glm4lite_quant.linear import UncastModule
 
 BASE = 0
@@ -45,9 +46,10 @@ def chosen() -> Sequence[Rows]:
 
 
 class LowRank(UncastModule):
-    """One linear's: a [r, K], b [r, N] (B transposed, with all scales in it), gain [N] and bias [N] or None; float32.
+    """One linear's: a [r, K], b [N / 16, r, 16] (B with all scales in it, in the native step's tiles of 16 rows), gain
+    [N] and bias [N] or None; float32.
 
-    Of an embedding [N, K], whose rows are looked up, the change is b^T a as well, and there is no gain.
+    Of an embedding [N, K], whose rows are looked up, the change is B A as well, and there is no gain.
     """
 
     a: Tensor
@@ -56,8 +58,11 @@ class LowRank(UncastModule):
     bias: Tensor | None
 
     def __init__(self, a: Tensor, b: Tensor, gain: Tensor | None = None, bias: Tensor | None = None) -> None:
+        """b: [N, r]."""
         super().__init__()
-        for name, value in (("a", a), ("b", b), ("gain", gain), ("bias", bias)):
+        self.rows = len(b)
+        tiles = F.pad(b, (0, 0, 0, -self.rows % ROWS)).unflatten(0, (-1, ROWS)).transpose(1, 2)
+        for name, value in (("a", a), ("b", tiles), ("gain", gain), ("bias", bias)):
             held = None if value is None else value.detach().to(torch.float32).contiguous()
             self.register_buffer(name, held, persistent=False)
 
@@ -73,12 +78,13 @@ class LowRank(UncastModule):
         """x [..., K], and what the linear made of it, y [..., N] -> y with the adapter, in y's type."""
         out = y.float() if self.gain is None else y.float() * self.gain
         if self.rank:
-            out = out + (x.float() @ self.a.T) @ self.b
+            flat = self.b.transpose(0, 1).flatten(1)[:, : self.rows]
+            out = out + (x.float() @ self.a.T) @ flat
         return (out if self.bias is None else out + self.bias).to(y.dtype)
 
     def looked_up(self, ids: Tensor, y: Tensor) -> Tensor:
         """ids [...], and the embedding's rows y [..., K] -> y with the adapter."""
-        return (y.float() + F.embedding(ids, self.b.T) @ self.a).to(y.dtype)
+        return (y.float() + self.b[ids // ROWS, :, ids % ROWS] @ self.a).to(y.dtype)
 
 
 class Adapters(nn.Module):

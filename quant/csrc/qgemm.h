@@ -59,10 +59,10 @@ static inline int64_t glm4_place(const glm4_cache* c, int64_t head, int64_t toke
   return (c->table ? c->table[block] : block) * c->block_stride + head * c->head_stride + token % GLM4_BLOCK;
 }
 
-// What an adapter adds to a linear [n, k]: y = gain * y + b^T (a x) + bias, in float32.
+// What an adapter adds to a linear [n, k]: y = gain * y + b (a x) + bias, in float32; b is padded to whole tiles of rows.
 struct glm4_lora {
   const float* a;            // [rank][k]
-  const float* b;            // [rank][n]
+  const float* b;            // [n / 16][rank][16]
   const float *gain, *bias;  // [n]; null: none
   int64_t rank;
 };

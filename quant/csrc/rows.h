@@ -137,10 +137,11 @@ void dots(const float* a, int64_t count, int64_t k, const float* x, float* out) 
 
 void adapt(const glm4_lora* lora, int64_t n, int64_t first, const float* t, float* out) {
   constexpr int parts = GLM4_ROWS / kLanes;
+  const float* b = lora->b + first * lora->rank;
   if (n - first < GLM4_ROWS) {
     for (int64_t i = first; i < n; ++i) {
       float sum = out[i - first] * (lora->gain ? lora->gain[i] : 1.0f);
-      for (int64_t r = 0; r < lora->rank; ++r) sum += t[r] * lora->b[r * n + i];
+      for (int64_t r = 0; r < lora->rank; ++r) sum += t[r] * b[r * GLM4_ROWS + i - first];
       out[i - first] = lora->bias ? sum + lora->bias[i] : sum;
     }
     return;
@@ -152,7 +153,7 @@ void adapt(const glm4_lora* lora, int64_t n, int64_t first, const float* t, floa
   }
   for (int64_t r = 0; r < lora->rank; ++r) {
     const Vec scale = all(t[r]);
-    for (int p = 0; p < parts; ++p) sums[p] += scale * load(lora->b + r * n + first + kLanes * p);
+    for (int p = 0; p < parts; ++p) sums[p] += scale * load(b + r * GLM4_ROWS + kLanes * p);
   }
   for (int p = 0; p < parts; ++p)
     store(out + kLanes * p, lora->bias ? sums[p] + load(lora->bias + first + kLanes * p) : sums[p]);

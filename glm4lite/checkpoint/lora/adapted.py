@@ -149,9 +149,7 @@ class AdaptedCheckpoint(Checkpoint):
     def _changes(self, name: str) -> bool:
         module, leaf = _split(name)
         pieces = self._always.get(module, ())
-        return bool(pieces) and (
-            leaf == "weight" or (leaf == "bias" and bool(_with_bias(pieces)))
-        )
+        return bool(pieces) and (leaf == "weight" or (leaf == "bias" and bool(_with_bias(pieces))))
 
     def _change(self, module: str) -> Change:
         if module not in self._open:

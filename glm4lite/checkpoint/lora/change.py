@@ -67,12 +67,12 @@ class Change:
         return out
 
     def beside(self, rows: Callable[[int, int], Tensor], n: int, columns: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """a [r, K], b [r, n] and gain [n] of the path beside a weight [n, K].
+        """a [r, K], b [n, r] and gain [n] of the path beside a weight [n, K].
 
         rows: begin..end-1 of that, float32; read where an adapter is DoRA, for its norms.
         """
         a = torch.cat([one.a for one in self._pieces] or [torch.zeros(0, columns)])
-        b, gain, at = torch.zeros(len(a), n), None, 0
+        b, gain, at = torch.zeros(n, len(a)), None, 0
         for piece, low, high, magnitude, _ in self._pieces:
             here, factor = slice(piece.at, piece.at + piece.count), torch.full((piece.count,), piece.strength)
             if magnitude is not None:
@@ -80,7 +80,7 @@ class Change:
                 gain = torch.ones(n) if gain is None else gain
                 gain[here] += piece.strength * (of_rows - 1)
                 factor = factor * of_rows
-            b[at : at + len(low), here] = (high * factor[:, None]).T
+            b[here, at : at + len(low)] = high * factor[:, None]
             at += len(low)
         return a, b, gain
 

@@ -40,9 +40,7 @@ class Factors:
     @property
     def shape(self) -> tuple[int, int]:
         """[N, K] of the weight."""
-        return (
-            (self.b.shape[1], self.a.shape[0]) if self.transposed else (self.b.shape[0], self.a.shape[1])
-        )
+        return (self.b.shape[1], self.a.shape[0]) if self.transposed else (self.b.shape[0], self.a.shape[1])
 
     def check(self) -> None:
         """Raises CheckpointError where the tensors are none of a low-rank change."""

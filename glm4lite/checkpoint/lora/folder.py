@@ -102,9 +102,7 @@ def with_scale(text: str) -> tuple[str, float]:
     return source, scale
 
 
-def open_adapter(
-    text: str, progress: ProgressCallback | None = None, hub: HubOptions = HubOptions()
-) -> Adapter:
+def open_adapter(text: str, progress: ProgressCallback | None = None, hub: HubOptions = HubOptions()) -> Adapter:
     """The adapter of `FOLDER_OR_REPO[=SCALE]`; what is not on this machine is downloaded.
 
     Raises:

@@ -31,5 +31,7 @@ def evaluate(
     options.use_threads(threads)
     reference = None if against is None else Choice(against, against_quant, against_dtype)
     with rendering(as_json=False) as renderer:
-        found = compared(Choice(model, quant, dtype, tuple(lora or ())), read_text(text), reference, windows, renderer.show)
+        found = compared(
+            Choice(model, quant, dtype, tuple(lora or ())), read_text(text), reference, windows, renderer.show
+        )
     print_report(found, as_json)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from glm4lite_quant.config import QuantError
-from glm4lite_quant.format import Planes
+from glm4lite_quant.format import ROWS, Planes
 from glm4lite_quant.kernels import native
 
 WEIGHTS = ("q", "k", "v", "o", "gate_up", "down")
@@ -64,7 +64,7 @@ class CacheView:
 
 
 class LowRankPath(Protocol):
-    """What an adapter adds to a linear [N, K]: y = gain * y + b^T (a x) + bias; contiguous float32 on the CPU."""
+    """What an adapter adds to a linear [N, K]: y = gain * y + b (a x) + bias; contiguous float32 on the CPU."""
 
     @property
     def a(self) -> Tensor:
@@ -72,7 +72,7 @@ class LowRankPath(Protocol):
 
     @property
     def b(self) -> Tensor:
-        """[r, N]."""
+        """[N / 16, r, 16]: tiles of 16 rows, the last one padded."""
 
     @property
     def gain(self) -> Tensor | None:
@@ -98,7 +98,7 @@ class LayerAdapter:
             a, b, vectors = path.a, path.b, [one for one in (path.gain, path.bias) if one is not None]
             plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in (a, b))
             plain = plain and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in vectors)
-            whole = a.shape == (len(b), weight.k) and b.shape == (len(a), weight.n)
+            whole = a.shape[1:] == (weight.k,) and b.shape == (-(-weight.n // ROWS), len(a), ROWS)
             if not plain or not whole or any(one.shape != (weight.n,) for one in vectors):
                 raise QuantError(f"an adapter of {list(a.shape)} and {list(b.shape)} does not fit {name}")
             self.structs[index] = _LowRank(*map(_pointer, (a, b, path.gain, path.bias)), len(a))
