@@ -1,9 +1,10 @@
 """What an adapter costs beside int4 weights: decode and prefill with and without one, one process, turns interleaved.
 
-`python -m bench.lora [--shape 9b] [--layers N] [--rank 16] [--rounds 20] [--threads N] [--work FOLDER]` makes (or takes)
-random int4 weights and a random adapter on all linears of the layers. The model holds both ways at once, so that each
-round times the same weights in the same memory: some tokens without, as many with, the other way round in the next
-round. The ratio of each round is of these two; its median and spread are told, and one JSON line last.
+`python -m bench.lora [--shape 9b] [--layers N] [--rank 16] [--rounds 20] [--threads N] [--work FOLDER]` makes (or
+takes) random int4 weights and a random adapter on all linears of the layers. The model holds both ways at once, so that
+each round times the same weights in the same memory: some tokens without, as many with, the other way round in the next
+round. The ratio of each round is of these two; its median and spread are told, and one JSON line last. With
+`--cpu-time` seconds are those of one thread's processor time, which other programs disturb less.
 
 The head is no part of the layers and is not adapted: with fewer layers it weighs more, so `--layers 40` is the 9B.
 """
@@ -16,6 +17,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -59,22 +61,26 @@ def write_adapter(folder: Path, config: Glm4Config, rank: int) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(values), encoding="utf-8")
 
 
-def seconds(model: Glm4ForCausalLM, adapter: int, prompt: int, tokens: int) -> float:
+Clock = Callable[[], float]
+
+
+def seconds(model: Glm4ForCausalLM, adapter: int, prompt: int, tokens: int, clock: Clock) -> float:
     """Of `tokens` steps behind CONTEXT tokens, or of one prompt."""
     cache = model.new_cache()
     if not prompt:
         model.step([Span([7] * CONTEXT, cache, adapter=adapter)])
-    began = time.perf_counter()
+    began = clock()
     for _ in range(1 if prompt else tokens):
         model.step([Span([7] * (prompt or 1), cache, adapter=adapter)])
-    return time.perf_counter() - began
+    return clock() - began
 
 
-def ratios(model: Glm4ForCausalLM, rounds: int, prompt: int, tokens: int) -> tuple[list[float], float]:
+def ratios(model: Glm4ForCausalLM, rounds: int, prompt: int, tokens: int, clock: Clock) -> tuple[list[float], float]:
     """The time with over that without, of each round; the seconds of one without."""
     found, plain = [], []
     for index in range(rounds):
-        taken = {adapter: seconds(model, adapter, prompt, tokens) for adapter in ((BASE, 1), (1, BASE))[index % 2]}
+        turns = ((BASE, 1), (1, BASE))[index % 2]
+        taken = {adapter: seconds(model, adapter, prompt, tokens, clock) for adapter in turns}
         found.append(taken[1] / taken[BASE])
         plain.append(taken[BASE])
     return found, statistics.median(plain)
@@ -82,10 +88,8 @@ def ratios(model: Glm4ForCausalLM, rounds: int, prompt: int, tokens: int) -> tup
 
 def told(name: str, values: list[float], plain_s: float) -> str:
     quarter = statistics.quantiles(values, n=4)
-    return (
-        f"| {name} | {1000 * plain_s:.1f} ms | {statistics.median(values):.3f} | {quarter[0]:.3f} to {quarter[2]:.3f} | "
-        f"{min(values):.3f} to {max(values):.3f} |"
-    )
+    middle, whole = f"{quarter[0]:.3f} to {quarter[2]:.3f}", f"{min(values):.3f} to {max(values):.3f}"
+    return f"| {name} | {1000 * plain_s:.1f} ms | {statistics.median(values):.3f} | {middle} | {whole} |"
 
 
 def main() -> None:
@@ -96,8 +100,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=8, help="steps of a turn")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread")
     parser.add_argument("--work", type=Path, default=Path("bench-lora"), help="a folder for the files")
     given = parser.parse_args()
+    given.threads = 1 if given.cpu_time else given.threads
+    clock = time.thread_time if given.cpu_time else time.perf_counter
     native.set_threads(given.threads)
     config = make_config(given.shape, given.layers)
     name = f"{given.shape}-{config.num_hidden_layers}"
@@ -109,9 +116,9 @@ def main() -> None:
     options = LoadOptions(device="cpu", loras=Loras(choices=(f"it={adapter}",)))
     model, _ = load_class(Glm4ForCausalLM, base, options)
     for warm in (BASE, 1):
-        seconds(model, warm, 0, 2)
-    decode, decode_s = ratios(model, given.rounds, 0, given.tokens)
-    prefill, prefill_s = ratios(model, max(2, given.rounds // 4), PROMPT, 0)
+        seconds(model, warm, 0, 2, clock)
+    decode, decode_s = ratios(model, given.rounds, 0, given.tokens, clock)
+    prefill, prefill_s = ratios(model, max(2, given.rounds // 4), PROMPT, 0, clock)
     print(f"{machine()}, {given.threads} threads, {time.strftime('%Y-%m-%d')}; {given.shape}, ", end="")
     print(f"{config.num_hidden_layers} layers, rank {given.rank}\n`python {' '.join(sys.argv)}`\n")
     print("| | without | with / without | half of the rounds | all |\n|---|---|---|---|---|")

@@ -107,7 +107,9 @@ class PrefixPool:
         self.blocks = KVPool.of_whole(model, tokens)
 
     def take(self, ids: list[int], in_use: InUse = (), adapter: str | None = None) -> PrefixCache:
-        """The cache that has most of `ids`, computed with that adapter. It is the caller's until it is given back; dropping it is no harm."""
+        """The cache that has most of `ids`, computed with that adapter.
+
+        It is the caller's until it is given back; dropping it is no harm."""
         best = max(self._kept, key=lambda cache: cache.common_prefix(ids, adapter), default=None)
         shared = best.common_prefix(ids, adapter) if best else 0
         if best is None or not shared:

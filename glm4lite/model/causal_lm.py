@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from glm4lite.model.cache import KVCache, PastKeyValues
 from glm4lite.model.config import Glm4Config
-from glm4lite.model.lora import BASE, adapters_of
 from glm4lite.model.inputs import keep_problem, labels_problem
+from glm4lite.model.lora import BASE, adapters_of
 from glm4lite.model.outputs import CausalLMOutputWithPast
 from glm4lite.model.step import Span
 from glm4lite.model.trunk import ModelWithTrunk, draw

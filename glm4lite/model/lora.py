@@ -88,7 +88,7 @@ class LowRank(UncastModule):
 
 
 class Adapters(nn.Module):
-    """What a linear or an embedding has beside its weight, as its submodule `lora`: by number, None where it has none."""
+    """What a linear or an embedding has beside its weight, as its submodule `lora`: by number, None for none."""
 
     def __init__(self, sets: Sequence[LowRank | None]) -> None:
         super().__init__()

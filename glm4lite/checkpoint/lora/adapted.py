@@ -17,8 +17,8 @@ from glm4lite.base.files import some
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.formats.registry import foreign_weight
 from glm4lite.checkpoint.load_plan import Fill, LoadPlan
-from glm4lite.checkpoint.lora.change import Change, Path, Piece
-from glm4lite.checkpoint.lora.factors import AdapterFile, values
+from glm4lite.checkpoint.lora.change import Branch, Change, Piece
+from glm4lite.checkpoint.lora.factors import values
 from glm4lite.checkpoint.lora.folder import Adapter
 from glm4lite.checkpoint.lora.places import is_half, module_name, places
 from glm4lite.checkpoint.shard import StoredTensor
@@ -36,7 +36,7 @@ class Beside:
     """The paths beside one weight, by the number of an adapter that is chosen; 0: none of these."""
 
     fill: Fill
-    paths: tuple[Path, ...]
+    paths: tuple[Branch, ...]
 
     @property
     def nbytes(self) -> int:
@@ -100,11 +100,11 @@ class AdaptedCheckpoint(Checkpoint):
             if leaf != "weight":
                 continue
             always = tuple(self._always.get(module, ()))
-            first = Path(
+            first = Branch(
                 always if fill.parts or _keeps(fill) else (), () if module in with_bias else _with_bias(always)
             )
             others = [tuple(pieces.get(module, ())) for pieces in self._choices]
-            rest = [Path(first.weights + own, first.biases + _with_bias(own)) for own in others]
+            rest = [Branch(first.weights + own, first.biases + _with_bias(own)) for own in others]
             if any(path.weights or path.biases for path in (first, *rest)):
                 found.append(Beside(fill, (first, *rest)))
         return found

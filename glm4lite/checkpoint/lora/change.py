@@ -86,8 +86,8 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Path:
-    """What a low-rank path does: the change of a weight by some pieces, and the biases of some (of the same, or not)."""
+class Branch:
+    """A low-rank path beside a weight: its change by some pieces, and the biases of some, which may be others."""
 
     weights: tuple[Piece, ...]
     biases: tuple[Piece, ...]

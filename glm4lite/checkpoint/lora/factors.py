@@ -18,7 +18,7 @@ FLOATS = ("F32", "BF16", "F16")
 
 @dataclass(frozen=True)
 class Factors:
-    """One module's, under the name it has in the file: W' = W + scale * B A, with `magnitude` each row then of that norm.
+    """One module's, by the name it has in the file: W' = W + scale * B A, and with `magnitude` each row of that norm.
 
     `a` holds A [r, K], `b` B [N, r]; `transposed` says of either that the file has it the other way round. bias [N] is
     added to the output, times scale. An embedding's W is [vocabulary, hidden] here.

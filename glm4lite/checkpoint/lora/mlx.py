@@ -53,9 +53,7 @@ def _factors(folder: Path, name: str, parts: Mapping[str, StoredTensor], scale: 
     embedding = name.rpartition(".")[2] == "embed_tokens"
     if embedding and dora:
         raise ConfigError(f"{folder}: DoRA of an embedding ({some([name])}) is not supported")
-    if embedding:  # lora_a is [vocabulary, r] and lora_b [r, hidden]: B and A of the table, as they are
-        found = Factors(name, b, a, scale, embedding=True)
-    else:
-        found = Factors(name, a, b, scale, True, magnitude)
+    of_table = Factors(name, b, a, scale, embedding=True)  # [vocabulary, r] and [r, hidden]: B and A, as they are
+    found = of_table if embedding else Factors(name, a, b, scale, True, magnitude)
     found.check()
     return found

@@ -110,7 +110,7 @@ class LayerAdapter:
 
 
 class SpanRows(NamedTuple):
-    """One sequence's part of a call: so many rows, its cache in each layer, and its adapter in each, where it has one."""
+    """One sequence's part of a call: so many rows, its cache in each layer, and its adapter's part of each, if any."""
 
     rows: int
     caches: Sequence[CacheView]
@@ -235,7 +235,8 @@ def _cache(view: CacheView) -> _Cache:
 def _lora(adapters: Sequence[LayerAdapter | None]) -> ctypes.Array[ctypes.c_void_p] | None:
     if not any(adapters):
         return None
-    return (ctypes.c_void_p * len(adapters))(*(one and ctypes.addressof(one.structs) for one in adapters))
+    addresses = (None if one is None else ctypes.addressof(one.structs) for one in adapters)
+    return (ctypes.c_void_p * len(adapters))(*map(ctypes.c_void_p, addresses))
 
 
 def _heads_fit(heads: Heads) -> bool:
