@@ -25,19 +25,18 @@ class FusedLayers:
     def __init__(self) -> None:
         self._made: weakref.WeakKeyDictionary[DecoderLayer, tuple[tuple[int, ...], DecoderKernel | None]]
         self._made = weakref.WeakKeyDictionary()
-        self._adapters: weakref.WeakKeyDictionary[DecoderLayer, dict[int, tuple[tuple[int, ...], LayerAdapter]]]
+        self._adapters: weakref.WeakKeyDictionary[DecoderLayer, dict[int, LayerAdapter]]
         self._adapters = weakref.WeakKeyDictionary()
 
     def adapter(self, layer: DecoderLayer, kernel: DecoderKernel, number: int) -> LayerAdapter | None:
         """An adapter's part of a layer for the native library, made anew when its tensors have moved."""
-        held = {name: lora for name, linear in _linears_of(layer).items() if (lora := adapters_in(linear)) is not None}
-        paths = {name: path for name, lora in held.items() if (path := lora.of(number)) is not None}
-        if not paths:
-            return None
-        made, source = self._adapters.setdefault(layer, {}), LayerAdapter.addresses(paths)
-        if number not in made or made[number][0] != source:
-            made[number] = source, LayerAdapter(kernel, paths)
-        return made[number][1]
+        made = self._adapters.setdefault(layer, {})
+        known = made.get(number)
+        if known is None or known.moved:
+            held = {name: adapters_in(linear) for name, linear in _linears_of(layer).items()}
+            paths = {name: path for name, lora in held.items() if lora is not None and (path := lora.of(number))}
+            known = made[number] = LayerAdapter(kernel, paths)
+        return known if known.paths else None
 
     def kernel(self, layer: DecoderLayer) -> DecoderKernel | None:
         """None where the layer must run as torch code: not quantized, on another device, or no native library."""

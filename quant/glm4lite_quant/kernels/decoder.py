@@ -90,7 +90,9 @@ class LayerAdapter:
     """
 
     def __init__(self, kernel: DecoderKernel, paths: Mapping[str, LowRankPath]) -> None:
-        self.structs, self._held = (_LowRank * len(WEIGHTS))(), dict(paths)
+        self.structs, self.paths = (_LowRank * len(WEIGHTS))(), dict(paths)
+        self._first = next(iter(paths.values()), None)
+        self._address = None if self._first is None else self._first.a.data_ptr()
         for index, name in enumerate(WEIGHTS):
             path, weight = paths.get(name), getattr(kernel.layer, name)
             if path is None:
@@ -103,10 +105,10 @@ class LayerAdapter:
                 raise QuantError(f"an adapter of {list(a.shape)} and {list(b.shape)} does not fit {name}")
             self.structs[index] = _LowRank(*map(_pointer, (a, b, path.gain, path.bias)), len(a))
 
-    @staticmethod
-    def addresses(paths: Mapping[str, LowRankPath]) -> tuple[int, ...]:
-        """What changes when their tensors move."""
-        return tuple(one.a.data_ptr() for one in paths.values()) + tuple(one.b.data_ptr() for one in paths.values())
+    @property
+    def moved(self) -> bool:
+        """Whether the paths' tensors, which move all at once, lie elsewhere now."""
+        return self._first is not None and self._first.a.data_ptr() != self._address
 
 
 class SpanRows(NamedTuple):
