@@ -92,7 +92,8 @@ class KeptPrefixes:
         """`name`: for people. `key`: equal where what is computed is (`key_of`). `adapters`: those that may be chosen,
         each with what tells it from others."""
         self.name, self.key, self.folder = name, key, folder
-        self._roots = {None: key, **{adapter: digest(key, identity) for adapter, identity in adapters.items()}}
+        self._roots: dict[str | None, bytes] = {None: key}
+        self._roots |= {adapter: digest(key, identity) for adapter, identity in adapters.items()}
         self._trunk = model.model
         self._id_bytes = self._trunk.cache_bytes
         self._most = min(max(FILE_BYTES // self._id_bytes // BLOCK, 1) * BLOCK, MOST_IDS)  # ids of a file
@@ -205,7 +206,7 @@ class KeptPrefixes:
         why = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error, 200)
         self._say("damaged", f"{self.folder.path_of(self.key, name)} is ignored: {why} (others will not be named)")
 
-    def _covering(self, ids: Sequence[int], adapter: str | None) -> list[_Run]:
+    def _covering(self, ids: Sequence[int], adapter: str | None = None) -> list[_Run]:
         """The parts of files that hold the beginning of `ids`, as far as any do."""
         runs, before, done = list[_Run](), self._roots[adapter], 0
         while done < len(ids):

@@ -71,6 +71,7 @@ def decoded(base: Path, quantized: Path) -> Path:
 
 def trained(base: Path, folder: Path, seed: int = 0, **settings: Any) -> Path:
     """An adapter that PEFT writes, with random values where training would leave some."""
+    torch.manual_seed(seed)  # peft draws the first factors
     model = peft.get_peft_model(
         Reference.from_pretrained(base, dtype=torch.float32), peft.LoraConfig(task_type="CAUSAL_LM", **settings)
     )
@@ -80,7 +81,7 @@ def trained(base: Path, folder: Path, seed: int = 0, **settings: Any) -> Path:
             spread = 0.5 if "magnitude" in name else 0.2
             noise = torch.randn(parameter.shape, generator=made) * spread
             parameter.data = parameter.data * (1 + noise) if "magnitude" in name else parameter.data + noise
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return folder
 
 
@@ -148,10 +149,11 @@ def test_beside_quantized_weights_it_is_what_peft_computes(
     quantized: Path, decoded: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "backend", lambda: None)  # the kernels that round nothing
-    own = any(one in adapter.name for one in ("modules_to_save", "embedding"))  # tensors that are quantized as the rest
-    torch.testing.assert_close(
-        by_us(quantized, adapter), by_peft(decoded, adapter), atol=0.1 if own else 2e-4, rtol=1e-3
-    )
+    found, expected = by_us(quantized, adapter), by_peft(decoded, adapter)
+    if any(one in adapter.name for one in ("modules_to_save", "embedding")):  # tensors that are quantized as the rest
+        assert (found - expected).norm() < 0.05 * (expected - by_us(quantized)).norm()
+    else:
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
 
 
 def test_the_native_layers_compute_it_too(quantized: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +212,7 @@ def test_older_and_split_names_are_the_same_weights(base: Path, adapters: Callab
     made = torch.Generator().manual_seed(3)
     layer, old = "base_model.model.model.layers.1", "base_model.model.transformer.encoder.layers.1"
     a, q, k, v = (torch.randn(*shape, generator=made) / 4 for shape in ((4, 64), (64, 4), (32, 4), (32, 4)))
-    new = {}
+    new: dict[str, Tensor] = {}
     for name, b in (("q", q), ("k", k), ("v", v)):
         new |= {f"{layer}.self_attn.{name}_proj.lora_A.weight": a, f"{layer}.self_attn.{name}_proj.lora_B.weight": b}
     ga, ua = (torch.randn(4, 64, generator=made) / 4 for _ in range(2))
@@ -324,7 +326,7 @@ def test_adapters_may_be_chosen_over_weights_that_are_not_quantized_and_over_one
     assert (found[1] - found[0]).abs().max() > 0.05
 
 
-REFUSED = {
+REFUSED: dict[str, dict[str, Any]] = {
     "sets trainable_token_indices": {"trainable_token_indices": [1, 2]},
     "sets layer_replication": {"layer_replication": [[0, 2], [1, 2]]},
     "sets alora_invocation_tokens": {"alora_invocation_tokens": [5]},
