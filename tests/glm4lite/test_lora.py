@@ -269,13 +269,13 @@ def test_codes_of_another_tool_stay_and_the_adapter_is_beside_them(
     monkeypatch.setattr(native, "backend", lambda: None)
     packed, same = write_packed(tmp_path, Layout(gptq, {"quant_method": "gptq", "bits": 4, "group_size": 32}))
     adapter = trained(same, tmp_path / "adapter", **OPTIONS["plain"])
-    expected, alone = by_peft(same, adapter), by_us(packed)
+    expected = by_peft(same, adapter)
     error = (by_us(packed, adapter) - expected).norm() / (expected - by_us(same)).norm()
-    usual = (alone - by_us(same)).norm() / (expected - by_us(same)).norm()
     assert "12 keep their codes" in caplog.text
-    assert error < 3 * usual
+    assert error < 0.06
+    torch.testing.assert_close(by_us(packed, adapter, quant="none"), expected, atol=0.1, rtol=0.02)
     folder = quantize_checkpoint(packed, tmp_path / "again", "int8", lora=adapter)
-    assert (by_us(folder) - expected).norm() < 0.05 * expected.norm()
+    assert (by_us(folder) - expected).norm() < 0.1 * expected.norm()
 
 
 def test_layers_on_disk_have_their_adapters_in_memory(
@@ -375,6 +375,16 @@ def test_an_adapter_of_another_model_or_a_damaged_one_is_told_in_a_line(
         load(base, device="cpu", lora=folder)
     assert said in str(error.value).replace(str(base), "DIR")
     assert "\n" not in str(error.value)
+
+
+def test_what_lies_beside_the_weights_is_not_lost_by_saving(
+    base: Path, quantized: Path, adapters: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = adapters("plain")
+    with pytest.raises(CheckpointError, match="has a LoRA adapter beside its weight"):
+        load(quantized, device="cpu", lora=adapter).save_pretrained(tmp_path / "beside")
+    load(base, device="cpu", lora=adapter).save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(by_us(tmp_path / "merged"), by_us(base, adapter), atol=0, rtol=0)
 
 
 def test_what_is_no_adapter_is_named(base: Path, adapters: Callable[..., Path], tmp_path: Path) -> None:
