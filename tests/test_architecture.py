@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,10 +56,15 @@ ALLOWED = {
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 
 
+@functools.cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
 def sources() -> Iterator[tuple[str, str, ast.Module]]:
     for package, folder in PACKAGES.items():
         for file in sorted(folder.rglob("*.py")):
-            yield package, file.relative_to(ROOT).as_posix(), ast.parse(file.read_text(encoding="utf-8"))
+            yield package, file.relative_to(ROOT).as_posix(), parsed(file)
 
 
 def imported(tree: ast.Module) -> set[str]:
@@ -78,7 +84,7 @@ def modules() -> dict[str, tuple[Path, ast.Module]]:
         for file in sorted(folder.rglob("*.py")):
             parts = [package, *file.relative_to(folder).with_suffix("").parts]
             name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-            found[name] = file, ast.parse(file.read_text(encoding="utf-8"))
+            found[name] = file, parsed(file)
     return found
 
 

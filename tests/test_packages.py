@@ -167,13 +167,15 @@ def test_no_module_of_the_core_needs_an_extra_and_those_of_an_extra_name_it(core
     ("arguments", "sentence"),
     [
         (("ui",), "the web chat needs gradio, nh3, latex2mathml: pip install 'glm4lite[ui]'"),
-        (
+        pytest.param(
             ("chat", "-p", "hi", "--mcp", "mcp.json"),
             "using MCP servers needs mcp: pip install 'glm4lite[mcp]'",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             ("chat", "-p", "hi", "--quant", "nf4"),
             "nf4 and fp4 need bitsandbytes (No module named 'bitsandbytes'): pip install 'glm4lite[bnb]', or use int4",
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["ui", "mcp", "bnb"],
