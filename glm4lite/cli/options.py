@@ -236,10 +236,15 @@ def use_threads(count: str | None) -> None:
     from glm4lite_quant.kernels.picking import check_environment
 
     check_environment()
+    if (number := thread_count(count)) is not None:
+        native.set_threads(number)
+
+
+def thread_count(count: str | None) -> int | None:
+    """What --threads asks for; ConfigError for what is no number."""
     if count is None:
-        return
+        return None
     try:
-        number = int(count)
+        return int(count)
     except ValueError:
         raise ConfigError(f"--threads is {count[:100]!r}; use a whole number of at least 1") from None
-    native.set_threads(number)
