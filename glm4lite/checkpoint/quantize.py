@@ -38,7 +38,7 @@ from glm4lite.checkpoint.streaming import (
 )
 from glm4lite.checkpoint.writer import SHARD_BYTES, FolderWriter, PlannedTensor, check_destination
 from glm4lite.hub.options import HubOptions
-from glm4lite.hub.sources import is_url, locate
+from glm4lite.hub.sources import is_choice, is_url, locate
 from glm4lite.model.config import Glm4Config
 from glm4lite.model.layers import layer_of
 from glm4lite_quant import QuantConfig
@@ -110,23 +110,28 @@ def quantize_checkpoint(
             repr((arrivals.identity, planned, config, text, *_adapters(checkpoint))).encode()
         ).hexdigest()
         with ResumableWriter(target, planned, key, shard_bytes, arrivals.largest) as kept:
-            calibrator = _as_it_arrives(arrivals, kept, prepared, text, meter)
+            try:
+                calibrator = _as_it_arrives(arrivals, kept, prepared, text, meter)
+            finally:
+                arrivals.stop()
             _write_rest(kept, checkpoint, prepared.config, recorded(prepared.wanted or config, calibrator))
     return target
 
 
 def _arrivals(source: str | Path, progress: ProgressCallback | None, hub: HubOptions) -> Arrivals | None:
-    """A repo's shards, to be quantized as they arrive; None where all of it is on this machine."""
+    """A repo's shards, to be quantized as they arrive; None where all of it is on this machine, or comes as GGUF."""
     found = locate(source)
-    if isinstance(found, Path) or is_url(found):
+    if isinstance(found, Path) or is_url(found) or is_choice(found):
         return None
     from glm4lite.checkpoint.arrivals import Arrivals  # huggingface_hub takes a while to import
-    from glm4lite.hub.download import Snapshot, whole_in_cache
+    from glm4lite.hub.download import OnlyGguf, Snapshot, whole_in_cache
 
     try:
         if hub.local_files_only:
             return None
         return Arrivals(Snapshot.of(found, hub, progress))
+    except OnlyGguf:
+        return None
     except HubError:
         if whole_in_cache(found, hub) is None:
             raise
@@ -139,6 +144,7 @@ def _as_it_arrives(
     """Layer by layer, from where an earlier run came to."""
     checkpoint, units = prepared.checkpoint, _units(prepared.plan)
     calibrator: Calibrator | None = None
+    made = {fill.source: sum(one.nbytes for one in _planned(checkpoint, fill)) for unit in units for fill in unit}
     arrivals.begin()
     for number, unit in enumerate(units):
         later = [fill.source for after in units[number + 1 :] for fill in after]
@@ -148,6 +154,7 @@ def _as_it_arrives(
             meter.add(sum(checkpoint.nbytes(fill.source) for fill in unit))
             continue
         arrivals.bring(checkpoint, (fill.source for fill in unit), later)
+        arrivals.look_ahead(checkpoint, later, made.__getitem__)
         if calibrator is None:
             calibrator = begin(checkpoint, prepared.plan, prepared.config, text, meter, writer.stream)
         for fill in unit:

@@ -26,10 +26,12 @@ from glm4lite.base.sizes import readable
 from glm4lite.hub.arriving import Arriving, arrived_of
 from glm4lite.hub.cache import free_bytes, tag_of
 from glm4lite.hub.client import explained, session, silence
+from glm4lite.hub.connections import Counter, ProgressCallback
 from glm4lite.hub.digests import Damage, digest_of
 from glm4lite.hub.hosts import Repo, host_of
 from glm4lite.hub.options import HubOptions
-from glm4lite.hub.transfer import Counter, Patience, ProgressCallback, Transfer, Wanted
+from glm4lite.hub.patience import Patience
+from glm4lite.hub.transfer import Transfer, Wanted
 from glm4lite.hub.verified import Verifier
 
 logger = logging.getLogger("glm4lite")
@@ -37,6 +39,10 @@ logger = logging.getLogger("glm4lite")
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors")
 """What an adapter is, as PEFT and mlx-lm call it."""
+
+
+class OnlyGguf(HubError):
+    """A repo holds GGUF files and no safetensors, so that one of those is to be chosen."""
 
 
 def download(repo_id: str, progress: ProgressCallback | None, options: HubOptions, weights: bool = True) -> Path:
@@ -208,8 +214,19 @@ class Snapshot:
 
     def fetch(self, wanted: Sequence[Wanted], arrived: Callable[[Wanted, Arriving], None]) -> None:
         """Brings files, each of which is handed to `arrived`. HubError."""
-        counter = self._counter
-        failed = Transfer(session(), wanted, counter, arrived, Patience(silence=silence())).run() if wanted else None
+        self.finish(self.begin(wanted, arrived))
+
+    def begin(
+        self, wanted: Sequence[Wanted], arrived: Callable[[Wanted, Arriving], None], room: int | None = None
+    ) -> Transfer:
+        """Starts to bring files, beside what the caller does; `room` as `Transfer.start` takes it."""
+        transfer = Transfer(session(), wanted, self._counter, arrived, Patience(silence=silence()))
+        transfer.start(room)
+        return transfer
+
+    def finish(self, transfer: Transfer) -> None:
+        """Returns when the files are here. HubError."""
+        failed = transfer.wait()
         if failed is not None:
             with self._explained():
                 raise failed
@@ -327,6 +344,9 @@ def _check_files(repo: Repo, weights: bool) -> None:
             raise HubError(f"{repo.repo_id} has no {TOKENIZER}; choose another repo (an '-hf' conversion has it)")
         return
     if SINGLE not in repo.files and INDEX not in repo.files:
+        gguf = [name for name in repo.every if name.endswith(".gguf")]
+        if gguf:
+            raise OnlyGguf(f"{repo.repo_id} holds GGUF files ({some(gguf[:1])}); pull one, and give the file itself")
         raise HubError(f"{repo.repo_id} {_no_weights(sorted(repo.files))}")
     if CONFIG not in repo.files:
         raise HubError(f"{repo.repo_id} has no config.json; choose a repo that holds a whole model, not an adapter")
@@ -339,9 +359,6 @@ def _no_weights(names: Sequence[str]) -> str:
             f"holds only pickle weights ({some(other[:1])}), which can run code when opened; "
             "choose a repo with safetensors (the zai-org 0414 and -hf repos have them)"
         )
-    gguf = [name for name in names if name.endswith(".gguf")]
-    if gguf:
-        return f"holds GGUF files ({some(gguf[:1])}), of which none is chosen; download one, and give the file itself"
     if "adapter_config.json" in names:
         return "holds an adapter (LoRA), no whole model; give its base model, and the adapter as --lora"
     strange = [name for name in names if name.endswith(".safetensors")]

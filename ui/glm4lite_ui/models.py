@@ -13,7 +13,7 @@ from glm4lite.base.events import Progress
 from glm4lite.base.sentences import Sentence
 from glm4lite.base.sizes import readable
 from glm4lite.checkpoint.lora.folder import Loras
-from glm4lite.hub.local import cached_models
+from glm4lite.hub.local import runnable_models
 from glm4lite.hub.sources import NANO, locate
 from glm4lite.loading.plan_report import plan
 from glm4lite.measure.inventory import devices, kernel_names
@@ -52,7 +52,7 @@ class Models:
             "own": asdict(runtime.engine.params()),
             "thinks": loaded and runtime.engine.chat_template().can_think,
             "quants": QUANTS,
-            "known": list(dict.fromkeys([*self._loaded, NANO, *cached_models()])),
+            "known": list(dict.fromkeys([*self._loaded, NANO, *runnable_models()])),
             "loading": self._progress,
             "ended": self._said(),
         }

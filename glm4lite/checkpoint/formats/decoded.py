@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from glm4lite.base.files import CONFIG
 from glm4lite.checkpoint import legacy
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.formats.weight import Affine, Opened, PackedWeight
+from glm4lite.checkpoint.shard import StoredTensor
 from glm4lite.model.config import Glm4Config
 from glm4lite_quant import QuantConfig
 from glm4lite_quant.config import CALIBRATED, GROUP_SIZES, KEPT, SEARCH
@@ -58,6 +60,16 @@ class DecodedCheckpoint(Checkpoint):
         super().__init__(checkpoint.folder, config, tensors, checkpoint.absent)
         self.origin = checkpoint.origin
         self._opened: dict[str, Opened] = {}
+
+    def parts(self, name: str) -> list[StoredTensor]:
+        if name not in self._pieces:
+            return super().parts(name)
+        return [self._source.stored(part) for piece in self._pieces[name] for part in piece.weight.parts]
+
+    def release(self, path: Path) -> None:
+        self._opened.clear()
+        self._source.release(path)
+        super().release(path)
 
     def tensor(self, name: str) -> Tensor:
         return self.rows(name, 0, self.shape(name)[0]) if name in self._pieces else super().tensor(name)
