@@ -153,6 +153,10 @@ class Checkpoint:
             stop = min(start + step, count)
             yield start, self.rows(name, start, stop) if held is None else held[start:stop]
 
+    def adapted_by(self, folder: Path) -> bool:
+        """Whether the adapter in a folder is laid over this checkpoint."""
+        return False
+
     def quant_for(self, name: str, config: QuantConfig) -> QuantConfig:
         """How a weight that shall be quantized with `config` is: otherwise, where its own codes can be kept."""
         return config

@@ -304,7 +304,9 @@ def say_notices(model: nn.Module, checkpoint: Checkpoint, plan: LoadPlan, export
     if plan.other_parts:
         logger.warning("%s is not used: only the language model is run", some(plan.other_parts))
     if os.path.lexists(checkpoint.folder / ADAPTER):
-        logger.warning("%s is not used: the model beside the adapter is run without it", checkpoint.folder / ADAPTER)
+        folder = checkpoint.folder
+        if not checkpoint.adapted_by(folder):
+            logger.warning("%s is not used: give the adapter as --lora %s", folder / ADAPTER, folder)
     outcome = checkpoint.outcome({fill.source: fill.quant for fill in plan.fills})
     if outcome is not None and not exports:
         logger.warning(outcome)

@@ -13,6 +13,7 @@ from glm4lite.base.errors import ConfigError
 from glm4lite.cli.paths import models
 
 if TYPE_CHECKING:
+    from glm4lite.checkpoint.lora.folder import Loras
     from glm4lite.text.grammar import Schema
 
 _LIKE_A_SIZE = re.compile(r"[\d.]+ *[A-Za-z]{0,3}", re.ASCII)
@@ -44,6 +45,22 @@ Quant = Annotated[
         help="int4, int8, nf4, fp4 or none.",
         show_default="int4, or as the checkpoint is stored",
         autocompletion=among("int4", "int8", "nf4", "fp4", "none"),
+    ),
+]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ADAPTER[=SCALE]",
+        help="A LoRA adapter (folder or repository of PEFT's or mlx-lm's) that is always on; may be repeated.",
+        show_default="none",
+    ),
+]
+LoraModules = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=ADAPTER[=SCALE]",
+        help="A LoRA adapter that a request chooses by naming MODEL:NAME as its model; may be repeated.",
+        show_default="none",
     ),
 ]
 Prompt = Annotated[
@@ -174,6 +191,13 @@ KeepPrefixes = Annotated[
     ),
 ]
 JsonObject = Annotated[bool, typer.Option("--json", help="Stdout is one JSON object.")]
+
+
+def loras(lora: list[str] | None, modules: list[str] | None = None) -> Loras:
+    """The adapters that are asked for. Raises ConfigError."""
+    from glm4lite.checkpoint.lora.folder import Loras
+
+    return Loras.of(lora, modules)
 
 
 def thinking_budget(think: str | None) -> int | None:

@@ -37,6 +37,10 @@ from glm4lite.hub.verified import Verifier
 logger = logging.getLogger("glm4lite")
 
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors")
+"""What an adapter is, as PEFT and mlx-lm call it."""
+
+
 class OnlyGguf(HubError):
     """A repo holds GGUF files and no safetensors, so that one of those is to be chosen."""
 
@@ -85,6 +89,28 @@ def download_config(repo_id: str, options: HubOptions) -> Path:
         if folder is None:
             raise
         return folder / CONFIG
+
+
+def download_adapter(repo_id: str, progress: ProgressCallback | None, options: HubOptions) -> Path:
+    """The local folder of a repo that holds a LoRA adapter. HubError as `download`, and where it holds none."""
+    try:
+        if options.local_files_only:
+            raise _absent(repo_id, options)
+        host = host_of(repo_id)
+        with explained(repo_id, host.address()):
+            repo = host.listing(repo_id, options)
+        names = [name for name in ADAPTER_FILES if name in repo.files]
+        if len(names) < 2:
+            has = "pickle weights alone" if "adapter_model.bin" in repo.files else "no adapter in safetensors"
+            raise HubError(f"{repo_id} holds {has}; choose a repo with {' and '.join(ADAPTER_FILES[:2])}")
+        snapshot = Snapshot(repo, progress)
+        snapshot.bring(names)
+        return snapshot.folder
+    except HubError:
+        folder = None if options.force_download else cached_folder(repo_id, options, ADAPTER_FILES[0])
+        if folder is None:
+            raise
+        return folder
 
 
 def _absent(repo_id: str, options: HubOptions) -> HubError:
@@ -334,7 +360,7 @@ def _no_weights(names: Sequence[str]) -> str:
             "choose a repo with safetensors (the zai-org 0414 and -hf repos have them)"
         )
     if "adapter_config.json" in names:
-        return "holds an adapter (LoRA), no whole model; choose the repo of a model that it was merged into"
+        return "holds an adapter (LoRA), no whole model; give its base model, and the adapter as --lora"
     strange = [name for name in names if name.endswith(".safetensors")]
     if strange:
         return f"has neither {SINGLE} nor {INDEX}, which would say what {some(strange)} hold; choose another repo"

@@ -69,6 +69,27 @@ def resolve_config(source: str | Path, options: HubOptions = HubOptions()) -> Pa
     return download_config(found, options)
 
 
+def resolve_adapter(
+    source: str | Path, progress: Callable[[Progress], None] | None = None, options: HubOptions = HubOptions()
+) -> Path:
+    """The folder of a LoRA adapter; one that is not on this machine is downloaded.
+
+    Raises:
+        HubError: there is no such folder or repo, or it cannot be downloaded.
+    """
+    folder = _existing(str(source)) if str(source).strip() else None
+    if folder is not None:
+        return folder
+    if isinstance(source, Path) or not _is_repo_id(str(source).removeprefix(MODELSCOPE)):
+        raise HubError(
+            "{name} is neither a folder nor a Hub repo id; give the folder of an adapter", name=repr(_cut(str(source)))
+        )
+    _check_environment()
+    from glm4lite.hub.download import download_adapter  # huggingface_hub takes a while to import
+
+    return download_adapter(str(source), progress, options)
+
+
 def locate(source: str | Path) -> Path | str:
     """The folder of a checkpoint; or what is not looked for yet: the id of a Hub repo, `ms:` and that of one of
     ModelScope, either with `:` and which of its GGUF files is meant, or the URL of a file. A short name becomes the id

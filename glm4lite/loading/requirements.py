@@ -97,6 +97,8 @@ def requirements_for(prepared: Prepared[Any]) -> Requirements:
     sizes: dict[str, int] = defaultdict(int)
     for fill in plan.fills:
         sizes[_part(fill)] += _bytes(checkpoint, plan, fill, dtype)
+    for beside in prepared.beside:
+        sizes[_part(beside.fill)] += beside.nbytes
     return Requirements(
         config,
         _precision(prepared.quant, dtype),

@@ -231,7 +231,7 @@ def test_repos_that_cannot_be_used_are_named_with_what_to_do(hub: HubServer, tmp
         "choose a repo with safetensors (the zai-org 0414 and -hf repos have them)",
         "org/gguf holds these GGUF models: model-Q4 (0 KiB), model-Q8 (0 KiB); give one, as in org/gguf:Q4",
         "org/adapter has no config.json; choose a repo that holds a whole model, not an adapter",
-        "org/lora holds an adapter (LoRA), no whole model; choose the repo of a model that it was merged into",
+        "org/lora holds an adapter (LoRA), no whole model; give its base model, and the adapter as --lora",
         "org/strange has neither model.safetensors nor model.safetensors.index.json, which would say what "
         "consolidated.safetensors hold; choose another repo",
         f"org/gated is gated: accept its terms on {hub.url}/org/gated, then run `hf auth login` or set HF_TOKEN to a "

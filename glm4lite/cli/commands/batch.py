@@ -61,6 +61,8 @@ def batch(
         int | None, typer.Option(min=1, help="Of --ray, each with a model.", show_default="one for each GPU or machine")
     ] = None,
     quant: options.Quant = None,
+    lora: options.Lora = None,
+    lora_modules: options.LoraModules = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     kv: options.KV = "auto",
@@ -92,7 +94,10 @@ def batch(
     if server is None:
         budget, number = Budget.of(gpu_memory, ram, context, kv), options.thread_count(threads)
         found, guesser = _everywhere(model), draft and _everywhere(draft)
-        who = Model(found, name_of(model), quant, device, dtype, budget, speculate, guesser, parallel, number)
+        adapters = options.loras(
+            [_adapter_everywhere(one) for one in lora or ()], [_choice_everywhere(one) for one in lora_modules or ()]
+        )
+        who = Model(found, name_of(model), quant, device, dtype, budget, speculate, guesser, parallel, number, adapters)
     else:
         who = Server(server, api_key, parallel or AT_ONCE)
     cluster = None if ray is None else Cluster(ray, workers)
@@ -115,6 +120,8 @@ def batch(
 OF_A_MODEL = (
     "model",
     "quant",
+    "lora",
+    "lora_modules",
     "device",
     "dtype",
     "kv",
@@ -141,6 +148,20 @@ def _refuse_ignored(given: typer.Context, server: str | None, ray: str | None) -
 def _everywhere(model: str) -> str:
     """A folder by its whole path: other machines' processes run elsewhere. "nano" is never a folder."""
     return os.path.abspath(model) if model != "nano" and os.path.exists(model) else model
+
+
+def _adapter_everywhere(text: str) -> str:
+    """ADAPTER[=SCALE] with a folder by its whole path."""
+    from glm4lite.checkpoint.lora.folder import with_scale
+
+    folder = with_scale(text)[0]
+    return os.path.abspath(folder) + text[len(folder) :] if os.path.exists(folder) else text
+
+
+def _choice_everywhere(text: str) -> str:
+    """NAME=ADAPTER[=SCALE] with a folder by its whole path."""
+    name, equals, adapter = text.partition("=")
+    return f"{name}={_adapter_everywhere(adapter)}" if equals and adapter else text
 
 
 def _source(requests: str, answers: str) -> AbstractContextManager[BinaryIO]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from glm4lite.base.errors import ConfigError
+from glm4lite.checkpoint.lora.folder import Loras
 from glm4lite.checkpoint.streaming import ProgressCallback
 from glm4lite.engine.engine import MOST_PARALLEL, Engine
 from glm4lite.engine.scheduler import PARALLEL
@@ -39,6 +40,7 @@ class Model:
     draft: str | None = None
     parallel: int | None = None
     threads: int | None = None
+    loras: Loras = field(default_factory=Loras)
 
     def __post_init__(self) -> None:
         if self.parallel is not None and not 1 <= self.parallel <= MOST_PARALLEL:
@@ -56,7 +58,9 @@ class Model:
         """Loads it. Raises what loading raises, and QuantError for threads that there are not."""
         if self.threads is not None:
             native.set_threads(self.threads)
-        options = LoadOptions(self.quant or "auto", self.device, self.dtype, progress, budget=self.budget)
+        options = LoadOptions(
+            self.quant or "auto", self.device, self.dtype, progress, budget=self.budget, loras=self.loras
+        )
         engine = Engine.from_options(
             self.source, options, speculate=self.speculate, parallel=self.parallel, draft=self.draft
         )
@@ -83,16 +87,17 @@ class LocalModel:
         engine, ignored = self.worker.engine, tuple[str, ...]()
         try:
             endpoint = _ENDPOINTS[request.url(_ENDPOINTS)]
-            asked = endpoint.read(request.body(), ModelNames(self._name))
+            names = ModelNames(self._name, adapters=engine.adapters)
+            asked = endpoint.read(request.body(), names)
             ignored = tuple(asked.ignored)
             if asked.stream:
                 raise no_stream()
-            question = endpoint.ask(engine, asked)
+            question = endpoint.ask(engine, asked, names)
             ignored += question.ignored
         except Exception as error:
             done(Result.refused(request.custom_id, error, ignored))
             return
-        reply, pieces = endpoint.reply(self._name, question, asked), list[Piece]()
+        reply, pieces = endpoint.reply(names.answering(asked.model), question, asked), list[Piece]()
 
         def deliver(piece: Piece | Ended) -> None:
             if not isinstance(piece, Ended):
