@@ -26,11 +26,11 @@ class Stopped(Exception):
 class Counter:
     """Bytes that are here so far, of `total`; what an earlier run left counts from the beginning."""
 
-    def __init__(self, progress: ProgressCallback | None, stage: str = "download") -> None:
+    def __init__(self, progress: ProgressCallback | None) -> None:
         self.total = 0
         self.stopped, self.waited = threading.Event(), False
         self._done, self._shown = 0, 0
-        self._progress, self._stage = progress, stage
+        self._progress = progress
         self._lock = threading.Lock()
 
     def add(self, count: int) -> None:
@@ -48,7 +48,7 @@ class Counter:
         done = max(self._shown, min(self._done, self.total))  # a server that began again does not turn the bar back
         if self._progress is not None and done != self._shown:
             self._shown = done
-            self._progress(Progress(self._stage, done, self.total, "bytes"))
+            self._progress(Progress("download", done, self.total, "bytes"))
 
 
 class Connections:

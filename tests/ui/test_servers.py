@@ -78,9 +78,14 @@ def kept(site: Site) -> dict[str, Any]:
 
 
 def pid_of(site: Site, name: str) -> int:
-    (server,) = (one for one in site.runtime.toolset.servers.all() if one.config.name == name)
-    (tool,) = (one for one in server.tools if one.name.endswith("process"))
-    return int(run_tool(tool, ToolCall("1", tool.name, "{}"), 10).content)
+    """Of a server that is connected, or will be in a moment."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        (server,) = (one for one in site.runtime.toolset.servers.all() if one.config.name == name)
+        for tool in (one for one in server.tools if one.name.endswith("process")):
+            return int(run_tool(tool, ToolCall("1", tool.name, "{}"), 10).content)
+        time.sleep(0.02)
+    raise AssertionError(f"{name} has no tools: {server.state}")
 
 
 def write(folder: Path, servers: dict[str, Any]) -> Path:
@@ -223,8 +228,8 @@ def test_a_server_that_failed_at_the_start_is_listed_and_restarted_from_the_file
     before = pid_of(site, "good")
     page.locator('[data-origin="MCP server good"]').get_by_text("Restart").click()
     assert ended(before)
-    wait_for_server(page, "good")
     assert pid_of(site, "good") != before
+    wait_for_server(page, "good")
 
 
 def test_a_server_is_added_by_its_address(serve: Serve, visit: Visit) -> None:
