@@ -79,13 +79,19 @@ def make_config(shape: str, layers: int | None = None) -> Glm4Config:
     return Glm4Config(**{**COMMON, **SHAPES[shape], **changes})
 
 
-def write_checkpoint(folder: Path, config: Glm4Config, quant: QuantConfig | None = None, seed: int = 0) -> None:
+def write_checkpoint(
+    folder: Path,
+    config: Glm4Config,
+    quant: QuantConfig | None = None,
+    seed: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Write the folder; with `quant`, in glm4lite's quantized format. Raises CheckpointError where it cannot be."""
     with torch.device("meta"):
         model = Glm4ForCausalLM(config)
     noise, planned = Noise(seed), list(_planned(model, quant))
     values = config.to_diff_dict() | ({} if quant is None else {"quantization_config": quant.to_dict()})
-    with FolderWriter(folder, planned, SHARD_BYTES) as writer:
+    with FolderWriter(folder, planned, shard_bytes) as writer:
         for tensor in planned:
             for piece in _pieces(tensor, noise):
                 writer.append(tensor.name, piece)

@@ -1,5 +1,6 @@
 """What holds for all tests: how torch waits, how Triton runs, how many tests run at a time."""
 
+import gc
 import os
 import signal
 
@@ -22,6 +23,20 @@ for name in ("SIGINT", "SIGQUIT", "SIGHUP"):
     number = getattr(signal, name, None)
     if number is not None and signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+
+
+gc.disable()  # until all tests are known: what is imported and collected stays
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    gc.collect()
+    gc.freeze()  # torch, Gradio and seven thousand tests: no later collection walks through them
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries tell of what they think was leaked
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -22,6 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 SOURCES = {name: ROOT / folder / name for name, folder in (("glm4lite", ""), ("glm4lite_quant", "quant"))}
 SOURCES["glm4lite_ui"] = ROOT / "ui" / "glm4lite_ui"
 BY_TORCH = {"triton"}  # comes with torch where that is for CUDA
+UNTESTED = {"ray"}  # an extra of its own, that is too large for each run of the tests
 UNIMPORTED = {"tzdata", "safetensors"}  # data that zoneinfo reads; what a user's script writes checkpoints with
 
 # What a user of the core alone does not have. `prompt_toolkit` is of the core, and only for a terminal.
@@ -78,7 +79,7 @@ def imported(folder: Path) -> set[str]:
                 found |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 found.add(node.module.partition(".")[0])
-    return found - sys.stdlib_module_names - SOURCES.keys() - BY_TORCH
+    return found - sys.stdlib_module_names - SOURCES.keys() - BY_TORCH - UNTESTED
 
 
 def test_every_import_is_of_a_declared_package_and_every_declared_package_is_imported() -> None:
@@ -167,13 +168,15 @@ def test_no_module_of_the_core_needs_an_extra_and_those_of_an_extra_name_it(core
     ("arguments", "sentence"),
     [
         (("ui",), "the web chat needs gradio, nh3, latex2mathml: pip install 'glm4lite[ui]'"),
-        (
+        pytest.param(
             ("chat", "-p", "hi", "--mcp", "mcp.json"),
             "using MCP servers needs mcp: pip install 'glm4lite[mcp]'",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             ("chat", "-p", "hi", "--quant", "nf4"),
             "nf4 and fp4 need bitsandbytes (No module named 'bitsandbytes'): pip install 'glm4lite[bnb]', or use int4",
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["ui", "mcp", "bnb"],

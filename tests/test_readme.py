@@ -15,6 +15,7 @@ PAGES = (
     "docs/architecture.md",
     "docs/batch.md",
     "docs/clients.md",
+    "docs/scale.md",
     "docs/security.md",
     "nano/README.md",
 )

@@ -138,15 +138,17 @@ class ChatSession:
         context: int | str | None = None,
         approve: Approve = nobody_to_ask,
         speculate: str | int = "auto",
+        lora: str | Path | Sequence[str | Path] | None = None,
         **sampling: Any,
     ) -> ChatSession:
         """An Engine and a session on it; arguments as in `Engine.load`, `sampling` as in SamplingParams."""
+        from glm4lite.checkpoint.lora.folder import Loras
         from glm4lite.loading.load_options import LoadOptions
         from glm4lite.memory.budget import Budget
 
         SamplingParams.check(**sampling)
         budget = Budget.of(gpu_memory, ram, context, kv)
-        options = LoadOptions(quant, device, dtype, progress, budget=budget)
+        options = LoadOptions(quant, device, dtype, progress, budget=budget, loras=Loras.of(lora))
         engine = Engine.from_options(source, options, need_template=True, speculate=speculate)
         return cls(engine, tools, system, engine.params(**sampling), approve=approve)
 

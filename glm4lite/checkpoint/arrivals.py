@@ -2,12 +2,13 @@
 
 So a checkpoint of 19 GB is quantized with one of its shards on the disk at a time. What the next layer needs of a shard
 (a layer's tensors may lie in two) is kept when the next one comes: the file is replaced by one that has the same bytes
-at the same places, and holes where nothing is needed any more.
+at the same places, and holes where nothing is needed any more. While one shard is quantized the next is fetched, as far
+as there is room for it: the disk never holds more than the whole result and the largest shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from glm4lite.base.errors import CheckpointError, HubError
@@ -18,7 +19,7 @@ from glm4lite.checkpoint.remote import headers_of
 from glm4lite.checkpoint.shard import StoredTensor, read_header
 from glm4lite.hub.arriving import Arriving
 from glm4lite.hub.download import Snapshot, check_disk
-from glm4lite.hub.transfer import Wanted
+from glm4lite.hub.transfer import Transfer, Wanted
 from glm4lite.memory.system import booted
 
 _COPY_BYTES = 4 << 20
@@ -41,6 +42,7 @@ class Arrivals:
         snapshot.bring([name for name in (CONFIG, *COMPANIONS, INDEX) if name in snapshot.repo.files])
         self._headers = headers_of(snapshot)
         self._folder = Path()
+        self._ahead: tuple[Path, Transfer] | None = None
 
     @property
     def identity(self) -> str:
@@ -83,17 +85,45 @@ class Arrivals:
             HubError: one cannot be fetched, is not what its header said, or there is no room for it.
         """
         names = list(names)
-        for file in sorted({checkpoint.file(name) for name in names}):
-            if file.exists():
+        for file in sorted(_files(checkpoint, names)):
+            ahead = self._ahead
+            if ahead is None or ahead[0] != file:
+                if not file.exists():
+                    self._make_room(checkpoint, [*names, *later])
+                    self._fetch(file)
                 continue
             self._make_room(checkpoint, [*names, *later])
-            self._fetch(file)
+            self._ahead = None
+            self._snapshot.finish(ahead[1])
+
+    def look_ahead(self, checkpoint: Checkpoint, later: Sequence[str], written: Callable[[str], int]) -> None:
+        """Begins to fetch the next shard, beside what is done with those that are here.
+
+        later: what will be needed, in order. written: how many bytes are made of one of them.
+        """
+        if self._ahead is not None:
+            return
+        lacking = ((at, file) for at, name in enumerate(later) for file in sorted(_files(checkpoint, [name])))
+        place, path = next(((at, file) for at, file in lacking if not file.exists()), (0, None))
+        if path is None:
+            return
+        here = sum(one.stat().st_size for one in self._here() if not one.is_symlink())
+        room = self.largest - here + sum(map(written, later[place:]))
+        if room > 0 and not (self._snapshot.folder / path.name).exists():
+            self._ahead = path, self._snapshot.begin([self._snapshot.wanted(path.name, path)], self._arrived, room)
+
+    def stop(self) -> None:
+        """What is being fetched is left to the next run."""
+        if self._ahead is not None:
+            self._ahead[1].stop()
+            self._ahead = None
 
     def drop(self, checkpoint: Checkpoint, later: Iterable[str]) -> None:
         """Removes the shards of which nothing is needed any more."""
-        needed = {checkpoint.file(name) for name in later}
+        needed = _files(checkpoint, later)
         for path in self._here():
             if path not in needed:
+                checkpoint.release(path)
                 path.unlink()
 
     def _here(self) -> list[Path]:
@@ -101,10 +131,12 @@ class Arrivals:
 
     def _make_room(self, checkpoint: Checkpoint, needed: Sequence[str]) -> None:
         for path in self._here():
-            kept = [checkpoint.stored(name) for name in needed if checkpoint.file(name) == path]
+            kept = [part for name in needed for part in checkpoint.parts(name) if part.path == path]
             if not kept:
+                checkpoint.release(path)
                 path.unlink()
             elif 2 * sum(one.nbytes for one in kept) <= path.stat().st_size:  # else there is little to gain
+                checkpoint.release(path)
                 _thin(path, kept)
 
     def _fetch(self, path: Path) -> None:
@@ -132,6 +164,11 @@ class Arrivals:
             arriving.discard()
             raise HubError(f"{wanted.whose}: {wanted.name} has another header than a moment ago ({some(other)})")
         arriving.publish(wanted.target)
+
+
+def _files(checkpoint: Checkpoint, names: Iterable[str]) -> set[Path]:
+    """The shards that hold these tensors, of which another tool's may consist of several in several shards."""
+    return {part.path for name in names for part in checkpoint.parts(name)}
 
 
 def _place(stored: StoredTensor | None) -> object:

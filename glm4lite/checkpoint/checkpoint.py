@@ -108,6 +108,10 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} has no tensor {name}; download the checkpoint again")
         return self._tensors[name]
 
+    def parts(self, name: str) -> list[StoredTensor]:
+        """All that is read of the files where a tensor is."""
+        return [self.stored(name)]
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self.stored(name).shape
 
@@ -149,6 +153,10 @@ class Checkpoint:
             stop = min(start + step, count)
             yield start, self.rows(name, start, stop) if held is None else held[start:stop]
 
+    def adapted_by(self, folder: Path) -> bool:
+        """Whether the adapter in a folder is laid over this checkpoint."""
+        return False
+
     def quant_for(self, name: str, config: QuantConfig) -> QuantConfig:
         """How a weight that shall be quantized with `config` is: otherwise, where its own codes can be kept."""
         return config
@@ -175,6 +183,10 @@ class Checkpoint:
     def mapped(self, name: str) -> torch.Tensor:
         """The whole tensor over the memory-mapped shard: no copy, and a write to it stays private to this process."""
         return self._maps.mapped(self.stored(name))
+
+    def release(self, path: Path) -> None:
+        """A shard is removed, or replaced: nothing of it is held any more."""
+        self._maps.forget(path)
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:

@@ -81,12 +81,14 @@ def _adapter(folder: Path) -> str:
     except ConfigError:
         fields = {}
     base, kind = fields.get("base_model_name_or_path"), fields.get("peft_type", "LORA")
-    what = "LoRA" if kind == "LORA" else some([str(kind)])
     of = some([base]) if isinstance(base, str) and base else "another model"
-    return (
-        f"{folder} holds a {what} adapter of {of}, not a model; merge it into that one first, with peft's "
-        "PeftModel.from_pretrained(model, folder).merge_and_unload() and save_pretrained, and give the folder saved"
-    )
+    if kind != "LORA":
+        merged = "PeftModel.from_pretrained(model, folder).merge_and_unload() and save_pretrained"
+        return (
+            f"{folder} holds a {some([str(kind)])} adapter of {of}, not a model; merge it into that one first, with "
+            f"peft's {merged}, and give the folder saved"
+        )
+    return f"{folder} holds a LoRA adapter of {of}, not a model; give that model, and the adapter as --lora {folder}"
 
 
 def _above(folder: Path) -> str | None:

@@ -296,17 +296,19 @@ def _check_fill(checkpoint: Checkpoint, fill: Fill) -> None:
         raise CheckpointError(f"{where} has the type {dtype}, which cannot be loaded; use a BF16 or F32 checkpoint")
 
 
-def say_notices(model: nn.Module, checkpoint: Checkpoint, plan: LoadPlan) -> None:
-    """What is not wrong, but the user should know."""
+def say_notices(model: nn.Module, checkpoint: Checkpoint, plan: LoadPlan, exports: bool = False) -> None:
+    """What is not wrong, but the user should know. `exports`: what becomes of codes is said where it is known."""
     if plan.unused:
         why = "the config ties the head to the embedding" if plan.tied else f"{type(model).__name__} has no such head"
         logger.warning("%s is not used: %s", some(plan.unused), why)
     if plan.other_parts:
         logger.warning("%s is not used: only the language model is run", some(plan.other_parts))
     if os.path.lexists(checkpoint.folder / ADAPTER):
-        logger.warning("%s is not used: the model beside the adapter is run without it", checkpoint.folder / ADAPTER)
+        folder = checkpoint.folder
+        if not checkpoint.adapted_by(folder):
+            logger.warning("%s is not used: give the adapter as --lora %s", folder / ADAPTER, folder)
     outcome = checkpoint.outcome({fill.source: fill.quant for fill in plan.fills})
-    if outcome is not None:
+    if outcome is not None and not exports:
         logger.warning(outcome)
     if plan.kept:
         narrow = max(column_multiple(fill.quant) for fill in plan.fills if fill.quant)

@@ -6,7 +6,7 @@ Loading, quantizing, planning, `info` and `bench` begin here, so that each refus
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic
 
@@ -16,6 +16,8 @@ from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.formats.format import Imported, Quant
 from glm4lite.checkpoint.formats.registry import format_of, open_source
 from glm4lite.checkpoint.load_plan import LoadPlan, Model, make_load_plan, read_config, skeleton
+from glm4lite.checkpoint.lora.adapted import AdaptedCheckpoint, Beside
+from glm4lite.checkpoint.lora.folder import Loras
 from glm4lite.checkpoint.quant_choice import chosen, parse_quant, stored_quant
 from glm4lite.checkpoint.streaming import ProgressCallback
 from glm4lite.hub.options import HubOptions
@@ -23,7 +25,8 @@ from glm4lite.hub.sources import resolve
 from glm4lite.model.causal_lm import CausalLM
 from glm4lite.model.classifiers import SequenceClassifier, TokenClassifier
 from glm4lite.model.config import Glm4Config
-from glm4lite_quant import BnbConfig
+from glm4lite_quant import BnbConfig, QuantConfig
+from glm4lite_quant.config import SEARCH
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Prepared(Generic[Model]):
 
     checkpoint: a plain one where another tool's weights are to be decoded. model: without weights, on the meta device.
     stored: what its weights are quantized to and stay. wanted: what they are quantized to while they are read.
+    beside: the weights that get a low-rank path, since their adapters are not merged. choices: adapters by name.
     """
 
     checkpoint: Checkpoint
@@ -40,6 +44,8 @@ class Prepared(Generic[Model]):
     plan: LoadPlan
     stored: Quant | None
     wanted: Quant | None
+    beside: list[Beside] = field(default_factory=list)
+    choices: tuple[str, ...] = ()
 
     @property
     def quant(self) -> Quant | None:
@@ -58,12 +64,18 @@ def prepare(
     cls: type[Model],
     config_for: Callable[[Checkpoint, bool], Glm4Config] | None = None,
     ignore_mismatched_sizes: bool = False,
+    loras: Loras = Loras(),
+    keep_codes: bool = True,
+    progress: ProgressCallback | None = None,
+    hub: HubOptions = HubOptions(),
 ) -> Prepared[Model]:
     """Everything about a load that can be said from the headers.
 
     Args:
         quant: as `glm4lite.load` takes it, or "auto".
         config_for: the config for a checkpoint, and whether it is quantized; None: config.json's.
+        loras: adapters, merged into what is not quantized yet. keep_codes: whether other weights keep theirs, with the
+            adapters beside them, or are quantized again with the adapters in them.
 
     Raises:
         CheckpointError: tensors are missing, not expected, or of the wrong shape or type.
@@ -77,9 +89,16 @@ def prepare(
     config = read_config(checkpoint) if config_for is None else config_for(checkpoint, quantized)
     wanted = None if stored else wanted
     model = skeleton(config, cls)
-    return Prepared(
-        checkpoint, config, model, make_load_plan(model, checkpoint, wanted, ignore_mismatched_sizes), stored, wanted
-    )
+    if not loras:
+        plan = make_load_plan(model, checkpoint, wanted, ignore_mismatched_sizes)
+        return Prepared(checkpoint, config, model, plan, stored, wanted)
+    always, choices = loras.opened(progress, hub)
+    adapted = AdaptedCheckpoint(checkpoint, model, always, choices, keep_codes)
+    anew = wanted
+    if adapted.saves and isinstance(stored, QuantConfig):  # what an adapter brings is quantized as the rest is
+        anew = replace(stored, method=SEARCH)
+    plan = make_load_plan(model, adapted, anew, ignore_mismatched_sizes)
+    return Prepared(adapted, config, model, plan, stored, wanted, adapted.beside(plan), adapted.choices)
 
 
 def model_class(checkpoint: Checkpoint) -> type[nn.Module]:

@@ -8,7 +8,7 @@ The result is an ordinary folder: config.json with `quantization_config`, `<modu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ from glm4lite.checkpoint.calibration import Calibrator
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.formats.format import Quant
 from glm4lite.checkpoint.load_plan import Fill, LoadPlan, say_notices
+from glm4lite.checkpoint.lora.adapted import AdaptedCheckpoint
+from glm4lite.checkpoint.lora.folder import Loras
 from glm4lite.checkpoint.prepare import Prepared, model_class, opened, prepare
 from glm4lite.checkpoint.quant_choice import empty_weight, parse_quant, stored_quant
 from glm4lite.checkpoint.resumable import SHARDS_IN, ResumableWriter, unfinished
@@ -36,7 +38,7 @@ from glm4lite.checkpoint.streaming import (
 )
 from glm4lite.checkpoint.writer import SHARD_BYTES, FolderWriter, PlannedTensor, check_destination
 from glm4lite.hub.options import HubOptions
-from glm4lite.hub.sources import is_url, locate
+from glm4lite.hub.sources import is_choice, is_url, locate
 from glm4lite.model.config import Glm4Config
 from glm4lite.model.layers import layer_of
 from glm4lite_quant import QuantConfig
@@ -53,6 +55,7 @@ def quantize_checkpoint(
     shard_bytes: int = SHARD_BYTES,
     calibration: str | Path | None = None,
     hub: HubOptions = HubOptions(),
+    lora: str | Path | Sequence[str | Path] | None = None,
 ) -> Path:
     """Quantize a checkpoint into a new folder, one weight (when calibrating: one layer) in memory at a time.
 
@@ -61,6 +64,7 @@ def quantize_checkpoint(
 
     Args:
         calibration: a UTF-8 text to calibrate int4 weights with, instead of the one that comes with the package.
+        lora: adapters that become a part of the weights, as `load` takes them.
 
     Returns:
         The folder written.
@@ -84,7 +88,10 @@ def quantize_checkpoint(
     )
     if isinstance(stored_quant(checkpoint), QuantConfig):
         raise ConfigError(f"{checkpoint.folder} is quantized already; quantize the original checkpoint")
-    prepared = prepare(checkpoint, config, model_class(checkpoint))
+    loras = Loras.of(lora)
+    prepared = prepare(checkpoint, config, model_class(checkpoint), None, False, loras, False, progress, hub)
+    if prepared.beside:
+        raise ConfigError(f"an adapter adds a bias to {prepared.beside[0].fill.module}, which has none to be saved in")
     checkpoint, plan = prepared.checkpoint, prepared.plan
     if plan.fresh:
         module, parameter = plan.fresh[0]
@@ -99,25 +106,32 @@ def quantize_checkpoint(
                 _write_fill(writer, checkpoint, fill, meter, calibrator)
             _write_rest(writer, checkpoint, prepared.config, recorded(prepared.wanted or config, calibrator))
     else:
-        key = hashlib.sha256(repr((arrivals.identity, planned, config, text)).encode()).hexdigest()
+        key = hashlib.sha256(
+            repr((arrivals.identity, planned, config, text, *_adapters(checkpoint))).encode()
+        ).hexdigest()
         with ResumableWriter(target, planned, key, shard_bytes, arrivals.largest) as kept:
-            calibrator = _as_it_arrives(arrivals, kept, prepared, text, meter)
+            try:
+                calibrator = _as_it_arrives(arrivals, kept, prepared, text, meter)
+            finally:
+                arrivals.stop()
             _write_rest(kept, checkpoint, prepared.config, recorded(prepared.wanted or config, calibrator))
     return target
 
 
 def _arrivals(source: str | Path, progress: ProgressCallback | None, hub: HubOptions) -> Arrivals | None:
-    """A repo's shards, to be quantized as they arrive; None where all of it is on this machine."""
+    """A repo's shards, to be quantized as they arrive; None where all of it is on this machine, or comes as GGUF."""
     found = locate(source)
-    if isinstance(found, Path) or is_url(found):
+    if isinstance(found, Path) or is_url(found) or is_choice(found):
         return None
     from glm4lite.checkpoint.arrivals import Arrivals  # huggingface_hub takes a while to import
-    from glm4lite.hub.download import Snapshot, whole_in_cache
+    from glm4lite.hub.download import OnlyGguf, Snapshot, whole_in_cache
 
     try:
         if hub.local_files_only:
             return None
         return Arrivals(Snapshot.of(found, hub, progress))
+    except OnlyGguf:
+        return None
     except HubError:
         if whole_in_cache(found, hub) is None:
             raise
@@ -130,6 +144,7 @@ def _as_it_arrives(
     """Layer by layer, from where an earlier run came to."""
     checkpoint, units = prepared.checkpoint, _units(prepared.plan)
     calibrator: Calibrator | None = None
+    made = {fill.source: sum(one.nbytes for one in _planned(checkpoint, fill)) for unit in units for fill in unit}
     arrivals.begin()
     for number, unit in enumerate(units):
         later = [fill.source for after in units[number + 1 :] for fill in after]
@@ -139,6 +154,7 @@ def _as_it_arrives(
             meter.add(sum(checkpoint.nbytes(fill.source) for fill in unit))
             continue
         arrivals.bring(checkpoint, (fill.source for fill in unit), later)
+        arrivals.look_ahead(checkpoint, later, made.__getitem__)
         if calibrator is None:
             calibrator = begin(checkpoint, prepared.plan, prepared.config, text, meter, writer.stream)
         for fill in unit:
@@ -148,6 +164,12 @@ def _as_it_arrives(
     if calibrator is None:  # the earlier run had come to the end
         calibrator = begin(checkpoint, prepared.plan, prepared.config, text, meter, writer.stream)
     return calibrator
+
+
+def _adapters(checkpoint: Checkpoint) -> Iterator[bytes]:
+    """What tells the adapters in it from others."""
+    if isinstance(checkpoint, AdaptedCheckpoint):
+        yield checkpoint.identities()[0]
 
 
 def _units(plan: LoadPlan) -> list[list[Fill]]:

@@ -13,6 +13,7 @@ from glm4lite.checkpoint.shard import StoredTensor, header_entries, header_lengt
 from glm4lite.hub.client import beginning, explained
 from glm4lite.hub.download import Snapshot, whole_in_cache
 from glm4lite.hub.options import HubOptions
+from glm4lite.hub.patience import asked
 
 _USUALLY_ENOUGH = 100_000
 _AT_ONCE = 8
@@ -50,10 +51,10 @@ def _header(snapshot: Snapshot, file: str) -> dict[str, StoredTensor]:
     with explained(repo_id, snapshot.repo.host.address()):
         try:
             url, sent = snapshot.repo.url(file), snapshot.repo.headers()
-            data = beginning(url, sent, _USUALLY_ENOUGH)
+            data = asked(lambda: beginning(url, sent, _USUALLY_ENOUGH))
             end = 8 + header_length(path, data)
             if end > len(data):
-                data = beginning(url, sent, end)
+                data = asked(lambda: beginning(url, sent, end))
             return tensors_of(path, header_entries(path, data[8:end]), end)
         except CheckpointError as error:
             raise HubError(f"{repo_id} has no usable safetensors headers ({error})") from None

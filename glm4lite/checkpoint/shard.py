@@ -275,3 +275,7 @@ class ShardMaps:
         count = math.prod(tensor.shape)
         flat = torch.frombuffer(self._maps[tensor.path], dtype=dtype, count=count, offset=tensor.offset)
         return flat.view(tensor.shape)
+
+    def forget(self, path: Path) -> None:
+        """Keeps a file no longer; its disk is free when the tensors over it are gone, too."""
+        self._maps.pop(path, None)

@@ -52,7 +52,9 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
+    """Where in a file a tensor's bytes begin."""
+
     file: str
     offset: int
     planned: PlannedTensor
@@ -91,7 +93,7 @@ class FolderWriter:
         remove_abandoned(self._built_as)
         self._check_space()
         self._shards = _group(planned, shard_bytes)
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, Place] = {}
         self._written: dict[str, int] = {}
 
     def __enter__(self) -> Self:
@@ -180,12 +182,15 @@ class FolderWriter:
             (self._folder / file).write_bytes(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
             offset = 8 + len(text) + entries[tensor.name]["data_offsets"][0]
-            self._places[tensor.name] = _Place(file, offset, tensor)
+            self._places[tensor.name] = Place(file, offset, tensor)
 
-    def _finish(self) -> None:
+    def _check_whole(self) -> None:
         for name, place in self._places.items():
             if self._written.get(name, 0) != place.planned.nbytes:
                 raise CheckpointError(f"{self.destination}: {name} was not written in full")
+
+    def _finish(self) -> None:
+        self._check_whole()
         if len(self._shards) > 1:
             weight_map = {name: place.file for name, place in self._places.items()}
             self.write_json(INDEX, {"metadata": {"total_size": self._size}, "weight_map": weight_map})

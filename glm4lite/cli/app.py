@@ -17,6 +17,7 @@ from glm4lite.cli.commands.batch import batch
 from glm4lite.cli.commands.bench import bench
 from glm4lite.cli.commands.chat import chat
 from glm4lite.cli.commands.evaluate import evaluate
+from glm4lite.cli.commands.export import export
 from glm4lite.cli.commands.generate import generate
 from glm4lite.cli.commands.info import info
 from glm4lite.cli.commands.list import list_models, rm
@@ -58,7 +59,7 @@ def _add(command: Callable[..., Any], name: str | None = None) -> None:
     app.command(name=name, cls=_Command)(run)
 
 
-for _command in (chat, research, generate, serve, batch, pull, quantize, info, plan, bench, prefixes, rm):
+for _command in (chat, research, generate, serve, batch, pull, quantize, export, info, plan, bench, prefixes, rm):
     _add(_command)
 _add(list_models, "list")
 _add(evaluate, "eval")

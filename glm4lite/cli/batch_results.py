@@ -18,7 +18,7 @@ from typing import BinaryIO, Protocol
 from glm4lite.base.errors import ConfigError
 from glm4lite.cli.streams import streams
 from glm4lite.cli.terminal import json_line
-from glm4lite.server.batch import LineError, Request, failed
+from glm4lite.server.batch.lines import LineError, Request, failed
 from glm4lite.server.replies import JSON
 
 if sys.platform != "win32":

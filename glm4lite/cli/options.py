@@ -13,12 +13,13 @@ from glm4lite.base.errors import ConfigError
 from glm4lite.cli.paths import models
 
 if TYPE_CHECKING:
+    from glm4lite.checkpoint.lora.folder import Loras
     from glm4lite.text.grammar import Schema
 
 _LIKE_A_SIZE = re.compile(r"[\d.]+ *[A-Za-z]{0,3}", re.ASCII)
 
 
-def _among(*words: str) -> Callable[[str], list[str]]:
+def among(*words: str) -> Callable[[str], list[str]]:
     """For a shell's completion: those that go on from what is typed."""
     return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
@@ -43,7 +44,23 @@ Quant = Annotated[
     typer.Option(
         help="int4, int8, nf4, fp4 or none.",
         show_default="int4, or as the checkpoint is stored",
-        autocompletion=_among("int4", "int8", "nf4", "fp4", "none"),
+        autocompletion=among("int4", "int8", "nf4", "fp4", "none"),
+    ),
+]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ADAPTER[=SCALE]",
+        help="A LoRA adapter (folder or repository of PEFT's or mlx-lm's) that is always on; may be repeated.",
+        show_default="none",
+    ),
+]
+LoraModules = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=ADAPTER[=SCALE]",
+        help="A LoRA adapter that a request chooses by naming MODEL:NAME as its model; may be repeated.",
+        show_default="none",
     ),
 ]
 Prompt = Annotated[
@@ -90,7 +107,7 @@ Approve = Annotated[
     typer.Option(
         metavar="WHEN",
         help="ask: for tools that want it; every: before every call; all: nothing is asked.",
-        autocompletion=_among("ask", "every", "all"),
+        autocompletion=among("ask", "every", "all"),
     ),
 ]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the checkpoint's")]
@@ -106,7 +123,7 @@ Think = Annotated[
         metavar="off|N",
         help="Longest thought, in tokens; off is none.",
         show_default="as long as the model thinks",
-        autocompletion=_among("off"),
+        autocompletion=among("off"),
     ),
 ]
 RepetitionPenalty = Annotated[
@@ -121,9 +138,9 @@ SchemaFile = Annotated[
     Path | None,
     typer.Option("--schema", metavar="FILE", help="A JSON schema that the answer follows; nothing but JSON is said."),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", autocompletion=_among("auto", "cpu", "cuda"))]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", autocompletion=among("auto", "cpu", "cuda"))]
 Dtype = Annotated[
-    str, typer.Option(help="auto, bfloat16 or float32.", autocompletion=_among("auto", "bfloat16", "float32"))
+    str, typer.Option(help="auto, bfloat16 or float32.", autocompletion=among("auto", "bfloat16", "float32"))
 ]
 # Read as text, so that what is no number is answered in one line too.
 Threads = Annotated[str | None, typer.Option(metavar="N", help="CPU threads.", show_default="all cores")]
@@ -131,7 +148,7 @@ KV = Annotated[
     str,
     typer.Option(
         help="Cache of keys and values: float, int8, or auto (int8 where it would not fit).",
-        autocompletion=_among("auto", "float", "int8"),
+        autocompletion=among("auto", "float", "int8"),
     ),
 ]
 GpuMemory = Annotated[
@@ -150,7 +167,7 @@ Speculate = Annotated[
     typer.Option(
         metavar="auto|off|N",
         help="Guess up to N (1 to 15) tokens and verify them in one step; auto: where answers stay what they are.",
-        autocompletion=_among("auto", "off"),
+        autocompletion=among("auto", "off"),
     ),
 ]
 Draft = Annotated[
@@ -174,6 +191,13 @@ KeepPrefixes = Annotated[
     ),
 ]
 JsonObject = Annotated[bool, typer.Option("--json", help="Stdout is one JSON object.")]
+
+
+def loras(lora: list[str] | None, modules: list[str] | None = None) -> Loras:
+    """The adapters that are asked for. Raises ConfigError."""
+    from glm4lite.checkpoint.lora.folder import Loras
+
+    return Loras.of(lora, modules)
 
 
 def thinking_budget(think: str | None) -> int | None:
@@ -212,10 +236,15 @@ def use_threads(count: str | None) -> None:
     from glm4lite_quant.kernels.picking import check_environment
 
     check_environment()
+    if (number := thread_count(count)) is not None:
+        native.set_threads(number)
+
+
+def thread_count(count: str | None) -> int | None:
+    """What --threads asks for; ConfigError for what is no number."""
     if count is None:
-        return
+        return None
     try:
-        number = int(count)
+        return int(count)
     except ValueError:
         raise ConfigError(f"--threads is {count[:100]!r}; use a whole number of at least 1") from None
-    native.set_threads(number)

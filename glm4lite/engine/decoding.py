@@ -58,8 +58,13 @@ class Generation:
         """
         vocab = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
         self._sequence = Sequence(prompt, params, model.context, vocab, stop_ids, cancel, speculation)
+        if params.adapter is not None:
+            self._sequence.adapter_number = model.adapter_number(params.adapter)
         if scheduler is None:
-            scheduler, cache = Scheduler(model, speculation=speculation), cache or PrefixCache(model.new_cache())
+            scheduler, cache = (
+                Scheduler(model, speculation=speculation),
+                cache or PrefixCache(model.new_cache(), params.adapter),
+            )
         self._scheduler = scheduler
         self._sequence.cache = cache
         self.prompt, self.params, self.cancel = prompt, params, self._sequence.cancel

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from glm4lite.base.errors import CheckpointError, ConfigError, NoModel, TemplateError
+from glm4lite.base.errors import CheckpointError, ConfigError, NoModel, SamplingError, TemplateError, shown
 from glm4lite.base.events import Done, Progress
 from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.lora.folder import Loras
 from glm4lite.checkpoint.quant_choice import AUTO
 from glm4lite.engine.constraint import Constraint, Grammars
 from glm4lite.engine.decoding import Generation
@@ -31,6 +32,7 @@ from glm4lite.engine.stop_ids import stop_ids
 from glm4lite.engine.thinking_budget import ThinkingBudget
 from glm4lite.model.causal_lm import CausalLM
 from glm4lite.model.layers import DecoderLayer
+from glm4lite.model.lora import adapters_in
 from glm4lite.runtime import cuda_graph
 from glm4lite.runtime.kv_pool import serves
 from glm4lite.text.grammar import AnswerForm
@@ -103,6 +105,11 @@ class Engine:
         self.scheduler.speculation = Speculation(most) if most else None
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the LoRA adapters that an answer may be computed with (`SamplingParams.adapter`)."""
+        return self.model.model.adapters
+
+    @property
     def prefixes(self) -> PrefixPool:
         """What was computed for the last prompts."""
         if (pool := self.scheduler.prefixes) is None:
@@ -131,6 +138,8 @@ class Engine:
         parallel: int | None = None,
         draft: str | Path | None = None,
         keep_prefixes: bool | int | str | None = None,
+        lora: str | Path | Sequence[str | Path] | None = None,
+        lora_modules: Sequence[str] | None = None,
     ) -> Engine:
         """Arguments as `glm4lite.load`; quant "auto" is int4, or as the checkpoint is stored if that is quantized.
 
@@ -139,6 +148,9 @@ class Engine:
         one will say (`glm4lite.engine.draft_model`); it is loaded first, and a limit on RAM counts it.
         `keep_prefixes`: what was computed for prompts is also written to a folder, of at most so many bytes (True: 4
         GiB; or a text such as "8GiB"), and read from there by the next process.
+
+        `lora`: adapters that are always on. `lora_modules`: "NAME=FOLDER", of which an answer may take one
+        (`SamplingParams.adapter`); they are computed beside the weights, whatever those are.
 
         `before_weights` is called once all that is cheap to check was right: the time to unload another model.
 
@@ -149,7 +161,7 @@ class Engine:
         from glm4lite.memory.budget import Budget
 
         budget = Budget.of(gpu_memory, ram, context, kv)
-        options = LoadOptions(quant, device, dtype, progress, budget=budget)
+        options = LoadOptions(quant, device, dtype, progress, budget=budget, loras=Loras.of(lora, lora_modules))
         return cls.from_options(
             source, options, need_template, before_weights, speculate, parallel, draft, keep_prefixes
         )
@@ -266,6 +278,9 @@ class Engine:
         Raises ContextLengthError, and SamplingError for ids in `params` that the tokenizer does not know.
         """
         params.check_vocabulary(self.tokenizer.size)
+        if params.adapter is not None and params.adapter not in self.adapters:
+            known = f"it has {' and '.join(self.adapters)}" if self.adapters else "it was loaded with none to choose"
+            raise SamplingError(f"adapter: the model has no {shown(params.adapter)}; {known}")
         stops = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stops |= stop_ids(self.model.config, self.generation_config, self.tokenizer)
@@ -389,7 +404,9 @@ def _draft_of(tokenizer: Tokenizer, source: str | Path, options: LoadOptions) ->
     checkpoint = opened(source, options.progress)
     if Tokenizer.from_folder(checkpoint.folder).get_vocab() != tokenizer.get_vocab():
         raise ConfigError(f"the draft model {source} has another vocabulary; use a smaller model of the same family")
-    model, _ = load_checkpoint(Glm4ForCausalLM, checkpoint, replace(options, quant=AUTO), str(checkpoint.folder))
+    model, _ = load_checkpoint(
+        Glm4ForCausalLM, checkpoint, replace(options, quant=AUTO, loras=Loras()), str(checkpoint.folder)
+    )
     budget = options.budget
     if budget.ram is not None:
         taken = model.get_memory_footprint() + model.model.cache_bytes * model.context
@@ -404,6 +421,7 @@ def _computed_natively(model: CausalLM) -> bool:
         all(layer.store.fused(layer) for layer in trunk.layers if isinstance(layer, DecoderLayer))
         and trunk.dtype == torch.float32
         and isinstance(head, QuantLinear)
+        and not any(adapters_in(module) for module in (head, trunk.embed_tokens))  # those are torch's sums
         and native.backend() is not None
     )
 

@@ -19,7 +19,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from itertools import islice
@@ -86,9 +86,14 @@ class _Piece(NamedTuple):
 class KeptPrefixes:
     """Prefixes of one model in a folder. `extend`, `rests` and `leaves` are for the thread that computes with it."""
 
-    def __init__(self, model: CausalLM, name: str, key: bytes, folder: PrefixFolder) -> None:
-        """`name`: for people. `key`: equal where what is computed is (`key_of`)."""
+    def __init__(
+        self, model: CausalLM, name: str, key: bytes, folder: PrefixFolder, adapters: Mapping[str, bytes] = {}
+    ) -> None:
+        """`name`: for people. `key`: equal where what is computed is (`key_of`). `adapters`: those that may be chosen,
+        each with what tells it from others."""
         self.name, self.key, self.folder = name, key, folder
+        self._roots: dict[str | None, bytes] = {None: key}
+        self._roots |= {adapter: digest(key, identity) for adapter, identity in adapters.items()}
         self._trunk = model.model
         self._id_bytes = self._trunk.cache_bytes
         self._most = min(max(FILE_BYTES // self._id_bytes // BLOCK, 1) * BLOCK, MOST_IDS)  # ids of a file
@@ -103,7 +108,10 @@ class KeptPrefixes:
     @classmethod
     def of(cls, model: CausalLM, source: str | Path, checkpoint: Checkpoint, folder: PrefixFolder) -> KeptPrefixes:
         """`source`: what a user calls the model. Raises CheckpointError."""
-        return cls(model, _named(source, model), key_of(model, checkpoint), folder)
+        told = model.model.adapter_identities
+        always, choices = (b"", {}) if told is None else told()
+        key = key_of(model, checkpoint)
+        return cls(model, _named(source, model), digest(key, always) if always else key, folder, choices)
 
     # --- for the thread that computes
 
@@ -115,7 +123,7 @@ class KeptPrefixes:
         have = cache.keep_common_prefix(ids)
         with self._lock:
             self._look()
-            runs = self._covering(ids[:-1])
+            runs = self._covering(ids[:-1], cache.adapter)
         if sum(run.end - run.begin for run in runs) < have + LEAST:
             return
         try:
@@ -198,9 +206,9 @@ class KeptPrefixes:
         why = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error, 200)
         self._say("damaged", f"{self.folder.path_of(self.key, name)} is ignored: {why} (others will not be named)")
 
-    def _covering(self, ids: Sequence[int]) -> list[_Run]:
+    def _covering(self, ids: Sequence[int], adapter: str | None = None) -> list[_Run]:
         """The parts of files that hold the beginning of `ids`, as far as any do."""
-        runs, before, done = list[_Run](), self.key, 0
+        runs, before, done = list[_Run](), self._roots[adapter], 0
         while done < len(ids):
             wanted = tuple(ids[done : done + BLOCK])
             found = max(self._after.get(before, ()), key=lambda entry: _common(entry[2], wanted), default=None)
@@ -278,14 +286,14 @@ class KeptPrefixes:
         """A copy of what no file holds of the cache that rests longest."""
         while self._resting:
             cache = self._resting[0]
-            runs = self._covering(cache.ids)
+            runs = self._covering(cache.ids, cache.adapter)
             covered, paths = sum(run.end - run.begin for run in runs), [run.segment.path for run in runs]
             if len(cache.ids) - covered >= LEAST:
                 begin = covered // BLOCK * BLOCK
                 ids = cache.ids[begin : begin + self._most]
                 try:
                     data = _bytes(layer.stored(begin, begin + len(ids)) for layer in cache.kv.layers)
-                    return _Piece(weakref.ref(cache), paths, self._digest(cache.ids[:begin]), ids, data)
+                    return _Piece(weakref.ref(cache), paths, self._digest(cache.ids[:begin], cache.adapter), ids, data)
                 except (RuntimeError, MemoryError) as error:
                     self._say("memory", f"a prompt is not kept ({one_line(error, 200)})")
             elif paths:
@@ -293,9 +301,9 @@ class KeptPrefixes:
             self._resting.popleft()
         return None
 
-    def _digest(self, ids: Sequence[int]) -> bytes:
+    def _digest(self, ids: Sequence[int], adapter: str | None) -> bytes:
         """Of whole blocks."""
-        before = self.key
+        before = self._roots[adapter]
         for begin in range(0, len(ids), BLOCK):
             before = digest(before, as_bytes(ids[begin : begin + BLOCK]))
         return before

@@ -29,15 +29,18 @@ COPIED = 0.5  # a conversation that would lose more than this part of itself is 
 
 
 class PrefixCache:
-    """A KVCache and the ids it was computed from, so that the next prompt only pays for what is new."""
+    """A KVCache and the ids it was computed from, so that the next prompt only pays for what is new.
 
-    def __init__(self, kv: KVCache) -> None:
-        self.kv = kv
+    `adapter`: the one that computed it, of those that requests choose from; with another there is nothing in common.
+    """
+
+    def __init__(self, kv: KVCache, adapter: str | None = None) -> None:
+        self.kv, self.adapter = kv, adapter
         self.ids: list[int] = []
 
-    def common_prefix(self, ids: list[int]) -> int:
+    def common_prefix(self, ids: list[int], adapter: str | None) -> int:
         """Length of the longest common prefix with `ids` (short of its last id, which must be computed)."""
-        length, limit = 0, min(len(self.ids), len(ids) - 1)
+        length, limit = 0, min(len(self.ids), len(ids) - 1) if adapter == self.adapter else 0
         while length + _SLICE <= limit and self.ids[length : length + _SLICE] == ids[length : length + _SLICE]:
             length += _SLICE
         while length < limit and self.ids[length] == ids[length]:
@@ -46,7 +49,7 @@ class PrefixCache:
 
     def keep_common_prefix(self, ids: list[int]) -> int:
         """Cuts back to the longest common prefix with `ids`."""
-        length = self.common_prefix(ids)
+        length = self.common_prefix(ids, self.adapter)
         self.cut(length)
         return length
 
@@ -103,12 +106,14 @@ class PrefixPool:
         tokens = model.context if memory is None else memory // model.model.cache_bytes
         self.blocks = KVPool.of_whole(model, tokens)
 
-    def take(self, ids: list[int], in_use: InUse = ()) -> PrefixCache:
-        """The cache that has most of `ids`. It is the caller's until it is given back; dropping it is no harm."""
-        best = max(self._kept, key=lambda cache: cache.common_prefix(ids), default=None)
-        shared = best.common_prefix(ids) if best else 0
+    def take(self, ids: list[int], in_use: InUse = (), adapter: str | None = None) -> PrefixCache:
+        """The cache that has most of `ids`, computed with that adapter.
+
+        It is the caller's until it is given back; dropping it is no harm."""
+        best = max(self._kept, key=lambda cache: cache.common_prefix(ids, adapter), default=None)
+        shared = best.common_prefix(ids, adapter) if best else 0
         if best is None or not shared:
-            return self._new()
+            return self._new(adapter)
         if shared < COPIED * len(best.ids):
             copied = self.copied(best, shared, in_use)
             if copied is not None:
@@ -161,11 +166,11 @@ class PrefixPool:
             return wanted <= self.memory
         return all(self._reserved(cache, ids) for cache, ids in in_use)
 
-    def fits(self, ids: list[int], more: int, in_use: InUse) -> bool:
+    def fits(self, ids: list[int], more: int, in_use: InUse, adapter: str | None = None) -> bool:
         """Whether there is room for these ids and some more beside the caches in use, if nothing is kept."""
         if self.blocks is None:
             return self._wanted(in_use) + self.bytes_of(len(ids) + more) <= self.memory
-        shared = max((cache.common_prefix(ids) for cache, _ in in_use), default=0)
+        shared = max((cache.common_prefix(ids, adapter) for cache, _ in in_use), default=0)
         wanted = blocks_of(self._bounded(len(ids) + more)) - shared // BLOCK
         for cache, held in in_use:
             wanted += max(0, blocks_of(self._bounded(held)) - len(_blocks(cache)))
@@ -211,8 +216,8 @@ class PrefixPool:
         self._withdraw(kept)
         self.drop(kept)
 
-    def _new(self) -> PrefixCache:
-        return PrefixCache(self.model.new_cache() if self.blocks is None else self.blocks.new())
+    def _new(self, adapter: str | None) -> PrefixCache:
+        return PrefixCache(self.model.new_cache() if self.blocks is None else self.blocks.new(), adapter)
 
     def _reserved(self, cache: PrefixCache, ids: int) -> bool:
         while True:

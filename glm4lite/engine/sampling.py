@@ -49,7 +49,8 @@ class SamplingParams:
     repetition_penalty divides the logits of ids that stand in the prompt or the answer (multiplies negative ones);
     frequency_penalty is subtracted as often as an id came in the answer, presence_penalty once; logit_bias maps ids to
     what is added to their logits. stop_token_ids end the answer beside the model's own stop ids, which ignore_eos takes
-    away; before min_new_tokens none of them, and no stop text, ends it. Raises SamplingError for a value out of range.
+    away; before min_new_tokens none of them, and no stop text, ends it. adapter names one of those that the model was
+    loaded with to choose from. Raises SamplingError for a value out of range.
     """
 
     temperature: float = 0.6
@@ -67,6 +68,7 @@ class SamplingParams:
     min_new_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         for name, kind, smallest, largest in _RANGES:
@@ -103,6 +105,8 @@ class SamplingParams:
             raise SamplingError(f"stop_token_ids must be a list of token ids, found {shown(self.stop_token_ids)}")
         if not isinstance(self.ignore_eos, bool):
             raise SamplingError(f"ignore_eos must be true or false, found {shown(self.ignore_eos)}")
+        if not isinstance(self.adapter, str | None):
+            raise SamplingError(f"adapter must be a name, found {shown(self.adapter)}")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))  # whoever gave it may change his own
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
 

@@ -194,10 +194,10 @@ class Scheduler:
             if self.prefixes is not None and sequence.cache is None:
                 known = sequence.reusable
                 more = len(sequence.ids) - len(known) + FEW
-                if self.running and not self.prefixes.fits(known, more, self._in_use()):
+                if self.running and not self.prefixes.fits(known, more, self._in_use(), sequence.adapter):
                     break
-                sequence.cache = self.prefixes.take(known, self._in_use())
-            sequence.admit(sequence.cache or PrefixCache(self.model.new_cache()))
+                sequence.cache = self.prefixes.take(known, self._in_use(), sequence.adapter)
+            sequence.admit(sequence.cache or PrefixCache(self.model.new_cache(), sequence.adapter))
             self._share(sequence)
             self.running.append(self.waiting.popleft())
             admitted.append(sequence)
@@ -254,9 +254,9 @@ class Scheduler:
     def _share(self, prompt: Sequence) -> None:
         """Copies what another one has of the same beginning: a system prompt of several clients is computed once."""
         others = [one.cache for one in self.running if one is not prompt and one.cache is not None]
-        known = prompt.reusable
-        best = max(others, key=lambda cache: cache.common_prefix(known), default=None)
-        if best is None or (shared := best.common_prefix(known)) <= prompt.cached:
+        known, adapter = prompt.reusable, prompt.adapter
+        best = max(others, key=lambda cache: cache.common_prefix(known, adapter), default=None)
+        if best is None or (shared := best.common_prefix(known, adapter)) <= prompt.cached:
             return
         copied = best.copy(shared) if self.prefixes is None else self.prefixes.copied(best, shared, self._in_use())
         if copied is not None:

@@ -21,6 +21,7 @@ from glm4lite.engine.constraint import Constraint
 from glm4lite.engine.prefix_pool import PrefixCache
 from glm4lite.engine.sampling import NOT_FINITE, Sampler, SamplingParams
 from glm4lite.engine.speculation import MOST, Drafts, Speculation
+from glm4lite.model.lora import BASE
 from glm4lite.model.step import Scored, Span
 
 FEW = MOST + 1
@@ -81,6 +82,7 @@ class Sequence:
         self.constraint: Constraint | None = None
         self.replacement: Callable[[int], list[int]] | None = None
         self.top_logprobs: int | None = None
+        self.adapter_number = BASE
         self.ids = list(prompt)
         self.limit = len(prompt) + min(params.max_new_tokens or context, context - len(prompt))  # of ids
         self.cache: PrefixCache | None = None
@@ -99,6 +101,11 @@ class Sequence:
         self._certain, self._draft = 0, list[int]()  # the step that is being computed: ids of ours, and guessed ones
         self._first = list[Drawn]()  # ids that could be no others, until the prompt is computed
         self._began: float | None = None
+
+    @property
+    def adapter(self) -> str | None:
+        """The name of the one that computes it, of those that may be chosen."""
+        return self.params.adapter
 
     @property
     def cached(self) -> int:
@@ -166,7 +173,8 @@ class Sequence:
         self._certain = len(chunk)
         last = self._certain == self.todo
         self._draft = self._draft[: most - self._certain] if last else []
-        return Span([*chunk, *self._draft], cache.kv, 1 + len(self._draft) if last else 0, self._scoring(len(chunk)))
+        kept, scored = 1 + len(self._draft) if last else 0, self._scoring(len(chunk))
+        return Span([*chunk, *self._draft], cache.kv, kept, scored, self.adapter_number)
 
     def computed(self, logits: Tensor) -> None:
         """The step was made: [kept, vocab] of its last ids. Draws what can be drawn from them.

@@ -94,9 +94,15 @@ class Arriving:
             if size is not None and ranged:
                 os.truncate(self.path, size)
 
-    def take(self) -> Stretch | None:
-        """What is to be fetched next; None where all of it is here or being fetched."""
+    def take(self, room: int | None = None) -> Stretch | None:
+        """What is to be fetched next; None where all of it is here or being fetched.
+
+        room: how many bytes of the file may be here, or being fetched, with this stretch.
+        """
         with self._lock:
+            reserved = self.arrived + sum((one.stop or self.size) - one.began for one in self._taken)
+            if room is not None and min(reserved + self._part, self.size or reserved + self._part) > room:
+                return None
             if self.ranged is None and self._taken:  # whether parts are sent is being asked
                 return None
             if not self.size:

@@ -25,6 +25,8 @@ from glm4lite.base.whole_file import replace, write_whole
 from glm4lite.hub.arriving import JOURNAL, UNFINISHED
 
 _GLM = re.compile(rb'"model_type"\s*:\s*"(glm4?|chatglm)"')
+_GGUF = re.compile(rb"general\.architecture\x08\0{3}.{8}(glm4|chatglm)", re.DOTALL)
+_GGUF_START = 1 << 16  # the kind of model is the first that converters write
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -147,6 +149,15 @@ def configs(repo: RepoFolder) -> list[Path]:
             if _GLM.search(config.read_bytes()[:1_000_000]):
                 found.append(config)
     return found
+
+
+def is_glm_gguf(path: Path) -> bool:
+    """Whether a file's beginning says that it is a GLM-4 as GGUF."""
+    try:
+        with path.open("rb") as file:
+            return _GGUF.search(file.read(_GGUF_START)) is not None
+    except OSError:
+        return False
 
 
 def size_of(folder: Path) -> int:

@@ -52,6 +52,8 @@ def explained(repo_id: str, host: str | None = None) -> Iterator[None]:
     """
     try:
         yield
+    except HubError:
+        raise
     except Exception as error:
         message = in_words(repo_id, error, host or endpoint())
         if message is None:

@@ -26,13 +26,23 @@ from glm4lite.base.sizes import readable
 from glm4lite.hub.arriving import Arriving, arrived_of
 from glm4lite.hub.cache import free_bytes, tag_of
 from glm4lite.hub.client import explained, session, silence
+from glm4lite.hub.connections import Counter, ProgressCallback
 from glm4lite.hub.digests import Damage, digest_of
 from glm4lite.hub.hosts import Repo, host_of
 from glm4lite.hub.options import HubOptions
-from glm4lite.hub.transfer import Counter, Patience, ProgressCallback, Transfer, Wanted
+from glm4lite.hub.patience import Patience
+from glm4lite.hub.transfer import Transfer, Wanted
 from glm4lite.hub.verified import Verifier
 
 logger = logging.getLogger("glm4lite")
+
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors")
+"""What an adapter is, as PEFT and mlx-lm call it."""
+
+
+class OnlyGguf(HubError):
+    """A repo holds GGUF files and no safetensors, so that one of those is to be chosen."""
 
 
 def download(repo_id: str, progress: ProgressCallback | None, options: HubOptions, weights: bool = True) -> Path:
@@ -79,6 +89,28 @@ def download_config(repo_id: str, options: HubOptions) -> Path:
         if folder is None:
             raise
         return folder / CONFIG
+
+
+def download_adapter(repo_id: str, progress: ProgressCallback | None, options: HubOptions) -> Path:
+    """The local folder of a repo that holds a LoRA adapter. HubError as `download`, and where it holds none."""
+    try:
+        if options.local_files_only:
+            raise _absent(repo_id, options)
+        host = host_of(repo_id)
+        with explained(repo_id, host.address()):
+            repo = host.listing(repo_id, options)
+        names = [name for name in ADAPTER_FILES if name in repo.files]
+        if len(names) < 2:
+            has = "pickle weights alone" if "adapter_model.bin" in repo.files else "no adapter in safetensors"
+            raise HubError(f"{repo_id} holds {has}; choose a repo with {' and '.join(ADAPTER_FILES[:2])}")
+        snapshot = Snapshot(repo, progress)
+        snapshot.bring(names)
+        return snapshot.folder
+    except HubError:
+        folder = None if options.force_download else cached_folder(repo_id, options, ADAPTER_FILES[0])
+        if folder is None:
+            raise
+        return folder
 
 
 def _absent(repo_id: str, options: HubOptions) -> HubError:
@@ -182,8 +214,19 @@ class Snapshot:
 
     def fetch(self, wanted: Sequence[Wanted], arrived: Callable[[Wanted, Arriving], None]) -> None:
         """Brings files, each of which is handed to `arrived`. HubError."""
-        counter = self._counter
-        failed = Transfer(session(), wanted, counter, arrived, Patience(silence=silence())).run() if wanted else None
+        self.finish(self.begin(wanted, arrived))
+
+    def begin(
+        self, wanted: Sequence[Wanted], arrived: Callable[[Wanted, Arriving], None], room: int | None = None
+    ) -> Transfer:
+        """Starts to bring files, beside what the caller does; `room` as `Transfer.start` takes it."""
+        transfer = Transfer(session(), wanted, self._counter, arrived, Patience(silence=silence()))
+        transfer.start(room)
+        return transfer
+
+    def finish(self, transfer: Transfer) -> None:
+        """Returns when the files are here. HubError."""
+        failed = transfer.wait()
         if failed is not None:
             with self._explained():
                 raise failed
@@ -301,6 +344,9 @@ def _check_files(repo: Repo, weights: bool) -> None:
             raise HubError(f"{repo.repo_id} has no {TOKENIZER}; choose another repo (an '-hf' conversion has it)")
         return
     if SINGLE not in repo.files and INDEX not in repo.files:
+        gguf = [name for name in repo.every if name.endswith(".gguf")]
+        if gguf:
+            raise OnlyGguf(f"{repo.repo_id} holds GGUF files ({some(gguf[:1])}); pull one, and give the file itself")
         raise HubError(f"{repo.repo_id} {_no_weights(sorted(repo.files))}")
     if CONFIG not in repo.files:
         raise HubError(f"{repo.repo_id} has no config.json; choose a repo that holds a whole model, not an adapter")
@@ -313,11 +359,8 @@ def _no_weights(names: Sequence[str]) -> str:
             f"holds only pickle weights ({some(other[:1])}), which can run code when opened; "
             "choose a repo with safetensors (the zai-org 0414 and -hf repos have them)"
         )
-    gguf = [name for name in names if name.endswith(".gguf")]
-    if gguf:
-        return f"holds GGUF files ({some(gguf[:1])}), of which none is chosen; download one, and give the file itself"
     if "adapter_config.json" in names:
-        return "holds an adapter (LoRA), no whole model; choose the repo of a model that it was merged into"
+        return "holds an adapter (LoRA), no whole model; give its base model, and the adapter as --lora"
     strange = [name for name in names if name.endswith(".safetensors")]
     if strange:
         return f"has neither {SINGLE} nor {INDEX}, which would say what {some(strange)} hold; choose another repo"

@@ -16,8 +16,6 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx  # the client it uses, under its lasting name
 
-from glm4lite.base.errors import HubError
-
 _STATUS = {
     401: "refused access (HTTP 401); set HF_TOKEN to a token that may read it, or run `hf auth login`",
     403: "refused access (HTTP 403); set HF_TOKEN to a token that may read it, or accept the repo's terms on its page",
@@ -29,8 +27,6 @@ _STATUS = {
 
 def in_words(repo_id: str, error: BaseException, host: str) -> str | None:
     """One line for a user, or None for an error that is not the user's; host: the server's address."""
-    if isinstance(error, HubError):
-        return str(error)
     if isinstance(error, GatedRepoError):
         return (
             f"{repo_id} is gated: accept its terms on {host}/{repo_id}, "

@@ -20,6 +20,7 @@ from glm4lite.hub.client import (
     cache_folder,
     checked_token,
     endpoint,
+    httpx,
     hub_headers,
     plain_headers,
     raise_for_status,
@@ -27,6 +28,7 @@ from glm4lite.hub.client import (
 )
 from glm4lite.hub.digests import digest_of
 from glm4lite.hub.options import MODELSCOPE, HubOptions
+from glm4lite.hub.patience import asked
 from glm4lite.hub.transfer import entity_tag
 
 
@@ -43,7 +45,7 @@ class Repo:
     """The files at the top of a repo at one commit, or of the subfolder that is asked for.
 
     Those of other subfolders are other formats of the same weights. at: the revision that its files are asked for by;
-    "": the commit.
+    "": the commit. every: all files by their paths, also of the folders below.
     """
 
     repo_id: str
@@ -51,6 +53,7 @@ class Repo:
     commit: str
     files: Mapping[str, Listed] = field(default_factory=dict)
     at: str = ""
+    every: Mapping[str, Listed] = field(default_factory=dict)
 
     @property
     def host(self) -> Host:
@@ -99,16 +102,16 @@ class Host:
         at = f"/revision/{quote(options.revision, safe='')}" if options.revision else ""
         told = self._asked(f"/api/models/{repo_id}{at}?blobs=true", options)
         with_sha = told.get("sha") if isinstance(told, dict) else None
-        files = self._read(repo_id, lambda: _inside(_hub_files(told), options.subfolder))
+        every = _below(self._read(repo_id, lambda: _hub_files(told)), options.subfolder)
+        files = _at_the_top(every)
         commit = with_sha if isinstance(with_sha, str) else self._commit_of(repo_id, options, files)
-        return Repo(repo_id, options, _as_name(commit, "commit", self), files)
+        return Repo(repo_id, options, _as_name(commit, "commit", self), files, every=every)
 
     def _commit_of(self, repo_id: str, options: HubOptions, files: Mapping[str, Listed]) -> str:
         """Of a mirror whose listing does not tell it."""
         path = str(PurePosixPath(options.subfolder) / next(iter(files), "config.json"))
         url = self.url(repo_id, path, self.revision(options))
-        response = session().head(url, headers=self.headers(options), follow_redirects=True)
-        raise_for_status(response)
+        response = _answer("HEAD", url, self.headers(options))
         commit = [*response.history, response][0].headers.get("X-Repo-Commit", "")
         if not commit:
             raise self._no_host(repo_id)
@@ -116,8 +119,7 @@ class Host:
 
     def tag(self, repo: Repo, name: str) -> tuple[str, int]:
         """The entity tag and the size (0: not told) of a file that the listing tells no digest of."""
-        response = session().head(repo.url(name), headers=repo.headers(), follow_redirects=True)
-        raise_for_status(response)
+        response = _answer("HEAD", repo.url(name), repo.headers())
         hops = [*response.history, response]
         sizes = [hop.headers.get("X-Linked-Size") for hop in hops] + [response.headers.get("Content-Length")]
         size = next((int(one) for one in sizes if one and re.fullmatch(r"\d{1,19}", one, re.ASCII)), 0)
@@ -125,8 +127,7 @@ class Host:
 
     def _asked(self, path: str, options: HubOptions) -> Any:
         """The JSON that answers a question."""
-        response = session().get(self.address() + path, headers=self.headers(options), follow_redirects=True)
-        raise_for_status(response)
+        response = _answer("GET", self.address() + path, self.headers(options))
         return self._read(path, response.json)
 
     def _read(self, repo_id: str, read: Callable[[], Any]) -> Any:
@@ -178,10 +179,22 @@ class ModelScope(Host):
         found = self._read(repo_id, lambda: _modelscope_files(told))
         known = sorted((name, *sorted(one.digests)) for name, one in found.items())
         commit = hashlib.sha1(repr(known).encode(), usedforsecurity=False).hexdigest()
-        return Repo(repo_id, options, commit, _inside(found, options.subfolder), at=revision)
+        every = _below(found, options.subfolder)
+        return Repo(repo_id, options, commit, _at_the_top(every), revision, every)
 
 
 _HUB, _MODELSCOPE = Host(), ModelScope()
+
+
+def _answer(method: str, url: str, headers: Mapping[str, str]) -> httpx.Response:
+    """With patience; its client's errors where it is a refusal, or there is none."""
+
+    def ask() -> httpx.Response:
+        response = session().request(method, url, headers=dict(headers), follow_redirects=True)
+        raise_for_status(response)
+        return response
+
+    return asked(ask)
 
 
 def host_of(repo_id: str) -> Host:
@@ -202,10 +215,13 @@ def _as_name(word: str, what: str, host: Host) -> str:
     return word
 
 
-def _inside(files: Mapping[str, Listed], subfolder: str) -> dict[str, Listed]:
+def _below(files: Mapping[str, Listed], subfolder: str) -> dict[str, Listed]:
     prefix = f"{PurePosixPath(subfolder)}/" if subfolder else ""
-    named = ((path.removeprefix(prefix), one) for path, one in files.items() if path.startswith(prefix))
-    return {name: one for name, one in named if "/" not in name}
+    return {path.removeprefix(prefix): one for path, one in files.items() if path.startswith(prefix)}
+
+
+def _at_the_top(files: Mapping[str, Listed]) -> dict[str, Listed]:
+    return {name: one for name, one in files.items() if "/" not in name}
 
 
 def _hub_files(told: Any) -> dict[str, Listed]:

@@ -21,6 +21,7 @@ NANO = "nano"
 """The name of the embedded checkpoint; a folder of that name is "./nano"."""
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_CHOICE = re.compile(r"[\w.+ -]+(/[\w.+ -]+)*", re.ASCII)
 _LONGEST_ID = 96  # the Hub's rule, as the others of _is_repo_id
 _HOW = Sentence("give a folder, a Hub repo id (organisation/name, for example zai-org/GLM-4-9B-0414), or nano")
 
@@ -31,7 +32,7 @@ def resolve(
     options: HubOptions = HubOptions(),
     weights: bool = True,
 ) -> Path:
-    """The folder of a checkpoint (of a URL: the file); what is not on this machine is downloaded first (without
+    """The folder of a checkpoint (of GGUF: the file); what is not on this machine is downloaded first (without
     `weights`: its small files).
 
     Raises:
@@ -47,9 +48,15 @@ def resolve(
         from glm4lite.hub.urls import download_url
 
         return download_url(found, progress, options)
-    from glm4lite.hub.download import download  # huggingface_hub takes a while to import
+    from glm4lite.hub.download import OnlyGguf, download  # huggingface_hub takes a while to import
+    from glm4lite.hub.gguf_files import download_gguf
 
-    return download(found, progress, options, weights)
+    if is_choice(found):
+        return download_gguf(found, progress, options)
+    try:
+        return download(found, progress, options, weights)
+    except OnlyGguf:
+        return download_gguf(found, progress, options)
 
 
 def resolve_config(source: str | Path, options: HubOptions = HubOptions()) -> Path:
@@ -62,9 +69,31 @@ def resolve_config(source: str | Path, options: HubOptions = HubOptions()) -> Pa
     return download_config(found, options)
 
 
+def resolve_adapter(
+    source: str | Path, progress: Callable[[Progress], None] | None = None, options: HubOptions = HubOptions()
+) -> Path:
+    """The folder of a LoRA adapter; one that is not on this machine is downloaded.
+
+    Raises:
+        HubError: there is no such folder or repo, or it cannot be downloaded.
+    """
+    folder = _existing(str(source)) if str(source).strip() else None
+    if folder is not None:
+        return folder
+    if isinstance(source, Path) or not _is_repo_id(str(source).removeprefix(MODELSCOPE)):
+        raise HubError(
+            "{name} is neither a folder nor a Hub repo id; give the folder of an adapter", name=repr(_cut(str(source)))
+        )
+    _check_environment()
+    from glm4lite.hub.download import download_adapter  # huggingface_hub takes a while to import
+
+    return download_adapter(str(source), progress, options)
+
+
 def locate(source: str | Path) -> Path | str:
     """The folder of a checkpoint; or what is not looked for yet: the id of a Hub repo, `ms:` and that of one of
-    ModelScope, or the URL of a file. A short name becomes the id that it stands for.
+    ModelScope, either with `:` and which of its GGUF files is meant, or the URL of a file. A short name becomes the id
+    that it stands for.
 
     Raises:
         HubError: there is no such folder, and it is no repo's id; or the environment says nonsense about the Hub.
@@ -85,7 +114,7 @@ def locate(source: str | Path) -> Path | str:
         return named
     if isinstance(source, Path) or _looks_like_a_path(text):
         raise HubError("{name} does not exist; {how}", name=_cut(text), how=_HOW)
-    if not _is_repo_id(text.removeprefix(MODELSCOPE)):
+    if not _is_repo_id(text.removeprefix(MODELSCOPE).partition(":")[0]):
         raise HubError("{name} is neither a folder nor a Hub repo id; {how}", name=repr(_cut(text)), how=_HOW)
     _check_environment()
     return text
@@ -94,6 +123,11 @@ def locate(source: str | Path) -> Path | str:
 def is_url(text: str) -> bool:
     """Whether it is the address of a file, and not a name."""
     return text.startswith(("https://", "http://"))
+
+
+def is_choice(text: str) -> bool:
+    """Whether a repo's name says which of its GGUF files is meant."""
+    return ":" in text.removeprefix(MODELSCOPE) and not is_url(text)
 
 
 def _named(text: str) -> Path | str | None:
@@ -165,8 +199,10 @@ def nano_folder() -> Path:
 
 
 def _looks_like_a_path(text: str) -> bool:
-    slashes = text.startswith((".", "/", "~")) or "\\" in text or text.endswith("/") or text.count("/") > 1
-    return slashes or ":" in text.removeprefix(MODELSCOPE)
+    repo, colon, choice = text.removeprefix(MODELSCOPE).partition(":")
+    if text.startswith((".", "/", "~")) or "\\" in text or text.endswith("/") or repo.count("/") > 1:
+        return True
+    return bool(colon) and not (_is_repo_id(repo) and _CHOICE.fullmatch(choice))
 
 
 def _is_repo_id(text: str) -> bool:

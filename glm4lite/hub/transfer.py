@@ -1,7 +1,6 @@
 """Files over HTTP: by ranges, several at once, gone on with where a run ended, verified before they get their names.
 
-The connections are threads of their own, so that the caller's thread reports progress and can stop them at once
-(Ctrl-C, or an exception from the progress callback). Whatever ends a run, the next one asks for no byte again that was
+Whatever ends a run, the next one asks for no byte again that was
 noted (glm4lite/hub/arriving.py). A connection that breaks or stalls, and a server that has too much to do, is asked
 again after a pause that grows, from the byte it came to. What must not be mixed is refused: an answer of another
 length, entity tag or commit than the first.
@@ -11,11 +10,8 @@ from __future__ import annotations
 
 import errno
 import logging
-import queue
-import random
 import re
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,24 +20,19 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from glm4lite.base.errors import HubError, one_line
-from glm4lite.base.events import Progress
 from glm4lite.hub.arriving import PART, Arriving, Stretch, written_at
 from glm4lite.hub.client import RefusedError, httpx, raise_for_status
+from glm4lite.hub.connections import Connections, Counter, Stopped
 from glm4lite.hub.digests import Damage, digest_of
+from glm4lite.hub.patience import BrokenOff, Patience
 
 logger = logging.getLogger("glm4lite")
-
-ProgressCallback = Callable[[Progress], None]
 
 CONNECTIONS = 8
 REPEATS = 2
 """Of a file that arrived damaged."""
 
 _POLL_SECONDS = 0.1
-_LEAVING_SECONDS = 2  # a stalled connection is not waited for
-_BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
-_OUTDATED = frozenset({401, 403, 404, 410})  # of a storage that a signed link led to: the Hub gives a new one
-_LONGEST_PAUSE = 300.0
 _RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})", re.ASCII)
 
 
@@ -65,61 +56,6 @@ class Wanted:
     lock: Path | None = None
     anew: bool = False
     synced: bool = True
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How often a stretch is asked for again where nothing of it comes, and seconds: the first pause (each one after it
-    is twice as long, up to `longest`), and the silence after which a connection is given up."""
-
-    attempts: int = 6
-    first: float = 1.0
-    longest: float = 30.0
-    silence: float = 20.0
-
-    def pause(self, failures: int, error: Exception) -> float | None:
-        """Seconds to wait before asking again; None where that is no use."""
-        if failures > self.attempts or not _may_pass(error):
-            return None
-        grown: float = min(self.longest, self.first * 2 ** (failures - 1))
-        grown *= random.uniform(0.5, 1.0)  # so that not all connections come back at once
-        return max(grown, min(_retry_after(error), _LONGEST_PAUSE))
-
-
-class _Stopped(Exception):
-    """Ends the connections after the caller stopped."""
-
-
-class _BrokenOff(Exception):
-    """An answer that ended early, or was no part where parts were sent before: it is asked for again."""
-
-
-class Counter:
-    """Bytes that are here so far, of `total`; what an earlier run left counts from the beginning."""
-
-    def __init__(self, progress: ProgressCallback | None, stage: str = "download") -> None:
-        self.total = 0
-        self.stopped, self.waited = threading.Event(), False
-        self._done, self._shown = 0, 0
-        self._progress, self._stage = progress, stage
-        self._lock = threading.Lock()
-
-    def add(self, count: int) -> None:
-        """Called by the connections' threads; fewer where a server begins again. Raises where the caller stopped."""
-        self.poll()
-        with self._lock:
-            self._done += count
-
-    def poll(self) -> None:
-        if self.stopped.is_set():
-            raise _Stopped
-
-    def show(self) -> None:
-        """Called by the caller's thread."""
-        done = max(self._shown, min(self._done, self.total))  # a server that began again does not turn the bar back
-        if self._progress is not None and done != self._shown:
-            self._shown = done
-            self._progress(Progress(self._stage, done, self.total, "bytes"))
 
 
 @dataclass
@@ -154,18 +90,39 @@ class Transfer:
         counter.total += sum(one.size for one in self._waiting)
         self._open: list[_File] = []
         self._opening = 0
+        self._room: int | None = None
+        self._connections = Connections(self._work, 0, counter)  # nobody began yet
         self._changed = threading.Condition()
         self._placing = threading.Lock()
 
     def run(self) -> Exception | None:
         """Returns when all files have arrived; else what went wrong first."""
+        self.start()
+        return self.wait()
+
+    def start(self, room: int | None = None) -> None:
+        """Begins, beside what the caller does; room: of each file no more bytes are taken until `wait` is called."""
+        self._room = room
         count = min(CONNECTIONS, sum(1 + one.size // self._part for one in self._waiting))
+        self._connections = Connections(self._work, count, self._counter)
+
+    def wait(self) -> Exception | None:
+        """As `run`, of what was started."""
+        self._room = None
         try:
-            return in_threads(self._work, count, self._counter)
+            return self._connections.wait()
         finally:
-            for file in self._open:
-                if file.lock is not None:
-                    file.lock.release()
+            self._release()
+
+    def stop(self) -> None:
+        """Ends what was started; the next run goes on with it."""
+        self._connections.stop()
+        self._release()
+
+    def _release(self) -> None:
+        for file in self._open:
+            if file.lock is not None:
+                file.lock.release()
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
@@ -179,7 +136,7 @@ class Transfer:
             self._counter.poll()
             with self._changed:
                 for file in self._open:
-                    stretch = file.arriving.take()
+                    stretch = file.arriving.take(self._room)
                     if stretch is not None:
                         return file, stretch
                 if not self._waiting:
@@ -272,16 +229,16 @@ class Transfer:
             while not ended:
                 try:
                     ended = self._receive(file, stretch)
-                except (httpx.HTTPError, httpx.StreamError, RefusedError, _BrokenOff) as error:
+                except (httpx.HTTPError, httpx.StreamError, RefusedError, BrokenOff) as error:
                     failures = 1 if stretch.at > furthest else failures + 1
                     furthest = max(furthest, stretch.at)
                     pause = self._patience.pause(failures, error)
                     if pause is None:
-                        if isinstance(error, _BrokenOff):
+                        if isinstance(error, BrokenOff):
                             raise HubError(f"{file.wanted.whose}: {file.wanted.name} {error}; run it again") from None
                         raise
                     if self._counter.stopped.wait(pause):
-                        raise _Stopped from None
+                        raise Stopped from None
         finally:
             file.arriving.note(stretch, ended)
 
@@ -303,7 +260,7 @@ class Transfer:
                 return False
             if response.status_code != 206 and not whole:
                 if arriving.ranged:
-                    raise _BrokenOff("is sent whole where a part was asked for")
+                    raise BrokenOff("is sent whole where a part was asked for")
                 self._counter.add(-arriving.begin_again(stretch))
             known, began = arriving.size, stretch.at
             arriving.settle(size, tag, ranged=response.status_code == 206)
@@ -314,12 +271,12 @@ class Transfer:
                 for piece in response.iter_bytes():
                     self._counter.poll()
                     if stretch.stop is not None and stretch.at + len(piece) > stretch.stop:
-                        raise _BrokenOff("arrives longer than it should be")
+                        raise BrokenOff("arrives longer than it should be")
                     _write(out.write, piece, arriving.path)
                     stretch.at += len(piece)
                     self._counter.add(len(piece))
         if stretch.stop is not None and stretch.at < stretch.stop:
-            raise _BrokenOff("arrives shorter than it should be")
+            raise BrokenOff("arrives shorter than it should be")
         return True
 
     def _replaced(self, file: _File, stretch: Stretch) -> int:
@@ -383,14 +340,14 @@ def _size(wanted: Wanted, response: httpx.Response, stretch: Stretch) -> int | N
 
     Raises:
         HubError: another than the listing's, or the answer is a web page.
-        _BrokenOff: it is another part than was asked for.
+        BrokenOff: it is another part than was asked for.
     """
     encoded = response.headers.get("Content-Encoding", "identity") != "identity"
     length = response.headers.get("Content-Length", "")
     if response.status_code == 206:
         part = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if part is None or encoded or int(part[1]) != stretch.at or int(part[2]) >= int(part[3]):
-            raise _BrokenOff("is sent in other parts than were asked for")
+            raise BrokenOff("is sent in other parts than were asked for")
         size = int(part[3])
     elif encoded or not re.fullmatch(r"\d{1,19}", length, re.ASCII):
         return None
@@ -414,21 +371,6 @@ def _is_page(wanted: Wanted, response: httpx.Response) -> bool:
     return "text/html" in response.headers.get("Content-Type", "") and not wanted.name.endswith((".html", ".htm"))
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether asking again may help."""
-    if isinstance(error, RefusedError):
-        status = error.response.status_code
-        return status in _BUSY or (bool(error.response.history) and status in _OUTDATED)
-    if isinstance(error, httpx.TransportError):
-        return not isinstance(error, httpx.UnsupportedProtocol | httpx.ProxyError) and "CERTIFICATE" not in str(error)
-    return isinstance(error, _BrokenOff)
-
-
-def _retry_after(error: Exception) -> float:
-    value = error.response.headers.get("Retry-After", "") if isinstance(error, RefusedError) else ""
-    return float(value) if re.fullmatch(r"\d{1,6}", value, re.ASCII) else 0.0
-
-
 def _locked(wanted: Wanted, counter: Counter) -> FileLock | None:
     """The lock of a file; what another program fetches is waited for. None where the disk has no locks."""
     if wanted.lock is None:
@@ -444,7 +386,7 @@ def _locked(wanted: Wanted, counter: Counter) -> FileLock | None:
                 logger.warning("%s is being downloaded by another process: waiting for it", wanted.whose)
             counter.waited = True
             if counter.stopped.wait(_POLL_SECONDS):
-                raise _Stopped from None
+                raise Stopped from None
         except (NotImplementedError, OSError) as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
                 raise
@@ -466,41 +408,3 @@ def host_address(url: str) -> str:
         address = httpx.URL(url)
         return f"{address.scheme}://{address.netloc.decode('ascii', 'replace').rpartition('@')[2]}"
     return url.partition("?")[0]
-
-
-def in_threads(work: Callable[[], None], count: int, counter: Counter) -> Exception | None:
-    """Runs `work` in so many threads; the first error, if any. The caller's thread shows the count meanwhile."""
-    ended = queue.SimpleQueue[Exception | None]()
-
-    def run() -> None:
-        try:
-            work()
-        except Exception as error:
-            ended.put(error)
-        except BaseException as error:  # a panic of native code
-            ended.put(HubError(f"the download failed ({one_line(error)}); run it again"))
-        else:
-            ended.put(None)
-
-    threads = [threading.Thread(target=run, daemon=True) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    left = count
-    try:
-        while left:
-            try:
-                error = ended.get(timeout=_POLL_SECONDS)
-            except queue.Empty:
-                counter.show()
-                continue
-            if error is not None:
-                return error
-            left -= 1
-        counter.show()
-        return None
-    finally:
-        if left:
-            counter.stopped.set()
-        deadline = time.monotonic() + _LEAVING_SECONDS
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))

@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from glm4lite.base.errors import HubError
-from glm4lite.base.files import some
 from glm4lite.hub.arriving import Arriving
 from glm4lite.hub.cache import is_name
 from glm4lite.hub.client import cache_folder, endpoint, explained, plain_headers, session, silence
+from glm4lite.hub.connections import Counter, ProgressCallback
 from glm4lite.hub.digests import digest_of
-from glm4lite.hub.download import Snapshot, check_disk
+from glm4lite.hub.download import check_disk
+from glm4lite.hub.gguf_files import bring, parts_of
 from glm4lite.hub.hosts import host_of
 from glm4lite.hub.options import HubOptions
-from glm4lite.hub.transfer import Counter, Patience, ProgressCallback, Transfer, Wanted, host_address
+from glm4lite.hub.patience import Patience, asked
+from glm4lite.hub.transfer import Transfer, Wanted, host_address
 from glm4lite.hub.verified import Verifier
 
-_PART = re.compile(r"(.*-)(\d{5})(-of-)(\d{5})(\.gguf)", re.IGNORECASE | re.ASCII)
 _IN_REPO = re.compile(r"/([\w.-]+/[\w.-]+)/(?:resolve|blob)/([^/]+)/(.+)", re.ASCII)
-_MOST_PARTS = 500
 _MAGIC = b"GGUF"
 
 
@@ -52,6 +51,11 @@ def download_url(url: str, progress: ProgressCallback | None, options: HubOption
     return found
 
 
+def urls_folder(options: HubOptions) -> Path:
+    """Where files of servers that are no hosts of repos lie, beside the Hub's cache."""
+    return cache_folder(options).with_name("urls")
+
+
 def _of_the_hub(address: str) -> tuple[str, str, str] | None:
     """(repo, revision, path) of a file's address on the Hub or the mirror in use."""
     parts = urlsplit(address)
@@ -62,28 +66,20 @@ def _of_the_hub(address: str) -> tuple[str, str, str] | None:
 
 def _from_repo(repo_id: str, revision: str, path: str, options: HubOptions, progress: ProgressCallback | None) -> Path:
     where = PurePosixPath(path)
-    options = replace(options, revision=revision, subfolder="" if str(where.parent) == "." else str(where.parent))
-    names = _parts(where.name)
-    host = host_of(repo_id)
-    kept = host.folder(repo_id, options)
+    options = replace(options, revision=revision, subfolder="")
+    kept = host_of(repo_id).folder(repo_id, options)
     commit = kept.commit(revision)
     if commit is not None and not options.force_download:
-        there = [kept.snapshot(commit, options.subfolder) / name for name in names]
+        there = [kept.snapshot(commit) / where.parent / name for name in parts_of(where.name)]
         if all(file.exists() for file in there):
             return there[0]
-    with explained(repo_id, host.address()):
-        snapshot = Snapshot(host.listing(repo_id, options), progress)
-    lacking = [name for name in names if name not in snapshot.repo.files]
-    if lacking:
-        raise HubError(f"{repo_id} has no {some(lacking)} at {revision}; check the address")
-    snapshot.bring(names)
-    return snapshot.folder / names[0]
+    return bring(repo_id, options, where, progress)
 
 
 def _from_server(address: str, name: str, digest: str, options: HubOptions, progress: ProgressCallback | None) -> Path:
     key = hashlib.sha256(address.encode()).hexdigest()[:16]
-    folder = cache_folder(options).with_name("urls") / key
-    names = _parts(name)
+    folder = urls_folder(options) / key
+    names = parts_of(name)
     if len(names) > 1 and digest:
         raise HubError(f"{name} is a file of {len(names)} parts: one sha256 does not tell about all; leave it out")
     wanted = [_wanted(address, name, one, folder, digest, options) for one in names]
@@ -110,7 +106,7 @@ def _wanted(address: str, asked: str, name: str, folder: Path, digest: str, opti
 
 def _told_size(wanted: Wanted) -> int:
     """0 where the server does not say; what is wrong with it is said where the file is asked for."""
-    response = session().head(wanted.url, headers=dict(wanted.headers), follow_redirects=True)
+    response = asked(lambda: session().head(wanted.url, headers=dict(wanted.headers), follow_redirects=True))
     length = response.headers.get("Content-Length", "")
     plain = response.status_code == 200 and "text/html" not in response.headers.get("Content-Type", "")
     return int(length) if plain and re.fullmatch(r"\d{1,19}", length, re.ASCII) else 0
@@ -126,17 +122,6 @@ def _place(wanted: Wanted, arriving: Arriving) -> None:
         arriving.discard()
         raise HubError(f"{wanted.whose} gives out no GGUF file (it begins with {beginning!r}); check the address")
     arriving.publish(wanted.target)
-
-
-def _parts(name: str) -> Sequence[str]:
-    """All files of a split one, the first first."""
-    split = _PART.fullmatch(name)
-    if split is None:
-        return [name]
-    count = int(split[4])
-    if not 1 <= count <= _MOST_PARTS:
-        raise HubError(f"{name} says that it has {count} parts; check the address")
-    return [f"{split[1]}{number:05d}{split[3]}{split[4]}{split[5]}" for number in range(1, count + 1)]
 
 
 def _shown(address: str) -> str:

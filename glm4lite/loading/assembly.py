@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,10 +14,12 @@ from glm4lite.base.errors import CheckpointError
 from glm4lite.checkpoint.calibration import Calibrator
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.load_plan import Fill, LoadPlan
+from glm4lite.checkpoint.lora.adapted import Beside
 from glm4lite.checkpoint.shard import StoredTensor
 from glm4lite.checkpoint.streaming import Meter, finite_blocks, quantize_weight
 from glm4lite.loading.device_map import DeviceMap
 from glm4lite.model.layers import layer_of
+from glm4lite.model.lora import attach
 from glm4lite.runtime.disk_offload import offload_to_disk
 from glm4lite.runtime.gpu_prefetch import prefetch_long_prompts
 from glm4lite_quant import (
@@ -40,6 +43,7 @@ class Assembly:
     plan: LoadPlan
     destinations: DeviceMap
     meter: Meter
+    beside: Sequence[Beside] = ()
     _streamed: dict[int, dict[str, dict[str, StoredTensor]]] = field(default_factory=lambda: defaultdict(dict))
 
     def fill(self, fill: Fill, calibrator: Calibrator | None) -> None:
@@ -73,6 +77,8 @@ class Assembly:
         ]
         if left:
             raise CheckpointError(f"{left[0]} got no values; this is a defect of glm4lite, please report it")
+        for beside in self.beside:
+            self._attach(beside)
         layers = cast(Any, getattr(self.model, "model", self.model)).layers
         if self.destinations.placement is not None or self.destinations.home.type != "cpu":
             for number, layer in enumerate(layers):
@@ -82,6 +88,28 @@ class Assembly:
         bus = self.destinations.bus
         if bus is not None:
             prefetch_long_prompts([layers[number] for number in bus.layers], bus.device, bus.dtype, bus.threshold)
+
+    def _attach(self, beside: Beside) -> None:
+        """The low-rank path of one weight, on the device where that is computed with."""
+        fill, device = beside.fill, self.destinations.device(beside.fill.module)
+        module = cast(Any, self.model.get_submodule(fill.module))
+        bias = getattr(module, "bias", None)
+
+        def weight(start: int, stop: int) -> Tensor:
+            if fill.parts and fill.foreign is None:  # it may lie on disk
+                return _mapped_weight(self.checkpoint, fill).rows(torch.arange(start, stop))
+            if isinstance(module, QuantLinear | QuantEmbedding):
+                held = module.weight_tensor
+                return held.rows(torch.arange(start, stop, device=held.device)).cpu()
+            if isinstance(module, BnbLinear):
+                return module.weight_tensor.rows(start, stop).cpu()
+            return cast(Tensor, module.weight[start:stop].detach().float().cpu())
+
+        own = None if bias is None else bias.detach().float().cpu()
+        rows, columns = fill.shape
+        made = {path: path.made(weight, rows, columns, own) for path in set(beside.paths)}
+        attach(module, [made[path] for path in beside.paths])
+        module.lora.to(device)
 
     def _count(self, fill: Fill) -> None:
         self.meter.add(sum(self.checkpoint.nbytes(part) for part in fill.parts))

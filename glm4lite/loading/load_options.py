@@ -13,6 +13,7 @@ from glm4lite.base.errors import ConfigError
 from glm4lite.base.files import CONFIG
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.formats.format import Quant
+from glm4lite.checkpoint.lora.folder import Loras
 from glm4lite.checkpoint.quant_choice import AUTO, parse_quant
 from glm4lite.checkpoint.streaming import ProgressCallback
 from glm4lite.hub.options import HubOptions
@@ -53,6 +54,7 @@ class LoadOptions:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     ignore_mismatched_sizes: bool = False
     hub: HubOptions = field(default_factory=HubOptions)
+    loras: Loras = field(default_factory=Loras)
 
     def __post_init__(self) -> None:
         check_environment()

@@ -8,6 +8,7 @@ checkpoint are mapped in place and not copied; where a budget is given, they are
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +17,10 @@ from glm4lite.base.sentences import Sentence
 from glm4lite.base.sizes import readable
 from glm4lite.checkpoint.calibration import layer_bytes
 from glm4lite.checkpoint.checkpoint import Checkpoint
-from glm4lite.checkpoint.formats.format import Quant
 from glm4lite.checkpoint.formats.registry import format_of
 from glm4lite.checkpoint.load_plan import LoadPlan, Model, say_notices
-from glm4lite.checkpoint.prepare import opened, prepare
+from glm4lite.checkpoint.lora.adapted import AdaptedCheckpoint
+from glm4lite.checkpoint.prepare import Prepared, opened, prepare
 from glm4lite.checkpoint.streaming import Meter, begin, calibration_text, needs_calibration, recorded
 from glm4lite.loading.assembly import Assembly, check_as_stored
 from glm4lite.loading.device_map import DeviceMap, choose
@@ -44,18 +45,27 @@ def load_checkpoint(
 ) -> tuple[Model, LoadPlan]:
     """The same of an open checkpoint. name: for config.name_or_path; calibrating: a text of one's own."""
     budget = options.budget
-    found = prepare(checkpoint, options.quant, cls, options.config_for, options.ignore_mismatched_sizes)
+    found = prepare(
+        checkpoint,
+        options.quant,
+        cls,
+        options.config_for,
+        options.ignore_mismatched_sizes,
+        options.loras,
+        progress=options.progress,
+        hub=replace(options.hub, revision=None, subfolder=""),
+    )
     checkpoint, config, model, plan = found.checkpoint, found.config, found.model, found.plan
     config.name_or_path = name
     needs = requirements_for(found)
     device_map = choose(checkpoint, plan, needs, options.target, options.activations, budget)
-    _check_memory(checkpoint, plan, found.wanted, device_map)
+    _check_memory(checkpoint, plan, found, device_map)
     say_notices(model, checkpoint, plan)
     if device_map.home.type == "cpu" and not isinstance(found.quant, QuantConfig | None):
         logger.warning(format_of(found.quant).cpu_note)
     meter = Meter("load", _total_bytes(checkpoint, plan), options.progress)
     calibrator = begin(checkpoint, plan, config, calibrating, meter)
-    assembly = Assembly(model, checkpoint, plan, device_map, meter)
+    assembly = Assembly(model, checkpoint, plan, device_map, meter, found.beside)
     with enough_for(checkpoint.folder):
         for fill in plan.fills:
             assembly.fill(fill, calibrator)
@@ -69,6 +79,9 @@ def load_checkpoint(
         cast(Any, model).config.quantization_config = made.to_dict()
     cast(Any, model).stored_generation_config = checkpoint.generation_config
     trunk = cast(Any, getattr(model, "model", model))
+    trunk.adapters = found.choices
+    if isinstance(checkpoint, AdaptedCheckpoint):
+        trunk.adapter_identities = checkpoint.identities
     trunk.kv, trunk.context = device_map.cache(needs, budget)
     return model.eval(), plan
 
@@ -77,9 +90,10 @@ def _total_bytes(checkpoint: Checkpoint, plan: LoadPlan) -> int:
     return sum(checkpoint.nbytes(name) for fill in plan.fills for name in (fill.parts or (fill.source,)))
 
 
-def _check_memory(checkpoint: Checkpoint, plan: LoadPlan, wanted: Quant | None, device_map: DeviceMap) -> None:
+def _check_memory(checkpoint: Checkpoint, plan: LoadPlan, found: Prepared[Any], device_map: DeviceMap) -> None:
     """Refuse at once what cannot fit. What is mapped does not count: its pages can be dropped."""
-    needed, free = plan.held_bytes(device_map.dtype("layers.0")), system.available()
+    needed, free, wanted = plan.held_bytes(device_map.dtype("layers.0")), system.available(), found.wanted
+    needed += sum(one.nbytes for one in found.beside)
     if needs_calibration(plan):
         needed += layer_bytes(checkpoint, plan)
     if device_map.home.type != "cpu" or device_map.placement is not None or needed <= free:

@@ -22,7 +22,8 @@ from glm4lite.checkpoint.prepare import Prepared, model_class, prepare
 from glm4lite.checkpoint.quant_choice import stored_quant
 from glm4lite.checkpoint.shard import DTYPE_NAMES, StoredTensor
 from glm4lite.checkpoint.streaming import BLOCK_BYTES, needs_calibration
-from glm4lite.hub.sources import is_url, locate
+from glm4lite.hub.options import HubOptions
+from glm4lite.hub.sources import is_choice, is_url, locate, resolve
 from glm4lite.memory.resources import Requirements
 from glm4lite.model.config import Glm4Config
 from glm4lite.model.layers import layer_of
@@ -36,6 +37,8 @@ def headers(source: str | Path) -> Checkpoint:
         Glm4liteError: what `load` raises for it, before any weight is read.
     """
     found = locate(source)
+    if isinstance(found, str) and is_choice(found):
+        return open_source(resolve(found, options=HubOptions(local_files_only=True)))
     if isinstance(found, str) and is_url(found):
         raise HubError(f"{found} is not on this machine; pull it first, and plan with the file")
     if isinstance(found, str):
@@ -94,6 +97,8 @@ def requirements_for(prepared: Prepared[Any]) -> Requirements:
     sizes: dict[str, int] = defaultdict(int)
     for fill in plan.fills:
         sizes[_part(fill)] += _bytes(checkpoint, plan, fill, dtype)
+    for beside in prepared.beside:
+        sizes[_part(beside.fill)] += beside.nbytes
     return Requirements(
         config,
         _precision(prepared.quant, dtype),

@@ -19,6 +19,7 @@ from glm4lite.checkpoint.formats.bitsandbytes import tensors_of
 from glm4lite.checkpoint.quantize import destination_folder
 from glm4lite.checkpoint.shard import StoredTensor, read, torch_dtype
 from glm4lite.checkpoint.writer import FolderWriter, PlannedTensor
+from glm4lite.model.lora import adapters_in
 from glm4lite.runtime.disk_offload import streamed
 from glm4lite_quant import BnbLinear, QuantEmbedding, QuantLinear, bnb
 
@@ -44,6 +45,12 @@ def save_model(
         ConfigError: an argument cannot be used.
     """
     shard_bytes = _shard_bytes(max_shard_size)
+    beside = [name for name, module in model.named_modules() if adapters_in(module) is not None]
+    if beside and state_dict is None:
+        raise CheckpointError(
+            f"{some(beside)} has a LoRA adapter beside its weight, which no checkpoint holds; save the model without "
+            "lora, or quantize the original with `glm4lite quantize --lora`"
+        )
     target = destination_folder(folder, replace=True)
     tensors = _tensors(model) if state_dict is None else _given(model, state_dict)
     planned = [PlannedTensor(name, _dtype(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()]

@@ -24,6 +24,7 @@ from glm4lite.base.errors import BenchmarkError, ContextLengthError
 from glm4lite.base.events import Progress
 from glm4lite.base.sizes import readable
 from glm4lite.checkpoint.load_plan import read_config
+from glm4lite.checkpoint.lora.folder import Loras
 from glm4lite.checkpoint.prepare import opened
 from glm4lite.checkpoint.quant_choice import AUTO
 from glm4lite.engine.decoding import Generation
@@ -211,11 +212,12 @@ def benchmark(
     repetitions: int = REPETITIONS,
     budget: Budget | None = None,
     device: str = "cpu",
+    loras: Loras = Loras(),
 ) -> Benchmark:
     """Load a model and time it with random token ids: one warm-up, then the repetitions.
 
     `quant` None is int4, or as the checkpoint is stored; `budget` None is whatever there is and a float cache. Its
-    context is that of the trial. No tokenizer is needed.
+    context is that of the trial. `loras`: adapters that are on. No tokenizer is needed.
 
     Raises:
         Glm4liteError: what `load` raises; BenchmarkError for counts that cannot be measured, ContextLengthError where
@@ -228,7 +230,7 @@ def benchmark(
     budget = budget or Budget(kv="float")
     room = prompt_tokens + new_tokens if budget.limits else None
     quant = AUTO if quant is None else quant
-    options = LoadOptions(quant, device, progress=progress, budget=replace(budget, context=room))
+    options = LoadOptions(quant, device, progress=progress, budget=replace(budget, context=room), loras=loras)
     checkpoint = opened(source, progress)
     context = read_config(checkpoint).context_length
     if prompt_tokens + new_tokens > context:

@@ -99,17 +99,19 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Choice:
-    """A model to evaluate: where it is, and how to load it (None: int4, or as it is stored)."""
+    """A model to evaluate: where it is, how to load it (None: int4, or as it is stored), and with which adapters."""
 
     source: str
     quant: str | None = None
     dtype: str = "auto"
+    lora: tuple[str, ...] = ()
 
     def load(self, progress: ProgressCallback | None) -> Engine:
-        return Engine.load(self.source, self.quant or "auto", dtype=self.dtype, progress=progress)
+        return Engine.load(self.source, self.quant or "auto", dtype=self.dtype, progress=progress, lora=self.lora)
 
     def __str__(self) -> str:
-        return f"{self.source} ({self.quant})" if self.quant else self.source
+        named = " + ".join((self.source, *self.lora))
+        return f"{named} ({self.quant})" if self.quant else named
 
 
 def read_text(path: Path) -> str:

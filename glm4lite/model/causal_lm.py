@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from glm4lite.model.cache import KVCache, PastKeyValues
 from glm4lite.model.config import Glm4Config
 from glm4lite.model.inputs import keep_problem, labels_problem
+from glm4lite.model.lora import BASE, adapters_of
 from glm4lite.model.outputs import CausalLMOutputWithPast
 from glm4lite.model.step import Span
 from glm4lite.model.trunk import ModelWithTrunk, draw
@@ -39,6 +40,17 @@ class CausalLM(ModelWithTrunk):
         """Tokens of the longest conversation: the model's, or what the memory budget has room for."""
         return self.model.context
 
+    def adapter_number(self, name: str | None) -> int:
+        """What `Span.adapter` says of an adapter that was loaded to be chosen; None: none of them.
+
+        Raises ValueError for a name that none has.
+        """
+        if name is None:
+            return BASE
+        if name not in self.model.adapters:
+            raise ValueError(f"the model has no adapter {name[:100]!r} to choose")
+        return 1 + self.model.adapters.index(name)
+
     @property
     def chunk(self) -> int:
         """Tokens of a prompt in one forward pass."""
@@ -65,9 +77,11 @@ class CausalLM(ModelWithTrunk):
                 for row, few in zip(
                     span.scored.rows[::SCORED_ROWS], rows[: span.looked_at].split(SCORED_ROWS), strict=True
                 ):
-                    span.scored.take(row, self.lm_head(few).float())
+                    with adapters_of([(len(few), span.adapter)]):
+                        span.scored.take(row, self.lm_head(few).float())
             kept.append(rows[span.looked_at :])
-        logits: Tensor = self.lm_head(torch.cat(kept) if any(span.looked_at for span in spans) else states).float()
+        with adapters_of([(span.kept, span.adapter) for span in spans]):
+            logits: Tensor = self.lm_head(torch.cat(kept) if any(span.looked_at for span in spans) else states).float()
         return list(logits.split([span.kept for span in spans]))
 
     def forward(

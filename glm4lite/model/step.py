@@ -14,6 +14,7 @@ from torch import Tensor
 
 from glm4lite.model.attention import SpanVisibility, Visibility
 from glm4lite.model.cache import HomeCaches, KVCache, SpanCaches
+from glm4lite.model.lora import BASE, Rows
 
 
 class Scored(NamedTuple):
@@ -36,6 +37,8 @@ class Span(NamedTuple):
     """Logits of so many of its last ids are wanted; 0: none, a chunk of a prompt that is not the last."""
     scored: Scored | None = None
     """Rows before the kept ones, for a prompt whose own ids' probabilities are wanted."""
+    adapter: int = BASE
+    """The number of the adapter that its rows take, of those that requests may choose (`Trunk.adapters`)."""
 
     @property
     def looked_at(self) -> int:
@@ -83,6 +86,11 @@ class Step:
             rows += [begin + row for row in (span.scored.rows if span.scored else ())]
             rows += range(end - span.kept, end)
         return rows
+
+    @property
+    def adapters(self) -> list[Rows]:
+        """Of the rows."""
+        return [(rows, span.adapter) for rows, span in zip(self._rows, self._spans, strict=True)]
 
     @property
     def caches(self) -> Sequence[HomeCaches]:

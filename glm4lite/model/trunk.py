@@ -16,6 +16,7 @@ from glm4lite.model.config import Glm4Config
 from glm4lite.model.inputs import beside_problem, embeds_problem, ids_problem
 from glm4lite.model.layer_cache import LayerCache
 from glm4lite.model.layers import TORCH, DecoderLayer, LayerRunner, RMSNorm
+from glm4lite.model.lora import adapters_of
 from glm4lite.model.outputs import (
     BaseModelOutputWithPast,
     ModelOutput,
@@ -149,6 +150,8 @@ class Trunk(ModelBase):
         self.runner: LayerRunner = TORCH
         self.checkpointed: Callable[..., Any] | None = None  # calls a layer so that it is computed again for gradients
         self.checkpoint_every = 1  # layers of which one is
+        self.adapters: tuple[str, ...] = ()  # that a step's rows may choose, by number: the first is 1
+        self.adapter_identities: Callable[[], tuple[bytes, Mapping[str, bytes]]] | None = None
         self.interrupt: Callable[[], None] | None = None  # called before each step through the layers; may raise
         self._init_weights()
 
@@ -288,9 +291,10 @@ class Trunk(ModelBase):
 
     def _stepped(self, step: Step) -> Tensor:
         """The states that are kept of one group of sequences."""
-        embeds = self._embedded(torch.tensor([step.ids], device=self.device), None)
-        stages = Stages(self.rotary_emb, step.positions.to(embeds.device), step.visibility)
-        return self._through_layers(embeds, stages, step.caches, True, _Collected(False, False))[0, step.kept]
+        with adapters_of(step.adapters):
+            embeds = self._embedded(torch.tensor([step.ids], device=self.device), None)
+            stages = Stages(self.rotary_emb, step.positions.to(embeds.device), step.visibility)
+            return self._through_layers(embeds, stages, step.caches, True, _Collected(False, False))[0, step.kept]
 
     def _through_layers(
         self,

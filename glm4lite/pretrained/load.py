@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from glm4lite.checkpoint.formats.format import Quant
+from glm4lite.checkpoint.lora.folder import Loras
 from glm4lite.checkpoint.streaming import ProgressCallback
 from glm4lite.loading.load_options import LoadOptions
 from glm4lite.loading.loader import load_class
@@ -26,6 +28,7 @@ def load(
     ram: Size = None,
     context: int | str | None = None,
     kv: str = "auto",
+    lora: str | Path | Sequence[str | Path] | None = None,
 ) -> Glm4ForCausalLM:
     """Load a language model from a folder, from "nano", or from a Hub repo id. (Other classes: `from_pretrained`.)
 
@@ -46,6 +49,9 @@ def load(
         kv: type of the cache of keys and values: "float" (the activations' own), "int8" (a quarter of float32), "auto"
             (int8 where a float cache would not fit or push layers to disk).
         calibration: a UTF-8 text to calibrate with, instead of the one that comes with the package.
+        lora: the folder or Hub repo id of an adapter that PEFT or mlx-lm wrote, or several, each with "=0.5" behind it
+            where that much of it is wanted. They are merged into weights before these are quantized; beside weights
+            that are stored quantized they are computed in float32.
 
     Returns:
         The model in eval mode. With quantized weights its norms and biases are float32 and nothing requires gradients.
@@ -53,6 +59,6 @@ def load(
     Raises:
         Glm4liteError: one line saying which file, tensor, key or argument cannot be used, and what to do.
     """
-    budget = Budget.of(gpu_memory, ram, context, kv)
-    options = LoadOptions(quant, device, dtype, progress, calibration, budget)
+    budget, loras = Budget.of(gpu_memory, ram, context, kv), Loras.of(lora)
+    options = LoadOptions(quant, device, dtype, progress, calibration, budget, loras=loras)
     return load_class(Glm4ForCausalLM, source, options)[0]

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from glm4lite.model.attention import Visibility
 from glm4lite.model.cache import Caches, parts_of
 from glm4lite.model.layers import DecoderLayer
+from glm4lite.model.lora import BASE, adapters_in, chosen
 from glm4lite.model.packed_cache import PackedLayerCache
 from glm4lite_quant import QuantLinear
 from glm4lite_quant.kernels import decoder
-from glm4lite_quant.kernels.decoder import DecoderKernel, SpanRows
+from glm4lite_quant.kernels.decoder import DecoderKernel, LayerAdapter, SpanRows
 
 
 class FusedLayers:
@@ -24,6 +25,18 @@ class FusedLayers:
     def __init__(self) -> None:
         self._made: weakref.WeakKeyDictionary[DecoderLayer, tuple[tuple[int, ...], DecoderKernel | None]]
         self._made = weakref.WeakKeyDictionary()
+        self._adapters: weakref.WeakKeyDictionary[DecoderLayer, dict[int, LayerAdapter]]
+        self._adapters = weakref.WeakKeyDictionary()
+
+    def adapter(self, layer: DecoderLayer, kernel: DecoderKernel, number: int) -> LayerAdapter | None:
+        """An adapter's part of a layer for the native library, made anew when its tensors have moved."""
+        made = self._adapters.setdefault(layer, {})
+        known = made.get(number)
+        if known is None or known.moved:
+            held = {name: adapters_in(linear) for name, linear in _linears_of(layer).items()}
+            paths = {name: path for name, lora in held.items() if lora is not None and (path := lora.of(number))}
+            known = made[number] = LayerAdapter(kernel, paths)
+        return known if known.paths else None
 
     def kernel(self, layer: DecoderLayer) -> DecoderKernel | None:
         """None where the layer must run as torch code: not quantized, on another device, or no native library."""
@@ -53,15 +66,21 @@ class FusedLayers:
             return None
         rows = [part.length for part in visible.parts]
         packed = [[own for own in parts_of(cache) if isinstance(own, PackedLayerCache)] for cache in caches]
+        layers = list(layers)
         kernels = [kernel for layer in layers if (kernel := self.kernel(layer)) is not None]
         if len(kernels) != len(caches) or any(len(of_layer) != len(rows) for of_layer in packed):
             return None
         heads = kernels[0].heads
         out = x.detach().clone(memory_format=torch.contiguous_format)
         cos, sin = (part.expand(1, 1, x.shape[1], -1)[0, 0].contiguous() for part in rotary)
+        numbers = [number for _, number in chosen()] or [BASE] * len(rows)
+        adapters = {
+            number: [self.adapter(layer, kernel, number) for layer, kernel in zip(layers, kernels, strict=True)]
+            for number in set(numbers)
+        }
         spans = [
-            SpanRows(count, [own.view(count, heads, x.device, dtype) for own in of_sequence])
-            for count, of_sequence in zip(rows, zip(*packed, strict=True), strict=True)
+            SpanRows(count, [own.view(count, heads, x.device, dtype) for own in of_sequence], adapters[number])
+            for count, of_sequence, number in zip(rows, zip(*packed, strict=True), numbers, strict=True)
         ]
         decoder.run(kernels, spans, out[0], cos, sin)
         for of_layer in packed:
@@ -70,9 +89,9 @@ class FusedLayers:
         return out
 
 
-def _linears(layer: DecoderLayer) -> dict[str, QuantLinear] | None:
+def _linears_of(layer: DecoderLayer) -> dict[str, nn.Module]:
     attention, mlp = layer.self_attn, layer.mlp
-    found: dict[str, nn.Module] = {
+    return {
         "q": attention.q_proj,
         "k": attention.k_proj,
         "v": attention.v_proj,
@@ -80,6 +99,10 @@ def _linears(layer: DecoderLayer) -> dict[str, QuantLinear] | None:
         "gate_up": mlp.gate_up_proj,
         "down": mlp.down_proj,
     }
+
+
+def _linears(layer: DecoderLayer) -> dict[str, QuantLinear] | None:
+    found = _linears_of(layer)
     quantized = {name: module for name, module in found.items() if isinstance(module, QuantLinear)}
     return quantized if len(quantized) == len(found) else None
 

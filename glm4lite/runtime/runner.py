@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from glm4lite.model.attention import Visibility
 from glm4lite.model.cache import Caches, HomeCache, HomeCaches, SpanCaches
 from glm4lite.model.layers import DecoderLayer
+from glm4lite.model.lora import chosen
 from glm4lite.model.step import Span
 from glm4lite.model.trunk import Trunk
 from glm4lite.runtime import cuda_graph
@@ -40,6 +41,8 @@ class FastRunner:
     ) -> Tensor | None:
         if not cuda_graph.records(x.device):
             return self.layers.run(layers, x, dtype, rotary, visible, caches)
+        if chosen():  # a recording knows no rows of several adapters
+            return None
         at_home = [home for cache in caches if (home := _at_home(cache)) is not None]
         if len(layers) == 1 or len(at_home) != len(layers):
             return None

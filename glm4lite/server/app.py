@@ -174,8 +174,8 @@ class Api:
         engine = self._worker.engine
         async with self._bodies.read(request, engine.model.context) as body:
             asked = await self.preparing.run(request, lambda: endpoint.read(parse(body), self._names))
-            question = await self.preparing.run(request, lambda: endpoint.ask(engine, asked))
-        reply = endpoint.reply(self._names.now, question, asked)
+            question = await self.preparing.run(request, lambda: endpoint.ask(engine, asked, self._names))
+        reply = endpoint.reply(self._names.answering(asked.model), question, asked)
         stream = Stream(self._worker, question, request)
         said = _said([*asked.ignored, *question.ignored])
         if asked.stream:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from glm4lite.engine.engine import Engine
@@ -42,12 +42,14 @@ class Form(Protocol[Read]):
 class ModelNames:
     """What requests may call the model. `own` is its name, a function where another model may be loaded.
 
-    `aliases` are other names for it; with `any_name` whatever a request says means this model.
+    `aliases` are other names for it; with `any_name` whatever a request says means this model. `adapters` are the names
+    of LoRA adapters, each behind the model's name and a colon: the model with that adapter.
     """
 
     own: str | Callable[[], str]
     aliases: tuple[str, ...] = ()
     any_name: bool = False
+    adapters: tuple[str, ...] = ()
 
     @property
     def now(self) -> str:
@@ -57,7 +59,18 @@ class ModelNames:
     @property
     def all(self) -> list[str]:
         """The own one first."""
-        return list(dict.fromkeys([self.now, *self.aliases]))
+        names = list(dict.fromkeys([self.now, *self.aliases]))
+        return names + [f"{name}:{adapter}" for name in names for adapter in self.adapters]
+
+    def adapter(self, asked: str | None) -> str | None:
+        """The one that a request names."""
+        last = (asked or "").rpartition(":")[2]
+        return last if asked in self.all and last in self.adapters and asked not in (self.now, *self.aliases) else None
+
+    def answering(self, asked: str | None) -> str:
+        """The name under which a request is answered."""
+        adapter = self.adapter(asked)
+        return self.now if adapter is None else f"{self.now}:{adapter}"
 
     def check(self, asked: str | None) -> None:
         """Raises ApiError, 404, where a request names another model than there is; it may also name none."""
@@ -69,10 +82,10 @@ class ModelNames:
 
 @dataclass(frozen=True)
 class Endpoint(Generic[Asked]):
-    """`form` checks a body, `ask` makes of it what the model gets, `reply` the form in which a named model answers."""
+    """`form` checks a body, `made` makes of it what the model gets, `reply` the form in which a named model answers."""
 
     form: Form[Asked]
-    ask: Callable[[Engine, Asked], Question]
+    made: Callable[[Engine, Asked], Question]
     reply: Callable[[str, Question, Asked], Reply]
 
     def read(self, body: dict[str, Any], names: ModelNames) -> Asked:
@@ -80,6 +93,11 @@ class Endpoint(Generic[Asked]):
         asked = self.form.read(body)
         names.check(asked.model)
         return asked
+
+    def ask(self, engine: Engine, asked: Asked, names: ModelNames) -> Question:
+        """What the model gets, with the adapter that the request names. Raises ApiError."""
+        question, adapter = self.made(engine, asked), names.adapter(asked.model)
+        return question if adapter is None else replace(question, params=replace(question.params, adapter=adapter))
 
 
 CHAT = Endpoint[ChatRequest](

@@ -271,7 +271,7 @@ void run(const Layer& layer, const std::vector<Span>& spans, const Exact<float>&
   std::vector<glm4_cache> places;
   std::vector<glm4_span> rows;
   for (const Span& span : spans) places.push_back(span.cache->c());
-  for (size_t i = 0; i < spans.size(); ++i) rows.push_back({spans[i].tokens, &places[i]});
+  for (size_t i = 0; i < spans.size(); ++i) rows.push_back({spans[i].tokens, &places[i], nullptr});
   const int32_t count = static_cast<int32_t>(spans.size());
   const float *cos = turn.cos.data(), *sin = turn.sin.data();
   if (glm4_decoder_layers(&pointer, 1, rows.data(), count, x.data(), cos, sin, isa, threads) != GLM4_OK) fail("refused");

@@ -13,6 +13,7 @@ namespace glm4 {
 struct Part {
   glm4_cache cache;
   int64_t first, rows;
+  const glm4_lora* lora;  // GLM4_LINEARS of them, or null
 };
 
 // q and out: [rows of all parts][heads * head_dim]. Throws std::bad_alloc.

@@ -36,17 +36,18 @@ class Layer {
     float *q = kept.data(), *k = q + tokens * q_size_, *v = k + tokens * kv_size_, *attended = v + tokens * kv_size_;
     float *out = attended + tokens * q_size_, *h = out + tokens * hidden_;
 
-    const Sink qkv[3] = {{&l_.q, l_.q_bias, matrix(q, tokens, q_size_)},
-                         {&l_.k, l_.k_bias, matrix(k, tokens, kv_size_)},
-                         {&l_.v, l_.v_bias, matrix(v, tokens, kv_size_)}};
+    const Adapted adapted(parts, tokens);
+    const Sink qkv[3] = {{&l_.q, l_.q_bias, matrix(q, tokens, q_size_), false, adapted.of(0)},
+                         {&l_.k, l_.k_bias, matrix(k, tokens, kv_size_), false, adapted.of(1)},
+                         {&l_.v, l_.v_bias, matrix(v, tokens, kv_size_), false, adapted.of(2)}};
     multiply(Normed(*this, x, nullptr, nullptr, l_.input_norm, tokens), qkv, 3, l_.qkv_splits);
     place(q, k, v, parts, tokens, cos, sin);
     glm4::attention(l_, parts, q, attended, isa_, threads_);
-    const Sink o{&l_.o, nullptr, matrix(out, tokens, hidden_)};
+    const Sink o{&l_.o, nullptr, matrix(out, tokens, hidden_), false, adapted.of(3)};
     multiply(Plain(attended, tokens, q_size_), &o, 1);
-    const Sink gate_up{&l_.gate_up, nullptr, matrix(h, tokens, inner), true};
+    const Sink gate_up{&l_.gate_up, nullptr, matrix(h, tokens, inner), true, adapted.of(4)};
     multiply(Normed(*this, x, out, l_.post_self_attn_norm, l_.post_attention_norm, tokens), &gate_up, 1);
-    const Sink down{&l_.down, nullptr, matrix(out, tokens, hidden_)};
+    const Sink down{&l_.down, nullptr, matrix(out, tokens, hidden_), false, adapted.of(5)};
     multiply(Plain(h, tokens, inner), &down, 1);
     auto add = [&](int64_t t, int) {
       isa_.rows->add(x + t * hidden_, out + t * hidden_, l_.post_mlp_norm, l_.eps, hidden_);
@@ -55,6 +56,25 @@ class Layer {
   }
 
  private:
+  // The adapter of each row, for each of the layer's linears.
+  class Adapted {
+   public:
+    Adapted(const std::vector<Part>& parts, int64_t tokens) : tokens_(tokens) {
+      static thread_local std::vector<const glm4_lora*> kept;
+      if (std::none_of(parts.begin(), parts.end(), [](const Part& part) { return part.lora; })) return;
+      kept.assign(static_cast<size_t>(GLM4_LINEARS * tokens), nullptr);
+      for (const Part& part : parts)
+        for (int64_t t = part.first; part.lora && t < part.first + part.rows; ++t)
+          for (int linear = 0; linear < GLM4_LINEARS; ++linear) kept[linear * tokens + t] = part.lora + linear;
+      rows_ = kept.data();
+    }
+    const glm4_lora* const* of(int linear) const { return rows_ ? rows_ + linear * tokens_ : nullptr; }
+
+   private:
+    const glm4_lora* const* rows_ = nullptr;
+    int64_t tokens_;
+  };
+
   // Rows of the residual stream: something is added to it first (if it is, normed first), then it is normed.
   class Normed : public Source {
    public:
@@ -77,6 +97,7 @@ class Layer {
    public:
     Plain(const float* x, int64_t rows, int64_t k) : Source(rows, k), x_(x) {}
     const float* row(int64_t r, float*) const override { return x_ + r * k; }
+    bool in_place() const override { return true; }
 
    private:
     const float* x_;
@@ -154,7 +175,7 @@ const std::vector<Part>& cut(const glm4_span* spans, int32_t span_count, int32_t
   for (const glm4_span* span = spans; span < spans + span_count; begin += span->rows, ++span) {
     const int64_t from = std::max(begin, first), to = std::min(begin + span->rows, first + count);
     if (from >= to) continue;
-    parts.push_back({span->caches[layer], from - first, to - from});
+    parts.push_back({span->caches[layer], from - first, to - from, span->lora ? span->lora[layer] : nullptr});
     parts.back().cache.length += from - begin;
   }
   return parts;

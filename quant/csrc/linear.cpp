@@ -38,7 +38,8 @@ uint16_t to_bfloat16(float f) {  // to nearest, ties to even
 // Memory that a calling thread keeps from one product to the next: a token allocates nothing.
 struct Buffers {
   std::vector<int32_t> quads, sum;
-  std::vector<float> scale, group_sum, rows;
+  std::vector<float> scale, group_sum, rows, kept, low;
+  std::vector<const float*> places;
 
   static Buffers& of_thread() {
     static thread_local Buffers buffers;
@@ -56,8 +57,9 @@ T* room(std::vector<T>& v, int64_t size) {
 // two next to each other.
 class Activations {
  public:
-  Activations(const Source& source, int32_t group, int64_t first, int64_t rows, int splits, const glm4_isa& isa,
-              int threads)
+  // keep: whether the rows are needed as they are, too (`row`).
+  Activations(const Source& source, int32_t group, int64_t first, int64_t rows, int splits, bool keep,
+              const glm4_isa& isa, int threads)
       : source_(source), isa_(isa), group_(group), splits_(splits), first_(first), rows_(rows),
         panels_(panels_of(rows * splits, isa)) {
     Buffers& buffers = Buffers::of_thread();
@@ -67,6 +69,9 @@ class Activations {
     sum_ = room(buffers.sum, blocks);
     group_sum_ = room(buffers.group_sum, rows * splits * (source.k / group));
     scratch_ = room(buffers.rows, 2 * source.k * threads);
+    if (!keep) return;
+    places_ = room(buffers.places, rows);
+    kept_ = source.in_place() ? nullptr : room(buffers.kept, rows * source.k);
   }
 
   static int64_t panels_of(int64_t columns, const glm4_isa& isa) {
@@ -75,6 +80,7 @@ class Activations {
   }
   int64_t panels() const { return panels_; }
   int splits() const { return splits_; }
+  const float* row(int64_t r) const { return places_[r]; }  // within the chunk, once it is quantized
   int64_t start(int64_t panel) const { return rows_ * panel / panels_; }  // first row of a panel, within the chunk
 
   glm4_panel panel(int64_t p) const {
@@ -89,7 +95,9 @@ class Activations {
     for (int64_t c = 0; c < width; c += splits_) {
       glm4_panel_column column{quads_ + (at * blocks + c) * 8, scale_ + at * blocks + c, sum_ + at * blocks + c,
                                group_sum_ + at * (source_.k / group_) + c, width};
-      const float* row = source_.row(first_ + (at + c) / splits_, scratch);
+      const int64_t r = (at + c) / splits_;
+      const float* row = source_.row(first_ + r, kept_ ? kept_ + r * source_.k : scratch);
+      if (places_) places_[r] = row;
       isa_.rows->quantize(row, source_.k, group_, &column);
       if (splits_ == 1) continue;
       isa_.rows->remainder(row, source_.k, &column, scratch + source_.k);
@@ -105,7 +113,8 @@ class Activations {
   int splits_;
   int64_t first_, rows_, panels_;
   int32_t *quads_, *sum_;
-  float *scale_, *group_sum_, *scratch_;
+  float *scale_, *group_sum_, *scratch_, *kept_ = nullptr;
+  const float** places_ = nullptr;
 };
 
 int64_t tiles_of(const Sink& sink) {
@@ -122,11 +131,51 @@ struct OfRows {
   float value[GLM4_ROWS] = {};
 };
 
+// What the adapters' first factors make of the rows of a chunk: a x, for each sink and row.
+class LowRank {
+ public:
+  LowRank(const Sink* sinks, int count, int64_t first, int64_t rows) : sinks_(sinks), first_(first), rows_(rows) {
+    for (int s = 0; s < count; ++s)
+      for (int64_t r = 0; r < rows; ++r)
+        if (const glm4_lora* lora = of(sinks[s], r)) most_ = std::max(most_, lora->rank);
+    low_ = room(Buffers::of_thread().low, count * rows * most_);
+    blocks_ = (most_ + kBlock - 1) / kBlock;
+    items_ = count * blocks_;
+  }
+  int64_t items() const { return items_; }
+
+  // A few rows of one sink's factors with all rows of the chunk, so that they stay in the cache.
+  void item(int64_t i, const Activations& x, int64_t k, const glm4_isa& isa) const {
+    const int64_t s = i / blocks_, begin = i % blocks_ * kBlock;
+    for (int64_t r = 0; r < rows_; ++r) {
+      const glm4_lora* lora = of(sinks_[s], r);
+      if (!lora || begin >= lora->rank) continue;
+      const int64_t count = std::min(kBlock, lora->rank - begin);
+      isa.rows->dots(lora->a + begin * k, count, k, x.row(r), low_ + (s * rows_ + r) * most_ + begin);
+    }
+  }
+
+  // Adds to a tile's outputs of row r.
+  void add(const Sink& sink, int64_t tile, int64_t r, float* out, const glm4_isa& isa) const {
+    const glm4_lora* lora = of(sink, r);
+    if (lora) isa.rows->adapt(lora, sink.w->n, tile * GLM4_ROWS, low_ + ((&sink - sinks_) * rows_ + r) * most_, out);
+  }
+
+ private:
+  static constexpr int64_t kBlock = 4;
+  const glm4_lora* of(const Sink& sink, int64_t r) const { return sink.lora ? sink.lora[first_ + r] : nullptr; }
+
+  const Sink* sinks_;
+  int64_t first_, rows_, most_ = 0, blocks_ = 0, items_ = 0;
+  float* low_;
+};
+
 struct Product {
   const Sink* sinks;
   const glm4_isa& isa;
   const Activations& x;
   int64_t first;  // row of y that row 0 of the activations belongs to
+  const LowRank& factors;
 
   // One tile times panels p0..p1 - 1 with row scales and bias: out [rows of x][16].
   void finish(const Sink& sink, int64_t tile, int64_t p0, int64_t p1, float* out) const {
@@ -146,6 +195,7 @@ struct Product {
         for (int r = 0; r < GLM4_ROWS; ++r) to[r] -= min[GLM4_ROWS * c + r] * low.value[r];
       if (sink.bias)
         for (int r = 0; r < GLM4_ROWS; ++r) to[r] += bias.value[r];
+      if (sink.lora) factors.add(sink, tile, x.start(p0) + c, to, isa);
     }
   }
 
@@ -222,16 +272,21 @@ class MatrixSource : public Source {
 void glm4::linear(const Source& source, const Sink* sinks, int count, int splits, const glm4_isa& isa, int threads) {
   int64_t tiles = 0, outputs = 0;
   int32_t group = sinks[0].w->group;
+  bool adapted = false;
   for (int i = 0; i < count; ++i) {
     tiles += tiles_of(sinks[i]), outputs += sinks[i].w->n;
     if (sinks[i].w->mins) group = sinks[i].w->group;
+    adapted = adapted || sinks[i].lora;
   }
   for (int64_t first = 0; first < source.rows; first += kChunkRows) {
     const int64_t rows = std::min(kChunkRows, source.rows - first);
-    const Activations act(source, group, first, rows, splits, isa, threads);
+    const Activations act(source, group, first, rows, splits, adapted, isa, threads);
     auto prepare = [&](int64_t p, int slot) { act.quantize(p, slot); };
     parallel_for(rows * source.k < kSerialWork ? 1 : threads, act.panels(), prepare);
-    const Product product{sinks, isa, act, first};
+    const LowRank low(sinks, count, first, rows);
+    auto factors = [&](int64_t i, int) { low.item(i, act, source.k, isa); };
+    if (low.items()) parallel_for(rows * source.k * low.items() < kSerialWork / 8 ? 1 : threads, low.items(), factors);
+    const Product product{sinks, isa, act, first, low};
     const int64_t most = act.panels() == 1 ? kMaxItemTilesOfOne : kMaxItemTiles;
     const int64_t size = std::clamp<int64_t>(tiles / (threads * 8), 1, most);
     auto item = [&](int64_t i, int) { product.tiles(i * size, std::min(tiles, (i + 1) * size)); };

@@ -13,6 +13,8 @@ class Source {
   virtual ~Source() = default;
   // Row r: a place of its own, or `scratch` (k floats) filled with it. Called once for each row.
   virtual const float* row(int64_t r, float* scratch) const = 0;
+  // Whether every row has a place of its own.
+  virtual bool in_place() const { return false; }
   const int64_t rows, k;
 };
 
@@ -22,6 +24,8 @@ struct Sink {
   glm4_matrix y;
   // The rows of w are a gate's and then as many of an up projection: y [m, n / 2] = silu(gate) * up.
   bool swiglu = false;
+  // The adapter of each row of the source, null for a row that has none; null: none has.
+  const glm4_lora* const* lora = nullptr;
 };
 
 // All weights have the source's k; those of fewer than 8 bits share one group size. `splits` is 1, or 2: what rounding the input to

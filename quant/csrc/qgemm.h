@@ -63,10 +63,21 @@ static inline int64_t glm4_place(const glm4_cache* c, int64_t head, int64_t toke
   return (c->table ? c->table[block] : block) * c->block_stride + head * c->head_stride + token % GLM4_BLOCK;
 }
 
-// One sequence's part of a step: so many new tokens, and its cache in each layer.
+// What an adapter adds to a linear [n, k]: y = gain * y + b (a x) + bias, in float32; b is padded to whole tiles of rows.
+struct glm4_lora {
+  const float* a;            // [rank][k]
+  const float* b;            // [n / 16][rank][16]
+  const float *gain, *bias;  // [n]; null: none
+  int64_t rank;
+};
+enum { GLM4_LINEARS = 6 };  // of a layer: q, k, v, o, gate_up, down
+
+// One sequence's part of a step: so many new tokens, its cache in each layer, and its adapter's part in each, which is
+// GLM4_LINEARS or null. The array of those is null where there is no adapter.
 struct glm4_span {
   int64_t rows;
   const glm4_cache* caches;
+  const glm4_lora* const* lora;
 };
 
 // A decoder layer. Norm weights [hidden] are null where the architecture has no such norm, biases where it has none.
@@ -147,6 +158,9 @@ struct glm4_rows {
   void (*norm)(const float* x, const float* weight, float eps, int64_t k, float* out);
   void (*add)(float* x, const float* add, const float* weight, float eps, int64_t k);
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
+  void (*dots)(const float* a, int64_t count, int64_t k, const float* x, float* out);  // of `count` rows of a with x
+  // A tile's 16 outputs, the first of which is row `first` of n: with what an adapter adds; t [rank] is a x.
+  void (*adapt)(const glm4_lora* lora, int64_t n, int64_t first, const float* t, float* out);
   void (*attend)(const glm4_attention* a, float* scratch);
   void (*fold)(const glm4_sums* range, int64_t rows, int64_t head_dim, const glm4_sums* to);  // `to`: of those before it
 };

@@ -114,6 +114,63 @@ void swiglu_row(const float* gate, const float* up, int64_t n, float* out) {
   }
 }
 
+// ---- adapters ----
+
+constexpr int64_t kFar = 256;  // floats ahead that are asked for: these streams are too short for the processor's own
+
+// Each sum is added in one order however many rows go together.
+template <int R>
+inline void dot_rows(const float* a, int64_t k, const float* x, float* out) {
+  Vec sums[R][2];
+  for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = all(0.0f);
+  for (int64_t i = 0; i < k; i += GLM4_COLS) {
+    for (int r = 0; r < R; ++r) {  // of its row, and of that R rows further on where it ends
+      const float* ahead = a + (i + kFar < k ? r : R - 1 + r) * k + i + kFar;
+      for (int line = 0; line < GLM4_COLS; line += 16) __builtin_prefetch(ahead + line);
+    }
+    for (int j = 0; j < GLM4_COLS / kLanes; ++j) {
+      const Vec v = load(x + i + kLanes * j);
+      for (int r = 0; r < R; ++r) sums[r][j % 2] += v * load(a + r * k + i + kLanes * j);
+    }
+  }
+  for (int r = 0; r < R; ++r) out[r] = sum_of(sums[r][0] + sums[r][1]);
+}
+
+void dots(const float* a, int64_t count, int64_t k, const float* x, float* out) {
+  int64_t r = 0;
+  for (; r + 4 <= count; r += 4) dot_rows<4>(a + r * k, k, x, out + r);
+  for (; r < count; ++r) dot_rows<1>(a + r * k, k, x, out + r);
+}
+
+void adapt(const glm4_lora* lora, int64_t n, int64_t first, const float* t, float* out) {
+  constexpr int parts = GLM4_ROWS / kLanes;
+  const float* b = lora->b + first * lora->rank;
+  for (int64_t r = 0; r < lora->rank; ++r) __builtin_prefetch(b + (lora->rank + r) * GLM4_ROWS);  // of the next tile
+  if (n - first < GLM4_ROWS) {
+    for (int64_t i = first; i < n; ++i) {
+      float sum = out[i - first] * (lora->gain ? lora->gain[i] : 1.0f);
+      for (int64_t r = 0; r < lora->rank; ++r) sum += t[r] * b[r * GLM4_ROWS + i - first];
+      out[i - first] = lora->bias ? sum + lora->bias[i] : sum;
+    }
+    return;
+  }
+  Vec sums[4][parts];  // four, so that none waits for the one before
+  for (int p = 0; p < parts; ++p) {
+    for (int i = 0; i < 4; ++i) sums[i][p] = all(0.0f);
+    sums[0][p] = load(out + kLanes * p);
+    if (lora->gain) sums[0][p] *= load(lora->gain + first + kLanes * p);
+    if (lora->bias) sums[1][p] = load(lora->bias + first + kLanes * p);
+  }
+  int64_t r = 0;
+  for (; r + 4 <= lora->rank; r += 4)
+    for (int i = 0; i < 4; ++i)
+      for (int p = 0; p < parts; ++p) sums[i][p] += all(t[r + i]) * load(b + (r + i) * GLM4_ROWS + kLanes * p);
+  for (; r < lora->rank; ++r)
+    for (int p = 0; p < parts; ++p) sums[0][p] += all(t[r]) * load(b + r * GLM4_ROWS + kLanes * p);
+  for (int p = 0; p < parts; ++p)
+    store(out + kLanes * p, (sums[0][p] + sums[1][p]) + (sums[2][p] + sums[3][p]));
+}
+
 // ---- attention ----
 
 struct Tile {  // up to kTileTokens tokens as floats: keys [16 tokens together][dim][16], values [token][dim]

@@ -23,6 +23,8 @@ class Repo:
     files: dict[str, bytes] = field(default_factory=dict)
     status: int = 200
     """Of every answer."""
+    busy: int = 0
+    """So many answers are first 503."""
     token: str = ""
     """Only its bearer may enter."""
     branches: tuple[str, ...] = ("main",)
@@ -137,6 +139,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(404, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
         if repo.token and self.headers.get("Authorization") != f"Bearer {repo.token}":
             return self._send(403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
+        if repo.busy:
+            repo.busy -= 1
+            return self._send(503, b"", {})
         if repo.status != 200:
             return self._send(repo.status, b"", {})
         if repo.page:

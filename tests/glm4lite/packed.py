@@ -162,9 +162,11 @@ def mlx(c: Coded) -> dict[str, Tensor]:
 
 def hqq(c: Coded) -> dict[str, Tensor]:
     codes = c.codes.view(-1, c.codes.shape[1] // c.step.shape[1])
-    half = len(codes) // 2
+    in_a_word = {2: 4, 3: 10, 4: 2, 8: 1}[c.bits]
+    padded = torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % in_a_word)).int().chunk(in_a_word)
+    words = sum(part << c.bits * (in_a_word - 1 - i) for i, part in enumerate(padded))
     return {
-        "W_q": ((codes[:half] << 4) | codes[half:]).to(torch.uint8),
+        "W_q": torch.as_tensor(words).to(torch.int32 if c.bits == 3 else torch.uint8),
         "scale": c.step.view(-1, 1),
         "zero": c.zero.view(-1, 1).half(),
         "shape": torch.tensor(c.codes.shape),

@@ -28,7 +28,9 @@ class ScriptedModel(nn.Module):
         self.device = torch.device("cpu")
         layers = [SimpleNamespace(device=self.device, dtype=torch.float32) for _ in range(2)]
         bytes_ = 2 * 2 * 4  # of what a step appends
-        self.model = SimpleNamespace(layers=layers, cache_bytes=bytes_, norm=nn.RMSNorm(1), dtype=torch.float32)
+        self.model = SimpleNamespace(
+            layers=layers, cache_bytes=bytes_, norm=nn.RMSNorm(1), dtype=torch.float32, adapters=()
+        )
         self.replies = [tokenizer.ids(reply, special=True) for reply in replies]
         self.left: list[int] = []
         self.chunk = 512

@@ -21,7 +21,9 @@ from glm4lite.base.errors import ConfigError, DeviceError
 from glm4lite.cli.batch_results import opened
 from glm4lite.engine.engine import Engine
 from glm4lite.engine.worker import EngineWorker
-from glm4lite.server.batch import LINE_LIMIT, Request, lines, requests, results
+from glm4lite.server.batch.lines import LINE_LIMIT, Request, lines, requests
+from glm4lite.server.batch.local import LocalModel
+from glm4lite.server.batch.running import results
 from glm4lite.server.replies import JSON
 from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 from tests.commands import FRESH, forked, run
@@ -350,7 +352,7 @@ def test_as_many_requests_are_under_way_as_may_be_and_none_when_the_run_ends() -
             state = worker.state()
             return state.running + state.waiting
 
-        with closing(results(worker, "nano", given(), 6)) as found:
+        with closing(results(LocalModel(worker, "nano", 6), given())) as found:
             assert next(found).line["response"]["status_code"] == 404
             wait_for(lambda: under_way() == 5)  # the sixth is that which the caller has
             time.sleep(0.2)
@@ -373,7 +375,9 @@ def test_an_answer_that_fails_is_an_error_of_its_own(error: Exception, status: i
     model.step = failing
     given = [Request(name, asked(name, chat(max_tokens=1))) for name in "abc"]
     with closing(EngineWorker(engine, 3)) as worker:
-        found = {one.line["custom_id"]: one.line["response"] for one in results(worker, "nano", iter(given), 3)}
+        found = {
+            one.line["custom_id"]: one.line["response"] for one in results(LocalModel(worker, "nano", 3), iter(given))
+        }
     assert {name: one["status_code"] for name, one in found.items()} == {"a": 200, "b": status, "c": 200}
     assert found["b"]["body"]["error"]["message"].startswith(str(error) or "the request failed: ZeroDivisionError")
 
@@ -387,4 +391,4 @@ def test_what_cannot_be_read_ends_the_run() -> None:
             raise OSError(5, "the disk failed")
 
     with closing(EngineWorker(scripted(), 3)) as worker, pytest.raises(OSError, match="the disk failed"):
-        list(results(worker, "nano", requests(io.BufferedReader(Broken()), 4096), 3))
+        list(results(LocalModel(worker, "nano", 3), requests(io.BufferedReader(Broken()), 4096)))

@@ -157,7 +157,12 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> object:
     return left.value.code
 
 
-@pytest.mark.parametrize("case", DAMAGES)
+LOOPS = "template that loops"  # takes its five seconds; test_template.py has hostile templates
+
+
+@pytest.mark.parametrize(
+    "case", [*(case for case in DAMAGES if case != LOOPS), pytest.param(LOOPS, marks=pytest.mark.slow)]
+)
 def test_a_damaged_folder_gives_one_line_and_exit_code_2(
     case: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -80,7 +80,12 @@ def eagerly(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("9B", torch.float32), ("9B", torch.bfloat16), ("32B", torch.bfloat16), ("glm", torch.float32)],
+    [
+        ("9B", torch.float32),
+        ("9B", torch.bfloat16),
+        pytest.param("32B", torch.bfloat16, marks=pytest.mark.slow),
+        ("glm", torch.float32),
+    ],
     ids=str,
 )
 def test_replayed_tokens_have_the_torch_codes_numbers(

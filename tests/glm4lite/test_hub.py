@@ -101,7 +101,7 @@ def hub(tiny: Path) -> Iterator[HubServer]:
     repos = {
         "org/tiny": Repo(Repo.of(tiny).files | extra),
         "org/pickle": Repo({"config.json": b"{}", "pytorch_model.bin": bytes(100), "modeling.py": b""}),
-        "org/gguf": Repo({"model-Q4.gguf": b"GGUF"}),
+        "org/gguf": Repo({"model-Q4.gguf": b"GGUF", "model-Q8.gguf": b"GGUF"}),
         "org/adapter": Repo({"model.safetensors": b"", "adapter_config.json": b"{}"}),
         "org/lora": Repo({"adapter_config.json": b"{}", "adapter_model.safetensors": b""}),
         "org/strange": Repo({"config.json": b"{}", "consolidated.safetensors": b""}),
@@ -229,9 +229,9 @@ def test_repos_that_cannot_be_used_are_named_with_what_to_do(hub: HubServer, tmp
         "or set HF_TOKEN to a token that may read it",
         "org/pickle holds only pickle weights (pytorch_model.bin), which can run code when opened; "
         "choose a repo with safetensors (the zai-org 0414 and -hf repos have them)",
-        "org/gguf holds GGUF files (model-Q4.gguf), of which none is chosen; download one, and give the file itself",
+        "org/gguf holds these GGUF models: model-Q4 (0 KiB), model-Q8 (0 KiB); give one, as in org/gguf:Q4",
         "org/adapter has no config.json; choose a repo that holds a whole model, not an adapter",
-        "org/lora holds an adapter (LoRA), no whole model; choose the repo of a model that it was merged into",
+        "org/lora holds an adapter (LoRA), no whole model; give its base model, and the adapter as --lora",
         "org/strange has neither model.safetensors nor model.safetensors.index.json, which would say what "
         "consolidated.safetensors hold; choose another repo",
         f"org/gated is gated: accept its terms on {hub.url}/org/gated, then run `hf auth login` or set HF_TOKEN to a "

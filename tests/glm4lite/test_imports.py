@@ -23,7 +23,7 @@ from glm4lite.pretrained.load import load
 from glm4lite_quant import QuantLinear, QuantTensor
 from glm4lite_quant.config import KEPT
 from tests.glm4lite import packed
-from tests.glm4lite.checkpoints import legacy_checkpoint, tiny_config, tiny_tensors
+from tests.glm4lite.checkpoints import legacy_checkpoint, tiny_config, tiny_tensors, write_checkpoint
 from tests.glm4lite.packed import Layout, compressed, write_packed
 
 IDS = torch.tensor([[1, 2, 3, 50, 60, 7, 300]])
@@ -32,10 +32,13 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 MLX = {"group_size": 32, "bits": 4}
 AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True}
-HQQ = {
-    "quant_method": "hqq",
-    "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 32, "axis": 1}, "scale_quant_params": None},
-}
+
+
+def hqq(bits: int) -> dict[str, Any]:
+    inner = {"nbits": bits, "group_size": 32, "axis": 1}
+    return {"quant_method": "hqq", "quant_config": {"weight_quant_params": inner, "scale_quant_params": None}}
+
+
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 GPTQMODEL_ONES = (0x24924924, 0x92492492, 0x49249249)
 
@@ -77,7 +80,9 @@ LAYOUTS = {
     "auto-round as awq": Layout(packed.awq_gemm, AUTO_ROUND | {"packing_format": "auto_round:auto_awq"}),
     "mlx": Layout(packed.mlx, MLX, key="quantization", symmetric=False),
     "mlx, 3 bits": Layout(packed.mlx, MLX | {"bits": 3}, bits=3, key="quantization", symmetric=False),
-    "hqq": Layout(packed.hqq, HQQ, symmetric=False),
+    "hqq": Layout(packed.hqq, hqq(4), symmetric=False),
+    "hqq, 3 bits": Layout(packed.hqq, hqq(3), bits=3, symmetric=False),
+    "hqq, 2 bits": Layout(packed.hqq, hqq(2), bits=2, symmetric=False),
 }
 """Those whose codes are kept."""
 
@@ -203,6 +208,17 @@ def test_halves_of_a_fused_layer_are_put_together(tmp_path: Path) -> None:
     write_all(folder, tensors)
     with pytest.raises(CheckpointError, match=r"has model.layers.1.mlp.gate_proj.weight without its other half"):
         load(folder)
+
+
+def test_halves_that_nobody_quantized_are_put_together(tmp_path: Path) -> None:
+    tensors = {name: value.float() for name, value in tiny_tensors(packed.CONFIG).items()}
+    apart = dict(tensors)
+    for name in [name for name in tensors if "gate_up_proj" in name]:
+        halves = zip(("gate_proj", "up_proj"), apart.pop(name).chunk(2), strict=True)
+        apart |= {name.replace("gate_up_proj", half): value.contiguous() for half, value in halves}
+    config = packed.CONFIG | {"torch_dtype": "float32"}
+    one, two = write_checkpoint(tmp_path / "one", config, tensors), write_checkpoint(tmp_path / "two", config, apart)
+    assert torch.equal(logits_of(one), logits_of(two))
 
 
 def test_an_older_chatglm_checkpoint_has_q_k_and_v_in_one(tmp_path: Path) -> None:

@@ -45,7 +45,14 @@ GREEDY = SamplingParams(temperature=0, max_new_tokens=NEW)
 TEXT = "You are nano. One two three four five six seven eight nine ten, and then there are some more of them. "
 
 
-@pytest.fixture(scope="module", params=[("int4", "float"), ("int4", "int8"), ("none", "float")], ids="-".join)
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("int4", "int8"),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (("int4", "float"), ("none", "float"))),
+    ],
+    ids="-".join,
+)
 def engine(request: pytest.FixtureRequest) -> Engine:
     quant, kv = request.param
     return Engine.load("nano", quant=quant, device="cpu", kv=kv)
@@ -622,7 +629,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_chat_that_is_started_again_reads_what_it_computed(folder: Path) -> None:
     assert chat(forked())["prefilled_tokens"] > 200
     assert not folder.exists()  # off by default
-    assert chat(FRESH, "--keep-prefixes")["prefilled_tokens"] > 200
+    assert chat(forked(), "--keep-prefixes")["prefilled_tokens"] > 200
     again = chat(FRESH, "--keep-prefixes", "64MiB")
     assert again["prefilled_tokens"] == 1
     assert again["prompt_tokens"] > 200

@@ -106,13 +106,12 @@ def adapter(folder: Path, **fields: object) -> None:
 
 
 @pytest.mark.parametrize("with_config", [True, False])
-def test_an_adapter_is_named_with_its_base_and_how_to_merge_it(folder: Path, with_config: bool) -> None:
+def test_an_adapter_is_named_with_its_base_and_how_it_is_used(folder: Path, with_config: bool) -> None:
     adapter(folder)
     if not with_config:
         (folder / "config.json").unlink()
     assert refused(folder) == (
-        "DIR holds a LoRA adapter of zai-org/GLM-4-9B-0414, not a model; merge it into that one first, with peft's "
-        "PeftModel.from_pretrained(model, folder).merge_and_unload() and save_pretrained, and give the folder saved"
+        "DIR holds a LoRA adapter of zai-org/GLM-4-9B-0414, not a model; give that model, and the adapter as --lora DIR"
     )
     with pytest.raises(Glm4liteError, match="holds a LoRA adapter"):
         plan(str(folder))

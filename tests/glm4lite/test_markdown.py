@@ -199,7 +199,7 @@ MARKUP = [
 MARKUP += ["~~", "\\", "&", "word", "é", "\t", "    ", "\r\n", "https://a.b", "|-|-|", "===", "![", "](", "&#13;"]
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", [*range(10), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(10, 60))])
 def test_any_markup_is_drawn_piece_by_piece_as_in_whole(seed: int, each_piece: None) -> None:
     draw = random.Random(seed)
     text = "".join(draw.choice(MARKUP) for _ in range(120))

@@ -30,7 +30,7 @@ EXPECTED = {
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux stands in for the others")
-@pytest.mark.parametrize("system", EXPECTED)
+@pytest.mark.parametrize("system", ["win32", pytest.param("darwin", marks=pytest.mark.slow)])
 def test_every_module_is_imported_and_the_main_job_done(system: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.glm4lite.other_system", system, str(tmp_path)],
@@ -132,7 +132,9 @@ def test_a_process_that_no_system_limits_ends_when_it_takes_too_much(monkeypatch
         assert late.is_set()
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "cp936", "ascii"])
+@pytest.mark.parametrize(
+    "encoding", ["cp936", *(pytest.param(one, marks=pytest.mark.slow) for one in ("cp1252", "ascii"))]
+)
 def test_no_code_page_ends_a_command(encoding: str) -> None:
     """Whether it is the locale's or that of a program whose streams are lent."""
     said = subprocess.run(

@@ -295,7 +295,8 @@ def test_a_truncated_cache_goes_on_as_if_the_rest_had_never_been() -> None:
     assert relative_error(again, ours(ids).logits[:, 12:]) < 1e-5
 
 
-@pytest.mark.parametrize("shape", ["9b", pytest.param("32b", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shape", ["9b", "32b"])
+@pytest.mark.slow
 @torch.no_grad()
 def test_two_layers_of_the_true_shapes_equal_the_reference(shape: str) -> None:
     sizes: dict[str, Any] = {

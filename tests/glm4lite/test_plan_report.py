@@ -193,7 +193,12 @@ REFUSED = [
 
 @pytest.mark.parametrize(
     ("config", "quant", "budget"),
-    [(NINE, *asked) for asked in REFUSED] + [(THIRTY_TWO, *REFUSED[place]) for place in (0, 2, 7)],
+    [
+        *((NINE, *REFUSED[place]) for place in (0, 2, 5, 8)),
+        (THIRTY_TWO, *REFUSED[7]),
+        *(pytest.param(NINE, *REFUSED[place], marks=pytest.mark.slow) for place in (1, 3, 4, 6, 7)),
+        *(pytest.param(THIRTY_TWO, *REFUSED[place], marks=pytest.mark.slow) for place in (0, 2)),
+    ],
     ids=lambda value: value.get("num_hidden_layers") if isinstance(value, dict) else str(value),
 )
 def test_every_proposal_makes_it_fit_and_a_little_less_does_not(

@@ -6,25 +6,32 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import constants
+from safetensors.torch import load_file
 
 from glm4lite.base.errors import CheckpointError, Glm4liteError, HubError
 from glm4lite.base.events import Progress
+from glm4lite.checkpoint.formats.registry import open_source
 from glm4lite.checkpoint.quantize import quantize_checkpoint
 from glm4lite.checkpoint.resumable import unfinished
 from glm4lite.hub.known import KNOWN
-from glm4lite.hub.local import cached_models, local_models, remove
+from glm4lite.hub.local import local_models, remove, runnable_models
 from glm4lite.hub.options import HubOptions
+from glm4lite.hub.patience import Patience
 from glm4lite.hub.sources import locate, resolve
 from tests.commands import python
-from tests.glm4lite.checkpoints import tiny_config, write_checkpoint
+from tests.glm4lite.checkpoints import tiny_config, write_checkpoint, write_shards
 from tests.glm4lite.file_server import FileServer
+from tests.glm4lite.gguf_files import write_gguf
 from tests.glm4lite.hub_server import HubServer, Repo
+from tests.glm4lite.packed import write_packed
 from tests.glm4lite.test_hub import variables
+from tests.glm4lite.test_imports import AGAIN, LAYOUTS
 
 LAYERS = 6
 
@@ -61,6 +68,16 @@ def content(folder: Path) -> dict[str, bytes]:
 # --- quantized as it arrives
 
 
+def used(folder: Path, pattern: str) -> int:
+    """Bytes of disk that some files of a folder take, of which some get another name meanwhile."""
+    total = 0
+    for path in folder.glob(pattern):
+        with suppress(FileNotFoundError):
+            about = path.stat()
+            total += min(about.st_size, about.st_blocks * 512)
+    return total
+
+
 @pytest.fixture(scope="module")
 def expected(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What quantizing the same files from this machine gives."""
@@ -74,8 +91,7 @@ def test_a_model_quantized_as_it_arrives_is_the_one_quantized_from_a_folder(
 
     def look(event: Progress) -> None:
         nonlocal most
-        held = [path.stat() for path in work.glob("*.safetensors*")] if work.exists() else []
-        most = max(most, sum(min(one.st_size, one.st_blocks * 512) for one in held))
+        most = max(most, used(work, "*.safetensors*"))
 
     out = quantize_checkpoint("org/tiny", tmp_path / "out", progress=look)
     assert content(out) == expected
@@ -86,6 +102,42 @@ def test_a_model_quantized_as_it_arrives_is_the_one_quantized_from_a_folder(
     asked = [path.rpartition("/")[2] for method, path in hub.requests if method == "GET" and "safetensors" in path]
     names = sorted(path.name for path in tiny.glob("*.safetensors"))
     assert sorted(asked) == sorted([*names, *names, "model.safetensors.index.json"])  # headers, then each once
+
+
+def test_the_next_shard_comes_while_one_is_quantized_within_the_promised_disk(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_checkpoint(tmp_path / "tiny", tiny_config(num_hidden_layers=LAYERS), shards=8)
+    largest = max(path.stat().st_size for path in source.glob("*.safetensors"))
+    work, most, ahead = unfinished(tmp_path / "out") / "work", 0, 0
+
+    def look(event: Progress) -> None:
+        nonlocal most, ahead
+        most = max(most, used(work, "*.safetensors*") + used(work.parent, "*.safetensors"))
+        ahead += event.stage == "quantize" and len(list(work.glob("*.safetensors*"))) > 1
+
+    with HubServer({"org/tiny": Repo.of(source)}) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        out = quantize_checkpoint("org/tiny", tmp_path / "out", progress=look)
+    assert content(out) == content(quantize_checkpoint(source, tmp_path / "local"))
+    assert ahead > 10
+    assert largest < most <= used(out, "*.safetensors") + largest * 1.25  # what a layer needs of the last one, too
+
+
+@pytest.mark.parametrize("layout", ["gptq, not symmetric", "compressed-tensors, int8"])
+def test_another_tools_weights_whose_parts_lie_in_several_shards_are_quantized_as_they_arrive(
+    layout: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = write_packed(tmp_path, (LAYOUTS | AGAIN)[layout], split=True)
+    tensors = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+    for file in folder.glob("model*"):
+        file.unlink()
+    by_part = sorted(tensors, key=lambda name: name.rpartition(".")[2])  # all scales behind all codes
+    write_shards(folder, {name: tensors[name] for name in by_part}, 5)
+    with HubServer({"org/tiny": Repo.of(folder)}) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        out = quantize_checkpoint("org/tiny", tmp_path / "out")
+    assert content(out) == content(quantize_checkpoint(folder, tmp_path / "local"))
 
 
 PULL = """
@@ -255,6 +307,23 @@ def test_a_mirror_whose_listing_names_no_commit_is_asked_for_it(hub: HubServer, 
     assert content(folder) == content(tiny)
 
 
+@pytest.mark.parametrize("listed", [None, {"lfs": None, "blobId": None, "size": None}], ids=["listing", "HEAD too"])
+def test_a_host_that_is_busy_for_a_moment_is_asked_again(
+    hub: HubServer, tiny: Path, listed: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glm4lite.hub.patience.QUESTIONS", Patience(attempts=3, first=0.01, longest=0.02))
+    repo = hub.repos["org/tiny"]
+    repo.busy, repo.listed = 3, listed or {}
+    assert content(resolve("org/tiny")) == content(tiny)
+    repo.busy = 4
+    hub.requests.clear()
+    assert resolve("org/tiny").is_dir()  # from the cache
+    assert len(hub.requests) == 4
+    if listed is not None:
+        repo.busy, repo.names_commit = 3, False
+        assert resolve("org/tiny", options=HubOptions(force_download=True)).is_dir()
+
+
 # --- names
 
 
@@ -282,7 +351,7 @@ def test_models_are_listed_and_removed_by_the_names_they_are_run_by(hub: HubServ
     assert {one.state for one in listed.values()} == {"whole"}
     size = sum(path.stat().st_size for path in tiny.iterdir())
     assert size <= listed["org/tiny"].nbytes < size + 100_000
-    assert cached_models() == ["org/tiny"]
+    assert runnable_models() == ["org/tiny", "tiny-int4"]
     assert locate("tiny-int4") == tmp_path / "made" / "tiny-int4"
     for name in listed:
         remove(name)
@@ -294,7 +363,7 @@ def test_models_are_listed_and_removed_by_the_names_they_are_run_by(hub: HubServ
 
 def test_a_stopped_download_is_listed_as_unfinished(hub: HubServer) -> None:
     def stop(event: Progress) -> None:
-        if event.done > event.total // 2:
+        if event.total > 100_000 and event.done > event.total // 2:  # of the weights
             raise KeyboardInterrupt
 
     hub.repos["org/tiny"].breaks = {"model-00002-of-00002.safetensors": 5000}
@@ -410,6 +479,41 @@ def test_an_address_on_the_hub_is_a_file_of_its_repo(hub: HubServer, home: Path)
     hub.requests.clear()
     assert resolve(f"{hub.url}/org/tiny/resolve/main/q/tiny-Q4.gguf") == found
     assert not hub.requests
+
+
+def test_one_of_a_repos_gguf_models_is_chosen_listed_run_and_removed(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    files = {"README.md": b"x", "mmproj-a.gguf": GGUF}
+    for kind in ("Q4_0", "Q8_0"):
+        write_gguf(tmp_path / f"a-{kind}.gguf", kind)
+        files[f"a-{kind}.gguf"] = (tmp_path / f"a-{kind}.gguf").read_bytes()
+    with HubServer({"org/a": Repo(files)}) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        for bad, said in (
+            ("org/a", r"holds these GGUF models: a-Q4_0 \(.*\), a-Q8_0 \(.*\); give one, as in org/a:Q4_0"),
+            ("org/a:Q5_K", "no GGUF model 'Q5_K', but these"),
+        ):
+            with pytest.raises(HubError, match=said):
+                resolve(bad)
+        found = resolve("org/a:q8_0")
+        assert found.read_bytes() == files["a-Q8_0.gguf"]
+        made = quantize_checkpoint("org/a:Q8_0", tmp_path / "int4")
+        assert content(made) == content(quantize_checkpoint(tmp_path / "a-Q8_0.gguf", tmp_path / "local"))
+    assert resolve("org/a:Q8_0") == found  # nobody answers: from the cache
+    assert [(one.name, one.state) for one in local_models()] == [("org/a:a-Q8_0.gguf", "whole")]
+    assert runnable_models() == ["org/a:a-Q8_0.gguf"]
+    assert resolve("org/a:a-Q8_0.gguf") == found
+    assert len(list((tmp_path / "data" / "glm4lite" / "gguf").iterdir())) == 2
+    remove("org/a:a-Q8_0.gguf")
+    assert local_models() == []
+    assert not list(home.rglob("*.gguf"))
+    write_gguf(tmp_path / "b.gguf", "Q8_0")
+    open_source(tmp_path / "b.gguf")
+    left = {path.name.rpartition("-")[0] for path in (tmp_path / "data" / "glm4lite" / "gguf").iterdir()}
+    assert left == {"a-Q8_0", "b"}
+    assert len(list((tmp_path / "data" / "glm4lite" / "gguf").iterdir())) == 2  # the removed file's are gone
 
 
 # --- commands

@@ -51,7 +51,7 @@ def test_float32_logits_equal_the_references(smollm: Path) -> None:
     assert tokenizer.text([int(found[0, -1].argmax())]) == " Paris"
 
 
-@pytest.mark.parametrize("model", ["nano", "smollm"])
+@pytest.mark.parametrize("model", ["nano", pytest.param("smollm", marks=pytest.mark.slow)])
 def test_the_example_of_transformers_page_gives_its_text_with_another_import(
     model: str, request: pytest.FixtureRequest
 ) -> None:
@@ -70,7 +70,7 @@ def test_the_example_of_transformers_page_gives_its_text_with_another_import(
     assert texts[0].startswith("Hey, are you conscious?")
 
 
-@pytest.mark.parametrize("quant", [None, "int8", "int4"])
+@pytest.mark.parametrize("quant", ["int8", *(pytest.param(one, marks=pytest.mark.slow) for one in (None, "int4"))])
 def test_its_chat_answers_tokyo(smollm: Path, quant: str | None) -> None:
     session = ChatSession.load(smollm, quant=quant, max_new_tokens=40)
     assert session.engine.model.config.eos_token_ids == [2, 0]

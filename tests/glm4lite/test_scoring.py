@@ -21,7 +21,9 @@ from glm4lite.engine.scheduler import Scheduler
 from glm4lite.engine.worker import EngineWorker
 from glm4lite.measure.evaluate import Choice, cut_windows, evaluate
 from glm4lite.model.causal_lm import SCORED_ROWS
-from glm4lite.server.batch import Request, results
+from glm4lite.server.batch.lines import Request
+from glm4lite.server.batch.local import LocalModel
+from glm4lite.server.batch.running import results
 from glm4lite_quant.kernels import native
 from tests.glm4lite.served import Served, served
 
@@ -348,7 +350,7 @@ def test_a_batch_file_gives_several_answers_too(engine: Engine) -> None:
     line = {"custom_id": "a", "method": "POST", "url": TEXT, "body": body}
     worker = EngineWorker(engine)
     try:
-        [result] = results(worker, "nano", [Request("a", line)], 2)
+        [result] = results(LocalModel(worker, "nano", 2), [Request("a", line)])
     finally:
         worker.close()
     assert [choice["index"] for choice in result.line["response"]["body"]["choices"]] == [0, 1, 2, 3]

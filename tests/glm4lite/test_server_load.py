@@ -210,7 +210,7 @@ async def load(url: str, asked: list[Question], clients: int, seconds: float, gr
 def test_clients_that_leave_and_stop_disturb_nobody() -> None:
     asked = questions(random.Random(0), each=3, longest=400)
     with server(queue=64) as url:
-        asyncio.run(load(url, asked, clients=12, seconds=4.5, growth=48 << 20))
+        asyncio.run(load(url, asked, clients=12, seconds=3, growth=48 << 20))
 
 
 @pytest.mark.slow

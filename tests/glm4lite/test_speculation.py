@@ -23,7 +23,7 @@ GREEDY = SamplingParams(temperature=0, max_new_tokens=40)
 pytestmark = pytest.mark.skipif(native.backend() is None, reason=f"no native library: {native.status()}")
 
 
-@pytest.fixture(scope="module", params=["float", "int8"])
+@pytest.fixture(scope="module", params=["int8", pytest.param("float", marks=pytest.mark.slow)])
 def engine(request: pytest.FixtureRequest) -> Engine:
     return Engine.load("nano", quant="int4", device="cpu", kv=request.param)
 

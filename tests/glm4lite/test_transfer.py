@@ -19,7 +19,9 @@ from glm4lite.base.errors import HubError
 from glm4lite.base.events import Progress
 from glm4lite.hub.arriving import Arriving, journal, unfinished
 from glm4lite.hub.client import RefusedError, httpx
-from glm4lite.hub.transfer import CONNECTIONS, Counter, Patience, Transfer, Wanted
+from glm4lite.hub.connections import Counter
+from glm4lite.hub.patience import Patience
+from glm4lite.hub.transfer import CONNECTIONS, Transfer, Wanted
 from tests.glm4lite.file_server import Answer, FileServer
 
 PART = 10_000
@@ -69,6 +71,25 @@ def test_a_file_comes_in_parts_each_of_which_is_asked_for_once(server: FileServe
     assert starts == list(range(0, len(DATA), PART))
     assert server.bytes_sent == len(DATA)
     assert (seen[-1].done, seen[-1].total) == (len(DATA), len(DATA))
+
+
+def test_what_is_fetched_beside_other_work_stays_in_its_room_until_it_is_waited_for(
+    server: FileServer, tmp_path: Path
+) -> None:
+    with httpx.Client(trust_env=False) as client:
+        seen: list[Progress] = []
+        transfer = Transfer(client, [wanted(server, tmp_path / "model")], Counter(seen.append), publish, QUICK, PART)
+        transfer.start(room=5 * PART + 1)
+        deadline = time.monotonic() + 20
+        while server.bytes_sent < 5 * PART and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        assert server.bytes_sent == 5 * PART
+        assert not seen  # the caller is not told before it asks
+        assert transfer.wait() is None
+    assert (tmp_path / "model").read_bytes() == DATA
+    assert seen[-1].done == len(DATA)
+    assert server.bytes_sent == len(DATA)
 
 
 @pytest.mark.parametrize("size", [0, 1, PART - 1, PART, PART + 1, 2 * PART])
@@ -295,7 +316,9 @@ KILLED = """
 import sys
 from pathlib import Path
 from glm4lite.hub.client import httpx
-from glm4lite.hub.transfer import Counter, Patience, Transfer, Wanted
+from glm4lite.hub.connections import Counter
+from glm4lite.hub.patience import Patience
+from glm4lite.hub.transfer import Transfer, Wanted
 url, target, part = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 wanted = Wanted("model", "org/tiny", url, {}, target, int(sys.argv[4]), lock=target.with_name("model.lock"))
 Transfer(httpx.Client(trust_env=False), [wanted], Counter(None), lambda *_: None, Patience(), part).run()

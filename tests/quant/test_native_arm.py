@@ -1,6 +1,6 @@
 """glm4lite_check (quant/check) on an emulated ARM: its processors get the kernels they have, and those are right.
 
-A file of its own, so that one worker builds the program and another runs the sanitizers meanwhile.
+A file of its own, so that one may build the program while another runs the sanitizers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.quant.test_native_check import build, finished
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 AARCH64, EMULATOR, LIBRARIES = "aarch64-linux-gnu-g++", "qemu-aarch64", "/usr/aarch64-linux-gnu"
 
@@ -26,14 +28,12 @@ def neon(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # A processor that has both is the next test's.
-@pytest.mark.slow
 @pytest.mark.parametrize(("cpu", "isas"), [("neoverse-n1", ["neon"]), ("cortex-a53", [])])
 def test_an_arm_processor_gets_the_kernels_it_has(neon: Path, cpu: str, isas: list[str]) -> None:
     have = [isa for isa in ("neon", "neoni8mm") if subprocess.run(emulated(neon, cpu, isa, "threads")).returncode == 0]
     assert have == isas
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["scalar", "neon", "neoni8mm"])
 def test_the_kernels_are_right_on_arm(neon: Path, isa: str) -> None:
     assert finished(*emulated(neon, "max", isa)).endswith("all right\n")

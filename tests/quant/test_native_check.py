@@ -12,6 +12,8 @@ import pytest
 
 from glm4lite_quant.kernels import native
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
 SOURCE = Path(__file__).parents[2] / "quant"
 SANITIZED = "-O1 -g1 -fno-omit-frame-pointer -fno-sanitize-recover=all"
 
@@ -28,8 +30,8 @@ def build(folder: Path, *options: str) -> Path:
 
 
 def finished(*command: str, **environment: str) -> str:
-    """What a command that must succeed within four minutes printed."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | environment)
+    """What a command that must succeed printed. .ci/run gives it only what other tests leave of the processor."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, env=os.environ | environment)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
     return done.stdout
 
@@ -49,7 +51,6 @@ def sanitized(folder: Path, kind: str, *defines: str) -> Path:
     return build(folder / "build", *options)
 
 
-@pytest.mark.slow
 def test_every_isa_is_right_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     here = native._library().isas
     # AVX-VNNI's kernel with AVX-512's code of its instruction, where a host has that alone
@@ -59,6 +60,5 @@ def test_every_isa_is_right_under_address_and_undefined_behaviour_sanitizers(tmp
     assert all(line.endswith("all right") for line in lines)
 
 
-@pytest.mark.slow
 def test_no_two_threads_touch_the_same_memory(tmp_path: Path) -> None:
     finished(str(sanitized(tmp_path, "thread")), "threads", TSAN_OPTIONS="halt_on_error=1")

@@ -23,7 +23,7 @@ from glm4lite_ui.serving import serve_page
 from tests.glm4lite.scripted import ScriptedEngine
 
 
-def slow_engine(nano: Engine, reply: str, seconds: float = 0.01) -> Engine:
+def slow_engine(nano: Engine, reply: str, seconds: float = 0.02) -> Engine:
     """An Engine that computes like nano but answers everything with `reply`, taking `seconds` more a token."""
     words = [*nano.tokenizer.ids(reply), nano.tokenizer.special["<|user|>"]]
     model, left = copy.copy(nano.model), dict[int, list[int]]()  # by what keeps an answer's keys and values

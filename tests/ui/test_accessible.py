@@ -13,10 +13,10 @@ from glm4lite.base.sentences import Sentence
 from glm4lite.engine.engine import Engine
 from glm4lite.tools.builtin.tools import BUILTIN_TOOLS
 from glm4lite_ui.chats import Attachment, Chat, Counts, Part, Settings, Turn
-from tests.glm4lite.test_mcp import BAD, GOOD
+from tests.glm4lite.test_mcp import BAD
 from tests.ui.acts import ask, wait_for_end
 from tests.ui.conftest import Serve
-from tests.ui.test_servers import entry
+from tests.ui.test_servers import PLAIN, entry
 
 AXE = Path(__file__).with_name("axe") / "axe.min.js"
 SAID = """# Title
@@ -58,11 +58,11 @@ TURNS = [
 ]
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1440, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), pytest.param(1440, "dark", marks=pytest.mark.slow)])
 def test_axe_finds_nothing_serious(serve: Serve, visit: Callable[..., Any], width: int, scheme: str) -> None:
     site = serve(Engine.load("nano"), tools=[replace(tool, needs_approval=True) for tool in BUILTIN_TOOLS])
     site.runtime.preferences.keep_preset("Brief", Settings("Be brief."))
-    for name, more in {"good": entry(GOOD, "stdio"), "bad": entry(BAD, "bad-tools")}.items():
+    for name, more in {"good": entry(PLAIN), "bad": entry(BAD, "bad-tools")}.items():
         site.runtime.toolset.servers.add(name, more)
     chat = Chat.of(*TURNS, title="A chat")
     site.runtime.store.save(chat)

@@ -83,7 +83,8 @@ def answer_late(route: Any) -> None:
     route.fulfill(response=response)
 
 
-@pytest.mark.parametrize("late", [False, True])  # whether the page hears of it from the stream first
+# Whether the page hears of it from the stream first.
+@pytest.mark.parametrize("late", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_deleted_chat_comes_back(serve: Serve, visit: Visit, late: bool) -> None:
     site = serve()
     saved(site, "Moon", "Sun")
@@ -192,7 +193,7 @@ def test_a_search_shows_where_the_word_stands(serve: Serve, visit: Visit) -> Non
 ON_TOP = "document.querySelector('#toasts').matches(':popover-open')"
 
 
-@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("width", [390, pytest.param(1440, marks=pytest.mark.slow)])
 def test_what_is_said_while_a_sheet_is_open_lies_over_it(serve: Serve, visit: Visit, width: int) -> None:
     page = visit(serve().url, viewport={"width": width, "height": 900}, color_scheme="light")
     page.click("#open-settings")

@@ -32,6 +32,7 @@ from tests.ui.acts import ask, wait_for_end
 from tests.ui.conftest import Serve, Site
 
 Visit = Callable[..., Any]
+PLAIN = str(Path(__file__).with_name("plain_server.py"))
 WEATHER = "How is the weather in Lisbon?"
 
 
@@ -77,9 +78,14 @@ def kept(site: Site) -> dict[str, Any]:
 
 
 def pid_of(site: Site, name: str) -> int:
-    (server,) = (one for one in site.runtime.toolset.servers.all() if one.config.name == name)
-    (tool,) = (one for one in server.tools if one.name.endswith("process"))
-    return int(run_tool(tool, ToolCall("1", tool.name, "{}"), 10).content)
+    """Of a server that is connected, or will be in a moment."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        (server,) = (one for one in site.runtime.toolset.servers.all() if one.config.name == name)
+        for tool in (one for one in server.tools if one.name.endswith("process")):
+            return int(run_tool(tool, ToolCall("1", tool.name, "{}"), 10).content)
+        time.sleep(0.02)
+    raise AssertionError(f"{name} has no tools: {server.state}")
 
 
 def write(folder: Path, servers: dict[str, Any]) -> Path:
@@ -187,12 +193,12 @@ def started(server: Any) -> int:
 def test_servers_with_tools_of_one_name_stand_beside_each_other(serve: Serve, visit: Visit) -> None:
     site = serve()
     page = visit(site.url)
-    add(page, "one", line(GOOD, "stdio"))
+    add(page, "one", line(PLAIN))
     wait_for_server(page, "one")
-    add(page, "one", line(GOOD, "stdio"))
+    add(page, "one", line(PLAIN))
     page.wait_for_selector("#add-problem >> text=there is an MCP server called 'one' already")
     visit.errors.clear()  # type: ignore[attr-defined]  # Chromium logs each answer that is a refusal
-    add(page, "two", line(GOOD, "stdio"))
+    add(page, "two", line(PLAIN))
     part = wait_for_server(page, "two")
     assert "two__add" in part.inner_text()
     assert page.locator('[data-origin="MCP server one"] strong >> text="add"').count() == 1
@@ -209,21 +215,21 @@ def test_servers_with_tools_of_one_name_stand_beside_each_other(serve: Serve, vi
 def test_a_server_that_failed_at_the_start_is_listed_and_restarted_from_the_file(
     serve: Serve, visit: Visit, tmp_path: Path
 ) -> None:
-    file = write(tmp_path / "chats", {"good": entry(GOOD, "stdio"), "gone": {"command": "no-such-program"}})
+    file = write(tmp_path / "chats", {"good": entry(PLAIN), "gone": {"command": "no-such-program"}})
     site = serve()
     page = visit(site.url)
     page.click("#open-settings")
     wait_for_server(page, "good")  # which the other did not hold up
     part = wait_for_server(page, "gone", "failed")
     assert "there is no program 'no-such-program'" in part.inner_text()
-    file.write_text(json.dumps({"mcpServers": {"good": entry(GOOD, "stdio"), "gone": entry(BAD, "garbage")}}))
+    file.write_text(json.dumps({"mcpServers": {"good": entry(PLAIN), "gone": entry(BAD, "garbage")}}))
     part.get_by_text("Restart").click()
     wait_for_server(page, "gone")
     before = pid_of(site, "good")
     page.locator('[data-origin="MCP server good"]').get_by_text("Restart").click()
     assert ended(before)
-    wait_for_server(page, "good")
     assert pid_of(site, "good") != before
+    wait_for_server(page, "good")
 
 
 def test_a_server_is_added_by_its_address(serve: Serve, visit: Visit) -> None:
@@ -268,7 +274,7 @@ def test_a_new_servers_tools_are_on_in_the_chat_it_was_added_in(serve: Serve, vi
     page.click("#open-settings")
     page.get_by_role("checkbox", name="calculator").uncheck()
     page.wait_for_timeout(600)
-    add(page, "weather", line(GOOD, "stdio"))
+    add(page, "weather", line(PLAIN))
     wait_for_server(page, "weather")
     page.wait_for_timeout(800)
     tools = site.runtime.store.find()[0].settings.tools
@@ -303,7 +309,7 @@ def test_a_variable_stays_in_the_file_and_is_filled_in_for_the_server(
     monkeypatch.setenv("MY_TOKEN", "t0k3n")
     servers = Servers(ServerFile(tmp_path / "mcp.json"), (), tuple)
     try:
-        servers.add("x", entry_of({"command": line(GOOD, "stdio"), "env": "GIVEN=${MY_TOKEN}\n\nB = 2"}))
+        servers.add("x", entry_of({"command": line(PLAIN), "env": "GIVEN=${MY_TOKEN}\n\nB = 2"}))
         (tool,) = (tool for tool in servers.all()[0].tools if tool.name == "environment")
         call = ToolCall("1", tool.name, '{"name": "GIVEN"}')
         assert run_tool(tool, call, 10, approve=lambda *_: True).content == "t0k3n"
@@ -347,7 +353,7 @@ def test_a_server_that_cannot_be_kept_is_ended(tmp_path: Path) -> None:
     servers = Servers(ServerFile(tmp_path / "file" / "mcp.json"), (), tuple)
     before = threading.active_count()
     with pytest.raises(Glm4liteError, match="no MCP server can be kept here"):
-        servers.add("x", entry(GOOD, "stdio"))
+        servers.add("x", entry(PLAIN))
     assert servers.all() == []
     assert threading.active_count() <= before
 
@@ -359,7 +365,7 @@ def test_a_damaged_file_is_said_and_not_written_over(serve: Serve, visit: Visit,
     page = visit(site.url)
     page.click("#open-settings")
     page.wait_for_selector("#tool-groups >> text=mcp.json is not JSON")
-    add(page, "x", line(GOOD, "stdio"))
+    add(page, "x", line(PLAIN))
     page.wait_for_selector("#add-problem >> text=mcp.json is not JSON")
     assert path.read_text() == "{ not JSON"
     assert site.runtime.toolset.servers.all() == []
@@ -367,7 +373,7 @@ def test_a_damaged_file_is_said_and_not_written_over(serve: Serve, visit: Visit,
 
 
 def test_a_server_of_the_command_line_keeps_its_name(tmp_path: Path) -> None:
-    (tmp_path / "mcp.json").write_text(json.dumps({"mcpServers": {"weather": entry(GOOD, "stdio")}}))
+    (tmp_path / "mcp.json").write_text(json.dumps({"mcpServers": {"weather": entry(PLAIN)}}))
     servers = Servers(ServerFile(tmp_path / "mcp.json"), ["weather"], tuple)
     servers.start()
     deadline = time.monotonic() + 10
@@ -376,15 +382,15 @@ def test_a_server_of_the_command_line_keeps_its_name(tmp_path: Path) -> None:
     (server,) = servers.all()
     assert (server.state, server.problem) == ("failed", "--mcp names a server of the same name")
     with pytest.raises(ToolError, match="already"):
-        servers.add("weather", entry(GOOD, "stdio"))
+        servers.add("weather", entry(PLAIN))
     assert server.config == ServerConfig("weather")  # nothing was started
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the user's folder is named otherwise")
-@pytest.mark.parametrize("switch", [(), ("--servers-from-elsewhere",)])
+@pytest.mark.parametrize("switch", [(), pytest.param(("--servers-from-elsewhere",), marks=pytest.mark.slow)])
 def test_the_command_connects_what_lies_in_the_users_folder(tmp_path: Path, switch: tuple[str, ...]) -> None:
     file = ServerFile(tmp_path / "glm4lite" / "mcp.json")
-    file.put("weather", entry(GOOD, "stdio"))
+    file.put("weather", entry(PLAIN))
     command = [*forked(), "ui", "--port", "0", "--chats", str(tmp_path / "chats"), *switch]
     environment = os.environ | {"XDG_DATA_HOME": str(tmp_path)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
@@ -417,7 +423,7 @@ def client(serve: Serve) -> Iterator[tuple[Site, httpx.Client]]:
 
 
 def post(client: httpx.Client, site: Site, **headers: str) -> httpx.Response:
-    body = {"name": "x", "fields": {"command": line(GOOD, "stdio")}}
+    body = {"name": "x", "fields": {"command": line(PLAIN)}}
     return client.post("/page/servers", json=body, headers={"Origin": site.url} | headers)
 
 
@@ -428,31 +434,31 @@ def test_the_user_of_this_machine_may_add_a_server(client: tuple[Site, httpx.Cli
     assert asking.delete("/page/servers?name=x", headers={"Origin": site.url}).status_code == 200
 
 
-@pytest.mark.parametrize("header", ["X-Forwarded-For", "Forwarded", "X-Forwarded-Host", "Via", "CF-Connecting-IP"])
-def test_who_comes_through_a_proxy_may_not(client: tuple[Site, httpx.Client], header: str) -> None:
+def test_who_comes_through_a_proxy_may_not(client: tuple[Site, httpx.Client]) -> None:
     site, asking = client
-    answer = post(asking, site, **{header: "203.0.113.9"})
-    assert answer.status_code == 409
-    assert "on this machine only (a proxy asks)" in Sentence.from_json(answer.json()["error"])
-    assert asking.get("/page/tools", headers={header: "x"}).json()["refused"]
-    assert site.runtime.toolset.servers.all() == []
-    headers = {"Origin": site.url, header: "203.0.113.9"}
-    for word, status in (("allow", 409), ("", 409), ("ask", 200)):
-        said = {"origin": "", "tool": "calculator", "word": word}
-        assert asking.post("/page/tools/trust", json=said, headers=headers).status_code == status
+    for header in ("X-Forwarded-For", "Forwarded", "X-Forwarded-Host", "Via", "CF-Connecting-IP"):
+        answer = post(asking, site, **{header: "203.0.113.9"})
+        assert answer.status_code == 409, header
+        assert "on this machine only (a proxy asks)" in Sentence.from_json(answer.json()["error"])
+        assert asking.get("/page/tools", headers={header: "x"}).json()["refused"], header
+        assert site.runtime.toolset.servers.all() == []
+        headers = {"Origin": site.url, header: "203.0.113.9"}
+        for word, status in (("allow", 409), ("", 409), ("ask", 200)):
+            said = {"origin": "", "tool": "calculator", "word": word}
+            assert asking.post("/page/tools/trust", json=said, headers=headers).status_code == status, header
 
 
 def test_command_lines_are_told_on_this_machine_only(client: tuple[Site, httpx.Client]) -> None:
     site, asking = client
     assert post(asking, site).status_code == 200
-    assert "mcp_server.py" in asking.get("/page/tools").text
-    assert "mcp_server.py" not in asking.get("/page/tools", headers={"X-Forwarded-For": "203.0.113.9"}).text
+    assert "plain_server.py" in asking.get("/page/tools").text
+    assert "plain_server.py" not in asking.get("/page/tools", headers={"X-Forwarded-For": "203.0.113.9"}).text
 
 
 def test_a_program_that_does_not_say_where_its_page_is_from_may_not(client: tuple[Site, httpx.Client]) -> None:
     """As a tool of the model's that fetches what it is told to."""
     site, asking = client
-    body = {"name": "x", "fields": {"command": line(GOOD, "stdio")}}
+    body = {"name": "x", "fields": {"command": line(PLAIN)}}
     for answer in (
         asking.post("/page/servers", json=body),
         asking.delete("/page/servers?name=x"),
@@ -470,10 +476,10 @@ def test_a_program_that_does_not_say_where_its_page_is_from_may_not(client: tupl
     not hasattr(os, "geteuid") or os.geteuid() != 0 or not Path("/proc/net/tcp").exists(),
     reason="only root can ask as another user, and only Linux tells whose a connection is",
 )
-@pytest.mark.parametrize(("user", "status"), [(65534, 409), (0, 200)])
+@pytest.mark.parametrize(("user", "status"), [(65534, 409), pytest.param(0, 200, marks=pytest.mark.slow)])
 def test_another_user_of_this_machine_may_not(client: tuple[Site, httpx.Client], user: int, status: int) -> None:
     site, _ = client
-    body = json.dumps({"name": "x", "fields": {"command": line(GOOD, "stdio")}})
+    body = json.dumps({"name": "x", "fields": {"command": line(PLAIN)}})
     script = (
         "import encodings.idna, http.client, os, sys\nos.setuid(int(sys.argv[1]))\n"
         "asking = http.client.HTTPConnection(sys.argv[2], timeout=30)\n"
@@ -505,7 +511,7 @@ def test_the_page_says_that_servers_cannot_be_added_from_elsewhere(serve: Serve,
 def test_no_chat_that_is_imported_brings_a_server_or_a_permission(client: tuple[Site, httpx.Client]) -> None:
     site, asking = client
     chat = {"format": 2, "id": "0123456789abcdef", "title": "Hi", "tree": [], "settings": {"always": ["python"]}}
-    chat |= {"mcpServers": {"x": entry(GOOD, "stdio")}}
+    chat |= {"mcpServers": {"x": entry(PLAIN)}}
     answer = asking.post("/page/import?name=chat.json", content=json.dumps(chat).encode())
     assert answer.status_code == 200, answer.text
     assert site.runtime.store.load("0123456789abcdef").settings.always == []

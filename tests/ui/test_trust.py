@@ -20,10 +20,9 @@ from glm4lite_ui.saved.servers import ServerFile
 from glm4lite_ui.saved.trust import Trust
 from glm4lite_ui.servers import Servers
 from glm4lite_ui.toolset import Toolset
-from tests.glm4lite.test_mcp import GOOD
 from tests.ui.acts import ask, wait_for_end
 from tests.ui.conftest import Serve, Site
-from tests.ui.test_servers import WEATHER, add, entry, kept, line, wait_for_server
+from tests.ui.test_servers import PLAIN, WEATHER, add, entry, kept, line, wait_for_server
 
 Visit = Callable[..., Any]
 QUESTION = "What is 37 * 24?"
@@ -67,7 +66,7 @@ def test_a_tool_asks_in_every_chat_once_it_was_said_and_no_more_when_taken_back(
 def test_a_server_is_trusted_as_a_whole_a_tool_of_it_is_not_and_both_are_taken_back(serve: Serve, visit: Visit) -> None:
     site = serve()
     page = visit(site.url)
-    add(page, "weather", line(GOOD, "stdio"))
+    add(page, "weather", line(PLAIN))
     wait_for_server(page, "weather")
     choose(page, "Before a tool of weather runs", "allow")
     ask(page, WEATHER)
@@ -92,18 +91,18 @@ def test_a_server_is_trusted_as_a_whole_a_tool_of_it_is_not_and_both_are_taken_b
 def test_a_server_that_is_started_otherwise_or_added_again_is_not_trusted(serve: Serve, visit: Visit) -> None:
     site = serve()
     page = visit(site.url)
-    add(page, "weather", line(GOOD, "stdio"))
+    add(page, "weather", line(PLAIN))
     wait_for_server(page, "weather")
     choose(page, "Before a tool of weather runs", "allow")
     assert not asks(site, "get_weather")
-    site.runtime.toolset.servers.file.put("weather", entry(GOOD, "stdio", env={"PYTHONPATH": "/elsewhere"}))
+    site.runtime.toolset.servers.file.put("weather", entry(PLAIN, env={"PYTHONPATH": "/elsewhere"}))
     site.runtime.toolset.servers.restart("weather")
     assert asks(site, "get_weather")
-    site.runtime.toolset.servers.file.put("weather", entry(GOOD, "stdio"))
+    site.runtime.toolset.servers.file.put("weather", entry(PLAIN))
     site.runtime.toolset.servers.restart("weather")
     assert not asks(site, "get_weather")
     site.runtime.toolset.remove("weather")
-    site.runtime.toolset.servers.add("weather", entry(GOOD, "stdio"))
+    site.runtime.toolset.servers.add("weather", entry(PLAIN))
     assert asks(site, "get_weather")
     assert kept(site).keys() == {"weather"}
 
@@ -111,7 +110,7 @@ def test_a_server_that_is_started_otherwise_or_added_again_is_not_trusted(serve:
 def test_what_a_chat_allowed_is_not_for_another_server_of_that_name(serve: Serve, visit: Visit) -> None:
     site = serve()
     page = visit(site.url)
-    site.runtime.toolset.servers.add("weather", entry(GOOD, "stdio"))
+    site.runtime.toolset.servers.add("weather", entry(PLAIN))
     ask(page, WEATHER)
     page.wait_for_selector("#asking >> text=Run get_weather of MCP server weather?")
     page.wait_for_timeout(500)
@@ -126,7 +125,7 @@ def test_what_a_chat_allowed_is_not_for_another_server_of_that_name(serve: Serve
     page.wait_for_selector("text=18 degrees and sunny in Oslo")  # nobody was asked
     wait_for_end(page)
     site.runtime.toolset.remove("weather")
-    site.runtime.toolset.servers.add("weather", entry(GOOD, "stdio", env={"PYTHONPATH": "/elsewhere"}))
+    site.runtime.toolset.servers.add("weather", entry(PLAIN, env={"PYTHONPATH": "/elsewhere"}))
     ask(page, "How is the weather in Rome?")
     page.wait_for_selector("#asking >> text=Run get_weather of MCP server weather?")
     page.click("#stop")
@@ -181,7 +180,7 @@ def test_a_word_about_a_function_holds_for_its_file(tmp_path: Path) -> None:
 
 
 def test_a_server_of_the_command_line_is_trusted_as_it_is_started(tmp_path: Path) -> None:
-    (tmp_path / "given.json").write_text(json.dumps({"mcpServers": {"weather": entry(GOOD, "stdio")}}))
+    (tmp_path / "given.json").write_text(json.dumps({"mcpServers": {"weather": entry(PLAIN)}}))
     with Toolbox(mcp=[tmp_path / "given.json"]) as box:
         mine = toolset(tmp_path, list(box.tools), given=box.servers)
         assert [group.kind for group in mine.groups()] == ["builtin", "server"]

@@ -133,7 +133,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("quant", SIZES)
+@pytest.mark.parametrize("quant", ["int4", *(pytest.param(one, marks=pytest.mark.slow) for one in ("int8", "none"))])
 def test_the_memory_comes_back(large: Path, tmp_path: Path, quant: str) -> None:
     """In a process of its own: what others have freed and not given back would be taken for the model's."""
     command = [*python(), "-m", "tests.ui.loads_twice", str(large), quant, str(tmp_path)]

@@ -248,7 +248,7 @@ def test_an_answer_that_cannot_go_on_stays_as_it_was(nano: Engine, tmp_path: Pat
 
 
 def test_a_stopped_answer_goes_on(nano: Engine, tmp_path: Path) -> None:
-    runtime = Runtime(EngineWorker(slow_engine(nano, "word " * 300)), ChatStore(tmp_path))
+    runtime = Runtime(EngineWorker(slow_engine(nano, "word " * 300, 0.01)), ChatStore(tmp_path))
     chat = Chat()
     turn = chat.ask("Write")
     under_way = runtime.answer(chat)

@@ -23,7 +23,7 @@ _LISTED = re.compile(r"const (?:KEYS|FIELDS) = \[\n(.*?)\n\];", re.DOTALL)
 _SHORT = re.compile(r"'((?:[^'\\]|\\.)*)'")
 _LABEL = re.compile(r'aria-label="([^"]*)"')
 _KEY = re.compile(r"^  '((?:[^'\\]|\\.)*)': '((?:[^'\\]|\\.)*)',$")
-_ELSEWHERE = ("benchmark", "evaluate", "quantize", "loop")  # commands of the terminal
+_ELSEWHERE = ("benchmark", "evaluate", "export", "quantize", "loop")  # commands of the terminal
 _TOOLS = (*BUILTIN_TOOLS, python, *research_tools(Browser([]), finish=False))
 UNTRUSTED = CORE / "untrusted"
 _MARKDOWN = "- [x] a\n- [ ] b\n\n| a |\n|---|\n| b |\n\n```\nc\n```\n\n$$x$$"

@@ -71,6 +71,7 @@ def ui(
     model: options.Model = "nano",
     port: Annotated[int, typer.Option(help="Of http://127.0.0.1; 0 takes a free one.")] = 7860,
     quant: options.Quant = None,
+    lora: options.Lora = None,
     tools: options.Tools = None,
     no_tools: options.NoTools = False,
     mcp: options.Mcp = None,
@@ -124,7 +125,9 @@ def ui(
         older = Thread(target=_take_in_older, args=(store, chats is None))
         older.start()
         with Toolbox(tools or (), mcp or (), not no_tools, approve, researching) as box:
-            engine = Engine.load(model, quant or "auto", progress=renderer.show, need_template=True, **limits)
+            engine = Engine.load(
+                model, quant or "auto", progress=renderer.show, need_template=True, lora=lora, **limits
+            )
             older.join()
             runtime = Runtime(
                 EngineWorker(engine),
@@ -133,6 +136,7 @@ def ui(
                 source=model,
                 load_options=limits,
                 quant=quant or "auto",
+                lora=tuple(lora or ()),
                 folder=_own_folder(),
                 servers_from_elsewhere=servers_from_elsewhere,
                 servers=box.servers,

@@ -8,6 +8,7 @@ difference for each piece of text. So none of Gradio's events, uploads or sessio
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import gradio as gr
@@ -41,6 +42,7 @@ def theme() -> gr.themes.Base:
     return gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
 
 
+@functools.cache  # Gradio takes as long for it as for all of the server, and it holds nothing of who sees it
 def build() -> Page:
     """The page, for serving.py to mount."""
     with Page(title="glm4lite", analytics_enabled=False, fill_width=True) as page:

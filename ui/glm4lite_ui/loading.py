@@ -22,7 +22,7 @@ class Loading:
         self.runtime = runtime
         self._busy = threading.Lock()
 
-    def load(self, source: str, quant: str) -> Iterator[Progress | None]:
+    def load(self, source: str, quant: str, lora: tuple[str, ...] = ()) -> Iterator[Progress | None]:
         """Yields progress, None while the engine is busy with answers. Closing it stops the load.
 
         Raises:
@@ -40,11 +40,11 @@ class Loading:
         if not self._busy.acquire(blocking=False):
             raise BusyError("another window is loading a model")
         try:
-            yield from self._load(source, quant)
+            yield from self._load(source, quant, lora)
         finally:
             self._busy.release()
 
-    def _load(self, source: str, quant: str) -> Iterator[Progress | None]:
+    def _load(self, source: str, quant: str, lora: tuple[str, ...]) -> Iterator[Progress | None]:
         cancel, over = threading.Event(), threading.Event()
         heard: queue.SimpleQueue[Progress] = queue.SimpleQueue()
         failures: list[BaseException] = []
@@ -55,7 +55,7 @@ class Loading:
             heard.put(progress)
 
         def job(_: Engine) -> Iterator[None]:
-            self._replace(source, quant, hear)
+            self._replace(source, quant, lora, hear)
             yield
 
         def run() -> None:
@@ -78,7 +78,7 @@ class Loading:
         if failures:
             raise Glm4liteError(said_by(failures[0])) from failures[0]
 
-    def _replace(self, source: str, quant: str, hear: Callable[[Progress], None]) -> None:
-        runtime = self.runtime
-        runtime.worker.engine = Engine.load(source, quant, progress=hear, need_template=True, **runtime.load_options)
-        runtime.source, runtime.quant = source, quant
+    def _replace(self, source: str, quant: str, lora: tuple[str, ...], hear: Callable[[Progress], None]) -> None:
+        runtime, limits = self.runtime, self.runtime.load_options
+        runtime.worker.engine = Engine.load(source, quant, progress=hear, need_template=True, lora=lora, **limits)
+        runtime.source, runtime.quant, runtime.lora = source, quant, lora

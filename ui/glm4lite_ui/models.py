@@ -12,7 +12,8 @@ from glm4lite.base.errors import Glm4liteError, said_by
 from glm4lite.base.events import Progress
 from glm4lite.base.sentences import Sentence
 from glm4lite.base.sizes import readable
-from glm4lite.hub.local import cached_models
+from glm4lite.checkpoint.lora.folder import Loras
+from glm4lite.hub.local import runnable_models
 from glm4lite.hub.sources import NANO, locate
 from glm4lite.loading.plan_report import plan
 from glm4lite.measure.inventory import devices, kernel_names
@@ -45,12 +46,13 @@ class Models:
             "name": runtime.name,
             "source": runtime.source,
             "quant": runtime.quant,
+            "lora": list(runtime.lora),
             "loaded": loaded,
             "facts": [[name.to_json(), value.to_json()] for name, value in self._facts()] if loaded else [],
             "own": asdict(runtime.engine.params()),
             "thinks": loaded and runtime.engine.chat_template().can_think,
             "quants": QUANTS,
-            "known": list(dict.fromkeys([*self._loaded, NANO, *cached_models()])),
+            "known": list(dict.fromkeys([*self._loaded, NANO, *runnable_models()])),
             "loading": self._progress,
             "ended": self._said(),
         }
@@ -62,15 +64,16 @@ class Models:
         report = plan(_named(source), None if quant == "auto" else quant, budget)
         return [[name.to_json(), said.to_json()] for name, said in report.lines()]
 
-    def load(self, source: str, quant: str) -> None:
+    def load(self, source: str, quant: str, lora: tuple[str, ...] = ()) -> None:
         """Begins a load; raises what can be known at once."""
         locate(_named(source))
+        Loras.of(lora)
         if not self._lock.acquire(blocking=False):
             raise BusyError("another window is loading a model")
         self._cancelled.clear()
         self._ended, self._progress = None, {"source": source}
         self._tell(self._state())
-        threading.Thread(target=self._run, args=(source, quant), name="model", daemon=True).start()
+        threading.Thread(target=self._run, args=(source, quant, lora), name="model", daemon=True).start()
 
     def cancel(self) -> None:
         self._cancelled.set()
@@ -86,10 +89,10 @@ class Models:
             self._lock.release()
             self._tell(self._state())
 
-    def _run(self, source: str, quant: str) -> None:
+    def _run(self, source: str, quant: str, lora: tuple[str, ...]) -> None:
         began: tuple[str, float, int] | None = None
         try:
-            for progress in self._loading.load(source, quant):
+            for progress in self._loading.load(source, quant, lora):
                 if self._cancelled.is_set():
                     if self.runtime.engine.loaded:
                         raise Glm4liteError("loading was stopped; the model from before is still there")
@@ -120,6 +123,8 @@ class Models:
         runtime, model = self.runtime, self.runtime.engine.model
         config = model.config
         yield Sentence("Model"), Sentence("{name}", name=runtime.source)
+        if runtime.lora:
+            yield Sentence("Adapters"), Sentence("{list}", list=[Sentence("{name}", name=one) for one in runtime.lora])
         shape = {"type": config.model_type, "layers": config.num_hidden_layers, "width": config.hidden_size}
         yield Sentence("Shape"), Sentence("{type}, {layers} layers, {width} wide", **shape)
         names = kernel_names(model).items()

@@ -361,8 +361,13 @@ class _Model:
     def plan(self, source: Annotated[str, Body()], quant: Annotated[str, Body()] = "auto") -> list[Row]:
         return self.models.plan(source, quant)
 
-    def load(self, source: Annotated[str, Body()], quant: Annotated[str, Body()] = "auto") -> None:
-        self.models.load(source.strip(), quant)
+    def load(
+        self,
+        source: Annotated[str, Body()],
+        quant: Annotated[str, Body()] = "auto",
+        lora: Annotated[list[str] | None, Body()] = None,
+    ) -> None:
+        self.models.load(source.strip(), quant, tuple(one.strip() for one in lora or () if one.strip()))
 
     def cancel(self) -> None:
         self.models.cancel()

@@ -53,6 +53,7 @@ class Runtime:
     source: str = "nano"
     load_options: dict[str, Any] = field(default_factory=dict)  # of Engine.load, for the next model too
     quant: str = "auto"
+    lora: tuple[str, ...] = ()  # adapters that are on, as `Engine.load` takes them
     servers: Sequence[ServerConfig] = ()
     approval: str = "ask"
     folder: Path | None = None

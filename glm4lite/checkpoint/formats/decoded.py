@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from glm4lite.base.files import CONFIG
 from glm4lite.checkpoint import legacy
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.formats.weight import Affine, Opened, PackedWeight
+from glm4lite.checkpoint.shard import StoredTensor
 from glm4lite.model.config import Glm4Config
 from glm4lite_quant import QuantConfig
 from glm4lite_quant.config import CALIBRATED, GROUP_SIZES, KEPT, SEARCH
@@ -59,6 +61,16 @@ class DecodedCheckpoint(Checkpoint):
         self.origin = checkpoint.origin
         self._opened: dict[str, Opened] = {}
 
+    def parts(self, name: str) -> list[StoredTensor]:
+        if name not in self._pieces:
+            return super().parts(name)
+        return [self._source.stored(part) for piece in self._pieces[name] for part in piece.weight.parts]
+
+    def release(self, path: Path) -> None:
+        self._opened.clear()
+        self._source.release(path)
+        super().release(path)
+
     def tensor(self, name: str) -> Tensor:
         return self.rows(name, 0, self.shape(name)[0]) if name in self._pieces else super().tensor(name)
 
@@ -80,6 +92,16 @@ class DecodedCheckpoint(Checkpoint):
             return parts[0]
         values, step, low = (torch.cat([getattr(part, plane) for part in parts]) for plane in ("values", "step", "low"))
         return Codes(values, step, low, max(part.levels for part in parts))
+
+    @property
+    def packed(self) -> frozenset[str]:
+        """The tensors that are decoded."""
+        return frozenset(self._pieces)
+
+    def has_codes(self, name: str, group: int) -> bool:
+        """Whether a weight can be asked for its codes in groups of so many columns."""
+        groups = [piece.weight.group for piece in self._pieces.get(name, ())]
+        return bool(groups) and all(size is not None and size % group == 0 for size in groups)
 
     def quant_for(self, name: str, config: QuantConfig) -> QuantConfig:
         pieces = self._pieces.get(name)

@@ -1,12 +1,14 @@
-"""HQQ in 4 and 8 bits: `X.W_q` uint8, `.scale`, `.zero`, and its settings as small tensors beside them.
+"""HQQ in 2, 3, 4 and 8 bits: `X.W_q`, `.scale`, `.zero`, and its settings as small tensors beside them.
 
-`w = (W_q - zero) * scale`. The weight [N, K] is reshaped to rows of a group (axis 1) or to columns of one (axis 0);
-two codes of 4 bits share a byte: those of the first half of these rows lie high, those of the second low. Source: hqq
-0.2 (core/quantize.py, core/bitpack.py).
+`w = (W_q - zero) * scale`. The weight [N, K] is reshaped to rows of a group (axis 1) or to columns of one (axis 0).
+Several codes share a word: those of the first rows lie highest, those of as many rows behind them below. A byte has
+four codes of 2 bits or two of 4, an int32 ten of 3, whose last rows may be padding. Source: hqq 0.2 (core/quantize.py,
+core/bitpack.py).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,7 @@ from glm4lite.checkpoint.formats.imported import ImportedFormat, group_size, one
 from glm4lite.checkpoint.formats.weight import SCALES, Affine, Opened, PackedWeight, check, finite, held_as, wrong
 from glm4lite_quant import QuantError
 
-BITS = (4, 8)
+IN_A_WORD = {2: 4, 3: 10, 4: 2, 8: 1}  # codes, by their bits
 _SETTINGS = (
     *("nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale"),
     *("quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise"),
@@ -50,7 +52,7 @@ class HQQ(ImportedFormat):
         for key in ("scale_quant_params", "zero_quant_params"):
             if outer.get(key):
                 raise QuantError(f"quantization_config.quant_config.{key} is set: quantized scales cannot be read")
-        return Settings(one_of(inner, "nbits", BITS), group_size(inner), one_of(inner, "axis", (0, 1), 1))
+        return Settings(one_of(inner, "nbits", IN_A_WORD), group_size(inner), one_of(inner, "axis", (0, 1), 1))
 
     def weights(self, checkpoint: Checkpoint, settings: Settings) -> Iterator[tuple[str, PackedWeight]]:
         for name in checkpoint.names():
@@ -61,17 +63,17 @@ class HQQ(ImportedFormat):
 
 def _weight(checkpoint: Checkpoint, module: str, settings: Settings) -> PackedWeight:
     words, scale, zero, size = (f"{module}.{part}" for part in ("W_q", "scale", "zero", "shape"))
-    check(checkpoint, words, ("U8",))
+    check(checkpoint, words, ("I32",) if settings.bits == 3 else ("U8",))
     for name in (scale, zero):
         check(checkpoint, name, SCALES)
-    count = checkpoint.nbytes(words) * 8 // settings.bits
     check(checkpoint, size, ("I64", "I32"), (2,))
     if not checkpoint.file(size).exists():
         raise wrong(checkpoint, size, "is not here, and only it tells the weight's shape")
     rows, columns = (int(number) for number in checkpoint.tensor(size))
     group = settings.group or (columns if settings.axis == 1 else rows)
-    if rows < 1 or columns < 1 or rows * columns != count or count % group:
-        raise wrong(checkpoint, size, f"says {[rows, columns]}, and there are {count} codes in groups of {group}")
+    count, room = rows * columns, math.prod(checkpoint.shape(words)) * IN_A_WORD[settings.bits]
+    if rows < 1 or columns < 1 or count % group or room != _padded(count, group, settings):
+        raise wrong(checkpoint, size, f"says {[rows, columns]}, and there are {room} codes in groups of {group}")
     for name in (scale, zero):
         check(checkpoint, name, SCALES, (count // group, 1) if settings.axis == 1 else (1, count // group))
     parts = (words, scale, zero, *(part for key in _SETTINGS if (part := f"{module}.{key}") in checkpoint))
@@ -92,13 +94,18 @@ def _weight(checkpoint: Checkpoint, module: str, settings: Settings) -> PackedWe
     return PackedWeight(parts, (rows, columns), held, settings.bits, shared, opened, settings.bits >= 8)
 
 
+def _padded(count: int, group: int, settings: Settings) -> int:
+    """How many codes are stored: whole words of the reshaped weight's rows."""
+    width, in_a_word = group if settings.axis == 1 else count // group, IN_A_WORD[settings.bits]
+    return -(-count // (width * in_a_word)) * width * in_a_word
+
+
 def _codes(packed: Tensor, start: int, stop: int, bits: int) -> Tensor:
     """Codes start to stop-1, counted along the rows."""
-    if bits == 8:
-        return packed[start:stop]
-    half = packed.shape[0]
-    high, low = packed[start : min(stop, half)] >> 4, packed[max(start - half, 0) : max(stop - half, 0)] & 15
-    return torch.cat((high, low)) if start < half < stop else (high if stop <= half else low)
+    size, top = packed.shape[0], IN_A_WORD[bits] - 1
+    fields = range(start // size, max(stop - 1, start) // size + 1)
+    parts = (packed[max(start - i * size, 0) : max(stop - i * size, 0)] >> bits * (top - i) for i in fields)
+    return (torch.cat(list(parts)) & (1 << bits) - 1).to(torch.uint8)
 
 
 @dataclass(frozen=True)

@@ -9,22 +9,26 @@ import hashlib
 import json
 import logging
 import reprlib
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from glm4lite.base.errors import CheckpointError
 from glm4lite.base.files import CONFIG, TOKENIZER
+from glm4lite.base.owned_folder import remove_tree
 from glm4lite.base.user_folder import make_private, user_folder
 from glm4lite.base.whole_file import write_whole
 from glm4lite.hub.sources import nano_folder
 
 logger = logging.getLogger("glm4lite")
 
-_VERSION = 1  # of what is made here; files of another are made anew
+_VERSION = 2  # of what is made here; files of another are made anew
 _TEMPLATE, _SETTINGS, _GENERATION = "chat_template.jinja", "tokenizer_config.json", "generation_config.json"
+_SOURCE = "source.json"
+_NEW_S = 60.0  # another process may just be writing it
 _PRE = ("glm4", "chatglm-bpe")
-_SPLIT = (
+SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -41,12 +45,15 @@ def companions_folder(path: Path, metadata: Mapping[str, Any], config: Mapping[s
     """
     status = path.stat()
     identity = f"{_VERSION}\0{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
-    folder = user_folder() / "gguf" / f"{path.stem[:80]}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    every = user_folder() / "gguf"
+    folder = every / f"{path.stem[:80]}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     if (folder / CONFIG).exists():  # the last that is written
         return folder
     files = _tokenizer_files(path, metadata)
+    files[_SOURCE] = _json([str(path.resolve()), status.st_size, status.st_mtime_ns])
     files[_GENERATION] = _json({key: config[key] for key in ("eos_token_id", "pad_token_id")})
     try:
+        _remove_orphans(every)
         make_private(folder)
         for name, content in files.items():
             write_whole(folder / name, content)
@@ -54,6 +61,21 @@ def companions_folder(path: Path, metadata: Mapping[str, Any], config: Mapping[s
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from None
     return folder
+
+
+def _remove_orphans(every: Path) -> None:
+    """Removes companions of files that are not there any more, or are others now."""
+    for folder in every.iterdir() if every.is_dir() else []:
+        if not (folder / _SOURCE).exists() and time.time() - folder.stat().st_mtime < _NEW_S:
+            continue
+        try:
+            path, size, changed = json.loads((folder / _SOURCE).read_bytes())
+            status = Path(path).stat()
+            there = (status.st_size, status.st_mtime_ns) == (size, changed)
+        except (OSError, ValueError, TypeError):
+            there = False
+        if not there:
+            remove_tree(folder)
 
 
 def _json(value: Any) -> bytes:
@@ -78,7 +100,7 @@ def _tokenizer_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, bytes
     vocabulary = {
         token: number for number, token in enumerate(tokens) if kind_of[token] not in (_CONTROL, _USER, _UNUSED)
     }
-    split = {"type": "Split", "pattern": {"Regex": _SPLIT}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     settings = {"unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "dropout": None}
     tokenizer = {

@@ -32,6 +32,8 @@ _PARTS: Mapping[str, str] = {
     "ffn_down": "mlp.down_proj",
     "post_ffw_norm": "post_mlp_layernorm",
 }
+_BY_NAME = {new: old.removesuffix(".weight") for old, new in _NAMES.items()}
+_BY_PART = {new: old for old, new in _PARTS.items()} | {"mlp.gate_up_proj": "ffn_up"}
 _FUSED_QKV, _GATE, _UP = "attn_qkv", "ffn_gate", "ffn_up"
 _STOPS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 _HF_EPS, _HF_CONTEXT = 1.5625e-07, 131072  # of glm-4-9b-chat-hf
@@ -96,16 +98,29 @@ def _scaling(metadata: _Metadata) -> dict[str, Any]:
 
 
 def _stop_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Every token that ends a turn: the file names one or two, and GLM-4 has three."""
+    """Every token that ends a turn: most files name one or two, and GLM-4 has three."""
     tokens = metadata.get("tokenizer.ggml.tokens")
     tokens = tokens if isinstance(tokens, list) else []
     found = [tokens.index(token) for token in _STOPS if token in tokens]
-    for key in ("eos_token_id", "eot_token_id"):
+    for key in ("eos_token_id", "eot_token_id", "eom_token_id"):
         value = metadata.get(f"tokenizer.ggml.{key}")
         if type(value) is int and value not in found:
             found.append(value)
     padding = metadata.get("tokenizer.ggml.padding_token_id")
     return {"eos_token_id": found or None, "pad_token_id": padding if type(padding) is int else None}
+
+
+def ggml_name(name: str) -> str:
+    """What a file calls a tensor of the model.
+
+    >>> ggml_name("model.layers.3.self_attn.q_proj.bias")
+    'blk.3.attn_q.bias'
+    """
+    if name in _BY_NAME:
+        return f"{_BY_NAME[name]}.weight"
+    _, _, layer, part = name.split(".", 3)
+    module, _, leaf = part.rpartition(".")
+    return f"blk.{layer}.{_BY_PART[module]}.{leaf}"
 
 
 class _Metadata:

@@ -11,6 +11,7 @@ from glm4lite.base.errors import ConfigError, one_line
 from glm4lite.base.events import Done, Event, Progress, TextDelta, ThinkingDelta, ToolCallDelta, ToolCallStarted
 from glm4lite.base.user_folder import chats_folder
 from glm4lite.chat.session import ChatSession
+from glm4lite.checkpoint.lora.folder import Loras
 from glm4lite.cli.chat import saved
 from glm4lite.cli.chat.settings import Settings
 from glm4lite.cli.signals import interrupt_stops
@@ -165,7 +166,8 @@ class Conversation:
         """
         locate(model)
         old, options = self.source, self.source.options
-        new = replace(self.source, model=model, options=replace(options, quant=quant or options.quant))
+        loras = options.loras if model == old.model else Loras()  # adapters are of their own model
+        new = replace(self.source, model=model, options=replace(options, quant=quant or options.quant, loras=loras))
         unloaded = False
 
         def unload() -> None:

@@ -1,4 +1,4 @@
-"""`glm4lite batch`: OpenAI's batch files, answered here.
+"""`glm4lite batch`: OpenAI's batch files, answered here, by a server, or by the workers of a Ray cluster.
 
 OUT is all the state there is: a request whose custom_id it has is done, whatever the line says of it. Exit code 3 where
 the end was reached and lines of OUT are errors.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING, Annotated, BinaryIO
 
@@ -24,22 +24,45 @@ if TYPE_CHECKING:
 
     from glm4lite.cli.batch_results import Results
     from glm4lite.cli.terminal import Renderer
-    from glm4lite.engine.worker import EngineWorker
-    from glm4lite.server.batch import LineError, Request, Result
+    from glm4lite.server.batch.cluster import Cluster
+    from glm4lite.server.batch.lines import LineError, Request, Result
+    from glm4lite.server.batch.running import Source
 
 SOME_FAILED = 3
-READ_AHEAD = 4  # requests that are ready when one of those that run is done
 MOST_IGNORED = 20  # names that are said
 LOG_S = 10.0  # between two lines about the progress where stderr is no terminal
 
 
 def batch(
+    ctx: typer.Context,
     requests: Annotated[str, typer.Argument(metavar="IN.jsonl", help="OpenAI's batch lines; - is stdin.")],
     answers: Annotated[
         str, typer.Argument(metavar="OUT.jsonl", help="Added to; what it has is not answered again. - is stdout.")
     ],
     model: options.NamedModel = "nano",
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="Ask this OpenAI server, such as vLLM's, and load no model.", show_default="none"
+        ),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="GLM4LITE_API_KEY", help="What --server asks of clients.", show_default="none")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="local|auto|HOST:PORT",
+            help="Spread the work over a Ray cluster: one for this run, this machine's, or that of this head.",
+            show_default="none",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Of --ray, each with a model.", show_default="one for each GPU or machine")
+    ] = None,
     quant: options.Quant = None,
+    lora: options.Lora = None,
+    lora_modules: options.LoraModules = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     kv: options.KV = "auto",
@@ -48,18 +71,36 @@ def batch(
     context: options.Context = None,
     speculate: options.Speculate = "auto",
     draft: options.Draft = None,
-    parallel: options.Parallel = None,
+    parallel: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Answers computed at once by each model.",
+            show_default="4 on a CPU, 1 with a GPU, 32 of --server",
+        ),
+    ] = None,
     threads: options.Threads = None,
 ) -> None:
     """Answer a file of requests in OpenAI's batch format. The same command goes on where it was stopped."""
     from glm4lite.cli.batch_results import opened
-    from glm4lite.engine.engine import Engine
-    from glm4lite.engine.worker import EngineWorker
-    from glm4lite.loading.load_options import LoadOptions
     from glm4lite.memory.budget import Budget
+    from glm4lite.server.batch.client import AT_ONCE, Server
+    from glm4lite.server.batch.cluster import Cluster
+    from glm4lite.server.batch.local import Model
+    from glm4lite.server.launch import name_of
 
-    budget = Budget.of(gpu_memory, ram, context, kv)
-    options.use_threads(threads)
+    _refuse_ignored(ctx, server, ray)
+    who: Source
+    if server is None:
+        budget, number = Budget.of(gpu_memory, ram, context, kv), options.thread_count(threads)
+        found, guesser = _everywhere(model), draft and _everywhere(draft)
+        adapters = options.loras(
+            [_adapter_everywhere(one) for one in lora or ()], [_choice_everywhere(one) for one in lora_modules or ()]
+        )
+        who = Model(found, name_of(model), quant, device, dtype, budget, speculate, guesser, parallel, number, adapters)
+    else:
+        who = Server(server, api_key, parallel or AT_ONCE)
+    cluster = None if ray is None else Cluster(ray, workers)
     with rendering(as_json=False) as renderer, ExitStack() as stack:
         source = stack.enter_context(_source(requests, answers))
         results = stack.enter_context(opened(answers))
@@ -67,17 +108,60 @@ def batch(
             renderer.remark(f"({answers} ended in the middle of a line, which was dropped: it is answered again)")
         if results.held:
             renderer.remark(f"{answers} holds {len(results.held):,} results; those are not answered again")
-        if model == "nano":
+        if server is None and model == "nano":
             renderer.remark(nano_remark("batch IN.jsonl OUT.jsonl --model"))
         run = _Run(renderer, results, total=_count(source))
         with run.saying_how_to_go_on():
-            asked = LoadOptions(quant or "auto", device, dtype, renderer.show, budget=budget)
-            engine = Engine.from_options(model, asked, speculate=speculate, parallel=parallel, draft=draft)
-            at_once = engine.parallel + READ_AHEAD
-            worker = stack.enter_context(closing(EngineWorker(engine, at_once)))
-            run.answer(source, worker, model, at_once)
+            run.answer(who, cluster, source)
     if results.held.failed:
         raise typer.Exit(SOME_FAILED)
+
+
+OF_A_MODEL = (
+    "model",
+    "quant",
+    "lora",
+    "lora_modules",
+    "device",
+    "dtype",
+    "kv",
+    "gpu_memory",
+    "ram",
+    "context",
+    "speculate",
+    "draft",
+    "threads",
+)
+
+
+def _refuse_ignored(given: typer.Context, server: str | None, ray: str | None) -> None:
+    """ConfigError for an option that would mean nothing."""
+    idle = {name: "with --server, which has its own model" for name in OF_A_MODEL if server is not None}
+    idle |= {} if ray is not None else {"workers": "without --ray"}
+    idle |= {} if server is not None else {"api_key": "without --server"}
+    for name, why in idle.items():
+        found = given.get_parameter_source(name)
+        if found is not None and found.name == "COMMANDLINE":
+            raise ConfigError(f"--{name.replace('_', '-')} means nothing {why}; leave it out")
+
+
+def _everywhere(model: str) -> str:
+    """A folder by its whole path: other machines' processes run elsewhere. "nano" is never a folder."""
+    return os.path.abspath(model) if model != "nano" and os.path.exists(model) else model
+
+
+def _adapter_everywhere(text: str) -> str:
+    """ADAPTER[=SCALE] with a folder by its whole path."""
+    from glm4lite.checkpoint.lora.folder import with_scale
+
+    folder = with_scale(text)[0]
+    return os.path.abspath(folder) + text[len(folder) :] if os.path.exists(folder) else text
+
+
+def _choice_everywhere(text: str) -> str:
+    """NAME=ADAPTER[=SCALE] with a folder by its whole path."""
+    name, equals, adapter = text.partition("=")
+    return f"{name}={_adapter_everywhere(adapter)}" if equals and adapter else text
 
 
 def _source(requests: str, answers: str) -> AbstractContextManager[BinaryIO]:
@@ -94,7 +178,7 @@ def _source(requests: str, answers: str) -> AbstractContextManager[BinaryIO]:
 
 def _count(source: BinaryIO) -> int | None:
     """How many requests are to be read, None where that is not known before."""
-    from glm4lite.server.batch import lines
+    from glm4lite.server.batch.lines import lines
 
     if not source.seekable():
         return None
@@ -114,24 +198,33 @@ class _Run:
         self._bar: Progress | None = None
         self._shown = time.monotonic()
 
-    def answer(self, source: BinaryIO, worker: EngineWorker, model: str, at_once: int) -> None:
+    def answer(self, who: Source, cluster: Cluster | None, file: BinaryIO) -> None:
         """Answers what is left of a file."""
-        from glm4lite.server.batch import requests, results
-        from glm4lite.server.launch import name_of
+        from glm4lite.server.batch.lines import requests
+        from glm4lite.server.batch.running import UNKNOWN_CONTEXT, results
 
-        began = time.monotonic()
+        if cluster is not None:
+            left = filter(self._is_left, requests(file, UNKNOWN_CONTEXT))
+            self._write(cluster.results(who, left, self._remark))
+            return
+        with closing(who.open(self._renderer.show)) as answerer:
+            left = filter(self._is_left, requests(file, answerer.context))
+            self._write(results(answerer, left))
+
+    def _write(self, results: Generator[Result]) -> None:
+        began, tokens = time.monotonic(), 0
 
         def speed() -> float:
-            return worker.state().new_tokens / (time.monotonic() - began)
+            return tokens / (time.monotonic() - began)
 
-        left = filter(self._is_left, requests(source, worker.engine.model.context))
-        with closing(results(worker, name_of(model), left, at_once)) as found, self._bar_where_seen():
+        with closing(results) as found, self._bar_where_seen():
             for result in found:
                 self._results.write(result.line)
                 self._answered += 1
+                tokens += result.new_tokens
                 self._say(result)
                 self._show(f"{self._so_far()}, {speed():.0f} tok/s")
-        self._renderer.remark(f"{self._so_far()}, {worker.state().new_tokens:,} tokens, {speed():.0f} tok/s")
+        self._renderer.remark(f"{self._so_far()}, {tokens:,} tokens, {speed():.0f} tok/s")
 
     @contextmanager
     def saying_how_to_go_on(self) -> Iterator[None]:

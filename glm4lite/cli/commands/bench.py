@@ -20,6 +20,7 @@ def bench(
     device: options.Device = "cpu",
     threads: options.Threads = None,
     quant: options.Quant = None,
+    lora: options.Lora = None,
     as_json: options.JsonObject = False,
 ) -> None:
     """Measure speed and memory of a model, and how near it comes to what this machine's memory and disk give."""
@@ -29,5 +30,7 @@ def bench(
     budget = Budget.of(gpu_memory, ram, None, kv)
     options.use_threads(threads)
     with rendering(as_json=False) as renderer:
-        found = benchmark(model, quant, prompt_tokens, new_tokens, renderer.show, budget=budget, device=device)
+        loras = options.loras(lora)
+        counts = prompt_tokens, new_tokens
+        found = benchmark(model, quant, *counts, renderer.show, budget=budget, device=device, loras=loras)
     print_report(found, as_json)

@@ -25,6 +25,7 @@ def chat(
     prompt: options.Prompt = None,
     lines: options.Lines = False,
     quant: options.Quant = None,
+    lora: options.Lora = None,
     as_json: options.Json = False,
     raw: options.Raw = False,
     no_history: options.NoHistory = False,
@@ -73,7 +74,7 @@ def chat(
     options.use_threads(threads)
     budget = Budget.of(gpu_memory, ram, context, kv)
     with rendering(as_json, raw or schema is not None) as renderer, ExitStack() as open_tools:
-        asked = LoadOptions(quant or "auto", device, dtype, budget=budget)
+        asked = LoadOptions(quant or "auto", device, dtype, budget=budget, loras=options.loras(lora))
         source = Source(model, asked, speculate, draft, keep_prefixes)
         by_hand = prompt is None and is_interactive()
         message = None if lines or by_hand else _question(prompt, renderer)

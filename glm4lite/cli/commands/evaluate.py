@@ -16,6 +16,7 @@ def evaluate(
     text: Annotated[Path, typer.Option(help="A UTF-8 text to predict.")],
     against: Annotated[str | None, typer.Option(help="Compare with this model (the reference).")] = None,
     quant: options.Quant = None,
+    lora: options.Lora = None,
     against_quant: options.Quant = None,
     windows: Annotated[int | None, typer.Option(help="At most so many windows.", show_default="all")] = None,
     dtype: options.Dtype = "auto",
@@ -30,5 +31,7 @@ def evaluate(
     options.use_threads(threads)
     reference = None if against is None else Choice(against, against_quant, against_dtype)
     with rendering(as_json=False) as renderer:
-        found = compared(Choice(model, quant, dtype), read_text(text), reference, windows, renderer.show)
+        found = compared(
+            Choice(model, quant, dtype, tuple(lora or ())), read_text(text), reference, windows, renderer.show
+        )
     print_report(found, as_json)

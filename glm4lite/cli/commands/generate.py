@@ -18,6 +18,7 @@ def generate(
         str | None, typer.Option("--prompt", "-p", help="Text to go on from, what stdin holds below it; - is stdin.")
     ] = None,
     quant: options.Quant = None,
+    lora: options.Lora = None,
     as_json: options.Json = False,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
@@ -58,7 +59,7 @@ def generate(
     options.use_threads(threads)
     budget = Budget.of(gpu_memory, ram, context, kv)
     with rendering(as_json, raw=True) as renderer:
-        asked = LoadOptions(quant or "auto", device, dtype, renderer.show, budget=budget)
+        asked = LoadOptions(quant or "auto", device, dtype, renderer.show, budget=budget, loras=options.loras(lora))
         text = "" if prompt is None and is_interactive() else prompt_text(prompt, renderer.remark)
         completion = Completion(Engine.from_options(model, asked, speculate=speculate, draft=draft))
         with interrupt_stops(completion):

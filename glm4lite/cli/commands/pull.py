@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
 
@@ -31,7 +32,7 @@ def pull(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default="the newest")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Download a model, verified; what was stopped or killed goes on where it was."""
+    """Download a model, verified; what was stopped or killed goes on where it was. Of GGUF give ORG/NAME:Q4_K_M."""
     from glm4lite.hub.options import HubOptions
     from glm4lite.hub.sources import locate
 
@@ -59,10 +60,18 @@ def pull(
             from glm4lite.checkpoint.quantize import quantize_checkpoint
 
             options.use_threads(None)
-            called = f"{found.rpartition('/')[2]}-{quant}"
+            called = f"{_called(found)}-{quant}"
             target = models_folder() / called if to is None else to
             written = quantize_checkpoint(found, target, quant, renderer.show, hub=asked)
             name = called if to is None else str(to)
         files = [written] if written.is_file() else [path for path in written.iterdir() if path.is_file()]
         size = sum(path.stat().st_size for path in files)
         renderer.remark(f"{written}: {readable(size)}. Run it: glm4lite chat {shlex.quote(name)}")
+
+
+def _called(found: str) -> str:
+    """What a model is called where it lies quantized: by its repo, or by its GGUF file."""
+    from glm4lite.hub.sources import is_url
+
+    name = urlsplit(found).path if is_url(found) else found
+    return name.rpartition("/")[2].removesuffix(".gguf").replace(":", "-")

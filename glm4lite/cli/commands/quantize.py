@@ -24,6 +24,7 @@ def quantize(
     no_calibration: Annotated[
         bool, typer.Option("--no-calibration", help="Look at the weights alone: quicker, less exact.")
     ] = False,
+    lora: options.Lora = None,
     fast: Annotated[bool, typer.Option("--fast", help="Take each group's whole range: quickest, least exact.")] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -40,7 +41,7 @@ def quantize(
     method = "minmax" if fast else "search" if no_calibration else "calibrated"
     with rendering(as_json) as renderer:
         asked = QuantConfig(config.bits, group_size, method=method) if isinstance(config, QuantConfig) else quant
-        written = quantize_checkpoint(source, destination, asked, renderer.show, calibration=calibration)
+        written = quantize_checkpoint(source, destination, asked, renderer.show, calibration=calibration, lora=lora)
         size = sum(file.stat().st_size for file in written.iterdir())
         command = f"glm4lite chat {shlex.quote(_as_model(written))}"
         renderer.remark(f"{written}: {readable(size)}, {quant}. Run it: {command}")

@@ -48,6 +48,7 @@ def research(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, max=200, help="The most calls before the report.")] = 35,
     quant: options.Quant = None,
+    lora: options.Lora = None,
     as_json: options.Json = False,
     raw: options.Raw = False,
     temperature: options.Temperature = None,
@@ -90,7 +91,7 @@ def research(
             )
         if model == "nano":
             renderer.remark(nano_remark("research ... --model"))
-        load = LoadOptions(quant or "auto", device, dtype, renderer.show, budget=budget)
+        load = LoadOptions(quant or "auto", device, dtype, renderer.show, budget=budget, loras=options.loras(lora))
         engine = Engine.from_options(
             model, load, need_template=True, speculate=speculate, draft=draft, keep_prefixes=keep_prefixes
         )

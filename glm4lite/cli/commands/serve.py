@@ -30,6 +30,8 @@ def serve(
     ] = None,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for those being answered.")] = 512,
     quant: options.Quant = None,
+    lora: options.Lora = None,
+    lora_modules: options.LoraModules = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     kv: options.KV = "auto",
@@ -62,13 +64,15 @@ def serve(
             renderer.remark(nano_remark("serve"))
         budget = Budget.of(gpu_memory, ram, context, kv)
         loading = Loading(renderer.show)
-        asked = LoadOptions(quant or "auto", device, dtype, loading.show, budget=budget)
+        loras = options.loras(lora, lora_modules)
+        asked = LoadOptions(quant or "auto", device, dtype, loading.show, budget=budget, loras=loras)
         with loading.answering(listening, access):
             engine = Engine.from_options(
                 model, asked, speculate=speculate, parallel=parallel, draft=draft, keep_prefixes=keep_prefixes
             )
         name = name_of(model)
-        ready = f"{name} answers at {url_of(listening)}/v1 (Ctrl-C ends)"
-        names = ModelNames(name, tuple(alias or ()), any_model)
+        with_adapters = "".join(f", {name}:{adapter}" for adapter in engine.adapters)
+        ready = f"{name}{with_adapters} answers at {url_of(listening)}/v1 (Ctrl-C ends)"
+        names = ModelNames(name, tuple(alias or ()), any_model, engine.adapters)
         served = create_app(EngineWorker(engine, queue), names, access)
         serve_app(served, listening, lambda: renderer.remark(ready))

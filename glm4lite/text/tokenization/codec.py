@@ -100,6 +100,11 @@ class Codec:
         tokenizer.folder = Path(path)
         return tokenizer
 
+    def written(self) -> dict[str, Any]:
+        """What tokenizer.json says, with the special tokens that other files name."""
+        found: dict[str, Any] = json.loads(self._call("to_str"))
+        return found
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._backend.encode_special_tokens = True  # which a copy of the backend does not remember

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from glm4lite_quant.config import QuantError
-from glm4lite_quant.format import Planes
+from glm4lite_quant.format import ROWS, Planes
 from glm4lite_quant.kernels import native
 
 WEIGHTS = ("q", "k", "v", "o", "gate_up", "down")
@@ -63,11 +63,60 @@ class CacheView:
         return -(-self.capacity // BLOCK) if self.table is None else self.values.shape[0]
 
 
+class LowRankPath(Protocol):
+    """What an adapter adds to a linear [N, K]: y = gain * y + b (a x) + bias; contiguous float32 on the CPU."""
+
+    @property
+    def a(self) -> Tensor:
+        """[r, K]."""
+
+    @property
+    def b(self) -> Tensor:
+        """[N / 16, r, 16]: tiles of 16 rows, the last one padded."""
+
+    @property
+    def gain(self) -> Tensor | None:
+        """[N]."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[N]."""
+
+
+class LayerAdapter:
+    """An adapter's part of a layer, by the names in WEIGHTS; a linear that it leaves alone is not there.
+
+    Raises QuantError where a path does not fit the layer.
+    """
+
+    def __init__(self, kernel: DecoderKernel, paths: Mapping[str, LowRankPath]) -> None:
+        self.structs, self.paths = (_LowRank * len(WEIGHTS))(), dict(paths)
+        self._first = next(iter(paths.values()), None)
+        self._address = None if self._first is None else self._first.a.data_ptr()
+        for index, name in enumerate(WEIGHTS):
+            path, weight = paths.get(name), getattr(kernel.layer, name)
+            if path is None:
+                continue
+            a, b, vectors = path.a, path.b, [one for one in (path.gain, path.bias) if one is not None]
+            plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in (a, b))
+            plain = plain and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in vectors)
+            whole = a.shape[1:] == (weight.k,) and b.shape == (-(-weight.n // ROWS), len(a), ROWS)
+            if not plain or not whole or any(one.shape != (weight.n,) for one in vectors):
+                raise QuantError(f"an adapter of {list(a.shape)} and {list(b.shape)} does not fit {name}")
+            self.structs[index] = _LowRank(*map(_pointer, (a, b, path.gain, path.bias)), len(a))
+
+    @property
+    def moved(self) -> bool:
+        """Whether the paths' tensors, which move all at once, lie elsewhere now."""
+        return self._first is not None and self._first.a.data_ptr() != self._address
+
+
 class SpanRows(NamedTuple):
-    """One sequence's part of a call: so many rows, and its cache in each layer."""
+    """One sequence's part of a call: so many rows, its cache in each layer, and its adapter's part of each, if any."""
 
     rows: int
     caches: Sequence[CacheView]
+    adapters: Sequence[LayerAdapter | None] = ()
 
 
 class _Cache(ctypes.Structure):
@@ -80,10 +129,20 @@ class _Cache(ctypes.Structure):
     ]
 
 
+class _LowRank(ctypes.Structure):
+    """glm4_lora of csrc/qgemm.h."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("a", "b", "gain", "bias")), ("rank", ctypes.c_int64)]
+
+
 class _Span(ctypes.Structure):
     """glm4_span of csrc/qgemm.h."""
 
-    _fields_ = [("rows", ctypes.c_int64), ("caches", ctypes.POINTER(_Cache))]
+    _fields_ = [
+        ("rows", ctypes.c_int64),
+        ("caches", ctypes.POINTER(_Cache)),
+        ("lora", ctypes.POINTER(ctypes.c_void_p)),
+    ]
 
 
 class _Layer(ctypes.Structure):
@@ -150,6 +209,7 @@ def run(kernels: Sequence[DecoderKernel], spans: Sequence[SpanRows], x: Tensor, 
     """
     rows, turns = sum(span.rows for span in spans), (x.shape[0], kernels[0].heads.rotary_dim // 2)
     whole = rows == x.shape[0] and all(len(span.caches) == len(kernels) for span in spans)
+    whole = whole and all(len(span.adapters) in (0, len(kernels)) for span in spans)
     if not whole or x.shape[1] != kernels[0].layer.q.k or cos.shape != turns or sin.shape != turns:
         found = f"{rows} rows of {[len(span.caches) for span in spans]} caches, {list(x.shape)}"
         raise QuantError(f"{len(kernels)} layers of {kernels[0].layer.q.k} do not fit {found}")
@@ -162,7 +222,9 @@ def run(kernels: Sequence[DecoderKernel], spans: Sequence[SpanRows], x: Tensor, 
                 found = f"a cache of {cache.capacity} tokens holds {cache.length}"
                 raise QuantError(f"{found}: {span.rows} more do not fit")
     views = [(_Cache * len(kernels))(*(_cache(cache) for cache in span.caches)) for span in spans]
-    described = (_Span * len(spans))(*(_Span(span.rows, caches) for span, caches in zip(spans, views, strict=True)))
+    described = (_Span * len(spans))(
+        *(_Span(span.rows, caches, _lora(span.adapters)) for span, caches in zip(spans, views, strict=True))
+    )
     kernels[0].backend.decoder_layers([ctypes.addressof(kernel.layer) for kernel in kernels], described, x, cos, sin)
 
 
@@ -170,6 +232,13 @@ def _cache(view: CacheView) -> _Cache:
     kind = native.FLOAT32 if view.keys.dtype == torch.float32 else native.INT8
     pointers = (view.keys, view.values, view.key_scale, view.value_scale, view.table)
     return _Cache(*(_pointer(tensor) for tensor in pointers), *view.strides, view.length, kind)
+
+
+def _lora(adapters: Sequence[LayerAdapter | None]) -> ctypes.Array[ctypes.c_void_p] | None:
+    if not any(adapters):
+        return None
+    addresses = (None if one is None else ctypes.addressof(one.structs) for one in adapters)
+    return (ctypes.c_void_p * len(adapters))(*map(ctypes.c_void_p, addresses))
 
 
 def _heads_fit(heads: Heads) -> bool:

@@ -23,7 +23,7 @@ from glm4lite_quant.config import QuantError
 from glm4lite_quant.format import Planes, not_finite
 from glm4lite_quant.kernels.reference import SHARES
 
-ABI = 5
+ABI = 6
 ISAS = ("scalar", "avx2", "avxvnni", "avx512vnni", "neon", "neoni8mm")  # in the order of the C enum, slowest first
 SUFFIXES = {"win32": "dll", "darwin": "dylib"}  # of a library, by sys.platform; elsewhere so
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2  # element types, as in the C enum

@@ -89,7 +89,7 @@ def mlx() -> Iterator[Case]:
 def hqq() -> Iterator[Case]:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
-    for bits, axis in ((4, 1), (4, 0), (8, 1)):
+    for bits, axis in ((4, 1), (4, 0), (8, 1), (3, 1), (3, 0), (2, 1)):
         linear = nn.Linear(K, N, bias=False)
         linear.weight.data = weight()
         config = BaseQuantizeConfig(nbits=bits, group_size=64, axis=axis)

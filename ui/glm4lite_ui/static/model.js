@@ -35,8 +35,8 @@ function offer() {
 
 /** A button that loads the last model as it was. */
 function again() {
-  const {source, quant, name} = state.model;
-  return element('button', {type: 'button', class: 'plain again', on: {click: () => tell('/model/load', {source, quant})}}, t('Load {name} again', {name}));
+  const {source, quant, lora, name} = state.model;
+  return element('button', {type: 'button', class: 'plain again', on: {click: () => tell('/model/load', {source, quant, lora})}}, t('Load {name} again', {name}));
 }
 
 /** What is loaded is drawn anew; what was typed, and what was said about it, stays. */
@@ -58,12 +58,14 @@ function draw() {
 function form() {
   const source = element('input', {id: 'source', autocomplete: 'off', spellcheck: 'false', list: 'known-models', placeholder: 'zai-org/GLM-4-9B-0414'});
   const quant = element('select', {id: 'quant'}, ...state.model.quants.map(name => element('option', {value: name}, QUANTS[name] ?? name)));
+  const lora = element('textarea', {id: 'lora', rows: 1, autocomplete: 'off', spellcheck: 'false', 'aria-describedby': 'about-lora'});
   return element('form', {id: 'load', on: {submit: event => {
     event.preventDefault();
-    load(source.value, quant.value);
+    load(source.value, quant.value, lora.value.split('\n'));
   }}},
     element('div', {class: 'field'}, element('label', {for: 'source'}, t('Another model')), source, element('p', {class: 'about'}, t('nano, a folder, or a repository of the Hugging Face Hub.'))),
     element('div', {class: 'field'}, element('label', {for: 'quant'}, t('Weights')), quant),
+    element('div', {class: 'field'}, element('label', {for: 'lora'}, t('Adapters')), lora, element('p', {class: 'about', id: 'about-lora'}, t('LoRA adapters of that model, one a line: folders or repositories, with =0.5 behind one for half of it.'))),
     element('datalist', {id: 'known-models'}),
     element('div', {class: 'buttons'}, element('button', {type: 'submit', class: 'main'}, t('Load')),
       element('button', {type: 'button', class: 'plain', id: 'plan', on: {click: () => plan(source.value, quant.value)}}, t('Will it fit?'))));
@@ -72,9 +74,9 @@ function form() {
 const table = (rows, id) => element('table', {id, class: 'facts'}, element('tbody', {}, ...rows.map(([name, value]) =>
   element('tr', {}, element('th', {scope: 'row'}, say(name)), element('td', {}, say(value))))));
 
-async function load(source, quant) {
+async function load(source, quant, lora) {
   find('#load-progress').replaceChildren();
-  await ask('/model/load', {source, quant}).catch(problem => refused(source, problem));
+  await ask('/model/load', {source, quant, lora}).catch(problem => refused(source, problem));
 }
 
 /** What the model would take here, before it is loaded. */

@@ -20,7 +20,7 @@ const FIELDS = [
   ['thinking_budget', 'Thinking budget', 'The longest thought, in tokens; 0 is none, empty is no limit.', 1],
   ['seed', 'Seed', 'The same seed gives the same answer; empty is another one each time.', 1],
 ];
-let state = null, pending = null, timer = 0, running = false;
+let state = null, pending = null, timer = 0, running = null;
 const UNSET = {seed: t('random'), max_new_tokens: t('what is left'), thinking_budget: t('no limit')};
 const inputs = new Map();
 
@@ -182,13 +182,15 @@ function schemaOf(text) {
 
 const isSchema = (text, value) => JSON.stringify(schemaOf(text)) === JSON.stringify(value ?? null) && !Number.isNaN(schemaOf(text));
 
-/** Sends what is waiting; the next one waits until it was answered, unless the page is being left. */
+/** Sends what is waiting, and ends when all was answered; one waits for the other, unless the page is being left. */
 export async function save(leaving = false) {
   clearTimeout(timer);
-  if (!pending || (running && !leaving)) return;
+  while (running && !leaving) await running;
+  if (!pending) return;
   const {chat, settings} = pending;
   pending = null;
-  running = true;
+  let answered = null;
+  running = new Promise(resolve => { answered = resolve; });
   let problem = null;
   const odd = Object.entries(settings).find(([, value]) => Number.isNaN(value));
   try {
@@ -198,7 +200,8 @@ export async function save(leaving = false) {
   } catch (error) {
     problem = error;
   }
-  running = false;
+  running = null;
+  answered();
   if (chat === state.chat) showProblem(problem);
   else if (problem) state.toast(problem.message);
   if (pending) await save();

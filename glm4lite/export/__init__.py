@@ -1,0 +1,1 @@
+"""A checkpoint as other engines read it: vLLM and SGLang, llama.cpp, Transformers."""
