@@ -13,6 +13,7 @@ from typing import Generic
 from torch import nn
 
 from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.formats.decoded import joined
 from glm4lite.checkpoint.formats.format import Imported, Quant
 from glm4lite.checkpoint.formats.registry import format_of, open_source
 from glm4lite.checkpoint.load_plan import LoadPlan, Model, make_load_plan, read_config, skeleton
@@ -86,6 +87,8 @@ def prepare(
     quantized = stored is not None
     if isinstance(stored, BnbConfig | Imported):
         checkpoint, stored, wanted = format_of(stored).adapt(checkpoint, stored, wanted, quant is not None)
+    elif stored is None:
+        checkpoint = joined(checkpoint)
     config = read_config(checkpoint) if config_for is None else config_for(checkpoint, quantized)
     wanted = None if stored else wanted
     model = skeleton(config, cls)

@@ -219,6 +219,11 @@ def test_halves_that_nobody_quantized_are_put_together(tmp_path: Path) -> None:
     config = packed.CONFIG | {"torch_dtype": "float32"}
     one, two = write_checkpoint(tmp_path / "one", config, tensors), write_checkpoint(tmp_path / "two", config, apart)
     assert torch.equal(logits_of(one), logits_of(two))
+    for folder in (one, two):
+        quantize_checkpoint(folder, folder.with_name(f"{folder.name}-int4"), "int4")
+    written = [load_all(folder.with_name(f"{folder.name}-int4")) for folder in (one, two)]
+    assert written[0].keys() == written[1].keys()
+    assert all(torch.equal(value, written[1][name]) for name, value in written[0].items())
 
 
 def test_an_older_chatglm_checkpoint_has_q_k_and_v_in_one(tmp_path: Path) -> None:

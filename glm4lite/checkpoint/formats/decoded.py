@@ -167,6 +167,11 @@ class DecodedCheckpoint(Checkpoint):
         return self._opened[piece.name]
 
 
+def joined(checkpoint: Checkpoint) -> Checkpoint:
+    """An unquantized checkpoint with the halves of `gate_up_proj` put together where they are stored apart."""
+    return DecodedCheckpoint(checkpoint, {}) if any(map(SPLIT.fullmatch, checkpoint.names())) else checkpoint
+
+
 def _pieces(
     checkpoint: Checkpoint, weights: Mapping[str, PackedWeight], plain: set[str]
 ) -> dict[str, tuple[Piece, ...]]:

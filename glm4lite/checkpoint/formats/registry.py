@@ -13,7 +13,6 @@ from glm4lite.checkpoint.formats.auto_round import AutoRound
 from glm4lite.checkpoint.formats.awq import AWQ
 from glm4lite.checkpoint.formats.bitsandbytes import BITSANDBYTES
 from glm4lite.checkpoint.formats.compressed_tensors import CompressedTensors
-from glm4lite.checkpoint.formats.decoded import SPLIT, DecodedCheckpoint
 from glm4lite.checkpoint.formats.format import ForeignWeight, Format, Stored
 from glm4lite.checkpoint.formats.gguf import GGUF, SUFFIX, file_in, open_gguf
 from glm4lite.checkpoint.formats.gptq import GPTQ
@@ -38,14 +37,7 @@ def open_source(path: Path) -> Checkpoint:
         file = file_in(path)
         if file is not None:
             return open_gguf(file)
-    return _whole(Checkpoint.open(path))
-
-
-def _whole(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with halves of `gate_up_proj` put together that some tools store apart."""
-    plain = checkpoint.config.get("quantization_config") is None and declared_format(checkpoint.config) is None
-    apart = plain and any(map(SPLIT.fullmatch, checkpoint.names()))
-    return DecodedCheckpoint(checkpoint, {}) if apart else checkpoint
+    return Checkpoint.open(path)
 
 
 def declared_format(config: Mapping[str, Any]) -> tuple[Format, Mapping[str, Any]] | None:
