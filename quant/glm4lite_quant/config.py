@@ -12,8 +12,8 @@ FORMAT = 1
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 
-# How the scales of groups are found below 8 bits: by what calibration tells about the inputs, by the weights alone, not at all
-# (the whole range), or by another tool, whose codes were kept. int8 takes the largest magnitude whatever is asked for.
+# How the scales of groups are found below 8 bits: by what calibration tells about the inputs, by the weights alone, not
+# at all (the whole range), or by another tool, whose codes were kept. int8 takes the largest magnitude always.
 CALIBRATED, SEARCH, MINMAX, ABSMAX, KEPT = "calibrated", "search", "minmax", "absmax", "kept"
 METHODS = (CALIBRATED, SEARCH, MINMAX)
 

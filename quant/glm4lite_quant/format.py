@@ -3,8 +3,8 @@
 Tiles of 16 rows x 32 columns lie one after another along K; scales and mins are planes of one byte per row and group:
 `w[n, k] = row_scale[n] * scales[n, j] * q[n, k] - row_min[n] * mins[n, j]` with j = k // group_size.
 
-A tile of codes of fewer than 8 bits is planes of their binary digits, as many in each as `digits` says, the lowest first.
-So 3 bits are a plane of two and a plane of one digit: whole bytes, and few instructions to put a code together.
+A tile of codes of fewer than 8 bits is planes of their binary digits, as many in each as `digits` says, the lowest
+first. So 3 bits are a plane of two and a plane of one digit: whole bytes, and few instructions to put a code together.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NAMES = ("qweight", "scales", "mins", "row_scale", "row_min")
 
 
 def digits(bits: int) -> list[int]:
-    """How many binary digits of a code lie in each plane of a tile; in byte i of a row, 8 of them from columns i, 4 + i...
+    """How many binary digits of a code lie in each plane of a tile; byte i of a row holds those of columns i, 4 + i...
 
     >>> digits(3), digits(6), digits(8)
     ([2, 1], [4, 2], [8])
