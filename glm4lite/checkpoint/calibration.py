@@ -70,15 +70,28 @@ class Calibrator:
         place = layer_of(fill.module)
         if place is None:
             return None, None
-        while self._next <= place[0]:
-            self._run(self._layers[self._next])
-            self._next += 1
+        self.run_to(place[0])
         linear = self._held.pop(fill.source)
         importance = linear.mean_square()
         if not bool(importance.isfinite().all()):
             logger.warning("%s: its calibration inputs are not finite; quantized without them", fill.source)
             return linear.weight, None
         return linear.weight, importance
+
+    def run_to(self, number: int) -> None:
+        """Runs what comes before a layer, and itself."""
+        while self._next <= number:
+            self._run(self._layers[self._next])
+            self._next += 1
+
+    def layer(self, number: int) -> nn.Module:
+        """A layer by itself, in place of the one that was held."""
+        self._held.clear()
+        return self._read(self._layers[number])
+
+    def held(self, fill: Fill) -> Tensor:
+        """The weight of the layer that is held, as it is stored."""
+        return self._held[fill.source].weight
 
     def _embedded(self, name: str, ids: Tensor) -> Tensor:
         distinct, places = ids.unique(return_inverse=True)
@@ -134,7 +147,7 @@ class _RecordingLinear(nn.Module):
         self.poll()
         rows = x.flatten(0, -2)
         if self.recording:
-            self.squares = self.squares + rows.float().square().sum(0)
+            self.squares = self.squares + rows.detach().float().square().sum(0)
         self.count += rows.shape[0]
         bias = None if self.bias is None else self.bias.to(self.dtype)
         return F.linear(x, self.weight.to(self.dtype), bias)

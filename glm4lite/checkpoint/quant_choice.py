@@ -65,12 +65,13 @@ def stored_quant(checkpoint: Checkpoint, asked: str | Quant | None = None) -> St
         return stored
     wanted = parse_quant(asked)
     same = isinstance(wanted, QuantConfig) and (
-        wanted.bits == stored.bits if isinstance(asked, str) else wanted.same_format(stored)
+        wanted.bits == stored.bits and not stored.mixed if isinstance(asked, str) else wanted.same_format(stored)
     )
     if asked is None or same:
         return stored
+    how = "a number of bits for each weight" if stored.mixed else f"int{stored.bits} in groups of {stored.group_size}"
     raise ConfigError(
-        f"{path} is quantized to int{stored.bits} in groups of {stored.group_size} already; load it without quant, "
+        f"{path} is quantized to {how} already; load it without quant, "
         f"or {'quantize' if wanted else 'load'} the original checkpoint"
     )
 

@@ -19,6 +19,7 @@ from glm4lite.base.errors import CheckpointError, ConfigError, HubError
 from glm4lite.base.files import COMPANIONS, CONFIG
 from glm4lite.checkpoint.calibration import Calibrator
 from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.codec_choice import Aim, choose
 from glm4lite.checkpoint.formats.format import Quant
 from glm4lite.checkpoint.load_plan import Fill, LoadPlan, say_notices
 from glm4lite.checkpoint.lora.adapted import AdaptedCheckpoint
@@ -28,6 +29,7 @@ from glm4lite.checkpoint.quant_choice import empty_weight, parse_quant, stored_q
 from glm4lite.checkpoint.resumable import SHARDS_IN, ResumableWriter, unfinished
 from glm4lite.checkpoint.shard import DTYPES
 from glm4lite.checkpoint.streaming import (
+    Inputs,
     Meter,
     ProgressCallback,
     begin,
@@ -56,15 +58,19 @@ def quantize_checkpoint(
     calibration: str | Path | None = None,
     hub: HubOptions = HubOptions(),
     lora: str | Path | Sequence[str | Path] | None = None,
+    aim: Aim | None = None,
 ) -> Path:
     """Quantize a checkpoint into a new folder, one weight (when calibrating: one layer) in memory at a time.
 
     A repo's shards are fetched as they are needed and dropped behind their last use; a run that ends early, however, is
-    gone on with by the next one, at the cost of a layer.
+    gone on with by the next one, at the cost of a layer. (Not so with an `aim`, for which each layer is looked at
+    twice: a repo is fetched whole first, as `glm4lite pull` does it.)
 
     Args:
         calibration: a UTF-8 text to calibrate int4 weights with, instead of the one that comes with the package.
         lora: adapters that become a part of the weights, as `load` takes them.
+        aim: bits a weight on average, or memory to fit: each weight then gets the codec that the model's answers
+            lose least with, and `quant` says nothing.
 
     Returns:
         The folder written.
@@ -75,14 +81,14 @@ def quantize_checkpoint(
             Of a source on this machine nothing is left behind then, nor after Ctrl-C or an exception from `progress`.
     """
     target = destination_folder(destination)
-    config = parse_quant(quant)
+    config = QuantConfig() if aim else parse_quant(quant)
     if not isinstance(config, QuantConfig | None):
         how = f"`glm4lite chat MODEL --quant {config.kind}`"
         raise ConfigError(f"{config.kind} is made while a model loads ({how}); a quantized folder is int4 or int8")
     if config is None:
         raise ConfigError("quant 'none' leaves nothing to do; use int4 or int8")
     text = calibration_text(calibration, config)
-    arrivals = _arrivals(source, progress, hub)
+    arrivals = None if aim else _arrivals(source, progress, hub)
     checkpoint = (
         opened(source, progress, hub) if arrivals is None else arrivals.checkpoint(unfinished(target) / SHARDS_IN)
     )
@@ -92,6 +98,8 @@ def quantize_checkpoint(
     prepared = prepare(checkpoint, config, model_class(checkpoint), None, False, loras, False, progress, hub)
     if prepared.beside:
         raise ConfigError(f"an adapter adds a bias to {prepared.beside[0].fill.module}, which has none to be saved in")
+    choice = choose(prepared, aim, text, progress) if aim else None
+    prepared = choice.prepared if choice else prepared
     checkpoint, plan = prepared.checkpoint, prepared.plan
     if plan.fresh:
         module, parameter = plan.fresh[0]
@@ -101,10 +109,10 @@ def quantize_checkpoint(
     planned = [tensor for fill in plan.fills for tensor in _planned(checkpoint, fill)]
     if arrivals is None:
         with FolderWriter(target, planned, shard_bytes) as writer:
-            calibrator = begin(checkpoint, plan, prepared.config, text, meter)
+            inputs = choice.kept if choice else begin(checkpoint, plan, prepared.config, text, meter)
             for fill in plan.fills:
-                _write_fill(writer, checkpoint, fill, meter, calibrator)
-            _write_rest(writer, checkpoint, prepared.config, recorded(prepared.wanted or config, calibrator))
+                _write_fill(writer, checkpoint, fill, meter, inputs)
+            _write_rest(writer, checkpoint, prepared.config, recorded(prepared.wanted or config, inputs))
     else:
         key = hashlib.sha256(
             repr((arrivals.identity, planned, config, text, *_adapters(checkpoint))).encode()
@@ -201,7 +209,7 @@ def _part_name(fill: Fill, part: str) -> str:
 
 
 def _write_fill(
-    writer: FolderWriter, checkpoint: Checkpoint, fill: Fill, meter: Meter, calibrator: Calibrator | None
+    writer: FolderWriter, checkpoint: Checkpoint, fill: Fill, meter: Meter, calibrator: Inputs | None
 ) -> None:
     if fill.quant is None:
         for _, rows in finite_blocks(checkpoint, fill.source, meter):

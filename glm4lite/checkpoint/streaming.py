@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from glm4lite.base.errors import CheckpointError, ConfigError
 from glm4lite.base.events import Progress
-from glm4lite.checkpoint.calibration import Calibrator
+from glm4lite.checkpoint.calibration import Calibrator, layer_bytes
 from glm4lite.checkpoint.calibration_text import calibration_ids, read_text
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.formats.format import Quant
 from glm4lite.checkpoint.load_plan import Fill, LoadPlan
 from glm4lite.model.config import Glm4Config
-from glm4lite_quant import BnbTensor, QuantConfig, QuantError, QuantTensor
+from glm4lite_quant import BnbTensor, Calibration, QuantConfig, QuantError, QuantTensor
 from glm4lite_quant.config import CALIBRATED, KEPT, MINMAX
 from glm4lite_quant.format import ROWS
 
@@ -59,6 +60,17 @@ def finite_blocks(checkpoint: Checkpoint, name: str, meter: Meter) -> Iterator[t
         yield start, rows
 
 
+class Inputs(Protocol):
+    """What is known of the inputs of the weights that are to be calibrated."""
+
+    @property
+    def record(self) -> Calibration:
+        """What they are known from."""
+
+    def take(self, fill: Fill) -> tuple[Tensor | None, Tensor | None]:
+        """(the weight as it is stored where it is in memory, the mean square of its inputs [K] where it is known)."""
+
+
 def begin(
     checkpoint: Checkpoint,
     plan: LoadPlan,
@@ -84,11 +96,18 @@ def calibration_text(path: str | Path | None, quant: Quant | None) -> str | None
     return read_text(Path(path))
 
 
-def recorded(quant: Quant, calibrator: Calibrator | None) -> Quant:
+def recorded(quant: Quant, calibrator: Inputs | None) -> Quant:
     """The config with what its weights were calibrated with."""
     if calibrator is None or not isinstance(quant, QuantConfig):
         return quant
     return replace(quant, calibration=calibrator.record)
+
+
+def loading_bytes(checkpoint: Checkpoint, plan: LoadPlan) -> int:
+    """What is held beside the weights while they are quantized: blocks of rows, when calibrating a layer as it is."""
+    if not any(fill.quant for fill in plan.fills):
+        return 0
+    return 8 * BLOCK_BYTES + (layer_bytes(checkpoint, plan) if needs_calibration(plan) else 0)
 
 
 def needs_calibration(plan: LoadPlan) -> bool:
@@ -96,7 +115,7 @@ def needs_calibration(plan: LoadPlan) -> bool:
 
 
 def quantize_weight(
-    checkpoint: Checkpoint, fill: Fill, quant: Quant, meter: Meter, calibrator: Calibrator | None, device: torch.device
+    checkpoint: Checkpoint, fill: Fill, quant: Quant, meter: Meter, calibrator: Inputs | None, device: torch.device
 ) -> QuantTensor | BnbTensor:
     """One weight, quantized block by block; without calibration, never all of it is in memory unquantized.
 

@@ -47,6 +47,23 @@ Quant = Annotated[
         autocompletion=among("int4", "int8", "nf4", "fp4", "none"),
     ),
 ]
+# Read as text, so that what is no number is answered in one line too.
+Bits = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BITS",
+        help="Instead of --quant: bits a weight on average, such as 3.5, spent where the answers need them.",
+        show_default="none",
+    ),
+]
+Fit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Instead of --quant: what weights, cache and work memory may take together, such as 12GiB.",
+        show_default="none",
+    ),
+]
 Lora = Annotated[
     list[str] | None,
     typer.Option(

@@ -405,13 +405,15 @@ def _draft_of(tokenizer: Tokenizer, source: str | Path, options: LoadOptions) ->
     if Tokenizer.from_folder(checkpoint.folder).get_vocab() != tokenizer.get_vocab():
         raise ConfigError(f"the draft model {source} has another vocabulary; use a smaller model of the same family")
     model, _ = load_checkpoint(
-        Glm4ForCausalLM, checkpoint, replace(options, quant=AUTO, loras=Loras()), str(checkpoint.folder)
+        Glm4ForCausalLM, checkpoint, replace(options, quant=AUTO, loras=Loras(), aim=None), str(checkpoint.folder)
     )
-    budget = options.budget
+    budget, aim = options.budget, options.aim
+    taken = model.get_memory_footprint() + model.model.cache_bytes * model.context
     if budget.ram is not None:
-        taken = model.get_memory_footprint() + model.model.cache_bytes * model.context
         budget = replace(budget, ram=max(0, budget.ram - taken))
-    return model, replace(options, budget=budget)
+    if aim is not None and aim.fit is not None:
+        aim = replace(aim, fit=max(1, aim.fit - taken))
+    return model, replace(options, budget=budget, aim=aim)
 
 
 def _computed_natively(model: CausalLM) -> bool:

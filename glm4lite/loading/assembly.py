@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from glm4lite.base.errors import CheckpointError
-from glm4lite.checkpoint.calibration import Calibrator
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.load_plan import Fill, LoadPlan
 from glm4lite.checkpoint.lora.adapted import Beside
 from glm4lite.checkpoint.shard import StoredTensor
-from glm4lite.checkpoint.streaming import Meter, finite_blocks, quantize_weight
+from glm4lite.checkpoint.streaming import Inputs, Meter, finite_blocks, quantize_weight
 from glm4lite.loading.device_map import DeviceMap
 from glm4lite.model.layers import layer_of
 from glm4lite.model.lora import attach
@@ -46,7 +45,7 @@ class Assembly:
     beside: Sequence[Beside] = ()
     _streamed: dict[int, dict[str, dict[str, StoredTensor]]] = field(default_factory=lambda: defaultdict(dict))
 
-    def fill(self, fill: Fill, calibrator: Calibrator | None) -> None:
+    def fill(self, fill: Fill, calibrator: Inputs | None) -> None:
         """Give one parameter its values."""
         device = self.destinations.device(fill.module)
         if fill.quant is not None:
@@ -198,7 +197,9 @@ class Assembly:
 
 def check_as_stored(model: nn.Module, checkpoint: Checkpoint, stored: QuantConfig) -> None:
     """The weights must be what config.json says of them: a config.json of another folder would be believed."""
-    for name, module in model.named_modules():
+    prefix = "" if hasattr(model, "model") else "model."  # of the trunk alone
+    for inner, module in model.named_modules():
+        name = f"{prefix}{inner}"
         said = stored.for_module(name)
         if said is None or not isinstance(module, QuantLinear | QuantEmbedding):
             continue

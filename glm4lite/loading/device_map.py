@@ -96,7 +96,7 @@ def choose(
     types = {kind: dtype or automatic_dtype(checkpoint, plan, torch.device(kind)) for kind in ("cpu", "cuda")}
     if home.type == "cuda" and not budget.limits:
         return DeviceMap(home, types)
-    gpus = _free_gpus(device, needs.quant in ("int4", "int8"))
+    gpus = _free_gpus(device, needs.coded)
     needs = replace(needs, stored=needs.stored and plan.quantized and not plan.foreign)
     if not gpus and not budget.limits and not needs.stored:
         return DeviceMap(home, types)  # the loader itself sees whether what it makes fits
@@ -117,7 +117,7 @@ def _bus(needs: Requirements, placement: Placement, dtype: torch.dtype) -> Prefe
     if not placement.gpus or not placement.on_cpu:
         return None
     largest = max(needs.layers[layer] for layer in placement.on_cpu)
-    tokens = speed.prefetch_tokens(largest, needs, prefetch_speeds(needs.quant in ("int4", "int8")))
+    tokens = speed.prefetch_tokens(largest, needs, prefetch_speeds(needs.coded))
     if tokens > GPU_CHUNK:
         return None
     device = torch.device(placement.gpus[0].device)

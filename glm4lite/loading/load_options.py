@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ import torch
 from glm4lite.base.errors import ConfigError
 from glm4lite.base.files import CONFIG
 from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.codec_choice import Aim
 from glm4lite.checkpoint.formats.format import Quant
 from glm4lite.checkpoint.lora.folder import Loras
 from glm4lite.checkpoint.quant_choice import AUTO, parse_quant
@@ -36,6 +37,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 class LoadOptions:
     """The arguments of `glm4lite.load`, and what only `from_pretrained` takes.
 
+    aim: bits a weight or memory to fit, for which each weight's codec is chosen, instead of quant.
     config: instead of the checkpoint's config.json. overrides: keys of config.json with other values.
     ignore_mismatched_sizes: a tensor whose shape is not config's starts from initial values instead of being an error.
 
@@ -55,6 +57,7 @@ class LoadOptions:
     ignore_mismatched_sizes: bool = False
     hub: HubOptions = field(default_factory=HubOptions)
     loras: Loras = field(default_factory=Loras)
+    aim: Aim | None = None
 
     def __post_init__(self) -> None:
         check_environment()
@@ -62,6 +65,8 @@ class LoadOptions:
         _ = self.target, self.activations
         if isinstance(self.wanted, BnbConfig):
             bnb.library()
+        if self.aim is not None and self.quant not in (None, AUTO):
+            raise ConfigError(f"quant and {self.aim.option} contradict each other; give one of them")
         if self.config is not None and self.overrides:
             name = next(iter(self.overrides))
             raise ConfigError(f"{name} is given beside config; set it on the config instead")
@@ -69,7 +74,13 @@ class LoadOptions:
     @property
     def wanted(self) -> Quant | None:
         """What the weights are quantized to, unless they are stored quantized; None: nothing, or as they are stored."""
-        return parse_quant("int4" if self.quant == AUTO else self.quant)
+        return parse_quant("int4" if self.quant == AUTO or self.aim else self.quant)
+
+    @property
+    def limits(self) -> Budget:
+        """The budget; memory to fit limits RAM, where nothing else does."""
+        fits = self.aim is not None and self.aim.fit is not None and self.budget.ram is None
+        return replace(self.budget, ram=self.aim.fit) if self.aim is not None and fits else self.budget
 
     @property
     def target(self) -> torch.device | None:

@@ -12,15 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from glm4lite.base.errors import CheckpointError
+from glm4lite.base.errors import CheckpointError, ConfigError
 from glm4lite.base.sentences import Sentence
 from glm4lite.base.sizes import readable
 from glm4lite.checkpoint.calibration import layer_bytes
 from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.codec_choice import choose as choose_codecs
 from glm4lite.checkpoint.formats.registry import format_of
 from glm4lite.checkpoint.load_plan import LoadPlan, Model, say_notices
 from glm4lite.checkpoint.lora.adapted import AdaptedCheckpoint
 from glm4lite.checkpoint.prepare import Prepared, opened, prepare
+from glm4lite.checkpoint.quant_choice import stored_quant
 from glm4lite.checkpoint.streaming import Meter, begin, calibration_text, needs_calibration, recorded
 from glm4lite.loading.assembly import Assembly, check_as_stored
 from glm4lite.loading.device_map import DeviceMap, choose
@@ -44,10 +46,12 @@ def load_checkpoint(
     cls: type[Model], checkpoint: Checkpoint, options: LoadOptions, name: str, calibrating: str | None = None
 ) -> tuple[Model, LoadPlan]:
     """The same of an open checkpoint. name: for config.name_or_path; calibrating: a text of one's own."""
-    budget = options.budget
+    budget, aim = options.limits, options.aim
+    if aim is not None and isinstance(stored_quant(checkpoint), QuantConfig):
+        raise ConfigError(f"{checkpoint.origin} is quantized already; load it as it is, without {aim.option}")
     found = prepare(
         checkpoint,
-        options.quant,
+        options.quant if aim is None else QuantConfig(),
         cls,
         options.config_for,
         options.ignore_mismatched_sizes,
@@ -55,6 +59,8 @@ def load_checkpoint(
         progress=options.progress,
         hub=replace(options.hub, revision=None, subfolder=""),
     )
+    choice = None if aim is None else choose_codecs(found, aim, calibrating, options.progress)
+    found = found if choice is None else choice.prepared
     checkpoint, config, model, plan = found.checkpoint, found.config, found.model, found.plan
     config.name_or_path = name
     needs = requirements_for(found)
@@ -64,18 +70,18 @@ def load_checkpoint(
     if device_map.home.type == "cpu" and not isinstance(found.quant, QuantConfig | None):
         logger.warning(format_of(found.quant).cpu_note)
     meter = Meter("load", _total_bytes(checkpoint, plan), options.progress)
-    calibrator = begin(checkpoint, plan, config, calibrating, meter)
+    inputs = begin(checkpoint, plan, config, calibrating, meter) if choice is None else choice.kept
     assembly = Assembly(model, checkpoint, plan, device_map, meter, found.beside)
     with enough_for(checkpoint.folder):
         for fill in plan.fills:
-            assembly.fill(fill, calibrator)
+            assembly.fill(fill, inputs)
         if isinstance(found.stored, QuantConfig):
             check_as_stored(model, checkpoint, found.stored)
         assembly.finish()
     attach(model)
     if plan.quantized:
         model.requires_grad_(False)
-        made = recorded(found.quant or QuantConfig(), calibrator)
+        made = recorded(found.quant or QuantConfig(), inputs)
         cast(Any, model).config.quantization_config = made.to_dict()
     cast(Any, model).stored_generation_config = checkpoint.generation_config
     trunk = cast(Any, getattr(model, "model", model))

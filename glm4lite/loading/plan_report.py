@@ -11,19 +11,23 @@ from glm4lite.base.errors import ConfigError
 from glm4lite.base.sentences import Sentence
 from glm4lite.base.sizes import readable
 from glm4lite.checkpoint.checkpoint import Checkpoint
-from glm4lite.checkpoint.quant_choice import AUTO, parse_quant
+from glm4lite.checkpoint.codec_choice import Aim, Choice, expected, fewer_bits
+from glm4lite.checkpoint.prepare import model_class, prepare
+from glm4lite.checkpoint.quant_choice import AUTO, parse_quant, stored_quant
 from glm4lite.loading.proposals import Attempt, Changes, Proposal, proposals, smaller_quants
-from glm4lite.loading.requirements import headers, requirements_of
+from glm4lite.loading.requirements import headers, requirements_for, requirements_of
 from glm4lite.memory import machine as machines
 from glm4lite.memory.budget import Budget, place_within
 from glm4lite.memory.resources import Machine, Placement, Requirements, Share
+from glm4lite_quant import Codec, QuantConfig
 
 
 @dataclass(frozen=True)
 class PlacementReport:
     """A placement with what it rests on; `assumed` was not measured, or is not so here and now.
 
-    `proposals`: under which changes it would fit, where it does not.
+    `proposals`: under which changes it would fit, where it does not. `choice`: each weight's codec, where bits or
+    memory to fit were given.
     """
 
     model: str
@@ -32,6 +36,7 @@ class PlacementReport:
     placement: Placement
     assumed: tuple[Sentence, ...]
     proposals: tuple[Proposal, ...] = ()
+    choice: Choice | None = None
 
     def to_json(self) -> dict[str, Any]:
         """One object, as `glm4lite plan --json` prints it: bytes, tokens per second, layers by number from 0."""
@@ -39,6 +44,8 @@ class PlacementReport:
         return {
             "model": self.model,
             "quant": self.needs.quant,
+            "codecs": self.choice and {str(codec): count for codec, count in self.choice.counts().items()},
+            "expected_loss": self.choice and round(self.choice.loss, 4),
             "context": placed.context,
             "kv": placed.kv,
             "fits": placed.fits,
@@ -76,6 +83,10 @@ class PlacementReport:
         weights = readable(placed.weight_bytes)
         named = {"model": self.model, "quant": self.needs.quant, "size": weights}
         yield Sentence("model"), Sentence("{model}, {quant}: {size} of weights", **named)
+        if self.choice is not None:
+            yield Sentence("codecs"), Sentence("{list}", list=[_counted(*one) for one in self.choice.counts().items()])
+            said = "about {loss} nats of KL divergence a token, were it a model of 135 M; larger ones lose less"
+            yield Sentence("expected loss"), Sentence(said, loss=f"{self.choice.loss:.3f}")
         if mapped := placed.share("cpu").mapped:
             said = Sentence(
                 "{size} of the weights stay in the file's pages: not held, outside a budget", size=readable(mapped)
@@ -103,7 +114,11 @@ class PlacementReport:
 
 
 def plan(
-    source: str | Path, quant: str | None = None, budget: Budget | None = None, gpu_bandwidth: float | None = None
+    source: str | Path,
+    quant: str | None = None,
+    budget: Budget | None = None,
+    gpu_bandwidth: float | None = None,
+    aim: Aim | None = None,
 ) -> PlacementReport:
     """Plan a model that need not be here: of a Hub repo only config.json and the shards' headers are fetched.
 
@@ -111,6 +126,8 @@ def plan(
         quant: "int4", "int8", "none", "nf4", "fp4"; None: int4, or as the checkpoint is stored.
         budget: more than there is (also of a GPU that is not there) is planned for all the same.
         gpu_bandwidth: bytes per second, instead of what is measured or assumed.
+        aim: bits a weight or memory to fit, instead of quant: chosen by what each kind of module loses in a model that
+            was measured, since no weight is read.
 
     Raises:
         Glm4liteError: an argument cannot be used, the model cannot be found, or `load` would refuse its files.
@@ -120,8 +137,15 @@ def plan(
     if gpu_bandwidth == 0:
         raise ConfigError("a GPU bandwidth of 0 moves nothing; give one such as 272GB")
     parse_quant(quant)  # before a model is looked for
+    if aim is not None and quant is not None:
+        raise ConfigError(f"quant and {aim.option} contradict each other; give one of them")
     checkpoint = headers(source)
-    needs = requirements_of(checkpoint, AUTO if quant is None else quant)
+    choice = None if aim is None else _expected(checkpoint, aim)
+    needs = (
+        requirements_of(checkpoint, AUTO if quant is None else quant)
+        if choice is None
+        else requirements_for(choice.prepared)
+    )
     machine = _machine(budget, gpu_bandwidth, quantized=needs.quant not in ("bfloat16", "float32"))
     asked = needs
     placement, needs, notes = _placed(asked, machine, budget)
@@ -135,7 +159,19 @@ def plan(
             machine = replace(machine, disk_bandwidth=measured, measured=told)
             placement, needs, _ = _placed(needs, machine, budget)
     changes = () if placement.fits else tuple(_proposals(checkpoint, asked, machine, budget))
-    return PlacementReport(str(source), needs, machine, placement, machine.assumed + notes, changes)
+    return PlacementReport(str(source), needs, machine, placement, machine.assumed + notes, changes, choice)
+
+
+def _expected(checkpoint: Checkpoint, aim: Aim) -> Choice:
+    """ConfigError where the checkpoint is quantized by us already."""
+    if isinstance(stored_quant(checkpoint), QuantConfig):
+        raise ConfigError(f"{checkpoint.origin} is quantized already; plan it as it is, without {aim.option}")
+    return expected(prepare(checkpoint, QuantConfig(), model_class(checkpoint)), aim)
+
+
+def _counted(codec: Codec, count: int) -> Sentence:
+    numbers = {"count": str(count), "bits": str(codec.bits), "size": str(codec.group_size)}
+    return Sentence("{count} of int{bits} in groups of {size}", **numbers)
 
 
 def _machine(budget: Budget, gpu_bandwidth: float | None, quantized: bool) -> Machine:
@@ -161,18 +197,24 @@ def _allowing(machine: Machine, budget: Budget) -> Machine:
 
 def _proposals(checkpoint: Checkpoint, needs: Requirements, machine: Machine, budget: Budget) -> Iterator[Proposal]:
     """Each is planned as `plan` would plan it."""
-    of_quant = {needs.quant: needs}
+    of_quant, losses = {needs.quant: needs}, dict[str, float]()
     declared = checkpoint.config.get("quantization_config") is not None  # then it stays as it is
 
     def attempt(changes: Changes) -> Attempt:
         quant = changes.get("quant", needs.quant)
-        if quant not in of_quant:
+        if quant not in of_quant and quant.endswith("bits"):
+            choice = _expected(checkpoint, Aim(float(quant.removesuffix("bits"))))
+            of_quant[quant], losses[quant] = requirements_for(choice.prepared), choice.loss
+        elif quant not in of_quant:
             of_quant[quant] = requirements_of(checkpoint, quant)
         changed = replace(budget, **{name: value for name, value in changes.items() if name != "quant"})
         placement, _, notes = _placed(of_quant[quant], _allowing(machine, changed), changed)
-        return Attempt(placement, quantize=quant if notes else None)
+        return Attempt(placement, quant if notes else None, losses.get(quant))
 
     quants = () if declared else smaller_quants(needs.quant)
+    if not declared and (needs.quant == "int4" or "int4" in quants):
+        prepared = prepare(checkpoint, QuantConfig(), model_class(checkpoint))
+        quants += tuple(f"{bits:g} bits" for bits in fewer_bits(prepared))
     yield from proposals(attempt, quants, attempt({}).placement, budget)
 
 
@@ -181,7 +223,7 @@ def _placed(
 ) -> tuple[Placement, Requirements, tuple[Sentence, ...]]:
     """The placement, and the needs and the note it rests on: what must lie on disk is to be quantized once before."""
     placement = place_within(needs, machine, budget)
-    if placement.fits or needs.stored or needs.quant not in ("int4", "int8"):
+    if placement.fits or needs.stored or not needs.coded:
         return placement, needs, ()
     once = replace(needs, stored=True, loading=0)
     note = Sentence(

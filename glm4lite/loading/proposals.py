@@ -24,10 +24,14 @@ _LARGEST = 1 << 44  # bytes; no machine has more
 
 @dataclass(frozen=True)
 class Attempt:
-    """A placement under changes; `quantize`: of the folder that `glm4lite quantize` writes in that precision."""
+    """A placement under changes; `quantize`: of the folder that `glm4lite quantize` writes in that precision.
+
+    loss: what is expected to be lost, where each weight has its own bits.
+    """
 
     placement: Placement
     quantize: str | None = None
+    loss: float | None = None
 
 
 Try: TypeAlias = Callable[[Changes], Attempt]
@@ -40,20 +44,34 @@ class Proposal:
     changes: Changes
     quantize_first: str | None
     decode_tokens_per_s: float
+    expected_loss: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         speed = round(self.decode_tokens_per_s, 3)
-        return {**self.changes, "quantize_first": self.quantize_first, "decode_tokens_per_s": speed}
+        told = {} if self.expected_loss is None else {"expected_loss": round(self.expected_loss, 4)}
+        return {**self.changes, "quantize_first": self.quantize_first, "decode_tokens_per_s": speed, **told}
 
     def said(self) -> Sentence:
         """As a command's options."""
         given = {name: value for name, value in self.changes.items() if name != "quant" or not self.quantize_first}
-        options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+        options = " ".join(_option(name, value) for name, value in given.items())
         changes: str = options
         if self.quantize_first:
-            folder = Sentence("the folder of `glm4lite quantize --quant {quant}`", quant=self.quantize_first)
+            quant = _option("quant", self.quantize_first)
+            folder = Sentence("the folder of `glm4lite quantize {options}`", options=quant)
             changes = Sentence("{folder} with {options}", folder=folder, options=options) if options else folder
-        return Sentence("{changes}: about {speed} tokens/s", changes=changes, speed=f"{self.decode_tokens_per_s:.2f}")
+        speed = f"{self.decode_tokens_per_s:.2f}"
+        if self.expected_loss is None:
+            return Sentence("{changes}: about {speed} tokens/s", changes=changes, speed=speed)
+        told = {"changes": changes, "speed": speed, "loss": f"{self.expected_loss:.3f}"}
+        return Sentence("{changes}: about {speed} tokens/s, expected loss {loss}", **told)
+
+
+def _option(name: str, value: object) -> str:
+    """As it is given to a command."""
+    if name == "quant" and str(value).endswith(" bits"):
+        name, value = "bits", str(value).removesuffix(" bits")
+    return f"--{name.replace('_', '-')} {value}"
 
 
 def proposals(attempt: Try, quants: tuple[str, ...], placed: Placement, budget: Budget) -> Iterator[Proposal]:
@@ -136,4 +154,4 @@ def _proposal(attempt: Try, changes: Changes) -> Proposal | None:
     sizes = {name: parse_size(changes[name]) for name in ("ram", "gpu_memory") if isinstance(changes.get(name), str)}
     made = attempt({**changes, **sizes})
     placed = made.placement
-    return Proposal(changes, made.quantize, placed.decode_tokens_per_s) if placed.fits else None
+    return Proposal(changes, made.quantize, placed.decode_tokens_per_s, made.loss) if placed.fits else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -11,7 +12,6 @@ import torch
 
 from glm4lite.base.errors import ConfigError, HubError
 from glm4lite.base.files import CONFIG, INDEX, SINGLE, read_json
-from glm4lite.checkpoint.calibration import layer_bytes
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.folders import other_weights
 from glm4lite.checkpoint.formats.format import Quant
@@ -21,7 +21,7 @@ from glm4lite.checkpoint.load_plan import Fill, LoadPlan, automatic_dtype
 from glm4lite.checkpoint.prepare import Prepared, model_class, prepare
 from glm4lite.checkpoint.quant_choice import stored_quant
 from glm4lite.checkpoint.shard import DTYPE_NAMES, StoredTensor
-from glm4lite.checkpoint.streaming import BLOCK_BYTES, needs_calibration
+from glm4lite.checkpoint.streaming import loading_bytes
 from glm4lite.hub.options import HubOptions
 from glm4lite.hub.sources import is_choice, is_url, locate, resolve
 from glm4lite.memory.resources import Requirements
@@ -101,14 +101,14 @@ def requirements_for(prepared: Prepared[Any]) -> Requirements:
         sizes[_part(beside.fill)] += beside.nbytes
     return Requirements(
         config,
-        _precision(prepared.quant, dtype),
+        _precision(prepared, dtype),
         tuple(sizes[str(index)] for index in range(config.num_hidden_layers)),
         sizes["embedding"],
         sizes["head"],
         sizes["rest"],
         _as_held(checkpoint, plan, dtype),
         dtype.itemsize,
-        _loading(checkpoint, plan),
+        loading_bytes(checkpoint, plan),
     )
 
 
@@ -134,14 +134,17 @@ def _as_held(checkpoint: Checkpoint, plan: LoadPlan, dtype: torch.dtype) -> bool
     )
 
 
-def _loading(checkpoint: Checkpoint, plan: LoadPlan) -> int:
-    """What is held beside the weights while they are quantized: blocks of rows, when calibrating a layer as it is."""
-    if not any(fill.quant for fill in plan.fills):
-        return 0
-    return 8 * BLOCK_BYTES + (layer_bytes(checkpoint, plan) if needs_calibration(plan) else 0)
+def average_bits(checkpoint: Checkpoint, plan: LoadPlan) -> float:
+    """Bits a weight of those in our format, their scales included."""
+    fills = [fill for fill in plan.fills if isinstance(fill.quant, QuantConfig) or (fill.parts and not fill.foreign)]
+    nbytes = sum(_bytes(checkpoint, plan, fill, torch.float32) for fill in fills)
+    return 8 * nbytes / max(1, sum(math.prod(fill.shape) for fill in fills))
 
 
-def _precision(quant: Quant | None, dtype: torch.dtype) -> str:
+def _precision(prepared: Prepared[Any], dtype: torch.dtype) -> str:
+    quant = prepared.quant
+    if isinstance(quant, QuantConfig) and quant.mixed:
+        return f"{average_bits(prepared.checkpoint, prepared.plan):.2f} bits"
     if not isinstance(quant, QuantConfig | None):
         return quant.kind
     return f"int{quant.bits}" if quant else str(dtype).removeprefix("torch.")

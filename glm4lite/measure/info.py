@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from glm4lite.checkpoint.checkpoint import Checkpoint
     from glm4lite.checkpoint.formats.format import Stored
     from glm4lite.model.config import Glm4Config
+    from glm4lite_quant import QuantConfig
 
 Fact = tuple[str, str]
 
@@ -93,8 +94,22 @@ def _stored_as(checkpoint: Checkpoint, stored: Stored) -> str:
     from glm4lite_quant import QuantConfig
 
     if isinstance(stored, QuantConfig):
-        return f"int{stored.bits}, groups of {stored.group_size}"
+        return _codecs(checkpoint, stored) if stored.mixed else str(stored.codec)
     return format_of(stored).described(checkpoint, stored)
+
+
+def _codecs(checkpoint: Checkpoint, stored: QuantConfig) -> str:
+    """How many bits a weight has on average, and how many modules have which codec."""
+    from collections import Counter
+
+    from glm4lite.checkpoint.prepare import model_class, prepare
+    from glm4lite.loading.requirements import average_bits
+
+    plan = prepare(checkpoint, None, model_class(checkpoint)).plan
+    stored_as = (stored.for_module(fill.module) for fill in plan.fills if fill.parts)
+    counts = Counter(config.codec for config in stored_as if config is not None)
+    said = "; ".join(f"{counts[codec]} of {codec}" for codec in sorted(counts))
+    return f"{average_bits(checkpoint, plan):.2f} bits a weight on average: {said}"
 
 
 def _ways(stored: Stored | None) -> tuple[str | None, ...]:

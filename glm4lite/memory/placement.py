@@ -201,7 +201,7 @@ def _advice(request: _Request, placement: Placement, short: tuple[str, int] | No
     missing = Sentence("{size} of RAM do not suffice", size=readable(request.ram))
     way = reduce(lambda one, other: Sentence("{one}, or {other}", one=one, other=other), ways)
     remedy = Sentence("it takes {way}", way=way)
-    if needs.quant not in ("int4", "nf4"):
+    if needs.quant not in ("int4", "nf4") and not needs.quant.endswith("bits"):
         remedy = Sentence("{remedy}; `glm4lite plan` tells whether fewer bits would do", remedy=remedy)
     return Sentence("{missing}: {remedy}", missing=missing, remedy=remedy)
 

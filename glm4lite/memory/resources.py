@@ -31,7 +31,7 @@ GPU_ITEM_BYTES = 2  # activations and a float cache on a GPU are bfloat16
 class Requirements:
     """Bytes that a model asks for.
 
-    quant: "int4", "int8", "nf4", "bfloat16", "float32".
+    quant: "int4", "int8", "3.50 bits" (where each weight has its own), "nf4", "bfloat16", "float32".
     layers: of each decoder layer's weights, as they are held. head: 0 where it is tied to the embedding. rest: the last
     norm (and a classifier's score). stored: the weights lie in the files as they are held, so that they can be mapped
     or read layer by layer. item_bytes: of an activation and of a float cache's number on the CPU. loading: what is
@@ -47,6 +47,11 @@ class Requirements:
     stored: bool
     item_bytes: int = 4
     loading: int = 0
+
+    @property
+    def coded(self) -> bool:
+        """Whether the weights are codes of our own format."""
+        return self.quant.startswith("int") or self.quant.endswith("bits")
 
     @property
     def weight_bytes(self) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from glm4lite.checkpoint.codec_choice import Aim
 from glm4lite.checkpoint.formats.format import Quant
 from glm4lite.checkpoint.lora.folder import Loras
 from glm4lite.checkpoint.streaming import ProgressCallback
@@ -29,6 +30,8 @@ def load(
     context: int | str | None = None,
     kv: str = "auto",
     lora: str | Path | Sequence[str | Path] | None = None,
+    bits: float | str | None = None,
+    fit: Size = None,
 ) -> Glm4ForCausalLM:
     """Load a language model from a folder, from "nano", or from a Hub repo id. (Other classes: `from_pretrained`.)
 
@@ -60,5 +63,6 @@ def load(
         Glm4liteError: one line saying which file, tensor, key or argument cannot be used, and what to do.
     """
     budget, loras = Budget.of(gpu_memory, ram, context, kv), Loras.of(lora)
-    options = LoadOptions(quant, device, dtype, progress, calibration, budget, loras=loras)
+    aim = Aim.of(bits, fit, budget, loads=True)
+    options = LoadOptions(quant, device, dtype, progress, calibration, budget, loras=loras, aim=aim)
     return load_class(Glm4ForCausalLM, source, options)[0]

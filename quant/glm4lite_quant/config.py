@@ -1,7 +1,13 @@
-"""What to quantize to: bits, group size and the modules that are treated differently. The form config.json holds."""
+"""What to quantize to: bits, group size and the modules that are treated differently. The form config.json holds.
+
+A module that is treated differently has other bits, or a codec of its own:
+`"exceptions": {"lm_head": 8, "*norm*": null, "model.layers.0.mlp.down_proj": {"bits": 3, "group_size": 64}}`.
+The first that matches holds.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -40,8 +46,26 @@ def activation_splits(module: str) -> int:
     return 2 if module.rsplit(".", 1)[-1] in TWO_PART_INPUTS else 1
 
 
+_WILD = re.compile(r"[*?[]")  # a mixed model names hundreds of modules, and fnmatch would compile each name anew
+
+
 class QuantError(ValueError):
     """A weight, a setting or an input that the quantized layers cannot use; the message says which and what to do."""
+
+
+@dataclass(frozen=True, order=True)
+class Codec:
+    """How a weight is stored: the bits of a code, and how many columns of a row share a scale."""
+
+    bits: int
+    group_size: int
+
+    def __post_init__(self) -> None:
+        _check_choice("bits", self.bits, BITS)
+        _check_choice("group_size", self.group_size, GROUP_SIZES)
+
+    def __str__(self) -> str:
+        return f"int{self.bits}, groups of {self.group_size}"
 
 
 @dataclass(frozen=True)
@@ -69,6 +93,9 @@ class Calibration:
 class QuantConfig:
     """Bits per code, how many input columns share one scale, and how the scales are found.
 
+    exceptions: (pattern of a module's last name or of all of its name, what it has instead), the first that matches
+    holds: other bits, a whole Codec, or None for what stays unquantized.
+
     method: "calibrated" (below 8 bits unless given), "search", "minmax"; int8 is always "absmax", and "kept" is what
     another tool's codes are. calibration: what a calibrated model was made with.
 
@@ -78,16 +105,16 @@ class QuantConfig:
 
     bits: int = 4
     group_size: int = 32
-    exceptions: tuple[tuple[str, int | None], ...] = EXCEPTIONS
+    exceptions: tuple[tuple[str, int | Codec | None], ...] = EXCEPTIONS
     method: str = CALIBRATED
     calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         _check_choice("bits", self.bits, BITS)
         _check_choice("group_size", self.group_size, GROUP_SIZES)
-        for pattern, bits in self.exceptions:
-            if bits is not None:
-                _check_choice(f"exceptions[{pattern!r}]", bits, BITS)
+        for pattern, own in self.exceptions:
+            if own is not None and not isinstance(own, Codec):
+                _check_choice(f"exceptions[{pattern!r}]", own, BITS)
         if self.method not in (*METHODS, ABSMAX, KEPT):
             raise QuantError(f"quantization method is {self.method!r}; use one of {', '.join(METHODS)}")
         if self.bits == 8:
@@ -108,10 +135,39 @@ class QuantConfig:
     def for_module(self, name: str) -> QuantConfig | None:
         """The config of one module by its dotted name (None: leave it unquantized)."""
         leaf = name.rsplit(".", 1)[-1]
-        for pattern, bits in self.exceptions:
-            if fnmatchcase(leaf, pattern) or fnmatchcase(name, pattern):
-                return None if bits is None else replace(self, bits=bits, method=self._method_for(bits))
+        for pattern, own in self.exceptions:
+            if _matches(pattern, leaf) or _matches(pattern, name):
+                codec = Codec(own, self.group_size) if isinstance(own, int) else own
+                return None if codec is None else self._with(codec)
         return self
+
+    def _with(self, codec: Codec) -> QuantConfig:
+        return replace(self, bits=codec.bits, group_size=codec.group_size, method=self._method_for(codec.bits))
+
+    @property
+    def codec(self) -> Codec:
+        """Of the modules that are no exceptions."""
+        return Codec(self.bits, self.group_size)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether modules have codecs of their own."""
+        return any(isinstance(own, Codec) for _, own in self.exceptions)
+
+    def with_codecs(self, codecs: Mapping[str, Codec]) -> QuantConfig:
+        """The same with a codec for each of these modules, by their whole names; others are treated as they were.
+
+        What most of them have becomes that of all that are no exceptions.
+        """
+        if not codecs:
+            return self
+        base = self._with(max(sorted(set(codecs.values())), key=list(codecs.values()).count))
+        own = {name: codec for name, codec in codecs.items() if not base._is_stored_as(name, codec)}
+        return replace(base, exceptions=(*own.items(), *(one for one in self.exceptions if one[0] not in own)))
+
+    def _is_stored_as(self, name: str, codec: Codec) -> bool:
+        found = self.for_module(name)
+        return found is not None and found.codec == codec
 
     def _method_for(self, bits: int) -> str:
         return CALIBRATED if self.method == ABSMAX and bits < 8 else self.method
@@ -129,7 +185,7 @@ class QuantConfig:
             "bits": self.bits,
             "group_size": self.group_size,
             "format": FORMAT,
-            "exceptions": dict(self.exceptions),
+            "exceptions": {name: asdict(own) if isinstance(own, Codec) else own for name, own in self.exceptions},
             "method": self.method,
         }
 
@@ -155,10 +211,26 @@ class QuantConfig:
         return cls(d["bits"], d["group_size"], exceptions, d.get("method", searched), calibration)
 
 
-def _read_exceptions(value: Any) -> tuple[tuple[str, int | None], ...]:
+def _matches(pattern: str, name: str) -> bool:
+    return pattern == name or (_WILD.search(pattern) is not None and fnmatchcase(name, pattern))
+
+
+def _read_exceptions(value: Any) -> tuple[tuple[str, int | Codec | None], ...]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise QuantError(f"quantization_config.exceptions is {value!r}; expected an object of name: bits")
-    return tuple(value.items())
+    return tuple((name, _read_codec(name, own)) for name, own in value.items())
+
+
+def _read_codec(name: str, own: Any) -> Any:
+    """A codec where an exception is one; what else it is is checked with the others."""
+    if not isinstance(own, Mapping):
+        return own
+    if set(own) != {"bits", "group_size"}:
+        raise QuantError(f"quantization exceptions[{name!r}] is {own!r}; expected bits and group_size")
+    try:
+        return Codec(own["bits"], own["group_size"])
+    except QuantError as error:
+        raise QuantError(f"{error} (in exceptions[{name!r}])") from None
 
 
 def _check_choice(key: str, value: Any, choices: tuple[int, ...]) -> None:

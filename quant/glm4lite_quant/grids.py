@@ -144,7 +144,7 @@ def as_codes(weight: QuantTensor) -> Codes:
     """The rows of a weight of ours as codes: of int8 128 higher, so that all are above zero."""
     values = unpack(weight.qweight)[: weight.shape[0]]
     step, low, levels = steps(weight)
-    return Codes(values if levels == 16 else (values ^ -128).view(torch.uint8), step, low, levels)
+    return Codes(values if weight.mins is not None else (values ^ -128).view(torch.uint8), step, low, levels)
 
 
 def steps(weight: QuantTensor) -> tuple[Tensor, Tensor, int]:
@@ -157,7 +157,7 @@ def steps(weight: QuantTensor) -> tuple[Tensor, Tensor, int]:
     step = plane(weight.scales, weight.row_scale)
     if weight.mins is None or weight.row_min is None:
         return step, step * 128, 256
-    return step, plane(weight.mins, weight.row_min), 16
+    return step, plane(weight.mins, weight.row_min), 1 << weight.bits
 
 
 @dataclass

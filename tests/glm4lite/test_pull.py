@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from glm4lite.base.errors import CheckpointError, Glm4liteError, HubError
 from glm4lite.base.events import Progress
+from glm4lite.checkpoint.codec_choice import Aim
 from glm4lite.checkpoint.formats.registry import open_source
 from glm4lite.checkpoint.quantize import quantize_checkpoint
 from glm4lite.checkpoint.resumable import unfinished
@@ -571,3 +572,24 @@ def test_the_known_models_are_listed_with_what_fits(hub: HubServer, home: Path) 
     assert 5.4 < nine["int4_bytes"] / 2**30 < 5.6
     assert all(one["fits"] for one in found)
     assert not hub.requests
+
+
+# --- with bits for each weight
+
+
+def test_a_model_pulled_with_bits_is_fetched_whole_and_is_the_one_of_a_folder(
+    hub: HubServer, tiny: Path, home: Path, tmp_path: Path
+) -> None:
+    aim = Aim(5.0)
+
+    def stop(event: Progress) -> None:
+        if event.stage == "quantize" and event.done > event.total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint("org/tiny", tmp_path / "out", progress=stop, aim=aim)
+    assert not (tmp_path / "out").exists()
+    before = len(hub.requests)
+    out = quantize_checkpoint("org/tiny", tmp_path / "out", aim=aim)
+    assert not [path for method, path in hub.requests[before:] if method == "GET" and path.endswith(".safetensors")]
+    assert content(out) == content(quantize_checkpoint(tiny, tmp_path / "local", aim=aim))

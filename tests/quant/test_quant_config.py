@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from glm4lite_quant import QuantConfig, QuantError
+from glm4lite_quant import Codec, QuantConfig, QuantError
 
 
 def test_names_of_the_command_line_are_parsed() -> None:
@@ -53,6 +53,38 @@ def test_config_json_gives_the_same_config_back() -> None:
         assert QuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_modules_have_codecs_of_their_own_by_their_whole_names() -> None:
+    codecs = {
+        "model.layers.0.mlp.down_proj": Codec(3, 64),
+        "model.layers.1.mlp.down_proj": Codec(4, 128),
+        "model.layers.2.mlp.down_proj": Codec(4, 128),
+        "model.layers.1.self_attn.k_proj": Codec(4, 128),
+        "lm_head": Codec(8, 32),
+    }
+    config = QuantConfig().with_codecs(codecs)
+    assert config.codec == Codec(4, 128)
+    assert config.mixed
+    assert QuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    for name, codec in codecs.items():
+        own = config.for_module(name)
+        assert own is not None
+        assert own.codec == codec
+        assert own.method == ("absmax" if codec.bits == 8 else "calibrated")
+    assert config.for_module("model.norm") is None
+    other = config.for_module("model.layers.7.self_attn.k_proj")
+    assert other is not None
+    assert other.bits == 8  # as before
+    assert not QuantConfig().with_codecs({"a": Codec(4, 32), "b": Codec(4, 32)}).mixed
+
+
+def test_a_pattern_is_a_name_or_has_wildcards() -> None:
+    config = QuantConfig(exceptions=(("model.layers.*.mlp.*", Codec(3, 64)), ("o_proj", 6), ("model.layers.1", 2)))
+    for name, bits in (("model.layers.3.mlp.down_proj", 3), ("x.o_proj", 6), ("model.layers.1.q_proj", 4)):
+        own = config.for_module(name)
+        assert own is not None
+        assert own.bits == bits
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -62,6 +94,8 @@ def test_config_json_gives_the_same_config_back() -> None:
         ({"format": 2}, "format is 2"),
         ({"exceptions": ["lm_head"]}, "exceptions is"),
         ({"exceptions": {"lm_head": 16}}, r"exceptions\['lm_head'\] is 16"),
+        ({"exceptions": {"x": {"bits": 3}}}, r"exceptions\['x'\] is .*; expected bits and group_size"),
+        ({"exceptions": {"x": {"bits": 3, "group_size": 16}}}, r"group_size is 16; .* \(in exceptions\['x'\]\)"),
         ({"surprise": 1}, "surprise is not known"),
     ],
 )

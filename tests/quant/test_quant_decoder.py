@@ -188,6 +188,18 @@ def test_every_kind_of_layer_gives_torchs_numbers(isa: str, bits: int, sandwich:
         fits(layer, cache, tokens, 0.02)
 
 
+def test_each_linear_may_have_bits_and_groups_of_its_own(isa: str) -> None:
+    heads = HEADS["two queries each"]
+    layer, cache = Layer(Shape(heads)), Cache.empty(heads, 20, False)
+    codecs = {"q": (5, 32), "k": (8, 32), "v": (4, 32), "o": (3, 64), "gate_up": (3, 32), "down": (6, 32)}
+    for name, (bits, group) in codecs.items():
+        n, k = layer.weights[name].shape
+        layer.weights[name] = QuantTensor.quantize(torch.randn(n, k) / k**0.5, QuantConfig(bits, group))
+        layer.dense[name] = layer.weights[name].dequantize().double()
+    for tokens in (17, 1):
+        fits(layer, cache, tokens, 0.02)
+
+
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 def test_a_long_past_is_read_in_ranges_that_are_merged(isa: str, int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     heads = HEADS["the 9B's sixteen"]

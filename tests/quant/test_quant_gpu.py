@@ -47,6 +47,21 @@ def test_the_chain_is_triton_then_tinygemm_then_dequantizing(monkeypatch: pytest
     assert picking.pick(elsewhere()).name == picking.pick(elsewhere(bits=8)).name == "triton"
 
 
+@pytest.mark.parametrize("bits", [2, 3, 5, 6])
+def test_bits_without_a_kernel_are_decoded_on_a_gpu_and_it_is_said_once(
+    bits: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    usable(monkeypatch, "tinygemm")
+    gpu._say_slow.cache_clear()
+    weight = QuantTensor.quantize(torch.randn(64, 128), QuantConfig(bits))
+    for _ in range(2):
+        backend = picking.pick(elsewhere(bits))
+        assert backend.name == "dequant"
+    assert [f"weights of {bits} bits are decoded" in message for message in caplog.messages] == [True]
+    x = torch.randn(3, 128)
+    torch.testing.assert_close(backend.matmul(x, weight, None), x @ weight.dequantize().T)
+
+
 def test_a_kernel_can_be_forced_and_an_impossible_one_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     usable(monkeypatch, "tinygemm")
     monkeypatch.setenv("GLM4LITE_GPU_KERNEL", "dequant")

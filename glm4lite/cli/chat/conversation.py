@@ -167,7 +167,9 @@ class Conversation:
         locate(model)
         old, options = self.source, self.source.options
         loras = options.loras if model == old.model else Loras()  # adapters are of their own model
-        new = replace(self.source, model=model, options=replace(options, quant=quant or options.quant, loras=loras))
+        aim = options.aim if model == old.model and quant is None else None
+        asked = replace(options, quant=quant or options.quant, loras=loras, aim=aim)
+        new = replace(self.source, model=model, options=asked)
         unloaded = False
 
         def unload() -> None:

@@ -25,6 +25,8 @@ def chat(
     prompt: options.Prompt = None,
     lines: options.Lines = False,
     quant: options.Quant = None,
+    bits: options.Bits = None,
+    fit: options.Fit = None,
     lora: options.Lora = None,
     as_json: options.Json = False,
     raw: options.Raw = False,
@@ -56,6 +58,7 @@ def chat(
     threads: options.Threads = None,
 ) -> None:
     """Chat with a model: at a terminal, or one answer to -p, to what is piped, or to both."""
+    from glm4lite.checkpoint.codec_choice import Aim
     from glm4lite.cli.chat.conversation import Conversation, Source
     from glm4lite.cli.chat.loop import converse
     from glm4lite.engine.sampling import SamplingParams
@@ -73,8 +76,9 @@ def chat(
     wanted = options.schema_of(schema)
     options.use_threads(threads)
     budget = Budget.of(gpu_memory, ram, context, kv)
+    aim = Aim.of(bits, fit, budget, loads=True)
     with rendering(as_json, raw or schema is not None) as renderer, ExitStack() as open_tools:
-        asked = LoadOptions(quant or "auto", device, dtype, budget=budget, loras=options.loras(lora))
+        asked = LoadOptions(quant or "auto", device, dtype, budget=budget, loras=options.loras(lora), aim=aim)
         source = Source(model, asked, speculate, draft, keep_prefixes)
         by_hand = prompt is None and is_interactive()
         message = None if lines or by_hand else _question(prompt, renderer)

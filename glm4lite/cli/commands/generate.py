@@ -18,6 +18,8 @@ def generate(
         str | None, typer.Option("--prompt", "-p", help="Text to go on from, what stdin holds below it; - is stdin.")
     ] = None,
     quant: options.Quant = None,
+    bits: options.Bits = None,
+    fit: options.Fit = None,
     lora: options.Lora = None,
     as_json: options.Json = False,
     temperature: options.Temperature = None,
@@ -45,6 +47,7 @@ def generate(
 ) -> None:
     """Continue a text, without a chat template (for base models, or to look at a model's raw output)."""
     from glm4lite.chat.completion import Completion
+    from glm4lite.checkpoint.codec_choice import Aim
     from glm4lite.engine.engine import Engine
     from glm4lite.engine.sampling import SamplingParams
     from glm4lite.loading.load_options import LoadOptions
@@ -58,8 +61,11 @@ def generate(
     wanted = options.schema_of(schema)
     options.use_threads(threads)
     budget = Budget.of(gpu_memory, ram, context, kv)
+    aim = Aim.of(bits, fit, budget, loads=True)
     with rendering(as_json, raw=True) as renderer:
-        asked = LoadOptions(quant or "auto", device, dtype, renderer.show, budget=budget, loras=options.loras(lora))
+        asked = LoadOptions(
+            quant or "auto", device, dtype, renderer.show, budget=budget, loras=options.loras(lora), aim=aim
+        )
         text = "" if prompt is None and is_interactive() else prompt_text(prompt, renderer.remark)
         completion = Completion(Engine.from_options(model, asked, speculate=speculate, draft=draft))
         with interrupt_stops(completion):

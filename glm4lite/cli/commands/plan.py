@@ -18,6 +18,8 @@ def plan(
     context: options.Context = None,
     kv: options.KV = "auto",
     quant: options.Quant = None,
+    bits: options.Bits = None,
+    fit: options.Fit = None,
     gpu_bandwidth: Annotated[
         str | None, typer.Option(help="In a second, such as 272GB.", show_default="measured, or an RTX 4060's")
     ] = None,
@@ -25,13 +27,14 @@ def plan(
 ) -> None:
     """Will it fit, and how fast will it be? Of a model that is not here only a few kilobytes are fetched."""
     from glm4lite.base.sizes import parse_size
+    from glm4lite.checkpoint.codec_choice import Aim
     from glm4lite.loading import plan_report
     from glm4lite.memory.budget import Budget
 
     budget = Budget.of(gpu_memory, ram, context, kv)
     bandwidth = None if gpu_bandwidth is None else float(parse_size(gpu_bandwidth))
     options.use_threads(None)
-    report = plan_report.plan(model, quant, budget, bandwidth)
+    report = plan_report.plan(model, quant, budget, bandwidth, Aim.of(bits, fit, budget))
     if not as_json:
         from glm4lite.cli.terminal import print_table
 

@@ -23,6 +23,10 @@ def pull(
             show_default="as it is",
         ),
     ] = None,
+    bits: options.Bits = None,
+    fit: options.Fit = None,
+    context: options.Context = None,
+    kv: options.KV = "auto",
     to: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where the quantized model goes.", show_default="by its name")
     ] = None,
@@ -32,12 +36,22 @@ def pull(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default="the newest")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Download a model, verified; what was stopped or killed goes on where it was. Of GGUF give ORG/NAME:Q4_K_M."""
+    """Download a model, verified; what was stopped or killed goes on where it was. Of GGUF give ORG/NAME:Q4_K_M.
+
+    With --bits or --fit all of it is fetched into the cache first, since each layer is looked at twice.
+    """
+    from glm4lite.checkpoint.codec_choice import Aim
     from glm4lite.hub.options import HubOptions
     from glm4lite.hub.sources import locate
+    from glm4lite.memory.budget import Budget
 
     if host not in (None, "hub", "modelscope"):
         raise ConfigError(f"--from is {host[:100]!r}; use hub or modelscope")
+    aim = Aim.of(bits, fit, Budget.of(context=context, kv=kv))
+    if aim is not None and quant is not None:
+        raise ConfigError(f"--quant and --{aim.option} contradict each other; leave one of them out")
+    if (context is not None or kv != "auto") and fit is None:
+        raise ConfigError("--context and --kv are counted for --fit; leave them out, they are given where a model runs")
     found = locate(model)
     if isinstance(found, Path):
         raise HubError(f"{model} is on this machine already ({found})")
@@ -47,9 +61,11 @@ def pull(
         found = on_modelscope(found)
     asked = HubOptions(revision=revision)
     with rendering(as_json) as renderer:
-        if quant is None:
+        if quant is None and aim is None:
             if to is not None:
-                raise ConfigError("--to is for --quant: a model that stays as it is lies in the cache that tools share")
+                raise ConfigError(
+                    "--to is for --quant, --bits and --fit: a model that stays as it is lies in the cache of all tools"
+                )
             from glm4lite.base.sizes import readable
             from glm4lite.hub.sources import resolve
 
@@ -60,13 +76,18 @@ def pull(
             from glm4lite.checkpoint.quantize import quantize_checkpoint
 
             options.use_threads(None)
-            called = f"{_called(found)}-{quant}"
+            called = f"{_called(found)}-{quant or _suffix(bits, fit)}"
             target = models_folder() / called if to is None else to
-            written = quantize_checkpoint(found, target, quant, renderer.show, hub=asked)
+            written = quantize_checkpoint(found, target, quant or "int4", renderer.show, hub=asked, aim=aim)
             name = called if to is None else str(to)
         files = [written] if written.is_file() else [path for path in written.iterdir() if path.is_file()]
         size = sum(path.stat().st_size for path in files)
         renderer.remark(f"{written}: {readable(size)}. Run it: glm4lite chat {shlex.quote(name)}")
+
+
+def _suffix(bits: str | None, fit: str | None) -> str:
+    """What a model's name ends in: "3.5bits", "12GiB"."""
+    return f"{float(bits):g}bits" if bits is not None else (fit or "").replace(" ", "")
 
 
 def _called(found: str) -> str:

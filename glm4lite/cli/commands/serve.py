@@ -30,6 +30,8 @@ def serve(
     ] = None,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for those being answered.")] = 512,
     quant: options.Quant = None,
+    bits: options.Bits = None,
+    fit: options.Fit = None,
     lora: options.Lora = None,
     lora_modules: options.LoraModules = None,
     device: options.Device = "auto",
@@ -52,6 +54,7 @@ def serve(
     access = Access(api_key, tuple(allow_host or ()), tuple(allow_origin or ()))
     options.use_threads(threads)
     with closing(address.listen()) as listening, rendering(as_json=False) as renderer:
+        from glm4lite.checkpoint.codec_choice import Aim
         from glm4lite.engine.engine import Engine
         from glm4lite.engine.worker import EngineWorker
         from glm4lite.loading.load_options import LoadOptions
@@ -63,9 +66,10 @@ def serve(
         if model == "nano":
             renderer.remark(nano_remark("serve"))
         budget = Budget.of(gpu_memory, ram, context, kv)
+        aim = Aim.of(bits, fit, budget, loads=True)
         loading = Loading(renderer.show)
         loras = options.loras(lora, lora_modules)
-        asked = LoadOptions(quant or "auto", device, dtype, loading.show, budget=budget, loras=loras)
+        asked = LoadOptions(quant or "auto", device, dtype, loading.show, budget=budget, loras=loras, aim=aim)
         with loading.answering(listening, access):
             engine = Engine.from_options(
                 model, asked, speculate=speculate, parallel=parallel, draft=draft, keep_prefixes=keep_prefixes

@@ -185,7 +185,8 @@ class DecoderKernel:
             return None
         floats = [tensor for tensor in (*biases.values(), *norms.values()) if tensor is not None]
         plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in floats)
-        groups = {weight.group_size for weight in weights.values() if weight.bits < 8}
+        shared = (weights[name] for name in BIASES)  # q, k and v have one input, with one sum for each group
+        groups = {weight.group_size for weight in shared if weight.bits < 8}
         if not plain or len(groups) > 1 or not _heads_fit(heads) or not _shapes_fit(weights, biases, norms, heads):
             return None
         pointers = {f"{name}_bias": _pointer(biases.get(name)) for name in BIASES}

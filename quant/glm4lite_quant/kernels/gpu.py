@@ -5,8 +5,10 @@ GLM4LITE_GPU_KERNEL forces one of KERNELS; a weight that it has no code for (int
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from functools import lru_cache
 
 import torch
 
@@ -16,6 +18,8 @@ from glm4lite_quant.kernels.backend import Backend
 from glm4lite_quant.kernels.dequant import DequantBackend
 from glm4lite_quant.kernels.tinygemm import TinygemmBackend
 from glm4lite_quant.kernels.tinygemm import problem as tinygemm_problem
+
+logger = logging.getLogger("glm4lite")
 
 KERNELS = ("triton", "tinygemm", "dequant")  # fastest first
 DEQUANT = DequantBackend()
@@ -31,7 +35,17 @@ def pick(weight: Planes) -> Backend:
         found = None if why else backend(name)
         if found is not None and found.supports(weight):
             return found
+    if not chosen and weight.bits not in (4, 8):
+        _say_slow(weight.bits)
     return DEQUANT
+
+
+@lru_cache(maxsize=8)
+def _say_slow(bits: int) -> None:
+    """Once."""
+    logger.warning(
+        "weights of %d bits are decoded for each product on a GPU, which is slow: it has kernels for 4 and 8", bits
+    )
 
 
 def forced() -> str:
