@@ -1,13 +1,15 @@
 """What a model's answers lose where a weight has fewer bits: measured on the calibration text, layer by layer.
 
 To second order the KL divergence between a model and itself with weights changed by D is, summed over all positions,
-half of E[(g D x)^2]: g is the gradient of the log likelihood of tokens that the model itself draws by the outputs of a
-linear layer, x that layer's inputs (the Fisher information). With independent errors in rows and columns that is
+half of E[<G, D>^2]: G is the gradient, by the weight, of the log likelihood of tokens that the model itself draws (the
+Fisher information). The errors of rounding have no sign that anything depends on, so that of <G, D>^2 the squares are
+left:
 
-    loss(codec) = 1/2 * sum over rows i, columns k of  mean(g_i^2) * D_ik^2 * mean(x_k^2)
+    loss(codec) = 1/2 * sum over rows i, columns k of  E[G_ik^2] * D_ik^2,    G_ik = sum over a text's tokens of g_i x_k
 
-where the mean over x is weighted by the size of g, since errors at a token that nothing depends on cost nothing (GLM-4,
-as others, has tokens of huge activations). D comes from a sample of rows, quantized with each codec as all will be.
+with g the gradient by the layer's output and x its input. A token's huge activations on which nothing depends count for
+nothing so, and errors that add up over the tokens (in values, say) count. G and D are of a sample of rows, quantized
+with each codec as all will be.
 
 The layers are run forward, as calibration does; then the head, and the layers in their reverse order for the gradients
 of a part of the tokens. In memory are one layer and the stream of these tokens before each layer. So that no layer has
@@ -110,7 +112,7 @@ class _Measurement:
             self._streams.append(self._sampled())
             self._calibrator.run_to(number)
             for fill in self._fills(number):
-                if fill.module in self._candidates:
+                if fill.quant is not None:
                     _, importance = self._calibrator.take(fill)
                     if importance is not None:
                         self.importance[fill.source] = importance
@@ -145,16 +147,20 @@ class _Measurement:
             outputs = torch.cat(of_outputs)
             most = outputs.topk(min(ROWS, len(outputs))).indices.sort().values
             weight = torch.cat([self._checkpoint.rows(fill.source, row, row + 1) for row in most.tolist()])
-            self._note(fill, weight, outputs[most], outputs.sum(), of_tokens @ squares)
+            by_column = of_tokens @ squares / outputs.sum().clamp(min=_TINY)
+            total = outputs.sum() / outputs[most].sum().clamp(min=_TINY)
+            self._note(fill, weight, total * outputs[most, None] * by_column)
 
     def layer(self, number: int) -> None:
         """The next layer downwards."""
-        fills = {fill.module: fill for fill in self._fills(number) if fill.module in self._candidates}
-        layer, noted = self._calibrator.layer(number), dict[str, tuple[Tensor, Tensor]]()
+        fills = {fill.module: fill for fill in self._fills(number) if fill.quant is not None}
+        layer, noted = self._calibrator.layer(number), dict[str, Tensor]()
 
         def note(name: str, inputs: Tensor, gradient: Tensor) -> None:
-            squares = gradient.detach().flatten(0, -2).float().square()
-            noted[name] = squares.sum(0), squares.sum(1) @ inputs.detach().flatten(0, -2).float().square()
+            by_row = gradient.detach().float()
+            some = by_row[..., _some(by_row.shape[-1])]
+            total = by_row.square().sum() / some.square().sum().clamp(min=_TINY)
+            noted[name] = total * (some.mT @ inputs.detach().float()).square().sum(0)
 
         def watch(name: str, module: nn.Module) -> None:
             def hook(_: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
@@ -172,9 +178,8 @@ class _Measurement:
             out = layer(stream, self._dtype, rotary, Visibility(None, 0, length, stream.device), None, False)[0]
             self._gradient = torch.autograd.grad(out, stream, self._gradient)[0]
         for name, fill in fills.items():
-            weight, (outputs, inputs) = self._calibrator.held(fill), noted[name]
-            some = torch.arange(0, len(outputs), max(1, len(outputs) // ROWS))[:ROWS]
-            self._note(fill, weight[some], outputs[some], outputs.sum(), inputs)
+            weight = self._calibrator.held(fill)
+            self._note(fill, weight[_some(len(weight))], noted[name])
         self._meter.add(sum(self._checkpoint.nbytes(fill.source) for fill in self._fills(number)))
 
     def embedding(self) -> None:
@@ -182,25 +187,20 @@ class _Measurement:
         fill = self._outside("embed_tokens")
         if fill.module not in self._candidates:
             return
-        squares = self._gradient.flatten(0, 1).square()
-        ids, places = self._ids.flatten().unique(return_inverse=True)
+        ids, places = self._ids.unique(return_inverse=True)
         weight = torch.cat([self._checkpoint.rows(fill.source, row, row + 1) for row in ids.tolist()])
-        by_row = torch.zeros(weight.shape).index_add_(0, places, squares)
+        squares = torch.zeros(weight.shape)
+        for where, gradient in zip(places, self._gradient, strict=True):
+            squares += torch.zeros(weight.shape).index_add_(0, where, gradient).square()
         self.importance.setdefault(fill.source, squares.mean(0))  # a tied head has said already what counts
-        both = self.losses.setdefault(fill.module, {})
-        for codec in self._candidates[fill.module]:
-            error = _error(weight, codec, self.importance[fill.source])
-            both[codec] = both.get(codec, 0.0) + 0.5 * float((by_row * error).sum()) / len(places)
+        self._note(fill, weight, squares)
 
-    def _note(self, fill: Fill, weight: Tensor, outputs: Tensor, total: Tensor, inputs: Tensor) -> None:
-        """weight [R, K]: some rows, whose squared gradients are `outputs` [R], and all rows' `total`; inputs [K]: the
-        inputs' squares, each token's times its squared gradients. Sums over the tokens, all three."""
-        importance, mean = self.importance.get(fill.source), inputs / total.clamp(min=_TINY)
-        share = 0.5 * total / outputs.sum().clamp(min=_TINY) / self._ids.numel()
-        self.losses[fill.module] = {
-            codec: float(share * (outputs @ (_error(weight, codec, importance) @ mean)))
-            for codec in self._candidates[fill.module]
-        }
+    def _note(self, fill: Fill, weight: Tensor, squares: Tensor) -> None:
+        """weight [R, K]: some rows; squares: of the gradients by it, as many times as they stand for other rows too."""
+        importance, losses = self.importance.get(fill.source), self.losses.setdefault(fill.module, {})
+        for codec in self._candidates[fill.module]:
+            error = _error(weight, codec, importance)
+            losses[codec] = losses.get(codec, 0.0) + 0.5 * float((squares * error).sum()) / self._ids.numel()
 
     def _drawn(self, fill: Fill, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Of each row the logarithm of the sum of all likelihoods, and a token drawn by them."""
@@ -230,6 +230,11 @@ class _Measurement:
     def _outside(self, name: str) -> Fill | None:
         fills = (fill for fill in self._plan.fills if layer_of(fill.module) is None and fill.parameter == "weight")
         return next((fill for fill in fills if fill.module.rpartition(".")[2] == name), None)
+
+
+def _some(rows: int) -> Tensor:
+    """Numbers of rows that stand for all."""
+    return torch.arange(0, rows, max(1, rows // ROWS))[:ROWS]
 
 
 def _error(weight: Tensor, codec: Codec, importance: Tensor | None) -> Tensor:
