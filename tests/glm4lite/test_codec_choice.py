@@ -188,7 +188,7 @@ def test_what_fits_is_what_a_plan_counts(
 def least_that_fits(budget: Budget) -> int:
     with pytest.raises(ConfigError, match=r"the smallest that can be had takes ([0-9.]+)MiB") as caught:
         choose(prepared(), Aim(None, 1 << 20, budget), None)
-    return parse_size(str(caught.value).partition("can be had takes ")[2].split()[0])
+    return parse_size(str(caught.value).partition("can be had takes ")[2].partition(",")[0])
 
 
 def test_a_model_that_fits_while_it_loads_is_limited_to_that(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,9 +34,9 @@ def pick(weight: Planes) -> Backend:
             raise QuantError(f"GLM4LITE_GPU_KERNEL={chosen} cannot be used: {why}")
         found = None if why else backend(name)
         if found is not None and found.supports(weight):
+            if found is DEQUANT and not chosen and weight.bits not in (4, 8):
+                _say_slow(weight.bits)
             return found
-    if not chosen and weight.bits not in (4, 8):
-        _say_slow(weight.bits)
     return DEQUANT
 
 
