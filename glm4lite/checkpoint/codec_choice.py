@@ -321,8 +321,8 @@ def _nbytes(fill: Fill, codec: Codec) -> int:
     return empty_weight(fill.shape, QuantConfig(codec.bits, codec.group_size)).nbytes
 
 
-# Nats of KL divergence that int4 in groups of 32 costs a real model of 135 M parameters in all layers' modules of a kind
-# (head and embedding: its tied one, to each half), and what other codecs cost by it.
+# Nats of KL divergence that int4 in groups of 32 costs a real model of 135 M parameters in all layers' modules of a
+# kind (head and embedding: its tied one, to each half), and what other codecs cost by it.
 _KINDS: Mapping[str, float] = {
     "q_proj": 0.0052,
     "k_proj": 0.0048,

@@ -14,11 +14,12 @@ from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.codec_choice import Aim, Choice, expected, fewer_bits
 from glm4lite.checkpoint.prepare import model_class, prepare
 from glm4lite.checkpoint.quant_choice import AUTO, parse_quant, stored_quant
-from glm4lite.loading.proposals import Attempt, Changes, Proposal, proposals, smaller_quants
+from glm4lite.loading.proposals import Attempt, Changes, Proposal, all_in_memory, proposals, smaller_quants
 from glm4lite.loading.requirements import headers, requirements_for, requirements_of
 from glm4lite.memory import machine as machines
 from glm4lite.memory.budget import Budget, place_within
 from glm4lite.memory.resources import Machine, Placement, Requirements, Share
+from glm4lite.model.causal_lm import CausalLM
 from glm4lite_quant import Codec, QuantConfig
 
 
@@ -27,7 +28,7 @@ class PlacementReport:
     """A placement with what it rests on; `assumed` was not measured, or is not so here and now.
 
     `proposals`: under which changes it would fit, where it does not. `choice`: each weight's codec, where bits or
-    memory to fit were given.
+    memory to fit were given. `in_memory`: fewer bits with which no layer would be read from disk.
     """
 
     model: str
@@ -37,6 +38,7 @@ class PlacementReport:
     assumed: tuple[Sentence, ...]
     proposals: tuple[Proposal, ...] = ()
     choice: Choice | None = None
+    in_memory: Proposal | None = None
 
     def to_json(self) -> dict[str, Any]:
         """One object, as `glm4lite plan --json` prints it: bytes, tokens per second, layers by number from 0."""
@@ -58,6 +60,7 @@ class PlacementReport:
             "prefill_tokens_per_s": round(placed.prefill_tokens_per_s, 3),
             "advice": placed.advice if placed.fits else self._refusal,
             "proposals": [proposal.to_json() for proposal in self.proposals],
+            "in_memory": self.in_memory and self.in_memory.to_json(),
             "measured": list(self.machine.measured),
             "assumed": list(self.assumed),
         }
@@ -103,6 +106,8 @@ class PlacementReport:
                 Sentence("fits"),
                 Sentence("yes; {advice}", advice=placed.advice) if placed.advice else Sentence("yes"),
             )
+            if self.in_memory is not None:
+                yield Sentence("all in memory"), self.in_memory.said()
         else:
             yield Sentence("fits"), Sentence("no: {why}", why=self._refusal)
             for proposal in self.proposals:
@@ -158,8 +163,10 @@ def plan(
             told = (*machine.measured, Sentence("disk {speed} GB/s", speed=f"{measured / 1e9:.1f}"))
             machine = replace(machine, disk_bandwidth=measured, measured=told)
             placement, needs, _ = _placed(needs, machine, budget)
-    changes = () if placement.fits else tuple(_proposals(checkpoint, asked, machine, budget))
-    return PlacementReport(str(source), needs, machine, placement, machine.assumed + notes, changes, choice)
+    attempts = _Attempts(checkpoint, asked, machine, budget)
+    changes = () if placement.fits else tuple(attempts.proposals())
+    nearer = attempts.in_memory() if placement.fits and placement.share("disk").layers else None
+    return PlacementReport(str(source), needs, machine, placement, machine.assumed + notes, changes, choice, nearer)
 
 
 def _expected(checkpoint: Checkpoint, aim: Aim) -> Choice:
@@ -195,27 +202,47 @@ def _allowing(machine: Machine, budget: Budget) -> Machine:
     return machine
 
 
-def _proposals(checkpoint: Checkpoint, needs: Requirements, machine: Machine, budget: Budget) -> Iterator[Proposal]:
-    """Each is planned as `plan` would plan it."""
-    of_quant, losses = {needs.quant: needs}, dict[str, float]()
-    declared = checkpoint.config.get("quantization_config") is not None  # then it stays as it is
+@dataclass
+class _Attempts:
+    """Plans under changes, each as `plan` would make it."""
 
-    def attempt(changes: Changes) -> Attempt:
-        quant = changes.get("quant", needs.quant)
-        if quant not in of_quant and quant.endswith("bits"):
-            choice = _expected(checkpoint, Aim(float(quant.removesuffix("bits"))))
-            of_quant[quant], losses[quant] = requirements_for(choice.prepared), choice.loss
-        elif quant not in of_quant:
-            of_quant[quant] = requirements_of(checkpoint, quant)
-        changed = replace(budget, **{name: value for name, value in changes.items() if name != "quant"})
-        placement, _, notes = _placed(of_quant[quant], _allowing(machine, changed), changed)
-        return Attempt(placement, quant if notes else None, losses.get(quant))
+    checkpoint: Checkpoint
+    needs: Requirements
+    machine: Machine
+    budget: Budget
 
-    quants = () if declared else smaller_quants(needs.quant)
-    if not declared and (needs.quant == "int4" or "int4" in quants):
-        prepared = prepare(checkpoint, QuantConfig(), model_class(checkpoint))
-        quants += tuple(f"{bits:g} bits" for bits in fewer_bits(prepared))
-    yield from proposals(attempt, quants, attempt({}).placement, budget)
+    def __post_init__(self) -> None:
+        self._of_quant, self._losses = {self.needs.quant: self.needs}, dict[str, float]()
+
+    def __call__(self, changes: Changes) -> Attempt:
+        quant = changes.get("quant", self.needs.quant)
+        if quant not in self._of_quant and quant.endswith("bits"):
+            choice = _expected(self.checkpoint, Aim(float(quant.removesuffix("bits"))))
+            self._of_quant[quant], self._losses[quant] = requirements_for(choice.prepared), choice.loss
+        elif quant not in self._of_quant:
+            self._of_quant[quant] = requirements_of(self.checkpoint, quant)
+        changed = replace(self.budget, **{name: value for name, value in changes.items() if name != "quant"})
+        placement, _, notes = _placed(self._of_quant[quant], _allowing(self.machine, changed), changed)
+        return Attempt(placement, quant if notes else None, self._losses.get(quant))
+
+    @property
+    def quants(self) -> tuple[str, ...]:
+        """What takes less memory, the largest first; nothing where the checkpoint is quantized, and stays so."""
+        if self.checkpoint.config.get("quantization_config") is not None:
+            return ()
+        quants = smaller_quants(self.needs.quant)
+        cls = model_class(self.checkpoint)
+        if not issubclass(cls, CausalLM) or "int4" not in (self.needs.quant, *quants):
+            return quants
+        return quants + tuple(f"{bits:g} bits" for bits in fewer_bits(prepare(self.checkpoint, QuantConfig(), cls)))
+
+    def proposals(self) -> Iterator[Proposal]:
+        """Under what it would fit."""
+        yield from proposals(self, self.quants, self({}).placement, self.budget)
+
+    def in_memory(self) -> Proposal | None:
+        """With how many bits no layer would be read from disk."""
+        return all_in_memory(self, self.quants)
 
 
 def _placed(

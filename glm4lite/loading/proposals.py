@@ -102,6 +102,22 @@ def proposals(attempt: Try, quants: tuple[str, ...], placed: Placement, budget: 
             yield plainly
 
 
+def all_in_memory(attempt: Try, quants: tuple[str, ...]) -> Proposal | None:
+    """The most bits with which no layer lies on disk; None where there are none."""
+
+    def held(quant: str) -> bool:
+        placement = attempt({"quant": quant}).placement
+        return placement.fits and not placement.share("disk").layers
+
+    if not quants or not held(quants[-1]):
+        return None
+    low, high = 0, len(quants) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if held(quants[middle]) else (middle + 1, high)
+    return _proposal(attempt, {"quant": quants[high]})
+
+
 def smaller_quants(quant: str) -> tuple[str, ...]:
     """The precisions that take less memory than this one; () where it is none of those that can be chosen among."""
     if quant not in _PRECISIONS:

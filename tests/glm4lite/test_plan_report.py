@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import socket
 import subprocess
 from dataclasses import asdict
@@ -15,6 +16,7 @@ import pytest
 
 from glm4lite.base.errors import CheckpointError, ConfigError, Glm4liteError
 from glm4lite.base.sizes import enough, parse_size
+from glm4lite.checkpoint.codec_choice import Aim
 from glm4lite.checkpoint.quantize import quantize_checkpoint
 from glm4lite.loading.plan_report import PlacementReport, plan
 from glm4lite.loading.proposals import Proposal
@@ -444,3 +446,45 @@ def test_the_disk_is_read_past_the_cache_and_a_short_file_is_not_measured(tmp_pa
     assert found is None or 1e6 < found < 1e12
     assert machine.disk_bandwidth(short) is None
     assert machine.disk_bandwidth(tmp_path / "absent") is None
+
+
+# --- bits for each weight
+
+
+def test_fewer_bits_are_proposed_with_what_they_lose_where_int4_does_not_stay_in_memory(
+    tmp_path: Path, here: Machine
+) -> None:
+    folder = bare(tmp_path / "32b", THIRTY_TWO.to_diff_dict() if hasattr(THIRTY_TWO, "to_diff_dict") else THIRTY_TWO)
+    told = plan(folder, budget=Budget(ram=16 * GIB))
+    assert told.placement.fits
+    assert told.placement.share("disk").layers
+    nearer = told.in_memory
+    assert nearer is not None
+    assert re.fullmatch(r"3\.\d bits|4(\.\d)? bits", nearer.changes["quant"])
+    assert nearer.expected_loss is not None
+    said = dict(told.lines())["all in memory"]
+    assert re.fullmatch(
+        r"the folder of `glm4lite quantize --bits [34][.0-9]*`: about [0-9.]+ tokens/s, expected loss 0\.\d+", said
+    )
+    bits = float(nearer.changes["quant"].removesuffix(" bits"))
+    small = plan(folder, budget=Budget(ram=16 * GIB), aim=Aim(bits))
+    more = plan(folder, budget=Budget(ram=16 * GIB), aim=Aim(bits + 0.1))
+    assert not small.placement.share("disk").layers
+    assert more.placement.share("disk").layers
+    assert small.choice is not None
+    assert more.choice is not None
+    assert small.choice.loss > more.choice.loss > 0
+    assert small.to_json()["codecs"]
+    assert small.needs.weight_bytes < more.needs.weight_bytes
+
+
+def test_what_fits_leaves_room_for_all_that_a_plan_counts(tmp_path: Path, here: Machine) -> None:
+    folder = bare(tmp_path / "9b", NINE.to_diff_dict() if hasattr(NINE, "to_diff_dict") else NINE)
+    for size, context in ((5, 8192), (8, 8192), (5, 1024)):
+        budget = Budget(context=context)
+        told = plan(folder, budget=budget, aim=Aim(None, size * GIB, budget))
+        cpu = told.placement.share("cpu")
+        assert size * GIB - (1 << 20) * 40 < cpu.held + cpu.mapped <= size * GIB or size == 8
+        assert cpu.held + cpu.mapped <= size * GIB
+    with pytest.raises(ConfigError, match="does not fit 2.0 GiB: the smallest that can be had takes"):
+        plan(folder, aim=Aim(None, 2 * GIB))

@@ -159,6 +159,7 @@ const CHINESE = {
   'You change a message; the old one is kept beside it.': '正在修改消息；原来的那一条会保留。',
   'Your message': '你的消息',
   'about {loss} nats of KL divergence a token, were it a model of 135 M; larger ones lose less': '若是 135 M 的模型，每词元约 {loss} nat 的 KL 散度；更大的模型损失更小',
+  'all in memory': '全部在内存中',
   'as stored': '保持原样',
   'automatic': '自动',
   'bytes': '字节',
