@@ -454,7 +454,7 @@ def test_the_disk_is_read_past_the_cache_and_a_short_file_is_not_measured(tmp_pa
 def test_fewer_bits_are_proposed_with_what_they_lose_where_int4_does_not_stay_in_memory(
     tmp_path: Path, here: Machine
 ) -> None:
-    folder = bare(tmp_path / "32b", THIRTY_TWO.to_diff_dict() if hasattr(THIRTY_TWO, "to_diff_dict") else THIRTY_TWO)
+    folder = bare(tmp_path / "32b", THIRTY_TWO)
     told = plan(folder, budget=Budget(ram=16 * GIB))
     assert told.placement.fits
     assert told.placement.share("disk").layers
@@ -479,12 +479,11 @@ def test_fewer_bits_are_proposed_with_what_they_lose_where_int4_does_not_stay_in
 
 
 def test_what_fits_leaves_room_for_all_that_a_plan_counts(tmp_path: Path, here: Machine) -> None:
-    folder = bare(tmp_path / "9b", NINE.to_diff_dict() if hasattr(NINE, "to_diff_dict") else NINE)
+    folder = bare(tmp_path / "9b", NINE)
     for size, context in ((5, 8192), (8, 8192), (5, 1024)):
         budget = Budget(context=context)
         told = plan(folder, budget=budget, aim=Aim(None, size * GIB, budget))
         cpu = told.placement.share("cpu")
-        assert size * GIB - (1 << 20) * 40 < cpu.held + cpu.mapped <= size * GIB or size == 8
-        assert cpu.held + cpu.mapped <= size * GIB
-    with pytest.raises(ConfigError, match="does not fit 2.0 GiB: the smallest that can be had takes"):
+        assert size * GIB * 0.99 < cpu.held + cpu.mapped <= size * GIB
+    with pytest.raises(ConfigError, match=r"does not fit 2\.0 GiB: the smallest that can be had takes"):
         plan(folder, aim=Aim(None, 2 * GIB))
