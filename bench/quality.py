@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,9 +22,14 @@ from glm4lite import Glm4ForCausalLM, load
 from glm4lite.checkpoint.calibration import Calibrator
 from glm4lite.checkpoint.calibration_text import CalibrationIds, calibration_ids
 from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.codec_choice import MOST, Aim, Option, candidates_of, coded_bytes, solve
 from glm4lite.checkpoint.load_plan import make_load_plan, read_config, skeleton
+from glm4lite.checkpoint.prepare import model_class, prepare
+from glm4lite.checkpoint.sensitivity import measured
+from glm4lite.checkpoint.streaming import Meter
+from glm4lite.model.layers import layer_of
 from glm4lite.text.tokenizer import Tokenizer
-from glm4lite_quant import QuantConfig, QuantTensor
+from glm4lite_quant import Codec, QuantConfig, QuantTensor
 
 WINDOW = 512
 # The quantiles of bitsandbytes' NF4 (QLoRA, arXiv 2305.14314, appendix E).
@@ -72,8 +78,8 @@ def importance_of(folder: Path, random: bool = False) -> dict[str, Tensor]:
     """Module name -> mean square of its inputs [K]."""
     checkpoint = Checkpoint.open(folder)
     config = read_config(checkpoint)
-    every = QuantConfig(4, exceptions=(("embed_tokens", None), ("lm_head", None), ("*norm*", None)))
-    plan = make_load_plan(skeleton(config, Glm4ForCausalLM), checkpoint, every)
+    layers = QuantConfig(4, exceptions=(("embed_tokens", None), ("lm_head", None), ("*norm*", None)))
+    plan = make_load_plan(skeleton(config, Glm4ForCausalLM), checkpoint, layers)
     source = calibration_ids(checkpoint, config, None)
     if random:
         generator = torch.Generator().manual_seed(0)
@@ -84,6 +90,34 @@ def importance_of(folder: Path, random: bool = False) -> dict[str, Tensor]:
         if fill.quant is not None and (importance := calibrator.take(fill)[1]) is not None:
             found[fill.module] = importance
     return found
+
+
+def codec_rule(importance: Mapping[str, Tensor], codecs: Mapping[str, Codec]) -> Rule:
+    def rule(name: str, weight: Tensor) -> Tensor:
+        out = QuantTensor.empty(*weight.shape, QuantConfig(codecs[name].bits, codecs[name].group_size))
+        out.quantize_rows(0, weight, importance[name])
+        return out.dequantize()
+
+    return rule
+
+
+def mixed(folder: Path, uniform: Codec) -> tuple[float, dict[str, Codec], float]:
+    """(bits a weight of the layers' linears with one codec for all, the codecs that as many bytes choose, what they are
+    expected to lose)."""
+    checkpoint = Checkpoint.open(folder)
+    prepared = prepare(checkpoint, QuantConfig(), model_class(checkpoint))
+    plan, candidates = candidates_of(prepared, Aim(MOST))
+    source = calibration_ids(checkpoint, prepared.config, None)
+    losses = measured(checkpoint, plan, prepared.config, source, candidates, Meter("measure", 1, None)).losses
+    fills = [fill for fill in plan.fills if fill.quant is not None and layer_of(fill.module)]
+    budget = sum(coded_bytes(fill, uniform) for fill in fills)
+    options = [
+        [Option(coded_bytes(fill, one), losses[fill.module][one]) for one in candidates[fill.module]] for fill in fills
+    ]
+    picked = solve(options, budget)
+    codecs = {fill.module: candidates[fill.module][at] for fill, at in zip(fills, picked, strict=True)}
+    loss = sum(several[at].loss for several, at in zip(options, picked, strict=True))
+    return 8 * budget / sum(math.prod(fill.shape) for fill in fills), codecs, loss
 
 
 class Judge:
@@ -145,6 +179,10 @@ def main() -> None:
         "calibrated, groups of 64 (4.25)": calibrated(importance, 64),
         "calibrated, k and v int8 (the default)": keys_and_values_in_int8(calibrated(importance)),
     }
+    for uniform in (Codec(4, 64), Codec(3, 32)):
+        bits, codecs, loss = mixed(arguments.folder, uniform)
+        rules[f"{uniform} ({bits:.2f} with its rows' scales)"] = codec_rule(importance, dict.fromkeys(codecs, uniform))
+        rules[f"mixed ({bits:.2f}), expected {loss:.3f}"] = codec_rule(importance, codecs)
     results = {}
     for name, rule in rules.items():
         results[name] = judge.divergence(rule)

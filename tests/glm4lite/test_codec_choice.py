@@ -19,7 +19,7 @@ from glm4lite.base.errors import CheckpointError, ConfigError
 from glm4lite.base.sizes import parse_size
 from glm4lite.checkpoint.calibration_text import calibration_ids
 from glm4lite.checkpoint.checkpoint import Checkpoint
-from glm4lite.checkpoint.codec_choice import Aim, Option, _every, choose, solve
+from glm4lite.checkpoint.codec_choice import Aim, Option, candidates_of, choose, solve
 from glm4lite.checkpoint.prepare import Prepared, model_class, prepare
 from glm4lite.checkpoint.quantize import quantize_checkpoint
 from glm4lite.checkpoint.sensitivity import measured
@@ -126,9 +126,9 @@ def test_the_loss_is_the_kl_divergence_that_small_errors_make(tiny: Path) -> Non
 
     right = log_probabilities()
     codec = Codec(4, 32)
-    every, candidates = _every(found, Aim(6.0))
+    plan_of, candidates = candidates_of(found, Aim(6.0))
     source = calibration_ids(found.checkpoint, config, None)
-    losses = measured(found.checkpoint, every, config, source, candidates, Meter("measure", 1, None)).losses
+    losses = measured(found.checkpoint, plan_of, config, source, candidates, Meter("measure", 1, None)).losses
     told, true = [], []
     for name in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
         for layer in range(2):

@@ -21,6 +21,7 @@ from transformers import Glm4ForCausalLM as Reference
 from glm4lite import load
 from glm4lite.base.errors import CheckpointError, ConfigError, Glm4liteError, SamplingError
 from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.codec_choice import Aim
 from glm4lite.checkpoint.lora.factors import values
 from glm4lite.checkpoint.lora.folder import Loras, open_folder
 from glm4lite.checkpoint.quantize import quantize_checkpoint
@@ -154,6 +155,19 @@ def test_beside_quantized_weights_it_is_what_peft_computes(
         assert (found - expected).norm() < 0.05 * (expected - by_us(quantized)).norm()
     else:
         torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
+
+
+def test_beside_weights_of_which_each_has_its_own_bits_it_is_what_peft_computes(
+    base: Path, adapters: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed = quantize_checkpoint(base, tmp_path / "mixed", aim=Aim(5.0))
+    model = load(mixed, device="cpu")
+    weights = {name: getattr(module, "weight_tensor", None) for name, module in model.named_modules()}
+    assert len({one.bits for one in weights.values() if one}) > 1
+    same = plain(tmp_path / "same", {f"{name}.weight": one.dequantize() for name, one in weights.items() if one})
+    adapter = adapters(target_modules=ALL)
+    monkeypatch.setattr(native, "backend", lambda: None)  # the kernels that round nothing
+    torch.testing.assert_close(by_us(mixed, adapter), by_peft(same, adapter), atol=2e-4, rtol=1e-3)
 
 
 def test_the_native_layers_compute_it_too(quantized: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
