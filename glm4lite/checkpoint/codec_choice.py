@@ -335,8 +335,8 @@ def coded_bytes(fill: Fill, codec: Codec) -> int:
     return empty_weight(fill.shape, QuantConfig(codec.bits, codec.group_size)).nbytes
 
 
-# What a real model of 135 M parameters lost by what was measured (bench/RESULTS.md): all layers at 4 and 3 bits; queries
-# and keys alone by it, whose errors go through a softmax; 2-bit codes by it.
+# What a real model of 135 M parameters lost, by what was measured of it (bench/RESULTS.md): all layers in 4 and 3 bits;
+# beside that queries and keys, whose errors go through a softmax, and codes of 2 bits.
 _SEEN, _SEEN_OF_SCORES, _SEEN_OF_TWO_BITS = 0.6, 1.6, 1.5
 
 # Nats of KL divergence that int4 in groups of 32 costs a real model of 135 M parameters in all layers' modules of a

@@ -165,7 +165,7 @@ def test_beside_weights_of_which_each_has_its_own_bits_it_is_what_peft_computes(
     weights = {name: getattr(module, "weight_tensor", None) for name, module in model.named_modules()}
     assert len({one.bits for one in weights.values() if one}) > 1
     same = plain(tmp_path / "same", {f"{name}.weight": one.dequantize() for name, one in weights.items() if one})
-    adapter = adapters(target_modules=ALL)
+    adapter = adapters("dora")
     monkeypatch.setattr(native, "backend", lambda: None)  # the kernels that round nothing
     torch.testing.assert_close(by_us(mixed, adapter), by_peft(same, adapter), atol=2e-4, rtol=1e-3)
 
