@@ -95,21 +95,22 @@ def _code(
     four: tl.tensor,
     two: tl.tensor,
     one: tl.tensor,
-    e8: tl.tensor,
+    exponent: tl.tensor,
     RUN: tl.constexpr,
     C: tl.constexpr,
     BITS: tl.constexpr,
 ) -> tl.tensor:
-    """256 + the code of column C of eight, put together from the planes' words that hold columns 8 RUN to 8 RUN + 7."""
+    """The code of column C of eight, plus 16 (from 5 bits on 256), out of the planes' words for columns from 8 RUN."""
+    UNIT: tl.constexpr = 19 if BITS < 5 else 15  # the place of a 1 in such a float
     QUAD: tl.constexpr = 2 * RUN + C // 4
     BYTE: tl.constexpr = 8 * (C % 4)
-    bits = e8
+    bits = exponent
     if BITS & 4:
-        bits |= _field(four, BYTE + QUAD % 2 * 4, 15, 4)
+        bits |= _field(four, BYTE + QUAD % 2 * 4, UNIT, 4)
     if BITS & 2:
-        bits |= _field(two, BYTE + QUAD % 4 * 2, 15 + (BITS & 4), 2)
+        bits |= _field(two, BYTE + QUAD % 4 * 2, UNIT + (BITS & 4), 2)
     if BITS & 1:
-        bits |= _field(one, BYTE + QUAD, 15 + BITS - 1, 1)
+        bits |= _field(one, BYTE + QUAD, UNIT + BITS - 1, 1)
     return bits.to(tl.float32, bitcast=True)[None, :, :]
 
 
@@ -120,14 +121,14 @@ def _add_planes(
     two: tl.tensor,
     one: tl.tensor,
     x: tl.tensor,
-    e8: tl.tensor,
+    exponent: tl.tensor,
     RUN: tl.constexpr,
     BITS: tl.constexpr,
 ) -> tl.tensor:
     """dot [M, B, 4] plus the eight codes of run RUN in the words [B, 4] of each plane, times the columns of x."""
-    dot -= 256.0 * x[9][:, :, None]
+    dot -= (16.0 if BITS < 5 else 256.0) * x[9][:, :, None]
     for c in tl.static_range(8):
-        dot += _code(four, two, one, e8, RUN, c, BITS) * x[c][:, :, None]
+        dot += _code(four, two, one, exponent, RUN, c, BITS) * x[c][:, :, None]
     return dot
 
 
@@ -170,7 +171,7 @@ def _add_run(
     two: tl.tensor,
     one: tl.tensor,
     x: tl.tensor,
-    e8: tl.tensor,
+    exponent: tl.tensor,
     RUN: tl.constexpr,
     BITS: tl.constexpr,
 ) -> tl.tensor:
@@ -180,8 +181,14 @@ def _add_run(
     o0, o1, o2, o3 = _quarters(one)
     d0, d1, d2, d3, total = dots
     columns = _columns4(x.to(tl.float32))
-    d0, d1 = _add_planes(d0, f0, t0, o0, columns, e8, RUN, BITS), _add_planes(d1, f1, t1, o1, columns, e8, RUN, BITS)
-    d2, d3 = _add_planes(d2, f2, t2, o2, columns, e8, RUN, BITS), _add_planes(d3, f3, t3, o3, columns, e8, RUN, BITS)
+    d0, d1 = (
+        _add_planes(d0, f0, t0, o0, columns, exponent, RUN, BITS),
+        _add_planes(d1, f1, t1, o1, columns, exponent, RUN, BITS),
+    )
+    d2, d3 = (
+        _add_planes(d2, f2, t2, o2, columns, exponent, RUN, BITS),
+        _add_planes(d3, f3, t3, o3, columns, exponent, RUN, BITS),
+    )
     return d0, d1, d2, d3, total + columns[9][:, :, None]
 
 
@@ -285,10 +292,11 @@ def gemv(
             if BITS & 1:
                 one = tl.load(w_from + (BITS - 1) * 16, mask=held, eviction_policy="evict_first")
             xa, xb, xc, xd = _runs(tl.load(x + x_at, mask=here, other=0))
-            dots = _add_run(dots, fa, ta, one, xa, e8, 0, BITS)
-            dots = _add_run(dots, fb, ta, one, xb, e8, 1, BITS)
-            dots = _add_run(dots, fc, tb, one, xc, e8, 2, BITS)
-            dots = _add_run(dots, fd, tb, one, xd, e8, 3, BITS)
+            exponent = e4 if BITS < 5 else e8
+            dots = _add_run(dots, fa, ta, one, xa, exponent, 0, BITS)
+            dots = _add_run(dots, fb, ta, one, xb, exponent, 1, BITS)
+            dots = _add_run(dots, fc, tb, one, xc, exponent, 2, BITS)
+            dots = _add_run(dots, fd, tb, one, xd, exponent, 3, BITS)
         d0, d1, d2, d3, total = dots
         p0, p1, p2, p3 = _quarters(scale)
         s0, s1, s2, s3 = s0 + _scaled(d0, p0), s1 + _scaled(d1, p1), s2 + _scaled(d2, p2), s3 + _scaled(d3, p3)
