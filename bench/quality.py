@@ -1,9 +1,12 @@
-"""How far 4-bit weights move a model's predictions: mean KL divergence from its float32 self, by way of quantizing.
+"""How far quantized weights move a model's predictions: mean KL divergence from its float32 self, against their bits.
 
-`python -m bench.quality FOLDER TEXT [TEXT ...] [--windows 4]`: FOLDER is a checkpoint small enough for float32, each
-TEXT a UTF-8 file that is not the calibration text. Windows of 512 tokens, the second half of each scored. All linears
-of the layers are quantized, the embedding and the head are not; weights are multiplied in float32, so that only their
-own error counts. Needs the `gguf` package. A table, and one JSON line last.
+    python -m bench.quality FOLDER TEXT [TEXT ...] [--windows 4] [--only NAMES] [--plot FILE.svg]
+
+FOLDER is a checkpoint small enough for float32, each TEXT a UTF-8 file that is not the calibration text. Windows of 512
+tokens, the second half of each scored. All linears of the layers are quantized, the embedding and the head are not;
+weights are multiplied in float32, so that only their own error counts. Bits are those of a weight with its scales. The
+types of llama.cpp are made by its own code (bench/ggml.py) with the same importance; without it they are left out. A
+table, a plot of it, and one JSON line last.
 """
 
 from __future__ import annotations
@@ -11,18 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import gguf
 import torch
 from torch import Tensor, nn
 
+from bench import ggml
 from glm4lite import Glm4ForCausalLM, load
 from glm4lite.checkpoint.calibration import Calibrator
 from glm4lite.checkpoint.calibration_text import CalibrationIds, calibration_ids
 from glm4lite.checkpoint.checkpoint import Checkpoint
-from glm4lite.checkpoint.codec_choice import MOST, Aim, Option, candidates_of, coded_bytes, solve
+from glm4lite.checkpoint.codec_choice import MOST, Aim, Option, candidates_of, coded_bytes, seen, solve
 from glm4lite.checkpoint.load_plan import make_load_plan, read_config, skeleton
 from glm4lite.checkpoint.prepare import model_class, prepare
 from glm4lite.checkpoint.sensitivity import measured
@@ -40,11 +44,6 @@ NF4 = torch.tensor([
 Rule = Callable[[str, Tensor], Tensor]
 
 
-def q4_0(_: str, weight: Tensor) -> Tensor:
-    kind = gguf.GGMLQuantizationType.Q4_0
-    return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), kind), kind).copy())
-
-
 def nf4(_: str, weight: Tensor) -> Tensor:
     blocks = weight.reshape(-1, 64)
     scale = blocks.abs().amax(1, keepdim=True)
@@ -55,31 +54,83 @@ def plain(method: str) -> Rule:
     return lambda _, weight: QuantTensor.quantize(weight, QuantConfig(4, method=method)).dequantize()
 
 
-def calibrated(importance: Mapping[str, Tensor], group: int = 32) -> Rule:
+def calibrated(importance: Mapping[str, Tensor], bits: int, group: int) -> Rule:
     def rule(name: str, weight: Tensor) -> Tensor:
-        out = QuantTensor.empty(weight.shape[0], weight.shape[1], QuantConfig(4, group))
+        out = QuantTensor.empty(weight.shape[0], weight.shape[1], QuantConfig(bits, group))
         out.quantize_rows(0, weight, importance[name])
         return out.dequantize()
 
     return rule
 
 
-def keys_and_values_in_int8(rule: Rule) -> Rule:
-    int8 = QuantConfig(8)
+def peer(kind: str, importance: Mapping[str, Tensor] | None) -> Rule:
+    return lambda name, weight: ggml.requantized(weight, kind, None if importance is None else importance[name])
 
-    def mixed(name: str, weight: Tensor) -> Tensor:
-        small = name.endswith(("k_proj", "v_proj"))
-        return QuantTensor.quantize(weight, int8).dequantize() if small else rule(name, weight)
 
-    return mixed
+@dataclass(frozen=True)
+class Contender:
+    """A way to quantize; `family` are those that one curve of the plot joins ("": none)."""
+
+    name: str
+    bits: float
+    rule: Rule
+    family: str = ""
+
+
+OURS, MIXED = "glm4lite", "glm4lite, a codec for each"
+PEER, BARE = "llama.cpp, importance", "llama.cpp, without importance"
+
+
+def mixed(folder: Path, importance: Mapping[str, Tensor], sizes: Sequence[Codec]) -> Iterator[Contender]:
+    """What takes as many bytes as all of one codec do: each linear of the layers has the one that pays."""
+    checkpoint = Checkpoint.open(folder)
+    prepared = prepare(checkpoint, QuantConfig(), model_class(checkpoint))
+    plan, candidates = candidates_of(prepared, Aim(MOST))
+    source = calibration_ids(checkpoint, prepared.config, None)
+    with torch.enable_grad():
+        second = measured(checkpoint, plan, prepared.config, source, candidates, Meter("measure", 1, None)).losses
+    losses, fills = seen(second), [fill for fill in plan.fills if fill.quant is not None and layer_of(fill.module)]
+    options = [
+        [Option(coded_bytes(fill, one), losses[fill.module][one]) for one in candidates[fill.module]] for fill in fills
+    ]
+    weights = [fill.shape[0] * fill.shape[1] for fill in fills]
+    for size in sizes:
+        picked = solve(options, sum(coded_bytes(fill, size) for fill in fills))
+        codecs = [candidates[fill.module][at] for fill, at in zip(fills, picked, strict=True)]
+        bits = sum(n * (one.bits + (16 if one.bits < 8 else 8) / one.group_size) for n, one in zip(weights, codecs))
+        expected = sum(several[at].loss for several, at in zip(options, picked, strict=True))
+        rules = {
+            fill.module: calibrated(importance, one.bits, one.group_size)
+            for fill, one in zip(fills, codecs, strict=True)
+        }
+        name = f"mixed, as {size.bits} bits in groups of {size.group_size}, {expected:.3f} expected"
+        yield Contender(name, bits / sum(weights), lambda name, weight, rules=rules: rules[name](name, weight), MIXED)
+
+
+def contenders(folder: Path) -> list[Contender]:
+    importance = importance_of(folder)
+    found = [
+        Contender(f"{bits} bits, groups of {group}", bits + 16 / group, calibrated(importance, bits, group), OURS)
+        for bits in (2, 3, 4, 5, 6)
+        for group in (32, 64)
+    ]
+    found += mixed(folder, importance, [Codec(bits, group) for bits in (3, 4, 5) for group in (64, 32)])
+    found.append(Contender("4 bits, random ids", 4.5, calibrated(importance_of(folder, random=True), 4, 32)))
+    found += [Contender(f"4 bits, {method}", 4.5, plain(method)) for method in ("minmax", "search")]
+    found.append(Contender("NF4, blocks of 64", 4.5, nf4))
+    if ggml.absent():
+        print(ggml.absent())
+        return found
+    found += [Contender(kind, ggml.bits(kind), peer(kind, importance), PEER) for kind in ggml.KINDS]
+    return [*found, *(Contender(f"{kind}, bare", ggml.bits(kind), peer(kind, None), BARE) for kind in ("Q4_0", "Q4_K"))]
 
 
 def importance_of(folder: Path, random: bool = False) -> dict[str, Tensor]:
     """Module name -> mean square of its inputs [K]."""
     checkpoint = Checkpoint.open(folder)
     config = read_config(checkpoint)
-    layers = QuantConfig(4, exceptions=(("embed_tokens", None), ("lm_head", None), ("*norm*", None)))
-    plan = make_load_plan(skeleton(config, Glm4ForCausalLM), checkpoint, layers)
+    every = QuantConfig(4, exceptions=(("embed_tokens", None), ("lm_head", None), ("*norm*", None)))
+    plan = make_load_plan(skeleton(config, Glm4ForCausalLM), checkpoint, every)
     source = calibration_ids(checkpoint, config, None)
     if random:
         generator = torch.Generator().manual_seed(0)
@@ -90,34 +141,6 @@ def importance_of(folder: Path, random: bool = False) -> dict[str, Tensor]:
         if fill.quant is not None and (importance := calibrator.take(fill)[1]) is not None:
             found[fill.module] = importance
     return found
-
-
-def codec_rule(importance: Mapping[str, Tensor], codecs: Mapping[str, Codec]) -> Rule:
-    def rule(name: str, weight: Tensor) -> Tensor:
-        out = QuantTensor.empty(*weight.shape, QuantConfig(codecs[name].bits, codecs[name].group_size))
-        out.quantize_rows(0, weight, importance[name])
-        return out.dequantize()
-
-    return rule
-
-
-def mixed(folder: Path, uniform: Codec) -> tuple[float, dict[str, Codec], float]:
-    """(bits a weight of the layers' linears with one codec for all, the codecs that as many bytes choose, what they are
-    expected to lose)."""
-    checkpoint = Checkpoint.open(folder)
-    prepared = prepare(checkpoint, QuantConfig(), model_class(checkpoint))
-    plan, candidates = candidates_of(prepared, Aim(MOST))
-    source = calibration_ids(checkpoint, prepared.config, None)
-    losses = measured(checkpoint, plan, prepared.config, source, candidates, Meter("measure", 1, None)).losses
-    fills = [fill for fill in plan.fills if fill.quant is not None and layer_of(fill.module)]
-    budget = sum(coded_bytes(fill, uniform) for fill in fills)
-    options = [
-        [Option(coded_bytes(fill, one), losses[fill.module][one]) for one in candidates[fill.module]] for fill in fills
-    ]
-    picked = solve(options, budget)
-    codecs = {fill.module: candidates[fill.module][at] for fill, at in zip(fills, picked, strict=True)}
-    loss = sum(several[at].loss for several, at in zip(options, picked, strict=True))
-    return 8 * budget / sum(math.prod(fill.shape) for fill in fills), codecs, loss
 
 
 class Judge:
@@ -160,33 +183,77 @@ class Judge:
         return torch.stack(found).float().log_softmax(-1)
 
 
+def frontier(rows: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (bits, divergence) those that no other with as few bits is below."""
+    best: list[tuple[float, float]] = []
+    for bits, value in sorted(rows):
+        if not best or value < best[-1][1]:
+            best.append((bits, value))
+    return best
+
+
+def plot(found: Sequence[Contender], results: Mapping[str, Mapping[str, float]]) -> str:
+    """An SVG: bits against the mean divergence over the texts, logarithmic; the best of each family joined."""
+    width, height, left, bottom = 760, 420, 60, 46
+    values = {one.name: sum(results[one.name].values()) / len(results[one.name]) for one in found}
+    exponents = [math.log10(value) for value in values.values()]
+    low, high = math.floor(min(exponents) * 4) / 4, math.ceil(max(exponents) * 4) / 4
+    least, most = 2.0, 7.0
+
+    def place(bits: float, value: float) -> tuple[float, float]:
+        right, down = (bits - least) / (most - least), (high - math.log10(value)) / (high - low)
+        return left + (width - left - 12) * right, 12 + (height - bottom - 12) * down
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        f'font-size="12"><rect width="{width}" height="{height}" fill="white"/>'
+    ]
+    for value in (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3):
+        if low <= math.log10(value) <= high:
+            y = place(least, value)[1]
+            parts.append(f'<path d="M{left} {y:.1f}H{width - 12}" stroke="#ddd"/>')
+            parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+    for bits in range(int(least), int(most) + 1):
+        parts.append(f'<text x="{place(bits, 1)[0]:.1f}" y="{height - bottom + 18}" text-anchor="middle">{bits}</text>')
+    for family, color in ((OURS, "#1565c0"), (MIXED, "#2e7d32"), (PEER, "#c62828"), (BARE, "#999")):
+        mine = [one for one in found if one.family == family]
+        if not mine:
+            continue
+        line = frontier([(one.bits, values[one.name]) for one in mine])
+        points = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in line)
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.5"/>')
+        for one in mine:
+            x, y = place(one.bits, values[one.name])
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>')
+            if family not in (OURS, MIXED):
+                parts.append(f'<text x="{x + 5:.1f}" y="{y - 4:.1f}" font-size="9" fill="{color}">{one.name}</text>')
+        x, y = place(*line[-1])
+        parts.append(f'<text x="{x:.1f}" y="{y + 16:.1f}" text-anchor="end" fill="{color}">{family}</text>')
+    parts.append(f'<text x="{width / 2}" y="{height - 8}" text-anchor="middle">bits a weight</text>')
+    middle = height / 2
+    parts.append(f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">mean KLD</text>')
+    return "\n".join([*parts, "</svg>\n"])
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--only", default="", help="parts of names, of which each row has one")
+    parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     judge = Judge(arguments.folder, arguments.texts, arguments.windows)
-    importance = importance_of(arguments.folder)
-    rules: dict[str, Rule] = {
-        "Q4_0 (4.5 bits)": q4_0,
-        "NF4 in blocks of 64 (4.5)": nf4,
-        "min/max (4.5)": plain("minmax"),
-        "plain search (4.5)": plain("search"),
-        "calibrated (4.5)": calibrated(importance),
-        "calibrated, random ids (4.5)": calibrated(importance_of(arguments.folder, random=True)),
-        "calibrated, groups of 64 (4.25)": calibrated(importance, 64),
-        "calibrated, k and v int8 (the default)": keys_and_values_in_int8(calibrated(importance)),
-    }
-    for uniform in (Codec(4, 64), Codec(3, 32)):
-        bits, codecs, loss = mixed(arguments.folder, uniform)
-        rules[f"{uniform} ({bits:.2f} with its rows' scales)"] = codec_rule(importance, dict.fromkeys(codecs, uniform))
-        rules[f"mixed ({bits:.2f}), expected {loss:.3f}"] = codec_rule(importance, codecs)
+    wanted = arguments.only.split(",")
+    found = [one for one in contenders(arguments.folder) if any(part in one.name for part in wanted)]
     results = {}
-    for name, rule in rules.items():
-        results[name] = judge.divergence(rule)
-        print(f"{name:40}", "  ".join(f"{text} {value:.4f}" for text, value in results[name].items()), flush=True)
+    for one in sorted(found, key=lambda one: one.bits):
+        results[one.name] = judge.divergence(one.rule)
+        texts = "  ".join(f"{text} {value:.4f}" for text, value in results[one.name].items())
+        print(f"{one.name:28} {one.bits:6.3f}  {texts}", flush=True)
+    if arguments.plot:
+        arguments.plot.write_text(plot(found, results), encoding="utf-8")
     print(json.dumps({"folder": str(arguments.folder), "kld": results}))
 
 

@@ -44,7 +44,8 @@ def pick(weight: Planes) -> Backend:
 def _say_slow(bits: int) -> None:
     """Once."""
     logger.warning(
-        "weights of %d bits are decoded for each product on a GPU, which is slow: it has kernels for 4 and 8", bits
+        "weights of %d bits are decoded for each product on this GPU, which is slow: only Triton has a kernel for them",
+        bits,
     )
 
 
