@@ -87,8 +87,7 @@ def mixed(folder: Path, importance: Mapping[str, Tensor], sizes: Sequence[Codec]
     prepared = prepare(checkpoint, QuantConfig(), model_class(checkpoint))
     plan, candidates = candidates_of(prepared, Aim(MOST))
     source = calibration_ids(checkpoint, prepared.config, None)
-    with torch.enable_grad():
-        second = measured(checkpoint, plan, prepared.config, source, candidates, Meter("measure", 1, None)).losses
+    second = measured(checkpoint, plan, prepared.config, source, candidates, Meter("measure", 1, None)).losses
     losses, fills = seen(second), [fill for fill in plan.fills if fill.quant is not None and layer_of(fill.module)]
     options = [
         [Option(coded_bytes(fill, one), losses[fill.module][one]) for one in candidates[fill.module]] for fill in fills
@@ -97,14 +96,15 @@ def mixed(folder: Path, importance: Mapping[str, Tensor], sizes: Sequence[Codec]
     for size in sizes:
         picked = solve(options, sum(coded_bytes(fill, size) for fill in fills))
         codecs = [candidates[fill.module][at] for fill, at in zip(fills, picked, strict=True)]
-        bits = sum(n * (one.bits + (16 if one.bits < 8 else 8) / one.group_size) for n, one in zip(weights, codecs))
+        each = [one.bits + (16 if one.bits < 8 else 8) / one.group_size for one in codecs]
+        bits = sum(count * one for count, one in zip(weights, each, strict=True)) / sum(weights)
         expected = sum(several[at].loss for several, at in zip(options, picked, strict=True))
         rules = {
             fill.module: calibrated(importance, one.bits, one.group_size)
             for fill, one in zip(fills, codecs, strict=True)
         }
         name = f"mixed, as {size.bits} bits in groups of {size.group_size}, {expected:.3f} expected"
-        yield Contender(name, bits / sum(weights), lambda name, weight, rules=rules: rules[name](name, weight), MIXED)
+        yield Contender(name, bits, lambda name, weight, rules=rules: rules[name](name, weight), MIXED)
 
 
 def contenders(folder: Path) -> list[Contender]:

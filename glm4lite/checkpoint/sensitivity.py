@@ -63,6 +63,7 @@ class Sensitivity:
     kept: Kept
 
 
+@torch.inference_mode(False)
 def measured(
     checkpoint: Checkpoint,
     plan: LoadPlan,
