@@ -63,6 +63,10 @@ def calibrated(importance: Mapping[str, Tensor], bits: int, group: int) -> Rule:
     return rule
 
 
+def by_module(rules: Mapping[str, Rule]) -> Rule:
+    return lambda name, weight: rules[name](name, weight)
+
+
 def peer(kind: str, importance: Mapping[str, Tensor] | None) -> Rule:
     return lambda name, weight: ggml.requantized(weight, kind, None if importance is None else importance[name])
 
@@ -104,7 +108,7 @@ def mixed(folder: Path, importance: Mapping[str, Tensor], sizes: Sequence[Codec]
             for fill, one in zip(fills, codecs, strict=True)
         }
         name = f"mixed, as {size.bits} bits in groups of {size.group_size}, {expected:.3f} expected"
-        yield Contender(name, bits, lambda name, weight, rules=rules: rules[name](name, weight), MIXED)
+        yield Contender(name, bits, by_module(rules), MIXED)
 
 
 def contenders(folder: Path) -> list[Contender]:

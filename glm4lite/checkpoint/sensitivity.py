@@ -123,7 +123,7 @@ class _Measurement:
     @torch.no_grad()
     def head(self) -> None:
         """The answers: which tokens the model would draw, and the gradients of their likelihood."""
-        fill = self._outside("lm_head") or self._outside("embed_tokens")
+        fill = self._outside("lm_head", "embed_tokens")
         norm = RMSNorm(self._config.hidden_size, self._config.rms_norm_eps)
         stored = self._checkpoint.tensor(self._outside("norm").source)
         norm.weight = nn.Parameter(stored.float(), requires_grad=False)
@@ -228,9 +228,11 @@ class _Measurement:
     def _fills(self, number: int) -> list[Fill]:
         return [fill for fill in self._plan.fills if (place := layer_of(fill.module)) and place[0] == number]
 
-    def _outside(self, name: str) -> Fill | None:
+    def _outside(self, *names: str) -> Fill:
+        """The weight of the first of these modules that there is; a language model has each but a tied head."""
         fills = (fill for fill in self._plan.fills if layer_of(fill.module) is None and fill.parameter == "weight")
-        return next((fill for fill in fills if fill.module.rpartition(".")[2] == name), None)
+        found = {fill.module.rpartition(".")[2]: fill for fill in fills}
+        return next(found[name] for name in names if name in found)
 
 
 def _some(rows: int) -> Tensor:
@@ -240,7 +242,7 @@ def _some(rows: int) -> Tensor:
 
 def _error(weight: Tensor, codec: Codec, importance: Tensor | None) -> Tensor:
     """The squares of what quantizing changes, float32."""
-    made = QuantTensor.empty(*weight.shape, QuantConfig(codec.bits, codec.group_size))
+    made = QuantTensor.empty(weight.shape[0], weight.shape[1], QuantConfig(codec.bits, codec.group_size))
     rows = weight if weight.dtype in (torch.bfloat16, torch.float32) else weight.float()
     made.quantize_rows(0, rows, importance)
     return (made.dequantize() - rows.float()).square()

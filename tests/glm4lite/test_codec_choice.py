@@ -133,7 +133,7 @@ def test_the_loss_is_the_kl_divergence_that_small_errors_make(tiny: Path) -> Non
     for name in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
         for layer in range(2):
             module = f"model.layers.{layer}.{name}"
-            weight = model.get_submodule(module).weight
+            weight: Any = model.get_submodule(module).weight
             before = weight.detach().clone()
             weight.data = QuantTensor.quantize(before, QuantConfig(4, method="search")).dequantize()
             other = log_probabilities()
@@ -270,9 +270,9 @@ def decoded(folder: Path) -> Any:
 def test_the_trunk_alone_and_a_tied_head_have_their_codecs(tmp_path: Path) -> None:
     tied = write_checkpoint(tmp_path / "tied", tiny_config(tie_word_embeddings=True))
     folder = quantize_checkpoint(tied, tmp_path / "q", aim=Aim(5.0))
-    model = load(folder)
+    model: Any = load(folder)
     assert model.lm_head.weight_tensor.bits == model.model.embed_tokens.weight_tensor.bits
-    trunk = Glm4Model.from_pretrained(folder)
+    trunk: Any = Glm4Model.from_pretrained(folder)
     assert torch.equal(trunk.layers[1].mlp.down_proj.qweight, model.model.layers[1].mlp.down_proj.qweight)
 
 

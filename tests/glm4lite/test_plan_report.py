@@ -462,7 +462,7 @@ def test_fewer_bits_are_proposed_with_what_they_lose_where_int4_does_not_stay_in
     assert nearer is not None
     assert re.fullmatch(r"3\.\d bits|4(\.\d)? bits", nearer.changes["quant"])
     assert nearer.expected_loss is not None
-    said = dict(told.lines())["all in memory"]
+    said = {str(name): line for name, line in told.lines()}["all in memory"]
     assert re.fullmatch(
         r"the folder of `glm4lite quantize --bits [34][.0-9]*`: about [0-9.]+ tokens/s, expected loss 0\.\d+", said
     )
