@@ -88,8 +88,14 @@ class PlacementReport:
         yield Sentence("model"), Sentence("{model}, {quant}: {size} of weights", **named)
         if self.choice is not None:
             yield Sentence("codecs"), Sentence("{list}", list=[_counted(*one) for one in self.choice.counts().items()])
-            said = "about {loss} nats of KL divergence a token, were it a model of 135 M; larger ones lose less"
-            yield Sentence("expected loss"), Sentence(said, loss=f"{self.choice.loss:.3f}")
+            loss = f"{self.choice.loss:.3f}"
+            yield (
+                Sentence("expected loss"),
+                Sentence(
+                    "about {loss} nats of KL divergence a token, were it a model of 135 M; larger ones lose less",
+                    loss=loss,
+                ),
+            )
         if mapped := placed.share("cpu").mapped:
             said = Sentence(
                 "{size} of the weights stay in the file's pages: not held, outside a budget", size=readable(mapped)
