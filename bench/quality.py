@@ -23,7 +23,7 @@ from glm4lite.checkpoint.calibration_text import CalibrationIds, calibration_ids
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.load_plan import make_load_plan, read_config, skeleton
 from glm4lite.text.tokenizer import Tokenizer
-from glm4lite_quant import QuantConfig, QuantTensor
+from glm4lite_quant import Inputs, QuantConfig, QuantTensor
 
 WINDOW = 512
 # The quantiles of bitsandbytes' NF4 (QLoRA, arXiv 2305.14314, appendix E).
@@ -49,10 +49,10 @@ def plain(method: str) -> Rule:
     return lambda _, weight: QuantTensor.quantize(weight, QuantConfig(4, method=method)).dequantize()
 
 
-def calibrated(importance: Mapping[str, Tensor], group: int = 32) -> Rule:
+def calibrated(inputs: Mapping[str, Inputs], group: int = 32, bits: int = 4, feedback: bool = True) -> Rule:
     def rule(name: str, weight: Tensor) -> Tensor:
-        out = QuantTensor.empty(weight.shape[0], weight.shape[1], QuantConfig(4, group))
-        out.quantize_rows(0, weight, importance[name])
+        out, given = QuantTensor.empty(weight.shape[0], weight.shape[1], QuantConfig(bits, group)), inputs[name]
+        out.quantize_rows(0, weight, given if feedback else Inputs(given.mean_square))
         return out.dequantize()
 
     return rule
@@ -68,8 +68,8 @@ def keys_and_values_in_int8(rule: Rule) -> Rule:
     return mixed
 
 
-def importance_of(folder: Path, random: bool = False) -> dict[str, Tensor]:
-    """Module name -> mean square of its inputs [K]."""
+def inputs_of(folder: Path, random: bool = False) -> dict[str, Inputs]:
+    """Module name -> what calibration tells of its inputs."""
     checkpoint = Checkpoint.open(folder)
     config = read_config(checkpoint)
     every = QuantConfig(4, exceptions=(("embed_tokens", None), ("lm_head", None), ("*norm*", None)))
@@ -81,8 +81,8 @@ def importance_of(folder: Path, random: bool = False) -> dict[str, Tensor]:
         source = CalibrationIds(ids, source.record)
     calibrator, found = Calibrator(checkpoint, plan, config, source, lambda: None), {}
     for fill in plan.fills:
-        if fill.quant is not None and (importance := calibrator.take(fill)[1]) is not None:
-            found[fill.module] = importance
+        if fill.quant is not None and (given := calibrator.take(fill)[1]) is not None:
+            found[fill.module] = Inputs.of(given)
     return found
 
 
@@ -134,21 +134,25 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4)
     arguments = parser.parse_args()
     judge = Judge(arguments.folder, arguments.texts, arguments.windows)
-    importance = importance_of(arguments.folder)
+    inputs = inputs_of(arguments.folder)
     rules: dict[str, Rule] = {
         "Q4_0 (4.5 bits)": q4_0,
         "NF4 in blocks of 64 (4.5)": nf4,
         "min/max (4.5)": plain("minmax"),
         "plain search (4.5)": plain("search"),
-        "calibrated (4.5)": calibrated(importance),
-        "calibrated, random ids (4.5)": calibrated(importance_of(arguments.folder, random=True)),
-        "calibrated, groups of 64 (4.25)": calibrated(importance, 64),
-        "calibrated, k and v int8 (the default)": keys_and_values_in_int8(calibrated(importance)),
+        "calibrated without feedback (4.5)": calibrated(inputs, feedback=False),
+        "calibrated (4.5)": calibrated(inputs),
+        "calibrated, random ids (4.5)": calibrated(inputs_of(arguments.folder, random=True)),
+        "calibrated without feedback, groups of 64 (4.25)": calibrated(inputs, 64, feedback=False),
+        "calibrated, groups of 64 (4.25)": calibrated(inputs, 64),
+        "calibrated without feedback, 3 bits (3.5)": calibrated(inputs, bits=3, feedback=False),
+        "calibrated, 3 bits (3.5)": calibrated(inputs, bits=3),
+        "calibrated, k and v int8 (the default)": keys_and_values_in_int8(calibrated(inputs)),
     }
     results = {}
     for name, rule in rules.items():
         results[name] = judge.divergence(rule)
-        print(f"{name:40}", "  ".join(f"{text} {value:.4f}" for text, value in results[name].items()), flush=True)
+        print(f"{name:50}", "  ".join(f"{text} {value:.4f}" for text, value in results[name].items()), flush=True)
     print(json.dumps({"folder": str(arguments.folder), "kld": results}))
 
 

@@ -17,7 +17,7 @@ from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.formats.format import Quant
 from glm4lite.checkpoint.load_plan import Fill, LoadPlan
 from glm4lite.model.config import Glm4Config
-from glm4lite_quant import BnbTensor, QuantConfig, QuantError, QuantTensor
+from glm4lite_quant import BnbTensor, Inputs, QuantConfig, QuantError, QuantTensor
 from glm4lite_quant.config import CALIBRATED, KEPT, MINMAX
 from glm4lite_quant.format import ROWS
 
@@ -111,10 +111,11 @@ def quantize_weight(
             return foreign.double_quantized() if quant.double_quant else foreign
         if quant.method == KEPT:
             return _with_kept_codes(checkpoint, fill, quant, meter)
-        held, importance = (None, None) if calibrator is None else calibrator.take(fill)
+        held, given = (None, None) if calibrator is None else calibrator.take(fill)
+        inputs = None if given is None else Inputs.of(given)
         weight = QuantTensor.empty(n, k, quant)
         for start, rows in blocks(checkpoint, fill.source, meter, held):
-            weight.quantize_rows(start, rows, importance, fast=quant.method == MINMAX)
+            weight.quantize_rows(start, rows, inputs, fast=quant.method == MINMAX)
         return weight
     except QuantError as error:
         where = f"{fill.source} in {checkpoint.file(fill.source)}"

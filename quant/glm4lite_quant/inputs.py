@@ -1,0 +1,169 @@
+"""What calibration tells of the inputs of a weight: how much a column counts, and which columns go together.
+
+    inputs = Inputs.of(rows)                      # rows [T, K]: what a text's T tokens gave a linear
+    weight.quantize_rows(0, values, inputs)
+
+An error in a column can be made up for in those behind it, as far as their inputs are alike (GPTQ, arXiv 2210.17323):
+the output's error is `e^T H e` of a row's errors e, with H the covariance of the inputs. All of H would be K x K (750 MB
+for a 9B's down_proj, hours of work), so it is taken as what blocks of columns have among themselves, and the RANK
+directions that most of the rest lies in: `H = diag(B_1, B_2, ...) + V V^T`. What earlier blocks' errors cost then acts on
+later ones by way of RANK sums alone, and each step of the recursion below is a matter of small matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glm4lite_quant.config import QuantError
+
+BLOCK = 128  # columns; a multiple of every group size
+RANK = 64  # a multiple of 16
+PASSES = 2  # over the rows, to turn RANK random directions to those that most lies in
+SHRINK = 0.1  # of what columns have in common: a few thousand tokens show some of it by chance
+DAMPING = 0.01  # of the mean square of all columns: one that was never seen is not free
+FLOOR = 1e-6  # of a group's largest importance, for the same reason
+_AT_ONCE = 8  # blocks of rows in float32 at a time
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """How the columns behind make up for a column's error; float32, K columns in blocks of B (the last may be smaller).
+
+    Behind column j its block's column i loses `within[j, i]` of j's error. Of each column's whole change, less what it
+    was, `into` adds to R sums; a block's columns begin less `onto^T sums`.
+    """
+
+    within: Tensor  # [K, B], strictly upper triangles
+    onto: Tensor  # [K * R]: a matrix [R, columns] for each block
+    into: Tensor  # [K, R]
+
+    @property
+    def block(self) -> int:
+        """Columns of a block, at most."""
+        return self.within.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """How many sums go from block to block; 0 where there is one block."""
+        return self.into.shape[1]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """mean_square: of each column, float32 [K]. feedback None: each column is rounded for itself."""
+
+    mean_square: Tensor
+    feedback: Feedback | None = None
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Inputs:
+        """From what a text gave, [T, K] in any float type, K a multiple of 32; QuantError where it is not finite."""
+        squares = mean_square(rows)
+        if not bool(squares.isfinite().all()):
+            raise QuantError("the inputs of a weight are not finite")
+        return cls(squares, _feedback(rows, squares.double()))
+
+    def to(self, device: torch.device) -> Inputs:
+        """The same there."""
+        feedback = self.feedback
+        if feedback is not None:
+            feedback = Feedback(feedback.within.to(device), feedback.onto.to(device), feedback.into.to(device))
+        return Inputs(self.mean_square.to(device), feedback)
+
+    def normalized(self, columns: int, group: int) -> Inputs:
+        """As the search takes them: the largest mean square of each group is 1; a group of zeros counts evenly.
+
+        Raises QuantError for another shape, NaN, infinities and negative numbers.
+        """
+        given, feedback = self.mean_square, self.feedback
+        if given.dim() != 1 or given.shape[0] != columns:
+            raise QuantError(f"mean squares have shape {list(given.shape)}; expected one number for each of {columns}")
+        values = given.detach().to(torch.float32).cpu().view(-1, group)
+        if not bool(((values >= 0) & values.isfinite()).all()):
+            raise QuantError("the mean squares hold a number that is negative or not finite")
+        if feedback is not None and not _fits(feedback, columns, group):
+            shapes = ", ".join(str(list(part.shape)) for part in (feedback.within, feedback.onto, feedback.into))
+            raise QuantError(f"feedback of {shapes} does not fit {columns} columns in groups of {group}")
+        top = values.amax(1, keepdim=True)
+        shares = torch.where(top > 0, values / torch.where(top > 0, top, 1.0), 1.0)
+        return Inputs(shares.clamp(min=FLOOR).flatten(), feedback)
+
+
+def mean_square(rows: Tensor) -> Tensor:
+    """Of each column of [T, K]: float32 [K]."""
+    return (
+        torch.cat([part.square().sum(0, dtype=torch.float64) for part in _parts(rows)]).div(max(1, len(rows))).float()
+    )
+
+
+def _fits(feedback: Feedback, columns: int, group: int) -> bool:
+    within, onto, into = feedback.within, feedback.onto, feedback.into
+    block, rank = feedback.block, feedback.rank
+    shapes = (tuple(within.shape), tuple(onto.shape), tuple(into.shape))
+    fits = shapes == ((columns, block), (columns * rank,), (columns, rank))
+    plain = all(part.dtype == torch.float32 and part.is_contiguous() for part in (within, onto, into))
+    return fits and plain and block > 0 and block % group == 0 and rank % 16 == 0
+
+
+def _parts(rows: Tensor) -> Iterator[Tensor]:
+    """float32 [T, some columns], from the first to the last."""
+    for part in rows.split(_AT_ONCE * BLOCK, 1):
+        yield part.float()
+
+
+def _feedback(rows: Tensor, squares: Tensor) -> Feedback | None:
+    """None where all inputs are zero. squares: the columns' mean squares, float64."""
+    tokens, columns = rows.shape
+    unit = squares.mean()
+    if unit == 0:
+        return None
+    block = min(BLOCK, columns)
+    rank = RANK if columns > block else 0
+    scale = 1 / math.sqrt(float(unit) * tokens)  # so that covariances are about 1
+    squares = squares / unit
+    directions = _directions(rows, squares, scale, rank)
+    within, into = torch.zeros(columns, block), torch.zeros(columns, rank)
+    onto = torch.zeros(columns * rank)
+    blocks = []  # (first, covariance, directions) of each
+    for first, part in zip(range(0, columns, block), rows.split(block, 1), strict=True):
+        x = part.float() * scale
+        blocks.append((first, x.T @ x, x.T @ directions))
+    middle = torch.eye(rank, dtype=torch.float64)  # what the directions still count, with all later columns free
+    for first, covariance, own in reversed(blocks):
+        last = first + len(own)
+        v = own.double()
+        rest = (1 - SHRINK) * (covariance.double() - v @ v.T)
+        v = v * math.sqrt(1 - SHRINK)
+        rest.diagonal().copy_(squares[first:last] + DAMPING - v.square().sum(1))
+        shared = v @ middle
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(rest + shared @ v.T))
+        back = inverse @ shared
+        factor = torch.linalg.cholesky(inverse, upper=True)
+        within[first:last, : last - first] = (factor / factor.diagonal()[:, None]).triu(1)
+        into[first:last] = v
+        onto[first * rank : last * rank] = back.T.flatten()
+        middle = middle - shared.T @ back
+        middle = (middle + middle.T) / 2
+    return Feedback(within, onto, into)
+
+
+def _directions(rows: Tensor, squares: Tensor, scale: float, rank: int) -> Tensor:
+    """Orthonormal [T, rank] that spans most of what the columns, each made equally large, have in common."""
+    directions = torch.zeros(len(rows), 0)
+    if rank == 0:
+        return directions
+    weights = (scale / squares.sqrt().clamp(min=1e-3)).float()
+    random = torch.Generator().manual_seed(0)
+    for number in range(PASSES):
+        turned, first = torch.zeros(len(rows), rank), 0
+        for part in _parts(rows):
+            x = part * weights[first : first + part.shape[1]]
+            turned += x @ (x.T @ directions if number else torch.randn(x.shape[1], rank, generator=random))
+            first += part.shape[1]
+        directions = torch.linalg.qr(turned).Q
+    return torch.nn.functional.pad(directions, (0, rank - directions.shape[1]))
