@@ -1,8 +1,8 @@
 """What goes into each layer, found while the checkpoint streams by: a layer is read, run, quantized and dropped.
 
-An error in a weight counts as much as what is multiplied with it, and where inputs go together one error can make up for
-another: `glm4lite_quant.Inputs` says how, from what each linear was given. One decoder layer is in memory at a time, as
-it is stored, with these inputs; the calibration tokens' activations go from layer to layer.
+An error in a weight counts as much as what is multiplied with it, and where inputs go together one error can make up
+for another: `glm4lite_quant.Inputs` says how, from what each linear was given. One decoder layer is in memory at a
+time, as it is stored, with these inputs; the calibration tokens' activations go from layer to layer.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def _records(fill: Fill) -> bool:
 
 
 def layer_bytes(checkpoint: Checkpoint, plan: LoadPlan) -> int:
-    """Bytes of the largest layer as it is stored, and of its inputs: what a Calibrator holds beside the quantized model."""
+    """Bytes of the largest layer as it is stored, and of its inputs: what a Calibrator holds beside the model."""
 
     def held(fill: Fill) -> int:
         inputs = TOKENS * fill.shape[1] * RECORDED.itemsize if _records(fill) else 0

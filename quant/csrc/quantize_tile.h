@@ -59,7 +59,7 @@ GLM4_INLINE Words operator<<(Words a, int n) { GLM4_EACH(Words, a.part[i] << n) 
 GLM4_INLINE Lanes select(Words mask, Lanes a, Lanes b) { GLM4_EACH(Lanes, mask.part[i] ? a.part[i] : b.part[i]) }
 GLM4_INLINE Words whole(Lanes v) { GLM4_EACH(Words, whole(v.part[i])) }
 
-GLM4_INLINE Lanes all(float v) { GLM4_EACH(Lanes, FloatPart{} + v) }
+GLM4_INLINE Lanes all(float v) { GLM4_EACH(Lanes, v - FloatPart{}) }  // less zero: nothing is left to compute
 GLM4_INLINE Lanes least(Lanes a, Lanes b) { return select(a < b, a, b); }
 GLM4_INLINE Lanes most(Lanes a, Lanes b) { return select(a > b, a, b); }
 GLM4_INLINE Lanes rounded(Lanes v) {

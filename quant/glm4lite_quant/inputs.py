@@ -4,10 +4,10 @@
     weight.quantize_rows(0, values, inputs)
 
 An error in a column can be made up for in those behind it, as far as their inputs are alike (GPTQ, arXiv 2210.17323):
-the output's error is `e^T H e` of a row's errors e, with H the covariance of the inputs. All of H would be K x K (750 MB
-for a 9B's down_proj, hours of work), so it is taken as what blocks of columns have among themselves, and the RANK
-directions that most of the rest lies in: `H = diag(B_1, B_2, ...) + V V^T`. What earlier blocks' errors cost then acts on
-later ones by way of RANK sums alone, and each step of the recursion below is a matter of small matrices.
+the output's error is `e^T H e` of a row's errors e, with H the covariance of the inputs. All of H would be K x K
+(750 MB of a 9B's down_proj), so it is taken as what blocks of columns have among themselves, and the RANK directions
+that most of the rest lies in: `H = diag(B_1, B_2, ...) + V V^T`. What earlier blocks' errors cost then acts on later
+ones by way of RANK sums alone, and each step of the recursion below is a matter of small matrices.
 """
 
 from __future__ import annotations
@@ -96,9 +96,7 @@ class Inputs:
 
 def mean_square(rows: Tensor) -> Tensor:
     """Of each column of [T, K]: float32 [K]."""
-    return (
-        torch.cat([part.square().sum(0, dtype=torch.float64) for part in _parts(rows)]).div(max(1, len(rows))).float()
-    )
+    return torch.cat([part.square().sum(0) for part in _parts(rows)]).div(max(1, len(rows))).float()
 
 
 def _fits(feedback: Feedback, columns: int, group: int) -> bool:

@@ -82,7 +82,8 @@ def test_inputs_are_what_enters_each_layer(tmp_path: Path, changes: dict[str, An
             assert inputs is not None
             assert inputs.shape == (source.ids.numel(), fill.shape[1])
             assert torch.equal(weight, Checkpoint.open(folder).tensor(fill.source))
-            torch.testing.assert_close(inputs.float(), expected[fill.module], rtol=0.1, atol=0.05)
+            exact = expected[fill.module]
+            assert float((inputs - exact).norm()) < 0.02 * float(exact.norm())  # bfloat16's rounding
             seen += 1
     assert seen == 2 * (3 if "intermediate_size" in changes else 4)
 
@@ -190,7 +191,7 @@ def test_windows_are_spread_over_a_long_text_and_begin_with_the_prefix(folder: P
 
 def test_the_bundled_text_is_of_every_kind() -> None:
     text = BUNDLED.read_text(encoding="utf-8")
-    assert 12_000 < len(text.encode()) < 20_000
+    assert 12_000 < len(text.encode()) < 24_000
     for part in ("<|observation|>", "在调用上述函数时", "def ", "SELECT", "#include", "the "):
         assert part in text
 

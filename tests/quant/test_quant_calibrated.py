@@ -285,7 +285,7 @@ def test_feedback_for_other_columns_or_groups_is_refused() -> None:
         Feedback(good.within, good.onto, good.into.double()),
         Feedback(good.within.T.contiguous().T, good.onto, good.into),
     ):
-        with pytest.raises(QuantError, match="feedback of .* does not fit 256 columns in groups of 64"):
+        with pytest.raises(QuantError, match=r"feedback of .* does not fit 256 columns in groups of 64"):
             quantized(weight(16, 256), 64, Inputs(right.mean_square, wrong))
 
 

@@ -82,15 +82,13 @@ def _with_feedback(
     scales, mins = (weight.new_empty(len(weight), len(importance)) for _ in range(2))
     sums = weight.new_zeros(len(weight), rank)
     for first in range(0, size, feedback.block):
-        source = weight[:, first : first + feedback.block]
-        x, block = source.clone(), slice(first, first + source.shape[1])
-        within, onto = (
-            feedback.within[block],
-            feedback.onto[block.start * rank : block.stop * rank].view(rank, source.shape[1]),
-        )
+        stop = min(first + feedback.block, size)
+        source, within = weight[:, first:stop], feedback.within[first:stop, : stop - first]
+        onto = feedback.onto[first * rank : stop * rank].view(rank, stop - first)
+        x = source.clone()
         for i in range(rank):
             x -= sums[:, i, None] * onto[i]
-        for at in range(0, source.shape[1], group):
+        for at in range(0, stop - first, group):
             number = (first + at) // group
             g = _group(x[:, None, at : at + group], importance[number, None], top)
             s, m = _bytes(g, _search(g), rows)
@@ -99,10 +97,10 @@ def _with_feedback(
                 code, value = _rounded(x[:, None, column, None], s, m, rows, top)
                 codes[:, first + column] = code[:, 0, 0]
                 lost = x[:, column] - value[:, 0, 0]
-                x[:, column + 1 :] -= lost[:, None] * within[column, column + 1 : source.shape[1]]
+                x[:, column + 1 :] -= lost[:, None] * within[column, column + 1 :]
                 x[:, column] = value[:, 0, 0]
         change = source - x
-        for i in range(source.shape[1]):
+        for i in range(stop - first):
             sums -= change[:, i, None] * feedback.into[first + i]
     return codes, scales, mins
 
