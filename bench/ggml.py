@@ -1,4 +1,4 @@
-"""One Q4_0 matrix of llama.cpp: its own quantizer, its repacked layout, its product, through ctypes.
+"""llama.cpp's own code through ctypes: its quantizers, and a Q4_0 matrix in its repacked layout with its product.
 
 The library is the one llama-cpp-python brings (bench/llama.py says how to build it).
 """
@@ -16,6 +16,11 @@ import torch
 from torch import Tensor
 
 F32, Q4_0 = 0, 2  # ggml_type
+KINDS = {
+    "Q4_0": 2, "Q4_1": 3, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14,
+    "IQ2_XXS": 16, "IQ2_XS": 17, "IQ3_XXS": 18, "IQ4_NL": 20, "IQ3_S": 21, "IQ2_S": 22, "IQ4_XS": 23,
+}  # fmt: skip
+"""Names of ggml types that weights are stored in, and their numbers."""
 
 
 class _InitParams(ctypes.Structure):
@@ -32,6 +37,8 @@ SIGNATURES = {
     "ggml_build_forward_expand": ([c_void_p, c_void_p], None),
     "ggml_nbytes": ([c_void_p], c_size_t),
     "ggml_quantize_chunk": ([c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, POINTER(c_float)], c_size_t),
+    "ggml_blck_size": ([c_int], c_int64),
+    "ggml_type_size": ([c_int], c_size_t),
     "ggml_backend_cpu_init": ([], c_void_p),
     "ggml_backend_cpu_set_n_threads": ([c_void_p, c_int], None),
     "ggml_backend_get_device": ([c_void_p], c_void_p),
@@ -43,6 +50,9 @@ SIGNATURES = {
     "ggml_backend_tensor_get": ([c_void_p, c_void_p, c_size_t, c_size_t], None),
     "ggml_backend_graph_compute": ([c_void_p, c_void_p], c_int),
 }
+
+
+_DEQUANTIZE: tuple[list[Any], Any] = ([c_void_p, c_void_p, c_int64], None)
 
 
 def absent() -> str:
@@ -57,9 +67,14 @@ class _Library:
         self._libraries = libraries
 
     def __getattr__(self, name: str) -> Any:
-        function = next(getattr(library, name) for library in self._libraries if hasattr(library, name))
-        function.argtypes, function.restype = SIGNATURES[name]
+        function = self.function(name, SIGNATURES[name])
         setattr(self, name, function)
+        return function
+
+    def function(self, name: str, signature: tuple[list[Any], Any]) -> Any:
+        """A function that SIGNATURES does not list."""
+        function = next(getattr(library, name) for library in self._libraries if hasattr(library, name))
+        function.argtypes, function.restype = signature
         return function
 
 
@@ -69,6 +84,37 @@ def _library() -> _Library:
 
     folder = Path(llama_cpp.__file__).parent / "lib"
     return _Library([ctypes.CDLL(str(path)) for path in sorted(folder.glob("libggml*"))])
+
+
+def bits(kind: str) -> float:
+    """Bits a weight in a type of KINDS, scales included."""
+    ggml = _library()
+    return float(8 * ggml.ggml_type_size(KINDS[kind]) / ggml.ggml_blck_size(KINDS[kind]))
+
+
+def requantized(weight: Tensor, kind: str, importance: Tensor | None) -> Tensor:
+    """float32 [N, K] as a type of KINDS holds it; importance [K] is the mean square of each input column.
+
+    Where K is no multiple of the type's blocks, zeros that nothing depends on are quantized after each row.
+    """
+    ggml, (rows, columns) = _library(), weight.shape
+    block = int(ggml.ggml_blck_size(KINDS[kind]))
+    missing = -columns % block
+    floats = torch.nn.functional.pad(weight.float(), (0, missing)).contiguous()
+    size = rows * (columns + missing) // block * int(ggml.ggml_type_size(KINDS[kind]))
+    codes, back, counts = torch.empty(size, dtype=torch.uint8), torch.empty_like(floats), None
+    if importance is not None:
+        padded = torch.nn.functional.pad(importance.float(), (0, missing), value=float(importance.mean()) * 1e-6)
+        counts = ctypes.cast(padded.contiguous().data_ptr(), POINTER(c_float))
+    written = ggml.ggml_quantize_chunk(
+        KINDS[kind], floats.data_ptr(), codes.data_ptr(), 0, rows, columns + missing, counts
+    )
+    assert written == size, f"{kind}: {written} bytes for {size}"
+    family, _, variant = kind.partition("_")
+    ggml.function(f"dequantize_row_{family.lower()}_{variant if len(variant) == 1 else variant.lower()}", _DEQUANTIZE)(
+        codes.data_ptr(), back.data_ptr(), floats.numel()
+    )
+    return back[:, :columns]
 
 
 class GgmlLinear:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bench.gpu_engines import random_weight
 from glm4lite_quant import BnbLinear, QuantConfig, QuantEmbedding, QuantLinear
+from glm4lite_quant.config import BITS
 from glm4lite_quant.kernels.decoder import BLOCK, TOKENS, CacheView, Heads
 from glm4lite_quant.kernels.step_rows import SequenceRows, StepRows, tile_rows
 
@@ -77,7 +78,7 @@ def products(
     from glm4lite_quant.kernels.triton_gpu import TritonBackend
 
     backend = TritonBackend()
-    for bits, group in product((4, 8), groups):
+    for bits, group in product(BITS, groups):
         weight = random_weight(n, k, bits, device, group)
         packed, dense = backend.prepack(weight), weight.dequantize()
         for dtype, tolerance in PRODUCTS.items() if group == 32 else [(torch.bfloat16, PRODUCTS[torch.bfloat16])]:

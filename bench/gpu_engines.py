@@ -36,13 +36,14 @@ class Engine:
 def random_weight(n: int, k: int, bits: int, device: torch.device, group: int = GROUP) -> QuantTensor:
     """Random codes and scales, of weights of about 0.02: quantizing would take longer than all measurements."""
     weight = QuantTensor.empty(n, k, QuantConfig(bits, group), device)
-    step = 0.02 / (7.5 if bits == 4 else 64) / 128
+    half = 64.0 if bits == 8 else ((1 << bits) - 1) / 2  # of the range of the codes
+    step = 0.02 / half / 128
     weight.qweight.random_(0, 256)
     weight.scales.random_(1, 256)
     weight.row_scale.uniform_(0.5 * step, 1.5 * step)
     if weight.mins is not None and weight.row_min is not None:
         weight.mins.random_(0, 256)
-        weight.row_min.copy_(7.5 * weight.row_scale)
+        weight.row_min.copy_(half * weight.row_scale)
     return weight
 
 

@@ -80,11 +80,11 @@ def read(codes: Tensor, _: Tensor) -> None:
     native.read_all(codes)
 
 
-def contenders(weight: Tensor, isas: Sequence[str]) -> list[Contender]:
+def contenders(weight: Tensor, isas: Sequence[str], sizes: Sequence[int]) -> list[Contender]:
     """All of this host; glm4lite's ISAs read the same bytes."""
     found = []
     library = native._library().cdll
-    for bits in (4, 8):
+    for bits in sizes:
         quantized = QuantTensor.quantize(weight, QuantConfig(bits, GROUP))
         for isa in isas:
             if library is None:
@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--bits", default="4,8", help="which codes; 4 is always among them")
     parser.add_argument("--only", default="", help="parts of names, of which each row has one")
     parser.add_argument("--cpu-time", action="store_true")
     given = parser.parse_args()
@@ -201,13 +202,14 @@ def main() -> None:
         clock = time.process_time
         native.set_threads(1)
     tokens = sorted({int(m) for m in given.tokens.split(",")})
+    sizes = sorted({4, *map(int, given.bits.split(","))})
     torch.set_num_threads(native.thread_count())
     print(picking.status(), f"torch {torch.__version__}, {torch.get_num_threads()} threads", absent(), sep="\n")
     results: list[dict[str, object]] = []
     judged: list[tuple[str, Target, float]] = []
     for shape in given.shapes.split(","):
         n, k = SHAPES[shape]
-        found = [one for one in contenders(torch.randn(n, k) * 0.02, host) if named(one, given.only)]
+        found = [one for one in contenders(torch.randn(n, k) * 0.02, host, sizes) if named(one, given.only)]
         times = measure(found, k, tokens, given.rounds, clock)
         results += rows(shape, found, times, tokens)
         if shape == TARGET_SHAPE:

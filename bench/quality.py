@@ -1,22 +1,28 @@
-"""How far 4-bit weights move a model's predictions: mean KL divergence from its float32 self, by way of quantizing.
+"""How far quantized weights move a model's predictions: mean KL divergence from its float32 self, against their bits.
 
-`python -m bench.quality FOLDER TEXT [TEXT ...] [--windows 4]`: FOLDER is a checkpoint small enough for float32, each
-TEXT a UTF-8 file that is not the calibration text. Windows of 512 tokens, the second half of each scored. All linears
-of the layers are quantized, the embedding and the head are not; weights are multiplied in float32, so that only their
-own error counts. Needs the `gguf` package. A table, and one JSON line last.
+    python -m bench.quality FOLDER TEXT [TEXT ...] [--windows 4] [--only NAMES] [--plot FILE.svg]
+
+FOLDER is a checkpoint small enough for float32, each TEXT a UTF-8 file that is not the calibration text. Windows of 512
+tokens, the second half of each scored. All linears of the layers are quantized, the embedding and the head are not;
+weights are multiplied in float32, so that only their own error counts. Bits are those of a weight with its scales. The
+types of llama.cpp are made by its own code (bench/ggml.py) with the same importance; without it they are left out. A
+table, a plot of it, and one JSON line last.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
-import gguf
 import torch
 from torch import Tensor, nn
 
+from bench import ggml
 from glm4lite import Glm4ForCausalLM, load
 from glm4lite.checkpoint.calibration import Calibrator
 from glm4lite.checkpoint.calibration_text import CalibrationIds, calibration_ids
@@ -34,11 +40,6 @@ NF4 = torch.tensor([
 Rule = Callable[[str, Tensor], Tensor]
 
 
-def q4_0(_: str, weight: Tensor) -> Tensor:
-    kind = gguf.GGMLQuantizationType.Q4_0
-    return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), kind), kind).copy())
-
-
 def nf4(_: str, weight: Tensor) -> Tensor:
     blocks = weight.reshape(-1, 64)
     scale = blocks.abs().amax(1, keepdim=True)
@@ -49,7 +50,7 @@ def plain(method: str) -> Rule:
     return lambda _, weight: QuantTensor.quantize(weight, QuantConfig(4, method=method)).dequantize()
 
 
-def calibrated(inputs: Mapping[str, Inputs], group: int = 32, bits: int = 4, feedback: bool = True) -> Rule:
+def calibrated(inputs: Mapping[str, Inputs], bits: int, group: int, feedback: bool = True) -> Rule:
     def rule(name: str, weight: Tensor) -> Tensor:
         out, given = QuantTensor.empty(weight.shape[0], weight.shape[1], QuantConfig(bits, group)), inputs[name]
         out.quantize_rows(0, weight, given if feedback else Inputs(given.mean_square))
@@ -58,14 +59,40 @@ def calibrated(inputs: Mapping[str, Inputs], group: int = 32, bits: int = 4, fee
     return rule
 
 
-def keys_and_values_in_int8(rule: Rule) -> Rule:
-    int8 = QuantConfig(8)
+def peer(kind: str, importance: Mapping[str, Tensor] | None) -> Rule:
+    return lambda name, weight: ggml.requantized(weight, kind, None if importance is None else importance[name])
 
-    def mixed(name: str, weight: Tensor) -> Tensor:
-        small = name.endswith(("k_proj", "v_proj"))
-        return QuantTensor.quantize(weight, int8).dequantize() if small else rule(name, weight)
 
-    return mixed
+@dataclass(frozen=True)
+class Contender:
+    """A way to quantize; `family` are those that one curve of the plot joins ("": none)."""
+
+    name: str
+    bits: float
+    rule: Rule
+    family: str = ""
+
+
+OURS, ALONE = "glm4lite", "glm4lite, without feedback"
+PEER, BARE = "llama.cpp, importance", "llama.cpp, without importance"
+
+
+def contenders(folder: Path) -> list[Contender]:
+    inputs = inputs_of(folder)
+    importance = {name: given.mean_square for name, given in inputs.items()}
+    found = []
+    for bits, group in product((2, 3, 4, 5, 6), (32, 64)):
+        name, size = f"{bits} bits, groups of {group}", bits + 16 / group
+        found.append(Contender(name, size, calibrated(inputs, bits, group), OURS))
+        found.append(Contender(f"{name}, alone", size, calibrated(inputs, bits, group, feedback=False), ALONE))
+    found.append(Contender("4 bits, random ids", 4.5, calibrated(inputs_of(folder, random=True), 4, 32)))
+    found += [Contender(f"4 bits, {method}", 4.5, plain(method)) for method in ("minmax", "search")]
+    found.append(Contender("NF4, blocks of 64", 4.5, nf4))
+    if ggml.absent():
+        print(ggml.absent())
+        return found
+    found += [Contender(kind, ggml.bits(kind), peer(kind, importance), PEER) for kind in ggml.KINDS]
+    return [*found, *(Contender(f"{kind}, bare", ggml.bits(kind), peer(kind, None), BARE) for kind in ("Q4_0", "Q4_K"))]
 
 
 def inputs_of(folder: Path, random: bool = False) -> dict[str, Inputs]:
@@ -126,33 +153,77 @@ class Judge:
         return torch.stack(found).float().log_softmax(-1)
 
 
+def frontier(rows: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (bits, divergence) those that no other with as few bits is below."""
+    best: list[tuple[float, float]] = []
+    for bits, value in sorted(rows):
+        if not best or value < best[-1][1]:
+            best.append((bits, value))
+    return best
+
+
+def plot(found: Sequence[Contender], results: Mapping[str, Mapping[str, float]]) -> str:
+    """An SVG: bits against the mean divergence over the texts, logarithmic; the best of each family joined."""
+    width, height, left, bottom = 760, 420, 60, 46
+    values = {one.name: sum(results[one.name].values()) / len(results[one.name]) for one in found}
+    exponents = [math.log10(value) for value in values.values()]
+    low, high = math.floor(min(exponents) * 4) / 4, math.ceil(max(exponents) * 4) / 4
+    least, most = 2.0, 7.0
+
+    def place(bits: float, value: float) -> tuple[float, float]:
+        right, down = (bits - least) / (most - least), (high - math.log10(value)) / (high - low)
+        return left + (width - left - 12) * right, 12 + (height - bottom - 12) * down
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        f'font-size="12"><rect width="{width}" height="{height}" fill="white"/>'
+    ]
+    for value in (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3):
+        if low <= math.log10(value) <= high:
+            y = place(least, value)[1]
+            parts.append(f'<path d="M{left} {y:.1f}H{width - 12}" stroke="#ddd"/>')
+            parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+    for bits in range(int(least), int(most) + 1):
+        parts.append(f'<text x="{place(bits, 1)[0]:.1f}" y="{height - bottom + 18}" text-anchor="middle">{bits}</text>')
+    for family, color in ((OURS, "#1565c0"), (ALONE, "#90caf9"), (PEER, "#c62828"), (BARE, "#999")):
+        mine = [one for one in found if one.family == family]
+        if not mine:
+            continue
+        line = frontier([(one.bits, values[one.name]) for one in mine])
+        points = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in line)
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.5"/>')
+        for one in mine:
+            x, y = place(one.bits, values[one.name])
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>')
+            if family != OURS:
+                parts.append(f'<text x="{x + 5:.1f}" y="{y - 4:.1f}" font-size="9" fill="{color}">{one.name}</text>')
+        x, y = place(*line[-1])
+        parts.append(f'<text x="{x:.1f}" y="{y + 16:.1f}" text-anchor="end" fill="{color}">{family}</text>')
+    parts.append(f'<text x="{width / 2}" y="{height - 8}" text-anchor="middle">bits a weight</text>')
+    middle = height / 2
+    parts.append(f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">mean KLD</text>')
+    return "\n".join([*parts, "</svg>\n"])
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--only", default="", help="parts of names, of which each row has one")
+    parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     judge = Judge(arguments.folder, arguments.texts, arguments.windows)
-    inputs = inputs_of(arguments.folder)
-    rules: dict[str, Rule] = {
-        "Q4_0 (4.5 bits)": q4_0,
-        "NF4 in blocks of 64 (4.5)": nf4,
-        "min/max (4.5)": plain("minmax"),
-        "plain search (4.5)": plain("search"),
-        "calibrated without feedback (4.5)": calibrated(inputs, feedback=False),
-        "calibrated (4.5)": calibrated(inputs),
-        "calibrated, random ids (4.5)": calibrated(inputs_of(arguments.folder, random=True)),
-        "calibrated without feedback, groups of 64 (4.25)": calibrated(inputs, 64, feedback=False),
-        "calibrated, groups of 64 (4.25)": calibrated(inputs, 64),
-        "calibrated without feedback, 3 bits (3.5)": calibrated(inputs, bits=3, feedback=False),
-        "calibrated, 3 bits (3.5)": calibrated(inputs, bits=3),
-        "calibrated, k and v int8 (the default)": keys_and_values_in_int8(calibrated(inputs)),
-    }
+    wanted = arguments.only.split(",")
+    found = [one for one in contenders(arguments.folder) if any(part in one.name for part in wanted)]
     results = {}
-    for name, rule in rules.items():
-        results[name] = judge.divergence(rule)
-        print(f"{name:50}", "  ".join(f"{text} {value:.4f}" for text, value in results[name].items()), flush=True)
+    for one in sorted(found, key=lambda one: one.bits):
+        results[one.name] = judge.divergence(one.rule)
+        texts = "  ".join(f"{text} {value:.4f}" for text, value in results[one.name].items())
+        print(f"{one.name:28} {one.bits:6.3f}  {texts}", flush=True)
+    if arguments.plot:
+        arguments.plot.write_text(plot(found, results), encoding="utf-8")
     print(json.dumps({"folder": str(arguments.folder), "kld": results}))
 
 

@@ -28,8 +28,8 @@ struct Sink {
   const glm4_lora* const* lora = nullptr;
 };
 
-// All weights have the source's k; those of fewer than 8 bits share one group size. `splits` is 1, or 2: what rounding the input to
-// int8 left is a second input of int8, and their products are added. Throws std::bad_alloc.
+// All weights have the source's k; those of fewer than 8 bits share one group size. `splits` is 1, or 2: what rounding
+// the input to int8 left is a second input of int8, and their products are added. Throws std::bad_alloc.
 void linear(const Source& source, const Sink* sinks, int count, int splits, const glm4_isa& isa, int threads);
 
 }  // namespace glm4

@@ -206,9 +206,10 @@ extern const glm4_rows glm4_rows_avx2;
 extern const glm4_rows glm4_rows_avx512;
 extern const glm4_rows glm4_rows_neon;
 
-// Steps and minima of one row's groups, with the least squared error over the first `shares` of GLM4_SHARES of each
-// group's (minimum, maximum) for codes of at most `top`. Every version does the reference's float operations in its order.
-typedef void (*glm4_search)(const float* row, int64_t k, int32_t group, int32_t shares, float top, float* step, float* low);
+// Steps and minima of one row's groups for codes of at most `top`, with the least squared error over the first `shares`
+// of GLM4_SHARES of each group's (minimum, maximum). Every version does the reference's float operations in its order.
+typedef void (*glm4_search)(const float* row, int64_t k, int32_t group, int32_t shares, float top, float* step,
+                            float* low);
 void glm4_search_avx2(const float* row, int64_t k, int32_t group, int32_t shares, float top, float* step, float* low);
 enum { GLM4_ALL_SHARES = 5 };
 static const float GLM4_SHARES[GLM4_ALL_SHARES][2] = {

@@ -14,6 +14,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from glm4lite_quant.config import BITS
 from glm4lite_quant.kernels import triton_gpu, triton_kernels, triton_step, triton_step_kernels
 from glm4lite_quant.kernels.decoder import BLOCK
 
@@ -77,11 +78,11 @@ def main() -> None:
         for name, made in steps(capability).items():
             row = {"kernel": f"{name}, sm_{capability}", "shared": made.metadata.shared, "whole": 0}
             print(json.dumps(row | {"fits": made.metadata.shared <= LIMIT}), flush=True)
-        for bits in (4, 8):
+        for bits in BITS:
             types = dict(POINTERS)
             constants: dict[str, Any] = {"BITS": bits, "GROUP": 32}
-            types |= AFFINE if bits == 4 else {}
-            constants |= {} if bits == 4 else dict.fromkeys(AFFINE)
+            types |= AFFINE if bits < 8 else {}
+            constants |= {} if bits < 8 else dict.fromkeys(AFFINE)
             found: dict[str, Any] = {}
             for config in sorted(set(triton_gpu.GEMV.values()), key=repr):
                 own = constants | {"TOKENS": 1, "BLOCKS": 8 * config.warps, "WHOLE": False, "STAGES": config.stages}

@@ -27,6 +27,7 @@ from glm4lite_quant.kernels.triton_gpu import DENSE_TOKENS, Gemm, Gemv, Packed, 
 DEVICE = "cuda" if CUDA else "cpu"
 BACKEND = TritonBackend()
 CONFIGS = [QuantConfig(bits, group) for bits in (4, 8) for group in (32, 64, 128)]
+IN_PLANES = [QuantConfig(2), QuantConfig(3, 64), QuantConfig(5, 128), QuantConfig(6)]
 # Of the largest result. bfloat16: the output is rounded, from 9 tokens on the weights too.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
 
@@ -58,11 +59,13 @@ def error(got: Tensor, want: Tensor) -> float:
     [
         *product(CONFIGS[::2], (torch.float32,), (1, 5, 9, 33, DENSE_TOKENS)),
         *product(CONFIGS[1::2], (torch.bfloat16,), (1, 5, 9, 33, DENSE_TOKENS)),
+        *product(IN_PLANES, (torch.bfloat16,), (1, 9)),
         *(
             pytest.param(*one, marks=pytest.mark.slow)  # the interpreter takes longest for these
             for one in (
                 *product(CONFIGS[1::2], (torch.float32,), (1, 9, 33, DENSE_TOKENS)),
                 *product(CONFIGS[::2], (torch.bfloat16,), (1, 9, 33, DENSE_TOKENS)),
+                *product(IN_PLANES, (torch.float32,), (1, 5, 9, DENSE_TOKENS)),
                 *product(CONFIGS[::2], (torch.float32,), (2, 8)),
                 *product(CONFIGS[1::2], (torch.bfloat16,), (2, 8)),
             )
@@ -82,7 +85,7 @@ def test_products_match_the_oracle(config: QuantConfig, dtype: torch.dtype, toke
 @pytest.mark.parametrize("k", [128, 2176])
 def test_every_row_and_column_counts_whatever_the_shape(n: int, k: int) -> None:
     """2176 columns are more than the kernels take at once, and no multiple of that."""
-    for config in (QuantConfig(4), QuantConfig(8, 128)):
+    for config in (QuantConfig(4), QuantConfig(8, 128), QuantConfig(3)):
         weight = weight_of(n, k, config)
         for tokens in (1, 9):
             x = torch.randn(tokens, k, device=DEVICE, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""int4 and int8 products on a GPU, in Triton: which kernel with which settings. Imported on first use.
+"""Products with quantized weights on a GPU, in Triton: which kernel with which settings. Imported on first use.
 
 No weight is packed anew: the kernels (`triton_kernels`) read the tiles where they are, so a weight
 lies on the GPU once, in the bytes of its file, and can be saved from there.
@@ -99,7 +99,7 @@ class TritonBackend:
 
     def supports(self, weight: Planes) -> bool:
         whole = all(t.is_contiguous() for t in weight.tensors().values())
-        return weight.device.type == "cuda" and whole and weight.shape[0] <= MAX_ROWS and weight.bits in (4, 8)
+        return weight.device.type == "cuda" and whole and weight.shape[0] <= MAX_ROWS
 
     def prepack(self, weight: Planes) -> Packed:
         return Packed(weight.qweight.view(torch.int32), weight)

@@ -1,8 +1,9 @@
 """The Triton kernels: what `triton_gpu` launches. Only the files named triton_* import Triton.
 
 They read a `QuantTensor` in place, without a second copy in a layout of their own. A block of 32 columns of 16 rows is
-4 (int8: 8) runs of 64 bytes, one word of 8 (4) codes per row: a thread takes 16 bytes of each, so it holds whole groups
-of four rows, and their four scales are one word.
+a run of 64 bytes for each bit of its codes, a word per row in each: a thread takes 16 bytes of every run, so it holds
+whole groups of four rows, and their four scales are one word. A word has 8 codes of int4, 4 of int8; codes of other
+sizes are put together from planes of four, two and one of their digits, as `format.digits` says.
 
 Names: M tokens, N rows, K columns, B blocks of 32 columns; capitals are constants of a compiled kernel.
 """
@@ -18,6 +19,13 @@ def _placed(w: tl.tensor, RIGHT: tl.constexpr, MASK: tl.constexpr, exponent: tl.
     """A code of each word under a float's exponent: 2**e + code, without a conversion."""
     moved = w >> RIGHT if RIGHT > 0 else w << -RIGHT
     return ((moved & MASK) | exponent).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _field(w: tl.tensor, FROM: tl.constexpr, TO: tl.constexpr, DIGITS: tl.constexpr) -> tl.tensor:
+    """DIGITS digits at bit FROM of each word moved to bit TO, alone."""
+    moved = w >> (FROM - TO) if FROM > TO else w << (TO - FROM)
+    return moved & (((1 << DIGITS) - 1) << TO)
 
 
 @triton.jit
@@ -83,6 +91,48 @@ def _add4(dot: tl.tensor, words: tl.tensor, x: tl.tensor, e4: tl.tensor, e8: tl.
 
 
 @triton.jit
+def _code(
+    four: tl.tensor,
+    two: tl.tensor,
+    one: tl.tensor,
+    exponent: tl.tensor,
+    RUN: tl.constexpr,
+    C: tl.constexpr,
+    BITS: tl.constexpr,
+) -> tl.tensor:
+    """The code of column C of eight, plus 16 (from 5 bits on 256), out of the planes' words for columns from 8 RUN."""
+    UNIT: tl.constexpr = 19 if BITS < 5 else 15  # the place of a 1 in such a float
+    QUAD: tl.constexpr = 2 * RUN + C // 4
+    BYTE: tl.constexpr = 8 * (C % 4)
+    bits = exponent
+    if BITS & 4:
+        bits |= _field(four, BYTE + QUAD % 2 * 4, UNIT, 4)
+    if BITS & 2:
+        bits |= _field(two, BYTE + QUAD % 4 * 2, UNIT + (BITS & 4), 2)
+    if BITS & 1:
+        bits |= _field(one, BYTE + QUAD, UNIT + BITS - 1, 1)
+    return bits.to(tl.float32, bitcast=True)[None, :, :]
+
+
+@triton.jit
+def _add_planes(
+    dot: tl.tensor,
+    four: tl.tensor,
+    two: tl.tensor,
+    one: tl.tensor,
+    x: tl.tensor,
+    exponent: tl.tensor,
+    RUN: tl.constexpr,
+    BITS: tl.constexpr,
+) -> tl.tensor:
+    """dot [M, B, 4] plus the eight codes of run RUN in the words [B, 4] of each plane, times the columns of x."""
+    dot -= (16.0 if BITS < 5 else 256.0) * x[9][:, :, None]
+    for c in tl.static_range(8):
+        dot += _code(four, two, one, exponent, RUN, c, BITS) * x[c][:, :, None]
+    return dot
+
+
+@triton.jit
 def _add8(dot: tl.tensor, words: tl.tensor, x: tl.tensor, e8: tl.tensor) -> tl.tensor:
     """dot [M, B, 4] plus words [B, 4] of four int8 codes times the columns of x.
 
@@ -112,6 +162,34 @@ def _add(dots: tl.tensor, w: tl.tensor, x: tl.tensor, e4: tl.tensor, e8: tl.tens
         d0, d1 = _add8(d0, w0, columns, e8), _add8(d1, w1, columns, e8)
         d2, d3 = _add8(d2, w2, columns, e8), _add8(d3, w3, columns, e8)
     return d0, d1, d2, d3, total
+
+
+@triton.jit
+def _add_run(
+    dots: tl.tensor,
+    four: tl.tensor,
+    two: tl.tensor,
+    one: tl.tensor,
+    x: tl.tensor,
+    exponent: tl.tensor,
+    RUN: tl.constexpr,
+    BITS: tl.constexpr,
+) -> tl.tensor:
+    """`_add` for codes in planes: the words [B, 4, 4] of each plane that hold run RUN, and its x [M, B, 8]."""
+    f0, f1, f2, f3 = _quarters(four)
+    t0, t1, t2, t3 = _quarters(two)
+    o0, o1, o2, o3 = _quarters(one)
+    d0, d1, d2, d3, total = dots
+    columns = _columns4(x.to(tl.float32))
+    d0, d1 = (
+        _add_planes(d0, f0, t0, o0, columns, exponent, RUN, BITS),
+        _add_planes(d1, f1, t1, o1, columns, exponent, RUN, BITS),
+    )
+    d2, d3 = (
+        _add_planes(d2, f2, t2, o2, columns, exponent, RUN, BITS),
+        _add_planes(d3, f3, t3, o3, columns, exponent, RUN, BITS),
+    )
+    return d0, d1, d2, d3, total + columns[9][:, :, None]
 
 
 @triton.jit
@@ -157,18 +235,18 @@ def gemv(
     WHOLE: K is a multiple of 32 * BLOCKS. e4 and e8 are the bits of 16.0 and 256.0: constants would be loaded again for
     every use, which was a fifth of all instructions.
     """
-    CODES: tl.constexpr = 32 // BITS
+    RUN: tl.constexpr = 4 if BITS == 8 else 8  # columns that are multiplied at a time
     tile = tl.program_id(1).to(tl.int64)
     blocks = k // 32
     qweight += tile * blocks * (16 * BITS)
     scales += tile * (k // GROUP) * 16
-    if BITS == 4:
+    if BITS < 8:
         mins += tile * (k // GROUP) * 16
     rows = tl.arange(0, 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     row = tile * 16 + tl.arange(0, 4) * 4
     f0, f1, f2, f3 = _of_rows(row_scale, row, n)  # early: nothing waits for them before the end
-    if BITS == 4:
+    if BITS < 8:
         g0, g1, g2, g3 = _of_rows(row_min, row, n)
     if bias is not None:
         b0, b1, b2, b3 = _of_rows(bias, row, n)
@@ -181,32 +259,53 @@ def gemv(
         held = inside[:, None, None]
         plane = (block * 32 // GROUP)[:, None, None] * 16 + rows[None, :, :]
         scale = tl.load(scales + plane, mask=held)
-        if BITS == 4:
+        if BITS < 8:
             low = tl.load(mins + plane, mask=held)
         w_at = block[:, None, None] * (16 * BITS) + rows[None, :, :]
-        x_at = token[:, None, None] * x_stride + block[None, :, None] * 32 + tl.arange(0, 4 * CODES)[None, None, :]
+        x_at = token[:, None, None] * x_stride + block[None, :, None] * 32 + tl.arange(0, 4 * RUN)[None, None, :]
         here = inside[None, :, None] & ((token < tokens)[:, None, None] | (TOKENS == 1))
         dots = (zero, zero, zero, zero, zero)
-        for half in tl.static_range(BITS // 4):
-            w_from = qweight + w_at + half * 64
-            wa = tl.load(w_from, mask=held, eviction_policy="evict_first")
-            wb = tl.load(w_from + 16, mask=held, eviction_policy="evict_first")
-            wc = tl.load(w_from + 32, mask=held, eviction_policy="evict_first")
-            wd = tl.load(w_from + 48, mask=held, eviction_policy="evict_first")
-            xa, xb, xc, xd = _runs(tl.load(x + x_at + half * (4 * CODES), mask=here, other=0))
-            dots = _add(dots, wa, xa, e4, e8, BITS)
-            dots = _add(dots, wb, xb, e4, e8, BITS)
-            dots = _add(dots, wc, xc, e4, e8, BITS)
-            dots = _add(dots, wd, xd, e4, e8, BITS)
+        if (BITS == 4) | (BITS == 8):
+            for half in tl.static_range(BITS // 4):
+                w_from = qweight + w_at + half * 64
+                wa = tl.load(w_from, mask=held, eviction_policy="evict_first")
+                wb = tl.load(w_from + 16, mask=held, eviction_policy="evict_first")
+                wc = tl.load(w_from + 32, mask=held, eviction_policy="evict_first")
+                wd = tl.load(w_from + 48, mask=held, eviction_policy="evict_first")
+                xa, xb, xc, xd = _runs(tl.load(x + x_at + half * (4 * RUN), mask=here, other=0))
+                dots = _add(dots, wa, xa, e4, e8, BITS)
+                dots = _add(dots, wb, xb, e4, e8, BITS)
+                dots = _add(dots, wc, xc, e4, e8, BITS)
+                dots = _add(dots, wd, xd, e4, e8, BITS)
+        else:
+            w_from = qweight + w_at
+            none = tl.zeros((BLOCKS, 4, 4), tl.int32)
+            fa, fb, fc, fd, ta, tb, one = none, none, none, none, none, none, none
+            if BITS & 4:
+                fa = tl.load(w_from, mask=held, eviction_policy="evict_first")
+                fb = tl.load(w_from + 16, mask=held, eviction_policy="evict_first")
+                fc = tl.load(w_from + 32, mask=held, eviction_policy="evict_first")
+                fd = tl.load(w_from + 48, mask=held, eviction_policy="evict_first")
+            if BITS & 2:
+                ta = tl.load(w_from + (BITS & 4) * 16, mask=held, eviction_policy="evict_first")
+                tb = tl.load(w_from + (BITS & 4) * 16 + 16, mask=held, eviction_policy="evict_first")
+            if BITS & 1:
+                one = tl.load(w_from + (BITS - 1) * 16, mask=held, eviction_policy="evict_first")
+            xa, xb, xc, xd = _runs(tl.load(x + x_at, mask=here, other=0))
+            exponent = e4 if BITS < 5 else e8
+            dots = _add_run(dots, fa, ta, one, xa, exponent, 0, BITS)
+            dots = _add_run(dots, fb, ta, one, xb, exponent, 1, BITS)
+            dots = _add_run(dots, fc, tb, one, xc, exponent, 2, BITS)
+            dots = _add_run(dots, fd, tb, one, xd, exponent, 3, BITS)
         d0, d1, d2, d3, total = dots
         p0, p1, p2, p3 = _quarters(scale)
         s0, s1, s2, s3 = s0 + _scaled(d0, p0), s1 + _scaled(d1, p1), s2 + _scaled(d2, p2), s3 + _scaled(d3, p3)
-        if BITS == 4:
+        if BITS < 8:
             q0, q1, q2, q3 = _quarters(low)
             m0, m1 = m0 + _scaled(total, q0), m1 + _scaled(total, q1)
             m2, m3 = m2 + _scaled(total, q2), m3 + _scaled(total, q3)
     s0, s1, s2, s3 = s0 * f0[None, None, :], s1 * f1[None, None, :], s2 * f2[None, None, :], s3 * f3[None, None, :]
-    if BITS == 4:
+    if BITS < 8:
         s0, s1 = s0 - m0 * g0[None, None, :], s1 - m1 * g1[None, None, :]
         s2, s3 = s2 - m2 * g2[None, None, :], s3 - m3 * g3[None, None, :]
     s0, s1, s2, s3 = tl.sum(s0, axis=1), tl.sum(s1, axis=1), tl.sum(s2, axis=1), tl.sum(s3, axis=1)
@@ -218,6 +317,17 @@ def gemv(
     tl.store(out + 1, s1, mask=held & (row + 1 < n)[None, :])
     tl.store(out + 2, s2, mask=held & (row + 2 < n)[None, :])
     tl.store(out + 3, s3, mask=held & (row + 3 < n)[None, :])
+
+
+@triton.jit
+def _plane(words: tl.tensor, held: tl.tensor, DIGITS: tl.constexpr) -> tl.tensor:
+    """The plane of so many digits that begins at `words` [T, B, 1, 16] -> [T, B, 16, 32]: each column's at bit 0."""
+    RUNS: tl.constexpr = DIGITS
+    EACH: tl.constexpr = 32 // DIGITS  # columns in a word
+    w = tl.load(words + tl.arange(0, RUNS)[None, None, :, None] * 16, mask=held, other=0)[:, :, :, :, None]
+    place = tl.arange(0, EACH)
+    fields = w >> (place % 4 * 8 + place // 4 * DIGITS)
+    return tl.reshape(tl.permute(fields, (0, 1, 3, 2, 4)), (words.shape[0], words.shape[1], 16, 32))
 
 
 @triton.jit
@@ -237,25 +347,28 @@ def _decoded(
     """Row tiles `tile` [T] (int64) and blocks `block` [B] -> weights [16 T, 32 B], float32; 0 outside the weight."""
     row = tl.arange(0, 16)
     held = (tile * 16 < n)[:, None, None, None] & (block < blocks)[None, :, None, None]
-    at = (tile[:, None] * blocks + block[None, :])[:, :, None, None] * (16 * BITS)
-    at = at + tl.arange(0, BITS)[None, None, :, None] * 16 + row[None, None, None, :]
-    w = tl.load(qweight + at, mask=held, other=0)[:, :, :, :, None]
-    if BITS == 4:
-        place = tl.arange(0, 8)
-        code = (w >> (place % 4 * 8 + place // 4 * 4)) & 15
+    at = (tile[:, None] * blocks + block[None, :])[:, :, None, None] * (16 * BITS) + row[None, None, None, :]
+    if BITS == 8:
+        code = (_plane(qweight + at, held, 8) << 24) >> 24
     else:
-        code = (w << (24 - tl.arange(0, 4) * 8)) >> 24
-    rows = tile[:, None] * 16 + row[None, :]
-    plane = (tile[:, None] * (blocks * 32 // GROUP) + (block * 32 // GROUP)[None, :])[:, :, None, None] * 16
-    plane = plane + row[None, None, None, :]
-    scale = tl.load(scales + plane, mask=held, other=0).to(tl.float32)
-    scale = scale * tl.load(row_scale + rows, mask=rows < n, other=0)[:, None, None, :]
-    weight = code.to(tl.float32) * scale[:, :, :, :, None]
-    if BITS == 4:
-        low = tl.load(mins + plane, mask=held, other=0).to(tl.float32)
-        low = low * tl.load(row_min + rows, mask=rows < n, other=0)[:, None, None, :]
-        weight -= low[:, :, :, :, None]
-    return tl.reshape(tl.permute(weight, (0, 3, 1, 2, 4)), (tile.shape[0] * 16, block.shape[0] * 32))
+        code = tl.zeros((tile.shape[0], block.shape[0], 16, 32), tl.int32)
+        if BITS & 4:
+            code |= _plane(qweight + at, held, 4) & 15
+        if BITS & 2:
+            code |= (_plane(qweight + at + (BITS & 4) * 16, held, 2) & 3) << (BITS & 4)
+        if BITS & 1:
+            code |= (_plane(qweight + at + (BITS - 1) * 16, held, 1) & 1) << (BITS - 1)
+    rows, inside = tile[:, None] * 16 + row[None, :], (tile * 16 < n)[:, None, None] & (block < blocks)[None, :, None]
+    plane = (tile[:, None] * (blocks * 32 // GROUP) + (block * 32 // GROUP)[None, :])[:, :, None] * 16
+    plane = plane + row[None, None, :]
+    scale = tl.load(scales + plane, mask=inside, other=0).to(tl.float32)
+    scale = scale * tl.load(row_scale + rows, mask=rows < n, other=0)[:, None, :]
+    weight = code.to(tl.float32) * scale[:, :, :, None]
+    if BITS < 8:
+        low = tl.load(mins + plane, mask=inside, other=0).to(tl.float32)
+        low = low * tl.load(row_min + rows, mask=rows < n, other=0)[:, None, :]
+        weight -= low[:, :, :, None]
+    return tl.reshape(tl.permute(weight, (0, 2, 1, 3)), (tile.shape[0] * 16, block.shape[0] * 32))
 
 
 @triton.jit(do_not_specialize=["tokens"])
