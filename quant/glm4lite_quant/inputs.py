@@ -23,7 +23,7 @@ from glm4lite_quant.config import QuantError
 
 BLOCK = 128  # columns; a multiple of every group size
 RANK = 64  # a multiple of 16
-PASSES = 2  # over the rows, to turn RANK random directions to those that most lies in
+PASSES = 3  # over the rows, to turn RANK random directions to those that most lies in
 SHRINK = 0.3  # of what columns have in common: a few thousand tokens show some of it by chance
 DAMPING = 0.01  # of the mean square of all columns: one that was never seen is not free
 FLOOR = 1e-6  # of a group's largest importance, for the same reason
@@ -124,7 +124,7 @@ def _feedback(rows: Tensor, squares: Tensor) -> Feedback | None:
     rank = RANK if columns > block else 0
     scale = 1 / math.sqrt(float(unit) * tokens)  # so that covariances are about 1
     squares = squares / unit
-    directions = _directions(rows, squares, scale, rank)
+    directions = _directions(rows, scale, rank)
     within, into = torch.zeros(columns, block), torch.zeros(columns, rank)
     onto = torch.zeros(columns * rank)
     blocks = []  # (first, covariance, directions) of each
@@ -150,18 +150,16 @@ def _feedback(rows: Tensor, squares: Tensor) -> Feedback | None:
     return Feedback(within, onto, into)
 
 
-def _directions(rows: Tensor, squares: Tensor, scale: float, rank: int) -> Tensor:
-    """Orthonormal [T, rank] that spans most of what the columns, each made equally large, have in common."""
+def _directions(rows: Tensor, scale: float, rank: int) -> Tensor:
+    """Orthonormal [T, rank] that spans most of the rows' columns: as in a randomized singular value decomposition."""
     directions = torch.zeros(len(rows), 0)
     if rank == 0:
         return directions
-    weights = (scale / squares.sqrt().clamp(min=1e-3)).float()
     random = torch.Generator().manual_seed(0)
     for number in range(PASSES):
-        turned, first = torch.zeros(len(rows), rank), 0
+        turned = torch.zeros(len(rows), rank)
         for part in _parts(rows):
-            x = part * weights[first : first + part.shape[1]]
+            x = part * scale
             turned += x @ (x.T @ directions if number else torch.randn(x.shape[1], rank, generator=random))
-            first += part.shape[1]
         directions = torch.linalg.qr(turned).Q
     return torch.nn.functional.pad(directions, (0, rank - directions.shape[1]))
