@@ -27,7 +27,7 @@ PASSES = 3  # over the rows, to turn RANK random directions to those that most l
 SHRINK = 0.3  # of what columns have in common: a few thousand tokens show some of it by chance
 DAMPING = 0.01  # of the mean square of all columns: one that was never seen is not free
 FLOOR = 1e-6  # of a group's largest importance, for the same reason
-_AT_ONCE = 8  # blocks of rows in float32 at a time
+_AT_ONCE = 8  # blocks in float32 at a time
 
 
 @dataclass(frozen=True)
@@ -125,16 +125,16 @@ def _feedback(rows: Tensor, squares: Tensor) -> Feedback | None:
     scale = 1 / math.sqrt(float(unit) * tokens)  # so that covariances are about 1
     squares = squares / unit
     directions = _directions(rows, scale, rank)
+    blocks: list[tuple[Tensor, Tensor]] = []  # the covariance of each with itself, and with the directions
+    for part in _parts(rows):
+        x = part * scale
+        own = (x.T @ directions).split(block)
+        blocks += zip((few.T @ few for few in x.split(block, 1)), own, strict=True)
     within, into = torch.zeros(columns, block), torch.zeros(columns, rank)
-    onto = torch.zeros(columns * rank)
-    blocks = []  # (first, covariance, directions) of each
-    for first, part in zip(range(0, columns, block), rows.split(block, 1), strict=True):
-        x = part.float() * scale
-        blocks.append((first, x.T @ x, x.T @ directions))
+    onto, last = torch.zeros(columns * rank), columns
     middle = torch.eye(rank, dtype=torch.float64)  # what the directions still count, with all later columns free
-    for first, covariance, own in reversed(blocks):
-        last = first + len(own)
-        v = own.double()
+    for covariance, along in reversed(blocks):
+        first, v = last - len(along), along.double()
         rest = (1 - SHRINK) * (covariance.double() - v @ v.T)
         v = v * math.sqrt(1 - SHRINK)
         rest.diagonal().copy_(squares[first:last] + DAMPING - v.square().sum(1))
@@ -146,7 +146,7 @@ def _feedback(rows: Tensor, squares: Tensor) -> Feedback | None:
         into[first:last] = v
         onto[first * rank : last * rank] = back.T.flatten()
         middle = middle - shared.T @ back
-        middle = (middle + middle.T) / 2
+        middle, last = (middle + middle.T) / 2, first
     return Feedback(within, onto, into)
 
 
