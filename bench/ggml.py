@@ -110,10 +110,8 @@ def requantized(weight: Tensor, kind: str, importance: Tensor | None) -> Tensor:
         KINDS[kind], floats.data_ptr(), codes.data_ptr(), 0, rows, columns + missing, counts
     )
     assert written == size, f"{kind}: {written} bytes for {size}"
-    family, _, variant = kind.partition("_")
-    ggml.function(f"dequantize_row_{family.lower()}_{variant if len(variant) == 1 else variant.lower()}", _DEQUANTIZE)(
-        codes.data_ptr(), back.data_ptr(), floats.numel()
-    )
+    dequantize = ggml.function("dequantize_row_" + kind.lower().replace("_k", "_K"), _DEQUANTIZE)
+    dequantize(codes.data_ptr(), back.data_ptr(), floats.numel())
     return back[:, :columns]
 
 
