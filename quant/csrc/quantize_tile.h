@@ -71,12 +71,16 @@ GLM4_INLINE Lanes code_of(Lanes x, Lanes low, Lanes inv, float top) {
   return rounded(least(most((x + low) * inv, all(0.0f)), all(top)));
 }
 
-GLM4_INLINE Lanes load(const float* from) {
-  Lanes out;
+// A register at a time: a copy of all 16 lanes at once goes through memory.
+GLM4_INLINE FloatPart load_part(const float* from) {
+  FloatPart out;
   memcpy(&out, from, sizeof(out));
   return out;
 }
-GLM4_INLINE void store(float* to, Lanes v) { memcpy(to, &v, sizeof(v)); }
+GLM4_INLINE Lanes load(const float* from) { GLM4_EACH(Lanes, load_part(from + i * (kRegister / 4))) }
+GLM4_INLINE void store(float* to, Lanes v) {
+  for (int i = 0; i < kParts; ++i) memcpy(to + i * (kRegister / 4), &v.part[i], kRegister);
+}
 
 constexpr int kMaxGroup = 128;
 
