@@ -66,7 +66,7 @@ class Inputs:
         squares = mean_square(rows)
         if not bool(squares.isfinite().all()):
             raise QuantError("the inputs of a weight are not finite")
-        return cls(squares, _feedback(rows, squares.double()))
+        return cls(squares, _feedback(rows, float(squares.double().mean())))
 
     def to(self, device: torch.device) -> Inputs:
         """The same there."""
@@ -114,16 +114,14 @@ def _parts(rows: Tensor) -> Iterator[Tensor]:
         yield part.float()
 
 
-def _feedback(rows: Tensor, squares: Tensor) -> Feedback | None:
-    """None where all inputs are zero. squares: the columns' mean squares, float64."""
+def _feedback(rows: Tensor, unit: float) -> Feedback | None:
+    """None where all inputs are zero. unit: the mean of their squares."""
     tokens, columns = rows.shape
-    unit = squares.mean()
     if unit == 0:
         return None
     block = min(BLOCK, columns)
     rank = RANK if columns > block else 0
-    scale = 1 / math.sqrt(float(unit) * tokens)  # so that covariances are about 1
-    squares = squares / unit
+    scale = 1 / math.sqrt(unit * tokens)  # so that covariances are about 1
     directions = _directions(rows, scale, rank)
     blocks: list[tuple[Tensor, Tensor]] = []  # the covariance of each with itself, and with the directions
     for part in _parts(rows):
@@ -134,10 +132,10 @@ def _feedback(rows: Tensor, squares: Tensor) -> Feedback | None:
     onto, last = torch.zeros(columns * rank), columns
     middle = torch.eye(rank, dtype=torch.float64)  # what the directions still count, with all later columns free
     for covariance, along in reversed(blocks):
-        first, v = last - len(along), along.double()
-        rest = (1 - SHRINK) * (covariance.double() - v @ v.T)
+        first, v, covariance = last - len(along), along.double(), covariance.double()
+        rest = (1 - SHRINK) * (covariance - v @ v.T)
         v = v * math.sqrt(1 - SHRINK)
-        rest.diagonal().copy_(squares[first:last] + DAMPING - v.square().sum(1))
+        rest.diagonal().copy_(covariance.diagonal() + DAMPING - v.square().sum(1))
         shared = v @ middle
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(rest + shared @ v.T))
         back = inverse @ shared

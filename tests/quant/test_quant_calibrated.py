@@ -254,6 +254,7 @@ DEGENERATE = {
     "one column far above all others": lambda: tokens(300, 448) + 1e3 * (torch.arange(448) == 200),
     "large": lambda: tokens(300, 448) * 1e15,
     "small": lambda: tokens(300, 448) * 1e-17,
+    "so small that their squares have few digits left": lambda: tokens(300, 448) * 1e-21,
 }
 
 
