@@ -23,11 +23,11 @@ from glm4lite_quant.config import QuantError
 
 BLOCK = 128  # columns; a multiple of every group size
 RANK = 64  # a multiple of 16
-PASSES = 3  # over the rows, to turn RANK random directions to those that most lies in
+PASSES = 2  # over the rows, to turn RANK random directions to those that most lies in
 SHRINK = 0.3  # of what columns have in common: a few thousand tokens show some of it by chance
 DAMPING = 0.01  # of the mean square of all columns: one that was never seen is not free
 FLOOR = 1e-6  # of a group's largest importance, for the same reason
-_AT_ONCE = 8  # blocks in float32 at a time
+_AT_ONCE = 16  # blocks in float32 at a time
 
 
 @dataclass(frozen=True)
