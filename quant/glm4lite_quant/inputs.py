@@ -38,7 +38,7 @@ class Feedback:
     was, `into` adds to R sums; a block's columns begin less `onto^T sums`.
     """
 
-    within: Tensor  # [K, B], strictly upper triangles
+    within: Tensor  # [K, B], upper triangles; what is not above their diagonals is not read
     onto: Tensor  # [K * R]: a matrix [R, columns] for each block
     into: Tensor  # [K, R]
 
@@ -137,10 +137,11 @@ def _feedback(rows: Tensor, unit: float) -> Feedback | None:
         v = v * math.sqrt(1 - SHRINK)
         rest.diagonal().copy_(covariance.diagonal() + DAMPING - v.square().sum(1))
         shared = v @ middle
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(rest + shared @ v.T))
-        back = inverse @ shared
-        factor = torch.linalg.cholesky(inverse, upper=True)
-        within[first:last, : last - first] = (factor / factor.diagonal()[:, None]).triu(1)
+        # The inverse is factor^T factor: from the last column on, Cholesky's root is upper.
+        root = torch.linalg.cholesky((rest + shared @ v.T).flip(0, 1)).flip(0, 1)
+        factor = torch.linalg.solve_triangular(root, torch.eye(len(v), dtype=torch.float64), upper=True)
+        back = factor.T @ (factor @ shared)
+        within[first:last, : last - first] = factor / factor.diagonal()[:, None]
         into[first:last] = v
         onto[first * rank : last * rank] = back.T.flatten()
         middle = middle - shared.T @ back
