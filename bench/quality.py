@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from glm4lite.checkpoint.sensitivity import measured
 from glm4lite.checkpoint.streaming import Meter
 from glm4lite.model.layers import layer_of
 from glm4lite.text.tokenizer import Tokenizer
-from glm4lite_quant import Codec, QuantConfig, QuantTensor
+from glm4lite_quant import Codec, Inputs, QuantConfig, QuantTensor
 
 WINDOW = 512
 # The quantiles of bitsandbytes' NF4 (QLoRA, arXiv 2305.14314, appendix E).
@@ -54,10 +55,10 @@ def plain(method: str) -> Rule:
     return lambda _, weight: QuantTensor.quantize(weight, QuantConfig(4, method=method)).dequantize()
 
 
-def calibrated(importance: Mapping[str, Tensor], bits: int, group: int) -> Rule:
+def calibrated(inputs: Mapping[str, Inputs], bits: int, group: int, feedback: bool = True) -> Rule:
     def rule(name: str, weight: Tensor) -> Tensor:
-        out = QuantTensor.empty(weight.shape[0], weight.shape[1], QuantConfig(bits, group))
-        out.quantize_rows(0, weight, importance[name])
+        out, given = QuantTensor.empty(weight.shape[0], weight.shape[1], QuantConfig(bits, group)), inputs[name]
+        out.quantize_rows(0, weight, given if feedback else Inputs(given.mean_square))
         return out.dequantize()
 
     return rule
@@ -81,11 +82,11 @@ class Contender:
     family: str = ""
 
 
-OURS, MIXED = "glm4lite", "glm4lite, a codec for each"
+OURS, MIXED, ALONE = "glm4lite", "glm4lite, a codec for each", "glm4lite, without feedback"
 PEER, BARE = "llama.cpp, importance", "llama.cpp, without importance"
 
 
-def mixed(folder: Path, importance: Mapping[str, Tensor], sizes: Sequence[Codec]) -> Iterator[Contender]:
+def mixed(folder: Path, inputs: Mapping[str, Inputs], sizes: Sequence[Codec]) -> Iterator[Contender]:
     """What takes as many bytes as all of one codec do: each linear of the layers has the one that pays."""
     checkpoint = Checkpoint.open(folder)
     prepared = prepare(checkpoint, QuantConfig(), model_class(checkpoint))
@@ -104,22 +105,22 @@ def mixed(folder: Path, importance: Mapping[str, Tensor], sizes: Sequence[Codec]
         bits = sum(count * one for count, one in zip(weights, each, strict=True)) / sum(weights)
         expected = sum(several[at].loss for several, at in zip(options, picked, strict=True))
         rules = {
-            fill.module: calibrated(importance, one.bits, one.group_size)
-            for fill, one in zip(fills, codecs, strict=True)
+            fill.module: calibrated(inputs, one.bits, one.group_size) for fill, one in zip(fills, codecs, strict=True)
         }
         name = f"mixed, as {size.bits} bits in groups of {size.group_size}, {expected:.3f} expected"
         yield Contender(name, bits, by_module(rules), MIXED)
 
 
 def contenders(folder: Path) -> list[Contender]:
-    importance = importance_of(folder)
-    found = [
-        Contender(f"{bits} bits, groups of {group}", bits + 16 / group, calibrated(importance, bits, group), OURS)
-        for bits in (2, 3, 4, 5, 6)
-        for group in (32, 64)
-    ]
-    found += mixed(folder, importance, [Codec(bits, group) for bits in (3, 4, 5) for group in (64, 32)])
-    found.append(Contender("4 bits, random ids", 4.5, calibrated(importance_of(folder, random=True), 4, 32)))
+    inputs = inputs_of(folder)
+    importance = {name: given.mean_square for name, given in inputs.items()}
+    found = []
+    for bits, group in product((2, 3, 4, 5, 6), (32, 64)):
+        name, size = f"{bits} bits, groups of {group}", bits + 16 / group
+        found.append(Contender(name, size, calibrated(inputs, bits, group), OURS))
+        found.append(Contender(f"{name}, alone", size, calibrated(inputs, bits, group, feedback=False), ALONE))
+    found += mixed(folder, inputs, [Codec(bits, group) for bits in (3, 4, 5) for group in (64, 32)])
+    found.append(Contender("4 bits, random ids", 4.5, calibrated(inputs_of(folder, random=True), 4, 32)))
     found += [Contender(f"4 bits, {method}", 4.5, plain(method)) for method in ("minmax", "search")]
     found.append(Contender("NF4, blocks of 64", 4.5, nf4))
     if ggml.absent():
@@ -129,8 +130,8 @@ def contenders(folder: Path) -> list[Contender]:
     return [*found, *(Contender(f"{kind}, bare", ggml.bits(kind), peer(kind, None), BARE) for kind in ("Q4_0", "Q4_K"))]
 
 
-def importance_of(folder: Path, random: bool = False) -> dict[str, Tensor]:
-    """Module name -> mean square of its inputs [K]."""
+def inputs_of(folder: Path, random: bool = False) -> dict[str, Inputs]:
+    """Module name -> what calibration tells of its inputs."""
     checkpoint = Checkpoint.open(folder)
     config = read_config(checkpoint)
     every = QuantConfig(4, exceptions=(("embed_tokens", None), ("lm_head", None), ("*norm*", None)))
@@ -142,8 +143,8 @@ def importance_of(folder: Path, random: bool = False) -> dict[str, Tensor]:
         source = CalibrationIds(ids, source.record)
     calibrator, found = Calibrator(checkpoint, plan, config, source, lambda: None), {}
     for fill in plan.fills:
-        if fill.quant is not None and (importance := calibrator.take(fill)[1]) is not None:
-            found[fill.module] = importance
+        if fill.quant is not None and (given := calibrator.take(fill)[1]) is not None:
+            found[fill.module] = Inputs.of(given)
     return found
 
 
@@ -219,7 +220,7 @@ def plot(found: Sequence[Contender], results: Mapping[str, Mapping[str, float]])
             parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
     for bits in range(int(least), int(most) + 1):
         parts.append(f'<text x="{place(bits, 1)[0]:.1f}" y="{height - bottom + 18}" text-anchor="middle">{bits}</text>')
-    for family, color in ((OURS, "#1565c0"), (MIXED, "#2e7d32"), (PEER, "#c62828"), (BARE, "#999")):
+    for family, color in ((OURS, "#1565c0"), (MIXED, "#2e7d32"), (ALONE, "#90caf9"), (PEER, "#c62828"), (BARE, "#999")):
         mine = [one for one in found if one.family == family]
         if not mine:
             continue

@@ -1,30 +1,34 @@
 """What goes into each layer, found while the checkpoint streams by: a layer is read, run, quantized and dropped.
 
-An error in a weight counts as much as what is multiplied with it, so each column is searched with the mean square of
-its inputs (as llama.cpp's importance matrix and AWQ do). One decoder layer is in memory at a time, as it is stored; the
-calibration tokens' activations go from layer to layer.
+An error in a weight counts as much as what is multiplied with it, and where inputs go together one error can make up
+for another: `glm4lite_quant.Inputs` says how, from what each linear was given. One decoder layer is in memory at a
+time, as it is stored, with these inputs; the calibration tokens' activations go from layer to layer.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glm4lite.checkpoint.calibration_text import CalibrationIds
+from glm4lite.checkpoint.calibration_text import TOKENS, CalibrationIds
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.load_plan import Fill, LoadPlan
 from glm4lite.model.attention import Visibility
 from glm4lite.model.config import Glm4Config
 from glm4lite.model.layers import DecoderLayer, layer_of
 from glm4lite.model.rotary import RotaryEmbedding
-from glm4lite_quant import QuantConfig
+from glm4lite_quant import Inputs, QuantConfig
+from glm4lite_quant.inputs import mean_square
 
 logger = logging.getLogger("glm4lite")
+
+RECORDED = torch.bfloat16
+"""The type in which inputs are kept: float32's range, and more digits than counts."""
 
 _Layer: TypeAlias = list[tuple[str, Fill]]
 """The parameters of a decoder layer, each with the name that its module has there."""
@@ -34,7 +38,8 @@ class Calibrator:
     """Runs the layers of a checkpoint, in their order, as their weights are asked for.
 
     `poll` is called often enough that an exception it raises stops the work within half a second. state: what
-    `Calibrator.state` was when an earlier process had come so far.
+    `Calibrator.state` was when an earlier process had come so far. outside: of tensors that are in no layer the mean
+    squares [K] of what goes into them, where somebody knows them.
     """
 
     def __init__(
@@ -45,8 +50,10 @@ class Calibrator:
         source: CalibrationIds,
         poll: Callable[[], None],
         state: tuple[int, Tensor] | None = None,
+        outside: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.record = source.record
+        self._outside = outside or {}
         self._checkpoint, self._config, self._poll = checkpoint, config, poll
         self._dtype = matmul_dtype()
         self._layers = _by_layer(plan)
@@ -63,20 +70,24 @@ class Calibrator:
         return self._next, self._stream
 
     def take(self, fill: Fill) -> tuple[Tensor | None, Tensor | None]:
-        """(the weight as it is stored, the mean square of its inputs [K]); each may be taken once.
+        """(the weight as it is stored, its inputs bfloat16 [tokens, K]); each may be taken once.
 
-        (None, None) for what is in no layer. The second is None where the activations left float32.
+        (None, None) for what is in no layer. The second is None of int8, and where the activations left float32.
         """
         place = layer_of(fill.module)
         if place is None:
             return None, None
         self.run_to(place[0])
         linear = self._held.pop(fill.source)
-        importance = linear.mean_square()
-        if not bool(importance.isfinite().all()):
+        if linear.inputs is not None and not bool(mean_square(linear.inputs).isfinite().all()):
             logger.warning("%s: its calibration inputs are not finite; quantized without them", fill.source)
             return linear.weight, None
-        return linear.weight, importance
+        return linear.weight, linear.inputs
+
+    def outside(self, fill: Fill) -> Inputs | None:
+        """What is known of the inputs of a tensor in no layer."""
+        known = self._outside.get(fill.source)
+        return None if known is None else Inputs(known)
 
     def run_to(self, number: int) -> None:
         """Runs what comes before a layer, and itself."""
@@ -124,15 +135,16 @@ class Calibrator:
             if isinstance(module, _RecordingLinear):
                 setattr(module, fill.parameter, values)
                 if fill.quant is not None:
-                    module.recording = isinstance(fill.quant, QuantConfig) and fill.quant.bits < 8
                     self._held[fill.source] = module
+                    if _records(fill):
+                        module.inputs = values.new_empty(self._stream[..., 0].numel(), fill.shape[1], dtype=RECORDED)
             else:
                 setattr(module, fill.parameter, nn.Parameter(values.float(), requires_grad=False))
         return layer
 
 
 class _RecordingLinear(nn.Module):
-    """A linear that multiplies in `dtype`, and sums the squares of its inputs where `recording`."""
+    """A linear that multiplies in `dtype`, and keeps what it was given in `inputs` [tokens, K], where there are any."""
 
     weight: Tensor
     bias: Tensor | None
@@ -141,19 +153,17 @@ class _RecordingLinear(nn.Module):
         super().__init__()
         self.dtype, self.poll = dtype, poll
         self.bias = None
-        self.recording, self.squares, self.count = False, torch.zeros(1, dtype=torch.float64), 0
+        self.inputs: Tensor | None = None
+        self.count = 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.poll()
         rows = x.flatten(0, -2)
-        if self.recording:
-            self.squares = self.squares + rows.detach().float().square().sum(0)
-        self.count += rows.shape[0]
+        if self.inputs is not None:
+            self.inputs[self.count : self.count + len(rows)] = rows.detach()
+            self.count += len(rows)
         bias = None if self.bias is None else self.bias.to(self.dtype)
         return F.linear(x, self.weight.to(self.dtype), bias)
-
-    def mean_square(self) -> Tensor:
-        return (self.squares / max(1, self.count)).float().expand(self.weight.shape[1])
 
 
 def _replace(layer: nn.Module, name: str, module: nn.Module) -> None:
@@ -170,9 +180,18 @@ def _by_layer(plan: LoadPlan) -> list[_Layer]:
     return [layers[index] for index in range(len(layers))]
 
 
+def _records(fill: Fill) -> bool:
+    return isinstance(fill.quant, QuantConfig) and fill.quant.bits < 8
+
+
 def layer_bytes(checkpoint: Checkpoint, plan: LoadPlan) -> int:
-    """Bytes of the largest layer as it is stored: what a Calibrator holds beside the quantized model."""
-    return max(sum(checkpoint.nbytes(fill.source) for _, fill in layer) for layer in _by_layer(plan))
+    """Bytes of the largest layer as it is stored, and of its inputs: what a Calibrator holds beside the model."""
+
+    def held(fill: Fill) -> int:
+        inputs = TOKENS * fill.shape[1] * RECORDED.itemsize if _records(fill) else 0
+        return checkpoint.nbytes(fill.source) + inputs
+
+    return max(sum(held(fill) for _, fill in layer) for layer in _by_layer(plan))
 
 
 def matmul_dtype() -> torch.dtype:

@@ -23,7 +23,7 @@ from glm4lite_quant import Calibration
 
 logger = logging.getLogger("glm4lite")
 
-TOKENS = 2048
+TOKENS = 4096
 WINDOW = 512
 BUNDLED = Path(__file__).with_name("calibration.txt")
 

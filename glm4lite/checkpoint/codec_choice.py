@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch import Tensor
 
 from glm4lite.base.errors import ConfigError
 from glm4lite.base.sizes import enough, parse_size, readable
@@ -30,7 +31,7 @@ from glm4lite.checkpoint.calibration_text import calibration_ids
 from glm4lite.checkpoint.load_plan import Fill, LoadPlan, make_load_plan
 from glm4lite.checkpoint.prepare import Prepared
 from glm4lite.checkpoint.quant_choice import empty_weight
-from glm4lite.checkpoint.sensitivity import Kept, Losses, measured
+from glm4lite.checkpoint.sensitivity import Losses, measured
 from glm4lite.checkpoint.streaming import Meter, ProgressCallback, loading_bytes
 from glm4lite.memory.budget import DEFAULT_CONTEXT, Budget, Size
 from glm4lite.memory.placement import place
@@ -104,13 +105,13 @@ def _number(bits: float | str) -> float:
 class Choice:
     """A checkpoint in which each weight has its codec. loss: nats of KL divergence that are expected of it.
 
-    kept: what calibration found; None where nothing was measured.
+    outside: what was measured of the inputs of tensors in no layer, as a Calibrator takes it.
     """
 
     prepared: Prepared[Any]
     codecs: Mapping[str, Codec]
     loss: float
-    kept: Kept | None = None
+    outside: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def fills(self) -> list[Fill]:
@@ -153,7 +154,7 @@ def choose(prepared: Prepared[Any], aim: Aim, text: str | None, progress: Progre
     if not all(math.isfinite(loss) for codecs in losses.values() for loss in codecs.values()):
         logger.warning("what the weights' bits cost cannot be measured (a gradient is not finite): it is assumed")
         losses = default_losses(candidates, prepared.config.num_hidden_layers)
-    choice = _chosen(prepared, plan, candidates, aim, losses, found.kept)
+    choice = _chosen(prepared, plan, candidates, aim, losses, found.outside)
     counted = "; ".join(f"{count} of {codec}" for codec, count in choice.counts().items())
     said = "%.2f bits a weight (%s); expected KL divergence %.3f nats a token"
     logger.warning(said, choice.bits, counted, choice.loss)
@@ -274,7 +275,7 @@ def _chosen(
     candidates: Mapping[str, Sequence[Codec]],
     aim: Aim,
     losses: Losses,
-    kept: Kept | None = None,
+    outside: Mapping[str, Tensor] | None = None,
 ) -> Choice:
     fills = [fill for fill in plan.fills if fill.module in candidates and fill.quant is not None]
     options = [
@@ -288,7 +289,7 @@ def _chosen(
     config = QuantConfig().with_codecs(codecs)
     loss = sum(several[at].loss for several, at in zip(options, picked, strict=True))
     final = make_load_plan(prepared.model, prepared.checkpoint, config)
-    return Choice(replace(prepared, plan=final, wanted=config), codecs, loss, kept)
+    return Choice(replace(prepared, plan=final, wanted=config), codecs, loss, outside or {})
 
 
 def _allowed(

@@ -29,7 +29,6 @@ from glm4lite.checkpoint.quant_choice import empty_weight, parse_quant, stored_q
 from glm4lite.checkpoint.resumable import SHARDS_IN, ResumableWriter, unfinished
 from glm4lite.checkpoint.shard import DTYPES
 from glm4lite.checkpoint.streaming import (
-    Inputs,
     Meter,
     ProgressCallback,
     begin,
@@ -109,7 +108,8 @@ def quantize_checkpoint(
     planned = [tensor for fill in plan.fills for tensor in _planned(checkpoint, fill)]
     if arrivals is None:
         with FolderWriter(target, planned, shard_bytes) as writer:
-            inputs = choice.kept if choice else begin(checkpoint, plan, prepared.config, text, meter)
+            outside = choice.outside if choice else None
+            inputs = begin(checkpoint, plan, prepared.config, text, meter, outside=outside)
             for fill in plan.fills:
                 _write_fill(writer, checkpoint, fill, meter, inputs)
             _write_rest(writer, checkpoint, prepared.config, recorded(prepared.wanted or config, inputs))
@@ -209,7 +209,7 @@ def _part_name(fill: Fill, part: str) -> str:
 
 
 def _write_fill(
-    writer: FolderWriter, checkpoint: Checkpoint, fill: Fill, meter: Meter, calibrator: Inputs | None
+    writer: FolderWriter, checkpoint: Checkpoint, fill: Fill, meter: Meter, calibrator: Calibrator | None
 ) -> None:
     if fill.quant is None:
         for _, rows in finite_blocks(checkpoint, fill.source, meter):

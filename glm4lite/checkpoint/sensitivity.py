@@ -12,8 +12,8 @@ nothing so, and errors that add up over the tokens (in values, say) count. G and
 with each codec as all will be.
 
 The layers are run forward, as calibration does; then the head, and the layers in their reverse order for the gradients
-of a part of the tokens. In memory are one layer and the stream of these tokens before each layer. So that no layer has
-to be run a third time, what the forward pass tells of the inputs is kept for quantizing.
+of a part of the tokens. In memory are one layer and the stream of these tokens before each layer. Codes are tried
+without feedback between columns, which makes all of them better alike.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from glm4lite.model.attention import Visibility
 from glm4lite.model.config import Glm4Config
 from glm4lite.model.layers import RMSNorm, layer_of
 from glm4lite.model.rotary import RotaryEmbedding
-from glm4lite_quant import Calibration, Codec, QuantConfig, QuantTensor
+from glm4lite_quant import Codec, Inputs, QuantConfig, QuantTensor
+from glm4lite_quant.inputs import mean_square
 
 WINDOWS, TOKENS = 4, 96  # the first of each of the first windows have gradients: at a 32B 300 MB of bfloat16 streams
 ROWS = 128  # of a weight that are quantized with each codec
@@ -44,23 +45,14 @@ Losses = Mapping[str, Mapping[Codec, float]]
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What a calibrator found, for quantizing without running a layer again: the inputs' mean squares by tensor."""
-
-    importance: Mapping[str, Tensor]
-    record: Calibration
-
-    def take(self, fill: Fill) -> tuple[None, Tensor | None]:
-        """As `Calibrator.take`; the weight is read from the checkpoint again."""
-        return None, self.importance.get(fill.source)
-
-
-@dataclass(frozen=True)
 class Sensitivity:
-    """`losses` of the modules add up to what the model loses."""
+    """`losses` of the modules add up to what the model loses.
+
+    outside: of tensors in no layer the mean squares [K] of what goes into them, as a Calibrator takes them.
+    """
 
     losses: Losses
-    kept: Kept
+    outside: Mapping[str, Tensor]
 
 
 @torch.inference_mode(False)
@@ -83,7 +75,8 @@ def measured(
     for number in reversed(range(config.num_hidden_layers)):
         found.layer(number)
     found.embedding()
-    return Sensitivity(found.losses, Kept(found.importance, source.record))
+    outside = {fill.source for fill in plan.fills if layer_of(fill.module) is None}
+    return Sensitivity(found.losses, {name: known for name, known in found.importance.items() if name in outside})
 
 
 class _Measurement:
@@ -114,9 +107,9 @@ class _Measurement:
             self._calibrator.run_to(number)
             for fill in self._fills(number):
                 if fill.quant is not None:
-                    _, importance = self._calibrator.take(fill)
-                    if importance is not None:
-                        self.importance[fill.source] = importance
+                    _, inputs = self._calibrator.take(fill)
+                    if inputs is not None:
+                        self.importance[fill.source] = mean_square(inputs)
                 self._meter.add(self._checkpoint.nbytes(fill.source))
         self._streams.append(self._sampled())
 
@@ -244,5 +237,5 @@ def _error(weight: Tensor, codec: Codec, importance: Tensor | None) -> Tensor:
     """The squares of what quantizing changes, float32."""
     made = QuantTensor.empty(weight.shape[0], weight.shape[1], QuantConfig(codec.bits, codec.group_size))
     rows = weight if weight.dtype in (torch.bfloat16, torch.float32) else weight.float()
-    made.quantize_rows(0, rows, importance)
+    made.quantize_rows(0, rows, None if importance is None else Inputs(importance))
     return (made.dequantize() - rows.float()).square()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.formats.format import Quant
 from glm4lite.checkpoint.load_plan import Fill, LoadPlan
 from glm4lite.model.config import Glm4Config
-from glm4lite_quant import BnbTensor, Calibration, QuantConfig, QuantError, QuantTensor
+from glm4lite_quant import BnbTensor, Inputs, QuantConfig, QuantError, QuantTensor
 from glm4lite_quant.config import CALIBRATED, KEPT, MINMAX
 from glm4lite_quant.format import ROWS
 
@@ -60,17 +59,6 @@ def finite_blocks(checkpoint: Checkpoint, name: str, meter: Meter) -> Iterator[t
         yield start, rows
 
 
-class Inputs(Protocol):
-    """What is known of the inputs of the weights that are to be calibrated."""
-
-    @property
-    def record(self) -> Calibration:
-        """What they are known from."""
-
-    def take(self, fill: Fill) -> tuple[Tensor | None, Tensor | None]:
-        """(the weight as it is stored where it is in memory, the mean square of its inputs [K] where it is known)."""
-
-
 def begin(
     checkpoint: Checkpoint,
     plan: LoadPlan,
@@ -78,11 +66,12 @@ def begin(
     text: str | None,
     meter: Meter,
     state: tuple[int, Tensor] | None = None,
+    outside: Mapping[str, Tensor] | None = None,
 ) -> Calibrator | None:
-    """The calibrator of a plan whose int4 weights are to be calibrated, else None; `state` as it takes it."""
+    """The calibrator of a plan some of whose weights are to be calibrated, else None; the last two as it takes them."""
     if not needs_calibration(plan):
         return None
-    return Calibrator(checkpoint, plan, config, calibration_ids(checkpoint, config, text), meter.add, state)
+    return Calibrator(checkpoint, plan, config, calibration_ids(checkpoint, config, text), meter.add, state, outside)
 
 
 def calibration_text(path: str | Path | None, quant: Quant | None) -> str | None:
@@ -96,7 +85,7 @@ def calibration_text(path: str | Path | None, quant: Quant | None) -> str | None
     return read_text(Path(path))
 
 
-def recorded(quant: Quant, calibrator: Inputs | None) -> Quant:
+def recorded(quant: Quant, calibrator: Calibrator | None) -> Quant:
     """The config with what its weights were calibrated with."""
     if calibrator is None or not isinstance(quant, QuantConfig):
         return quant
@@ -115,7 +104,7 @@ def needs_calibration(plan: LoadPlan) -> bool:
 
 
 def quantize_weight(
-    checkpoint: Checkpoint, fill: Fill, quant: Quant, meter: Meter, calibrator: Inputs | None, device: torch.device
+    checkpoint: Checkpoint, fill: Fill, quant: Quant, meter: Meter, calibrator: Calibrator | None, device: torch.device
 ) -> QuantTensor | BnbTensor:
     """One weight, quantized block by block; without calibration, never all of it is in memory unquantized.
 
@@ -130,10 +119,11 @@ def quantize_weight(
             return foreign.double_quantized() if quant.double_quant else foreign
         if quant.method == KEPT:
             return _with_kept_codes(checkpoint, fill, quant, meter)
-        held, importance = (None, None) if calibrator is None else calibrator.take(fill)
+        held, given = (None, None) if calibrator is None else calibrator.take(fill)
+        inputs = Inputs.of(given) if given is not None else calibrator and calibrator.outside(fill)
         weight = QuantTensor.empty(n, k, quant)
         for start, rows in blocks(checkpoint, fill.source, meter, held):
-            weight.quantize_rows(start, rows, importance, fast=quant.method == MINMAX)
+            weight.quantize_rows(start, rows, inputs, fast=quant.method == MINMAX)
         return weight
     except QuantError as error:
         where = f"{fill.source} in {checkpoint.file(fill.source)}"

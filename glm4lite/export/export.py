@@ -41,6 +41,7 @@ from glm4lite_quant import QuantConfig, QuantError
 from glm4lite_quant.config import CALIBRATED, KEPT, SEARCH
 from glm4lite_quant.format import ROWS, Codes
 from glm4lite_quant.grids import Grid, fit, hold
+from glm4lite_quant.inputs import mean_square
 
 logger = logging.getLogger("glm4lite")
 
@@ -190,7 +191,8 @@ def _codes(
                 yield codes, True
             meter.add((stop - start) * checkpoint.nbytes(fill.source) // fill.shape[0])
         return
-    held, importance = (None, None) if calibrator is None or quant.method == KEPT else calibrator.take(fill)
+    held, inputs = (None, None) if calibrator is None or quant.method == KEPT else calibrator.take(fill)
+    importance = None if inputs is None else mean_square(inputs)
     for start, rows in blocks(checkpoint, fill.source, meter, held):
         yield fit(rows, grid, group, importance, start), False
 

@@ -15,7 +15,7 @@ from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.load_plan import Fill, LoadPlan
 from glm4lite.checkpoint.lora.adapted import Beside
 from glm4lite.checkpoint.shard import StoredTensor
-from glm4lite.checkpoint.streaming import Inputs, Meter, finite_blocks, quantize_weight
+from glm4lite.checkpoint.streaming import Meter, finite_blocks, quantize_weight
 from glm4lite.loading.device_map import DeviceMap
 from glm4lite.model.layers import layer_of
 from glm4lite.model.lora import attach
@@ -45,7 +45,7 @@ class Assembly:
     beside: Sequence[Beside] = ()
     _streamed: dict[int, dict[str, dict[str, StoredTensor]]] = field(default_factory=lambda: defaultdict(dict))
 
-    def fill(self, fill: Fill, calibrator: Inputs | None) -> None:
+    def fill(self, fill: Fill, calibrator: Calibrator | None) -> None:
         """Give one parameter its values."""
         device = self.destinations.device(fill.module)
         if fill.quant is not None:

@@ -70,7 +70,8 @@ def load_checkpoint(
     if device_map.home.type == "cpu" and not isinstance(found.quant, QuantConfig | None):
         logger.warning(format_of(found.quant).cpu_note)
     meter = Meter("load", _total_bytes(checkpoint, plan), options.progress)
-    inputs = begin(checkpoint, plan, config, calibrating, meter) if choice is None else choice.kept
+    outside = None if choice is None else choice.outside
+    inputs = begin(checkpoint, plan, config, calibrating, meter, outside=outside)
     assembly = Assembly(model, checkpoint, plan, device_map, meter, found.beside)
     with enough_for(checkpoint.folder):
         for fill in plan.fills:

@@ -10,11 +10,12 @@ namespace check {
 
 namespace {
 
-// How the scales are found: by the first `shares` cuts of the range, or by the importance of each column.
+// How the scales are found: by the first `shares` cuts of the range, by the importance of each column, or by that and
+// with the columns behind one making up for its error.
 struct Method {
   const char* name;
   int shares;
-  bool by_importance;
+  bool by_importance, feedback;
 };
 
 struct Shape {
@@ -24,11 +25,27 @@ struct Shape {
 
 struct Source {
   const glm4_matrix matrix;
-  const float* importance;
+  const glm4_inputs* inputs;
   int shares;
   int32_t quantize(const Weight& to, int isa, int threads, int64_t* place) const {
     const glm4_weight w = to.c();
-    return glm4_quantize(&matrix, &w, importance, shares, isa, threads, place);
+    return glm4_quantize(&matrix, &w, inputs, shares, isa, threads, place);
+  }
+};
+
+enum { kBlock = 128, kRank = 16 };
+
+// Exactly as large as the interface says, so that a sanitizer sees what is read beyond.
+struct Inputs {
+  Exact<float> importance, within, onto, into;
+  glm4_inputs c;
+  Inputs(const Shape& s, bool feedback, Random& random)
+      : importance(s.k), within(feedback ? s.k * kBlock : 0), onto(feedback ? s.k * kRank : 0), into(onto.size()) {
+    for (int64_t i = 0; i < s.k; ++i) importance[i] = i % s.group ? random.real(0.0f, 1.0f) : 1.0f;
+    for (int64_t i = 0; i < within.size(); ++i) within[i] = 0.1f * random.bell();
+    for (int64_t i = 0; i < onto.size(); ++i) onto[i] = 0.02f * random.bell(), into[i] = random.bell();
+    c = {importance.data(), nullptr, nullptr, nullptr, s.group, 0};
+    if (feedback) c = {importance.data(), within.data(), onto.data(), into.data(), kBlock, kRank};
   }
 };
 
@@ -75,20 +92,20 @@ void padding_is_zero(const Weight& w) {
 void one_shape(const Shape& s, const Method& how, int isa, Random& random) {
   describe("quantizing %dx%d, int%d groups of %d, %s", static_cast<int>(s.n), static_cast<int>(s.k), s.bits, s.group,
            how.name);
-  Exact<float> values(s.n * s.k), importance(s.k);
+  Exact<float> values(s.n * s.k);
+  const Inputs inputs(s, how.feedback, random);
   for (int64_t r = 0; r < s.n; ++r) {
     const float size = r % 5 == 1 ? 0.0f : r % 5 == 2 ? 1e-40f : r % 5 == 3 ? 1e17f : 0.02f;
     for (int64_t i = 0; i < s.k; ++i) values[r * s.k + i] = random.bell() * size * (i / 32 % 2 ? 1.0f : 0.1f);
   }
-  for (int64_t i = 0; i < s.k; ++i) importance[i] = i % s.group ? random.real(0.0f, 1.0f) : 1.0f;
   const glm4_matrix matrix{values.data(), s.n, s.k, GLM4_FLOAT32};
-  const Source source{matrix, how.by_importance ? importance.data() : nullptr, how.shares};
+  const Source source{matrix, how.by_importance ? &inputs.c : nullptr, how.shares};
   Weight plain(s.n, s.k, s.bits, s.group), own(s.n, s.k, s.bits, s.group, 5);
   int64_t place[2] = {-1, -1};
   if (source.quantize(plain, GLM4_SCALAR, 1, place) != GLM4_OK) fail("refused");
   if (source.quantize(own, isa, static_cast<int>(random.whole(1, 4)), place) != GLM4_OK) fail("refused");
   if (!same(plain, own)) fail("another weight than scalar's");
-  reconstructs(own, values);
+  if (!how.feedback) reconstructs(own, values);
   padding_is_zero(own);
   const int64_t row = random.whole(0, s.n - 1), column = random.whole(0, s.k - 1);
   for (float bad : {NAN, INFINITY, -INFINITY, FLT_MAX}) {
@@ -102,7 +119,10 @@ void one_shape(const Shape& s, const Method& how, int isa, Random& random) {
 
 void check_quantizing(int isa) {
   Random random(2);
-  const Method methods[] = {{"minimum and maximum", 1, false}, {"search", 5, false}, {"calibrated", 5, true}};
+  const Method methods[] = {{"minimum and maximum", 1, false, false},
+                            {"search", 5, false, false},
+                            {"calibrated", 5, true, false},
+                            {"calibrated with feedback", 5, true, true}};
   for (const Method& how : methods)
     for (int bits : {2, 3, 4, 5, 6, 8})
       for (int group : {32, 64, 128}) {

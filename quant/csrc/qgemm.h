@@ -92,6 +92,18 @@ struct glm4_layer {
 
 GLM4_API int32_t glm4_abi_version(void);
 GLM4_API int32_t glm4_isa_available(int32_t isa);
+
+// What calibration tells about the inputs of a weight [n, k].
+struct glm4_inputs {
+  const float* importance;  // [k]: how much an error in each column counts; the largest of each group is 1
+  // How the columns behind make up for an error: those of its block of `block` columns (the last may be smaller) by
+  // within [k][block], whose row is what an error of one in that column takes from each; those of later blocks by way of
+  // `rank` sums, a multiple of 16, that each column's whole change adds `into` [k][rank] to, and that are taken from the
+  // later ones as `onto` says, a matrix [rank][columns] for each block. Null, with blocks of a group and rank 0: not.
+  const float *within, *onto, *into;
+  int32_t block, rank;
+};
+
 // In every call below `isa` is one that is available and `threads` at least 1.
 //
 // y [m, n] = x [m, k] * w^T + bias (bias may be null). x is rounded to int8; with `splits` 2, what that left is rounded to
@@ -104,10 +116,9 @@ GLM4_API int32_t glm4_matmul(const glm4_weight* w, const glm4_matrix* x, const f
 GLM4_API int32_t glm4_decoder_layers(const glm4_layer* const* layers, int32_t count, const glm4_span* spans,
                                      int32_t span_count, float* x, const float* cos, const float* sin, int32_t isa,
                                      int32_t threads);
-// Fills w from source [n, k]; GLM4_NOT_FINITE puts the first such row and column in place[0..1]. Below 8 bits
-// importance [k] says how much an error in each column counts (the largest of each group is 1); where it is null, the
-// first `shares` of GLM4_SHARES are tried. 8 bits need neither.
-GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, const float* importance,
+// Fills w from source [n, k]; GLM4_NOT_FINITE puts the first such row and column in place[0..1]. Below 8 bits codes are
+// found for these inputs; where they are null, the first `shares` of GLM4_SHARES are tried. 8 bits need neither.
+GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, const glm4_inputs* inputs,
                                int32_t shares, int32_t isa, int32_t threads, int64_t* place);
 // Sum of the 64-bit words of `bytes` (whole multiples of 512; a rest is left out), as fast as memory gives them.
 GLM4_API uint64_t glm4_read(const void* data, int64_t bytes, int32_t threads);
@@ -205,12 +216,12 @@ static const float GLM4_SHARES[GLM4_ALL_SHARES][2] = {
     {1.0f, 1.0f}, {0.9f, 1.0f}, {1.0f, 0.9f}, {0.9f, 0.9f}, {0.82f, 0.82f}};
 static const float GLM4_TINY = 1e-30f;  // a step below this is zero
 
-// One calibrated tile of 16 rows x k floats (zeros past the weight's end); scratch holds 32 * (k / group) floats.
-typedef void (*glm4_tile_quantizer)(const glm4_weight* w, int64_t tile, const float* rows, const float* importance,
+// One calibrated tile: columns [k][16], zeros past the weight's end; scratch holds 16 * (block + rank) floats.
+typedef void (*glm4_tile_quantizer)(const glm4_weight* w, int64_t tile, const float* columns, const glm4_inputs* inputs,
                                     float* scratch);
-void glm4_quantize_tile_scalar(const glm4_weight*, int64_t, const float*, const float*, float*);
-void glm4_quantize_tile_avx2(const glm4_weight*, int64_t, const float*, const float*, float*);
-void glm4_quantize_tile_avx512(const glm4_weight*, int64_t, const float*, const float*, float*);
+void glm4_quantize_tile_scalar(const glm4_weight*, int64_t, const float*, const glm4_inputs*, float*);
+void glm4_quantize_tile_avx2(const glm4_weight*, int64_t, const float*, const glm4_inputs*, float*);
+void glm4_quantize_tile_avx512(const glm4_weight*, int64_t, const float*, const glm4_inputs*, float*);
 // Where the calibrated search starts, and how often the best is rounded and fitted again.
 static const float GLM4_STARTS[][2] = {{1.0f, 1.0f},  {0.93f, 1.0f},  {1.0f, 0.93f},  {0.93f, 0.93f}, {0.86f, 1.0f},
                                        {1.0f, 0.86f}, {0.86f, 0.86f}, {0.86f, 0.93f}, {0.93f, 0.86f}, {0.75f, 0.75f},

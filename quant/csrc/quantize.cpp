@@ -242,15 +242,14 @@ class FirstBad {
 struct Job {
   const glm4_matrix& source;
   const glm4_weight& w;
-  const float* importance;
+  const glm4_inputs* inputs;
   int shares;
   glm4_search search;
   glm4_tile_quantizer quantize;
 
-  bool by_tile() const { return w.bits < 8 && importance; }
+  bool by_tile() const { return w.bits < 8 && inputs; }
   int64_t scratch() const {
-    const int64_t rows = by_tile() ? GLM4_ROWS : 1;
-    return rows * (w.k + 2 * (w.k / w.group));
+    return by_tile() ? w.k + GLM4_ROWS * (w.k + inputs->block + inputs->rank) : w.k + 2 * (w.k / w.group);
   }
 
   void row(const RowTarget& target, float* row) const {
@@ -262,25 +261,30 @@ struct Job {
     }
   }
 
-  void tile(int64_t tile, float* scratch, FirstBad& bad) const {
+  void tile(int64_t tile, float* row_of, FirstBad& bad) const {
     const int64_t begin = tile * GLM4_ROWS, end = std::min(w.n, begin + GLM4_ROWS);
-    if (end - begin < GLM4_ROWS) clear_tile(w, tile);
-    for (int64_t n = begin; n < end; ++n) {
-      float* to = by_tile() ? scratch + (n - begin) * w.k : scratch;
-      if (load_row(source, n, w.k, to) >= 0) return bad.note(n);
-      if (!by_tile()) row({w, tile, static_cast<int>(n - begin)}, to);
+    float* columns = row_of + w.k;  // [k][16], of a whole tile
+    if (end - begin < GLM4_ROWS) {
+      clear_tile(w, tile);
+      if (by_tile()) std::fill_n(columns, GLM4_ROWS * w.k, 0.0f);
     }
-    if (!by_tile()) return;
-    std::fill(scratch + (end - begin) * w.k, scratch + GLM4_ROWS * w.k, 0.0f);
-    quantize(&w, tile, scratch, importance, scratch + GLM4_ROWS * w.k);
+    for (int64_t n = begin; n < end; ++n) {
+      if (load_row(source, n, w.k, row_of) >= 0) return bad.note(n);
+      if (!by_tile()) {
+        row({w, tile, static_cast<int>(n - begin)}, row_of);
+        continue;
+      }
+      for (int64_t i = 0; i < w.k; ++i) columns[i * GLM4_ROWS + n - begin] = row_of[i];
+    }
+    if (by_tile()) quantize(&w, tile, columns, inputs, columns + GLM4_ROWS * w.k);
   }
 };
 
 }  // namespace
 
-GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, const float* importance,
+GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, const glm4_inputs* inputs,
                                int32_t shares, int32_t isa, int32_t threads, int64_t* place) {
-  const Job job{*source, *w, importance, shares, search_of(isa), tile_quantizer_of(isa)};
+  const Job job{*source, *w, inputs, shares, search_of(isa), tile_quantizer_of(isa)};
   const int64_t tiles = (w->n + GLM4_ROWS - 1) / GLM4_ROWS;
   std::unique_ptr<float[]> scratch(new (std::nothrow) float[static_cast<size_t>(threads * job.scratch())]);
   if (!scratch) return GLM4_NO_MEMORY;

@@ -73,7 +73,7 @@ void glm4_search_avx2(const float* row, int64_t k, int32_t group, int32_t shares
   search_row<16>(row, k / 128, shares, top, step, low);
 }
 
-void glm4_quantize_tile_avx2(const glm4_weight* w, int64_t tile, const float* rows, const float* importance,
+void glm4_quantize_tile_avx2(const glm4_weight* w, int64_t tile, const float* columns, const glm4_inputs* inputs,
                              float* scratch) {
-  quantize_tile(*w, tile, rows, importance, scratch);
+  quantize_tile(*w, tile, columns, *inputs, scratch);
 }

@@ -1,7 +1,7 @@
 // The calibrated tile compiled for AVX-512: one register holds a column of all 16 rows.
 #include "quantize_tile.h"
 
-void glm4_quantize_tile_avx512(const glm4_weight* w, int64_t tile, const float* rows, const float* importance,
+void glm4_quantize_tile_avx512(const glm4_weight* w, int64_t tile, const float* columns, const glm4_inputs* inputs,
                                float* scratch) {
-  quantize_tile(*w, tile, rows, importance, scratch);
+  quantize_tile(*w, tile, columns, *inputs, scratch);
 }

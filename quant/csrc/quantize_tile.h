@@ -1,4 +1,5 @@
-// One tile of 16 rows -> codes of fewer than 8 bits, scales and mins, with the least error weighted by the importance of each column.
+// One tile of 16 rows -> codes of fewer than 8 bits, scales and mins, with the least error weighted by the importance of
+// each column; what rounding a column costs is made up for in the columns behind it, where the inputs go together.
 // Included once by each ISA's file and compiled there for it, so everything here has internal linkage. One lane is one
 // row: sums run along the columns in the reference's order, no fused multiply-adds, so that every ISA and the reference
 // (kernels/calibrated.py) give the same bytes.
@@ -28,6 +29,7 @@ GLM4_INLINE WordPart whole(FloatPart v) { return __builtin_convertvector(v, Word
 GLM4_INLINE WordPart less(FloatPart a, FloatPart b) { return a < b; }
 
 constexpr int kParts = 64 / sizeof(FloatPart);
+constexpr int kAtOnce = kParts == 1 ? 16 : kParts == 2 ? 4 : 2;  // sums that the registers hold
 
 template <class Part, class Number>
 struct Vector {
@@ -57,7 +59,7 @@ GLM4_INLINE Words operator<<(Words a, int n) { GLM4_EACH(Words, a.part[i] << n) 
 GLM4_INLINE Lanes select(Words mask, Lanes a, Lanes b) { GLM4_EACH(Lanes, mask.part[i] ? a.part[i] : b.part[i]) }
 GLM4_INLINE Words whole(Lanes v) { GLM4_EACH(Words, whole(v.part[i])) }
 
-GLM4_INLINE Lanes all(float v) { GLM4_EACH(Lanes, FloatPart{} + v) }
+GLM4_INLINE Lanes all(float v) { GLM4_EACH(Lanes, v - FloatPart{}) }  // less zero: nothing is left to compute
 GLM4_INLINE Lanes least(Lanes a, Lanes b) { return select(a < b, a, b); }
 GLM4_INLINE Lanes most(Lanes a, Lanes b) { return select(a > b, a, b); }
 GLM4_INLINE Lanes rounded(Lanes v) {
@@ -67,6 +69,17 @@ GLM4_INLINE Lanes rounded(Lanes v) {
 GLM4_INLINE Lanes inverse(Lanes v) { return select(v > all(GLM4_TINY), all(1.0f) / v, all(0.0f)); }
 GLM4_INLINE Lanes code_of(Lanes x, Lanes low, Lanes inv, float top) {
   return rounded(least(most((x + low) * inv, all(0.0f)), all(top)));
+}
+
+// A register at a time: a copy of all 16 lanes at once goes through memory.
+GLM4_INLINE FloatPart load_part(const float* from) {
+  FloatPart out;
+  memcpy(&out, from, sizeof(out));
+  return out;
+}
+GLM4_INLINE Lanes load(const float* from) { GLM4_EACH(Lanes, load_part(from + i * (kRegister / 4))) }
+GLM4_INLINE void store(float* to, Lanes v) {
+  for (int i = 0; i < kParts; ++i) memcpy(to + i * (kRegister / 4), &v.part[i], kRegister);
 }
 
 constexpr int kMaxGroup = 128;
@@ -84,12 +97,11 @@ struct Fit {
   Lanes step, low, error;
 };
 
-GLM4_INLINE void load_group(TileGroup& g, const float* rows, int64_t k, int64_t first, const float* importance) {
+// columns: [size][16].
+GLM4_INLINE void load_group(TileGroup& g, const float* columns, const float* importance) {
   Lanes top = all(0.0f), squares = all(0.0f);
   for (int i = 0; i < g.size; ++i) {
-    Lanes x;
-    for (int r = 0; r < GLM4_ROWS; ++r) x[r] = rows[r * k + first + i];
-    g.x[i] = x;
+    const Lanes x = g.x[i] = load(columns + i * GLM4_ROWS);
     top = most(top, most(x, all(0.0f) - x));
   }
   const Lanes inv = inverse(top);
@@ -104,7 +116,7 @@ GLM4_INLINE void load_group(TileGroup& g, const float* rows, int64_t k, int64_t 
   Lanes rms = squares * all(1.0f / static_cast<float>(g.size));
   for (int r = 0; r < GLM4_ROWS; ++r) rms[r] = sqrtf(rms[r]);
   for (int i = 0; i < g.size; ++i) {
-    const Lanes x = g.x[i], v = (most(x, all(0.0f) - x) + rms) * all(importance[first + i]);
+    const Lanes x = g.x[i], v = (most(x, all(0.0f) - x) + rms) * all(importance[i]);
     g.v[i] = v;
     g.v_sum += v;
     g.vx_sum += v * x;
@@ -207,56 +219,102 @@ GLM4_INLINE void store_plane(uint8_t* out, Lanes v) {
   for (int r = 0; r < GLM4_ROWS; ++r) out[r] = static_cast<uint8_t>(static_cast<int32_t>(v[r]));
 }
 
-// Codes of one group, rounded for its bytes.
-GLM4_INLINE void store_group(const glm4_weight& w, int64_t tile, const float* rows, int64_t first, Lanes step,
-                             Lanes low) {
-  const Lanes inv = inverse(step);
-  const float top = static_cast<float>((1 << w.bits) - 1);
-  for (int64_t column = first; column < first + w.group; column += GLM4_COLS) {
-    Lanes q[GLM4_COLS];
-    for (int i = 0; i < GLM4_COLS; ++i) {
-      Lanes x;
-      for (int r = 0; r < GLM4_ROWS; ++r) x[r] = rows[r * w.k + column + i];
-      q[i] = code_of(x, low, inv, top);
-    }
-    store_codes(w.qweight + (tile * (w.k / GLM4_COLS) + column / GLM4_COLS) * (64 * w.bits), q, w.bits);
-  }
-}
-
-// rows: 16 x k floats, zeros past the weight's end; scratch: 2 * 16 * (k / group) floats.
-static void quantize_tile(const glm4_weight& w, int64_t tile, const float* rows, const float* importance,
-                          float* scratch) {
-  const int64_t groups = w.k / w.group;
-  float *steps = scratch, *lows = scratch + groups * GLM4_ROWS;
-  TileGroup g;
-  g.size = w.group, g.top = static_cast<float>((1 << w.bits) - 1);
+// The largest steps and lows of a row's groups become its 255 units of each.
+GLM4_INLINE RowPair row_units(TileGroup& g, const glm4_weight& w, int64_t tile, const float* columns,
+                              const float* importance) {
   RowPair unit{all(0.0f), all(0.0f)};
-  for (int64_t j = 0; j < groups; ++j) {
-    load_group(g, rows, w.k, j * w.group, importance);
+  for (int64_t first = 0; first < w.k; first += w.group) {
+    load_group(g, columns + first * GLM4_ROWS, importance + first);
     const Fit fit = search_group(g);
-    const Lanes step = fit.step * g.unit, low = fit.low * g.unit;
-    memcpy(steps + j * GLM4_ROWS, &step, sizeof(step));
-    memcpy(lows + j * GLM4_ROWS, &low, sizeof(low));
-    unit.step = most(unit.step, step);
-    unit.low = most(unit.low, low);
+    unit.step = most(unit.step, fit.step * g.unit);
+    unit.low = most(unit.low, fit.low * g.unit);
   }
   unit.step = unit.step * all(static_cast<float>(1.0 / 255)), unit.low = unit.low * all(static_cast<float>(1.0 / 255));
   const int64_t n0 = tile * GLM4_ROWS;
   for (int r = 0; r < GLM4_ROWS && n0 + r < w.n; ++r) w.row_scale[n0 + r] = unit.step[r], w.row_min[n0 + r] = unit.low[r];
-  const Lanes inv_step = inverse(unit.step), inv_low = inverse(unit.low);
+  return unit;
+}
+
+// Finds and stores a group's bytes; what they stand for.
+GLM4_INLINE RowPair group_bytes(TileGroup& g, const glm4_weight& w, int64_t at, const RowPair& unit,
+                                const float* columns, const float* importance) {
+  load_group(g, columns, importance);
+  const Fit fit = search_group(g);
   const Lanes used = select(unit.step > all(GLM4_TINY), all(1.0f), all(0.0f));
-  for (int64_t j = 0; j < groups; ++j) {
-    load_group(g, rows, w.k, j * w.group, importance);
-    Lanes step, low;
-    memcpy(&step, steps + j * GLM4_ROWS, sizeof(step));
-    memcpy(&low, lows + j * GLM4_ROWS, sizeof(low));
-    Lanes scale = least(most(rounded(step * inv_step), all(1.0f)), all(255.0f)) * used;
-    Lanes min = least(most(rounded(low * inv_low), all(0.0f)), all(255.0f));
-    best_bytes(g, unit, scale, min);
-    const int64_t at = (tile * groups + j) * GLM4_ROWS;
-    store_plane(w.scales + at, scale);
-    store_plane(w.mins + at, min);
-    store_group(w, tile, rows, j * w.group, scale * unit.step, min * unit.low);
+  const Lanes step = fit.step * g.unit * inverse(unit.step), low = fit.low * g.unit * inverse(unit.low);
+  Lanes scale = least(most(rounded(step), all(1.0f)), all(255.0f)) * used;
+  Lanes min = least(most(rounded(low), all(0.0f)), all(255.0f));
+  best_bytes(g, unit, scale, min);
+  store_plane(w.scales + at * GLM4_ROWS, scale);
+  store_plane(w.mins + at * GLM4_ROWS, min);
+  return {scale * unit.step, min * unit.low};
+}
+
+// out[c] -= the sum of by[i] * factors[i * stride + c], one product after the other; `width` is a multiple of kAtOnce.
+GLM4_INLINE void subtract_products(float* out, int64_t width, const float* by, int64_t count, const float* factors,
+                                   int64_t stride) {
+  for (int64_t first = 0; first < width; first += kAtOnce) {
+    Lanes sum[kAtOnce];
+#pragma GCC unroll 16
+    for (int c = 0; c < kAtOnce; ++c) sum[c] = load(out + (first + c) * GLM4_ROWS);
+    for (int64_t i = 0; i < count; ++i) {
+      const Lanes one = load(by + i * GLM4_ROWS);
+      const float* factor = factors + i * stride + first;
+#pragma GCC unroll 16
+      for (int c = 0; c < kAtOnce; ++c) sum[c] -= one * all(factor[c]);
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < kAtOnce; ++c) store(out + (first + c) * GLM4_ROWS, sum[c]);
+  }
+}
+
+// Rounds a group column by column: x becomes what its codes stand for, `lost` what that is less. The columns behind one
+// in the group make up for it by `factors`, rows `stride` apart (null: they do not).
+GLM4_INLINE void store_group(const glm4_weight& w, int64_t tile, int64_t first, const RowPair& group, float* x,
+                             float* lost, const float* factors, int64_t stride) {
+  const Lanes inv = inverse(group.step);
+  const float top = static_cast<float>((1 << w.bits) - 1);
+  Lanes q[GLM4_COLS];
+  for (int i = 0; i < w.group; ++i) {
+    const Lanes now = load(x + i * GLM4_ROWS), code = code_of(now, group.low, inv, top);
+    const Lanes value = code * group.step - group.low, off = now - value;
+    q[i % GLM4_COLS] = code;
+    store(x + i * GLM4_ROWS, value);
+    store(lost + i * GLM4_ROWS, off);
+    if (factors)
+      for (int c = i + 1; c < w.group; ++c) {
+        float* behind = x + c * GLM4_ROWS;
+        store(behind, load(behind) - off * all(factors[i * stride + c]));
+      }
+    if (i % GLM4_COLS + 1 == GLM4_COLS)
+      store_codes(w.qweight + (tile * (w.k / GLM4_COLS) + (first + i) / GLM4_COLS) * (64 * w.bits), q, w.bits);
+  }
+}
+
+// columns: [k][16], zeros past the weight's end; scratch: 16 * (block + rank) floats.
+static void quantize_tile(const glm4_weight& w, int64_t tile, const float* columns, const glm4_inputs& inputs,
+                          float* scratch) {
+  float *x = scratch, *sums = scratch + inputs.block * GLM4_ROWS, lost[kMaxGroup * GLM4_ROWS];
+  memset(sums, 0, sizeof(float) * inputs.rank * GLM4_ROWS);
+  TileGroup g;
+  g.size = w.group, g.top = static_cast<float>((1 << w.bits) - 1);
+  const RowPair unit = row_units(g, w, tile, columns, inputs.importance);
+  for (int64_t first = 0; first < w.k; first += inputs.block) {
+    const int64_t size = w.k - first < inputs.block ? w.k - first : inputs.block;
+    const float* source = columns + first * GLM4_ROWS;
+    memcpy(x, source, sizeof(float) * size * GLM4_ROWS);
+    subtract_products(x, size, sums, inputs.rank, inputs.onto + first * inputs.rank, size);
+    for (int64_t at = 0; at < size; at += w.group) {
+      const int64_t column = first + at, behind = at + w.group;
+      const RowPair group = group_bytes(g, w, tile * (w.k / w.group) + column / w.group, unit, x + at * GLM4_ROWS,
+                                        inputs.importance + column);
+      const float* factors = inputs.within ? inputs.within + column * inputs.block : nullptr;
+      store_group(w, tile, column, group, x + at * GLM4_ROWS, lost, factors ? factors + at : nullptr, inputs.block);
+      if (factors) subtract_products(x + behind * GLM4_ROWS, size - behind, lost, w.group, factors + behind, inputs.block);
+    }
+    if (inputs.rank == 0) continue;
+    for (int64_t i = 0; i < size * GLM4_ROWS; i += GLM4_ROWS) store(x + i, load(source + i) - load(x + i));
+    subtract_products(sums, inputs.rank, x, size, inputs.into + first * inputs.rank, inputs.rank);
   }
 }
 

@@ -6,6 +6,7 @@ Usable without glm4lite: `QuantTensor.quantize(weight, QuantConfig())`, then `Qu
 
 from glm4lite_quant.bnb import BnbConfig, BnbLinear, BnbTensor
 from glm4lite_quant.config import Calibration, Codec, QuantConfig, QuantError
+from glm4lite_quant.inputs import Inputs
 from glm4lite_quant.linear import QuantEmbedding, QuantLinear
 from glm4lite_quant.tensor import QuantTensor
 
@@ -15,6 +16,7 @@ __all__ = [
     "BnbTensor",
     "Calibration",
     "Codec",
+    "Inputs",
     "QuantConfig",
     "QuantEmbedding",
     "QuantError",

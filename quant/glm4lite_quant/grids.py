@@ -19,7 +19,7 @@ from torch import Tensor
 
 from glm4lite_quant.config import GROUP_SIZES, SEARCH, QuantConfig, QuantError
 from glm4lite_quant.format import Codes, not_finite
-from glm4lite_quant.kernels import calibrated
+from glm4lite_quant.inputs import Inputs
 from glm4lite_quant.kernels.reference import HUGE, unpack
 from glm4lite_quant.tensor import QuantTensor
 
@@ -69,7 +69,7 @@ class Grid:
 def fit(rows: Tensor, grid: Grid, group: int, importance: Tensor | None = None, first_row: int = 0) -> Codes:
     """The codes of rows [R, K], bfloat16 or float32, in groups of `group` columns; R is a multiple of 16 or the end.
 
-    importance: float32 [K], as `QuantTensor.quantize_rows` takes it; None: by the weights alone.
+    importance: float32 [K], the mean square of each column's inputs; None: by the weights alone.
     first_row: where they lie in the weight, for messages.
 
     Raises:
@@ -81,7 +81,7 @@ def fit(rows: Tensor, grid: Grid, group: int, importance: Tensor | None = None, 
     if grid.kind == "bytes":
         return _bytes(rows.float(), grid, group)
     start = _start(rows, group, importance) if grid.kind == "minimum" else None
-    shares = None if importance is None else calibrated.normalized(importance, rows.shape[1], group)
+    shares = None if importance is None else Inputs(importance).normalized(rows.shape[1], group).mean_square
     step = max(1, _AT_ONCE // rows.shape[1])
     parts = [
         _fitted(rows[at : at + step].float(), grid, group, shares, None if start is None else start[at : at + step])
@@ -136,7 +136,7 @@ def _bytes(rows: Tensor, grid: Grid, group: int) -> Codes:
 def _start(rows: Tensor, group: int, importance: Tensor | None) -> Codes:
     """What the search for int4 finds, in float32."""
     made = QuantTensor.empty(rows.shape[0], rows.shape[1], QuantConfig(4, group, method=SEARCH))
-    made.quantize_rows(0, rows, importance)
+    made.quantize_rows(0, rows, None if importance is None else Inputs(importance))
     return as_codes(made)
 
 

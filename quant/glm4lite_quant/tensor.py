@@ -10,6 +10,7 @@ from torch import Tensor
 
 from glm4lite_quant.config import BITS, GROUP_SIZES, MINMAX, QuantConfig, QuantError
 from glm4lite_quant.format import COLS, NAMES, ROWS, SCRATCH_ELEMENTS, TILE_BYTES, Codes, Planes, not_finite
+from glm4lite_quant.inputs import Inputs
 from glm4lite_quant.kernels import calibrated, native, reference
 from glm4lite_quant.pages import HUGE, zeros
 
@@ -42,11 +43,11 @@ class QuantTensor(Planes):
         out.quantize_rows(0, weight, fast=config.method == MINMAX)
         return out
 
-    def quantize_rows(self, start: int, weight: Tensor, importance: Tensor | None = None, fast: bool = False) -> None:
+    def quantize_rows(self, start: int, weight: Tensor, inputs: Inputs | None = None, fast: bool = False) -> None:
         """Fills rows start.. from bfloat16 or float32 [R, K]; start and R are multiples of 16 (R may end at N instead).
 
-        importance: float32 [K], the mean square of each input column; affine codes then make the error of the output
-            small instead of that of the weight (int8 needs none). fast: a group's whole range, no search.
+        inputs: what the weight is multiplied with; affine codes then make the error of the output small instead of that
+            of the weight (int8 needs none). fast: a group's whole range, no search.
 
         Raises QuantError for a shape or type that does not fit and for a value that is not finite, naming its place.
         """
@@ -60,9 +61,8 @@ class QuantTensor(Planes):
             raise QuantError(f"a weight has dtype {weight.dtype}; convert it to bfloat16 or float32")
         if stop == start:
             return
-        if importance is not None:
-            importance = calibrated.normalized(importance, k, self.group_size) if self.bits < 8 else None
-        how = native.Search(1 if fast else len(reference.SHARES), importance)
+        given = None if inputs is None or self.bits == 8 else inputs.normalized(k, self.group_size)
+        how = native.Search(1 if fast else len(reference.SHARES), given)
         target, source = self.tiles(start, stop), weight.detach().to(self.device)
         if not native.quantize(source, target, how, start):
             target._quantize_reference(source, start, how)
@@ -105,10 +105,10 @@ class QuantTensor(Planes):
             if bool(bad.any()):
                 row, col = (int(i) for i in bad.nonzero()[0])
                 raise QuantError(not_finite(first_row + start + row, col, float(rows[row, col])))
-            if how.importance is None:
+            if how.inputs is None:
                 planes = reference.quantize(rows, self.bits, self.group_size, how.shares)
             else:
-                planes = calibrated.quantize(rows, self.bits, self.group_size, how.importance.to(self.device))
+                planes = calibrated.quantize(rows, self.bits, self.group_size, how.inputs.to(self.device))
             part = self.tiles(start, stop)
             for name, old in part.tensors().items():
                 old.copy_(getattr(planes, name))

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from glm4lite.base.errors import CheckpointError, ConfigError, Glm4liteError
 from glm4lite.base.sizes import readable
+from glm4lite.checkpoint.calibration_text import TOKENS
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.quantize import quantize_checkpoint
 from glm4lite.loading.requirements import headers, requirements_of
@@ -581,13 +582,16 @@ def test_a_checkpoint_that_does_not_fit_the_memory_is_refused_first(
     assert refused(folder, **arguments) == f"DIR needs {needed} of memory, 64 KiB are free; {advice}"
 
 
-def test_calibrating_needs_the_memory_of_one_layer_more(
+def test_calibrating_needs_the_memory_of_one_layer_and_its_inputs_more(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(folder, quant="int4")
     tensors = tiny_tensors(tiny_config())
-    layer = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("model.layers.0."))
-    needed = readable(sum(value.nbytes for value in model.state_dict().values()) + layer)
+    first = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.0.")}
+    layer = sum(tensor.nbytes for tensor in first.values())
+    given = ("q_proj.weight", "o_proj.weight", "gate_up_proj.weight", "down_proj.weight")
+    inputs = sum(2 * TOKENS * tensor.shape[1] for name, tensor in first.items() if name.endswith(given))
+    needed = readable(sum(value.nbytes for value in model.state_dict().values()) + layer + inputs)
     limit_memory(monkeypatch)
     assert refused(folder, quant="int4") == f"DIR needs {needed} of memory, 64 KiB are free; {MAPPED}"
 

@@ -22,6 +22,7 @@ from glm4lite.cli.app import main
 from glm4lite.pretrained.load import load
 from glm4lite.pretrained.models import Glm4ForTokenClassification
 from glm4lite_quant import QuantConfig, QuantTensor
+from glm4lite_quant.inputs import mean_square
 from tests.glm4lite.checkpoints import legacy_checkpoint, tiny_config, tiny_tensors, write_checkpoint
 
 TEXT = "What is 37 * 24? 今天天气很好。<|user|>\nprint('hello')\n" * 20
@@ -45,20 +46,20 @@ def calibrator(folder: Path, text: str | None = None) -> tuple[Calibrator, Any]:
 
 
 def inputs_of_the_whole_model(folder: Path, ids: Tensor) -> dict[str, Tensor]:
-    """Mean squares of the inputs of each linear, from the loaded model itself."""
-    model, found = load(folder, dtype="float32"), {}
+    """The inputs of each linear [tokens, K], from the loaded model itself."""
+    model = load(folder, dtype="float32")
+    found: dict[str, list[Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            found[name] = torch.zeros(module.in_features)
 
             def note(_: Any, given: tuple[Tensor, ...], name: str = name) -> None:
-                found[name] += given[0].flatten(0, -2).square().sum(0)
+                found.setdefault(name, []).append(given[0].flatten(0, -2))
 
             module.register_forward_pre_hook(note)
     with torch.inference_mode():
         for window in ids:
             model(window[None])
-    return {name: squares / ids.numel() for name, squares in found.items()}
+    return {name: torch.cat(rows) for name, rows in found.items()}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def inputs_of_the_whole_model(folder: Path, ids: Tensor) -> dict[str, Tensor]:
     [{}, {"model_type": "glm"}, {"tie_word_embeddings": True}, {"intermediate_size": 100}],
     ids=str,
 )
-def test_importance_is_the_mean_square_of_what_enters_each_layer(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_inputs_are_what_enters_each_layer(tmp_path: Path, changes: dict[str, Any]) -> None:
     folder = write_checkpoint(tmp_path / "c", tiny_config(**changes))
     own, plan = calibrator(folder)
     source = calibration_ids(Checkpoint.open(folder), read_config(Checkpoint.open(folder)), None)
@@ -75,12 +76,14 @@ def test_importance_is_the_mean_square_of_what_enters_each_layer(tmp_path: Path,
     for fill in plan.fills:
         if fill.quant is None:
             continue
-        weight, importance = own.take(fill)
+        weight, inputs = own.take(fill)
         if fill.quant.bits == 4:
             assert weight is not None
-            assert importance is not None
+            assert inputs is not None
+            assert inputs.shape == (source.ids.numel(), fill.shape[1])
             assert torch.equal(weight, Checkpoint.open(folder).tensor(fill.source))
-            torch.testing.assert_close(importance, expected[fill.module], rtol=0.05, atol=1e-3)
+            exact = expected[fill.module]
+            assert float((inputs - exact).norm()) < 0.02 * float(exact.norm())  # bfloat16's rounding
             seen += 1
     assert seen == 2 * (3 if "intermediate_size" in changes else 4)
 
@@ -125,7 +128,7 @@ def test_the_multiplication_type_changes_little(folder: Path, monkeypatch: pytes
         (_, one), (_, other) = exact.take(fill), rounded.take(fill)
         assert one is not None
         assert other is not None
-        torch.testing.assert_close(one, other, rtol=0.05, atol=1e-3)
+        torch.testing.assert_close(mean_square(one), mean_square(other), rtol=0.05, atol=1e-3)
 
 
 # --- what is written down
@@ -188,7 +191,7 @@ def test_windows_are_spread_over_a_long_text_and_begin_with_the_prefix(folder: P
 
 def test_the_bundled_text_is_of_every_kind() -> None:
     text = BUNDLED.read_text(encoding="utf-8")
-    assert 12_000 < len(text.encode()) < 20_000
+    assert 12_000 < len(text.encode()) < 24_000
     for part in ("<|observation|>", "在调用上述函数时", "def ", "SELECT", "#include", "the "):
         assert part in text
 

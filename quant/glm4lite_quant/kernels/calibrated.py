@@ -5,6 +5,10 @@ mean square of the inputs of a column: what counts is the error of the layer's o
 is fitted to its codes by weighted least squares (as llama.cpp's make_qkx2_quants does), the best is refined, both are
 turned into bytes, and the codes are rounded once more for these bytes.
 
+With feedback the columns go one after the other. What rounding one loses is taken from those behind it, so that a
+group's scale, minimum and codes are found for weights that make up for the columns before; only the rows' scales are
+those of the weights as they were.
+
 Every float32 operation is done in the same order by the C++ code, so both give the same bytes.
 """
 
@@ -15,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from glm4lite_quant.config import QuantError
 from glm4lite_quant.format import Planes
+from glm4lite_quant.inputs import Feedback, Inputs
 from glm4lite_quant.kernels.reference import TINY, _inverse, _tile_plane, tile_codes
 
 # (minimum, maximum) shares of a group's range to start from; GLM4_STARTS and GLM4_REFITS of csrc/qgemm.h.
@@ -25,7 +29,6 @@ STARTS = (
     (0.93, 0.86), (0.75, 0.75), (0.75, 1.0), (1.0, 0.75), (0.6, 0.6), (1.07, 1.07),
 )  # fmt: skip
 REFITS = 3
-FLOOR = 1e-6  # of a group's largest importance: a column that calibration never saw used is not worth nothing
 
 
 class _Group(NamedTuple):
@@ -48,35 +51,73 @@ class _Fit(NamedTuple):
     error: Tensor
 
 
-def normalized(importance: Tensor, columns: int, group: int) -> Tensor:
-    """Importance [K] as the search takes it: the largest of each group is 1; a group of zeros counts evenly.
+class _Rows(NamedTuple):
+    """What the groups of a row share, [R]: the sizes of one unit of a scale and of a minimum."""
 
-    Raises QuantError for another shape, NaN, infinities and negative numbers.
-    """
-    if importance.dim() != 1 or importance.shape[0] != columns:
-        raise QuantError(f"importance has shape {list(importance.shape)}; expected one number for each of {columns}")
-    values = importance.detach().to(torch.float32).cpu().view(-1, group)
-    if not bool(((values >= 0) & values.isfinite()).all()):
-        raise QuantError("importance holds a number that is negative or not finite; it is a mean of squares")
-    top = values.amax(1, keepdim=True)
-    shares = torch.where(top > 0, values / torch.where(top > 0, top, 1.0), 1.0)
-    return shares.clamp(min=FLOOR).flatten()
+    scale: Tensor
+    minimum: Tensor
 
 
-def quantize(weight: Tensor, bits: int, group: int, importance: Tensor) -> Planes:
-    """Quantizes float32 [R, K] (finite, |w| <= HUGE) to 2 to 6 bits; `importance` [K] as `normalized` gives it."""
-    groups, top = weight.reshape(weight.shape[0], -1, group), (1 << bits) - 1
-    g = _group(groups, importance.view(-1, group), top)
+def quantize(weight: Tensor, bits: int, group: int, inputs: Inputs) -> Planes:
+    """Quantizes float32 [R, K] (finite, |w| <= HUGE) to 2 to 6 bits; `inputs` as `Inputs.normalized` gives them."""
+    top, importance = (1 << bits) - 1, inputs.mean_square.view(-1, group)
+    g = _group(weight.reshape(weight.shape[0], -1, group), importance, top)
     fit = _search(g)
-    step, low = fit.step * g.unit, fit.low * g.unit
-    row_scale, row_min = step.amax(1) * (1 / 255), low.amax(1) * (1 / 255)
-    used = (row_scale > TINY)[:, None].float()
-    scales = (step * _inverse(row_scale)[:, None]).round().clamp(1, 255) * used
-    mins = (low * _inverse(row_min)[:, None]).round().clamp(0, 255)
-    scales, mins = _best_bytes(g, (row_scale[:, None], row_min[:, None], used), scales, mins)
-    step, low = scales * row_scale[:, None], mins * row_min[:, None]
-    codes = _codes(groups, low[..., None], _inverse(step)[..., None], top)
-    return Planes(tile_codes(codes.flatten(1), bits), _tile_plane(scales), _tile_plane(mins), row_scale, row_min)
+    rows = _Rows((fit.step * g.unit).amax(1) * (1 / 255), (fit.low * g.unit).amax(1) * (1 / 255))
+    if inputs.feedback is None:
+        scales, mins = _bytes(g, fit, rows)
+        codes, _ = _rounded(weight.reshape(*scales.shape, group), scales, mins, rows, top)
+        codes = codes.flatten(1)
+    else:
+        codes, scales, mins = _with_feedback(weight, importance, inputs.feedback, rows, top)
+    return Planes(tile_codes(codes, bits), _tile_plane(scales), _tile_plane(mins), rows.scale, rows.minimum)
+
+
+def _with_feedback(
+    weight: Tensor, importance: Tensor, feedback: Feedback, rows: _Rows, top: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes [R, K], scales, mins [R, G])."""
+    size, group, rank = weight.shape[1], importance.shape[1], feedback.rank
+    codes = torch.empty_like(weight)
+    scales, mins = (weight.new_empty(len(weight), len(importance)) for _ in range(2))
+    sums = weight.new_zeros(len(weight), rank)
+    for first in range(0, size, feedback.block):
+        stop = min(first + feedback.block, size)
+        source, within = weight[:, first:stop], feedback.within[first:stop, : stop - first]
+        onto = feedback.onto[first * rank : stop * rank].view(rank, stop - first)
+        x = source.clone()
+        for i in range(rank):
+            x -= sums[:, i, None] * onto[i]
+        for at in range(0, stop - first, group):
+            number = (first + at) // group
+            g = _group(x[:, None, at : at + group], importance[number, None], top)
+            s, m = _bytes(g, _search(g), rows)
+            scales[:, number], mins[:, number] = s[:, 0], m[:, 0]
+            for column in range(at, at + group):
+                code, value = _rounded(x[:, None, column, None], s, m, rows, top)
+                codes[:, first + column] = code[:, 0, 0]
+                lost = x[:, column] - value[:, 0, 0]
+                x[:, column + 1 :] -= lost[:, None] * within[column, column + 1 :]
+                x[:, column] = value[:, 0, 0]
+        change = source - x
+        for i in range(stop - first):
+            sums -= change[:, i, None] * feedback.into[first + i]
+    return codes, scales, mins
+
+
+def _bytes(g: _Group, fit: _Fit, rows: _Rows) -> tuple[Tensor, Tensor]:
+    """The scales and minima [R, G] of groups, as bytes hold them."""
+    used = (rows.scale > TINY)[:, None].float()
+    scales = (fit.step * g.unit * _inverse(rows.scale)[:, None]).round().clamp(1, 255) * used
+    mins = (fit.low * g.unit * _inverse(rows.minimum)[:, None]).round().clamp(0, 255)
+    return _best_bytes(g, (rows.scale[:, None], rows.minimum[:, None], used), scales, mins)
+
+
+def _rounded(x: Tensor, scales: Tensor, mins: Tensor, rows: _Rows, top: int) -> tuple[Tensor, Tensor]:
+    """The codes of x [R, G, g], and what they stand for."""
+    step, low = (scales * rows.scale[:, None])[..., None], (mins * rows.minimum[:, None])[..., None]
+    codes = _codes(x, low, _inverse(step), top)
+    return codes, codes * step - low
 
 
 def _codes(x: Tensor, low: Tensor, inverse: Tensor, top: int) -> Tensor:

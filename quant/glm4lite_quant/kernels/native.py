@@ -21,9 +21,10 @@ from torch import Tensor
 import glm4lite_quant.host as host  # not from the package, whose own imports lead here
 from glm4lite_quant.config import QuantError
 from glm4lite_quant.format import Planes, not_finite
+from glm4lite_quant.inputs import Inputs
 from glm4lite_quant.kernels.reference import SHARES
 
-ABI = 6
+ABI = 7
 ISAS = ("scalar", "avx2", "avxvnni", "avx512vnni", "neon", "neoni8mm")  # in the order of the C enum, slowest first
 SUFFIXES = {"win32": "dll", "darwin": "dylib"}  # of a library, by sys.platform; elsewhere so
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2  # element types, as in the C enum
@@ -57,6 +58,16 @@ class _Matrix(ctypes.Structure):
     ]
 
 
+class _Inputs(ctypes.Structure):
+    """glm4_inputs of csrc/qgemm.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("importance", "within", "onto", "into")),
+        ("block", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+    ]
+
+
 @dataclass(frozen=True)
 class Library:
     """A loaded library and what its host can run; or the reason why there is none."""
@@ -69,10 +80,10 @@ class Library:
 
 @dataclass(frozen=True)
 class Search:
-    """How int4 scales are found: the first `shares` cuts of the range, or by the importance of each column [K]."""
+    """How affine codes are found: by the first `shares` cuts of a group's range, or for these inputs, normalized."""
 
     shares: int
-    importance: Tensor | None = None
+    inputs: Inputs | None = None
 
 
 SEARCH = Search(len(SHARES))
@@ -128,12 +139,8 @@ class NativeBackend:
 
     def quantize(self, source: _Matrix, target: Weight, how: Search, place: ctypes.Array[ctypes.c_int64]) -> int:
         """One of OK, NOT_FINITE (then `place` is the row and column) and NO_MEMORY."""
-        refs = (
-            ctypes.byref(source),
-            ctypes.byref(target),
-            None if how.importance is None else how.importance.data_ptr(),
-            how.shares,
-        )
+        given = None if how.inputs is None else ctypes.byref(_inputs(how.inputs, target.group))
+        refs = (ctypes.byref(source), ctypes.byref(target), given, how.shares)
         return int(self._quantize(*refs, self._code, thread_count(), ctypes.byref(place)))
 
     def decoder_layers(
@@ -238,6 +245,14 @@ def describe(w: Planes) -> Weight:
     return Weight(*planes, w.shape[0], w.shape[1], w.bits, w.group_size)
 
 
+def _inputs(inputs: Inputs, group: int) -> _Inputs:
+    importance, feedback = inputs.mean_square.data_ptr(), inputs.feedback
+    if feedback is None:
+        return _Inputs(importance, None, None, None, group, 0)
+    parts = (part.data_ptr() for part in (feedback.within, feedback.onto, feedback.into))
+    return _Inputs(importance, *parts, feedback.block, feedback.rank)
+
+
 def _library() -> Library:
     return _load(os.environ.get("GLM4LITE_KERNELS", ""))
 
@@ -259,7 +274,7 @@ def _load(override: str) -> Library:
     weight, matrix = ctypes.POINTER(Weight), ctypes.POINTER(_Matrix)
     cdll.glm4_matmul.argtypes = [weight, matrix, ctypes.c_void_p, matrix, *[ctypes.c_int32] * 3]
     numbers, place = [ctypes.c_int32] * 3, ctypes.POINTER(ctypes.c_int64 * 2)
-    cdll.glm4_quantize.argtypes = [matrix, weight, ctypes.c_void_p, *numbers, place]
+    cdll.glm4_quantize.argtypes = [matrix, weight, ctypes.POINTER(_Inputs), *numbers, place]
     pointer, whole = ctypes.c_void_p, ctypes.c_int32
     spans = (pointer, whole, pointer, whole)
     cdll.glm4_decoder_layers.argtypes = [*spans, *[pointer] * 3, whole, whole]
