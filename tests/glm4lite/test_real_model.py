@@ -131,7 +131,7 @@ def test_calibration_more_than_halves_the_divergence(
     expected = log_probabilities(None)
     plain, calibrated = divergence("search"), divergence("calibrated")
     print(f"mean KL divergence: search {plain:.4f}, calibrated {calibrated:.4f}")
-    assert calibrated < 0.36 * plain  # 0.31 here; both keep k and v in int8
+    assert calibrated < 0.34 * plain  # 0.29 here; both keep k and v in int8
 
 
 @pytest.mark.slow
