@@ -1,8 +1,8 @@
 """What goes into each layer, found while the checkpoint streams by: a layer is read, run, quantized and dropped.
 
 An error in a weight counts as much as what is multiplied with it, so each column is searched with the mean square of
-its inputs (as llama.cpp's importance matrix and AWQ do). One decoder layer is in memory at a time, as it is stored; the
-calibration tokens' activations go from layer to layer.
+its inputs (as llama.cpp's importance matrix and AWQ do). One decoder layer is in memory at a time, as it is stored, or
+rounded to bfloat16 where that is float32; the calibration tokens' activations go from layer to layer.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glm4lite.checkpoint.calibration_text import CalibrationIds
-from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.checkpoint import BLOCK_BYTES, Checkpoint
 from glm4lite.checkpoint.load_plan import Fill, LoadPlan
+from glm4lite.checkpoint.shard import DTYPES
 from glm4lite.model.attention import Visibility
 from glm4lite.model.config import Glm4Config
 from glm4lite.model.layers import DecoderLayer, layer_of
@@ -63,9 +64,10 @@ class Calibrator:
         return self._next, self._stream
 
     def take(self, fill: Fill) -> tuple[Tensor | None, Tensor | None]:
-        """(the weight as it is stored, the mean square of its inputs [K]); each may be taken once.
+        """(the weight, exactly as it is stored, the mean square of its inputs [K]); each may be taken once.
 
-        (None, None) for what is in no layer. The second is None where the activations left float32.
+        The first is None where it was held rounded, and is to be read again; the second where the activations left
+        float32; both of what is in no layer.
         """
         place = layer_of(fill.module)
         if place is None:
@@ -75,10 +77,11 @@ class Calibrator:
             self._next += 1
         linear = self._held.pop(fill.source)
         importance = linear.mean_square()
+        weight = linear.weight if linear.weight.dtype == self._stored_dtype(fill.source) else None
         if not bool(importance.isfinite().all()):
             logger.warning("%s: its calibration inputs are not finite; quantized without them", fill.source)
-            return linear.weight, None
-        return linear.weight, importance
+            return weight, None
+        return weight, importance
 
     def _embedded(self, name: str, ids: Tensor) -> Tensor:
         distinct, places = ids.unique(return_inverse=True)
@@ -103,8 +106,7 @@ class Calibrator:
             layer = DecoderLayer(self._config)
         for name, fill in fills:
             self._poll()
-            values, module = self._checkpoint.tensor(fill.source), layer.get_submodule(name)
-            self._checkpoint.check_finite(fill.source, values)
+            values, module = self._values(fill.source), layer.get_submodule(name)
             if isinstance(module, nn.Linear):
                 module = _RecordingLinear(self._dtype, self._poll)
                 _replace(layer, name, module)
@@ -116,6 +118,24 @@ class Calibrator:
             else:
                 setattr(module, fill.parameter, nn.Parameter(values.float(), requires_grad=False))
         return layer
+
+    def _values(self, name: str) -> Tensor:
+        """A tensor of the layer. A matrix of float32 is rounded as it is read: what 8-bit codes and float16 scales make
+        takes twice the memory so, and what it is multiplied with is rounded too.
+        """
+        if len(self._checkpoint.shape(name)) != 2 or self._stored_dtype(name) != torch.float32:
+            values = self._checkpoint.tensor(name)
+            self._checkpoint.check_finite(name, values)
+            return values
+        values = torch.empty(self._checkpoint.shape(name), dtype=torch.bfloat16)
+        for start, rows in self._checkpoint.row_blocks(name, BLOCK_BYTES):
+            self._poll()
+            self._checkpoint.check_finite(name, rows, start)
+            values[start : start + len(rows)] = rows
+        return values
+
+    def _stored_dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self._checkpoint.dtype(name)]
 
 
 class _RecordingLinear(nn.Module):
@@ -137,7 +157,11 @@ class _RecordingLinear(nn.Module):
             self.squares = self.squares + rows.float().square().sum(0)
         self.count += rows.shape[0]
         bias = None if self.bias is None else self.bias.to(self.dtype)
-        return F.linear(x, self.weight.to(self.dtype), bias)
+        if self.weight.dtype == self.dtype:
+            return F.linear(x, self.weight, bias)
+        step = max(1, BLOCK_BYTES // (self.weight.shape[1] * self.dtype.itemsize))  # else all of it is there twice
+        y = torch.cat([F.linear(x, rows.to(self.dtype)) for rows in self.weight.split(step)], -1)
+        return y if bias is None else y.add_(bias)
 
     def mean_square(self) -> Tensor:
         return (self.squares / max(1, self.count)).float().expand(self.weight.shape[1])
@@ -158,8 +182,12 @@ def _by_layer(plan: LoadPlan) -> list[_Layer]:
 
 
 def layer_bytes(checkpoint: Checkpoint, plan: LoadPlan) -> int:
-    """Bytes of the largest layer as it is stored: what a Calibrator holds beside the quantized model."""
-    return max(sum(checkpoint.nbytes(fill.source) for _, fill in layer) for layer in _by_layer(plan))
+    """Bytes of the largest layer: what a Calibrator holds beside the quantized model."""
+
+    def held(name: str) -> int:
+        return checkpoint.nbytes(name) // (2 if checkpoint.dtype(name) == "F32" else 1)
+
+    return max(sum(held(fill.source) for _, fill in layer) for layer in _by_layer(plan))
 
 
 def matmul_dtype() -> torch.dtype:

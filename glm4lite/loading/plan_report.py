@@ -11,6 +11,7 @@ from glm4lite.base.errors import ConfigError
 from glm4lite.base.sentences import Sentence
 from glm4lite.base.sizes import readable
 from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.lora.folder import Loras
 from glm4lite.checkpoint.quant_choice import AUTO, parse_quant
 from glm4lite.loading.proposals import Attempt, Changes, Proposal, proposals, smaller_quants
 from glm4lite.loading.requirements import headers, requirements_of
@@ -103,7 +104,11 @@ class PlacementReport:
 
 
 def plan(
-    source: str | Path, quant: str | None = None, budget: Budget | None = None, gpu_bandwidth: float | None = None
+    source: str | Path,
+    quant: str | None = None,
+    budget: Budget | None = None,
+    gpu_bandwidth: float | None = None,
+    loras: Loras = Loras(),
 ) -> PlacementReport:
     """Plan a model that need not be here: of a Hub repo only config.json and the shards' headers are fetched.
 
@@ -111,6 +116,7 @@ def plan(
         quant: "int4", "int8", "none", "nf4", "fp4"; None: int4, or as the checkpoint is stored.
         budget: more than there is (also of a GPU that is not there) is planned for all the same.
         gpu_bandwidth: bytes per second, instead of what is measured or assumed.
+        loras: adapters, which are downloaded where they are not here.
 
     Raises:
         Glm4liteError: an argument cannot be used, the model cannot be found, or `load` would refuse its files.
@@ -121,7 +127,7 @@ def plan(
         raise ConfigError("a GPU bandwidth of 0 moves nothing; give one such as 272GB")
     parse_quant(quant)  # before a model is looked for
     checkpoint = headers(source)
-    needs = requirements_of(checkpoint, AUTO if quant is None else quant)
+    needs = requirements_of(checkpoint, AUTO if quant is None else quant, loras)
     machine = _machine(budget, gpu_bandwidth, quantized=needs.quant not in ("bfloat16", "float32"))
     asked = needs
     placement, needs, notes = _placed(asked, machine, budget)
@@ -134,8 +140,9 @@ def plan(
             told = (*machine.measured, Sentence("disk {speed} GB/s", speed=f"{measured / 1e9:.1f}"))
             machine = replace(machine, disk_bandwidth=measured, measured=told)
             placement, needs, _ = _placed(needs, machine, budget)
-    changes = () if placement.fits else tuple(_proposals(checkpoint, asked, machine, budget))
-    return PlacementReport(str(source), needs, machine, placement, machine.assumed + notes, changes)
+    changes = () if placement.fits else tuple(_proposals(checkpoint, asked, machine, budget, loras))
+    called = " + ".join((str(source), *loras.always, *loras.choices))
+    return PlacementReport(called, needs, machine, placement, machine.assumed + notes, changes)
 
 
 def _machine(budget: Budget, gpu_bandwidth: float | None, quantized: bool) -> Machine:
@@ -159,7 +166,9 @@ def _allowing(machine: Machine, budget: Budget) -> Machine:
     return machine
 
 
-def _proposals(checkpoint: Checkpoint, needs: Requirements, machine: Machine, budget: Budget) -> Iterator[Proposal]:
+def _proposals(
+    checkpoint: Checkpoint, needs: Requirements, machine: Machine, budget: Budget, loras: Loras
+) -> Iterator[Proposal]:
     """Each is planned as `plan` would plan it."""
     of_quant = {needs.quant: needs}
     declared = checkpoint.config.get("quantization_config") is not None  # then it stays as it is
@@ -167,7 +176,7 @@ def _proposals(checkpoint: Checkpoint, needs: Requirements, machine: Machine, bu
     def attempt(changes: Changes) -> Attempt:
         quant = changes.get("quant", needs.quant)
         if quant not in of_quant:
-            of_quant[quant] = requirements_of(checkpoint, quant)
+            of_quant[quant] = requirements_of(checkpoint, quant, loras)
         changed = replace(budget, **{name: value for name, value in changes.items() if name != "quant"})
         placement, _, notes = _placed(of_quant[quant], _allowing(machine, changed), changed)
         return Attempt(placement, quantize=quant if notes else None)

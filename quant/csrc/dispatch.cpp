@@ -112,7 +112,7 @@ const glm4_isa kIsas[GLM4_ISAS] = {
 
 const glm4_isa* glm4_isa_of(int32_t isa) { return &kIsas[isa]; }
 
-GLM4_API int32_t glm4_abi_version(void) { return 6; }
+GLM4_API int32_t glm4_abi_version(void) { return 7; }
 
 GLM4_API int32_t glm4_isa_available(int32_t isa) {
   static const uint32_t host = host_isas();

@@ -122,6 +122,17 @@ glm4_tile_quantizer tile_quantizer_of(int32_t isa) {
   return glm4_quantize_tile_scalar;
 }
 
+glm4_tile_fitter tile_fitter_of(int32_t isa) {
+#if defined(GLM4LITE_HAVE_AVX512VNNI)
+  if (isa >= GLM4_AVX512VNNI) return glm4_fit_tile_avx512;
+#endif
+#if defined(GLM4LITE_HAVE_AVX2)
+  if (isa >= GLM4_AVX2) return glm4_fit_tile_avx2;
+#endif
+  (void)isa;
+  return glm4_fit_tile_scalar;
+}
+
 // One row of one tile: where its codes and bytes go.
 struct RowTarget {
   const glm4_weight& w;
@@ -277,5 +288,27 @@ GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, 
   if (bad.row() == w->n) return GLM4_OK;
   place[0] = bad.row();
   place[1] = load_row(*source, bad.row(), w->k, scratch.get());
+  return GLM4_NOT_FINITE;
+}
+
+GLM4_API int32_t glm4_fit(const glm4_matrix* source, const glm4_grid* to, const float* importance, int32_t isa,
+                          int32_t threads, int64_t* place) {
+  const int64_t n = source->rows, k = to->k, size = GLM4_ROWS * k;
+  const glm4_tile_fitter fit = tile_fitter_of(isa);
+  std::unique_ptr<float[]> scratch(new (std::nothrow) float[static_cast<size_t>(threads * size)]);
+  if (!scratch) return GLM4_NO_MEMORY;
+  FirstBad bad(n);
+  auto tile = [&](int64_t i, int slot) {
+    float* data = scratch.get() + slot * size;
+    const int64_t begin = i * GLM4_ROWS, rows = std::min<int64_t>(GLM4_ROWS, n - begin);
+    for (int64_t r = 0; r < rows; ++r)
+      if (load_row(*source, begin + r, k, data + r * k) >= 0) return bad.note(begin + r);
+    std::fill(data + rows * k, data + size, 0.0f);
+    fit(to, i, rows, data, importance);
+  };
+  glm4::parallel_for(n * k < (1 << 16) ? 1 : threads, (n + GLM4_ROWS - 1) / GLM4_ROWS, tile);
+  if (bad.row() == n) return GLM4_OK;
+  place[0] = bad.row();
+  place[1] = load_row(*source, bad.row(), k, scratch.get());
   return GLM4_NOT_FINITE;
 }

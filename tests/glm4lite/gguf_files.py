@@ -109,6 +109,8 @@ def _add_metadata(writer: gguf.GGUFWriter, changes: dict[str, Any]) -> None:
     writer.add_token_merges([" ".join(pair) for pair in written["model"]["merges"]])
     writer.add_eos_token_id(tokens.index("<|endoftext|>"))
     writer.add_eot_token_id(tokens.index("<|user|>"))
+    for key in [key for key in changes if key.startswith("glm4lite.")]:
+        writer.add_string(key, changes.pop(key))
     template = changes.pop("template", TEMPLATE)
     if template is not None:
         writer.add_chat_template(template)

@@ -29,6 +29,7 @@ def pull(
     host: Annotated[
         str | None, typer.Option("--from", metavar="HOST", help="hub or modelscope.", show_default="hub")
     ] = None,
+    lora: options.Lora = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default="the newest")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -38,6 +39,9 @@ def pull(
 
     if host not in (None, "hub", "modelscope"):
         raise ConfigError(f"--from is {host[:100]!r}; use hub or modelscope")
+    if lora and quant is None:
+        raise ConfigError("--lora is for --quant: a model that stays as it is takes its adapters where it is run")
+    options.loras(lora)
     found = locate(model)
     if isinstance(found, Path):
         raise HubError(f"{model} is on this machine already ({found})")
@@ -60,13 +64,22 @@ def pull(
             from glm4lite.checkpoint.quantize import quantize_checkpoint
 
             options.use_threads(None)
-            called = f"{_called(found)}-{quant}"
+            called = "-".join([_called(found), *map(_adapter, lora or ()), quant])
             target = models_folder() / called if to is None else to
-            written = quantize_checkpoint(found, target, quant, renderer.show, hub=asked)
+            written = quantize_checkpoint(found, target, quant, renderer.show, hub=asked, lora=lora)
             name = called if to is None else str(to)
         files = [written] if written.is_file() else [path for path in written.iterdir() if path.is_file()]
         size = sum(path.stat().st_size for path in files)
         renderer.remark(f"{written}: {readable(size)}. Run it: glm4lite chat {shlex.quote(name)}")
+
+
+def _adapter(text: str) -> str:
+    """What an adapter adds to the name: its own, and its scale where that is not 1."""
+    from glm4lite.checkpoint.lora.folder import with_scale
+
+    source, scale = with_scale(text)
+    name = Path(source).resolve().name if Path(source).is_dir() else source.rpartition("/")[2]
+    return name if scale == 1 else f"{name}-{scale:g}"
 
 
 def _called(found: str) -> str:
