@@ -12,7 +12,7 @@ from glm4lite.base.errors import CheckpointError, ConfigError
 from glm4lite.base.files import TOKENIZER, read_json
 from glm4lite.checkpoint.prepare import Prepared
 from glm4lite.engine.stop_ids import stop_ids
-from glm4lite.gguf.companions import MOST_SPLIT, OWN_SPLIT, SPLIT
+from glm4lite.gguf.companions import MOST_SPLIT, OWN_IGNORE_MERGES, OWN_SPLIT, SPLIT
 from glm4lite.gguf.header import SUFFIX
 from glm4lite.gguf.model import ARCHITECTURES
 from glm4lite.model.config import Glm4Config
@@ -60,6 +60,8 @@ def describe(prepared: Prepared[Any], file_type: int) -> tuple[str, Callable[[An
         writer.add_tokenizer_pre(_CUTS[architecture])
         if own is not None:
             writer.add_string(OWN_SPLIT, own)
+        if written["model"].get("ignore_merges"):
+            writer.add_bool(OWN_IGNORE_MERGES, True)
         writer.add_token_list([token for token, _ in tokens])
         writer.add_token_types([kind for _, kind in tokens])
         writer.add_token_merges(

@@ -47,6 +47,8 @@ OWN_SPLIT = "glm4lite.tokenizer.split"
 alone, and none for what nobody else uses.
 """
 MOST_SPLIT = 1 << 14  # characters
+OWN_IGNORE_MERGES = "glm4lite.tokenizer.ignore_merges"
+"""Beside it: whether a piece that is a token is that token, whatever its merges would make of it."""
 
 _CONTROL, _USER, _UNUSED = 3, 4, 5  # ggml's types of tokens
 
@@ -153,6 +155,7 @@ def _tokenizer_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, bytes
         "post_processor": None,
         "decoder": byte_level,
         "model": {"type": "BPE", **settings, "fuse_unk": False, "byte_fallback": False}
+        | {"ignore_merges": metadata.get(OWN_IGNORE_MERGES) is True}
         | {"vocab": vocabulary, "merges": merges},
     }
     roles = {"eos_token": "<|user|>", "pad_token": "<|endoftext|>"}

@@ -88,6 +88,7 @@ def download_config(repo_id: str, options: HubOptions) -> Path:
     except HubError:
         folder = None if options.force_download else cached_folder(repo_id, options)
         if folder is None:
+            _check_cached_gguf(repo_id, options)
             raise
         return folder
 
@@ -305,6 +306,7 @@ def _from_cache(
     with explained(repo_id):
         folder = whole_in_cache(repo_id, options) if weights else cached_folder(repo_id, options, TOKENIZER)
     if folder is None:
+        _check_cached_gguf(repo_id, options)
         raise error
     verifier = Verifier(folder, host_of(repo_id).folder(repo_id, options).path)
     if verifier.can_remember():
@@ -357,6 +359,15 @@ def _check_gguf(repo: Repo) -> None:
     gguf = [name for name in repo.every if name.endswith(".gguf")]
     if gguf:
         raise OnlyGguf(f"{repo.repo_id} holds GGUF files ({some(gguf[:1])}); pull one, and give the file itself")
+
+
+def _check_cached_gguf(repo_id: str, options: HubOptions) -> None:
+    """Raises OnlyGguf where nothing but GGUF files is kept of a repo."""
+    kept = host_of(repo_id).folder(repo_id, options)
+    commit = kept.commit(host_of(repo_id).revision(options))
+    gguf = [] if commit is None else sorted(kept.snapshot(commit, options.subfolder).rglob("*.gguf"))
+    if gguf:
+        raise OnlyGguf(f"of {repo_id} the cache has GGUF files ({some([gguf[0].name])}); give one")
 
 
 def _no_weights(names: Sequence[str]) -> str:
