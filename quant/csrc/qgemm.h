@@ -242,6 +242,6 @@ void glm4_fit_tile_avx512(const glm4_grid*, int64_t, int64_t, const float*, cons
 // Where it starts: shares of a group's range, of its largest magnitude where zero is 8; then what the best is times.
 static const float GLM4_RANGE_SHARES[] = {1.0f, 0.9f, 0.8f, 0.7f};
 static const float GLM4_TOP_SHARES[] = {1.0f, 0.94f, 0.88f, 0.82f, 0.76f, 1.08f};
-static const float GLM4_POLISH[] = {0.95f, 1.0f, 1.05f};
+static const float GLM4_POLISH[] = {1.0f, 0.92f, 0.96f, 1.04f, 1.08f, 1.0f};
 
 #endif
