@@ -45,11 +45,11 @@ def test_a_model_is_loaded_with_adapters_and_wrong_ones_leave_the_old(
     assert site.runtime.engine is before
     page.fill("#lora", f"{right}=0.5\n\n  {right}\n")
     page.click("#plan")
-    page.wait_for_selector(f"#planned >> text=nano + {right}=0.5 + {right}")
+    page.wait_for_selector(f"#planned:has-text('nano + {right}=0.5 + {right}')")
     page.get_by_role("button", name="Load", exact=True).click()
     page.wait_for_selector("#load-progress >> text=is loaded")
     assert site.runtime.lora == (f"{right}=0.5", str(right))
-    page.wait_for_selector(f"#facts >> text={right}=0.5")
+    page.wait_for_selector(f"#facts:has-text('{right}=0.5')")
     ids = torch.tensor([[5, 9, 133]])
     with torch.no_grad():
         assert not torch.equal(site.runtime.engine.model(ids).logits, before.model(ids).logits)
