@@ -79,10 +79,10 @@ def packed(n: int, k: int) -> Tensors:
 
 
 def blocks(n: int, k: int, kind: str) -> Tensor:
-    """GGUF blocks of 256 weights, uint8 [n, bytes of a row]."""
-    size = next(size for name, _, size in BLOCKS.values() if name == kind)
-    data = torch.randint(0, 256, (n * k // 256, size), dtype=torch.uint8)
-    for at in {"Q6_K": (208,)}.get(kind, (0, 2)):  # where its float16 scales lie
+    """GGUF blocks, uint8 [n, bytes of a row]."""
+    weights, size = next((weights, size) for name, weights, size in BLOCKS.values() if name == kind)
+    data = torch.randint(0, 256, (n * k // weights, size), dtype=torch.uint8)
+    for at in {"Q6_K": (208,), "Q4_K": (0, 2)}.get(kind, (0,)):  # where its float16 scales lie
         data[:, at : at + 2] = (torch.rand(len(data)) * 0.0005 + 0.0005).half()[:, None].view(torch.uint8)
     return data.view(n, -1)
 
@@ -175,7 +175,10 @@ def plain(noise: Noise, shape: tuple[int, ...]) -> Iterator[Tensor]:
 
 
 def write_gguf(folder: Path, config: Glm4Config) -> Path:
-    """A Q4_K_M file: v and down_proj of half the layers, and the head, in Q6_K, as llama.cpp has them."""
+    """A Q4_K_M file: v and down_proj of half the layers, and the head, in Q6_K, as llama.cpp has them.
+
+    Blocks of 256 do not divide the 13,696 columns of down_proj: it takes Q8_0 for Q6_K there, and Q5_0 for Q4_K.
+    """
     with FolderWriter(folder, []) as writer:
         writer.write_json("config.json", config.to_diff_dict())
         writer.copy(nano_folder() / one for one in TOKENIZER)
@@ -184,9 +187,10 @@ def write_gguf(folder: Path, config: Glm4Config) -> Path:
     types, made = dict[str, str](), dict[tuple[str, tuple[int, ...]], Tensor]()
     every = []
     for name, shape in parameters(config):
-        kind = types[name] = "F32" if len(shape) == 1 else kind_of(name, config.num_hidden_layers)
+        kind = types[name] = kind_of(name, shape, config.num_hidden_layers)
         if kind != "F32" and (kind, shape) not in made:
-            made[kind, shape] = blocks(*shape, kind=kind)
+            n, k = shape
+            made[kind, shape] = blocks(n, k, kind)
         stored = made.get((kind, shape), torch.ones(shape))
         every.append((name, stored))
     planned = [PlannedTensor(name, stored.dtype, tuple(stored.shape)) for name, stored in every]
@@ -196,12 +200,17 @@ def write_gguf(folder: Path, config: Glm4Config) -> Path:
     return path
 
 
-def kind_of(name: str, layers: int) -> str:
+def kind_of(name: str, shape: tuple[int, ...], layers: int) -> str:
     place = layer_of(name)
+    if len(shape) == 1:
+        return "F32"
     if place is None:
         return "Q6_K" if name.startswith("lm_head") else "Q4_K"
     more = place[0] < layers // 8 or place[0] >= 7 * layers // 8 or (place[0] - layers // 8) % 3 == 2
-    return "Q6_K" if more and ("v_proj" in name or "down_proj" in name) else "Q4_K"
+    more = more and ("v_proj" in name or "down_proj" in name)
+    if shape[1] % 256:
+        return "Q8_0" if more else "Q5_0"
+    return "Q6_K" if more else "Q4_K"
 
 
 def whole(name: str, layers: int, into_memory: bool, place: Path) -> None:

@@ -96,7 +96,8 @@ def test_a_layer_of_float32_is_held_in_half_and_quantized_from_its_own_values(tm
         assert weight is None
         assert importance is not None
         torch.testing.assert_close(importance, other.take(fill)[1], rtol=0.05, atol=1e-3)
-        made = QuantTensor.empty(*fill.shape, fill.quant)
+        n, k = fill.shape
+        made = QuantTensor.empty(n, k, fill.quant)
         made.quantize_rows(0, tensors[fill.source], importance)
         assert torch.equal(made.qweight, model.state_dict()[f"{fill.module}.qweight"])
 

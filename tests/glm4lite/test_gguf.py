@@ -168,11 +168,11 @@ def test_tokenizer_and_config_are_read_of_the_file_alone(tmp_path: Path) -> None
 
 def test_a_pattern_of_our_own_is_read_or_refused(tmp_path: Path) -> None:
     file = tmp_path / "tiny.gguf"
-    write_gguf(file, "Q8_0", **{OWN_SPLIT: r"\d|[a-z]+|\s|."})
+    write_gguf(file, "Q8_0", own={OWN_SPLIT: r"\d|[a-z]+|\s|."})
     tokenizer = Tokenizer.from_pretrained(file)
     assert [tokenizer.text([number]) for number in tokenizer.ids("a1234")][1:] == list("1234")
     for bad in ("(", "a" * (MOST_SPLIT + 1)):
-        write_gguf(file, "Q8_0", **{OWN_SPLIT: bad})
+        write_gguf(file, "Q8_0", own={OWN_SPLIT: bad})
         refused(file, "tiny.gguf: glm4lite.tokenizer.split is .*, which is no pattern; export it again")
 
 

@@ -44,7 +44,8 @@ def by_bitsandbytes(folder: Path, kind: str = "nf4") -> Path:
     tensors = tiny_tensors(packed.CONFIG)
     for name in [name for name in tensors if name.removesuffix(".weight").rpartition(".")[2] in packed.LINEARS]:
         if tensors[name].dim() == 2:
-            weight = BnbTensor.empty(*tensors[name].shape, BnbConfig("nf4"), torch.device("cpu"))
+            rows, columns = tensors[name].shape
+            weight = BnbTensor.empty(rows, columns, BnbConfig("nf4"), torch.device("cpu"))
             weight.quantize_rows(0, tensors[name])
             tensors |= tensors_of(name, weight, torch.bfloat16)
     declared = BnbConfig("nf4").to_dict() | {"bnb_4bit_quant_type": kind}
