@@ -61,7 +61,8 @@ def write_gguf(
 ) -> dict[str, torch.Tensor]:
     """Writes a file whose matrices have the type `kind`; returns what its tensors decode to, by GLM-4's names.
 
-    own: further metadata. changes: metadata, None leaves a key out; `architecture` too. split: tensors of each of several files.
+    own: further metadata. changes: metadata, None leaves a key out; `architecture` too. split: tensors of each of
+    several files.
     """
     architecture = changes.pop("architecture", "glm4")
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
