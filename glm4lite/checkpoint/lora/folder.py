@@ -52,7 +52,7 @@ class Loras:
 
     always: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
-    named: Mapping[str, str] = field(init=False, default_factory=dict)
+    named: Mapping[str, str] = field(init=False, default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         named: dict[str, str] = {}
