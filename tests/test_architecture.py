@@ -18,7 +18,7 @@ PACKAGES = {
 
 # glm4lite's rooms, each of which may import those before it and nothing behind it. See docs/architecture.md.
 ROOMS = (
-    *("base", "hub", "text", "tools", "untrusted", "model", "memory", "checkpoint", "runtime", "loading"),
+    *("base", "hub", "gguf", "text", "tools", "untrusted", "model", "memory", "checkpoint", "runtime", "loading"),
     *("pretrained", "engine", "export", "chat", "research", "measure", "server", "cli"),
 )
 

@@ -10,6 +10,7 @@ import reprlib
 import stat
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -54,6 +55,7 @@ MAX_DEPTH = 50
 
 _MAX_DIGITS = 1000
 _SHOWN_NAMES = 3
+_MOST_ENTRIES = 10_000  # of a folder that is looked through
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # what Windows takes for no file
 _SHOWN_CHARACTERS = 100
 
@@ -214,3 +216,12 @@ def some(names: Sequence[str]) -> str:
 def _shown(name: str) -> str:
     cut = name if len(name) <= _SHOWN_CHARACTERS else f"{name[:_SHOWN_CHARACTERS]}..."
     return "".join(character if character.isprintable() else "\ufffd" for character in cut)
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names in a folder, sorted; none where it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in islice(entries, _MOST_ENTRIES))
+    except OSError:
+        return []

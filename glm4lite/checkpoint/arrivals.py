@@ -13,10 +13,11 @@ from pathlib import Path
 
 from glm4lite.base.errors import CheckpointError, HubError
 from glm4lite.base.files import COMPANIONS, CONFIG, INDEX, read_json, some
+from glm4lite.base.stored_tensor import StoredTensor
 from glm4lite.base.whole_file import replace
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.remote import headers_of
-from glm4lite.checkpoint.shard import StoredTensor, read_header
+from glm4lite.checkpoint.shard import read_header
 from glm4lite.hub.arriving import Arriving
 from glm4lite.hub.download import Snapshot, check_disk
 from glm4lite.hub.transfer import Transfer, Wanted

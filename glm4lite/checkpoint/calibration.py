@@ -2,7 +2,8 @@
 
 An error in a weight counts as much as what is multiplied with it, and where inputs go together one error can make up
 for another: `glm4lite_quant.Inputs` says how, from what each linear was given. One decoder layer is in memory at a
-time, as it is stored, with these inputs; the calibration tokens' activations go from layer to layer.
+time, as it is stored or, where that is float32, rounded to bfloat16, with these inputs; the calibration tokens'
+activations go from layer to layer.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glm4lite.checkpoint.calibration_text import TOKENS, CalibrationIds
-from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.checkpoint import BLOCK_BYTES, Checkpoint
 from glm4lite.checkpoint.load_plan import Fill, LoadPlan
+from glm4lite.checkpoint.shard import DTYPES
 from glm4lite.model.attention import Visibility
 from glm4lite.model.config import Glm4Config
 from glm4lite.model.layers import DecoderLayer, layer_of
@@ -70,19 +72,21 @@ class Calibrator:
         return self._next, self._stream
 
     def take(self, fill: Fill) -> tuple[Tensor | None, Tensor | None]:
-        """(the weight as it is stored, its inputs bfloat16 [tokens, K]); each may be taken once.
+        """(the weight exactly as it is stored, its inputs bfloat16 [tokens, K]); each may be taken once.
 
-        (None, None) for what is in no layer. The second is None of int8, and where the activations left float32.
+        The first is None where it was held rounded, and is to be read again; the second of int8, and where the
+        activations left float32; both of what is in no layer.
         """
         place = layer_of(fill.module)
         if place is None:
             return None, None
         self.run_to(place[0])
         linear = self._held.pop(fill.source)
+        weight = linear.weight if linear.weight.dtype == self._stored_dtype(fill.source) else None
         if linear.inputs is not None and not bool(mean_square(linear.inputs).isfinite().all()):
             logger.warning("%s: its calibration inputs are not finite; quantized without them", fill.source)
-            return linear.weight, None
-        return linear.weight, linear.inputs
+            return weight, None
+        return weight, linear.inputs
 
     def outside(self, fill: Fill) -> Inputs | None:
         """What is known of the inputs of a tensor in no layer."""
@@ -101,7 +105,7 @@ class Calibrator:
         return self._read(self._layers[number])
 
     def held(self, fill: Fill) -> Tensor:
-        """The weight of the layer that is held, as it is stored."""
+        """The weight of the layer that is held, in bfloat16 where float32 is stored."""
         return self._held[fill.source].weight
 
     def _embedded(self, name: str, ids: Tensor) -> Tensor:
@@ -127,8 +131,7 @@ class Calibrator:
             layer = DecoderLayer(self._config)
         for name, fill in fills:
             self._poll()
-            values, module = self._checkpoint.tensor(fill.source), layer.get_submodule(name)
-            self._checkpoint.check_finite(fill.source, values)
+            values, module = self._values(fill.source), layer.get_submodule(name)
             if isinstance(module, nn.Linear):
                 module = _RecordingLinear(self._dtype, self._poll)
                 _replace(layer, name, module)
@@ -141,6 +144,24 @@ class Calibrator:
             else:
                 setattr(module, fill.parameter, nn.Parameter(values.float(), requires_grad=False))
         return layer
+
+    def _values(self, name: str) -> Tensor:
+        """A tensor of the layer. A matrix of float32 is rounded as it is read: what 8-bit codes and float16 scales make
+        takes twice the memory so, and what it is multiplied with is rounded too.
+        """
+        if len(self._checkpoint.shape(name)) != 2 or self._stored_dtype(name) != torch.float32:
+            values = self._checkpoint.tensor(name)
+            self._checkpoint.check_finite(name, values)
+            return values
+        values = torch.empty(self._checkpoint.shape(name), dtype=torch.bfloat16)
+        for start, rows in self._checkpoint.row_blocks(name, BLOCK_BYTES):
+            self._poll()
+            self._checkpoint.check_finite(name, rows, start)
+            values[start : start + len(rows)] = rows
+        return values
+
+    def _stored_dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self._checkpoint.dtype(name)]
 
 
 class _RecordingLinear(nn.Module):
@@ -163,7 +184,11 @@ class _RecordingLinear(nn.Module):
             self.inputs[self.count : self.count + len(rows)] = rows.detach()
             self.count += len(rows)
         bias = None if self.bias is None else self.bias.to(self.dtype)
-        return F.linear(x, self.weight.to(self.dtype), bias)
+        if self.weight.dtype == self.dtype:
+            return F.linear(x, self.weight, bias)
+        step = max(1, BLOCK_BYTES // (self.weight.shape[1] * self.dtype.itemsize))  # else all of it is there twice
+        y = torch.cat([F.linear(x, rows.to(self.dtype)) for rows in self.weight.split(step)], -1)
+        return y if bias is None else y.add_(bias)
 
 
 def _replace(layer: nn.Module, name: str, module: nn.Module) -> None:
@@ -185,11 +210,11 @@ def _records(fill: Fill) -> bool:
 
 
 def layer_bytes(checkpoint: Checkpoint, plan: LoadPlan) -> int:
-    """Bytes of the largest layer as it is stored, and of its inputs: what a Calibrator holds beside the model."""
+    """Bytes of the largest layer and of its inputs: what a Calibrator holds beside the model."""
 
     def held(fill: Fill) -> int:
         inputs = TOKENS * fill.shape[1] * RECORDED.itemsize if _records(fill) else 0
-        return checkpoint.nbytes(fill.source) + inputs
+        return checkpoint.nbytes(fill.source) // (2 if checkpoint.dtype(fill.source) == "F32" else 1) + inputs
 
     return max(sum(held(fill) for _, fill in layer) for layer in _by_layer(plan))
 

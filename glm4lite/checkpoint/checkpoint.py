@@ -16,12 +16,16 @@ import torch
 
 from glm4lite.base.errors import CheckpointError
 from glm4lite.base.files import COMPUTED, CONFIG, HEAD, INDEX, SINGLE, may_be_missing, read_index, read_json, some
+from glm4lite.base.stored_tensor import StoredTensor
 from glm4lite.checkpoint import legacy
 from glm4lite.checkpoint.folders import described, unfinished
-from glm4lite.checkpoint.shard import ShardMaps, StoredTensor, read, read_header, torch_dtype
+from glm4lite.checkpoint.shard import ShardMaps, read, read_header, torch_dtype
 from glm4lite.model.config import Glm4Config
 from glm4lite_quant.config import QuantConfig
 from glm4lite_quant.format import Codes
+
+BLOCK_BYTES = 16 << 20
+"""Bytes of a checkpoint in memory at a time: enough rows for every thread, little beside the model."""
 
 
 class Checkpoint:

@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 from glm4lite.base.errors import ConfigError
-from glm4lite.base.files import CONFIG, INDEX, SINGLE, UNREADABLE, read_json, some
+from glm4lite.base.files import CONFIG, INDEX, SINGLE, UNREADABLE, names_in, read_json, some
 
 ADAPTER = "adapter_config.json"
 
 _UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".tmp")
-_MOST_ENTRIES = 10_000  # of a folder that is looked through
 _SAVING = ".save.partial-"  # how the folder begins in which a save's files are before they take their places
 _CACHED = "models--"  # how huggingface_hub begins a repository's folder in its cache
-
-
-def names_in(folder: Path) -> list[str]:
-    """The names in a folder, sorted; none where it cannot be read."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in islice(entries, _MOST_ENTRIES))
-    except OSError:
-        return []
 
 
 def other_weights(folder: Path) -> str | None:

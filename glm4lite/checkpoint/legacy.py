@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from glm4lite.base.errors import CheckpointError
-from glm4lite.checkpoint.shard import StoredTensor
+from glm4lite.base.stored_tensor import StoredTensor
 from glm4lite.model.config import Glm4Config
 
 RENAMES: tuple[tuple[str, str], ...] = (

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from glm4lite.base.errors import CheckpointError, HubError
 from glm4lite.base.files import CONFIG, INDEX, read_json
+from glm4lite.base.stored_tensor import StoredTensor
 from glm4lite.checkpoint.checkpoint import Checkpoint
-from glm4lite.checkpoint.shard import StoredTensor, header_entries, header_length, tensors_of
+from glm4lite.checkpoint.shard import header_entries, header_length, tensors_of
 from glm4lite.hub.client import beginning, explained
 from glm4lite.hub.download import Snapshot, whole_in_cache
 from glm4lite.hub.options import HubOptions

@@ -14,7 +14,6 @@ import os
 import reprlib
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +22,7 @@ import torch
 from glm4lite.base.errors import CheckpointError
 from glm4lite.base.files import MAX_JSON_BYTES, open_file, parse_json
 from glm4lite.base.magic import START_BYTES, dangling, mistaken_for
+from glm4lite.base.stored_tensor import ITEM_BYTES, StoredTensor
 from glm4lite_quant import pages
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -44,44 +44,9 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
-_ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {
-    "F8_E8M0": 1,
-    "U16": 2,
-    "U64": 8,
-}
 _MAX_DIMENSIONS = 8
 _MAX_NAME = 1000
 _AGAIN = "download or copy the file again"
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor's bytes lie: `nbytes` row-major bytes of `dtype` (safetensors name) from `offset` of `path`."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    path: Path
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
-
-    def at(self, path: Path) -> "StoredTensor":
-        """The same tensor in a file of another name."""
-        return replace(self, path=path)
-
-    def rows(self, start: int, stop: int) -> "StoredTensor":
-        """Rows start..stop-1 of the first dimension, as a tensor of their own.
-
-        Raises:
-            CheckpointError: the rows are not within the tensor.
-        """
-        if not self.shape or not 0 <= start <= stop <= self.shape[0]:
-            raise CheckpointError(f"{self.name} in {self.path} has shape {list(self.shape)}: no rows {start} to {stop}")
-        row_bytes = math.prod(self.shape[1:]) * _ITEM_BYTES[self.dtype]
-        return replace(self, shape=(stop - start, *self.shape[1:]), offset=self.offset + start * row_bytes)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -174,15 +139,15 @@ def _entry_fields(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ..
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise _lies(path, f"{name} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(
-            f"{path}: {name} has the unknown type {reprlib.repr(dtype)}; known: {', '.join(sorted(_ITEM_BYTES))}"
+            f"{path}: {name} has the unknown type {reprlib.repr(dtype)}; known: {', '.join(sorted(ITEM_BYTES))}"
         )
     if not _naturals(shape):
         raise _lies(path, f"{name} has the shape {reprlib.repr(shape)}")
     if len(shape) > _MAX_DIMENSIONS:
         raise _lies(path, f"{name} has {len(shape)} dimensions, more than {_MAX_DIMENSIONS}")
-    if math.prod(max(size, 1) for size in shape) * _ITEM_BYTES[dtype] >= 2**63:  # also where a 0 makes it empty
+    if math.prod(max(size, 1) for size in shape) * ITEM_BYTES[dtype] >= 2**63:  # also where a 0 makes it empty
         raise _lies(path, f"{name} has the shape {shape}, which no tensor can have")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _lies(path, f"{name} has the offsets {reprlib.repr(offsets)}")

@@ -13,7 +13,7 @@ from glm4lite.base.errors import CheckpointError, ConfigError
 from glm4lite.base.events import Progress
 from glm4lite.checkpoint.calibration import Calibrator, layer_bytes
 from glm4lite.checkpoint.calibration_text import calibration_ids, read_text
-from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.checkpoint import BLOCK_BYTES, Checkpoint
 from glm4lite.checkpoint.formats.format import Quant
 from glm4lite.checkpoint.load_plan import Fill, LoadPlan
 from glm4lite.model.config import Glm4Config
@@ -22,9 +22,6 @@ from glm4lite_quant.config import CALIBRATED, KEPT, MINMAX
 from glm4lite_quant.format import ROWS
 
 ProgressCallback = Callable[[Progress], None]
-
-BLOCK_BYTES = 16 << 20
-"""Bytes of a checkpoint in memory at a time: enough rows for every thread, little beside the model."""
 
 
 class Meter:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from glm4lite.base.errors import CheckpointError, ConfigError, shown
 from glm4lite.checkpoint.calibration import Calibrator
-from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.checkpoint import BLOCK_BYTES, Checkpoint
 from glm4lite.checkpoint.formats.decoded import DecodedCheckpoint
 from glm4lite.checkpoint.formats.own import decoded_own
 from glm4lite.checkpoint.formats.registry import format_of
@@ -24,7 +24,6 @@ from glm4lite.checkpoint.load_plan import Fill, say_notices
 from glm4lite.checkpoint.prepare import Prepared, model_class, opened, prepare
 from glm4lite.checkpoint.quant_choice import stored_quant
 from glm4lite.checkpoint.streaming import (
-    BLOCK_BYTES,
     Meter,
     ProgressCallback,
     begin,

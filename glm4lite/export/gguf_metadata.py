@@ -10,11 +10,11 @@ from typing import Any
 
 from glm4lite.base.errors import CheckpointError, ConfigError
 from glm4lite.base.files import TOKENIZER, read_json
-from glm4lite.checkpoint.formats.gguf import SUFFIX
-from glm4lite.checkpoint.gguf.companions import SPLIT
-from glm4lite.checkpoint.gguf.model import ARCHITECTURES
 from glm4lite.checkpoint.prepare import Prepared
 from glm4lite.engine.stop_ids import stop_ids
+from glm4lite.gguf.companions import MOST_SPLIT, OWN_IGNORE_MERGES, OWN_SPLIT, SPLIT
+from glm4lite.gguf.header import SUFFIX
+from glm4lite.gguf.model import ARCHITECTURES
 from glm4lite.model.config import Glm4Config
 from glm4lite.text.template import read_sources
 from glm4lite.text.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ def describe(prepared: Prepared[Any], file_type: int) -> tuple[str, Callable[[An
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
     stops = stop_ids(config, checkpoint.generation_config, tokenizer)
     written = tokenizer.written()
-    tokens = _tokens(tokenizer, written, config.vocab_size)
+    tokens, own = _tokens(tokenizer, written, config.vocab_size), _own_split(written["pre_tokenizer"])
     templates = read_sources(
         checkpoint.folder, read_json(checkpoint.folder / "tokenizer_config.json", CheckpointError, optional=True)
     )[0]
@@ -58,6 +58,10 @@ def describe(prepared: Prepared[Any], file_type: int) -> tuple[str, Callable[[An
         _add_model(writer, config)
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_CUTS[architecture])
+        if own is not None:
+            writer.add_string(OWN_SPLIT, own)
+        if written["model"].get("ignore_merges"):
+            writer.add_bool(OWN_IGNORE_MERGES, True)
         writer.add_token_list([token for token, _ in tokens])
         writer.add_token_types([kind for _, kind in tokens])
         writer.add_token_merges(
@@ -105,14 +109,9 @@ def model_name(origin: Path) -> str:
 
 def _tokens(tokenizer: Tokenizer, written: Mapping[str, Any], rows: int) -> list[tuple[str, int]]:
     """(token, its type) for every row of the embedding."""
-    model, cuts = written["model"], written["pre_tokenizer"]
+    model = written["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback") or not tokenizer.byte_level:
         raise CheckpointError("the tokenizer is no byte-level BPE, which GLM-4's is; a GGUF file cannot hold it")
-    if not _cuts_as_glm4(cuts):
-        logger.warning(
-            "the tokenizer cuts texts in a way that GGUF has no name for; GLM-4's is written, so that llama.cpp may "
-            "give a text other ids"
-        )
     found = {number: (token, _NORMAL) for token, number in model["vocab"].items()}
     for token in written["added_tokens"]:
         found[token["id"]] = (token["content"], _CONTROL if token["special"] else _USER)
@@ -121,11 +120,23 @@ def _tokens(tokenizer: Tokenizer, written: Mapping[str, Any], rows: int) -> list
     return [found.get(number, (f"[PAD{number}]", _UNUSED)) for number in range(rows)]
 
 
-def _cuts_as_glm4(cuts: Any) -> bool:
+def _own_split(cuts: Any) -> str | None:
+    """The pattern by which the tokenizer cuts a text, None where it is GLM-4's; what others make of it is said."""
     parts = cuts.get("pretokenizers", [cuts]) if isinstance(cuts, dict) else []
     split = [part for part in parts if part.get("type") == "Split"]
-    others = {part.get("type") for part in parts} - {"Split", "ByteLevel"}
-    return len(split) == 1 and not others and split[0].get("pattern") == {"Regex": SPLIT}
+    alike = {"behavior": "Isolated", "invert": False}
+    simple = len(split) == 1 and {part.get("type") for part in parts} == {"Split", "ByteLevel"}
+    pattern = split[0].get("pattern", {}).get("Regex") if simple and alike.items() <= split[0].items() else None
+    if pattern == SPLIT:
+        return None
+    own: str | None = pattern if isinstance(pattern, str) and len(pattern) <= MOST_SPLIT else None
+    here = "glm4lite itself will, too" if own is None else "glm4lite alone finds its own way in the file"
+    logger.warning(
+        "the tokenizer cuts texts in a way that GGUF has no name for: GLM-4's is named, by which llama.cpp and other "
+        "engines will give most texts other ids, and the model answers worse there; %s",
+        here,
+    )
+    return own
 
 
 def _ends(tokenizer: Tokenizer, stops: frozenset[int]) -> list[tuple[str, int]]:

@@ -19,14 +19,13 @@ from torch import Tensor
 from glm4lite.base.errors import CheckpointError, ConfigError, shown
 from glm4lite.base.extras import require
 from glm4lite.base.whole_file import replace
-from glm4lite.checkpoint.formats.gguf import SUFFIX
-from glm4lite.checkpoint.gguf.header import read_headers
-from glm4lite.checkpoint.gguf.model import ggml_name
 from glm4lite.checkpoint.load_plan import Fill
 from glm4lite.checkpoint.prepare import Prepared
 from glm4lite.checkpoint.quantize import destination_folder
 from glm4lite.checkpoint.writer import FolderWriter, Place, PlannedTensor, sync
 from glm4lite.export import gguf_metadata
+from glm4lite.gguf.header import SUFFIX, read_headers
+from glm4lite.gguf.model import ggml_name
 from glm4lite.model.causal_lm import CausalLM
 from glm4lite_quant import QuantConfig
 from glm4lite_quant.format import Codes

@@ -72,7 +72,7 @@ def download(repo_id: str, progress: ProgressCallback | None, options: HubOption
 
 
 def download_config(repo_id: str, options: HubOptions) -> Path:
-    """A repo's config.json alone, whatever weights it has. HubError as `download`."""
+    """The local folder of a repo's config.json, downloaded alone, whatever weights it has. HubError as `download`."""
     try:
         if options.local_files_only:
             raise _absent(repo_id, options)
@@ -80,15 +80,17 @@ def download_config(repo_id: str, options: HubOptions) -> Path:
         with explained(repo_id, host.address()):
             repo = host.listing(repo_id, options)
         if CONFIG not in repo.files:
+            _check_gguf(repo)
             raise HubError(f"{repo_id} has no config.json; choose a repo that holds a whole model")
         snapshot = Snapshot(repo, None)
         snapshot.bring([CONFIG])
-        return snapshot.folder / CONFIG
+        return snapshot.folder
     except HubError:
         folder = None if options.force_download else cached_folder(repo_id, options)
         if folder is None:
+            _check_cached_gguf(repo_id, options)
             raise
-        return folder / CONFIG
+        return folder
 
 
 def download_adapter(repo_id: str, progress: ProgressCallback | None, options: HubOptions) -> Path:
@@ -304,6 +306,7 @@ def _from_cache(
     with explained(repo_id):
         folder = whole_in_cache(repo_id, options) if weights else cached_folder(repo_id, options, TOKENIZER)
     if folder is None:
+        _check_cached_gguf(repo_id, options)
         raise error
     verifier = Verifier(folder, host_of(repo_id).folder(repo_id, options).path)
     if verifier.can_remember():
@@ -341,15 +344,30 @@ def _check_files(repo: Repo, weights: bool) -> None:
     """Whether the repo can be a model, or at least its tokenizer, before anything of it is fetched."""
     if not weights:
         if TOKENIZER not in repo.files:
+            _check_gguf(repo)
             raise HubError(f"{repo.repo_id} has no {TOKENIZER}; choose another repo (an '-hf' conversion has it)")
         return
     if SINGLE not in repo.files and INDEX not in repo.files:
-        gguf = [name for name in repo.every if name.endswith(".gguf")]
-        if gguf:
-            raise OnlyGguf(f"{repo.repo_id} holds GGUF files ({some(gguf[:1])}); pull one, and give the file itself")
+        _check_gguf(repo)
         raise HubError(f"{repo.repo_id} {_no_weights(sorted(repo.files))}")
     if CONFIG not in repo.files:
         raise HubError(f"{repo.repo_id} has no config.json; choose a repo that holds a whole model, not an adapter")
+
+
+def _check_gguf(repo: Repo) -> None:
+    """Raises OnlyGguf where what a repo lacks lies in its GGUF files."""
+    gguf = [name for name in repo.every if name.endswith(".gguf")]
+    if gguf:
+        raise OnlyGguf(f"{repo.repo_id} holds GGUF files ({some(gguf[:1])}); pull one, and give the file itself")
+
+
+def _check_cached_gguf(repo_id: str, options: HubOptions) -> None:
+    """Raises OnlyGguf where nothing but GGUF files is kept of a repo."""
+    kept = host_of(repo_id).folder(repo_id, options)
+    commit = kept.commit(host_of(repo_id).revision(options))
+    gguf = [] if commit is None else sorted(kept.snapshot(commit, options.subfolder).rglob("*.gguf"))
+    if gguf:
+        raise OnlyGguf(f"of {repo_id} the cache has GGUF files ({some([gguf[0].name])}); give one")
 
 
 def _no_weights(names: Sequence[str]) -> str:

@@ -60,13 +60,17 @@ def resolve(
 
 
 def resolve_config(source: str | Path, options: HubOptions = HubOptions()) -> Path:
-    """A checkpoint's config.json; of a Hub repo it alone is downloaded. HubError as `resolve`."""
+    """The folder that holds a checkpoint's config.json, of a Hub repo downloaded alone; of GGUF the file. HubError as
+    `resolve`."""
     found = locate(source)
-    if isinstance(found, Path):
-        return found / options.subfolder / CONFIG
-    from glm4lite.hub.download import download_config  # huggingface_hub takes a while to import
+    if isinstance(found, Path) or is_url(found) or is_choice(found):
+        return resolve(source, None, options)
+    from glm4lite.hub.download import OnlyGguf, download_config  # huggingface_hub takes a while to import
 
-    return download_config(found, options)
+    try:
+        return download_config(found, options)
+    except OnlyGguf:
+        return resolve(source, None, options)
 
 
 def resolve_adapter(

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from glm4lite.base.errors import CheckpointError
+from glm4lite.base.stored_tensor import StoredTensor
+from glm4lite.checkpoint.calibration import Calibrator
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.load_plan import Fill, LoadPlan
 from glm4lite.checkpoint.lora.adapted import Beside
-from glm4lite.checkpoint.shard import StoredTensor
 from glm4lite.checkpoint.streaming import Meter, finite_blocks, quantize_weight
 from glm4lite.loading.device_map import DeviceMap
 from glm4lite.model.layers import layer_of

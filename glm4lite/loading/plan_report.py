@@ -12,6 +12,7 @@ from glm4lite.base.sentences import Sentence
 from glm4lite.base.sizes import readable
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.codec_choice import Aim, Choice, expected, fewer_bits
+from glm4lite.checkpoint.lora.folder import Loras
 from glm4lite.checkpoint.prepare import model_class, prepare
 from glm4lite.checkpoint.quant_choice import AUTO, parse_quant, stored_quant
 from glm4lite.loading.proposals import Attempt, Changes, Proposal, all_in_memory, proposals, smaller_quants
@@ -130,6 +131,7 @@ def plan(
     budget: Budget | None = None,
     gpu_bandwidth: float | None = None,
     aim: Aim | None = None,
+    loras: Loras = Loras(),
 ) -> PlacementReport:
     """Plan a model that need not be here: of a Hub repo only config.json and the shards' headers are fetched.
 
@@ -139,6 +141,7 @@ def plan(
         gpu_bandwidth: bytes per second, instead of what is measured or assumed.
         aim: bits a weight or memory to fit, instead of quant: chosen by what each kind of module loses in a model that
             was measured, since no weight is read.
+        loras: adapters, which are downloaded where they are not here.
 
     Raises:
         Glm4liteError: an argument cannot be used, the model cannot be found, or `load` would refuse its files.
@@ -151,9 +154,9 @@ def plan(
     if aim is not None and quant is not None:
         raise ConfigError(f"quant and {aim.option} contradict each other; give one of them")
     checkpoint = headers(source)
-    choice = None if aim is None else _expected(checkpoint, aim)
+    choice = None if aim is None else _expected(checkpoint, aim, loras)
     needs = (
-        requirements_of(checkpoint, AUTO if quant is None else quant)
+        requirements_of(checkpoint, AUTO if quant is None else quant, loras)
         if choice is None
         else requirements_for(choice.prepared)
     )
@@ -169,17 +172,18 @@ def plan(
             told = (*machine.measured, Sentence("disk {speed} GB/s", speed=f"{measured / 1e9:.1f}"))
             machine = replace(machine, disk_bandwidth=measured, measured=told)
             placement, needs, _ = _placed(needs, machine, budget)
-    attempts = _Attempts(checkpoint, asked, machine, budget)
+    attempts = _Attempts(checkpoint, asked, machine, budget, loras)
     changes = () if placement.fits else tuple(attempts.proposals())
     nearer = attempts.in_memory() if placement.fits and placement.share("disk").layers else None
-    return PlacementReport(str(source), needs, machine, placement, machine.assumed + notes, changes, choice, nearer)
+    called = " + ".join((str(source), *loras.always, *loras.choices))
+    return PlacementReport(called, needs, machine, placement, machine.assumed + notes, changes, choice, nearer)
 
 
-def _expected(checkpoint: Checkpoint, aim: Aim) -> Choice:
+def _expected(checkpoint: Checkpoint, aim: Aim, loras: Loras) -> Choice:
     """ConfigError where the checkpoint is quantized by us already."""
     if isinstance(stored_quant(checkpoint), QuantConfig):
         raise ConfigError(f"{checkpoint.origin} is quantized already; plan it as it is, without {aim.option}")
-    return expected(prepare(checkpoint, QuantConfig(), model_class(checkpoint)), aim)
+    return expected(prepare(checkpoint, QuantConfig(), model_class(checkpoint), loras=loras), aim)
 
 
 def _counted(codec: Codec, count: int) -> Sentence:
@@ -216,6 +220,7 @@ class _Attempts:
     needs: Requirements
     machine: Machine
     budget: Budget
+    loras: Loras
 
     def __post_init__(self) -> None:
         self._of_quant, self._losses = {self.needs.quant: self.needs}, dict[str, float]()
@@ -223,10 +228,10 @@ class _Attempts:
     def __call__(self, changes: Changes) -> Attempt:
         quant = changes.get("quant", self.needs.quant)
         if quant not in self._of_quant and quant.endswith("bits"):
-            choice = _expected(self.checkpoint, Aim(float(quant.removesuffix("bits"))))
+            choice = _expected(self.checkpoint, Aim(float(quant.removesuffix("bits"))), self.loras)
             self._of_quant[quant], self._losses[quant] = requirements_for(choice.prepared), choice.loss
         elif quant not in self._of_quant:
-            self._of_quant[quant] = requirements_of(self.checkpoint, quant)
+            self._of_quant[quant] = requirements_of(self.checkpoint, quant, self.loras)
         changed = replace(self.budget, **{name: value for name, value in changes.items() if name != "quant"})
         placement, _, notes = _placed(self._of_quant[quant], _allowing(self.machine, changed), changed)
         return Attempt(placement, quant if notes else None, self._losses.get(quant))

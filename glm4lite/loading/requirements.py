@@ -12,16 +12,18 @@ import torch
 
 from glm4lite.base.errors import ConfigError, HubError
 from glm4lite.base.files import CONFIG, INDEX, SINGLE, read_json
+from glm4lite.base.stored_tensor import StoredTensor
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.folders import other_weights
 from glm4lite.checkpoint.formats.format import Quant
-from glm4lite.checkpoint.formats.gguf import file_in
 from glm4lite.checkpoint.formats.registry import format_of, open_source
 from glm4lite.checkpoint.load_plan import Fill, LoadPlan, automatic_dtype
+from glm4lite.checkpoint.lora.folder import Loras
 from glm4lite.checkpoint.prepare import Prepared, model_class, prepare
 from glm4lite.checkpoint.quant_choice import stored_quant
-from glm4lite.checkpoint.shard import DTYPE_NAMES, StoredTensor
+from glm4lite.checkpoint.shard import DTYPE_NAMES
 from glm4lite.checkpoint.streaming import loading_bytes
+from glm4lite.gguf.companions import file_in
 from glm4lite.hub.options import HubOptions
 from glm4lite.hub.sources import is_choice, is_url, locate, resolve
 from glm4lite.memory.resources import Requirements
@@ -81,13 +83,13 @@ def _stored_as(name: str, parameter: torch.Tensor, quant: QuantConfig | None) ->
     return {f"{module}.{part}": tensor for part, tensor in empty.tensors().items()}
 
 
-def requirements_of(checkpoint: Checkpoint, quant: str | Quant | None = None) -> Requirements:
-    """Bytes that a checkpoint asks for where it is loaded with `quant` (None: as it is stored).
+def requirements_of(checkpoint: Checkpoint, quant: str | Quant | None = None, loras: Loras = Loras()) -> Requirements:
+    """Bytes that a checkpoint asks for where it is loaded with `quant` (None: as it is stored) and these adapters.
 
     Raises:
         Glm4liteError: what `load` raises, before any weight is read.
     """
-    return requirements_for(prepare(checkpoint, quant, model_class(checkpoint)))
+    return requirements_for(prepare(checkpoint, quant, model_class(checkpoint), loras=loras))
 
 
 def requirements_for(prepared: Prepared[Any]) -> Requirements:

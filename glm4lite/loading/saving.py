@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from glm4lite.base.errors import CheckpointError, ConfigError, shown
 from glm4lite.base.files import CONFIG, some
 from glm4lite.base.sizes import parse_size
+from glm4lite.base.stored_tensor import StoredTensor
 from glm4lite.checkpoint.formats.bitsandbytes import tensors_of
 from glm4lite.checkpoint.quantize import destination_folder
-from glm4lite.checkpoint.shard import StoredTensor, read, torch_dtype
+from glm4lite.checkpoint.shard import read, torch_dtype
 from glm4lite.checkpoint.writer import FolderWriter, PlannedTensor
 from glm4lite.model.lora import adapters_in
 from glm4lite.runtime.disk_offload import streamed

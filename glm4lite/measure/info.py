@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from glm4lite.base.events import Progress
     from glm4lite.checkpoint.checkpoint import Checkpoint
     from glm4lite.checkpoint.formats.format import Stored
+    from glm4lite.checkpoint.lora.folder import Loras
     from glm4lite.model.config import Glm4Config
     from glm4lite_quant import QuantConfig
 
@@ -52,14 +53,18 @@ def machine_facts() -> list[Fact]:
     return facts + [(package[0], _installed(*package)) for package in PACKAGES]
 
 
-def model_facts(source: str, progress: Callable[[Progress], None] | None = None) -> list[Fact]:
-    """A checkpoint's shape, and the bytes of its weights at each precision it can be loaded with.
+def model_facts(
+    source: str, progress: Callable[[Progress], None] | None = None, loras: Loras | None = None
+) -> list[Fact]:
+    """A checkpoint's shape, and the bytes of its weights at each precision it can be loaded with, of adapters beside
+    them too.
 
     `progress` sees the download where `source` is a Hub repo. Raises what `load` raises, before reading any weight.
     """
     import torch
 
     from glm4lite.checkpoint.load_plan import read_config, skeleton
+    from glm4lite.checkpoint.lora.folder import Loras
     from glm4lite.checkpoint.prepare import model_class, opened
     from glm4lite.checkpoint.quant_choice import stored_quant
     from glm4lite.loading.requirements import requirements_of
@@ -70,7 +75,8 @@ def model_facts(source: str, progress: Callable[[Progress], None] | None = None)
     model = skeleton(config, model_class(checkpoint))
     heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads"
     kv_bytes = bytes_per_token(config, "float", torch.bfloat16.itemsize)
-    weights = [requirements_of(checkpoint, quant) for quant in _ways(stored)]
+    loras = Loras() if loras is None else loras
+    weights = [requirements_of(checkpoint, quant, loras) for quant in _ways(stored)]
     named = _stored_as(checkpoint, stored) if stored else weights[-1].quant
     return [
         ("model", str(checkpoint.origin)),
@@ -78,8 +84,19 @@ def model_facts(source: str, progress: Callable[[Progress], None] | None = None)
         ("parameters", f"{_parameters(model):,}"),
         ("stored as", named),
         ("context", f"{config.context_length:,} tokens{_scaled(config)}, {kv_bytes:,} bytes of bfloat16 cache each"),
+        *_adapters(loras),
         *((f"weights, {needs.quant}", readable(needs.weight_bytes)) for needs in weights),
     ]
+
+
+def _adapters(loras: Loras) -> Iterator[Fact]:
+    always, choices = loras.opened()
+    for name, adapter in (*(("", one) for one in always), *choices.items()):
+        ranks = " and ".join(map(str, sorted({factors.rank for factors in adapter.file.factors})))
+        changes = f"rank {ranks}, {len(adapter.file.factors)} weights" if ranks else "no weights in low rank"
+        saved = f", {len(adapter.file.saved)} tensors saved whole" if adapter.file.saved else ""
+        scale = f", times {adapter.scale:g}" if adapter.scale != 1 else ""
+        yield f"adapter {name}".rstrip(), f"{adapter.name}: {changes}{saved}{scale}"
 
 
 def _scaled(config: Glm4Config) -> str:

@@ -173,7 +173,8 @@ class PretrainedConfig(BaseModel):
     def from_pretrained(
         cls, source: str | Path, *, return_unused_kwargs: bool = False, **changes: Any
     ) -> Self | tuple[Self, dict[str, Any]]:
-        """Reads config.json of a folder, "nano" or a Hub repo (its config.json alone is downloaded), or that very file.
+        """Reads config.json of a folder, "nano" or a Hub repo (its config.json alone is downloaded), or that very file;
+        of a GGUF file, and a repo of nothing else, what its metadata says.
 
         changes: values for keys of the config, as attributes are set, and what says which file of a repo is meant
         (`revision`, `subfolder`, `cache_dir`, `token`, `local_files_only`, `force_download`). Other keys come back with
@@ -182,6 +183,7 @@ class PretrainedConfig(BaseModel):
         Raises:
             ConfigError: naming the file and the key.
             HubError: there is no such folder or repo, or it cannot be reached.
+            CheckpointError: a GGUF file is damaged, or of another model.
         """
         file = _config_file(source, changes)
         values = read_json(file, ConfigError)
@@ -332,11 +334,15 @@ def _parsed(key: str, text: str, now: Any) -> Any:
 
 def _config_file(source: str | Path, changes: dict[str, Any]) -> Path:
     """Takes what names a file of the Hub out of `changes`."""
+    from glm4lite.gguf.companions import folder_with
+    from glm4lite.gguf.header import SUFFIX
     from glm4lite.hub.options import HubOptions
     from glm4lite.hub.sources import resolve_config
 
-    options = HubOptions.taken_from(changes)
-    return Path(source) if Path(source).is_file() else resolve_config(source, options)
+    options, given = HubOptions.taken_from(changes), Path(source)
+    if given.is_file() and given.suffix != SUFFIX:
+        return given
+    return folder_with(CONFIG, resolve_config(source, options)) / CONFIG
 
 
 def _one_line(error: ValidationError) -> str:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from glm4lite.base.direct_io import DirectFile
 from glm4lite.base.errors import CheckpointError
-from glm4lite.checkpoint.shard import StoredTensor, torch_dtype
+from glm4lite.base.stored_tensor import StoredTensor
+from glm4lite.checkpoint.shard import torch_dtype
 from glm4lite.model.cache import Caches, HomeCaches
 from glm4lite.model.layers import RESIDENT, DecoderLayer
 from glm4lite.runtime.disk_ring import Span, WeightRing, span_of

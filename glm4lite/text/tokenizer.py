@@ -19,6 +19,7 @@ import tokenizers
 from glm4lite.base.errors import TokenizerError, one_line, shown, unknown_name
 from glm4lite.base.files import TOKENIZER
 from glm4lite.base.whole_file import write_whole
+from glm4lite.gguf.companions import folder_with
 from glm4lite.hub.options import HubOptions
 from glm4lite.hub.sources import resolve
 from glm4lite.text.template import ChatTemplate, read_sources
@@ -56,7 +57,8 @@ class Tokenizer(Encoder):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **settings: Any) -> Self:
-        """The tokenizer of a folder, "nano", or a Hub repo, of which only the small files are downloaded.
+        """The tokenizer of a folder, "nano", a GGUF file, or a Hub repo, of which only the small files are downloaded
+        (of one that holds GGUF alone, that file).
 
         settings: huggingface_hub's revision, cache_dir, token, local_files_only, force_download and subfolder; and
         attributes that are set at once, such as pad_token, padding_side, model_max_length or chat_template. None is as
@@ -74,10 +76,7 @@ class Tokenizer(Encoder):
         own = {name: value for name, value in own.items() if name not in refusals.LOADING}
         rest = {name: value for name, value in given.items() if name not in own}
         refusals.check("from_pretrained", rest, refusals.LOADING, (*attributes, *vars(hub)))
-        folder = resolve(pretrained_model_name_or_path, options=hub, weights=False)
-        if folder.is_file():
-            how = "`glm4lite quantize` writes a folder of both"
-            raise TokenizerError(f"{folder} is a GGUF file, whose tokenizer is read with its model; {how}")
+        folder = folder_with(TOKENIZER, resolve(pretrained_model_name_or_path, options=hub, weights=False))
         tokenizer = cls.from_folder(folder)
         tokenizer._check_declared()
         tokenizer.name_or_path = str(pretrained_model_name_or_path)

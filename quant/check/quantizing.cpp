@@ -1,4 +1,4 @@
-// glm4_quantize: the same bytes from every ISA, codes next to their weights, and refusals that name the place.
+// glm4_quantize and glm4_fit: the same bytes from every ISA, codes next to their weights, and refusals that name the place.
 #include <float.h>
 #include <math.h>
 
@@ -115,10 +115,61 @@ void one_shape(const Shape& s, const Method& how, int isa, Random& random) {
   }
 }
 
+struct Grid {
+  Grid(int64_t n, int64_t k, int group, int type, int middle)
+      : codes(n * k), scale(n * (k / group)), zero(n * (k / group)),
+        c{codes.data(), scale.data(), zero.data(), k, group, type, middle} {}
+  bool same(const Grid& o) const { return codes.same(o.codes) && equal(scale, o.scale) && equal(zero, o.zero); }
+  Exact<uint8_t> codes;
+  Exact<float> scale, zero;
+  glm4_grid c;
+};
+
+void one_grid(int64_t n, int64_t k, int group, int type, int middle, bool by_importance, int isa, Random& random) {
+  describe("fitting %dx%d, groups of %d, scales of type %d, %s", static_cast<int>(n), static_cast<int>(k), group, type,
+           middle ? "zero is 8" : "any zero");
+  Exact<float> values(n * k), importance(k);
+  for (int64_t r = 0; r < n; ++r) {
+    const float size = r % 5 == 1 ? 0.0f : r % 5 == 2 ? 1e-40f : r % 5 == 3 && type == GLM4_BFLOAT16 ? 1e17f : 0.02f;
+    for (int64_t i = 0; i < k; ++i) values[r * k + i] = random.bell() * size;
+  }
+  for (int64_t i = 0; i < k; ++i) importance[i] = i % group ? random.real(0.0f, 1.0f) : 1.0f;
+  const glm4_matrix matrix{values.data(), n, k, GLM4_FLOAT32};
+  const float* counts = by_importance ? importance.data() : nullptr;
+  Grid plain(n, k, group, type, middle), own(n, k, group, type, middle);
+  int64_t place[2] = {-1, -1};
+  if (glm4_fit(&matrix, &plain.c, counts, GLM4_SCALAR, 1, place) != GLM4_OK) fail("refused");
+  if (glm4_fit(&matrix, &own.c, counts, isa, static_cast<int>(random.whole(1, 4)), place) != GLM4_OK) fail("refused");
+  if (!plain.same(own)) fail("other codes than scalar's");
+  for (int64_t r = 0; r < n; ++r)
+    for (int64_t first = 0; first < k; first += group) {
+      const int64_t at = r * (k / group) + first / group;
+      double least = 0.0, most = 0.0, error = 0.0;
+      for (int64_t i = first; i < first + group; ++i) {
+        const double v = values[r * k + i];
+        least = std::min(least, v), most = std::max(most, v);
+        error = std::max(error, fabs((own.codes[r * k + i] - own.zero[at]) * static_cast<double>(own.scale[at]) - v));
+      }
+      const double range = middle ? 2 * std::max(most, -least) : most - least;
+      if (!(error <= 0.5 * range + 1e-7)) fail("row %d is off by %g of %g", static_cast<int>(r), error, range);
+      if (own.zero[at] < 0 || own.zero[at] > 15) fail("row %d has no zero", static_cast<int>(r));
+    }
+  const int64_t row = random.whole(0, n - 1), column = random.whole(0, k - 1);
+  values[row * k + column] = NAN;
+  if (glm4_fit(&matrix, &own.c, counts, isa, 2, place) != GLM4_NOT_FINITE) fail("NaN was taken");
+  if (place[0] != row || place[1] != column) fail("NaN was named at another place");
+}
+
 }  // namespace
 
 void check_quantizing(int isa) {
   Random random(2);
+  for (int type : {GLM4_BFLOAT16, GLM4_FLOAT16})
+    for (int middle : {0, 1})
+      for (int group : {32, 64, 128}) {
+        one_grid(1, group, group, type, middle, false, isa, random);
+        one_grid(37, 3 * group, group, type, middle, true, isa, random);
+      }
   const Method methods[] = {{"minimum and maximum", 1, false, false},
                             {"search", 5, false, false},
                             {"calibrated", 5, true, false},

@@ -80,7 +80,7 @@ class Activations {
   }
   int64_t panels() const { return panels_; }
   int splits() const { return splits_; }
-  const float* row(int64_t r) const { return places_[r]; }  // within the chunk, once it is quantized
+  const float* const* rows_from(int64_t r) const { return places_ + r; }  // within the chunk, once it is quantized
   int64_t start(int64_t panel) const { return rows_ * panel / panels_; }  // first row of a panel, within the chunk
 
   glm4_panel panel(int64_t p) const {
@@ -147,22 +147,33 @@ class LowRank {
   // A few rows of one sink's factors with all rows of the chunk, so that they stay in the cache.
   void item(int64_t i, const Activations& x, int64_t k, const glm4_isa& isa) const {
     const int64_t s = i / blocks_, begin = i % blocks_ * kBlock;
-    for (int64_t r = 0; r < rows_; ++r) {
-      const glm4_lora* lora = of(sinks_[s], r);
-      if (!lora || begin >= lora->rank) continue;
+    each(sinks_[s], 0, rows_, [&](const glm4_lora* lora, int64_t r, int64_t rows) {
+      if (begin >= lora->rank) return;
       const int64_t count = std::min(kBlock, lora->rank - begin);
-      isa.rows->dots(lora->a + begin * k, count, k, x.row(r), low_ + (s * rows_ + r) * most_ + begin);
-    }
+      float* to = low_ + (s * rows_ + r) * most_ + begin;
+      isa.rows->dots(lora->a + begin * k, count, k, x.rows_from(r), rows, to, most_);
+    });
   }
 
-  // Adds to a tile's outputs of row r.
-  void add(const Sink& sink, int64_t tile, int64_t r, float* out, const glm4_isa& isa) const {
-    const glm4_lora* lora = of(sink, r);
-    if (lora) isa.rows->adapt(lora, sink.w->n, tile * GLM4_ROWS, low_ + ((&sink - sinks_) * rows_ + r) * most_, out);
+  // Adds to a tile's outputs of rows first..first + count - 1.
+  void add(const Sink& sink, int64_t tile, int64_t first, int64_t count, float* out, const glm4_isa& isa) const {
+    each(sink, first, first + count, [&](const glm4_lora* lora, int64_t r, int64_t rows) {
+      const float* low = low_ + ((&sink - sinks_) * rows_ + r) * most_;
+      isa.rows->adapt(lora, sink.w->n, tile * GLM4_ROWS, low, most_, rows, out + (r - first) * GLM4_ROWS);
+    });
   }
 
  private:
   static constexpr int64_t kBlock = 4;
+  // Rows next to each other that have the same adapter: work(adapter, the first of them, how many).
+  template <class Work>
+  void each(const Sink& sink, int64_t begin, int64_t end, const Work& work) const {
+    for (int64_t r = begin, next; r < end; r = next) {
+      const glm4_lora* lora = of(sink, r);
+      for (next = r + 1; next < end && of(sink, next) == lora;) ++next;
+      if (lora) work(lora, r, next - r);
+    }
+  }
   const glm4_lora* of(const Sink& sink, int64_t r) const { return sink.lora ? sink.lora[first_ + r] : nullptr; }
 
   const Sink* sinks_;
@@ -195,8 +206,8 @@ struct Product {
         for (int r = 0; r < GLM4_ROWS; ++r) to[r] -= min[GLM4_ROWS * c + r] * low.value[r];
       if (sink.bias)
         for (int r = 0; r < GLM4_ROWS; ++r) to[r] += bias.value[r];
-      if (sink.lora) factors.add(sink, tile, x.start(p0) + c, to, isa);
     }
+    if (sink.lora) factors.add(sink, tile, x.start(p0), width, out, isa);
   }
 
   static void add_splits(int64_t width, float* sums) {

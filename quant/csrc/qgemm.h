@@ -21,7 +21,7 @@
 #endif
 
 enum { GLM4_ROWS = 16, GLM4_COLS = 32 };
-enum { GLM4_FLOAT32 = 0, GLM4_BFLOAT16 = 1, GLM4_INT8 = 2 };
+enum { GLM4_FLOAT32 = 0, GLM4_BFLOAT16 = 1, GLM4_INT8 = 2, GLM4_FLOAT16 = 3 };
 enum { GLM4_SCALAR, GLM4_AVX2, GLM4_AVXVNNI, GLM4_AVX512VNNI, GLM4_NEON, GLM4_NEONI8MM, GLM4_ISAS };  // slowest first
 enum { GLM4_OK = 0, GLM4_NOT_FINITE = 1, GLM4_NO_MEMORY = 2 };
 // Tokens of keys that lie together, tokens of a cache's block, and tokens whose softmax is computed by itself: ranges are
@@ -42,6 +42,18 @@ struct glm4_matrix {  // rows of float32 or bfloat16, stride in elements
   void* data;
   int64_t rows, stride;
   int32_t dtype;
+};
+
+// Codes 0 to 15 of a matrix [n, k] on another engine's grid, w = (code - zero) * scale with a whole zero, of groups of
+// columns: codes [n][k], scale and zero [n][k / group]. `scale_type` is GLM4_BFLOAT16 or GLM4_FLOAT16, which hold every
+// scale.
+struct glm4_grid {
+  uint8_t* codes;
+  float* scale;
+  float* zero;
+  int64_t k;
+  int32_t group, scale_type;
+  int32_t middle;  // whether zero is always 8
 };
 
 // Keys and values of one sequence in one layer, in blocks of GLM4_BLOCK tokens that may lie anywhere: float32, or int8
@@ -120,6 +132,10 @@ GLM4_API int32_t glm4_decoder_layers(const glm4_layer* const* layers, int32_t co
 // found for these inputs; where they are null, the first `shares` of GLM4_SHARES are tried. 8 bits need neither.
 GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, const glm4_inputs* inputs,
                                int32_t shares, int32_t isa, int32_t threads, int64_t* place);
+// Fills `to` from source [n, k], with the least error as glm4_quantize counts it, or, where `importance` is null, the
+// least sum of squares. GLM4_NOT_FINITE as there.
+GLM4_API int32_t glm4_fit(const glm4_matrix* source, const glm4_grid* to, const float* importance, int32_t isa,
+                          int32_t threads, int64_t* place);
 // Sum of the 64-bit words of `bytes` (whole multiples of 512; a rest is left out), as fast as memory gives them.
 GLM4_API uint64_t glm4_read(const void* data, int64_t bytes, int32_t threads);
 
@@ -169,9 +185,13 @@ struct glm4_rows {
   void (*norm)(const float* x, const float* weight, float eps, int64_t k, float* out);
   void (*add)(float* x, const float* add, const float* weight, float eps, int64_t k);
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
-  void (*dots)(const float* a, int64_t count, int64_t k, const float* x, float* out);  // of `count` rows of a with x
-  // A tile's 16 outputs, the first of which is row `first` of n: with what an adapter adds; t [rank] is a x.
-  void (*adapt)(const glm4_lora* lora, int64_t n, int64_t first, const float* t, float* out);
+  // Of `count` rows of a with each of `rows` rows of x: out [rows][stride].
+  void (*dots)(const float* a, int64_t count, int64_t k, const float* const* x, int64_t rows, float* out,
+               int64_t stride);
+  // A tile's outputs [rows][16], the first of which is row `first` of n: with what an adapter adds; t [rows][stride] is
+  // a x.
+  void (*adapt)(const glm4_lora* lora, int64_t n, int64_t first, const float* t, int64_t stride, int64_t rows,
+                float* out);
   void (*attend)(const glm4_attention* a, float* scratch);
   void (*fold)(const glm4_sums* range, int64_t rows, int64_t head_dim, const glm4_sums* to);  // `to`: of those before it
 };
@@ -227,5 +247,16 @@ static const float GLM4_STARTS[][2] = {{1.0f, 1.0f},  {0.93f, 1.0f},  {1.0f, 0.9
                                        {1.0f, 0.86f}, {0.86f, 0.86f}, {0.86f, 0.93f}, {0.93f, 0.86f}, {0.75f, 0.75f},
                                        {0.75f, 1.0f}, {1.0f, 0.75f},  {0.6f, 0.6f},   {1.07f, 1.07f}};
 enum { GLM4_REFITS = 3 };
+
+// One tile on a grid: columns [k][16], zeros past the matrix' end; `rows` of them are written.
+typedef void (*glm4_tile_fitter)(const glm4_grid* to, int64_t tile, int64_t rows, const float* columns,
+                                 const float* importance);
+void glm4_fit_tile_scalar(const glm4_grid*, int64_t, int64_t, const float*, const float*);
+void glm4_fit_tile_avx2(const glm4_grid*, int64_t, int64_t, const float*, const float*);
+void glm4_fit_tile_avx512(const glm4_grid*, int64_t, int64_t, const float*, const float*);
+// Where it starts: shares of a group's range, of its largest magnitude where zero is 8; then what the best is times.
+static const float GLM4_RANGE_SHARES[] = {1.0f, 0.9f, 0.8f, 0.7f};
+static const float GLM4_TOP_SHARES[] = {1.0f, 0.94f, 0.88f, 0.82f, 0.76f, 1.08f};
+static const float GLM4_POLISH[] = {1.0f, 0.92f, 0.96f, 1.04f, 1.08f, 1.0f};
 
 #endif

@@ -122,6 +122,17 @@ glm4_tile_quantizer tile_quantizer_of(int32_t isa) {
   return glm4_quantize_tile_scalar;
 }
 
+glm4_tile_fitter tile_fitter_of(int32_t isa) {
+#if defined(GLM4LITE_HAVE_AVX512VNNI)
+  if (isa >= GLM4_AVX512VNNI) return glm4_fit_tile_avx512;
+#endif
+#if defined(GLM4LITE_HAVE_AVX2)
+  if (isa >= GLM4_AVX2) return glm4_fit_tile_avx2;
+#endif
+  (void)isa;
+  return glm4_fit_tile_scalar;
+}
+
 // One row of one tile: where its codes and bytes go.
 struct RowTarget {
   const glm4_weight& w;
@@ -294,5 +305,29 @@ GLM4_API int32_t glm4_quantize(const glm4_matrix* source, const glm4_weight* w, 
   if (bad.row() == w->n) return GLM4_OK;
   place[0] = bad.row();
   place[1] = load_row(*source, bad.row(), w->k, scratch.get());
+  return GLM4_NOT_FINITE;
+}
+
+GLM4_API int32_t glm4_fit(const glm4_matrix* source, const glm4_grid* to, const float* importance, int32_t isa,
+                          int32_t threads, int64_t* place) {
+  const int64_t n = source->rows, k = to->k, size = (1 + GLM4_ROWS) * k;
+  const glm4_tile_fitter fit = tile_fitter_of(isa);
+  std::unique_ptr<float[]> scratch(new (std::nothrow) float[static_cast<size_t>(threads * size)]);
+  if (!scratch) return GLM4_NO_MEMORY;
+  FirstBad bad(n);
+  auto tile = [&](int64_t i, int slot) {
+    float *row = scratch.get() + slot * size, *columns = row + k;  // [k][16]
+    const int64_t begin = i * GLM4_ROWS, rows = std::min<int64_t>(GLM4_ROWS, n - begin);
+    if (rows < GLM4_ROWS) std::fill_n(columns, GLM4_ROWS * k, 0.0f);
+    for (int64_t r = 0; r < rows; ++r) {
+      if (load_row(*source, begin + r, k, row) >= 0) return bad.note(begin + r);
+      for (int64_t c = 0; c < k; ++c) columns[c * GLM4_ROWS + r] = row[c];
+    }
+    fit(to, i, rows, columns, importance);
+  };
+  glm4::parallel_for(n * k < (1 << 16) ? 1 : threads, (n + GLM4_ROWS - 1) / GLM4_ROWS, tile);
+  if (bad.row() == n) return GLM4_OK;
+  place[0] = bad.row();
+  place[1] = load_row(*source, bad.row(), k, scratch.get());
   return GLM4_NOT_FINITE;
 }

@@ -77,3 +77,8 @@ void glm4_quantize_tile_avx2(const glm4_weight* w, int64_t tile, const float* co
                              float* scratch) {
   quantize_tile(*w, tile, columns, *inputs, scratch);
 }
+
+void glm4_fit_tile_avx2(const glm4_grid* to, int64_t tile, int64_t rows, const float* columns,
+                        const float* importance) {
+  fit_tile(*to, tile, rows, columns, importance);
+}

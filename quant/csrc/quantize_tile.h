@@ -97,7 +97,7 @@ struct Fit {
   Lanes step, low, error;
 };
 
-// columns: [size][16].
+// columns: [size][16]; importance null: all errors count alike.
 GLM4_INLINE void load_group(TileGroup& g, const float* columns, const float* importance) {
   Lanes top = all(0.0f), squares = all(0.0f);
   for (int i = 0; i < g.size; ++i) {
@@ -116,7 +116,8 @@ GLM4_INLINE void load_group(TileGroup& g, const float* columns, const float* imp
   Lanes rms = squares * all(1.0f / static_cast<float>(g.size));
   for (int r = 0; r < GLM4_ROWS; ++r) rms[r] = sqrtf(rms[r]);
   for (int i = 0; i < g.size; ++i) {
-    const Lanes x = g.x[i], v = (most(x, all(0.0f) - x) + rms) * all(importance[i]);
+    const Lanes x = g.x[i];
+    const Lanes v = importance ? (most(x, all(0.0f) - x) + rms) * all(importance[i]) : all(1.0f);
     g.v[i] = v;
     g.v_sum += v;
     g.vx_sum += v * x;
@@ -315,6 +316,106 @@ static void quantize_tile(const glm4_weight& w, int64_t tile, const float* colum
     if (inputs.rank == 0) continue;
     for (int64_t i = 0; i < size * GLM4_ROWS; i += GLM4_ROWS) store(x + i, load(source + i) - load(x + i));
     subtract_products(sums, inputs.rank, x, size, inputs.into + first * inputs.rank, inputs.rank);
+  }
+}
+
+// ---- the grids of other engines: a whole zero, and a scale of 16 bits ----
+
+GLM4_INLINE Words bits_of(Lanes v) {
+  Words out;
+  memcpy(&out, &v, sizeof(out));
+  return out;
+}
+GLM4_INLINE Lanes with_bits(Words v) {
+  Lanes out;
+  memcpy(&out, &v, sizeof(out));
+  return out;
+}
+
+// To nearest, ties to even, as the type holds it; float16 of what is beyond its range is not cut off.
+GLM4_INLINE Lanes held(Lanes v, int32_t type) {
+  const int dropped = type == GLM4_BFLOAT16 ? 16 : 13;
+  Words bits = bits_of(v);
+  for (int i = 0; i < kParts; ++i)
+    bits.part[i] = (bits.part[i] + ((1 << (dropped - 1)) - 1) + ((bits.part[i] >> dropped) & 1)) & -(1 << dropped);
+  if (type == GLM4_BFLOAT16) return with_bits(bits);
+  const Lanes half = all(0.75f);  // whose last bit is that of the smallest float16
+  const Lanes size = most(v, all(0.0f) - v);
+  return select(size < all(6.103515625e-05f), (v + half) - half, with_bits(bits));
+}
+
+GLM4_INLINE Lanes signed_inverse(Lanes v) {
+  return select(most(v, all(0.0f) - v) > all(GLM4_TINY), all(1.0f) / v, all(0.0f));
+}
+
+GLM4_INLINE Lanes whole_below(Lanes v) {
+  const Lanes near = rounded(v);
+  return select(near > v, near - all(1.0f), near);
+}
+
+struct WholeFit {
+  Lanes scale, zero, error;
+};
+
+// Rounds at (scale, zero), then takes the scale that fits these codes best, as it is held.
+GLM4_INLINE void try_scale(WholeFit& best, const TileGroup& g, Lanes scale, Lanes zero, int32_t type) {
+  const Lanes low = scale * zero, inv = signed_inverse(scale);
+  Lanes qx = all(0.0f), q2 = all(0.0f);
+  for (int i = 0; i < g.size; ++i) {
+    const Lanes q = code_of(g.x[i], low, inv, g.top) - zero, vq = g.v[i] * q;
+    qx += vq * g.x[i];
+    q2 += vq * q;
+  }
+  const Words some = q2 > all(0.0f);
+  const Lanes fitting = select(some, qx / select(some, q2, all(1.0f)), scale);
+  const Lanes s = held(fitting * g.unit, type) * inverse(g.unit);
+  const Lanes error = s * s * q2 - all(2.0f) * s * qx + g.vxx_sum;
+  const Words better = error < best.error;
+  best.scale = select(better, s, best.scale);
+  best.zero = select(better, zero, best.zero);
+  best.error = select(better, error, best.error);
+}
+
+GLM4_INLINE WholeFit search_whole(const TileGroup& g, const glm4_grid& to) {
+  const Lanes high = most(g.high, all(0.0f)), low = all(0.0f) - g.low;
+  WholeFit best{all(0.0f), all(0.0f), all(3e38f)};
+  if (to.middle) {  // what is largest takes the code that has no opposite
+    const Lanes top = select(high > low, all(0.0f) - high, low);
+    for (const float share : GLM4_TOP_SHARES) try_scale(best, g, top * all(share / 8.0f), all(8.0f), to.scale_type);
+  } else {
+    for (const float share : GLM4_RANGE_SHARES) {
+      const Lanes scale = (high + low) * all(share / 15.0f);
+      const Lanes below = whole_below(low * all(share) * signed_inverse(scale));
+      for (int more = 0; more < 2; ++more) {
+        const Lanes zero = least(most(below + all(static_cast<float>(more)), all(0.0f)), all(15.0f));
+        try_scale(best, g, scale, zero, to.scale_type);
+      }
+    }
+  }
+  for (const float factor : GLM4_POLISH) try_scale(best, g, best.scale * all(factor), best.zero, to.scale_type);
+  return best;
+}
+
+// columns: [k][16], zeros past the matrix' end; `rows` of them are written.
+static void fit_tile(const glm4_grid& to, int64_t tile, int64_t rows, const float* columns, const float* importance) {
+  const int64_t groups = to.k / to.group, n0 = tile * GLM4_ROWS;
+  TileGroup g;
+  g.size = to.group;
+  g.top = 15.0f;
+  for (int64_t j = 0; j < groups; ++j) {
+    load_group(g, columns + j * to.group * GLM4_ROWS, importance ? importance + j * to.group : nullptr);
+    WholeFit fit = search_whole(g, to);
+    Lanes scale = held(fit.scale * g.unit, to.scale_type);
+    const Lanes low = scale * fit.zero, inv = signed_inverse(scale);
+    for (int r = 0; r < rows; ++r) {
+      to.scale[(n0 + r) * groups + j] = scale[r];
+      to.zero[(n0 + r) * groups + j] = fit.zero[r];
+    }
+    for (int64_t column = j * to.group; column < (j + 1) * to.group; ++column) {
+      Lanes q = code_of(load(columns + column * GLM4_ROWS), low, inv, g.top);
+      uint8_t* out = to.codes + n0 * to.k + column;
+      for (int r = 0; r < rows; ++r) out[r * to.k] = static_cast<uint8_t>(static_cast<int32_t>(q[r]));
+    }
   }
 }
 

@@ -118,57 +118,99 @@ void swiglu_row(const float* gate, const float* up, int64_t n, float* out) {
 
 constexpr int64_t kFar = 256;  // floats ahead that are asked for: these streams are too short for the processor's own
 
+// Rows of x and of a whose sums stay in registers together, and rows of a tile's outputs.
+#if GLM4_LANES == 16
+constexpr int kDotRows = 2, kDotFactors = 4, kAdaptRows = 4;
+#elif defined(__aarch64__)
+constexpr int kDotRows = 2, kDotFactors = 4, kAdaptRows = 1;
+#else
+constexpr int kDotRows = 2, kDotFactors = 2, kAdaptRows = 1;
+#endif
+
 // Each sum is added in one order however many rows go together.
-template <int R>
-inline void dot_rows(const float* a, int64_t k, const float* x, float* out) {
-  Vec sums[R][2];
-  for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = all(0.0f);
+template <int X, int R>
+inline void dot_rows(const float* a, int64_t k, const float* const* x, float* out, int64_t stride) {
+  Vec sums[X][R][2];
+  for (int m = 0; m < X; ++m)
+    for (int r = 0; r < R; ++r) sums[m][r][0] = sums[m][r][1] = all(0.0f);
   for (int64_t i = 0; i < k; i += GLM4_COLS) {
-    for (int r = 0; r < R; ++r) {  // of its row, and of that R rows further on where it ends
+    for (int r = 0; X == 1 && r < R; ++r) {  // of its row, and of that R rows further on where it ends
       const float* ahead = a + (i + kFar < k ? r : R - 1 + r) * k + i + kFar;
       for (int line = 0; line < GLM4_COLS; line += 16) __builtin_prefetch(ahead + line);
     }
     for (int j = 0; j < GLM4_COLS / kLanes; ++j) {
-      const Vec v = load(x + i + kLanes * j);
-      for (int r = 0; r < R; ++r) sums[r][j % 2] += v * load(a + r * k + i + kLanes * j);
+      Vec v[X];
+      for (int m = 0; m < X; ++m) v[m] = load(x[m] + i + kLanes * j);
+      for (int r = 0; r < R; ++r) {
+        const Vec f = load(a + r * k + i + kLanes * j);
+        for (int m = 0; m < X; ++m) sums[m][r][j % 2] += v[m] * f;
+      }
     }
   }
-  for (int r = 0; r < R; ++r) out[r] = sum_of(sums[r][0] + sums[r][1]);
+  for (int m = 0; m < X; ++m)
+    for (int r = 0; r < R; ++r) out[m * stride + r] = sum_of(sums[m][r][0] + sums[m][r][1]);
 }
 
-void dots(const float* a, int64_t count, int64_t k, const float* x, float* out) {
+template <int X, int R>
+inline void dot_block(const float* a, int64_t count, int64_t k, const float* const* x, float* out, int64_t stride) {
   int64_t r = 0;
-  for (; r + 4 <= count; r += 4) dot_rows<4>(a + r * k, k, x, out + r);
-  for (; r < count; ++r) dot_rows<1>(a + r * k, k, x, out + r);
+  for (; r + R <= count; r += R) dot_rows<X, R>(a + r * k, k, x, out + r, stride);
+  for (; r < count; ++r) dot_rows<X, 1>(a + r * k, k, x, out + r, stride);
 }
 
-void adapt(const glm4_lora* lora, int64_t n, int64_t first, const float* t, float* out) {
+void dots(const float* a, int64_t count, int64_t k, const float* const* x, int64_t rows, float* out, int64_t stride) {
+  int64_t m = 0;
+  for (; m + kDotRows <= rows; m += kDotRows)
+    dot_block<kDotRows, kDotFactors>(a, count, k, x + m, out + m * stride, stride);
+  for (; m < rows; ++m) dot_block<1, 4>(a, count, k, x + m, out + m * stride, stride);
+}
+
+// Of M rows, of a tile that lies wholly within the weight.
+template <int M>
+inline void adapt_rows(const glm4_lora* lora, int64_t first, const float* t, int64_t stride, float* out) {
   constexpr int parts = GLM4_ROWS / kLanes;
   const float* b = lora->b + first * lora->rank;
-  for (int64_t r = 0; r < lora->rank; ++r) __builtin_prefetch(b + (lora->rank + r) * GLM4_ROWS);  // of the next tile
-  if (n - first < GLM4_ROWS) {
-    for (int64_t i = first; i < n; ++i) {
-      float sum = out[i - first] * (lora->gain ? lora->gain[i] : 1.0f);
-      for (int64_t r = 0; r < lora->rank; ++r) sum += t[r] * b[r * GLM4_ROWS + i - first];
-      out[i - first] = lora->bias ? sum + lora->bias[i] : sum;
+  Vec sums[M][4][parts];  // four, so that none waits for the one before
+  for (int m = 0; m < M; ++m)
+    for (int p = 0; p < parts; ++p) {
+      for (int i = 0; i < 4; ++i) sums[m][i][p] = all(0.0f);
+      sums[m][0][p] = load(out + m * GLM4_ROWS + kLanes * p);
+      if (lora->gain) sums[m][0][p] *= load(lora->gain + first + kLanes * p);
+      if (lora->bias) sums[m][1][p] = load(lora->bias + first + kLanes * p);
     }
-    return;
-  }
-  Vec sums[4][parts];  // four, so that none waits for the one before
-  for (int p = 0; p < parts; ++p) {
-    for (int i = 0; i < 4; ++i) sums[i][p] = all(0.0f);
-    sums[0][p] = load(out + kLanes * p);
-    if (lora->gain) sums[0][p] *= load(lora->gain + first + kLanes * p);
-    if (lora->bias) sums[1][p] = load(lora->bias + first + kLanes * p);
-  }
   int64_t r = 0;
   for (; r + 4 <= lora->rank; r += 4)
     for (int i = 0; i < 4; ++i)
-      for (int p = 0; p < parts; ++p) sums[i][p] += all(t[r + i]) * load(b + (r + i) * GLM4_ROWS + kLanes * p);
+      for (int p = 0; p < parts; ++p) {
+        const Vec f = load(b + (r + i) * GLM4_ROWS + kLanes * p);
+        for (int m = 0; m < M; ++m) sums[m][i][p] += all(t[m * stride + r + i]) * f;
+      }
   for (; r < lora->rank; ++r)
-    for (int p = 0; p < parts; ++p) sums[0][p] += all(t[r]) * load(b + r * GLM4_ROWS + kLanes * p);
-  for (int p = 0; p < parts; ++p)
-    store(out + kLanes * p, (sums[0][p] + sums[1][p]) + (sums[2][p] + sums[3][p]));
+    for (int p = 0; p < parts; ++p) {
+      const Vec f = load(b + r * GLM4_ROWS + kLanes * p);
+      for (int m = 0; m < M; ++m) sums[m][0][p] += all(t[m * stride + r]) * f;
+    }
+  for (int m = 0; m < M; ++m)
+    for (int p = 0; p < parts; ++p)
+      store(out + m * GLM4_ROWS + kLanes * p, (sums[m][0][p] + sums[m][1][p]) + (sums[m][2][p] + sums[m][3][p]));
+}
+
+void adapt(const glm4_lora* lora, int64_t n, int64_t first, const float* t, int64_t stride, int64_t rows, float* out) {
+  const float* b = lora->b + first * lora->rank;
+  for (int64_t r = 0; r < lora->rank; ++r) __builtin_prefetch(b + (lora->rank + r) * GLM4_ROWS);  // of the next tile
+  int64_t m = 0;
+  if (n - first < GLM4_ROWS) {
+    for (; m < rows; ++m, t += stride, out += GLM4_ROWS)
+      for (int64_t i = first; i < n; ++i) {
+        float sum = out[i - first] * (lora->gain ? lora->gain[i] : 1.0f);
+        for (int64_t r = 0; r < lora->rank; ++r) sum += t[r] * b[r * GLM4_ROWS + i - first];
+        out[i - first] = lora->bias ? sum + lora->bias[i] : sum;
+      }
+    return;
+  }
+  for (; m + kAdaptRows <= rows; m += kAdaptRows)
+    adapt_rows<kAdaptRows>(lora, first, t + m * stride, stride, out + m * GLM4_ROWS);
+  for (; m < rows; ++m) adapt_rows<1>(lora, first, t + m * stride, stride, out + m * GLM4_ROWS);
 }
 
 // ---- attention ----

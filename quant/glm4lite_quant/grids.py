@@ -4,15 +4,15 @@
     codes = fit(rows, grid, 128, importance)     # rows of a weight -> Codes
 
 What counts is what counts for int4 (`kernels/calibrated.py`): the sum of `importance * (|w| + rms) * (w - w')^2`. Where
-a minimum is free the search for int4 says where to begin, elsewhere shares of a group's range do; what they round to is
-fitted by weighted least squares, the scale is rounded to its type, and the codes are rounded for that scale.
+zero is a whole number `kernels/whole_zero.py` searches, or the native kernels, which find the same. Where a minimum is
+free the search for int4 says where to begin: what it rounds to is fitted by weighted least squares, scale and minimum
+are rounded to their type, and the codes are rounded for these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,14 +20,10 @@ from torch import Tensor
 from glm4lite_quant.config import GROUP_SIZES, SEARCH, QuantConfig, QuantError
 from glm4lite_quant.format import Codes, not_finite
 from glm4lite_quant.inputs import Inputs
+from glm4lite_quant.kernels import native, whole_zero
 from glm4lite_quant.kernels.reference import HUGE, unpack
 from glm4lite_quant.tensor import QuantTensor
 
-# Shares of a group's range, and of its largest magnitude, to begin with; on a real model's weights twice as many, each
-# fitted twice, leave 0.5 % less error (of the root mean square).
-SHARES = (1.0, 0.9, 0.8, 0.7)
-MIDDLE_SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 1.08)
-POLISH = (0.95, 1.0, 1.05)
 HELD = 1 / 64  # of a step: how far a zero point may be from a whole number, or a code's value move, to be the same
 _AT_ONCE = 1 << 18  # float32 elements: what the dozens of passes over them find in the cache
 
@@ -77,14 +73,16 @@ def fit(rows: Tensor, grid: Grid, group: int, importance: Tensor | None = None, 
     """
     if rows.dim() != 2 or group not in GROUP_SIZES or rows.shape[1] % group:
         raise QuantError(f"a weight of shape {list(rows.shape)} cannot be quantized in groups of {group} columns")
+    shares = None if importance is None else Inputs(importance).normalized(rows.shape[1], group).mean_square
+    if grid.kind in ("middle", "zero point"):
+        return _with_zero(rows, grid, group, shares, first_row)
     _check_finite(rows, first_row)
     if grid.kind == "bytes":
         return _bytes(rows.float(), grid, group)
-    start = _start(rows, group, importance) if grid.kind == "minimum" else None
-    shares = None if importance is None else Inputs(importance).normalized(rows.shape[1], group).mean_square
+    start = _start(rows, group, importance)
     step = max(1, _AT_ONCE // rows.shape[1])
     parts = [
-        _fitted(rows[at : at + step].float(), grid, group, shares, None if start is None else start[at : at + step])
+        _with_minimum(rows[at : at + step].float(), grid, group, shares, start[at : at + step])
         for at in range(0, len(rows), step)
     ]
     values, scale, low = (torch.cat([getattr(part, plane) for part in parts]) for plane in ("values", "step", "low"))
@@ -174,75 +172,43 @@ class _Groups:
         off = self.codes(scale, low).mul_(scale).sub_(low).sub_(self.x)
         return off.square_().mul_(self.v).sum(0)
 
-    def scale_for(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """The scale that fits best what (scale, zero) rounds to."""
-        codes = self.codes(scale, scale * zero).sub_(zero)
-        weighted = codes * self.v
-        fits, squares = (weighted * self.x).sum(0), weighted.mul_(codes).sum(0)
-        return torch.where(squares > 0, fits / torch.where(squares > 0, squares, 1.0), scale)
+
+def _with_zero(rows: Tensor, grid: Grid, group: int, importance: Tensor | None, first_row: int) -> Codes:
+    """By the native search, else by torch's, which finds the same."""
+    middle = grid.kind == "middle"
+    found = native.fit(rows, group, grid.dtype, middle, importance, first_row)
+    if found is None:
+        _check_finite(rows, first_row)
+        step = max(1, _AT_ONCE // rows.shape[1])
+        parts = [
+            whole_zero.fit(rows[at : at + step].float(), group, grid.dtype, middle, importance)
+            for at in range(0, len(rows), step)
+        ]
+        found = _joined(parts)
+    codes, scale, zero = found
+    scale = grid.rounded(scale)
+    return Codes(codes, scale, scale * zero, 16)
 
 
-class _Fit(NamedTuple):
-    """All [R, G]."""
-
-    scale: Tensor
-    zero: Tensor
-    error: Tensor
-
-    def or_better(self, other: _Fit) -> _Fit:
-        better = other.error < self.error
-        return _Fit(*(torch.where(better, new, old) for new, old in zip(other, self, strict=True)))
+def _joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scale, zero = zip(*parts, strict=True)
+    return torch.cat(codes), torch.cat(scale), torch.cat(zero)
 
 
-def _fitted(rows: Tensor, grid: Grid, group: int, importance: Tensor | None, start: Codes | None) -> Codes:
+def _with_minimum(rows: Tensor, grid: Grid, group: int, importance: Tensor | None, start: Codes) -> Codes:
+    """Scale and minimum: the start's, or what fits its codes best."""
     x = rows.unflatten(1, (-1, group)).permute(2, 0, 1).contiguous()
     if importance is None:
         v = torch.ones_like(x)
     else:
         v = x.abs().add_(x.square().mean(0).sqrt()).mul_(importance.view(-1, group).T[:, None])
     groups = _Groups(x, v)
-    if start is not None:
-        scale, low = _with_minimum(groups, grid, start)
-    else:
-        scale, low = _with_zero(groups, grid)
-    return Codes(groups.codes(scale, low).to(torch.uint8).permute(1, 2, 0).flatten(1), scale, low, 16)
-
-
-def _with_minimum(groups: _Groups, grid: Grid, start: Codes) -> tuple[Tensor, Tensor]:
-    """Scale and minimum: the start's, or what fits its codes best."""
     first = grid.rounded(start.step), -grid.rounded(-start.low)
     scale, low = _line(groups, *first)
     second = grid.rounded(scale), -grid.rounded(-low)
     better = groups.error(*second) < groups.error(*first)
-    return torch.where(better, second[0], first[0]), torch.where(better, second[1], first[1])
-
-
-def _with_zero(groups: _Groups, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scale and `scale * zero point`: of several starts, each fitted to its codes, the best, fitted once more."""
-
-    def fitted(scale: Tensor, zero: Tensor) -> _Fit:
-        scale = grid.rounded(groups.scale_for(scale, zero))
-        return _Fit(scale, zero, groups.error(scale, scale * zero))
-
-    starts = _starts(groups, grid)
-    best = fitted(*next(starts))
-    for scale, zero in starts:
-        best = best.or_better(fitted(scale, zero))
-    for factor in POLISH:
-        best = best.or_better(fitted(best.scale * factor, best.zero))
-    return best.scale, best.scale * best.zero
-
-
-def _starts(groups: _Groups, grid: Grid) -> Iterator[tuple[Tensor, Tensor]]:
-    high, low = groups.x.amax(0).clamp_(min=0), groups.x.amin(0).clamp_(max=0).neg_()
-    if grid.kind == "middle":  # what is largest takes the code that has no opposite
-        largest, zero = torch.where(high > low, -high, low), torch.full_like(high, 8.0)
-        yield from ((largest * (share / 8), zero) for share in MIDDLE_SHARES)
-        return
-    for share in SHARES:
-        scale = (high + low) * (share / 15)
-        zero = (low * share * _inverse(scale)).floor_()
-        yield from ((scale, (zero + more).clamp_(0, 15)) for more in (0, 1))
+    scale, low = torch.where(better, second[0], first[0]), torch.where(better, second[1], first[1])
+    return Codes(groups.codes(scale, low).to(torch.uint8).permute(1, 2, 0).flatten(1), scale, low, 16)
 
 
 def _line(groups: _Groups, scale: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Any, Self
+
+from tests.glm4lite.loopback import Loopback, QuietHandler
 
 
 @dataclass
@@ -34,7 +33,7 @@ Fault = Callable[[Answer], None]
 
 
 @dataclass
-class FileServer:
+class FileServer(Loopback):
     """`with FileServer({"/a": data}) as server: ... server.url, server.sent`."""
 
     files: dict[str, bytes]
@@ -56,13 +55,7 @@ class FileServer:
             server_files = files
 
         self._lock, self.count = threading.Lock(), 0
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        super().__init__(Handler)
 
     @property
     def bytes_sent(self) -> int:
@@ -73,24 +66,9 @@ class FileServer:
             self.count += 1
             return self.count
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     server_files: FileServer
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Quiet."""
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
 
     def do_GET(self) -> None:
         files = self.server_files

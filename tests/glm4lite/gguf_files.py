@@ -6,6 +6,7 @@ write_gguf(tmp_path / "tiny.gguf", "Q4_0")
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,19 @@ def random_blocks(kind: str, shape: tuple[int, int], seed: int = 0) -> np.ndarra
     return blocks.reshape(shape[0], -1)
 
 
-def write_gguf(path: Path, kind: str, split: int = 0, **changes: Any) -> dict[str, torch.Tensor]:
+def write_gguf(
+    path: Path, kind: str, split: int = 0, own: Mapping[str, str] = {}, **changes: Any
+) -> dict[str, torch.Tensor]:
     """Writes a file whose matrices have the type `kind`; returns what its tensors decode to, by GLM-4's names.
 
-    changes: metadata, None leaves a key out; `architecture` too. split: tensors of each of several files.
+    own: further metadata. changes: metadata, None leaves a key out; `architecture` too. split: tensors of each of
+    several files.
     """
     architecture = changes.pop("architecture", "glm4")
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
     _add_metadata(writer, changes)
+    for key, value in own.items():
+        writer.add_string(key, value)
     decoded, joined = dict[str, torch.Tensor](), dict[str, list[np.ndarray[Any, Any]]]()
     config = CONFIG if architecture == "glm4" else CONFIG | {"model_type": "glm"}
     number = gguf.GGMLQuantizationType[kind]

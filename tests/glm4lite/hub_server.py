@@ -6,14 +6,13 @@ Large files are of Git LFS: their ETag is a sha256, that of others git's id. Wha
 import hashlib
 import json
 import re
-import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
+
+from tests.glm4lite.loopback import Loopback, QuietHandler
 
 
 @dataclass
@@ -82,7 +81,7 @@ def git_id(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
-class HubServer:
+class HubServer(Loopback):
     """`with HubServer({"org/name": Repo(...)}) as hub: ... hub.url, hub.requests`."""
 
     def __init__(self, repos: dict[str, Repo]) -> None:
@@ -95,41 +94,18 @@ class HubServer:
         class Handler(_Handler):
             server_hub = hub
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        super().__init__(Handler)
 
     @property
     def fetched(self) -> set[str]:
         """Names of the files whose content was sent."""
         return {path.rpartition("/")[2] for method, path in self.requests if method == "GET" and "/resolve/" in path}
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     server_hub: HubServer
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Quiet."""
-
-    def do_HEAD(self) -> None:
-        self._answer()
 
     def do_GET(self) -> None:
-        self._answer()
-
-    def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server_hub.requests.append((self.command, path))
         self.server_hub.authorizations.append((path, self.headers.get("Authorization")))

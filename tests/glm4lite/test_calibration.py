@@ -12,7 +12,7 @@ from torch import Tensor
 from glm4lite.base.errors import CheckpointError, ConfigError
 from glm4lite.base.events import Progress
 from glm4lite.checkpoint import calibration, calibration_text
-from glm4lite.checkpoint.calibration import Calibrator
+from glm4lite.checkpoint.calibration import Calibrator, layer_bytes
 from glm4lite.checkpoint.calibration_text import BUNDLED, calibration_ids
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.load_plan import make_load_plan, read_config, skeleton
@@ -86,6 +86,23 @@ def test_inputs_are_what_enters_each_layer(tmp_path: Path, changes: dict[str, An
             assert float((inputs - exact).norm()) < 0.02 * float(exact.norm())  # bfloat16's rounding
             seen += 1
     assert seen == 2 * (3 if "intermediate_size" in changes else 4)
+
+
+def test_a_layer_of_float32_is_held_in_half_and_quantized_from_its_own_values(tmp_path: Path) -> None:
+    tensors = tiny_tensors(tiny_config(), dtype=torch.float32)
+    folder, rounded = write_checkpoint(tmp_path / "c", tensors=tensors), write_checkpoint(tmp_path / "r")
+    (own, plan), (other, _) = calibrator(folder), calibrator(rounded)
+    assert layer_bytes(Checkpoint.open(folder), plan) == layer_bytes(Checkpoint.open(rounded), plan)
+    model = load(folder, quant="int4")
+    for fill in (fill for fill in plan.fills if fill.quant is not None and fill.quant.bits == 4):
+        weight, importance = own.take(fill)
+        assert weight is None
+        assert importance is not None
+        torch.testing.assert_close(importance, other.take(fill)[1], rtol=0.05, atol=1e-3)
+        n, k = fill.shape
+        made = QuantTensor.empty(n, k, fill.quant)
+        made.quantize_rows(0, tensors[fill.source], importance)
+        assert torch.equal(made.qweight, model.state_dict()[f"{fill.module}.qweight"])
 
 
 def test_an_older_checkpoint_and_its_new_form_give_the_same_codes(tmp_path: Path) -> None:

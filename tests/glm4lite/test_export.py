@@ -263,10 +263,21 @@ def test_symmetric_codes_of_gptq_stay_in_q4_0(tmp_path: Path, caplog: pytest.Log
     assert lost(values(file), values(plain), "mlp") == 0
 
 
-def test_a_tokenizer_that_gguf_has_no_name_for_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tokenizer_that_gguf_has_no_name_for_is_said_and_comes_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
         file = export_checkpoint("nano", tmp_path / "nano.gguf", "gguf", kind="bf16")
-    assert "cuts texts in a way that GGUF has no name for" in caplog.text
+    assert "llama.cpp and other engines will give most texts other ids" in caplog.text
+    assert "glm4lite alone finds its own way in the file" in caplog.text
+    own, back = Tokenizer.from_pretrained("nano"), Tokenizer.from_pretrained(file)
+    texts = (
+        "What is 37 * 24?",
+        '{"city": "Oslo", "days": 3}',
+        "今天天气很好。",
+        "def f(x):\n    return x  # the rest\r\n",
+    )
+    assert [own.ids(text) for text in texts] == [back.ids(text) for text in texts]
     fields = gguf.GGUFReader(file).fields
     named = {fields[f"tokenizer.ggml.{end}_token_id"].contents() for end in ("eos", "eot", "eom")}
     assert named == set(json.loads((nano_folder() / "config.json").read_text())["eos_token_id"])

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.formats.registry import open_source
-from glm4lite.checkpoint.gguf.companions import companions_folder
-from glm4lite.checkpoint.gguf.header import read_headers
-from glm4lite.checkpoint.gguf.model import model_config, renamed
 from glm4lite.checkpoint.prepare import prepare
+from glm4lite.gguf.companions import companions_folder
+from glm4lite.gguf.header import read_headers
+from glm4lite.gguf.model import model_config, renamed
 from glm4lite.model.causal_lm import CausalLM
 from glm4lite_quant import QuantConfig
 from glm4lite_quant.config import KEPT

@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from glm4lite.base.errors import CheckpointError, TokenizerError
+from glm4lite import Glm4Config
+from glm4lite.base.errors import CheckpointError
 from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.formats.gguf_blocks import AFFINE, decoder
 from glm4lite.checkpoint.formats.registry import open_source
-from glm4lite.checkpoint.gguf.blocks import AFFINE, decoder
-from glm4lite.checkpoint.gguf.header import BLOCKS, PLAIN
 from glm4lite.checkpoint.prepare import prepare
 from glm4lite.checkpoint.quantize import quantize_checkpoint
 from glm4lite.engine.engine import Engine
+from glm4lite.gguf.companions import MOST_SPLIT, OWN_SPLIT
+from glm4lite.gguf.header import BLOCKS, PLAIN
 from glm4lite.measure.info import model_facts
 from glm4lite.model.causal_lm import CausalLM
 from glm4lite.pretrained.load import load
@@ -144,6 +146,36 @@ def test_tokenizer_and_template_are_the_files(tmp_path: Path) -> None:
     assert own.stop_ids == wanted.stop_ids
 
 
+def test_tokenizer_and_config_are_read_of_the_file_alone(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    file = tmp_path / "models" / "tiny.gguf"
+    write_gguf(file, "Q8_0", split=6)
+    file = next(file.parent.iterdir())
+    opened = open_source(file)
+    for source in (file, str(file), file.parent):
+        tokenizer, config = Tokenizer.from_pretrained(source, padding_side="right"), Glm4Config.from_pretrained(source)
+        assert tokenizer.ids("The answer is 888") == Tokenizer.from_folder(opened.folder).ids("The answer is 888")
+        assert (tokenizer.chat_template, tokenizer.padding_side) == (TEMPLATE, "right")
+        assert config.to_dict() == Glm4Config.from_pretrained(opened.folder).to_dict()
+    assert Glm4Config.from_pretrained(file, num_hidden_layers=7).num_hidden_layers == 7
+    write_tokenizer(file.parent)  # what lies there as a file of its own is taken
+    assert Tokenizer.from_pretrained(file.parent).get_vocab() == tokenizer.get_vocab()
+    file.write_bytes(b"GGUF")
+    for read in (Tokenizer.from_pretrained, Glm4Config.from_pretrained):
+        with pytest.raises(CheckpointError, match="is no GGUF file"):
+            read(file)
+
+
+def test_a_pattern_of_our_own_is_read_or_refused(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, "Q8_0", own={OWN_SPLIT: r"\d|[a-z]+|\s|."})
+    tokenizer = Tokenizer.from_pretrained(file)
+    assert [tokenizer.text([number]) for number in tokenizer.ids("a1234")][1:] == list("1234")
+    for bad in ("(", "a" * (MOST_SPLIT + 1)):
+        write_gguf(file, "Q8_0", own={OWN_SPLIT: bad})
+        refused(file, "tiny.gguf: glm4lite.tokenizer.split is .*, which is no pattern; export it again")
+
+
 def test_a_template_without_tools_is_replaced_by_ours(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_gguf(tmp_path / "tiny.gguf", "Q8_0", template="{% for m in messages %}{{ m.content }}{% endfor %}")
     template = Tokenizer.from_folder(open_source(tmp_path / "tiny.gguf").folder).chat_template
@@ -168,8 +200,6 @@ def test_a_file_is_quantized_into_a_folder_and_described(tmp_path: Path) -> None
     facts = dict(model_facts(str(tmp_path / "tiny.gguf")))
     assert facts["stored as"] == "gguf, 8 Q4_0"
     assert facts["model"] == str(tmp_path / "tiny.gguf")
-    with pytest.raises(TokenizerError, match=r"tiny.gguf is a GGUF file, whose tokenizer is read with its model"):
-        Tokenizer.from_pretrained(tmp_path / "tiny.gguf")
 
 
 # --- what is refused

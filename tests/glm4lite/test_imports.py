@@ -101,6 +101,10 @@ AGAIN = {
     ),
     "fp8, in blocks": Layout(packed.fp8, FP8 | {"weight_block_size": [32, 32]}, shared_rows=32),
     "fp8, a scale for all": Layout(partial(packed.fp8, block=False), FP8, group=None, shared_rows=1000),
+    "auto-round, 8 bits": Layout(
+        packed.gptq_v2, AUTO_ROUND | {"bits": 8, "packing_format": "auto_round"}, bits=8, symmetric=False
+    ),
+    "hqq, 8 bits": Layout(packed.hqq, hqq(8), bits=8, symmetric=False),
     "mlx, 5 bits": Layout(packed.mlx, MLX | {"bits": 5}, bits=5, key="quantization", symmetric=False),
     "mlx, 6 bits": Layout(packed.mlx, MLX | {"bits": 6}, bits=6, key="quantization", symmetric=False),
     "mlx, 8 bits": Layout(packed.mlx, MLX | {"bits": 8}, bits=8, key="quantization", symmetric=False),

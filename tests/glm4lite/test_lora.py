@@ -20,6 +20,7 @@ from transformers import Glm4ForCausalLM as Reference
 
 from glm4lite import load
 from glm4lite.base.errors import CheckpointError, ConfigError, Glm4liteError, SamplingError
+from glm4lite.base.sizes import readable
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.codec_choice import Aim
 from glm4lite.checkpoint.lora.factors import values
@@ -29,13 +30,18 @@ from glm4lite.engine.engine import Engine
 from glm4lite.engine.sampling import SamplingParams
 from glm4lite.loading.load_options import LoadOptions
 from glm4lite.loading.loader import load_class
+from glm4lite.loading.plan_report import plan
+from glm4lite.loading.requirements import requirements_of
+from glm4lite.measure.info import model_facts
 from glm4lite.model.layers import layer_of
+from glm4lite.model.lora import LowRank
 from glm4lite.model.step import Span
 from glm4lite.pretrained.models import Glm4ForCausalLM
 from glm4lite.runtime.disk_offload import offload_to_disk
 from glm4lite.server import ModelNames
 from glm4lite_quant.format import NAMES
 from glm4lite_quant.kernels import native
+from tests.commands import run
 from tests.glm4lite.checkpoints import tiny_config, tiny_tensors, write_checkpoint
 from tests.glm4lite.packed import Layout, gptq, write_packed
 from tests.glm4lite.served import served
@@ -290,6 +296,31 @@ def test_codes_of_another_tool_stay_and_the_adapter_is_beside_them(
     torch.testing.assert_close(by_us(packed, adapter, quant="none"), expected, atol=0.1, rtol=0.02)
     folder = quantize_checkpoint(packed, tmp_path / "again", "int8", lora=adapter)
     assert (by_us(folder) - expected).norm() < 0.1 * expected.norm()
+
+
+def test_plan_and_info_count_what_lies_beside_the_weights(
+    base: Path, quantized: Path, adapters: Callable[..., Path]
+) -> None:
+    adapter = adapters("plain")
+    model = load(quantized, device="cpu", lora=adapter)
+    beside = sum(one.nbytes for one in model.modules() if isinstance(one, LowRank))
+    for always, choices in (((adapter,), ()), ((), (f"sql={adapter}",))):
+        loras = Loras.of(always, choices)
+        with_it, without = plan(quantized, loras=loras), plan(quantized)
+        assert with_it.needs.weight_bytes - without.needs.weight_bytes == beside > 0
+        assert with_it.model == f"{quantized} + {adapter if always else f'sql={adapter}'}"
+        facts = dict(model_facts(str(quantized), loras=loras))
+        assert facts["weights, int8"] == readable(with_it.needs.weight_bytes)
+        assert facts["adapter" if always else "adapter sql"] == f"{adapter}: rank 4, 12 weights"
+    merged = requirements_of(Checkpoint.open(base), "int4", Loras.of(adapter))
+    assert merged.weight_bytes == requirements_of(Checkpoint.open(base), "int4").weight_bytes
+    done = run("plan", str(quantized), "--lora", f"{adapter}=0.5", "--json")
+    assert json.loads(done.stdout)["weight_bytes"] == with_it.needs.weight_bytes
+    done = run("info", str(quantized), "--lora", f"{adapter}=0.5")
+    assert f"{adapter}: rank 4, 12 weights, times 0.5" in done.stdout
+    assert (
+        run("info", "--lora", str(adapter)).stderr == "error: adapters are described with their model; give that too\n"
+    )
 
 
 def test_layers_on_disk_have_their_adapters_in_memory(

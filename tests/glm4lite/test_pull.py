@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import constants
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
+from glm4lite import Glm4Config, Tokenizer, load
 from glm4lite.base.errors import CheckpointError, Glm4liteError, HubError
 from glm4lite.base.events import Progress
 from glm4lite.checkpoint.codec_choice import Aim
@@ -35,6 +38,7 @@ from tests.glm4lite.test_hub import variables
 from tests.glm4lite.test_imports import AGAIN, LAYOUTS
 
 LAYERS = 6
+IDS = torch.tensor([[5, 9, 133, 7, 81, 300]])
 
 
 @pytest.fixture(scope="module")
@@ -517,6 +521,90 @@ def test_one_of_a_repos_gguf_models_is_chosen_listed_run_and_removed(
     assert len(list((tmp_path / "data" / "glm4lite" / "gguf").iterdir())) == 2  # the removed file's are gone
 
 
+def test_tokenizer_and_config_of_a_repo_of_gguf_alone(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    write_gguf(tmp_path / "a.gguf", "Q8_0")
+    data, config = (tmp_path / "a.gguf").read_bytes(), Glm4Config.from_pretrained(tmp_path / "a.gguf").to_dict()
+    repos = {"org/one": Repo({"a.gguf": data}), "org/two": Repo({"a-Q8_0.gguf": data, "a-Q4_0.gguf": data})}
+    with HubServer(repos) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        for name in ("org/one", "org/two:Q4_0"):
+            for _ in range(2):
+                assert Glm4Config.from_pretrained(name).to_dict() == config
+                assert Tokenizer.from_pretrained(name).ids("Hi") == Tokenizer.from_pretrained(tmp_path / "a.gguf").ids(
+                    "Hi"
+                )
+        assert sum(path.endswith(".gguf") for method, path in hub.requests if method == "GET") == 2  # each once
+        for read in (Tokenizer.from_pretrained, Glm4Config.from_pretrained):
+            with pytest.raises(HubError, match=r"org/two holds these GGUF models: .*; give one, as in org/two:Q"):
+                read("org/two")
+    assert Tokenizer.from_pretrained("org/one", local_files_only=True).ids("Hi")
+
+
+# --- adapters
+
+
+def adapter_files(scale: float = 1.0) -> dict[str, bytes]:
+    """What PEFT writes of an adapter for `tiny`."""
+    made = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer in range(LAYERS):
+        name = f"base_model.model.model.layers.{layer}.mlp.down_proj"
+        tensors[f"{name}.lora_A.weight"] = torch.randn(4, 96, generator=made)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(64, 4, generator=made) * scale
+    values = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "base_model_name_or_path": "org/tiny"}
+    return {"adapter_config.json": json.dumps(values).encode(), "adapter_model.safetensors": save(tensors)}
+
+
+def test_a_repo_of_an_adapter_is_merged_while_its_model_arrives(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    files = adapter_files() | {"README.md": b"x", "optimizer.pt": b"pickle", "adapter_model.bin": b"pickle"}
+    hub.repos["org/sql"] = Repo(files)
+    folder = tmp_path / "sql"
+    folder.mkdir()
+    for name, data in adapter_files().items():
+        (folder / name).write_bytes(data)
+    out = quantize_checkpoint("org/tiny", tmp_path / "out", lora="org/sql=0.5")
+    assert content(out) == content(quantize_checkpoint(tiny, tmp_path / "local", lora=f"{folder}=0.5"))
+    assert not hub.fetched & {"README.md", "optimizer.pt", "adapter_model.bin"}
+    hub.requests.clear()
+    beside = load(out, lora="org/sql")  # a second time, over stored weights, of the cache
+    assert not [path for _, path in hub.requests if path.endswith("adapter_model.safetensors")]
+    assert not torch.equal(beside(IDS).logits, load(out)(IDS).logits)
+    assert torch.equal(beside(IDS).logits, load(out, lora=folder)(IDS).logits)
+
+
+def test_an_adapters_repo_that_cannot_be_used_is_one_line(
+    hub: HubServer, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = adapter_files()
+    hub.repos |= {
+        "org/sql": Repo(whole),
+        "org/pickled": Repo({"adapter_config.json": b"{}", "adapter_model.bin": b"pickle"}),
+        "org/gated": Repo(whole, token="hf_secret"),
+        "org/cut": Repo(whole | {"adapter_model.safetensors": whole["adapter_model.safetensors"][:-9]}),
+        "org/broken": Repo(whole, sent={"adapter_model.safetensors": [b"x" * 9] * 9}),
+    }
+    cases = {
+        "org/nothing": "org/nothing",
+        "org/tiny": "org/tiny holds no adapter in safetensors; choose a repo with adapter_config.json",
+        "org/pickled": "org/pickled holds pickle weights alone",
+        "org/gated": "org/gated",
+        "org/cut": "adapter_model.safetensors",
+        "org/broken": "adapter_model.safetensors",
+        "org/sql=fast": "has no scale behind its last =",
+        "/nowhere/at/all": "neither a folder nor a Hub repo id; give the folder of an adapter",
+    }
+    for name, said in cases.items():
+        with pytest.raises(Glm4liteError, match=re.escape(said)) as caught:
+            load(tiny, lora=name)
+        assert "\n" not in str(caught.value)
+    load(tiny, lora="org/sql")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert load(tiny, lora="org/sql")  # nobody answers: the cache has it
+
+
 # --- commands
 
 
@@ -536,6 +624,10 @@ def test_pull_list_and_rm(hub: HubServer, home: Path) -> None:
     pulled = command(hub, home, "pull", "org/tiny", "--quant", "int4")
     assert pulled.returncode == 0, pulled.stderr
     assert pulled.stderr.endswith("Run it: glm4lite chat tiny-int4\n")
+    hub.repos["org/sql"] = Repo(adapter_files())
+    merged = command(hub, home, "pull", "org/tiny", "--quant", "int4", "--lora", "org/sql=0.5")
+    assert merged.stderr.endswith("Run it: glm4lite chat tiny-sql-0.5-int4\n"), merged.stderr
+    assert command(hub, home, "rm", "tiny-sql-0.5-int4").returncode == 0
     plain = command(hub, home, "pull", "org/tiny", "--json")
     assert json.loads(plain.stdout.splitlines()[-1])["stage"] == "download"
     listed = command(hub, home, "list", "--json")
@@ -551,6 +643,7 @@ def test_pull_list_and_rm(hub: HubServer, home: Path) -> None:
         (("pull", "nano"), "nano is on this machine already"),
         (("pull", "org/tiny", "--from", "moon"), "--from is 'moon'; use hub or modelscope"),
         (("pull", "org/tiny", "--to", "x"), "--to is for --quant"),
+        (("pull", "org/tiny", "--lora", "x"), "--lora is for --quant"),
         (("pull", "org/tiny", "--quant", "nf4"), "nf4 is made while a model loads"),
         (("rm", "org/none"), "org/none is not on this machine"),
     ],

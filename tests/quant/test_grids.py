@@ -10,6 +10,7 @@ from torch import Tensor
 from glm4lite_quant import QuantConfig, QuantError, QuantTensor
 from glm4lite_quant.format import Codes
 from glm4lite_quant.grids import Grid, as_codes, fit, hold
+from glm4lite_quant.kernels import calibrated, native, whole_zero
 
 MIDDLE, ZERO = Grid("middle", torch.float16), Grid("zero point", torch.bfloat16)
 MINIMUM, BYTES = Grid("minimum", torch.float16), Grid("bytes", torch.float16)
@@ -50,6 +51,33 @@ def test_codes_lie_on_the_grid(grid: Grid, group: int) -> None:
     assert torch.equal(codes.decoded()[5], torch.zeros(256))
     bound = codes.step.abs().repeat_interleave(group, 1) * 4 + 1e-6
     assert bool(((codes.decoded() - rows).abs() <= bound).all())  # the search may cut the largest off, not lose it
+
+
+@pytest.mark.parametrize("isa", native.ISAS)
+def test_the_native_search_gives_the_values_of_the_reference(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if isa not in native._library().isas:
+        pytest.skip(f"this host has no {isa}, or there is no native library")
+    monkeypatch.setenv("GLM4LITE_ISA", isa)
+    for grid in (MIDDLE, ZERO):
+        for group, columns in ((32, None), (64, importance()), (128, importance())):
+            rows = torch.cat([weight(), weight() * 1e-40, weight(7) * (1e17 if grid is ZERO else 1e3)])
+            counts = None if columns is None else calibrated.normalized(columns, 256, group)
+            for of in (rows, rows.bfloat16()):
+                found = native.fit(of, group, grid.dtype, grid is MIDDLE, counts, 0)
+                assert found is not None
+                wanted = whole_zero.fit(of.float(), group, grid.dtype, grid is MIDDLE, counts)
+                for one, other in zip(found, wanted, strict=True):
+                    assert torch.equal(one, other)
+
+
+def test_without_the_library_torch_searches_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, columns = weight(), importance()
+    with_it = [fit(rows, grid, 32, columns) for grid in GRIDS.values()]
+    monkeypatch.setattr(native, "fit", lambda *_: None)
+    for grid, found in zip(GRIDS.values(), with_it, strict=True):
+        own = fit(rows, grid, 32, columns)
+        assert torch.equal(own.values, found.values)
+        assert torch.equal(own.decoded(), found.decoded())
 
 
 def round_to_nearest(rows: Tensor, group: int, zero_point: bool) -> Codes:
@@ -99,8 +127,9 @@ def test_what_is_not_finite_is_refused_with_its_place(grid: Grid, bad: float) ->
 
 
 def test_a_scale_beyond_float16_is_refused() -> None:
-    with pytest.raises(QuantError, match=r"scale of row 4 is larger than torch\.float16"):
-        fit(torch.eye(32)[:16] * (torch.arange(16) == 4)[:, None] * 1e8, BYTES, 32)
+    for grid in (BYTES, MIDDLE):
+        with pytest.raises(QuantError, match=r"scale of row 4 is larger than torch\.float16"):
+            fit(torch.eye(32)[:16] * (torch.arange(16) == 4)[:, None] * 1e8, grid, 32)
 
 
 def test_codes_of_ours_are_kept_where_a_minimum_is_free() -> None:

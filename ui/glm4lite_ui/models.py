@@ -57,11 +57,11 @@ class Models:
             "ended": self._said(),
         }
 
-    def plan(self, source: str, quant: str) -> list[Row]:
+    def plan(self, source: str, quant: str, lora: tuple[str, ...] = ()) -> list[Row]:
         """What loading it would take and give, as `glm4lite plan` says it."""
         limits = self.runtime.load_options
         budget = Budget.of(limits.get("gpu_memory"), limits.get("ram"), limits.get("context"), limits.get("kv", "auto"))
-        report = plan(_named(source), None if quant == "auto" else quant, budget)
+        report = plan(_named(source), None if quant == "auto" else quant, budget, loras=Loras.of(lora))
         return [[name.to_json(), said.to_json()] for name, said in report.lines()]
 
     def load(self, source: str, quant: str, lora: tuple[str, ...] = ()) -> None:

@@ -358,8 +358,13 @@ class _Model:
     def about(self) -> dict[str, Any]:
         return self.models.about()
 
-    def plan(self, source: Annotated[str, Body()], quant: Annotated[str, Body()] = "auto") -> list[Row]:
-        return self.models.plan(source, quant)
+    def plan(
+        self,
+        source: Annotated[str, Body()],
+        quant: Annotated[str, Body()] = "auto",
+        lora: Annotated[list[str] | None, Body()] = None,
+    ) -> list[Row]:
+        return self.models.plan(source, quant, _adapters(lora))
 
     def load(
         self,
@@ -367,13 +372,17 @@ class _Model:
         quant: Annotated[str, Body()] = "auto",
         lora: Annotated[list[str] | None, Body()] = None,
     ) -> None:
-        self.models.load(source.strip(), quant, tuple(one.strip() for one in lora or () if one.strip()))
+        self.models.load(source.strip(), quant, _adapters(lora))
 
     def cancel(self) -> None:
         self.models.cancel()
 
     def unload(self) -> None:
         self.models.unload()
+
+
+def _adapters(lines: list[str] | None) -> tuple[str, ...]:
+    return tuple(one.strip() for one in lines or () if one.strip())
 
 
 def _one_line(text: str) -> str:

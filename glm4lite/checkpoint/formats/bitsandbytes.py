@@ -212,7 +212,7 @@ def decoded(checkpoint: Checkpoint, found: Mapping[str, BnbWeight]) -> DecodedCh
     for name, parts in _own_weights(checkpoint):
         shape = _own_weight(checkpoint, parts, checkpoint.outline).shape
         weights[name] = PackedWeight(parts, shape, "BF16", 8, None, partial(_opened_own, parts), calibrate=True)
-    return DecodedCheckpoint(checkpoint, weights)
+    return DecodedCheckpoint(checkpoint, weights, bnb.QUANT_METHOD)
 
 
 def _packed(name: str, weight: BnbWeight) -> PackedWeight:
@@ -298,11 +298,8 @@ class _Bitsandbytes:
         if isinstance(wanted, BnbConfig) or (not asked and bnb.available()):
             return checkpoint, stored, None
         if not asked:
-            wanted, why = QuantConfig(), "bitsandbytes cannot be used here"
-            once = "`glm4lite quantize` does it once"
-            logger.warning("%s: %s is decoded and quantized to int4, which loses a little; %s", why, stored.kind, once)
-        elif wanted is not None:
-            logger.warning("%s is decoded and quantized again, which loses a little", stored.kind)
+            wanted, once = QuantConfig(), "`glm4lite quantize` does it once"
+            logger.warning("bitsandbytes cannot be used here, so %s becomes int4; %s", stored.kind, once)
         return decoded(checkpoint, found), None, wanted
 
     def described(self, checkpoint: Checkpoint, stored: BnbConfig) -> str:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from glm4lite.base.errors import CheckpointError
 from glm4lite.base.files import CONFIG
+from glm4lite.base.stored_tensor import StoredTensor
 from glm4lite.checkpoint import legacy
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.formats.weight import Affine, Opened, PackedWeight
-from glm4lite.checkpoint.shard import StoredTensor
 from glm4lite.model.config import Glm4Config
 from glm4lite_quant import QuantConfig
 from glm4lite_quant.config import CALIBRATED, GROUP_SIZES, KEPT, SEARCH

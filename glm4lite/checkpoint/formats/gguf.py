@@ -15,18 +15,15 @@ import torch
 from torch import Tensor
 
 from glm4lite.base.errors import CheckpointError
-from glm4lite.base.files import some
 from glm4lite.checkpoint.checkpoint import Checkpoint
-from glm4lite.checkpoint.folders import names_in
+from glm4lite.checkpoint.formats import gguf_blocks
 from glm4lite.checkpoint.formats.imported import ImportedFormat
 from glm4lite.checkpoint.formats.weight import Affine, Opened, PackedWeight, matrix, wrong
-from glm4lite.checkpoint.gguf import blocks
-from glm4lite.checkpoint.gguf.companions import companions_folder
-from glm4lite.checkpoint.gguf.header import BLOCKS, PLAIN, parts_of, read_headers
-from glm4lite.checkpoint.gguf.model import model_config, renamed
+from glm4lite.gguf.companions import companions_folder
+from glm4lite.gguf.header import BLOCKS, PLAIN, read_headers
+from glm4lite.gguf.model import model_config, renamed
 from glm4lite_quant import QuantError
 
-SUFFIX = ".gguf"
 _SIZES = {name: (weights, size) for name, weights, size in BLOCKS.values() if name not in PLAIN}
 _CALIBRATED_BITS = 8
 
@@ -51,16 +48,6 @@ def open_gguf(path: Path) -> Checkpoint:
     checkpoint = Checkpoint.of(folder, config | declared, tensors)
     checkpoint.origin = path
     return checkpoint
-
-
-def file_in(folder: Path) -> Path | None:
-    """The one model of a folder's GGUF files, None where there is none; CheckpointError where there are several."""
-    files = [folder / name for name in names_in(folder) if name.endswith(SUFFIX) and not name.startswith("mmproj")]
-    models = sorted({parts_of(file)[0] for file in files})
-    if len(models) > 1:
-        named = some([model.name for model in models])
-        raise CheckpointError(f"{folder} holds several GGUF models; give one of its files ({named})")
-    return models[0] if models else None
 
 
 class GGUF(ImportedFormat):
@@ -96,15 +83,15 @@ def _weight(checkpoint: Checkpoint, name: str, kind: str) -> PackedWeight:
 
     def opened(source: Checkpoint) -> Opened:
         stored = source.mapped(name).unflatten(-1, (-1, size))
-        if kind not in blocks.AFFINE:
-            return _Blocks(source, name, stored, blocks.decoder(kind))
-        planes, codes = blocks.AFFINE[kind]
+        if kind not in gguf_blocks.AFFINE:
+            return _Blocks(source, name, stored, gguf_blocks.decoder(kind))
+        planes, codes = gguf_blocks.AFFINE[kind]
         step, low = (plane.flatten(1) for plane in planes(stored))
         for plane in (step, low):
             source.check_finite(name, plane)
         return Affine(step, low, 16, lambda start, stop: codes(stored[start:stop]).flatten(1))
 
-    shape, affine = (rows, width // size * weights), kind in blocks.AFFINE
+    shape, affine = (rows, width // size * weights), kind in gguf_blocks.AFFINE
     group = 32 if affine else None
     return PackedWeight((name,), shape, "F32", 4 if affine else bits, group, opened, bits >= _CALIBRATED_BITS)
 

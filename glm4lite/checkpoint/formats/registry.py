@@ -14,11 +14,13 @@ from glm4lite.checkpoint.formats.awq import AWQ
 from glm4lite.checkpoint.formats.bitsandbytes import BITSANDBYTES
 from glm4lite.checkpoint.formats.compressed_tensors import CompressedTensors
 from glm4lite.checkpoint.formats.format import ForeignWeight, Format, Stored
-from glm4lite.checkpoint.formats.gguf import GGUF, SUFFIX, file_in, open_gguf
+from glm4lite.checkpoint.formats.gguf import GGUF, open_gguf
 from glm4lite.checkpoint.formats.gptq import GPTQ
 from glm4lite.checkpoint.formats.hqq import HQQ
 from glm4lite.checkpoint.formats.mlx import MLX
 from glm4lite.checkpoint.formats.scaled import FP8
+from glm4lite.gguf.companions import file_in
+from glm4lite.gguf.header import SUFFIX
 
 FORMATS: tuple[Format, ...] = (
     *(BITSANDBYTES, GPTQ(), AWQ(), CompressedTensors(), AutoRound(), MLX(), HQQ(), FP8(), GGUF()),

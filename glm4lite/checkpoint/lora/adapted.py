@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from glm4lite.base.errors import CheckpointError, ConfigError
 from glm4lite.base.files import some
+from glm4lite.base.stored_tensor import StoredTensor
 from glm4lite.checkpoint.checkpoint import Checkpoint
 from glm4lite.checkpoint.formats.registry import foreign_weight
 from glm4lite.checkpoint.load_plan import Fill, LoadPlan
@@ -21,7 +22,6 @@ from glm4lite.checkpoint.lora.change import Branch, Change, Piece
 from glm4lite.checkpoint.lora.factors import values
 from glm4lite.checkpoint.lora.folder import Adapter
 from glm4lite.checkpoint.lora.places import is_half, module_name, places
-from glm4lite.checkpoint.shard import StoredTensor
 from glm4lite.model.config import Glm4Config
 from glm4lite_quant import QuantConfig
 from glm4lite_quant.config import CALIBRATED, KEPT

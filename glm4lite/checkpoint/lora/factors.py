@@ -11,7 +11,8 @@ from torch import Tensor
 
 from glm4lite.base.errors import CheckpointError
 from glm4lite.base.files import some
-from glm4lite.checkpoint.shard import StoredTensor, read
+from glm4lite.base.stored_tensor import StoredTensor
+from glm4lite.checkpoint.shard import read
 
 FLOATS = ("F32", "BF16", "F16")
 

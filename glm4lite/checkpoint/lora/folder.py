@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from glm4lite.base.errors import CheckpointError, ConfigError, shown
-from glm4lite.base.files import CONFIG, open_file, read_json, some
-from glm4lite.checkpoint.folders import ADAPTER, names_in
+from glm4lite.base.files import CONFIG, names_in, open_file, read_json, some
+from glm4lite.checkpoint.folders import ADAPTER
 from glm4lite.checkpoint.lora import mlx, peft
 from glm4lite.checkpoint.lora.factors import AdapterFile
 from glm4lite.checkpoint.shard import read_header
@@ -52,7 +52,7 @@ class Loras:
 
     always: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
-    named: Mapping[str, str] = field(init=False, default_factory=dict)
+    named: Mapping[str, str] = field(init=False, default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         named: dict[str, str] = {}

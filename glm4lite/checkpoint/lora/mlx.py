@@ -14,9 +14,9 @@ from typing import Any
 
 from glm4lite.base.errors import CheckpointError, ConfigError, shown
 from glm4lite.base.files import some
+from glm4lite.base.stored_tensor import StoredTensor
 from glm4lite.checkpoint.folders import ADAPTER
 from glm4lite.checkpoint.lora.factors import AdapterFile, Factors, wrong
-from glm4lite.checkpoint.shard import StoredTensor
 
 FILE = "adapters.safetensors"
 

@@ -20,6 +20,8 @@ def plan(
     quant: options.Quant = None,
     bits: options.Bits = None,
     fit: options.Fit = None,
+    lora: options.Lora = None,
+    lora_modules: options.LoraModules = None,
     gpu_bandwidth: Annotated[
         str | None, typer.Option(help="In a second, such as 272GB.", show_default="measured, or an RTX 4060's")
     ] = None,
@@ -34,7 +36,9 @@ def plan(
     budget = Budget.of(gpu_memory, ram, context, kv)
     bandwidth = None if gpu_bandwidth is None else float(parse_size(gpu_bandwidth))
     options.use_threads(None)
-    report = plan_report.plan(model, quant, budget, bandwidth, Aim.of(bits, fit, budget))
+    report = plan_report.plan(
+        model, quant, budget, bandwidth, Aim.of(bits, fit, budget), options.loras(lora, lora_modules)
+    )
     if not as_json:
         from glm4lite.cli.terminal import print_table
 

@@ -33,6 +33,7 @@ def pull(
     host: Annotated[
         str | None, typer.Option("--from", metavar="HOST", help="hub or modelscope.", show_default="hub")
     ] = None,
+    lora: options.Lora = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default="the newest")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -52,6 +53,11 @@ def pull(
         raise ConfigError(f"--quant and --{aim.option} contradict each other; leave one of them out")
     if (context is not None or kv != "auto") and fit is None:
         raise ConfigError("--context and --kv are counted for --fit; leave them out, they are given where a model runs")
+    if lora and quant is None and aim is None:
+        raise ConfigError(
+            "--lora is for --quant, --bits and --fit: a model that stays as it is takes adapters where it is run"
+        )
+    options.loras(lora)
     found = locate(model)
     if isinstance(found, Path):
         raise HubError(f"{model} is on this machine already ({found})")
@@ -76,9 +82,9 @@ def pull(
             from glm4lite.checkpoint.quantize import quantize_checkpoint
 
             options.use_threads(None)
-            called = f"{_called(found)}-{quant or _suffix(bits, fit)}"
+            called = "-".join([_called(found), *map(_adapter, lora or ()), quant or _suffix(bits, fit)])
             target = models_folder() / called if to is None else to
-            written = quantize_checkpoint(found, target, quant or "int4", renderer.show, hub=asked, aim=aim)
+            written = quantize_checkpoint(found, target, quant or "int4", renderer.show, hub=asked, lora=lora, aim=aim)
             name = called if to is None else str(to)
         files = [written] if written.is_file() else [path for path in written.iterdir() if path.is_file()]
         size = sum(path.stat().st_size for path in files)
@@ -88,6 +94,15 @@ def pull(
 def _suffix(bits: str | None, fit: str | None) -> str:
     """What a model's name ends in: "3.5bits", "12GiB"."""
     return f"{float(bits):g}bits" if bits is not None else (fit or "").replace(" ", "")
+
+
+def _adapter(text: str) -> str:
+    """What an adapter adds to the name: its own, and its scale where that is not 1."""
+    from glm4lite.checkpoint.lora.folder import with_scale
+
+    source, scale = with_scale(text)
+    name = Path(source).resolve().name if Path(source).is_dir() else source.rpartition("/")[2]
+    return name if scale == 1 else f"{name}-{scale:g}"
 
 
 def _called(found: str) -> str:

@@ -27,8 +27,9 @@ from glm4lite_quant.kernels.reference import SHARES
 ABI = 7
 ISAS = ("scalar", "avx2", "avxvnni", "avx512vnni", "neon", "neoni8mm")  # in the order of the C enum, slowest first
 SUFFIXES = {"win32": "dll", "darwin": "dylib"}  # of a library, by sys.platform; elsewhere so
-FLOAT32, BFLOAT16, INT8 = 0, 1, 2  # element types, as in the C enum
+FLOAT32, BFLOAT16, INT8, FLOAT16 = 0, 1, 2, 3  # element types, as in the C enum
 DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+SCALES = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 OK, NOT_FINITE, NO_MEMORY = 0, 1, 2
 
 _threads: int | None = None
@@ -65,6 +66,18 @@ class _Inputs(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("importance", "within", "onto", "into")),
         ("block", ctypes.c_int32),
         ("rank", ctypes.c_int32),
+    ]
+
+
+class _Grid(ctypes.Structure):
+    """glm4_grid of csrc/qgemm.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero")),
+        ("k", ctypes.c_int64),
+        ("group", ctypes.c_int32),
+        ("scale_type", ctypes.c_int32),
+        ("middle", ctypes.c_int32),
     ]
 
 
@@ -105,7 +118,7 @@ class NativeBackend:
     def __init__(self, cdll: ctypes.CDLL, isa: str) -> None:
         self.isa, self.name = isa, f"native-{isa}"
         self._matmul, self._quantize, self._code = cdll.glm4_matmul, cdll.glm4_quantize, ISAS.index(isa)
-        self._decoder_layers = cdll.glm4_decoder_layers
+        self._decoder_layers, self._fit = cdll.glm4_decoder_layers, cdll.glm4_fit
 
     def supports(self, weight: Planes) -> bool:
         return weight.device.type == "cpu" and all(t.is_contiguous() for t in weight.tensors().values())
@@ -142,6 +155,14 @@ class NativeBackend:
         given = None if how.inputs is None else ctypes.byref(_inputs(how.inputs, target.group))
         refs = (ctypes.byref(source), ctypes.byref(target), given, how.shares)
         return int(self._quantize(*refs, self._code, thread_count(), ctypes.byref(place)))
+
+    def fit(
+        self, source: _Matrix, target: _Grid, importance: Tensor | None, place: ctypes.Array[ctypes.c_int64]
+    ) -> int:
+        """As `quantize`, on another engine's grid."""
+        where = None if importance is None else importance.data_ptr()
+        refs = (ctypes.byref(source), ctypes.byref(target), where)
+        return int(self._fit(*refs, self._code, thread_count(), ctypes.byref(place)))
 
     def decoder_layers(
         self, layers: Sequence[int], spans: ctypes.Array[Any], x: Tensor, cos: Tensor, sin: Tensor
@@ -229,13 +250,38 @@ def quantize(weight: Tensor, target: Planes, how: Search, first_row: int) -> boo
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     source = _Matrix(weight.data_ptr(), weight.shape[0], weight.stride(0), DTYPES[weight.dtype])
     where = (ctypes.c_int64 * 2)()
-    code = chosen.quantize(source, describe(target), how, where)
+    _check(chosen.quantize(source, describe(target), how, where), weight, where, first_row)
+    return True
+
+
+def fit(
+    rows: Tensor, group: int, dtype: torch.dtype, middle: bool, importance: Tensor | None, first_row: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(codes uint8 [R, K], scale and zero float32 [R, G]) of rows on the CPU; None where there is no library.
+
+    The values are those of `kernels.whole_zero`. Raises QuantError at a value that is not finite.
+    """
+    chosen = backend()
+    if chosen is None or rows.device.type != "cpu" or rows.dtype not in DTYPES:
+        return None
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    count, columns = rows.shape
+    codes = torch.empty(count, columns, dtype=torch.uint8)
+    scale, zero = (torch.empty(count, columns // group) for _ in range(2))
+    places = (codes.data_ptr(), scale.data_ptr(), zero.data_ptr())
+    source = _Matrix(rows.data_ptr(), count, rows.stride(0), DTYPES[rows.dtype])
+    where = (ctypes.c_int64 * 2)()
+    code = chosen.fit(source, _Grid(*places, columns, group, SCALES[dtype], middle), importance, where)
+    _check(code, rows, where, first_row)
+    return codes, scale, zero
+
+
+def _check(code: int, weight: Tensor, where: ctypes.Array[ctypes.c_int64], first_row: int) -> None:
     if code == NOT_FINITE:
         row, col = where[0], where[1]
         raise QuantError(not_finite(first_row + row, col, float(weight[row, col])))
     if code != OK:
         raise MemoryError("no memory to quantize a weight")
-    return True
 
 
 def describe(w: Planes) -> Weight:
@@ -275,6 +321,7 @@ def _load(override: str) -> Library:
     cdll.glm4_matmul.argtypes = [weight, matrix, ctypes.c_void_p, matrix, *[ctypes.c_int32] * 3]
     numbers, place = [ctypes.c_int32] * 3, ctypes.POINTER(ctypes.c_int64 * 2)
     cdll.glm4_quantize.argtypes = [matrix, weight, ctypes.POINTER(_Inputs), *numbers, place]
+    cdll.glm4_fit.argtypes = [matrix, ctypes.POINTER(_Grid), ctypes.c_void_p, *numbers[:2], place]
     pointer, whole = ctypes.c_void_p, ctypes.c_int32
     spans = (pointer, whole, pointer, whole)
     cdll.glm4_decoder_layers.argtypes = [*spans, *[pointer] * 3, whole, whole]

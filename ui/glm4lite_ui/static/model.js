@@ -68,7 +68,7 @@ function form() {
     element('div', {class: 'field'}, element('label', {for: 'lora'}, t('Adapters')), lora, element('p', {class: 'about', id: 'about-lora'}, t('LoRA adapters of that model, one a line: folders or repositories, with =0.5 behind one for half of it.'))),
     element('datalist', {id: 'known-models'}),
     element('div', {class: 'buttons'}, element('button', {type: 'submit', class: 'main'}, t('Load')),
-      element('button', {type: 'button', class: 'plain', id: 'plan', on: {click: () => plan(source.value, quant.value)}}, t('Will it fit?'))));
+      element('button', {type: 'button', class: 'plain', id: 'plan', on: {click: () => plan(source.value, quant.value, lora.value.split('\n'))}}, t('Will it fit?'))));
 }
 
 const table = (rows, id) => element('table', {id, class: 'facts'}, element('tbody', {}, ...rows.map(([name, value]) =>
@@ -80,9 +80,9 @@ async function load(source, quant, lora) {
 }
 
 /** What the model would take here, before it is loaded. */
-async function plan(source, quant) {
+async function plan(source, quant, lora) {
   find('#load-progress').replaceChildren(element('p', {class: 'note'}, t('Looking at the model…')));
-  const lines = await ask('/model/plan', {source, quant}).catch(problem => refused(source, problem));
+  const lines = await ask('/model/plan', {source, quant, lora}).catch(problem => refused(source, problem));
   if (lines) find('#load-progress').replaceChildren(table(lines, 'planned'));
 }
 

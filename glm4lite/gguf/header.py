@@ -22,8 +22,9 @@ from typing import Any
 from glm4lite.base.errors import CheckpointError
 from glm4lite.base.files import open_file, some
 from glm4lite.base.magic import START_BYTES, mistaken_for
-from glm4lite.checkpoint.shard import StoredTensor
+from glm4lite.base.stored_tensor import StoredTensor
 
+SUFFIX = ".gguf"
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 

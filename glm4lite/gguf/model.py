@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from glm4lite.base.errors import CheckpointError
-from glm4lite.checkpoint.gguf.header import Header
-from glm4lite.checkpoint.shard import StoredTensor
+from glm4lite.base.stored_tensor import StoredTensor
+from glm4lite.gguf.header import Header
 
 ARCHITECTURES: Mapping[str, str] = {"glm4": "glm4", "chatglm": "glm"}
 """general.architecture -> model_type."""

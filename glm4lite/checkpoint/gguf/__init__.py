@@ -1,1 +1,0 @@
-"""GGUF files: the header, how blocks are decoded, and what a model's folder would hold beside its weights."""
