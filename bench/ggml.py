@@ -27,7 +27,7 @@ class _InitParams(ctypes.Structure):
     _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
 
 
-SIGNATURES = {
+SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "ggml_init": ([_InitParams], c_void_p),
     "ggml_tensor_overhead": ([], c_size_t),
     "ggml_graph_overhead": ([], c_size_t),

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from glm4lite.checkpoint.calibration import Calibrator, matmul_dtype
 from glm4lite.checkpoint.calibration_text import CalibrationIds
-from glm4lite.checkpoint.checkpoint import Checkpoint
+from glm4lite.checkpoint.checkpoint import BLOCK_BYTES, Checkpoint
 from glm4lite.checkpoint.load_plan import Fill, LoadPlan
-from glm4lite.checkpoint.streaming import BLOCK_BYTES, Meter
+from glm4lite.checkpoint.streaming import Meter
 from glm4lite.model.attention import Visibility
 from glm4lite.model.config import Glm4Config
 from glm4lite.model.layers import RMSNorm, layer_of

@@ -117,7 +117,9 @@ def quantize_weight(
         if quant.method == KEPT:
             return _with_kept_codes(checkpoint, fill, quant, meter)
         held, given = (None, None) if calibrator is None else calibrator.take(fill)
-        inputs = Inputs.of(given) if given is not None else calibrator and calibrator.outside(fill)
+        inputs = None if given is None else Inputs.of(given)
+        if given is None and calibrator is not None:
+            inputs = calibrator.outside(fill)
         weight = QuantTensor.empty(n, k, quant)
         for start, rows in blocks(checkpoint, fill.source, meter, held):
             weight.quantize_rows(start, rows, inputs, fast=quant.method == MINMAX)

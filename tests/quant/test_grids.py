@@ -10,7 +10,8 @@ from torch import Tensor
 from glm4lite_quant import QuantConfig, QuantError, QuantTensor
 from glm4lite_quant.format import Codes
 from glm4lite_quant.grids import Grid, as_codes, fit, hold
-from glm4lite_quant.kernels import calibrated, native, whole_zero
+from glm4lite_quant.inputs import Inputs
+from glm4lite_quant.kernels import native, whole_zero
 
 MIDDLE, ZERO = Grid("middle", torch.float16), Grid("zero point", torch.bfloat16)
 MINIMUM, BYTES = Grid("minimum", torch.float16), Grid("bytes", torch.float16)
@@ -61,7 +62,7 @@ def test_the_native_search_gives_the_values_of_the_reference(isa: str, monkeypat
     for grid in (MIDDLE, ZERO):
         for group, columns in ((32, None), (64, importance()), (128, importance())):
             rows = torch.cat([weight(), weight() * 1e-40, weight(7) * (1e17 if grid is ZERO else 1e3)])
-            counts = None if columns is None else calibrated.normalized(columns, 256, group)
+            counts = None if columns is None else Inputs(columns).normalized(256, group).mean_square
             for of in (rows, rows.bfloat16()):
                 found = native.fit(of, group, grid.dtype, grid is MIDDLE, counts, 0)
                 assert found is not None
