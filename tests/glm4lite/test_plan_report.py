@@ -217,7 +217,7 @@ def test_every_proposal_makes_it_fit_and_a_little_less_does_not(
     assert found.proposals
     assert [text for name, text in found.lines() if name == "would fit"] == [one.said() for one in found.proposals]
 
-    monkeypatch.setattr("glm4lite.loading.plan_report._proposals", lambda *_: ())  # one level is enough
+    monkeypatch.setattr("glm4lite.loading.plan_report._Attempts.proposals", lambda _: ())  # one level is enough
     monkeypatch.setattr("glm4lite.loading.plan_report.headers", functools.cache(headers))  # the same few each time
     monkeypatch.setattr("glm4lite.loading.plan_report.requirements_of", functools.cache(requirements_of))
 
