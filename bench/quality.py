@@ -27,7 +27,7 @@ from glm4lite import Glm4ForCausalLM, load
 from glm4lite.checkpoint.calibration import Calibrator
 from glm4lite.checkpoint.calibration_text import CalibrationIds, calibration_ids
 from glm4lite.checkpoint.checkpoint import Checkpoint
-from glm4lite.checkpoint.codec_choice import MOST, Aim, Option, candidates_of, coded_bytes, seen, solve
+from glm4lite.checkpoint.codec_choice import MOST, Aim, Option, candidates_of, seen, solve
 from glm4lite.checkpoint.load_plan import make_load_plan, read_config, skeleton
 from glm4lite.checkpoint.prepare import model_class, prepare
 from glm4lite.checkpoint.sensitivity import measured
@@ -86,40 +86,44 @@ OURS, MIXED, ALONE = "glm4lite", "glm4lite, a codec for each", "glm4lite, withou
 PEER, BARE = "llama.cpp, importance", "llama.cpp, without importance"
 
 
-def mixed(folder: Path, inputs: Mapping[str, Inputs], sizes: Sequence[Codec]) -> Iterator[Contender]:
-    """What takes as many bytes as all of one codec do: each linear of the layers has the one that pays."""
+def mixed(folder: Path, inputs: Mapping[str, Inputs], sizes: Sequence[float]) -> Iterator[Contender]:
+    """Each linear of the layers has the codec that pays, for so many bits on average."""
     checkpoint = Checkpoint.open(folder)
     prepared = prepare(checkpoint, QuantConfig(), model_class(checkpoint))
     plan, candidates = candidates_of(prepared, Aim(MOST))
     source = calibration_ids(checkpoint, prepared.config, None)
     second = measured(checkpoint, plan, prepared.config, source, candidates, Meter("measure", 1, None)).losses
     losses, fills = seen(second), [fill for fill in plan.fills if fill.quant is not None and layer_of(fill.module)]
-    options = [
-        [Option(coded_bytes(fill, one), losses[fill.module][one]) for one in candidates[fill.module]] for fill in fills
-    ]
     weights = [fill.shape[0] * fill.shape[1] for fill in fills]
+    options = [
+        [Option(int(count * _size(one)), losses[fill.module][one]) for one in candidates[fill.module]]
+        for fill, count in zip(fills, weights, strict=True)
+    ]
     for size in sizes:
-        picked = solve(options, sum(coded_bytes(fill, size) for fill in fills))
+        picked = solve(options, int(size * sum(weights)))
         codecs = [candidates[fill.module][at] for fill, at in zip(fills, picked, strict=True)]
-        each = [one.bits + (16 if one.bits < 8 else 8) / one.group_size for one in codecs]
-        bits = sum(count * one for count, one in zip(weights, each, strict=True)) / sum(weights)
-        expected = sum(several[at].loss for several, at in zip(options, picked, strict=True))
+        chosen = [several[at] for several, at in zip(options, picked, strict=True)]
         rules = {
             fill.module: calibrated(inputs, one.bits, one.group_size) for fill, one in zip(fills, codecs, strict=True)
         }
-        name = f"mixed, as {size.bits} bits in groups of {size.group_size}, {expected:.3f} expected"
-        yield Contender(name, bits, by_module(rules), MIXED)
+        name = f"mixed {size:g}, {sum(one.loss for one in chosen):.3f} expected"
+        yield Contender(name, sum(one.nbytes for one in chosen) / sum(weights), by_module(rules), MIXED)
+
+
+def _size(codec: Codec) -> float:
+    """Bits of a weight with its scales; those of the rows are left out, as a few of a wide row."""
+    return codec.bits + (16 if codec.bits < 8 else 8) / codec.group_size
 
 
 def contenders(folder: Path) -> list[Contender]:
     inputs = inputs_of(folder)
     importance = {name: given.mean_square for name, given in inputs.items()}
     found = []
-    for bits, group in product((2, 3, 4, 5, 6), (32, 64)):
+    for bits, group in product((2, 3, 4, 5, 6), (32, 64, 128)):
         name, size = f"{bits} bits, groups of {group}", bits + 16 / group
         found.append(Contender(name, size, calibrated(inputs, bits, group), OURS))
         found.append(Contender(f"{name}, alone", size, calibrated(inputs, bits, group, feedback=False), ALONE))
-    found += mixed(folder, inputs, [Codec(bits, group) for bits in (3, 4, 5) for group in (64, 32)])
+    found += mixed(folder, inputs, (3.0625, 3.4375, 4.25, 4.5, 5.5))
     found.append(Contender("4 bits, random ids", 4.5, calibrated(inputs_of(folder, random=True), 4, 32)))
     found += [Contender(f"4 bits, {method}", 4.5, plain(method)) for method in ("minmax", "search")]
     found.append(Contender("NF4, blocks of 64", 4.5, nf4))
