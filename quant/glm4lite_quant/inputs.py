@@ -22,6 +22,7 @@ from torch import Tensor
 from glm4lite_quant.config import QuantError
 
 BLOCK = 128  # columns; a multiple of every group size
+WHOLE = 512  # up to so many columns are one block: all of their covariance is as cheap
 RANK = 64  # a multiple of 16
 PASSES = 2  # over the rows, to turn RANK random directions to those that most lies in
 SHRINK = 0.3  # of what columns have in common: a few thousand tokens show some of it by chance
@@ -119,7 +120,7 @@ def _feedback(rows: Tensor, unit: float) -> Feedback | None:
     tokens, columns = rows.shape
     if unit == 0:
         return None
-    block = min(BLOCK, columns)
+    block = columns if columns <= WHOLE else BLOCK
     rank = RANK if columns > block else 0
     scale = 1 / math.sqrt(unit * tokens)  # so that covariances are about 1
     directions = _directions(rows, scale, rank)

@@ -310,7 +310,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 def test_an_answer_follows_the_schema_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "schema.json"
-    file.write_text('{"type": "object", "properties": {"warm": {"type": "boolean"}}, "required": ["warm"]}')
+    schema = {"type": "object", "properties": {"warm": {"type": "boolean"}}, "required": ["warm"]}
+    file.write_text(json.dumps(schema | {"additionalProperties": False}), encoding="utf-8")
     for command in (("chat", "-p", "Is it warm?", "--no-tools"), ("generate", "-p", "Is it warm?")):
         result = run(*command, "--schema", str(file))
         assert result.returncode == 0, result.stderr

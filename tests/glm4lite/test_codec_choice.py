@@ -166,7 +166,10 @@ def test_bits_are_those_of_the_files_to_the_byte(bits: float, tmp_path: Path) ->
     assert average_bits(Checkpoint.open(folder), plan_of) == 8 * codec_bytes(folder) / weights
 
 
-@pytest.mark.parametrize(("context", "kv"), [(512, "auto"), (512, "int8"), (64, "float")])
+@pytest.mark.parametrize(
+    ("context", "kv"),
+    [(512, "auto"), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((512, "int8"), (64, "float")))],
+)
 def test_what_fits_is_what_a_plan_counts(
     context: int, kv: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

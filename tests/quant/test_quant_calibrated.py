@@ -10,11 +10,18 @@ import torch
 from torch import Tensor
 
 from glm4lite_quant import Inputs, QuantConfig, QuantError, QuantTensor
-from glm4lite_quant.inputs import BLOCK, DAMPING, RANK, SHRINK, Feedback
+from glm4lite_quant.inputs import BLOCK, DAMPING, RANK, SHRINK, WHOLE, Feedback
 from glm4lite_quant.kernels import native
 
 HAVE = native._library()
 GROUPS = (32, 64, 128)
+
+
+@pytest.fixture(autouse=True)
+def in_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices are taken in blocks, as large ones are."""
+    if "whole_block" not in request.node.name:
+        monkeypatch.setattr("glm4lite_quant.inputs.WHOLE", BLOCK)
 
 
 @pytest.fixture(params=[*native.ISAS, "reference"])
@@ -306,8 +313,11 @@ def test_feedback_for_other_columns_or_groups_is_refused() -> None:
             quantized(weight(16, 256), 64, Inputs(right.mean_square, wrong))
 
 
-def test_a_matrix_of_one_block_has_no_sums() -> None:
-    feedback = Inputs.of(tokens(64, 96)).feedback
+@pytest.mark.parametrize("columns", [96, WHOLE])
+def test_a_small_matrix_is_a_whole_block_and_has_no_sums(columns: int) -> None:
+    feedback = Inputs.of(tokens(64, columns)).feedback
     assert feedback is not None
-    assert (feedback.block, feedback.rank) == (96, 0)
+    assert (feedback.block, feedback.rank) == (columns, 0)
+    w, found = weight(37, columns), Inputs.of(tokens(64, columns))
+    assert not torch.equal(quantized(w, 32, found).qweight, quantized(w, 32, found.mean_square).qweight)
     assert RANK % 16 == BLOCK % max(GROUPS) == 0
