@@ -60,14 +60,18 @@ def test_a_quantized_model_on_the_cpu_keeps_the_native_cache(nano: Glm4ForCausal
 
 
 def test_one_layer_gives_the_torch_codes_numbers(nano: Glm4ForCausalLM) -> None:
-    # Over several layers a rounding difference of 1e-7 may move an int8 code of the activations: not in one short one.
-    layer, x = nano.model.layers[0], torch.randn(1, 5, 256, generator=torch.Generator().manual_seed(1))
+    # A rounding difference of 1e-7 may move an int8 code of the activations, of one row in many and in one layer.
+    layer, x = nano.model.layers[0], torch.randn(8, 1, 5, 256, generator=torch.Generator().manual_seed(1))
     rotary = nano.model.rotary_emb(torch.arange(5)[None], torch.float32)
     visible = Visibility(None, 0, 5, x.device)
+    off = []
     with torch.inference_mode():
-        fused, _ = layer(x, torch.float32, rotary, visible, PackedLayerCache(int8=False), False)
-        plain, _ = layer(x, torch.float32, rotary, visible, LayerCache(), False)
-    torch.testing.assert_close(fused, plain, atol=2e-5, rtol=1e-4)
+        for one in x:
+            fused, _ = layer(one, torch.float32, rotary, visible, PackedLayerCache(int8=False), False)
+            plain, _ = layer(one, torch.float32, rotary, visible, LayerCache(), False)
+            off += (fused - plain).abs().amax(-1).flatten().tolist()
+    assert sum(row > 2e-5 for row in off) <= 2
+    assert max(off) < 0.03
 
 
 def test_a_model_differs_from_torchs_code_by_the_rounding_of_activations_only(nano: Glm4ForCausalLM) -> None:
