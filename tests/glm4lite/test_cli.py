@@ -116,7 +116,7 @@ def test_a_piped_text_is_one_message_and_commands_in_it_are_text() -> None:
     assert piped["prompt_tokens"] == given["prompt_tokens"]
 
 
-@pytest.mark.parametrize("command", ["chat", "generate"])
+@pytest.mark.parametrize("command", ["chat", pytest.param("generate", marks=pytest.mark.slow)])
 def test_a_prompt_goes_before_what_is_piped(command: str) -> None:
     options = ("--seed", "1", "--max-new-tokens", "8", *(["--no-tools"] if command == "chat" else []))
     both = run(command, *options, "-p", "Hello", stdin="there, friend\n")

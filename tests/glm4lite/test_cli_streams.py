@@ -183,6 +183,7 @@ ODD = {
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
+@pytest.mark.slow
 @posix
 def test_an_odd_environment_changes_nothing() -> None:
     done = shell('"$@" chat -p "What is 37 * 24?"', "-OO", environment=ODD)
