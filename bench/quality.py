@@ -224,7 +224,9 @@ def plot(found: Sequence[Contender], results: Mapping[str, Mapping[str, float]])
             parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
     for bits in range(int(least), int(most) + 1):
         parts.append(f'<text x="{place(bits, 1)[0]:.1f}" y="{height - bottom + 18}" text-anchor="middle">{bits}</text>')
-    for family, color in ((OURS, "#1565c0"), (MIXED, "#2e7d32"), (ALONE, "#90caf9"), (PEER, "#c62828"), (BARE, "#999")):
+    for number, (family, color) in enumerate(
+        ((OURS, "#1565c0"), (MIXED, "#2e7d32"), (ALONE, "#90caf9"), (PEER, "#c62828"), (BARE, "#999"))
+    ):
         mine = [one for one in found if one.family == family]
         if not mine:
             continue
@@ -234,10 +236,9 @@ def plot(found: Sequence[Contender], results: Mapping[str, Mapping[str, float]])
         for one in mine:
             x, y = place(one.bits, values[one.name])
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>')
-            if family not in (OURS, MIXED):
+            if family in (PEER, BARE):
                 parts.append(f'<text x="{x + 5:.1f}" y="{y - 4:.1f}" font-size="9" fill="{color}">{one.name}</text>')
-        x, y = place(*line[-1])
-        parts.append(f'<text x="{x:.1f}" y="{y + 16:.1f}" text-anchor="end" fill="{color}">{family}</text>')
+        parts.append(f'<text x="{width - 220}" y="{34 + 18 * number}" fill="{color}">{family}</text>')
     parts.append(f'<text x="{width / 2}" y="{height - 8}" text-anchor="middle">bits a weight</text>')
     middle = height / 2
     parts.append(f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">mean KLD</text>')
@@ -250,11 +251,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--only", default="", help="parts of names, of which each row has one")
+    parser.add_argument("--only", default="", help="parts of names with ; between them, of which each row has one")
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     judge = Judge(arguments.folder, arguments.texts, arguments.windows)
-    wanted = arguments.only.split(",")
+    wanted = arguments.only.split(";")
     found = [one for one in contenders(arguments.folder) if any(part in one.name for part in wanted)]
     results = {}
     for one in sorted(found, key=lambda one: one.bits):
