@@ -62,8 +62,8 @@ def quantize_checkpoint(
     """Quantize a checkpoint into a new folder, one weight (when calibrating: one layer) in memory at a time.
 
     A repo's shards are fetched as they are needed and dropped behind their last use; a run that ends early, however, is
-    gone on with by the next one, at the cost of a layer. (Not so with an `aim`, for which each layer is looked at
-    twice: a repo is fetched whole first, as `glm4lite pull` does it.)
+    gone on with by the next one, at the cost of a layer. (Not so with an `aim`, whose choice goes through all
+    layers first: a repo is fetched whole then, as `glm4lite pull` does it.)
 
     Args:
         calibration: a UTF-8 text to calibrate int4 weights with, instead of the one that comes with the package.
@@ -109,10 +109,10 @@ def quantize_checkpoint(
     if arrivals is None:
         with FolderWriter(target, planned, shard_bytes) as writer:
             outside = choice.outside if choice else None
-            inputs = begin(checkpoint, plan, prepared.config, text, meter, outside=outside)
+            calibrator = begin(checkpoint, plan, prepared.config, text, meter, outside=outside)
             for fill in plan.fills:
-                _write_fill(writer, checkpoint, fill, meter, inputs)
-            _write_rest(writer, checkpoint, prepared.config, recorded(prepared.wanted or config, inputs))
+                _write_fill(writer, checkpoint, fill, meter, calibrator)
+            _write_rest(writer, checkpoint, prepared.config, recorded(prepared.wanted or config, calibrator))
     else:
         key = hashlib.sha256(
             repr((arrivals.identity, planned, config, text, *_adapters(checkpoint))).encode()

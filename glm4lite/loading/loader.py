@@ -71,18 +71,18 @@ def load_checkpoint(
         logger.warning(format_of(found.quant).cpu_note)
     meter = Meter("load", _total_bytes(checkpoint, plan), options.progress)
     outside = None if choice is None else choice.outside
-    inputs = begin(checkpoint, plan, config, calibrating, meter, outside=outside)
+    calibrator = begin(checkpoint, plan, config, calibrating, meter, outside=outside)
     assembly = Assembly(model, checkpoint, plan, device_map, meter, found.beside)
     with enough_for(checkpoint.folder):
         for fill in plan.fills:
-            assembly.fill(fill, inputs)
+            assembly.fill(fill, calibrator)
         if isinstance(found.stored, QuantConfig):
             check_as_stored(model, checkpoint, found.stored)
         assembly.finish()
     attach(model)
     if plan.quantized:
         model.requires_grad_(False)
-        made = recorded(found.quant or QuantConfig(), inputs)
+        made = recorded(found.quant or QuantConfig(), calibrator)
         cast(Any, model).config.quantization_config = made.to_dict()
     cast(Any, model).stored_generation_config = checkpoint.generation_config
     trunk = cast(Any, getattr(model, "model", model))

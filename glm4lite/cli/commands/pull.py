@@ -39,7 +39,7 @@ def pull(
 ) -> None:
     """Download a model, verified; what was stopped or killed goes on where it was. Of GGUF give ORG/NAME:Q4_K_M.
 
-    With --bits or --fit all of it is fetched into the cache first, since each layer is looked at twice.
+    With --bits or --fit all of it is fetched into the cache first, since choosing goes through all layers.
     """
     from glm4lite.checkpoint.codec_choice import Aim
     from glm4lite.hub.options import HubOptions
